@@ -1,0 +1,1 @@
+"""One JAX codebase for the whole life of a foundation model."""

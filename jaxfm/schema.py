@@ -1,0 +1,31 @@
+"""What a config group is: typed, frozen and complete; how a name in a config finds its class.
+
+Each room's `__init__.py` declares its groups and a plain dict of name -> Entry, so that a config is
+checked without importing jax. `jaxfm.config` reads these; a room hands the checked group on whole.
+"""
+
+import dataclasses
+import importlib
+
+import pydantic
+
+
+class Group(pydantic.BaseModel):
+    """A config group: unknown keys and wrong types are errors, values cannot change afterwards."""
+
+    model_config = pydantic.ConfigDict(
+        extra='forbid', frozen=True, strict=True, protected_namespaces=(), validate_default=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One choice of a registry: where its class is ("module:Class") and the group it is built from."""
+
+    target: str
+    schema: type[Group]
+
+    def load(self):
+        """Imports and returns the class; only now are jax or other heavy modules imported."""
+        module, name = self.target.split(':')
+        return getattr(importlib.import_module(module), name)

@@ -6,6 +6,7 @@ checked without importing jax. `jaxfm.config` reads these; a room hands the chec
 
 import dataclasses
 import importlib
+from typing import Annotated, Union
 
 import pydantic
 
@@ -29,3 +30,11 @@ class Entry:
         """Imports and returns the class; only now are jax or other heavy modules imported."""
         module, name = self.target.split(':')
         return getattr(importlib.import_module(module), name)
+
+
+def one_of(registry: dict[str, Entry]):
+    """The type of a group that its `name` key selects from a registry."""
+    schemas = tuple(dict.fromkeys(entry.schema for entry in registry.values()))
+    if len(schemas) == 1:
+        return schemas[0]
+    return Annotated[Union[schemas], pydantic.Field(discriminator='name')]

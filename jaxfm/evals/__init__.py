@@ -1,0 +1,40 @@
+"""Evaluators: a cadence and `run(params, step) -> {name: value}`, run by the training loop.
+
+Held-out loss and sampling-based evaluation stand in the same slot.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from jaxfm.schema import Entry, Group, one_of
+from jaxfm.tasks import TASKS
+
+
+class LossConfig(Group):
+    """Held-out loss per token and in bits per UTF-8 byte."""
+
+    name: Literal['loss'] = 'loss'
+    every: int = Field(0, ge=0)  # steps between two runs; 0 is only at the end
+    at_start: bool = True  # also on the untrained (or restored-from) weights of step 0
+    batch_size: int = Field(32, ge=1)  # rows
+    sequence_length: int = Field(0, ge=0)  # 0 is the training data's
+    stride: int = Field(0, ge=0)  # tokens a row advances by; 0 is sequence_length (no overlap)
+    max_batches: int = Field(0, ge=0)  # 0 is all of the held-out text
+
+
+class GenerateConfig(Group):
+    """Samples completions of a task's prompts and scores them: pass@1 with its interval."""
+
+    name: Literal['generate'] = 'generate'
+    every: int = Field(0, ge=0)
+    at_start: bool = True
+    task: one_of(TASKS)
+    max_tokens: int = Field(96, ge=1)
+    temperature: float = Field(0.0, ge=0)  # 0 is greedy
+
+
+EVALUATORS = {
+    'loss': Entry('jaxfm.evals.loss:HeldOutLoss', LossConfig),
+    'generate': Entry('jaxfm.evals.generate:Generate', GenerateConfig),
+}

@@ -1,0 +1,112 @@
+"""The model definitions: one decoder-only transformer assembled from named pieces.
+
+This file holds what a config may say of a model; `transformer.py` is the model.
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxfm.schema import Entry, Group
+
+
+class RopeConfig(Group):
+    """Rotary position embedding and its extension to contexts longer than it was trained for."""
+
+    theta: float = Field(10_000.0, gt=0)
+    scaling: Literal['none', 'linear', 'llama3'] = 'none'
+    factor: float = Field(1.0, ge=1)  # how much longer than original_max_position the context is
+    low_freq_factor: float = Field(1.0, gt=0)  # llama3: wavelengths above original / low are scaled
+    high_freq_factor: float = Field(4.0, gt=0)  # llama3: wavelengths below original / high are kept
+    original_max_position: int = Field(8192, ge=1)
+
+    @model_validator(mode='after')
+    def _check(self):
+        if self.scaling == 'llama3' and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f'high_freq_factor {self.high_freq_factor} must exceed low_freq_factor '
+                f'{self.low_freq_factor}'
+            )
+        return self
+
+
+class BlockConfig(Group):
+    """One transformer block: attention, then a gated MLP, each with its norms."""
+
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)  # 1 is MQA, num_heads is MHA, between is GQA
+    head_dim: int = Field(ge=2, multiple_of=2)
+    mlp_dim: int = Field(ge=1)
+    activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu_squared'] = 'silu'
+    gated: bool = True  # activation(gate) * up (SwiGLU, GeGLU); False: activation(up)
+    rope: RopeConfig | None = RopeConfig()  # None: no position embedding in this block (NoPE)
+    window: int = Field(0, ge=0)  # sliding window in tokens, the query included; 0 is full attention
+    query_scale: float = Field(0.0, ge=0)  # 0 is 1 / sqrt(head_dim)
+    attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0 is off
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_epsilon: float = Field(1e-6, gt=0)
+    norm_unit_offset: bool = False  # scale by (1 + w) instead of w, as Gemma does
+
+    @model_validator(mode='after')
+    def _check(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}'
+            )
+        if not (self.pre_norm or self.post_norm):
+            raise ValueError('pre_norm and post_norm are both off; a block needs one of them')
+        return self
+
+
+class SegmentConfig(Group):
+    """A pattern of blocks and how often it repeats, e.g. three local and one global, eight times."""
+
+    pattern: list[BlockConfig] = Field(min_length=1)
+    repeats: int = Field(ge=1)
+
+
+class TransformerConfig(Group):
+    """A decoder-only transformer."""
+
+    name: Literal['transformer'] = 'transformer'
+    vocab_size: int = Field(ge=2)
+    vocab_multiple: int = Field(128, ge=1)  # the table is padded to this; padding never gets probability
+    embed_dim: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    block: BlockConfig  # every block, unless segments says otherwise
+    segments: list[SegmentConfig] = []
+    tie_embeddings: bool = False
+    embedding_scale: float = Field(1.0, gt=0)  # Gemma: sqrt(embed_dim)
+    logits_softcap: float = Field(0.0, ge=0)
+    init_scale: float = Field(1.0, gt=0)  # multiplies the fan-in initialisation of every matrix
+    zero_init_outputs: bool = False  # the output projections of attention and MLP start at zero
+    scan: bool = True  # lax.scan over the repeats of a segment; False unrolls them
+    remat: Literal['none', 'dots', 'full'] = 'none'
+    param_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # bfloat16, but float32 on CPU
+    gradient_reduce_dtype: Literal['compute', 'float32'] = 'compute'
+
+    @model_validator(mode='after')
+    def _check(self):
+        layers = sum(len(s.pattern) * s.repeats for s in self.segments)
+        if self.segments and layers != self.num_layers:
+            terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)
+            raise ValueError(f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}')
+        return self
+
+    @property
+    def trunk(self) -> list[SegmentConfig]:
+        """The segments; a uniform model is one segment."""
+        return self.segments or [SegmentConfig(pattern=[self.block], repeats=self.num_layers)]
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+MODELS = {'transformer': Entry('jaxfm.models.transformer:Transformer', TransformerConfig)}

@@ -1,0 +1,72 @@
+"""Multi-head attention with grouped key-value heads, rotary positions and an optional cache.
+
+B batch, T query position, D embed, N heads, K kv heads, H head dim.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxfm.models import BlockConfig
+from jaxfm.models.kv_cache import LayerCache
+from jaxfm.models.layers import RMSNorm, matrix, vector
+from jaxfm.ops.attention import KeyValues, attention
+from jaxfm.ops.rope import apply_rope, rope_frequencies
+from jaxfm.sharding import activation
+
+
+class Attention(nnx.Module):
+    """Causal self-attention of one block."""
+
+    def __init__(self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, rngs):
+        D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config = config
+        self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
+        self.k = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
+        self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
+        out_axes = ('heads', 'head_dim', 'embed')
+        self.out = matrix(rngs, (N, H, D), out_axes, N * H, output_scale, dtype)
+        # Each attribute is assigned once: nnx fixes at the first assignment whether it is data.
+        heads, kv_heads = ('heads', 'head_dim'), ('kv_heads', 'head_dim')
+        self.q_bias = vector(0.0, (N, H), heads) if config.qkv_bias else None
+        self.k_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
+        self.v_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
+        self.out_bias = vector(0.0, (D,), ('norm',)) if config.output_bias else None
+        norm = dict(epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
+        self.q_norm = RMSNorm(H, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, **norm) if config.qk_norm else None
+
+    def _project(self, x_BTD, weight, bias, norm, positions_BT):
+        heads = jnp.einsum('btd,dnh->btnh', x_BTD, weight[...])
+        if bias is not None:
+            heads += bias[...].astype(heads.dtype)[None, None]
+        if norm is not None:
+            heads = norm(heads)
+        rope = self.config.rope
+        if positions_BT is None or rope is None:
+            return heads
+        return apply_rope(heads, positions_BT, rope_frequencies(heads.shape[-1], **dict(rope)))
+
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None):
+        """-> (out [B, T, D], updated cache). Without a cache the keys are those of x itself."""
+        config = self.config
+        q_BTNH = self._project(x_BTD, self.q, self.q_bias, self.q_norm, positions_BT)
+        k_BTKH = self._project(x_BTD, self.k, self.k_bias, self.k_norm, positions_BT)
+        v_BTKH = self._project(x_BTD, self.v, self.v_bias, None, None)
+        if cache is None:
+            keys = KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
+        else:
+            cache, keys = cache.update(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
+        heads_BTNH = attention(
+            q_BTNH,
+            keys,
+            positions_BT,
+            segment_ids_BT,
+            scale=config.query_scale or config.head_dim**-0.5,
+            window=config.window,
+            softcap=config.attention_softcap,
+        )
+        spec = activation('batch', 'position', 'embed')
+        out_BTD = jnp.einsum('btnh,nhd->btd', heads_BTNH, self.out[...], out_sharding=spec)
+        if self.out_bias is not None:
+            out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]
+        return out_BTD, cache

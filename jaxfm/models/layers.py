@@ -1,0 +1,81 @@
+"""The pieces of a block that are not attention: weights, norm, embedding, MLP.
+
+Every weight is stored with the logical names of its dimensions (`axes`); `jaxfm.sharding` says what
+they mean on a mesh. B batch, T position, D embed, F mlp, V vocab.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxfm.models import BlockConfig
+from jaxfm.ops.norm import rms_norm
+from jaxfm.sharding import activation
+
+ACTIVATION_FUNCTIONS = {
+    'silu': jax.nn.silu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': jax.nn.gelu,
+    'relu_squared': lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+def matrix(rngs: nnx.Rngs, shape, axes, fan_in: int, scale: float, dtype) -> nnx.Param:
+    """A weight with standard deviation scale / sqrt(fan_in), normal truncated at two sigma."""
+    init = jax.nn.initializers.truncated_normal(scale / fan_in**0.5)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes)
+
+
+def vector(value: float, size, axes) -> nnx.Param:
+    """A constant-initialised norm scale or bias; always float32."""
+    return nnx.Param(jnp.full(size, value, jnp.float32), axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) times a learned scale; with unit_offset the scale is stored minus one."""
+
+    def __init__(self, size: int, *, epsilon: float, unit_offset: bool = False):
+        self.epsilon, self.unit_offset = epsilon, unit_offset
+        self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
+
+    def __call__(self, x):
+        scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
+        return rms_norm(x, scale, epsilon=self.epsilon)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D]; unit variance, so that the residual stream starts at unit scale."""
+
+    def __init__(self, vocab_size: int, embed_dim: int, *, std: float, dtype, rngs: nnx.Rngs):
+        axes = ('vocab', 'embed')
+        self.table = matrix(rngs, (vocab_size, embed_dim), axes, 1, std, dtype)
+
+    def __call__(self, tokens_BT):
+        spec = activation('batch', 'position', 'embed')
+        return self.table[...].at[tokens_BT].get(out_sharding=spec)
+
+
+class Mlp(nnx.Module):
+    """activation(x gate) * (x up) down; gate and up are one matmul. Without a gate: activation(x up) down."""
+
+    def __init__(self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, rngs):
+        D, F, ways = embed_dim, config.mlp_dim, 2 if config.gated else 1
+        self.activation, self.gated = config.activation, config.gated
+        self.gate_up = matrix(rngs, (D, ways, F), ('embed', 'gate_up', 'mlp'), D, scale, dtype)
+        self.down = matrix(rngs, (F, D), ('mlp', 'embed'), F, output_scale, dtype)
+        gate_up = ('gate_up', 'mlp')
+        self.gate_up_bias = vector(0.0, (ways, F), gate_up) if config.mlp_bias else None
+        self.down_bias = vector(0.0, (D,), ('norm',)) if config.mlp_bias else None
+
+    def __call__(self, x_BTD):
+        hidden = jnp.einsum('btd,dcf->btcf', x_BTD, self.gate_up[...])
+        if self.gate_up_bias is not None:
+            hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
+        function = ACTIVATION_FUNCTIONS[self.activation]
+        gate_BTF = function(hidden[:, :, 0])
+        hidden_BTF = gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF
+        spec = activation('batch', 'position', 'embed')
+        out_BTD = jnp.einsum('btf,fd->btd', hidden_BTF, self.down[...], out_sharding=spec)
+        if self.down_bias is not None:
+            out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
+        return out_BTD

@@ -1,0 +1,169 @@
+"""The decoder-only transformer: embedding, a trunk of repeated patterns of blocks, a final norm.
+
+One forward serves training, prefill and decode: a cache is an argument. It returns hidden states;
+`unembed()` is separate, so that nobody has to hold the logits of a whole batch. The model is
+written as if there were one device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxfm import sharding
+from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
+from jaxfm.models.attention import Attention
+from jaxfm.models.layers import Embedding, Mlp, RMSNorm
+from jaxfm.ops.logprobs import Unembedding
+
+# Bringing weights together and casting them: recomputed in the backward pass, never saved, so that
+# no gathered weight outlives its block. Also under remat 'none' (where a weight is gathered at all).
+_WEIGHT_MOVES = ('reshard', 'convert_element_type')
+
+
+def _policy(remat: str):
+    """A jax.checkpoint policy by name; each of them refuses to save gathered weights."""
+    saveable = {
+        'none': lambda *_, **__: True,
+        'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        'full': jax.checkpoint_policies.nothing_saveable,
+    }[remat]
+    return lambda prim, *avals, **params: (
+        prim.name not in _WEIGHT_MOVES and saveable(prim, *avals, **params)
+    )
+
+
+def compute_dtype(config: TransformerConfig) -> jnp.dtype:
+    """The dtype of matmuls and the residual stream; 'auto' is bfloat16, and float32 on CPU."""
+    name = config.compute_dtype
+    if name == 'auto':
+        name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    return jnp.dtype(name)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms before, after, or both (Gemma 2)."""
+
+    def __init__(self, config: BlockConfig, model: TransformerConfig, rngs: nnx.Rngs):
+        D = model.embed_dim
+        scales = dict(
+            scale=model.init_scale,
+            output_scale=0.0 if model.zero_init_outputs else model.init_scale,
+            dtype=jnp.dtype(model.param_dtype),
+        )
+        norm = functools.partial(
+            RMSNorm, D, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset
+        )
+        self.attention = Attention(config, D, **scales, rngs=rngs)
+        self.mlp = Mlp(config, D, **scales, rngs=rngs)
+        self.pre_attention = norm() if config.pre_norm else None
+        self.post_attention = norm() if config.post_norm else None
+        self.pre_mlp = norm() if config.pre_norm else None
+        self.post_mlp = norm() if config.post_norm else None
+
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache=None):
+        normed = self.pre_attention(x_BTD) if self.pre_attention else x_BTD
+        out, cache = self.attention(normed, positions_BT, segment_ids_BT, cache)
+        x_BTD += self.post_attention(out) if self.post_attention else out
+        normed = self.pre_mlp(x_BTD) if self.pre_mlp else x_BTD
+        out = self.mlp(normed)
+        x_BTD += self.post_mlp(out) if self.post_mlp else out
+        return x_BTD, cache
+
+
+def _stack(block: BlockConfig, config: TransformerConfig, repeats: int, rngs: nnx.Rngs) -> Block:
+    """`repeats` blocks as one, every weight with a leading layers axis."""
+    keys = jax.random.split(rngs.params(), repeats)
+    return nnx.vmap(lambda key: Block(block, config, nnx.Rngs(key)))(keys)
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        dtype = jnp.dtype(config.param_dtype)
+        table = functools.partial(
+            Embedding, config.padded_vocab_size, config.embed_dim, dtype=dtype, rngs=rngs
+        )
+        # A tied table is also the output projection: its rows start at unit length.
+        unit_length = config.embed_dim**-0.5
+        self.embedding = table(std=unit_length if config.tie_embeddings else 1.0)
+        self.trunk = nnx.List(
+            nnx.List(_stack(block, config, s.repeats, rngs) for block in s.pattern)
+            for s in config.trunk
+        )
+        last = config.trunk[-1].pattern[-1]
+        self.final_norm = RMSNorm(
+            config.embed_dim, epsilon=last.norm_epsilon, unit_offset=last.norm_unit_offset
+        )
+        self.head = None if config.tie_embeddings else table(std=unit_length * config.init_scale)
+
+    def _used(self, module: nnx.Module) -> nnx.Module:
+        """The same module with its weights cast and gathered."""
+        graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+        return nnx.merge(graphdef, self._gather(params), rest)
+
+    def _gather(self, params):
+        dtype = compute_dtype(self.config)
+        reduce_dtype = None if self.config.gradient_reduce_dtype == 'compute' else jnp.float32
+        return sharding.gather(params, dtype, reduce_dtype)
+
+    def __call__(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
+        """Final hidden states [B, T, D] in the compute dtype, and extras ({'cache': updated}).
+
+        Args:
+          positions_BT: position in the document; masks and RoPE use nothing else.
+          segment_ids_BT: attention stays inside equal ids; 0 is padding.
+          cache: from `kv_cache.init_cache`; keys then come from it, new ones are stored in it.
+        """
+        x_BTD = self._used(self.embedding)(tokens_BT)
+        if self.config.embedding_scale != 1.0:
+            x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+        caches = []
+        for index, (segment, stacks) in enumerate(zip(self.config.trunk, self.trunk, strict=True)):
+            segment_cache = None if cache is None else cache[index]
+            x_BTD, segment_cache = self._run_segment(
+                segment, stacks, x_BTD, positions_BT, segment_ids_BT, segment_cache
+            )
+            caches.append(segment_cache)
+        return self.final_norm(x_BTD), {} if cache is None else {'cache': caches}
+
+    def _run_segment(self, segment: SegmentConfig, stacks, x, positions, segment_ids, caches):
+        """All repeats of a pattern, scanned or unrolled; weights are gathered inside."""
+        graphdefs, params, rest = zip(*(nnx.split(s, nnx.Param, ...) for s in stacks), strict=True)
+
+        def body(x, layer):
+            params, rest, caches = layer
+            new_caches = []
+            for i, graphdef in enumerate(graphdefs):
+                block = nnx.merge(graphdef, self._gather(params[i]), rest[i])
+                x, new = block(x, positions, segment_ids, None if caches is None else caches[i])
+                new_caches.append(new)
+            return x, None if caches is None else new_caches
+
+        layers = (params, rest, caches)
+        if caches is None and (self.config.remat != 'none' or self._moves_weights()):
+            body = jax.checkpoint(
+                body, policy=_policy(self.config.remat), prevent_cse=not self.config.scan
+            )
+        if self.config.scan and segment.repeats > 1:
+            return lax.scan(body, x, layers)
+        outputs = []
+        for repeat in range(segment.repeats):
+            x, output = body(x, jax.tree.map(lambda leaf: leaf[repeat], layers))
+            outputs.append(output)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    def _moves_weights(self) -> bool:
+        cast = compute_dtype(self.config) != jnp.dtype(self.config.param_dtype)
+        return cast or sharding.is_gathered()
+
+    def unembed(self) -> Unembedding:
+        """The output projection, cast and gathered; hand it to `ops.logprobs`."""
+        table = self.embedding if self.config.tie_embeddings else self.head
+        return Unembedding(
+            self._used(table).table[...], self.config.vocab_size, self.config.logits_softcap
+        )

@@ -1,0 +1,289 @@
+"""Where arrays live: the mesh, the tables from logical axes to mesh axes, and the moves between them.
+
+A model names the dimensions of its weights and activations; only this file knows the mesh. Three
+tables, because a weight lives in two places: sharded over `fsdp` as it is *stored*, whole in
+`embed` while it is *used*; activations follow the batch. The mesh is Explicit: shardings are part of
+array types, so an ambiguous product is an error at trace time instead of a silent all-gather.
+"""
+
+import functools
+import math
+import queue
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxfm.errors import ConfigError
+
+# In the order of the links they need: replica crosses the slow network, tensor the fastest one.
+MESH_AXES = ('replica', 'fsdp', 'expert', 'context', 'tensor')
+
+STORED = {
+    'vocab': 'tensor',
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'mlp': 'tensor',
+    'head_dim': None,
+    'gate_up': None,
+    'norm': None,
+    'layers': None,
+}
+USED = {**STORED, 'embed': None}
+ACTIVATIONS = {
+    'batch': ('replica', 'fsdp', 'expert'),
+    'position': 'context',
+    'key_position': None,  # every query needs all keys: they are gathered over context
+    'embed': None,
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'group': None,
+    'head_dim': None,
+    'mlp': 'tensor',
+    'vocab': 'tensor',
+    'layers': None,
+    'microbatch': None,
+    'chunk': None,
+}
+LARGE_PARAMETER = 1 << 20  # elements; a smaller one may stay replicated
+
+
+def mesh_shape(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Fills the one axis given as -1 so that the product is the number of devices."""
+    known = math.prod(n for n in sizes.values() if n != -1)
+    free = [axis for axis in MESH_AXES if sizes[axis] == -1]
+    shown = ' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES if sizes[axis] != 1) or '1'
+    if free and num_devices % known == 0:
+        return {**sizes, free[0]: num_devices // known}
+    if free or known != num_devices:
+        relation = 'does not divide' if free else 'is not'
+        raise ConfigError(f'config.mesh: {shown} = {known} {relation} the {num_devices} devices here')
+    return dict(sizes)
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
+    """The Explicit mesh of all five axes (size 1 when unused). `sizes` may hold one -1."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(
+        tuple(shape[axis] for axis in MESH_AXES),
+        MESH_AXES,
+        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
+        devices=devices,
+    )
+
+
+def _spec(table, names) -> P:
+    return P(*(None if name is None else table[name] for name in names))
+
+
+def stored_spec(axes) -> P:
+    """The sharding of a weight at rest, from its logical axes."""
+    return _spec(STORED, axes)
+
+
+def used_spec(axes) -> P:
+    """The sharding of a weight inside a block."""
+    return _spec(USED, axes)
+
+
+def activation(*names) -> P | None:
+    """The sharding of an activation for `out_sharding=`; None where no mesh is set (one device)."""
+    return None if jax.sharding.get_abstract_mesh().empty else _spec(ACTIVATIONS, names)
+
+
+def place(x, *names):
+    """An activation moved to the sharding of its logical axes (no cost where it is already there)."""
+    spec = activation(*names)
+    return x if spec is None else jax.reshard(x, spec)
+
+
+def per_shard(function, in_names, out_names):
+    """`function` on each device's own shards, for work that needs nothing of the others.
+
+    The way out where the type system asks for collectives that are not needed (per-row scatters).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(
+        function,
+        in_specs=tuple(_spec(ACTIVATIONS, names) for names in in_names),
+        out_specs=_spec(ACTIVATIONS, out_names),
+        check_vma=False,
+    )
+
+
+def axis_size(table, name: str, mesh=None) -> int:
+    """How many ways a logical axis is split on a mesh (default: the mesh that is set)."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    entry = table[name]
+    axes = entry if isinstance(entry, tuple) else (entry,)
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
+
+
+def batch_shards(mesh=None) -> int:
+    """How many ways the rows of a batch are split."""
+    return axis_size(ACTIVATIONS, 'batch', mesh)
+
+
+def is_gathered(mesh=None) -> bool:
+    """Whether a weight in use differs from the weight at rest."""
+    return axis_size(STORED, 'embed', mesh) > 1
+
+
+def gather(params: nnx.State, compute_dtype, reduce_dtype=None) -> nnx.State:
+    """Weights as used: cast to the compute dtype first, then brought together over `fsdp`.
+
+    That order makes the collectives carry the compute dtype: all-gathers forward and, through the
+    transpose, reduce-scatters of the gradients in `reduce_dtype` (default the compute dtype).
+    Vectors (norms, biases) stay as stored: they are small and are applied in float32.
+    """
+
+    def bring(param):
+        if len(param.axes) < 2:
+            return param
+        return param.replace(_gather(param[...], param.axes, compute_dtype, reduce_dtype))
+
+    return jax.tree.map(bring, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(weight, axes, compute_dtype, reduce_dtype):
+    weight = weight.astype(compute_dtype)
+    return jax.reshard(weight, used_spec(axes)) if is_gathered() else weight
+
+
+def _gather_forward(weight, axes, compute_dtype, reduce_dtype):
+    # The empty array carries the stored dtype to the backward pass and costs nothing.
+    return _gather(weight, axes, compute_dtype, reduce_dtype), jnp.zeros((0,), weight.dtype)
+
+
+def _gather_backward(axes, compute_dtype, reduce_dtype, stored, gradient):
+    gradient = gradient.astype(reduce_dtype or compute_dtype)
+    if is_gathered():
+        gradient = jax.reshard(gradient, stored_spec(axes))
+    return (gradient.astype(stored.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def check_weights(shapes: dict, axes: dict, mesh) -> None:
+    """Every stored dimension divides its mesh axis, and no large weight is replicated by accident.
+
+    Args:
+      shapes: {path: shape}, stacked layers included.
+      axes: {path: logical axes}, one a dimension.
+
+    Raises:
+      ConfigError: naming each weight, with the arithmetic.
+    """
+    problems = []
+    for path, shape in shapes.items():
+        for size, name in zip(shape, axes[path], strict=True):
+            ways = axis_size(STORED, name, mesh)
+            if size % ways:
+                problems.append(f'{path}: {name} {size} / {STORED[name]} {ways} = {size / ways:g}')
+        split = math.prod(axis_size(STORED, name, mesh) for name in axes[path])
+        can_split = math.prod(mesh.shape[axis] for axis in set(STORED.values()) - {None})
+        if split == 1 and can_split > 1 and math.prod(shape) >= LARGE_PARAMETER:
+            problems.append(
+                f'{path}: {math.prod(shape):,} elements would be replicated on all {mesh.size} '
+                f'devices: none of its axes {axes[path]} is split on this mesh'
+            )
+    if problems:
+        raise ConfigError('config.mesh does not fit the model:\n  ' + '\n  '.join(problems))
+
+
+def local_rows(mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch this process must make, ascending."""
+    sharding = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Local rows of [B, T] host arrays -> global arrays sharded as activations."""
+    sharding = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, rows, (batch_size,) + rows.shape[1:]
+        )
+        for name, rows in batch.items()
+    }
+
+
+def to_host(tree):
+    """Values of (possibly sharded, possibly multi-process) arrays as numpy, on every process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and jax.process_count() > 1:
+        tree = jax.tree.map(lambda x: jax.reshard(x, P()), tree)
+    return jax.device_get(tree)
+
+
+class Prefetch:
+    """A source that works ahead: makes batches and puts them on the devices in one thread.
+
+    Only for sources that ignore params (datasets). `get_state` is the position after the batch that
+    was delivered last, never of what waits in the queue.
+    """
+
+    def __init__(self, source, mesh, batch_size: int, depth: int = 2):
+        self._source, self._mesh, self._batch_size = source, mesh, batch_size
+        self._depth = depth
+        self._state = source.get_state()
+        self._thread = None
+
+    def _work(self, batches: queue.Queue, stopped: threading.Event):
+        try:
+            while not stopped.is_set():
+                batch = put(self._source.next(None, None), self._mesh, self._batch_size)
+                item = (batch, self._source.get_state())
+                while not stopped.is_set():
+                    try:
+                        batches.put(item, timeout=0.1)
+                        break
+                    except queue.Full:
+                        continue
+        except BaseException as error:  # raised again in the loop, where it can be handled
+            batches.put((error, None))
+
+    def _start(self):
+        self._batches = queue.Queue(maxsize=self._depth + 1)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(self._batches, self._stopped), daemon=True, name='prefetch'
+        )
+        self._thread.start()
+
+    def next(self, params, step):
+        """The next batch, on the devices."""
+        if self._thread is None:
+            self._start()
+        batch, state = self._batches.get()
+        if state is None:
+            self._thread = None
+            raise batch
+        self._state = state
+        return batch
+
+    def get_state(self):
+        return self._state
+
+    def set_state(self, state):
+        self.close()
+        self._source.set_state(state)
+        self._state = state
+
+    def close(self):
+        """Stops the thread; the next call of `next` starts it again where `get_state` says."""
+        if self._thread is not None:
+            self._stopped.set()
+            self._thread.join()
+            self._thread = None
+            self._source.set_state(self._state)

@@ -46,7 +46,7 @@ class BPEConfig(Group):
 
     name: Literal['bpe'] = 'bpe'
     # Special tokens and the 256 bytes included.
-    vocab_size: int = Field(default=2048, ge=259)
+    vocab_size: int = Field(default=2048, ge=258)
     # How text is cut before merging; `tokenizer.PATTERNS` explains the choices.
     pattern: Literal['code', 'words'] = 'code'
 

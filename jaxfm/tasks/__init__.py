@@ -17,10 +17,12 @@ class PythonFunctionsConfig(Group):
     name: Literal['python_functions'] = 'python_functions'
     # Headers, chosen by a hash; fewer when the documents do not have that many.
     num_prompts: int = Field(default=64, ge=1)
-    # Lines of the same file shown before the header, so that the prompt looks like a piece of a file.
+    # Lines of the same file before the header, so that the prompt looks like a piece of a file.
     context_lines: int = Field(default=0, ge=0)
 
 
 TASKS = {
-    'python_functions': Entry('jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig),
+    'python_functions': Entry(
+        'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
+    ),
 }

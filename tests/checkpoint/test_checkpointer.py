@@ -1,0 +1,323 @@
+"""Checkpoints of arrays on a disk: bit for bit, on any mesh, committed whole or invisible."""
+
+import json
+import logging
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.errors import (
+    ConfigError,
+    DataError,
+    MissingInputError,
+    PermissionDeniedError,
+    StorageError,
+)
+
+EXTRA = {'source': {'next_row': 2**60 + 1}, 'seconds': 0.1, 'metrics': [1, None]}
+
+
+def make_mesh(*shape):
+    names = ('fsdp', 'tensor')[: len(shape)]
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(
+        shape, names, axis_types=(AxisType.Explicit,) * len(shape), devices=devices
+    )
+
+
+def spec_of(array, mesh):
+    """Two-dimensional leaves are sharded over the mesh, the others are whole everywhere."""
+    return P(*mesh.axis_names) if array.ndim == 2 else P()
+
+
+def place(tree, mesh):
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec_of(x, mesh))), tree)
+
+
+def abstract_of(tree, mesh):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec_of(x, mesh))
+        ),
+        tree,
+    )
+
+
+def host_state(seed=0):
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((512, 128), dtype=np.float32)
+    weights[0, :3] = np.nan, np.inf, -0.0
+    return {
+        'step': np.int32(seed),
+        'rng': random.integers(0, 2**32, 2, dtype=np.uint32),
+        'params': {'w': weights, 'scale': weights[1].astype(jnp.bfloat16)},
+        'opt_state': ({'mu': weights * 2}, [np.int32(3)]),
+    }
+
+
+def assert_bitwise_equal(tree, expected):
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
+        got, want = np.asarray(got), np.asarray(want)
+        assert got.dtype == want.dtype
+        assert got.tobytes() == want.tobytes()
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    made = Checkpointer(CheckpointConfig(keep=2), tmp_path / 'checkpoints')
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def saved(checkpointer):
+    """A checkpointer with one committed step, 7."""
+    checkpointer.save(7, place(host_state(), make_mesh(8)), EXTRA)
+    checkpointer.wait()
+    return checkpointer
+
+
+def step_directory(checkpointer, step=7):
+    return checkpointer.directory / str(step)
+
+
+def test_a_new_directory_has_no_step(checkpointer):
+    assert checkpointer.latest_step() is None
+    with pytest.raises(MissingInputError, match='no checkpoint 3 .* there are: none'):
+        checkpointer.restore(3, {})
+
+
+@pytest.mark.parametrize('shape', [(8,), (2, 4), (1,)])
+def test_restore_on_another_mesh_is_bit_equal(saved, shape):
+    mesh = make_mesh(*shape)
+    abstract = abstract_of(host_state(), mesh)
+    state, extra = saved.restore(7, abstract)
+    assert_bitwise_equal(state, host_state())
+    assert extra == EXTRA
+    assert all(
+        x.sharding == a.sharding
+        for x, a in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)
+    )
+
+
+def test_another_process_finds_the_step(saved):
+    fresh = Checkpointer(CheckpointConfig(), saved.directory)
+    assert fresh.latest_step() == 7
+    state, _ = fresh.restore(7, abstract_of(host_state(), make_mesh(1)))
+    assert_bitwise_equal(state, host_state())
+    fresh.close()
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_state_may_be_donated_as_soon_as_save_returns(checkpointer, devices):
+    mesh = make_mesh(devices)
+    host = {'w': np.zeros((4096, 1024), np.float32), 'count': np.int32(0)}
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = spoil(place(host, mesh))
+    for step in range(1, 4):
+        checkpointer.save(step, state, {})
+        state = spoil(spoil(state))
+        jax.block_until_ready(state)
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(step, abstract_of(host, mesh))
+        assert np.unique(restored['w']) == restored['count'] == 2 * step - 1
+
+
+def test_extra_may_change_as_soon_as_save_returns(checkpointer):
+    extra = {'source': {'next_row': 5}}
+    checkpointer.save(1, place({'w': np.zeros((512, 8))}, make_mesh(1)), extra)
+    extra['source']['next_row'] = 6
+    checkpointer.wait()
+    assert checkpointer.read_extra(1) == {'source': {'next_row': 5}}
+
+
+def test_only_the_newest_checkpoints_stay(checkpointer):
+    for step in (1, 2, 3, 4):
+        checkpointer.save(step, place(host_state(step), make_mesh(1)), {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [3, 4]
+
+
+def test_saving_a_step_twice_keeps_the_first(saved):
+    saved.save(7, place(host_state(1), make_mesh(8)), {})
+    saved.wait()
+    state, extra = saved.restore(7, abstract_of(host_state(), make_mesh(8)))
+    assert_bitwise_equal(state, host_state())
+    assert extra == EXTRA
+
+
+def test_an_older_step_is_saved_and_not_skipped_in_silence(saved):
+    saved.save(5, place(host_state(5), make_mesh(1)), {})
+    saved.wait()
+    assert saved.steps() == [5, 7]
+
+
+def test_parameters_are_restored_without_the_rest(saved):
+    subset = {'params': abstract_of(host_state()['params'], make_mesh(2, 4))}
+    assert_bitwise_equal(saved.restore_params(7, subset), {'params': host_state()['params']})
+
+
+def test_a_reader_sees_new_steps_and_sweeps_nothing(saved, tmp_path):
+    unfinished = saved.directory / '9.orbax-checkpoint-tmp'
+    unfinished.mkdir()
+    reader = Checkpointer(CheckpointConfig(), saved.directory, read_only=True)
+    saved.save(8, place(host_state(8), make_mesh(1)), {})
+    saved.wait()
+    assert reader.latest_step() == 8
+    assert_bitwise_equal(
+        reader.restore(8, abstract_of(host_state(), make_mesh(1)))[0], host_state(8)
+    )
+    reader.close()
+    assert unfinished.is_dir()
+    nowhere = Checkpointer(CheckpointConfig(), tmp_path / 'nowhere', read_only=True)
+    assert nowhere.latest_step() is None
+    nowhere.close()
+    assert not (tmp_path / 'nowhere').exists()
+
+
+def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
+    wanted = host_state()
+    wanted['params']['w'] = wanted['params']['w'].astype(np.float16)
+    wanted['params']['scales'] = wanted['params'].pop('scale')
+    wanted['rng'] = np.zeros(4, np.uint32)
+    with pytest.raises(ConfigError) as caught:
+        saved.restore(7, abstract_of(wanted, make_mesh(8)))
+    message = str(caught.value)
+    assert 'params.w: float32 [512, 128] in the checkpoint, float16 [512, 128] in' in message
+    assert 'rng: uint32 [2] in the checkpoint, uint32 [4] in the run' in message
+    assert 'params.scales: not in the checkpoint (nearest: params.scale)' in message
+    assert 'params.scale: only in the checkpoint' in message
+
+
+def test_a_subset_may_not_ask_for_what_is_not_there(saved):
+    subset = abstract_of({'params': {'bias': np.zeros(3)}}, make_mesh(1))
+    with pytest.raises(ConfigError, match='params.bias: not in the checkpoint'):
+        saved.restore_params(7, subset)
+
+
+def cut_the_largest_file(step):
+    largest = max(step.glob('state/**/d/*'), key=lambda path: path.stat().st_size)
+    with largest.open('r+b') as file:
+        file.truncate(largest.stat().st_size // 2)
+
+
+def remove_the_data(step):
+    for path in step.glob('state/**/d/*'):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        cut_the_largest_file,
+        remove_the_data,
+        lambda step: (step / 'state' / 'manifest.ocdbt').unlink(),
+        lambda step: (step / 'state' / '_METADATA').unlink(),
+        lambda step: (step / 'state' / '_METADATA').write_text('{'),
+        lambda step: (step / 'extra' / 'metadata').write_text('{'),
+        lambda step: shutil.rmtree(step / 'state'),
+        lambda step: shutil.rmtree(step / 'extra'),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_in_one_line(saved, damage, capfd):
+    damage(step_directory(saved))
+    fresh = Checkpointer(CheckpointConfig(), saved.directory)
+    with pytest.raises(DataError, match='checkpoint 7 in .* cannot be read: ') as caught:
+        fresh.restore(7, abstract_of(host_state(), make_mesh(8)))
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 600
+    fresh.close()
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_a_step_under_way_is_invisible(checkpointer):
+    checkpointer.save(1, place(host_state(), make_mesh(1)), {})
+    assert checkpointer.latest_step() in (None, 1)
+    (checkpointer.directory / '2.orbax-checkpoint-tmp').mkdir()
+    checkpointer.wait()
+    assert checkpointer.latest_step() == 1
+
+
+def test_a_failed_background_save_is_told_once_and_the_next_one_works(saved):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        saved.save(8, place(host_state(8), make_mesh(8)), {})
+        with pytest.raises(StorageError, match='checkpoint 8 could not be saved.*File too large'):
+            saved.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saved.wait()
+    assert saved.steps() == [7]
+    saved.save(8, place(host_state(8), make_mesh(8)), {})
+    saved.wait()
+    assert_bitwise_equal(
+        saved.restore(8, abstract_of(host_state(), make_mesh(8)))[0], host_state(8)
+    )
+
+
+def test_no_room_is_refused_with_the_numbers(saved, tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    empty = Checkpointer(CheckpointConfig(), tmp_path / 'empty')
+    empty.check_room(free // 4)
+    with pytest.raises(StorageError, match=r'need \d+ GiB \(2 of \d+ GiB\), have [\d.]+ GiB') as e:
+        empty.check_room(free // 4 * 3 + 2**38)
+    assert str(empty.directory) in str(e.value)
+    saved.check_room(free // 4 * 3)
+    empty.close()
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(PermissionDeniedError, match='/sys/jaxfm cannot be written'):
+        Checkpointer(CheckpointConfig(), '/sys/jaxfm')
+    (tmp_path / 'file').write_text('')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        with pytest.raises(ConfigError, match='is not a directory'):
+            Checkpointer(CheckpointConfig(), path)
+    with pytest.raises(ConfigError, match='only paths of a file system'):
+        Checkpointer(CheckpointConfig(directory='s3://bucket/run'), tmp_path)
+
+
+def test_the_config_may_name_another_directory(tmp_path):
+    config = CheckpointConfig(directory=str(tmp_path / 'elsewhere'))
+    made = Checkpointer(config, tmp_path / 'here')
+    assert made.directory == tmp_path / 'elsewhere'
+    made.close()
+
+
+def test_a_step_that_was_being_deleted_hinders_nobody(saved):
+    saved.save(8, place(host_state(8), make_mesh(1)), {})
+    saved.wait()
+    for name in ('_CHECKPOINT_METADATA', 'commit_success.txt', 'state/_METADATA'):
+        (step_directory(saved) / name).unlink()
+    fresh = Checkpointer(CheckpointConfig(keep=1), saved.directory)
+    state, _ = fresh.restore(fresh.latest_step(), abstract_of(host_state(), make_mesh(1)))
+    assert_bitwise_equal(state, host_state(8))
+    fresh.save(9, place(host_state(9), make_mesh(1)), {})
+    fresh.close()
+    assert fresh.steps() == [9]
+
+
+def test_arrays_are_stored_with_ocdbt(saved):
+    metadata = json.loads((step_directory(saved) / 'state' / '_METADATA').read_text())
+    assert metadata['use_ocdbt']
+
+
+def test_orbax_says_nothing(tmp_path, capfd):
+    logging.getLogger('absl').setLevel(logging.INFO)
+    made = Checkpointer(CheckpointConfig(), tmp_path)
+    made.save(1, place(host_state(), make_mesh(8)), EXTRA)
+    made.wait()
+    made.restore(1, abstract_of(host_state(), make_mesh(1)))
+    made.close()
+    logging.getLogger('absl').setLevel(logging.WARNING)
+    assert capfd.readouterr().err == ''

@@ -38,7 +38,7 @@ def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bo
 
     Raises:
         UsageError: the variables contradict each other.
-        UnavailableError: the coordinator's port is taken, its host unknown, or a process is missing.
+        UnavailableError: the coordinator's port is taken, its host unknown, a process missing.
     """
     found = _from_environment() or _from_slurm()
     if found is None or found[1] == 1:
@@ -100,7 +100,7 @@ class Preemption:
     """
 
     _exit_codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
-    # Some senders (coreutils' timeout, process groups) deliver one request twice within microseconds.
+    # Some senders (coreutils' timeout, process groups) deliver one request twice at once.
     _same_request_seconds = 0.1
 
     def __init__(self):
@@ -179,7 +179,7 @@ def _from_environment() -> tuple[str, int, int] | None:
         return None
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UsageError(f'{" and ".join(missing)} not set, though the rest of {", ".join(names)} is')
+        raise UsageError(f'{" and ".join(missing)} not set: want all of {", ".join(names)}, or none')
     given = ' '.join(f'{name}={os.environ[name]}' for name in names)
     if not all(count.isdecimal() for count in counts) or not int(counts[1]) < int(counts[0]):
         raise UsageError(f'want 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {given}')
@@ -240,8 +240,8 @@ def _wait_for_host(address, deadline):
         time.sleep(0.5)
 
 
-# JAX's preemption service handles SIGTERM in C++, where Python's `signal` module can neither see nor
-# restore it. `struct sigaction` begins with the function; 256 bytes hold it on every platform.
+# JAX's preemption service handles SIGTERM in C++, where Python's `signal` module can neither see
+# nor restore it. `struct sigaction` begins with the function; 256 bytes hold it on every platform.
 
 
 def _get_action(number):

@@ -1,4 +1,4 @@
-"""The strict session: eight CPU devices, rank promotion raises, warnings are errors (pyproject.toml).
+"""The strict session: eight CPU devices, rank promotion raises, warnings are errors.
 
 JAXFM_NO_SKIP=1, set by .ci/run, makes every skip an error, except of tests marked `gpu`. Tests so
 marked run with `-m gpu`, alone, because the others need the CPU devices.
@@ -35,7 +35,8 @@ def pytest_runtest_setup(item):
 
 def _forbid_skip(report):
     """Turns the report of a skip into one of a failure; an expected failure is no skip."""
-    if report.skipped and not hasattr(report, 'wasxfail') and os.environ.get('JAXFM_NO_SKIP') == '1':
+    is_skip = report.skipped and not hasattr(report, 'wasxfail')
+    if is_skip and os.environ.get('JAXFM_NO_SKIP') == '1':
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = 'failed'
         report.longrepr = f'{report.nodeid}: nothing may skip here (JAXFM_NO_SKIP=1), but: {reason}'

@@ -179,7 +179,7 @@ def _from_environment() -> tuple[str, int, int] | None:
         return None
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UsageError(f'{" and ".join(missing)} not set: want all of {", ".join(names)}, or none')
+        raise UsageError(f'{" and ".join(missing)} not set: want all of {", ".join(names)}')
     given = ' '.join(f'{name}={os.environ[name]}' for name in names)
     if not all(count.isdecimal() for count in counts) or not int(counts[1]) < int(counts[0]):
         raise UsageError(f'want 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {given}')

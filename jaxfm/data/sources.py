@@ -20,7 +20,8 @@ log = logging.getLogger('jaxfm')
 
 # Directories of the standard library that are tests, tables or not of the library at all.
 EXCLUDED_DIRECTORIES = frozenset(
-    'test tests idle_test encodings pydoc_data idlelib site-packages dist-packages __pycache__'.split()
+    'test tests idle_test encodings pydoc_data idlelib'.split()
+    + 'site-packages dist-packages __pycache__'.split()
 )
 # What the build of one interpreter wrote: the same release on another machine has other text here.
 EXCLUDED_PREFIXES = ('_sysconfigdata', 'config-')

@@ -52,7 +52,7 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids without special tokens; DataError for a str with a lone surrogate, which is no text."""
+        """Ids without special tokens; DataError for a str that has a lone surrogate."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -1,0 +1,173 @@
+"""Completing Python functions: real headers from held-out files; what counts is that it parses.
+
+A completion is cut at the first dedent: the first line, outside brackets and strings, that holds
+code no further right than `def`. It scores 1 when header and cut completion parse and the body has
+at least two statements that do something.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+
+from jaxfm.errors import DataError
+from jaxfm.tasks import PythonFunctionsConfig
+from jaxfm.tasks.base import Prompt
+
+log = logging.getLogger('jaxfm')
+
+# What matters to find the ends of lines that are ends of statements. Text may stop anywhere, so an
+# unfinished string reaches to the end of the text or, in single quotes, of the line.
+LEXEMES = re.compile(
+    r"""
+    (?P<comment> \#[^\n]* )
+  | (?P<long_string> (?P<long> \"{3} | '{3} ) (?: \\. | . )*? (?: (?P=long) | \Z ) )
+  | (?P<string> (?P<quote> ["'] ) (?: \\. | [^\\\n] )*? (?: (?P=quote) | (?=\n) | \Z ) )
+  | (?P<continuation> \\\r?\n )
+  | (?P<newline> \n )
+  | (?P<open> [(\[{] )
+  | (?P<close> [)\]}] )
+  | (?P<colon> : )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+# The indentation of a line and the first character of its code, if it has code.
+LINE_START = re.compile(r'([ \t\f]*)([^\s#])?')
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionPrompt(Prompt):
+    """Text that ends with a function header; `header` is that end, with its indentation."""
+
+    header: str
+
+    @property
+    def indentation(self) -> int:
+        """Columns before `def`."""
+        return _column(LINE_START.match(self.header)[1])
+
+
+class PythonFunctions:
+    """The task over (name, text) documents; DataError when they hold no function."""
+
+    def __init__(self, config: PythonFunctionsConfig, documents: Iterable[tuple[str, str]]):
+        found = {}
+        for name, text in documents:
+            for prompt in _function_prompts(name, text, config.context_lines):
+                # Many functions have the same header: it is asked once.
+                found.setdefault(prompt.text, prompt)
+        if not found:
+            raise DataError('task python_functions: the held-out documents hold no Python function')
+        if len(found) < config.num_prompts:
+            log.info('python_functions: %d headers, not %d', len(found), config.num_prompts)
+        self._prompts = sorted(found.values(), key=_rank)[: config.num_prompts]
+
+    def prompts(self) -> list[FunctionPrompt]:
+        """Chosen and ordered by a hash of where they stand."""
+        return list(self._prompts)
+
+    def evaluate(self, prompt: FunctionPrompt, completion: str) -> float:
+        """1.0 when the function parses and its body has two statements that do something."""
+        source = prompt.header + completion
+        source = source[: _dedent(source, prompt.indentation)]
+        function = _parse_function(source, prompt.indentation)
+        return float(function is not None and _num_statements(function) >= 2)
+
+    def reward(self, prompt: FunctionPrompt, completion: str) -> float:
+        """What is measured is what is trained."""
+        return self.evaluate(prompt, completion)
+
+    def stop(self, prompt: FunctionPrompt, completion: str) -> bool:
+        """Whether the dedent is reached."""
+        return _dedent(prompt.header + completion, prompt.indentation) is not None
+
+
+def _function_prompts(name: str, text: str, context_lines: int) -> Iterator[FunctionPrompt]:
+    tree = _parse(text)
+    # Unlike str.splitlines this ends lines where Python does: a form feed is no line end.
+    lines = io.StringIO(text).readlines()
+    for node in ast.walk(tree) if tree else ():
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = node.lineno - 1
+        header = _header(''.join(lines[first : node.body[0].lineno]))
+        # A body on the header's own line leaves nothing to complete.
+        if header.count('\n') + node.lineno >= node.body[0].lineno:
+            continue
+        context = ''.join(lines[max(0, first - context_lines) : first])
+        if not context_lines:
+            header = _without_indentation(header)
+        yield FunctionPrompt(id=f'{name}:{node.lineno}', text=context + header, header=header)
+
+
+def _header(source: str) -> str:
+    """Up to the colon that ends a header. Nothing follows it: a line break and the indentation
+    after it may be one token, which a prompt that ends with the break would take apart."""
+    for kind, depth, match in _lexemes(source):
+        if kind == 'colon' and depth == 0:
+            return source[: match.end()]
+    return source
+
+
+def _without_indentation(header: str) -> str:
+    indentation = LINE_START.match(header)[1]
+    return '\n'.join(line.removeprefix(indentation) for line in header.split('\n'))
+
+
+def _dedent(source: str, indentation: int) -> int | None:
+    """Where the first line starts that is no longer part of the function; None while all is."""
+    for kind, depth, match in _lexemes(source):
+        if kind == 'newline' and depth == 0:
+            start = LINE_START.match(source, match.end())
+            if start[2] and _column(start[1]) <= indentation:
+                return match.end()
+    return None
+
+
+def _lexemes(source: str) -> Iterator[tuple[str, int, re.Match]]:
+    """(kind, depth of brackets, match) of what LEXEMES names, in order."""
+    depth = 0
+    for match in LEXEMES.finditer(source):
+        kind = match.lastgroup
+        depth = max(0, depth + (kind == 'open') - (kind == 'close'))
+        yield kind, depth, match
+
+
+def _parse_function(source: str, indentation: int):
+    """The only statement of a source whose first line stands at `indentation`."""
+    tree = _parse('if True:\n' + source if indentation else source)
+    statements = tree.body if tree else []
+    if indentation and statements:
+        statements = statements[0].body
+    return statements[0] if len(statements) == 1 else None
+
+
+def _parse(source: str) -> ast.Module | None:
+    with warnings.catch_warnings():
+        # Invalid escapes in strings are warnings of the judged text, not of this program.
+        warnings.simplefilter('ignore')
+        try:
+            return ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return None
+
+
+def _num_statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Statements of the body itself, without `pass`, `...`, docstrings and other bare constants."""
+    return sum(
+        not isinstance(statement, ast.Pass)
+        and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        for statement in function.body
+    )
+
+
+def _column(indentation: str) -> int:
+    return len(indentation.replace('\f', '').expandtabs(8))
+
+
+def _rank(prompt: FunctionPrompt) -> bytes:
+    return hashlib.sha256(prompt.id.encode()).digest()

@@ -103,6 +103,32 @@ def place(x, *names):
     return x if spec is None else jax.reshard(x, spec)
 
 
+def place_stored(weight, axes):
+    """A weight (or its gradient, or moment) moved to where it is stored."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+    return jax.reshard(weight, stored_spec(axes))
+
+
+def place_matrices(weight, axes):
+    """A weight with every matrix whole on one device; stacks of layers spread over `fsdp` if even."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return weight
+    even = axes[0] == 'layers' and weight.shape[0] % mesh.shape['fsdp'] == 0
+    return jax.reshard(weight, P('fsdp' if even else None, *(None,) * (weight.ndim - 1)))
+
+
+def place_stored_matrices(weight, axes):
+    """The way back from `place_matrices`, by way of whole copies.
+
+    In one move XLA cannot go from split layers to split dimensions and replicates with a warning.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return weight
+    return place_stored(jax.reshard(weight, P(*(None,) * weight.ndim)), axes)
+
+
 def per_shard(function, in_names, out_names):
     """`function` on each device's own shards, for work that needs nothing of the others.
 
@@ -218,12 +244,14 @@ def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Ar
     }
 
 
-def to_host(tree):
-    """Values of (possibly sharded, possibly multi-process) arrays as numpy, on every process."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and jax.process_count() > 1:
-        tree = jax.tree.map(lambda x: jax.reshard(x, P()), tree)
-    return jax.device_get(tree)
+def distribute(arrays, mesh):
+    """Host arrays [B, ...] that every process holds whole -> global arrays, rows split as a batch."""
+
+    def make(array):
+        place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    return jax.tree.map(make, arrays)
 
 
 class Prefetch:

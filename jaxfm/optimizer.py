@@ -1,0 +1,163 @@
+"""Optimizers as optax chains, their learning-rate schedule, and which rule each parameter follows.
+
+Rules come from the logical axes of a parameter, never from its rank: a stacked vector is not a matrix.
+Parameters are a flat dict {path: array}; a rule is a word in the start-up table.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfm import sharding
+
+# Newton-Schulz coefficients of Jordan et al., "Muon" (2024): all singular values end near one.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Axes along which a parameter is many matrices: q, k, v are separate parameters already.
+_STACK_AXES = ('layers', 'gate_up')
+
+
+def make_schedule(config, steps: int):
+    """Learning rate as a function of the number of updates applied: linear warm-up, then decay."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    decay_steps = max(1, config.decay_steps or steps - config.warmup_steps)
+    decay = {
+        'cosine': lambda: optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
+        'linear': lambda: optax.linear_schedule(peak, final, decay_steps),
+        'constant': lambda: optax.constant_schedule(peak),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return decay
+    # From peak / warmup_steps, not from zero: a first step that does nothing is a wasted one.
+    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, 2019). Weight decay on matrices only.
+
+    `transform` gives the update direction; the caller multiplies it with minus `schedule(updates)`.
+
+    Args:
+      config: an OptimizerConfig.
+      steps: of the phase, for the schedule.
+      axes: {path: logical axes} of the trainable parameters.
+    """
+
+    def __init__(self, config, steps: int, axes: dict[str, tuple[str, ...]]):
+        self.config = config
+        self.schedule = make_schedule(config, steps)
+        self.rules = {path: self.rule(path, names) for path, names in axes.items()}
+        self.transform = self._transform(axes)
+
+    def rule(self, path: str, axes) -> str:
+        """What happens to one parameter, in words."""
+        decays = self.config.weight_decay and not is_vector(axes)
+        return f'adamw, decay {self.config.weight_decay:g}' if decays else 'adamw, no decay'
+
+    def _transform(self, axes) -> optax.GradientTransformation:
+        return self._adamw(axes)
+
+    def _adamw(self, axes) -> optax.GradientTransformation:
+        config = self.config
+        return optax.chain(
+            optax.scale_by_adam(
+                config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype)
+            ),
+            _decay(config.weight_decay, axes),
+        )
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al., 2024) for the matrices inside blocks, AdamW for everything else.
+
+    The update of a matrix is its momentum, orthogonalised, times sqrt(max(1, outputs / inputs)).
+    """
+
+    def rule(self, path, axes):
+        if not is_hidden_matrix(axes):
+            return super().rule(path, axes)
+        return f'muon, decay {self.config.weight_decay:g}'
+
+    def _transform(self, axes):
+        config = self.config
+        muon = optax.chain(
+            optax.trace(config.momentum, nesterov=config.nesterov),
+            _orthogonalize_matrices(axes, config.newton_schulz_steps),
+            _decay(config.weight_decay, axes),
+            # The caller multiplies with the AdamW rate; both follow one schedule.
+            optax.scale(config.muon_learning_rate / config.learning_rate),
+        )
+        labels = {path: 'muon' if is_hidden_matrix(axes[path]) else 'adamw' for path in axes}
+        return optax.partition({'muon': muon, 'adamw': self._adamw(axes)}, labels)
+
+
+def is_vector(axes) -> bool:
+    """Norm scales and biases: at most one axis is summed over, none is an input."""
+    return 'embed' not in axes
+
+
+def is_hidden_matrix(axes) -> bool:
+    """A matrix that maps between hidden activations: not a vector, embedding or head."""
+    return 'embed' in axes and 'vocab' not in axes
+
+
+def _decay(weight_decay: float, axes) -> optax.GradientTransformation:
+    """Adds weight_decay x weight to the update of every matrix."""
+
+    def mask(params):
+        return {path: not is_vector(axes[path]) for path in params}
+
+    return optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
+
+
+def _orthogonalize_matrices(axes, steps: int) -> optax.GradientTransformation:
+    def update(updates, state, params=None):
+        del params
+        # optax.partition hides the parameters of other rules as MaskedNode.
+        is_masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
+        return {
+            path: leaf if is_masked(leaf) else orthogonalize_parameter(leaf, axes[path], steps)
+            for path, leaf in updates.items()
+        }, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def orthogonalize_parameter(update, axes, steps: int):
+    """Every matrix of a parameter, orthogonalised: embed is one side, the axes beside it the other.
+
+    Each matrix is brought whole to its devices; stacks of layers are spread over `fsdp` if they fit.
+    """
+    matrix_axes = [name for name in axes if name not in _STACK_AXES]
+    order = [i for i, name in enumerate(axes) if name in _STACK_AXES]
+    rest = [i for i, name in enumerate(axes) if name not in _STACK_AXES]
+    stack_shape = tuple(update.shape[i] for i in order)
+    whole = sharding.place_matrices(update, axes)
+    moved = jnp.transpose(whole, order + rest)
+    rows = 1  # the inputs of the matrix: axes before (or after) embed
+    split = 1 if matrix_axes[0] == 'embed' else len(matrix_axes) - 1
+    for size in moved.shape[len(order) :][:split]:
+        rows *= size
+    matrices = jnp.reshape(moved, stack_shape + (rows, -1))
+    scale = max(1.0, matrices.shape[-1] / matrices.shape[-2]) ** 0.5
+    function = functools.partial(newton_schulz, steps=steps)
+    for _ in order:
+        function = jax.vmap(function)
+    result = jnp.reshape(function(matrices) * scale, moved.shape)
+    inverse = sorted(range(len(axes)), key=(order + rest).__getitem__)
+    result = jnp.transpose(result, inverse).astype(update.dtype)
+    return sharding.place_stored_matrices(result, axes)
+
+
+def newton_schulz(matrix, steps: int):
+    """The nearest semi-orthogonal matrix, roughly: the quintic iteration of NEWTON_SCHULZ, float32."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).astype(jnp.float32)
+    x = x / (jnp.linalg.norm(x) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.T if tall else x

@@ -1,0 +1,239 @@
+"""The state of a run and the pure function that advances it by one step.
+
+The model is split once: `Parts` remembers its structure, `TrainState` holds arrays only, keyed by the
+path of the parameter ('trunk/0/0/attention/q'). Gradients and optimizer see `trainable` alone.
+"""
+
+import dataclasses
+import fnmatch
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, traverse_util
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxfm import sharding
+from jaxfm.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step reads and writes; a pytree of global arrays."""
+
+    step: jax.Array  # int32 scalar: steps taken, skipped ones included
+    rng: jax.Array  # key of the run; a step folds its number into it
+    trainable: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    buffers: dict[str, jax.Array]
+    opt_state: optax.OptState
+    counters: dict[str, jax.Array]  # updates (applied), skipped, tokens (targets learned from)
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """What a model is made of, for evaluators and sources; lent for the call."""
+        return self.trainable | self.frozen | self.buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The structure of a model, apart from its arrays.
+
+    `axes` has the logical axes of every array, the leading `layers` of stacked blocks included.
+    """
+
+    graphdef: nnx.GraphDef
+    axes: dict[str, tuple[str, ...]]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    trainable: frozenset[str]
+    buffers: frozenset[str]
+
+    def merge(self, params: dict[str, jax.Array]) -> nnx.Module:
+        """The model with these arrays, all of them."""
+        nested = {_split_path(path): value for path, value in params.items()}
+        return nnx.merge(self.graphdef, traverse_util.unflatten_dict(nested))
+
+
+def _split_path(path: str) -> tuple:
+    return tuple(int(part) if part.isdigit() else part for part in path.split('/'))
+
+
+def _flatten(module: nnx.Module) -> dict[str, nnx.Variable]:
+    _, state = nnx.split(module)
+    return {'/'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def split(make_model, frozen: list[str] = ()) -> Parts:
+    """The parts of the model that `make_model(key)` builds; nothing is allocated.
+
+    Args:
+      frozen: glob patterns of the paths of parameters that stay as they are.
+
+    Raises:
+      ConfigError: a pattern that matches no parameter.
+    """
+    abstract = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
+    graphdef, _ = nnx.split(abstract)
+    leaves = _flatten(abstract)
+    names = [path for path, leaf in leaves.items() if isinstance(leaf, nnx.Param)]
+    unmatched = [pattern for pattern in frozen if not fnmatch.filter(names, pattern)]
+    if unmatched:
+        known = '\n  '.join(sorted(names))
+        raise ConfigError(
+            f'config.optimizer.frozen: {", ".join(unmatched)} matches no parameter of\n  {known}'
+        )
+    held = {path for pattern in frozen for path in fnmatch.filter(names, pattern)}
+    return Parts(
+        graphdef=graphdef,
+        axes={path: _axes(leaf) for path, leaf in leaves.items()},
+        shapes={path: leaf.get_value() for path, leaf in leaves.items()},
+        trainable=frozenset(names) - held,
+        buffers=frozenset(leaves) - frozenset(names),
+    )
+
+
+def _axes(leaf: nnx.Variable) -> tuple[str, ...]:
+    stacked = leaf.get_value().ndim - len(leaf.axes)
+    return ('layers',) * stacked + tuple(leaf.axes)
+
+
+def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
+    """A fresh state, made where it is stored: no device ever holds the whole model.
+
+    The values depend on the seed alone, not on the mesh.
+    """
+
+    @jax.jit
+    def init(key):
+        model_key, run_key = jax.random.split(key)
+        values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
+        values = {
+            path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()
+        }
+        trainable = {path: values[path] for path in values if path in parts.trainable}
+        buffers = {path: values[path] for path in values if path in parts.buffers}
+        frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
+        zero = jnp.zeros((), jnp.int32)
+        counters = {'updates': zero, 'skipped': zero, 'tokens': jnp.zeros((), jnp.float32)}
+        return TrainState(
+            step=zero,
+            rng=jax.random.key_data(run_key),
+            trainable=trainable,
+            frozen=frozen,
+            buffers=buffers,
+            opt_state=optimizer.transform.init(trainable),
+            counters=counters,
+        )
+
+    return init(jax.random.key(seed))
+
+
+def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, for a restore or for lowering; needs a mesh."""
+    mesh = jax.sharding.get_mesh()
+    shapes = jax.eval_shape(lambda: init_state(make_model, parts, optimizer, seed))
+
+    def concrete(leaf):
+        place = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    return jax.tree.map(concrete, shapes)
+
+
+def make_train_step(parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0):
+    """The jitted step: (state, batch) -> (state, metrics). The state is donated.
+
+    The gradient is that of sum over terms of coefficient x sum / weight, with weights of the whole
+    batch; so `accumulate` microbatches give what one would. A step whose loss or gradient is not
+    finite changes nothing but the step, the counters and the position in the data.
+    """
+
+    def gradients(state, batch, weights, rng):
+        def loss_fn(trainable):
+            model = parts.merge(trainable | state.frozen | state.buffers)
+            sums, metrics, increments = objective(model, batch, rng)
+            terms = {
+                name: coefficient * sums[name] / jnp.maximum(weights[name], 1.0)
+                for name, coefficient in objective.coefficients.items()
+            }
+            return sum(terms.values()), (terms, metrics, increments)
+
+        (loss, extras), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        return grads, loss, *extras
+
+    @jax.jit(donate_argnums=0)
+    def train_step(state: TrainState, batch):
+        weights = objective.weights(batch)
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        if accumulate == 1:
+            totals = gradients(state, batch, weights, rng)
+        else:
+            totals = _accumulate(
+                lambda microbatch, index: gradients(
+                    state, microbatch, weights, jax.random.fold_in(rng, index)
+                ),
+                batch,
+                accumulate,
+            )
+        grads, loss, terms, sums, increments = totals
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if clip_norm:
+            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        learning_rate = optimizer.schedule(state.counters['updates'])
+        new = _apply(state, grads, increments, optimizer, learning_rate)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        tokens = jnp.sum(batch['loss_mask'])
+        state = dataclasses.replace(
+            new,
+            step=state.step + 1,
+            counters={
+                'updates': state.counters['updates'] + finite,
+                'skipped': state.counters['skipped'] + ~finite,
+                'tokens': state.counters['tokens'] + tokens,
+            },
+        )
+        metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
+        metrics |= {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
+        if len(terms) > 1:
+            metrics |= {f'{name}_term': value for name, value in terms.items()}
+        return state, metrics | {'skipped_steps': state.counters['skipped'], 'target_tokens': tokens}
+
+    return train_step
+
+
+def _accumulate(gradients, batch, count: int):
+    """Sums of `gradients(microbatch, index)` over `count` microbatches."""
+
+    def microbatches(rows):
+        # (B / k, k) and then a swap: every device keeps its own rows. (k, B / k) would move them all.
+        spec = sharding.activation('batch', 'microbatch', 'position')
+        shape = (rows.shape[0] // count, count) + rows.shape[1:]
+        return jnp.moveaxis(jnp.reshape(rows, shape, out_sharding=spec), 1, 0)
+
+    batches = jax.tree.map(microbatches, batch)
+    first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], batches), 0)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec), first
+    )
+
+    def body(totals, item):
+        return jax.tree.map(jnp.add, totals, gradients(*item)), None
+
+    totals, _ = lax.scan(body, zeros, (batches, jnp.arange(count)))
+    return totals
+
+
+def _apply(state: TrainState, grads, increments, optimizer, learning_rate) -> TrainState:
+    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.trainable)
+    trainable = jax.tree.map(
+        lambda param, update: (param - learning_rate * update).astype(param.dtype),
+        state.trainable,
+        updates,
+    )
+    buffers = {path: state.buffers[path] + increments.get(path, 0) for path in state.buffers}
+    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, buffers=buffers)

@@ -1,0 +1,140 @@
+"""Values given on the command line (`--config.a.b[0].c=value`): where they go and what they mean.
+
+The schema decides how a text is read: a text key takes it as it is, everything else as a Python
+literal. Groups that the file leaves to their defaults are filled in on the way, so one key of them
+can be changed.
+"""
+
+import ast
+import dataclasses
+import math
+import re
+import types
+import typing
+
+import pydantic_core
+
+from jaxfm.errors import ConfigError
+from jaxfm.schema import Group
+from jaxfm.validation import Problem, dotted, inside, is_group, names_of, shown
+
+_PART = re.compile(r"""\.([A-Za-z_][\w-]*) | \[(\d+)\] | \[(['"])(.+?)\3\]""", re.VERBOSE)
+_WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """One value for one place; `given` is how a person wrote it."""
+
+    path: tuple[str | int, ...]
+    text: str
+    given: str
+
+
+def parse(given: str) -> Override:
+    """'a.b[0].c=3' -> path and text.
+
+    Raises:
+        ConfigError: the path cannot be read.
+    """
+    place, _, text = given.partition('=')
+    path, position, rest = [], 0, '.' + place
+    while match := _PART.match(rest, position):
+        name, index, _, key = match.groups()
+        path.append(int(index) if index else name or key)
+        position = match.end()
+    if position < len(rest):
+        raise ConfigError(f"config.{place}: not a place in a config; write a.b, a[0].b or a['b.c']")
+    return Override(tuple(path), text, given)
+
+
+def apply(values: dict, override: Override, schema: type[Group]) -> None:
+    """Puts the override's value into `values`, where the schema may not be met yet.
+
+    Raises:
+        ConfigError: there is no such place: an index past the end, a key of something without keys.
+    """
+    container, kinds = values, [schema]
+    for position, part in enumerate(override.path):
+        kinds = _chosen(kinds, container)
+        _check_holds(container, part, override.path[:position])
+        inner = inside(kinds, part) or []
+        if position == len(override.path) - 1:
+            container[part] = read(override.text, inner)
+            return
+        if isinstance(part, str) and container.get(part) is None:
+            container[part] = _default(kinds, part)
+        container, kinds = container[part], inner
+
+
+def read(text: str, kinds: list):
+    """The value a text stands for where one of the types `kinds` is wanted."""
+    wanted = [kind for kind in kinds if kind is not types.NoneType]
+    if wanted and all(_is_text(kind) for kind in wanted):
+        return None if text == 'None' and len(wanted) < len(kinds) else text
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return text  # the schema says what is wanted instead
+
+
+def plain(value, path: tuple, problems: list[Problem]):
+    """ConfigDicts, tuples and the like -> what JSON can hold; anything else becomes a problem."""
+    if hasattr(value, 'items'):
+        items = {str(key): inner for key, inner in value.items()}
+        return {key: plain(inner, (*path, key), problems) for key, inner in items.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner, (*path, i), problems) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        problems.append(Problem(path, f'must be a finite number, got {value}'))
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    problems.append(
+        Problem(
+            path,
+            f'must be a number, text, true or false, a list or a group, '
+            f'got {shown(value)} ({type(value).__name__})',
+        )
+    )
+    return None
+
+
+def _is_text(kind) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return all(isinstance(choice, str) for choice in typing.get_args(kind))
+    return kind is str
+
+
+def _chosen(kinds: list, container) -> list:
+    """The alternative that the `name` in the container selects; all while it selects none."""
+    name = container.get('name') if isinstance(container, dict) else None
+    return [kind for kind in kinds if is_group(kind) and name in names_of(kind)] or kinds
+
+
+def _check_holds(container, part, path) -> None:
+    place = dotted(('config', *path))
+    if isinstance(container, dict) and isinstance(part, str):
+        return
+    if isinstance(container, list) and isinstance(part, int):
+        if part < len(container):
+            return
+        held = f'entries 0 to {len(container) - 1}' if container else 'no entries'
+        raise ConfigError(f'{place}[{part}]: the list has {held}')
+    if isinstance(container, list):
+        raise ConfigError(f'{place}: is a list of {len(container)}; write {place}[0].{part}')
+    if isinstance(container, dict):
+        raise ConfigError(f'{place}: is a group of keys, not a list; there is no [{part}]')
+    raise ConfigError(f'{place}: is {shown(container)}, there is nothing inside it')
+
+
+def _default(kinds: list, part: str):
+    """The values a group would have if nobody named it, to change one of them."""
+    for kind in kinds:
+        if is_group(kind) and part in kind.model_fields:
+            default = kind.model_fields[part].get_default(call_default_factory=True)
+            if default is not None and default is not pydantic_core.PydanticUndefined:
+                return pydantic_core.to_jsonable_python(default)
+    return {}

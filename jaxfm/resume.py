@@ -1,0 +1,94 @@
+"""What a resumed run may change of its config, and what differs.
+
+Three kinds of values. FREE_ON_RESUME say where a run works and what is watched, not what it learns:
+they may change. The model may not, because the weights are those of the old one. Everything else
+(steps too: the schedule hangs on them) changes what is learned and must be allowed by name.
+"""
+
+from collections.abc import Iterable
+
+from jaxfm.errors import ConfigError, UsageError
+from jaxfm.schema import Group
+from jaxfm.validation import dotted, nearest, shown
+
+FREE_ON_RESUME = (
+    'mesh',
+    'evals',
+    'sampling',
+    'metrics',
+    'checkpoint.every',
+    'checkpoint.keep',
+    'model.remat',  # recomputation: memory and time only
+)
+FIXED = 'model'
+ABSENT = '(absent)'
+
+# (path, old value, new value)
+Change = tuple[str, object, object]
+
+
+def difference(old: Group, new: Group) -> list[Change]:
+    """Every value that differs; ABSENT stands for a key that one of the two does not have."""
+    old, new = _leaves(old.model_dump(), ()), _leaves(new.model_dump(), ())
+    pairs = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in {**old, **new}]
+    return [(dotted(path), before, after) for path, before, after in pairs if before != after]
+
+
+def check_resume(old: Group, new: Group, allow: Iterable[str] = ()) -> list[Change]:
+    """Whether a run of `old` may go on as `new`; returns what differs, for the log.
+
+    Args:
+        allow: top-level names of the config that may change (`--allow_change=optimizer,data`).
+
+    Raises:
+        UsageError: `allow` has a name that nobody may allow, or that is none.
+        ConfigError: the difference, and what can be done about it.
+    """
+    allow = set(allow)
+    for name in sorted(allow):
+        _check_allowable(name, type(new))
+    changes = difference(old, new)
+    bound = [change for change in changes if not _is_free(change[0])]
+    refused = [change for change in bound if _group(change[0]) not in allow]
+    if not refused:
+        return changes
+    lines = [f'  config.{path}: {shown(a)} -> {shown(b)}' for path, a, b in refused]
+    raise ConfigError(
+        '\n'.join(['this work directory holds a run of another config:', *lines, _advice(bound)])
+    )
+
+
+def _advice(changes: list[Change]) -> str:
+    groups = sorted({_group(path) for path, *_ in changes})
+    if FIXED in groups:
+        return f'the {FIXED} of a run cannot change; for a new run give another --workdir'
+    return (
+        f'to go on with this change give --allow_change={",".join(groups)}; '
+        'for a new run give another --workdir'
+    )
+
+
+def _check_allowable(name: str, schema: type[Group]) -> None:
+    if name == FIXED:
+        raise UsageError(f'--allow_change={name}: the {name} of a run cannot change')
+    names = [field for field in schema.model_fields if field != FIXED]
+    if name not in names:
+        raise UsageError(f'--allow_change={name}: no such group{nearest(name, names)}')
+
+
+def _group(path: str) -> str:
+    return path.partition('.')[0].partition('[')[0]
+
+
+def _is_free(path: str) -> bool:
+    return any(path == free or path.startswith(free + '.') for free in FREE_ON_RESUME)
+
+
+def _leaves(value, path) -> dict:
+    if isinstance(value, dict) and value:
+        children = value.items()
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        children = enumerate(value)
+    else:
+        return {path: value}
+    return {leaf: v for key, child in children for leaf, v in _leaves(child, (*path, key)).items()}

@@ -1,0 +1,219 @@
+"""Checks plain values against the schema of a group and says in sentences all that is wrong.
+
+Values are what JSON can hold, and are checked as JSON, so that a config from a file, from the
+command line and from a run's config.json are the same thing. Pydantic finds the faults; here they
+get their place in the config (tags of alternatives removed), a sentence and the nearest right name.
+"""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+
+import pydantic
+
+from jaxfm.schema import Group
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where: keys and list indices from the root."""
+
+    path: tuple[str | int, ...]
+    sentence: str
+    is_unknown_key: bool = False
+
+
+def check(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem]]:
+    """The checked group, or None and every problem.
+
+    Pydantic skips the checks between values of a group as soon as one of its keys is wrong. So
+    unknown keys are taken away for a second look, and the checks between groups (`cross_checks` of
+    the schema, functions whose parameters name the groups they read) run on those that are sound.
+    """
+    group, problems = _validate(schema, values)
+    unknown = [p.path for p in problems if p.is_unknown_key]
+    if unknown:
+        values = _without(values, unknown)
+        problems += _validate(schema, values)[1]
+    if problems and isinstance(values, dict):
+        sound = _sound_parts(schema, values, {p.path[0] for p in problems if p.path})
+        checks = getattr(schema, 'cross_checks', ())
+        problems += [Problem((), sentence) for sentence in cross_problems(checks, sound)]
+    return group, list(dict.fromkeys(problems))
+
+
+def cross_problems(checks, parts: dict) -> list[str]:
+    """What the checks say of `parts`; a check that reads a part which is not there is left out."""
+    sentences = []
+    for cross_check in checks:
+        names = inspect.signature(cross_check).parameters
+        if names.keys() <= parts.keys():
+            sentences += cross_check(**{name: parts[name] for name in names})
+    return sentences
+
+
+def nearest(name: str, names, owner: str = 'there is') -> str:
+    """'; did you mean X?' when one of the names is close, else the list of what `owner` has."""
+    names = [str(n) for n in names]
+    close = difflib.get_close_matches(str(name), names, 1)
+    if close:
+        return f'; did you mean {close[0]}?'
+    return f'; {owner} {", ".join(names)}' if names else ''
+
+
+def alternatives(annotation) -> list:
+    """The plain types an annotation allows: unions are opened, metadata dropped."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return alternatives(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for arg in typing.get_args(annotation) for kind in alternatives(arg)]
+    return [annotation]
+
+
+def inside(kinds: list, part: str | int) -> list | None:
+    """The types of what a key or index selects from any of `kinds`.
+
+    An unknown key of a group gives []; a part that no kind can take gives None.
+    """
+    found, is_container = [], False
+    for kind in kinds:
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if is_group(kind) and isinstance(part, str):
+            is_container = True
+            if part in kind.model_fields:
+                found += alternatives(kind.model_fields[part].annotation)
+        elif (origin is dict) if isinstance(part, str) else (origin in (list, tuple)):
+            is_container = True
+            found += alternatives(args[1] if origin is dict else args[0])
+    return found if is_container else None
+
+
+def is_group(kind) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Group)
+
+
+def names_of(kind: type[Group]) -> tuple[str, ...]:
+    """What the `name` key of an alternative may be."""
+    field = kind.model_fields.get('name')
+    return typing.get_args(field.annotation) if field else ()
+
+
+def dotted(path) -> str:
+    """('phases', 0, 'steps') -> 'phases[0].steps'."""
+    parts = (f'[{part}]' if isinstance(part, int) else f'.{part}' for part in path)
+    return ''.join(parts).removeprefix('.')
+
+
+def shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + '...'
+
+
+def _validate(schema, values) -> tuple[Group | None, list[Problem]]:
+    try:
+        return schema.model_validate_json(json.dumps(values)), []
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False)
+        return None, [problem for fault in found for problem in _problems(schema, fault)]
+
+
+def _without(values: dict, paths) -> dict:
+    values = copy.deepcopy(values)
+    for *parents, key in paths:
+        container = values
+        for part in parents:
+            container = container[part]
+        container.pop(key)
+    return values
+
+
+def _sound_parts(schema, values, broken: set) -> dict:
+    """The top-level values of a group that can be used although others cannot."""
+    fields = {key: f for key, f in schema.model_fields.items() if key not in broken}
+    wanted = {key: (field.annotation, field) for key, field in fields.items()}
+    part = pydantic.create_model('Sound', __base__=Group, **wanted)
+    sound, problems = _validate(part, {k: v for k, v in values.items() if k in fields})
+    return {} if problems else dict(sound)
+
+
+def _locate(schema, loc) -> tuple[tuple, list, list]:
+    """Pydantic's place of a fault -> path without tags, the types there, the types around it."""
+    path, kinds, around, parts = [], [schema], [], list(loc)
+    while parts:
+        groups = [kind for kind in kinds if is_group(kind)]
+        part = parts.pop(0)
+        if len(groups) > 1:  # the tag that chose one of several alternatives
+            kinds = [group for group in groups if part in names_of(group)]
+            continue
+        selected = inside(kinds, part)
+        if selected is None:  # labels of a union of plain types
+            break
+        path.append(part)
+        around, kinds = kinds, selected
+    return tuple(path), kinds, around
+
+
+def _problems(schema, fault: dict) -> list[Problem]:
+    path, kinds, around = _locate(schema, fault['loc'])
+    kind, given, context = fault['type'], fault['input'], fault.get('ctx', {})
+    if kind in ('value_error', 'assertion_error'):
+        return [Problem(path, line) for line in str(context['error']).splitlines()]
+    if kind in ('union_tag_invalid', 'union_tag_not_found'):
+        names = [name for group in kinds if is_group(group) for name in names_of(group)]
+        return [Problem(path + ('name',), _choice(given.get('name'), names))]
+    if kind == 'literal_error':
+        names = [name for literal in kinds for name in typing.get_args(literal)]
+        return [Problem(path, _choice(given, names))]
+    if kind == 'extra_forbidden':
+        (group,) = filter(is_group, around)
+        owner = f'{names_of(group)[0]} has' if names_of(group) else 'there is'
+        hint = nearest(path[-1], group.model_fields, owner)
+        return [Problem(path, f'unknown key{hint}', is_unknown_key=True)]
+    if kind == 'missing':
+        return [Problem(path, 'is required and not given')]
+    sentence = _SENTENCES.get(kind, fault['msg'][0].lower() + fault['msg'][1:])
+    limits = {key: _short(value) for key, value in context.items()}
+    return [Problem(path, f'{sentence.format(**limits)}, got {shown(given)}')]
+
+
+def _short(limit):
+    return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+
+
+def _choice(given, names) -> str:
+    listed = ', '.join(shown(name) for name in names)
+    if given is None:
+        return f'is required and not given; it is one of {listed}'
+    close = difflib.get_close_matches(str(given), [str(name) for name in names], 1)
+    hint = f'; did you mean {close[0]}?' if close else ''
+    return f'must be one of {listed}, got {shown(given)}{hint}'
+
+
+_GROUP = 'must be a group of keys'
+_SENTENCES = {
+    'int_type': 'must be a whole number',
+    'int_from_float': 'must be a whole number',
+    'float_type': 'must be a number',
+    'bool_type': 'must be true or false',
+    'string_type': 'must be text',
+    'none_required': 'must be None',
+    'list_type': 'must be a list',
+    'tuple_type': 'must be a list',
+    'dict_type': _GROUP,
+    'model_type': _GROUP,
+    'model_attributes_type': _GROUP,
+    'greater_than': 'must be more than {gt}',
+    'greater_than_equal': 'must be at least {ge}',
+    'less_than': 'must be less than {lt}',
+    'less_than_equal': 'must be at most {le}',
+    'multiple_of': 'must be a multiple of {multiple_of}',
+    'too_short': 'must have at least {min_length} entries',
+    'too_long': 'must have at most {max_length} entries',
+    'string_too_short': 'must have at least {min_length} characters',
+    'string_pattern_mismatch': 'must match {pattern}',
+}

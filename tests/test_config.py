@@ -1,0 +1,494 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pydantic
+import pytest
+from pydantic import Field
+
+from jaxfm import config, errors, validation
+from jaxfm.schema import Entry, Group, one_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SmallConfig(Group):
+    name: Literal['small'] = 'small'
+    width: int = Field(8, ge=1, multiple_of=2)
+    heads: int = Field(2, ge=1)
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        if self.width % self.heads:
+            raise ValueError(f'width {self.width} is not a multiple of heads {self.heads}')
+        return self
+
+
+class LargeConfig(Group):
+    name: Literal['large'] = 'large'
+    width: int = 1024
+    activation: Literal['silu', 'gelu'] = 'silu'
+
+
+MODELS = {'small': Entry('m:Small', SmallConfig), 'large': Entry('m:Large', LargeConfig)}
+
+
+class ScheduleConfig(Group):
+    steps: int = Field(ge=0)
+    rate: float = Field(1e-3, gt=0, le=1)
+    note: str = ''
+    tags: list[str] = []
+    nesterov: bool = True
+
+
+def _steps_are_even(steps):
+    return [f'steps {steps} is odd'] if steps % 2 else []
+
+
+def _width_fits(steps, model):
+    return [f'model.width {model.width} > steps {steps}'] if model.width > steps else []
+
+
+class StandInConfig(Group):
+    steps: int = 100
+    model: one_of(MODELS) = SmallConfig(width=12)
+    phases: list[ScheduleConfig] = []
+    evals: dict[str, one_of(MODELS)] = {}
+    limit: ScheduleConfig | None = None
+    shape: tuple[int, ...] = (1, 2)
+
+    cross_checks: ClassVar = (_steps_are_even, _width_fits)
+
+    @pydantic.model_validator(mode='after')
+    def _check(self):
+        sentences = validation.cross_problems(self.cross_checks, dict(self))
+        if sentences:
+            raise ValueError('\n'.join(sentences))
+        return self
+
+
+@pytest.fixture
+def config_file(tmp_path, monkeypatch):
+    """Writes a config file with the given body of get_config and returns its name, 'run.py'."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(body, signature='', name='run.py'):
+        lines = '\n'.join(f'    {line}' for line in body.splitlines())
+        text = f'from ml_collections import ConfigDict\n\ndef get_config({signature}):\n{lines}\n'
+        Path(name).write_text(text)
+        return name
+
+    return write
+
+
+@pytest.fixture
+def load(config_file):
+    """Loads a config file that returns the given keys, with overrides, as the stand-in schema."""
+
+    def load_keys(*overrides, **keys):
+        name = config_file(f'return ConfigDict({keys!r})')
+        return config.load(name, overrides, StandInConfig)
+
+    return load_keys
+
+
+@pytest.fixture
+def refusal(load):
+    """The lines of the ConfigError that loading ends in."""
+
+    def lines(*overrides, **keys):
+        with pytest.raises(errors.ConfigError) as caught:
+            load(*overrides, **keys)
+        return str(caught.value).splitlines()
+
+    return lines
+
+
+PHASES = [{'steps': 3}, {'steps': 4, 'rate': 0.5}]
+
+
+# The command line
+
+
+def test_config_flags_are_taken_out_of_a_command_line_in_both_spellings():
+    argv = [
+        '--mode', 'eval', '--config=a.py:smoke', '--config.x.y=1=2', '--config.z', '-3', '--seed=4',
+    ]  # fmt: skip
+    assert config.split_arguments(argv) == (
+        'a.py:smoke',
+        ['x.y=1=2', 'z=-3'],
+        ['--mode', 'eval', '--seed=4'],
+    )
+    assert config.split_arguments(['--config', 'a.py', 'b']) == ('a.py', [], ['b'])
+    assert config.split_arguments(['--config_x=3', '--config.note=']) == (
+        None,
+        ['note='],
+        ['--config_x=3'],
+    )
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ['--config'],
+        ['--config='],
+        ['--config', '--mode'],
+        ['--config.steps'],
+        ['--config.steps', '--seed'],
+        ['--config=a.py', '--config=b.py'],
+    ],
+)
+def test_a_config_flag_without_its_value_or_given_twice_is_a_usage_error(argv):
+    with pytest.raises(errors.UsageError, match='--config'):
+        config.split_arguments(argv)
+
+
+# The file
+
+
+def test_defaults_fill_what_the_file_does_not_set(load):
+    assert load(steps=20) == StandInConfig(steps=20)
+
+
+def test_the_argument_reaches_get_config(config_file):
+    name = config_file('return ConfigDict(dict(steps=int(arg)))', 'arg=2')
+    assert config.load(f'{name}:30', [], StandInConfig).steps == 30
+    with pytest.raises(errors.ConfigError, match='steps 2'):
+        config.load(name, [], StandInConfig)
+
+
+def test_lists_and_tuples_and_nested_config_dicts_are_plain_values(config_file):
+    name = config_file(
+        'c = ConfigDict(dict(phases=[ConfigDict(dict(steps=1, tags=("a", "b")))]))\n'
+        'c.shape = (4, 5)\nreturn c'
+    )
+    loaded = config.load(name, [], StandInConfig)
+    assert loaded.phases[0].tags == ['a', 'b']
+    assert loaded.shape == (4, 5)
+
+
+def test_a_missing_file_names_the_nearest_one(config_file):
+    config_file('return {}', name='quickstart.py')
+    with pytest.raises(errors.MissingInputError, match='did you mean quickstart.py'):
+        config.load('quikstart.py:smoke')
+    with pytest.raises(errors.MissingInputError, match='there is no directory nowhere'):
+        config.load('nowhere/quickstart.py')
+
+
+@pytest.mark.parametrize(
+    'body, signature, argument, expected',
+    [
+        ('return {}', '', ':smoke', "takes no argument, got 'smoke'; write --config=run.py"),
+        ('return {}', 'arg', '', 'needs an argument; write --config=run.py:ARG'),
+        ('x = 1\nreturn {"a": y}', '', '', "run.py:5: NameError: name 'y' is not defined"),
+        ('return (', '', '', "run.py:4: SyntaxError: '(' was never closed"),
+        ('import nothere', '', '', "run.py:4: ModuleNotFoundError: No module named 'nothere'"),
+        ('return 3', '', '', 'run.py: get_config returns 3, not a ConfigDict'),
+        (
+            'raise ValueError(f"no size {arg}; there is tiny")',
+            'arg=""',
+            ':huge',
+            "run.py:4: ValueError: no size huge; there is tiny (with the argument 'huge')",
+        ),
+    ],
+)
+def test_a_fault_inside_the_file_is_told_in_one_line(
+    config_file, body, signature, argument, expected
+):
+    name = config_file(body, signature)
+    with pytest.raises(errors.ConfigError) as caught:
+        config.load(name + argument, [], StandInConfig)
+    assert str(caught.value).endswith(expected)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_file_without_get_config_says_so(tmp_path):
+    path = tmp_path / 'run.py'
+    path.write_text('config = {}\n')
+    with pytest.raises(errors.ConfigError, match='has no function get_config'):
+        config.load(str(path))
+
+
+# Overrides
+
+
+def test_an_override_is_read_by_the_type_of_its_place(load):
+    loaded = load(
+        'steps=2_000',
+        'phases[1].rate=3e-4',
+        'phases[1].nesterov=false',
+        'phases[0].note=12',
+        "phases[0].tags=['a', 'b']",
+        'shape=3,4',
+        'model.name=large',
+        'model.activation=gelu',
+        'limit={"steps": 7}',
+        phases=PHASES,
+        model={'name': 'small'},
+    )
+    assert loaded.steps == 2000
+    assert loaded.phases[1] == ScheduleConfig(steps=4, rate=3e-4, nesterov=False)
+    assert loaded.phases[0] == ScheduleConfig(steps=3, note='12', tags=['a', 'b'])
+    assert loaded.shape == (3, 4)
+    assert loaded.model == LargeConfig(activation='gelu')
+    assert loaded.limit == ScheduleConfig(steps=7)
+
+
+def test_an_override_reaches_keys_of_dicts_and_groups_the_file_does_not_set(load):
+    loaded = load('evals.first.name=small', "evals['a.b']={'name': 'large'}", 'limit.steps=3')
+    assert loaded.evals == {'first': SmallConfig(), 'a.b': LargeConfig()}
+    assert loaded.limit == ScheduleConfig(steps=3)
+
+
+def test_overriding_one_key_keeps_the_other_defaults_of_its_group(load):
+    assert load('model.heads=3').model == SmallConfig(width=12, heads=3)
+
+
+def test_a_group_is_removed_with_none(load):
+    assert load('limit=None', limit={'steps': 3}).limit is None
+
+
+@pytest.mark.parametrize(
+    'override, expected',
+    [
+        ('phases[2].steps=9', 'config.phases[2]: the list has entries 0 to 1'),
+        ('phases.steps=9', 'config.phases: is a list of 2; write config.phases[0].steps'),
+        ('steps.x=9', 'config.steps: is 100, there is nothing inside it'),
+        ('model[0]=9', 'config.model: is a group of keys, not a list; there is no [0]'),
+        ('steps[=9', "config.steps[: not a place in a config; write a.b, a[0].b or a['b.c']"),
+    ],
+)
+def test_an_override_of_no_place_says_what_is_there(refusal, override, expected):
+    assert refusal(override, phases=PHASES, steps=100) == [
+        f'{expected} (given by --config.{override})'
+    ]
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    'override, expected',
+    [
+        ('stps=3', 'config.stps: unknown key; did you mean steps?'),
+        ('model.wdth=3', 'config.model.wdth: unknown key; did you mean width?'),
+        ('model.zzz=3', 'config.model.zzz: unknown key; small has name, width, heads'),
+        ('evals.e.wdth=3', 'config.evals.e.wdth: unknown key; did you mean width?'),
+        ('phases[1].stps=3', 'config.phases[1].stps: unknown key; did you mean steps?'),
+        ('steps=many', "config.steps: must be a whole number, got 'many'"),
+        ('steps=2.5', 'config.steps: must be a whole number, got 2.5'),
+        ('steps=true', 'config.steps: must be a whole number, got True'),
+        ('phases[0].rate=fast', "config.phases[0].rate: must be a number, got 'fast'"),
+        ('phases[0].rate=-1', 'config.phases[0].rate: must be more than 0, got -1'),
+        ('phases[0].rate=1e999', 'config.phases[0].rate: must be a finite number, got inf'),
+        ('phases[0].nesterov=1', 'config.phases[0].nesterov: must be true or false, got 1'),
+        ('phases[0].tags=a', "config.phases[0].tags: must be a list, got 'a'"),
+        ('phases[0].tags=[1]', 'config.phases[0].tags[0]: must be text, got 1'),
+        ('phases=3', 'config.phases: must be a list, got 3'),
+        ('limit=3', 'config.limit: must be a group of keys, got 3'),
+        ('model.width=7', 'config.model.width: must be a multiple of 2, got 7'),
+        ('model.width=0', 'config.model.width: must be at least 1, got 0'),
+        ('model.heads=5', 'config.model: width 8 is not a multiple of heads 5'),
+        ('steps=101', 'config: steps 101 is odd'),
+        (
+            'evals.e.name=smal',
+            "config.evals.e.name: must be one of 'small', 'large', got 'smal'; did you mean small?",
+        ),
+        (
+            "model={'name': 'large', 'activation': 'glu'}",
+            "config.model.activation: must be one of 'silu', 'gelu', got 'glu'; did you mean gelu?",
+        ),
+        (
+            'limit={1, 2}',
+            'config.limit: must be a number, text, true or false, a list or a group, '
+            'got {1, 2} (set)',
+        ),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(refusal, override, expected):
+    keys = {'model': {'name': 'small'}, 'evals': {'e': {'name': 'small'}}, 'phases': PHASES}
+    assert refusal(override, **keys) == [f'{expected} (given by --config.{override})']
+
+
+def test_a_mistake_in_the_file_names_the_file(refusal):
+    assert refusal(evals={'e': {}}, phases=[{}]) == [
+        'config.phases[0].steps: is required and not given (in run.py)',
+        "config.evals.e.name: is required and not given; it is one of 'small', 'large' (in run.py)",
+    ]
+
+
+def test_an_override_that_the_file_would_have_got_wrong_too_hides_the_file(load):
+    assert load('steps=4', 'model.width=2', steps='many', model={'name': 'small'}).steps == 4
+
+
+def test_every_mistake_is_told_at_once(refusal):
+    lines = refusal(
+        'phases[7].steps=1',
+        'steps=7',
+        'limit.rate=2',
+        limit={'steps': 1.5},
+        modle=3,
+        evals={'e': {'name': 'small', 'heads': 3}},
+        model={'name': 'small', 'width': 8, 'heads': 3, 'hidden': 4},
+    )
+    assert lines == [
+        'config.phases[7]: the list has no entries (given by --config.phases[7].steps=1)',
+        'config.model.hidden: unknown key; small has name, width, heads (in run.py)',
+        'config.evals.e: width 8 is not a multiple of heads 3 (in run.py)',
+        'config.limit.steps: must be a whole number, got 1.5 (in run.py)',
+        'config.limit.rate: must be at most 1, got 2 (given by --config.limit.rate=2)',
+        'config.modle: unknown key; did you mean model? (in run.py)',
+        'config.model: width 8 is not a multiple of heads 3 (in run.py)',
+        'config: steps 7 is odd (given by --config.steps=7)',
+    ]
+
+
+def test_checks_between_groups_run_on_those_that_are_sound(refusal):
+    lines = refusal('phases=3', 'model.width=200', model={'name': 'small'})
+    assert lines == [
+        'config.phases: must be a list, got 3 (given by --config.phases=3)',
+        'config: model.width 200 > steps 100 (given by --config.model.width=200)',
+    ]
+
+
+# The run's own schema
+
+
+def run_keys(**changes):
+    block = {'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 16, 'mlp_dim': 128}
+    model = {'vocab_size': 2048, 'embed_dim': 64, 'num_layers': 2, 'block': block}
+    keys = {
+        'steps': 100,
+        'model': model,
+        'data': {'sequence_length': 64, 'batch_size': 8},
+        'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
+    }
+    return keys | changes
+
+
+@pytest.fixture
+def load_run(config_file):
+    return lambda *overrides: config.load(config_file(f'return {run_keys()!r}'), overrides)
+
+
+@pytest.mark.parametrize(
+    'overrides, expected',
+    [
+        (
+            ['data.tokenizer.vocab_size=4096'],
+            'data.tokenizer.vocab_size 4096 is more than model.vocab_size 2048: 2048 tokens',
+        ),
+        (
+            ['optimizer.accumulate=3'],
+            'data.batch_size 8 is not a multiple of optimizer.accumulate 3: 8 = 2 x 3 + 2',
+        ),
+        (
+            ['mesh.fsdp=4', 'mesh.replica=2', 'optimizer.accumulate=2'],
+            '= 4 rows cannot be split over mesh.replica x mesh.fsdp x mesh.expert = 8: 4 = 0 x 8',
+        ),
+        (['mesh.tensor=3'], 'num_heads 4 cannot be split over mesh.tensor 3: 4 = 1 x 3 + 1'),
+        (['optimizer.warmup_steps=101'], 'optimizer.warmup_steps 101 is more than steps 100'),
+        (
+            ["evals.code={'name': 'generate', 'task': {}, 'max_tokens': 512}"],
+            'evals.code.max_tokens 512 leaves no room for a prompt in sampling.max_length 512',
+        ),
+        (['mesh.context=2'], 'config.mesh.context: must be 1: nothing is split along this axis'),
+        (['mesh.expert=-1'], 'config.mesh.expert: must be 1: nothing is split along this axis'),
+        (['mesh.fsdp=0'], 'config.mesh.fsdp: must be at least 1, or -1 for all remaining'),
+        (['mesh.tensor=-1'], 'config.mesh: fsdp and tensor are -1'),
+        (['optimizer.name=adam'], 'did you mean adamw?'),
+    ],
+)
+def test_a_run_that_cannot_work_shows_the_arithmetic(load_run, overrides, expected):
+    with pytest.raises(errors.ConfigError) as caught:
+        load_run(*overrides)
+    assert expected in str(caught.value)
+    assert f'given by --config.{overrides[0]}' in str(caught.value)
+
+
+def test_the_real_mesh_is_checked_as_the_config_is(load_run):
+    run = load_run()
+    config.check_on_mesh(run, {'fsdp': 8})
+    with pytest.raises(errors.ConfigError, match='8 rows .* = 16: 8 = 0 x 16'):
+        config.check_on_mesh(run, {'fsdp': 16})
+
+
+def test_warm_up_does_not_matter_to_a_run_that_only_evaluates(load_run):
+    assert load_run('steps=0', 'optimizer.warmup_steps=10').steps == 0
+
+
+def test_an_optimizer_can_be_exchanged_from_the_command_line(load_run):
+    run = load_run('optimizer.momentum=0.9', 'optimizer.name=muon')
+    assert (run.optimizer.learning_rate, run.optimizer.momentum) == (1e-3, 0.9)
+
+
+# The record
+
+
+def test_the_written_config_shows_all_values_and_reads_back_equal(load_run, tmp_path):
+    run = load_run()
+    config.write(run, tmp_path / 'config.json')
+    assert config.read(tmp_path / 'config.json') == run
+    values = json.loads((tmp_path / 'config.json').read_text())
+    assert values['optimizer']['b2'] == 0.95
+    assert values['data']['source']['name'] == 'python_stdlib'
+    assert [path.name for path in tmp_path.glob('config.json*')] == ['config.json']
+
+
+def test_a_config_that_cannot_be_written_leaves_the_old_one(load_run, tmp_path, monkeypatch):
+    path = tmp_path / 'config.json'
+    config.write(load_run(), path)
+    before = path.read_text()
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('os.fsync', full)
+    with pytest.raises(errors.StorageError, match='No space left on device'):
+        config.write(load_run('steps=3'), path)
+    assert path.read_text() == before
+    assert [path.name for path in tmp_path.glob('config.json*')] == ['config.json']
+
+
+def test_a_record_that_is_missing_damaged_or_of_another_version_says_so(tmp_path):
+    path = tmp_path / 'config.json'
+    with pytest.raises(errors.MissingInputError):
+        config.read(path)
+    path.write_text('{"steps": ')
+    with pytest.raises(errors.DataError, match='not a config in JSON'):
+        config.read(path)
+    path.write_text('[]')
+    with pytest.raises(errors.ConfigError, match='must be a group of keys'):
+        config.read(path)
+    path.write_text(json.dumps(run_keys(old_key=1)))
+    with pytest.raises(errors.ConfigError, match=r'config.old_key: unknown key.*config.json'):
+        config.read(path)
+
+
+@pytest.mark.parametrize(
+    'argument, expected',
+    [
+        ('configs/quickstart.py', 'runs/quickstart'),
+        ('configs/quickstart.py:smoke', 'runs/quickstart-smoke'),
+        ('/x/llama.py:depth=4,../up', 'runs/llama-depth=4_.._up'),
+    ],
+)
+def test_the_work_directory_is_named_after_the_config(argument, expected):
+    assert config.workdir_for(argument) == Path(expected)
+
+
+def test_a_config_is_checked_in_two_seconds_without_jax(config_file):
+    name = Path(config_file(f'return {run_keys()!r}')).resolve()
+    program = (
+        'import sys; from jaxfm import config; config.load(sys.argv[1], ["steps=3"]); '
+        'print(*(m for m in ("jax", "numpy", "grain", "tokenizers") if m in sys.modules))'
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, '-c', program, name], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout.strip(), done.stderr) == ('', '')
+    assert time.monotonic() - start < 2

@@ -1,0 +1,89 @@
+import pytest
+
+from jaxfm import config, errors, resume
+
+
+def run(**changes):
+    block = {'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 16, 'mlp_dim': 128}
+    model = {'vocab_size': 2048, 'embed_dim': 64, 'num_layers': 2, 'block': block}
+    keys = {
+        'steps': 100,
+        'model': model | changes.pop('model', {}),
+        'data': {'sequence_length': 64, 'batch_size': 8},
+        'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
+    }
+    return config.RunConfig(**(keys | changes))
+
+
+MUON = {'name': 'muon', 'learning_rate': 1e-3}
+
+
+def test_the_same_config_resumes():
+    assert resume.check_resume(run(), run()) == []
+
+
+def test_the_difference_lists_values_and_absent_keys():
+    new = run(
+        optimizer={'name': 'muon', 'learning_rate': 1e-3, 'momentum': 0.5},
+        model={'segments': [{'pattern': [run().model.block], 'repeats': 2}]},
+    )
+    changes = resume.difference(run(), new)
+    assert ('optimizer.name', 'adamw', 'muon') in changes
+    assert ('optimizer.momentum', resume.ABSENT, 0.5) in changes
+    assert ('model.segments', [], resume.ABSENT) in changes
+    assert ('model.segments[0].repeats', resume.ABSENT, 2) in changes
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'mesh': {'fsdp': 2, 'tensor': 2}},
+        {'evals': {'heldout': {'name': 'loss', 'every': 10}}},
+        {'checkpoint': {'every': 5, 'keep': 9}},
+        {'metrics': {'log_every': 1}},
+        {'model': {'remat': 'full'}},
+    ],
+)
+def test_where_a_run_works_and_what_is_watched_may_change(changes):
+    new = run(**changes)
+    assert resume.check_resume(run(), new) == resume.difference(run(), new) != []
+
+
+@pytest.mark.parametrize(
+    'group, changes',
+    [
+        ('steps', {'steps': 200}),
+        ('seed', {'seed': 1}),
+        ('data', {'data': {'sequence_length': 64, 'batch_size': 16}}),
+        ('optimizer', {'optimizer': MUON}),
+        ('objective', {'objective': {'z_loss': 1e-4}}),
+        ('checkpoint', {'checkpoint': {'directory': 'elsewhere'}}),
+    ],
+)
+def test_what_is_learned_changes_only_when_allowed_by_name(group, changes):
+    with pytest.raises(errors.ConfigError, match=f'--allow_change={group};'):
+        resume.check_resume(run(), run(**changes))
+    assert resume.check_resume(run(), run(**changes), {group})
+
+
+def test_the_refusal_shows_what_is_not_allowed_and_the_whole_flag():
+    new = run(steps=200, optimizer=MUON, mesh={'fsdp': 2})
+    with pytest.raises(errors.ConfigError) as caught:
+        resume.check_resume(run(), new, {'optimizer'})
+    lines = str(caught.value).splitlines()
+    assert lines[1:-1] == ['  config.steps: 100 -> 200']
+    assert '--allow_change=optimizer,steps' in lines[-1]
+
+
+def test_the_model_of_a_run_never_changes():
+    with pytest.raises(errors.ConfigError) as caught:
+        resume.check_resume(run(), run(model={'num_layers': 4}, steps=3), {'steps'})
+    assert 'config.model.num_layers: 2 -> 4' in str(caught.value)
+    assert '--allow_change' not in str(caught.value)
+    with pytest.raises(errors.UsageError, match='the model of a run cannot change'):
+        resume.check_resume(run(), run(), {'model'})
+
+
+def test_a_name_that_is_no_group_cannot_be_allowed():
+    with pytest.raises(errors.UsageError, match='did you mean optimizer'):
+        resume.check_resume(run(), run(), {'optimiser'})

@@ -219,7 +219,7 @@ def test_an_override_is_read_by_the_type_of_its_place(load):
     loaded = load(
         'steps=2_000',
         'phases[1].rate=3e-4',
-        'phases[1].nesterov=false',
+        'phases[1].nesterov=FALSE',
         'phases[0].note=12',
         "phases[0].tags=['a', 'b']",
         'shape=3,4',

@@ -21,6 +21,7 @@ LOOP = """
     import sys, time
     from jaxfm import distributed
     distributed.initialize(timeout_seconds=40, heartbeat_seconds=10)
+    handler = distributed._get_action(15).raw[:8]
     with distributed.Preemption() as preemption:
         for step in range(2000):
             if preemption.should_stop(step):
@@ -28,7 +29,8 @@ LOOP = """
                 break
             print('step', step, flush=True)
             time.sleep(0.01)
-    sys.exit(75)
+    restored = distributed._get_action(15).raw[:8] == handler  # JAX's, where there are several
+    sys.exit(75 if restored else 1)
 """
 
 

@@ -1,0 +1,222 @@
+"""What a person sees of a run, on stderr and in log.txt: start-up tables, progress, one line a log.
+
+On a terminal the progress is a live bar; elsewhere it is one plain line a record, and log.txt has
+those lines in any case. Nothing here writes to stdout, which belongs to generated text.
+"""
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+log = logging.getLogger('jaxfm')
+
+_WIDTH = 110
+_ALREADY_SHOWN = {'shown': True}
+
+
+class Console:
+    """Tables, log lines and progress; a sink for a Recorder.
+
+    total_steps: of the run, for the bar. log_path: a file that gets every line with a time stamp.
+    enabled: False on all processes but the first, which then show warnings alone.
+    Close it in any case, or the terminal keeps a dead bar.
+    """
+
+    def __init__(
+        self, total_steps: int = 0, log_path: str | Path | None = None, enabled: bool = True
+    ):
+        self._total_steps = total_steps
+        self._console = RichConsole(stderr=True, highlight=False)
+        self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
+        self._perf: Mapping[str, Any] = {}
+        self._progress: Progress | None = None
+        self._task = None
+        self._handlers = [_ScreenHandler(self._console, self._live)]
+        if log_path is not None and enabled:
+            self._handlers.append(_file_handler(Path(log_path)))
+        self._level = log.level
+        log.setLevel(logging.INFO if enabled else logging.WARNING)
+        for handler in self._handlers:
+            log.addHandler(handler)
+
+    def show_tables(self, sections: Mapping[str, Iterable[tuple[str, Any]]]) -> None:
+        """What the run is, as {title: [(name, value), ...]}."""
+        self._show(Group(*(_section(title, rows) for title, rows in sections.items())))
+
+    def show_parameters(self, rows: Iterable[tuple[str, Any, Any, Any, str]]) -> None:
+        """Parameters as (name, shape, dtype, sharding, rule of the optimizer).
+
+        Those that differ only in a number of their name share a line.
+        """
+        table = Table(box=SIMPLE, title='parameters', title_justify='left', pad_edge=False)
+        for column in ('name', 'shape', 'dtype', 'sharding', 'optimizer'):
+            table.add_column(column, overflow='fold')
+        for row in _condense(rows):
+            table.add_row(*map(Text, row))
+        self._show(table)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A train or eval record as a line; on a terminal, training moves the bar instead.
+
+        A perf record joins the train record of the same step that follows it; events are not shown.
+        """
+        if record['kind'] == 'perf':
+            self._perf = record
+        elif record['kind'] == 'train':
+            if self._perf.get('step') == record['step']:
+                record = record | {k: v for k, v in self._perf.items() if k in _SHOWN_PERF}
+            line = format_record(record, self._total_steps)
+            log.info('%s', line, extra=_ALREADY_SHOWN if self._live else None)
+            if self._live:
+                self._advance(record)
+        elif record['kind'] == 'eval':
+            log.info('%s', format_record(record, self._total_steps))
+
+    def close(self) -> None:
+        """Ends the bar and gives the logger back as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        for handler in self._handlers:
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(self._level)
+
+    def _advance(self, record: Mapping[str, Any]) -> None:
+        if self._progress is None:
+            # No thread that repaints: the bar moves when a record comes.
+            self._progress = Progress(
+                TextColumn('{task.fields[step]}'),
+                BarColumn(),
+                TextColumn('{task.fields[values]}'),
+                console=self._console,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task('', total=self._total_steps, step='', values='')
+        step = f'{record["step"]}/{self._total_steps}'
+        # Plain text: a metric called "[x]" is no markup.
+        values = Text(_values({k: v for k, v in record.items() if k in _ON_BAR})).markup
+        self._progress.update(self._task, completed=record['step'], step=step, values=values)
+        self._progress.refresh()
+
+    def _show(self, renderable) -> None:
+        plain = RichConsole(file=io.StringIO(), width=_WIDTH, color_system=None)
+        plain.print(renderable)
+        lines = [line.rstrip() for line in plain.file.getvalue().rstrip().splitlines()]
+        if self._live:
+            self._console.print(renderable)
+        log.info('%s', '\n'.join(lines), extra=_ALREADY_SHOWN if self._live else None)
+
+
+def format_record(record: Mapping[str, Any], total_steps: int) -> str:
+    """A record as one line, such as `step 40/2000  loss 3.211  tokens/s 11.2k  eta 3m10s`."""
+    step = f'step {record["step"]}' + (f'/{total_steps}' if total_steps else '')
+    return f'{step}  {_values(record)}'.rstrip()
+
+
+def format_seconds(seconds: float) -> str:
+    """As short as a person would say it: 4.2s, 3m10s, 2h05m, 3d04h."""
+    if seconds < 59.5:
+        return f'{seconds:.1f}s' if seconds < 10 else f'{seconds:.0f}s'
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f'{minutes}m{rest:02d}s'
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes:02d}m' if hours < 48 else f'{hours // 24}d{hours % 24:02d}h'
+
+
+_HEAD = ('step', 'phase', 'time', 'kind')
+_SHOWN_PERF = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
+_ON_BAR = ('train/loss', *_SHOWN_PERF)
+# How the line says a metric; others drop the `train/` or `eval/` in front of their name.
+_SHORT = {
+    'perf/tokens_per_second': 'tokens/s',
+    'perf/mfu': 'MFU',
+    'perf/eta_seconds': 'eta',
+    'train/learning_rate': 'lr',
+}
+
+
+def _values(record: Mapping[str, Any]) -> str:
+    named = [(name, value) for name, value in record.items() if name not in _HEAD]
+    return '  '.join(f'{_short(name)} {_value(name, value)}' for name, value in named)
+
+
+def _short(name: str) -> str:
+    return _SHORT.get(name) or re.sub(r'^(train|eval)/', '', name)
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name == 'perf/eta_seconds':
+        return format_seconds(value)
+    if name == 'perf/mfu':
+        return f'{value:.1%}'
+    for size, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e4, 'k')):
+        if abs(value) >= size and value == value and abs(value) != float('inf'):
+            return f'{value / (1e3 if letter == "k" else size):.4g}{letter}'
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+def _section(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
+    table = Table(box=None, title=Text(title), title_justify='left', show_header=False, padding=0)
+    table.add_column(width=24)
+    table.add_column(overflow='fold')
+    for name, value in rows:
+        table.add_row(Text(f'  {name}'), Text(str(value)))
+    return table
+
+
+def _condense(rows: Iterable[tuple]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, *rest in rows:
+        key = (re.sub(r'\d+', '*', name), *map(str, rest))
+        groups.setdefault(key, []).append(name)
+    return [
+        (names[0] if len(names) == 1 else f'{key[0]} ({len(names)})', *key[1:])
+        for key, names in groups.items()
+    ]
+
+
+class _ScreenHandler(logging.Handler):
+    """Log lines on stderr, above the bar where there is one."""
+
+    def __init__(self, console: RichConsole, live: bool):
+        super().__init__()
+        self._console, self._live = console, live
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, 'shown', False):
+            return
+        level = '' if record.levelno < logging.WARNING else f'{record.levelname.lower()}: '
+        line = level + self.format(record)
+        try:
+            if self._live:
+                style = 'yellow' if level else None
+                self._console.print(Text(line, style=style or ''), soft_wrap=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _file_handler(path: Path) -> logging.Handler:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding='utf-8')
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    return handler

@@ -1,0 +1,191 @@
+"""report.html and plots/*.png of a run, from config.json and metrics.jsonl alone.
+
+The page carries its pictures inside and asks the network for nothing. It is made of whatever is
+there: a run that has just begun, or died, has a report too.
+"""
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxfm.metrics.console import format_seconds
+from jaxfm.metrics.writers import read_records
+
+# An evaluator that knows what `xz -9e` reaches on the same text records it under this name, beside
+# bits_per_byte.
+XZ_SUFFIX = '/xz_bits_per_byte'
+_BOUNDS = ('_low', '_high')
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #ddd }
+img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow: auto }
+"""
+
+Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Writes the report of a run into its directory and returns the path of the page."""
+    workdir = Path(workdir)
+    series = _series(read_records(workdir / 'metrics.jsonl'))
+    config = _read_config(workdir / 'config.json')
+    pictures = _draw(series, workdir / 'plots')
+    path = workdir / 'report.html'
+    path.write_text(_page(workdir.absolute().name, series, config, pictures), encoding='utf-8')
+    return path
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+def _series(records: Iterable[Mapping[str, Any]]) -> Series:
+    series: Series = {}
+    for record in records:
+        for name, value in record.items():
+            if '/' in name and isinstance(value, int | float) and not isinstance(value, bool):
+                series.setdefault(name, []).append((record['step'], value))
+    return series
+
+
+def _page(name: str, series: Series, config: Any, pictures: list[Path]) -> str:
+    title = html.escape(name)
+    images = ''.join(_image(picture) for picture in pictures)
+    given = html.escape(json.dumps(config, indent=2, ensure_ascii=False)) if config else 'none'
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<style>{_STYLE}</style></head><body><h1>{title}</h1>'
+        f'<h2>Run</h2>{_table(("", ""), _run_rows(series, config))}'
+        f'<h2>Evaluation</h2>{_table(("", "last", "first"), _eval_rows(series))}'
+        f'{images}<h2>Config</h2><pre>{given}</pre></body></html>\n'
+    )
+
+
+def _run_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
+    rows = []
+    steps = [points[-1][0] for points in series.values()]
+    total = config.get('steps') if isinstance(config, dict) else None
+    if steps:
+        rows.append(('steps', f'{max(steps)}' + (f' of {total}' if total is not None else '')))
+    for name in sorted(series):
+        if name.startswith('train/') and 'loss' in name:
+            rows.append((name, _number(series[name][-1][1])))
+    rows += _speed_rows(series)
+    return rows
+
+
+def _speed_rows(series: Series) -> list[tuple[str, ...]]:
+    rows = []
+    for name, label in (('perf/tokens_per_second', 'tokens/s'), ('perf/mfu', 'MFU')):
+        if name in series:
+            values = sorted(value for _, value in series[name])
+            rows.append((f'{label} (median)', _number(values[len(values) // 2])))
+    if 'perf/total_tokens' in series:
+        rows.append(('tokens', f'{series["perf/total_tokens"][-1][1]:,.0f}'))
+    if 'perf/elapsed_seconds' in series:
+        rows.append(('time', format_seconds(series['perf/elapsed_seconds'][-1][1])))
+    return rows
+
+
+def _eval_rows(series: Series) -> list[tuple[str, ...]]:
+    names = [
+        name for name in sorted(series) if name.startswith('eval/') and not _is_bound(name, series)
+    ]
+    return [(name, _score(name, series, -1), _score(name, series, 0)) for name in names]
+
+
+def _is_bound(name: str, series: Series) -> bool:
+    return any(name.endswith(end) and name.removesuffix(end) in series for end in _BOUNDS)
+
+
+def _score(name: str, series: Series, which: int) -> str:
+    """The value with its interval, of the first or the last record."""
+    step, value = series[name][which]
+    low, high = (dict(series.get(name + end, ())).get(step) for end in _BOUNDS)
+    text = _number(value)
+    if low is not None and high is not None:
+        text += f' ({_number(low)} to {_number(high)})'
+    return f'{text} at step {step}'
+
+
+def _number(value: float) -> str:
+    return f'{value:.4g}' if abs(value) < 1e4 else f'{value:,.0f}'
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return '<p>nothing recorded yet</p>'
+    lines = [''.join(f'<th>{html.escape(cell)}</th>' for cell in head)]
+    lines += [''.join(f'<td>{html.escape(cell)}</td>' for cell in row) for row in rows]
+    return '<table>' + ''.join(f'<tr>{line}</tr>' for line in lines) + '</table>'
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _draw(series: Series, directory: Path) -> list[Path]:
+    """loss.png, eval.png and throughput.png, as far as there is something to draw."""
+    panels = {
+        'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
+        'eval': _eval_panels(series),
+        'throughput': [[n] for n in ('perf/tokens_per_second', 'perf/mfu') if n in series],
+    }
+    drawn = []
+    for name, panel in panels.items():
+        if panel:
+            directory.mkdir(parents=True, exist_ok=True)
+            drawn.append(_plot(panel, series, directory / f'{name}.png'))
+    return drawn
+
+
+def _eval_panels(series: Series) -> list[list[str]]:
+    """Bits per byte share a panel with the line of xz, other scores have one each."""
+    names = [n for n in sorted(series) if n.startswith('eval/') and not _is_bound(n, series)]
+    panels = []
+    for name in names:
+        if name.endswith(XZ_SUFFIX):
+            continue
+        xz = name.rsplit('/', 1)[0] + XZ_SUFFIX
+        beside = [xz] if name.endswith('/bits_per_byte') and xz in series else []
+        panels.append([name, *beside])
+    return panels
+
+
+def _plot(panels: list[list[str]], series: Series, path: Path) -> Path:
+    # Imported late: it takes longer than the rest of the report. Figure alone needs no display, and
+    # unlike pyplot leaves no figures behind.
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=90, layout='constrained')
+    for index, names in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1, xlabel='step')
+        axes.set_title(names[0], fontsize=10, parse_math=False)
+        axes.grid(alpha=0.3)
+        _draw_curves(axes, names, series)
+    figure.savefig(path)
+    return path
+
+
+def _draw_curves(axes, names: list[str], series: Series) -> None:
+    for name in names:
+        steps, values = zip(*series[name], strict=True)
+        if name.endswith(XZ_SUFFIX):
+            axes.axhline(values[-1], linestyle='--', color='gray', label='xz -9e')
+            axes.legend()
+            continue
+        axes.plot(steps, values, marker='.' if len(steps) < 50 else None)
+        low, high = (dict(series.get(name + end, ())) for end in _BOUNDS)
+        both = [step for step in steps if step in low and step in high]
+        if both:
+            axes.fill_between(both, [low[s] for s in both], [high[s] for s in both], alpha=0.2)

@@ -1,0 +1,36 @@
+"""A small corpus of many short, some long and some tiny documents."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from jaxfm.data import BPEConfig, DataConfig, TextConfig, corpus
+
+WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(' ')
+
+
+@pytest.fixture(scope='session')
+def text_directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp('texts')
+    random_words = random.Random(0)
+    for i in range(40):
+        length = 1 + int(2 ** random_words.uniform(0, 10))
+        text = ' '.join(random_words.choices(WORDS, k=length)) + f' {i}'
+        (directory / f'{i:02d}.txt').write_text(text, encoding='utf-8')
+    return directory
+
+
+@pytest.fixture(scope='session')
+def data_config(text_directory) -> DataConfig:
+    return DataConfig(
+        source=TextConfig(files=[f'{text_directory}/*.txt'], heldout_fraction=0.2),
+        tokenizer=BPEConfig(vocab_size=400),
+        sequence_length=32,
+        batch_size=6,
+    )
+
+
+@pytest.fixture(scope='session')
+def small_corpus(data_config, tmp_path_factory) -> corpus.Corpus:
+    return corpus.build(data_config, tmp_path_factory.mktemp('cache'))

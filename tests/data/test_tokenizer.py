@@ -1,0 +1,102 @@
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from jaxfm.data import BPEConfig, BytesConfig, tokenizer
+from jaxfm.errors import DataError
+
+TEXTS = [
+    'def f(self):\n    if self.value:\n        return self.value\n',
+    'the quick brown fox, it is\r\nsaid\n\n\tjumps 12345 times <|eos|> over',
+] * 5
+
+
+@pytest.fixture(scope='module', params=['bytes', 'code', 'words'])
+def trained(request):
+    if request.param == 'bytes':
+        return tokenizer.Bytes(BytesConfig(), TEXTS)
+    return tokenizer.BPE(BPEConfig(vocab_size=320, pattern=request.param), TEXTS)
+
+
+def random_text(generator) -> str:
+    """Characters of all planes, many of them white space, without surrogates."""
+    pools = [' \t\n\r\f\v', 'abcdef_().,', '0123456789', '\x00\x1c\u2028\u00a0\ufeff\u200b']
+    characters = []
+    for _ in range(generator.randrange(60)):
+        pool = generator.randrange(len(pools) + 1)
+        if pool < len(pools):
+            characters.append(generator.choice(pools[pool]))
+        else:
+            code = generator.randrange(sys.maxunicode + 1)
+            characters.append('?' if 0xD800 <= code < 0xE000 else chr(code))
+    return ''.join(characters)
+
+
+def test_every_text_comes_back_from_its_ids(trained):
+    generator = random.Random(1)
+    texts = ['', ' ', '\n', *TEXTS] + [random_text(generator) for _ in range(500)]
+    encoded = trained.encode_batch(texts)
+    assert [trained.decode(ids) for ids in encoded] == texts
+    assert trained.encode(texts[-1]) == encoded[-1].tolist()
+
+
+def test_text_that_spells_a_special_token_stays_text(trained):
+    for text in ('<|bos|>', '<|eos|>', 'a<|eos|>b', '<|bos|><|eos|>' * 3):
+        ids = trained.encode(text)
+        assert trained.bos_id not in ids and trained.eos_id not in ids
+        assert trained.decode(ids) == text
+
+
+def test_special_tokens_leave_no_text(trained):
+    assert trained.decode([trained.bos_id, *trained.encode('é'), trained.eos_id]) == 'é'
+
+
+def test_ids_are_inside_the_vocabulary(trained):
+    ids = np.concatenate(trained.encode_batch(TEXTS))
+    assert ids.dtype == np.int32
+    assert 2 <= ids.min() and ids.max() < trained.vocab_size
+
+
+def test_a_saved_tokenizer_is_the_same_after_loading(trained, tmp_path):
+    trained.save(tmp_path / 'tokenizer.json')
+    loaded = tokenizer.load(tmp_path / 'tokenizer.json')
+    assert loaded.fingerprint == trained.fingerprint
+    assert loaded.vocab_size == trained.vocab_size
+    for text in (*TEXTS, '<|eos|>'):
+        assert loaded.encode(text) == trained.encode(text)
+
+
+def test_training_twice_gives_the_same_merges_and_another_text_does_not():
+    fingerprints = [
+        tokenizer.BPE(BPEConfig(vocab_size=320), texts).fingerprint
+        for texts in (TEXTS, list(TEXTS), [*TEXTS, 'xyzzy ' * 9])
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_the_vocabulary_has_the_size_that_is_asked_for():
+    assert tokenizer.BPE(BPEConfig(vocab_size=300), TEXTS).vocab_size == 300
+    assert tokenizer.Bytes(BytesConfig(), []).vocab_size == 258
+
+
+def test_bytes_are_ids_two_higher():
+    assert tokenizer.Bytes(BytesConfig(), []).encode('aé\n') == [97 + 2, 0xC3 + 2, 0xA9 + 2, 12]
+
+
+def test_a_line_break_and_its_indentation_are_one_token_in_code():
+    code = tokenizer.BPE(BPEConfig(vocab_size=320), TEXTS)
+    assert [code.decode([i]) for i in code.encode('\n        return')][0] == '\n        '
+
+
+def test_a_lone_surrogate_is_bad_data(trained):
+    with pytest.raises(DataError, match='surrogate'):
+        trained.encode('a\udc80')
+
+
+def test_a_damaged_tokenizer_file_is_named(tmp_path):
+    path = tmp_path / 'tokenizer.json'
+    path.write_text('{"version": ')
+    with pytest.raises(DataError, match='tokenizer.json is not a tokenizer'):
+        tokenizer.load(path)

@@ -55,16 +55,20 @@ class PythonFunctions:
     """The task over (name, text) documents; DataError when they hold no function."""
 
     def __init__(self, config: PythonFunctionsConfig, documents: Iterable[tuple[str, str]]):
-        found = {}
-        for name, text in documents:
-            for prompt in _function_prompts(name, text, config.context_lines):
-                # Many functions have the same header: it is asked once.
-                found.setdefault(prompt.text, prompt)
+        found = [
+            prompt
+            for name, text in documents
+            for prompt in _function_prompts(name, text, config.context_lines)
+        ]
         if not found:
             raise DataError('task python_functions: the held-out documents hold no Python function')
-        if len(found) < config.num_prompts:
-            log.info('python_functions: %d headers, not %d', len(found), config.num_prompts)
-        self._prompts = sorted(found.values(), key=_rank)[: config.num_prompts]
+        distinct = {}
+        for prompt in sorted(found, key=_rank):
+            # Many functions have the same header: it is asked once.
+            distinct.setdefault(prompt.text, prompt)
+        if len(distinct) < config.num_prompts:
+            log.info('python_functions: %d headers, not %d', len(distinct), config.num_prompts)
+        self._prompts = list(distinct.values())[: config.num_prompts]
 
     def prompts(self) -> list[FunctionPrompt]:
         """Chosen and ordered by a hash of where they stand."""

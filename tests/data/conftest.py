@@ -7,7 +7,9 @@ import pytest
 
 from jaxfm.data import BPEConfig, DataConfig, TextConfig, corpus
 
-WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(' ')
+WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(
+    ' '
+)
 
 
 @pytest.fixture(scope='session')

@@ -99,7 +99,8 @@ class Checkpointer:
             # A copy: the source goes on moving while this is written.
             extra=ocp.args.JsonSave(json.loads(json.dumps(extra))),
         )
-        with self._failing_as_storage_error(step):
+        # The one transfer from the device that the training loop means to make.
+        with self._failing_as_storage_error(step), jax.transfer_guard('allow'):
             # force: by default Orbax skips, without a word, a step older than the newest it has.
             self._manager.save(step, args=items, force=True)
         self._saving = step

@@ -4,6 +4,7 @@ import json
 import logging
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -132,12 +133,29 @@ def test_state_may_be_donated_as_soon_as_save_returns(checkpointer, devices):
         assert np.unique(restored['w']) == restored['count'] == 2 * step - 1
 
 
+class Watched(dict):
+    """Notes which threads read it."""
+
+    readers = frozenset()
+
+    def items(self):
+        self.readers |= {threading.get_ident()}
+        return super().items()
+
+
 def test_extra_may_change_as_soon_as_save_returns(checkpointer):
-    extra = {'source': {'next_row': 5}}
+    extra = Watched(next_row=5)
     checkpointer.save(1, place({'w': np.zeros((512, 8))}, make_mesh(1)), extra)
-    extra['source']['next_row'] = 6
+    extra['next_row'] = 6
     checkpointer.wait()
-    assert checkpointer.read_extra(1) == {'source': {'next_row': 5}}
+    assert checkpointer.read_extra(1) == {'next_row': 5}
+    assert extra.readers == {threading.get_ident()}, 'read by a thread that save leaves behind'
+
+
+def test_extra_that_is_no_json_fails_in_the_call(checkpointer):
+    with pytest.raises(TypeError, match='not JSON serializable'):
+        checkpointer.save(1, place({'w': np.zeros((8, 8))}, make_mesh(1)), {'key': object()})
+    assert checkpointer.latest_step() is None
 
 
 def test_only_the_newest_checkpoints_stay(checkpointer):
@@ -265,6 +283,28 @@ def test_a_failed_background_save_is_told_once_and_the_next_one_works(saved):
     )
 
 
+def test_the_next_save_tells_which_one_failed(saved):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        saved.save(8, place(host_state(8), make_mesh(8)), {})
+        with pytest.raises(StorageError, match='checkpoint 8 could not be saved'):
+            saved.save(9, place(host_state(9), make_mesh(8)), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    saved.save(9, place(host_state(9), make_mesh(8)), {})
+    saved.wait()
+    assert saved.steps() == [7, 9]
+
+
+def test_saving_is_an_allowed_transfer_inside_the_training_loop(saved):
+    state = place(host_state(8), make_mesh(8))
+    with jax.transfer_guard('disallow'):
+        saved.save(8, state, EXTRA)
+        saved.wait()
+    assert saved.steps() == [7, 8]
+
+
 def test_no_room_is_refused_with_the_numbers(saved, tmp_path):
     free = shutil.disk_usage(tmp_path).free
     empty = Checkpointer(CheckpointConfig(), tmp_path / 'empty')
@@ -312,12 +352,11 @@ def test_arrays_are_stored_with_ocdbt(saved):
     assert metadata['use_ocdbt']
 
 
-def test_orbax_says_nothing(tmp_path, capfd):
-    logging.getLogger('absl').setLevel(logging.INFO)
-    made = Checkpointer(CheckpointConfig(), tmp_path)
-    made.save(1, place(host_state(), make_mesh(8)), EXTRA)
-    made.wait()
-    made.restore(1, abstract_of(host_state(), make_mesh(1)))
-    made.close()
-    logging.getLogger('absl').setLevel(logging.WARNING)
-    assert capfd.readouterr().err == ''
+def test_orbax_says_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        made = Checkpointer(CheckpointConfig(), tmp_path)
+        made.save(1, place(host_state(), make_mesh(8)), EXTRA)
+        made.wait()
+        made.restore(1, abstract_of(host_state(), make_mesh(1)))
+        made.close()
+    assert caplog.text == ''

@@ -134,8 +134,9 @@ for step in range(10, 101, 10):
     if step == 50:
         console.write(head | {'kind': 'eval', 'eval/held_out/loss': 2.5})
         logging.getLogger('jaxfm').info('checkpoint saved')
+    if step == 60:
+        print('generated text')
 console.close()
-print('generated text')
 """
 
 

@@ -38,6 +38,16 @@ class TrainState:
         return self.trainable | self.frozen | self.buffers
 
 
+    def to_tree(self) -> dict[str, jax.Array]:
+        """The same arrays as a flat dict with readable names: what a checkpoint holds."""
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self)
+        return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
+
+    def with_tree(self, tree: dict[str, jax.Array]) -> 'TrainState':
+        """This structure with the arrays of `to_tree`; self may hold only shapes."""
+        return jax.tree.unflatten(jax.tree.structure(self), [tree[name] for name in self.to_tree()])
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """The structure of a model, apart from its arrays.

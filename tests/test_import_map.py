@@ -40,7 +40,8 @@ def _below(layer):
 
 # room -> what it may import, beside itself and the foundations.
 ARROWS = {
-    'main': set().union(*LAYERS, SIDE),
+    'main': {'run'} | CONFIG,
+    'run': set().union(*LAYERS, SIDE),
     'train': {'state', 'checkpoint', 'metrics', 'sharding', 'distributed'},
     'plan': _below(0) | {'config', 'state', 'optimizer'},
     'preflight': _below(0) | {'config', 'distributed'},

@@ -16,11 +16,12 @@ class LossConfig(Group):
 
     name: Literal['loss'] = 'loss'
     every: int = Field(0, ge=0)  # steps between two runs; 0 is only at the end
-    at_start: bool = True  # also on the untrained (or restored-from) weights of step 0
+    at_start: bool = True  # also on the weights of step 0
     batch_size: int = Field(32, ge=1)  # rows
     sequence_length: int = Field(0, ge=0)  # 0 is the training data's
     stride: int = Field(0, ge=0)  # tokens a row advances by; 0 is sequence_length (no overlap)
     max_batches: int = Field(0, ge=0)  # 0 is all of the held-out text
+    xz_baseline: bool = False  # also what `xz -9e` reaches on the same text: a line to beat
 
 
 class GenerateConfig(Group):

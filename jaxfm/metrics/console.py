@@ -45,7 +45,8 @@ class Console:
         self._handlers = [_ScreenHandler(self._console, self._live)]
         if log_path is not None and enabled:
             self._handlers.append(_file_handler(Path(log_path)))
-        self._level = log.level
+        self._level, self._propagate = log.level, log.propagate
+        log.propagate = False  # libraries add handlers to the root: every line would come twice
         log.setLevel(logging.INFO if enabled else logging.WARNING)
         for handler in self._handlers:
             log.addHandler(handler)
@@ -92,6 +93,7 @@ class Console:
             log.removeHandler(handler)
             handler.close()
         log.setLevel(self._level)
+        log.propagate = self._propagate
 
     def _advance(self, record: Mapping[str, Any]) -> None:
         if self._progress is None:

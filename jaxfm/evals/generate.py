@@ -1,0 +1,89 @@
+"""Sampling-based evaluation: complete a task's prompts, let the task judge, keep every sample."""
+
+import json
+
+from jaxfm.errors import DataError
+from jaxfm.evals import GenerateConfig
+from jaxfm.evals.base import Cadence, Context, wilson_interval
+from jaxfm.sampling.sampler import Request, complete
+from jaxfm.tasks import TASKS
+
+
+class Generate(Cadence):
+    """pass@1 from one sample a prompt, with its 95 % interval.
+
+    Prompts are continued as they stand, without a BOS: they come from the middle of documents.
+
+    Raises:
+      DataError: a prompt that the sampler cannot hold, before anything runs.
+    """
+
+    def __init__(self, config: GenerateConfig, context: Context):
+        super().__init__(config)
+        self._config, self._sampler, self._seed = config, context.sampler, context.seed
+        self._tokenizer = context.corpus.tokenizer
+        self._task = TASKS[config.task.name].load()(config.task, context.corpus.heldout_documents)
+        self._name, self._directory = context.name, context.samples_directory
+        self._prompts = {prompt.id: prompt for prompt in self._task.prompts()}
+        if not self._prompts:
+            raise DataError(f'config.evals.{context.name}: the held-out text has no prompt for it')
+        self._requests = [self._request(prompt) for prompt in self._prompts.values()]
+        for request in self._requests:
+            self._sampler.check(request)
+
+    def run(self, params, step: int) -> dict[str, float]:
+        """{'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'}."""
+        prompts = self._prompts
+        self._sampler.params = params
+        events = complete(
+            self._sampler,
+            self._requests,
+            stop=lambda id, ids: self._task.stop(prompts[id], self._tokenizer.decode(ids)),
+        )
+        scores = {}
+        records = []
+        for prompt in prompts.values():
+            text = self._text(events[prompt.id])
+            scores[prompt.id] = self._task.evaluate(prompt, text)
+            records.append(
+                {
+                    'step': step,
+                    'id': prompt.id,
+                    'prompt': prompt.text,
+                    'completion': text,
+                    'score': scores[prompt.id],
+                    'finish_reason': events[prompt.id][-1].finish_reason or 'judged',
+                }
+            )
+        self._write(step, records)
+        passed = sum(scores.values())
+        low, high = wilson_interval(passed, len(scores))
+        return {
+            'pass@1': passed / len(scores),
+            'pass@1_low': low,
+            'pass@1_high': high,
+            'prompts': float(len(scores)),
+        }
+
+    def _request(self, prompt) -> Request:
+        return Request(
+            id=prompt.id,
+            tokens=self._tokenizer.encode(prompt.text),
+            max_tokens=self._config.max_tokens,
+            temperature=self._config.temperature,
+            seed=self._seed,
+            stop_ids=frozenset([self._tokenizer.eos_id]),
+        )
+
+    def _text(self, events) -> str:
+        ids = [token for event in events for token in event.tokens]
+        if ids and ids[-1] == self._tokenizer.eos_id:
+            ids.pop()
+        return self._tokenizer.decode(ids)
+
+    def _write(self, step: int, records: list[dict]) -> None:
+        """One file a step: a resumed run that evaluates a step again replaces what it wrote."""
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / f'{self._name}-{step:06d}.jsonl'
+            path.write_text(''.join(json.dumps(record) + '\n' for record in records))

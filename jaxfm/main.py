@@ -1,0 +1,131 @@
+"""`python -m jaxfm.main --config configs/<run>.py`: flags, everything built from the config, one mode run.
+
+Errors that a person must read are `RunError`s: each is printed as one message and becomes an exit
+code. Generated text alone goes to stdout, all else to stderr and the log.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from jaxfm import config as configs
+from jaxfm import resume
+from jaxfm.errors import MissingInputError, NumericsError, RunError, UsageError
+
+log = logging.getLogger('jaxfm')
+
+MODES = ('train', 'eval', 'sample')
+# glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
+# small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
+HUGE_PAGES = (
+    'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296'
+    ':glibc.malloc.trim_threshold=8589934592'
+)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Command line -> (flags, overrides of the config).
+
+    Raises:
+      UsageError: a flag that does not exist or lacks its value.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f'{message}\n{self.format_usage().strip()}')
+
+    parser = Parser(
+        prog='python -m jaxfm.main',
+        description='Trains, evaluates and samples foundation models.',
+        epilog='Any value of the config can be given as --config.group.key=value.',
+        allow_abbrev=False,
+    )
+    parser.add_argument('--config', metavar='FILE[:ARG]', help='a file of configs/')
+    parser.add_argument('--mode', choices=MODES, default='train')
+    parser.add_argument('--workdir', type=Path, help='default: runs/<config>[-<arg>]')
+    parser.add_argument(
+        '--allow_change',
+        default='',
+        metavar='GROUPS',
+        help='what of the config may differ from the run in workdir, e.g. optimizer,data',
+    )
+    sampling = parser.add_argument_group('sampling (--mode sample)')
+    sampling.add_argument('--prompt', action='append', help='text to continue; may be repeated')
+    sampling.add_argument('--temperature', type=float, help='0 is greedy')
+    sampling.add_argument('--max_tokens', type=int)
+    sampling.add_argument('--seed', type=int, default=0, help='of the sampling noise')
+    parser.add_argument('--output', type=Path, help='a file for samples or scores, as JSON lines')
+    argument, overrides, rest = configs.split_arguments(argv)
+    flags = parser.parse_args(rest)
+    flags.config = argument
+    if argument is None:
+        raise UsageError('which run? --config=configs/quickstart.py is a good first one')
+    flags.workdir = flags.workdir or configs.workdir_for(argument)
+    flags.allow_change = [name for name in flags.allow_change.split(',') if name]
+    return flags, overrides
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns its exit code."""
+    try:
+        flags, overrides = parse(argv)
+        config = configs.load(flags.config, overrides)
+        _check_workdir(flags, config)
+        from jaxfm import run  # jax only now: a mistake in the config costs no start-up time
+
+        return run.MODES[flags.mode](flags, config)
+    except RunError as error:
+        return _report(error)
+    except MemoryError as error:
+        return _report(NumericsError(f'out of memory on the host: {error}'))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        return _report(NumericsError(f'{first}\ncheapest remedies: {REMEDIES}'))
+
+
+REMEDIES = (
+    'config.optimizer.accumulate x 2 (half the activations), config.model.remat=full, '
+    'or more devices in config.mesh.fsdp'
+)
+
+
+def _check_workdir(flags, config) -> None:
+    """Whether the run that is in the work directory, if any, may go on with this config."""
+    known = flags.workdir / 'config.json'
+    if known.exists():
+        for change in resume.check_resume(configs.read(known), config, flags.allow_change):
+            log.warning('config.%s: %s -> %s', *change)
+    elif flags.mode != 'train':
+        raise MissingInputError(
+            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir'
+        )
+
+
+def _report(error: RunError) -> int:
+    # The log may not be set up yet, or be gone; stderr is always there.
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    logging.getLogger('jaxfm.exit').debug('%s', error)
+    return error.exit_code
+
+
+def _start_with_huge_pages(argv: list[str]) -> None:
+    """Starts this process over with HUGE_PAGES, once, where computing happens on CPU."""
+    platforms = os.environ.get('JAX_PLATFORMS', '')
+    on_gpu = os.path.exists('/dev/nvidia0') if not platforms else 'cpu' not in platforms
+    if not sys.platform.startswith('linux') or on_gpu or 'GLIBC_TUNABLES' in os.environ:
+        return
+    os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
+    print('on CPU: started over with huge pages for malloc', file=sys.stderr, flush=True)
+    os.execv(sys.executable, [sys.executable, '-m', 'jaxfm.main', *argv])
+
+
+if __name__ == '__main__':
+    if not {'-h', '--help'} & set(sys.argv):
+        _start_with_huge_pages(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,41 @@
+"""From logits to a token: temperature, noise that belongs to the request, and both log-probs."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
+    """One token a row, with the log-probs a trainer needs.
+
+    The noise is a function of (request seed, sample index, position) alone: what else is in the
+    batch, and when, changes nothing.
+
+    Args:
+      logits_BV: float32; -inf is never sampled.
+      temperature_B: 0 is greedy.
+      seeds_B2: uint32 request seed and sample index.
+      positions_B: position of the token that is sampled.
+
+    Returns:
+      tokens int32, log-prob under the full softmax at temperature 1, and under the distribution that
+      was sampled from (0 where greedy); all [B].
+    """
+    logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    greedy_B = temperature_B <= 0
+    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+    noise_BV = jax.vmap(_gumbel, (0, 0, None))(seeds_B2, positions_B, logits_BV.shape[-1])
+    noisy_BV = jnp.where(greedy_B[:, None], logits_BV, scaled_BV + noise_BV)
+    tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+    processed_B = _pick(jax.nn.log_softmax(scaled_BV, axis=-1), tokens_B)
+    return tokens_B, _pick(logprobs_BV, tokens_B), jnp.where(greedy_B, 0.0, processed_B)
+
+
+def _gumbel(seed_2, position, size):
+    key = jax.random.fold_in(jax.random.key(seed_2[0]), seed_2[1])
+    return jax.random.gumbel(jax.random.fold_in(key, position), (size,))
+
+
+def _pick(values_BV, tokens_B):
+    ids = lax.broadcasted_iota(jnp.int32, (1, values_BV.shape[-1]), 1)
+    return jnp.sum(jnp.where(ids == tokens_B[:, None], values_BV, 0.0), axis=-1)

@@ -1,0 +1,252 @@
+"""The sampling engine: `add` requests, call `step()` until it has no work, read the events.
+
+Synchronous, no threads. `slots` sequences are decoded together; a slot that falls free takes the
+next request at the next step. Shapes are static: prompts are padded to powers of two, decoding runs
+`decode_steps` tokens a compiled call. Parameters are an argument of every call, so new weights need
+no new compilation. B slots, T padded prompt, V vocabulary.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfm import sharding
+from jaxfm.errors import DataError
+from jaxfm.models import kv_cache
+from jaxfm.models.transformer import compute_dtype
+from jaxfm.ops.logprobs import logits
+from jaxfm.sampling import SamplingConfig
+from jaxfm.sampling.logits import sample_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue, in token ids.
+
+    The sample of a request depends on (seed, sample_index) and the weights, not on its company.
+    """
+
+    id: str
+    tokens: Sequence[int]
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    sample_index: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """New tokens of a request. A stop token is reported as the last one."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[float]  # under the full softmax at temperature 1: what the trainer computes
+    sampling_logprobs: list[float]  # under the distribution that was sampled from
+    finish_reason: str | None  # 'stop', 'length', or None while the request goes on
+
+
+class Sampler:
+    """Continuous batching over a contiguous key-value cache.
+
+    Args:
+      merge: {path: array} -> model, such as `Parts.merge`.
+      model_config: a TransformerConfig.
+      params: the weights; replace `sampler.params` at any time between steps.
+    """
+
+    def __init__(self, merge, model_config, config: SamplingConfig, params, mesh):
+        self.config, self.params, self._mesh = config, params, mesh
+        shards = sharding.batch_shards(mesh)
+        self._slots = -(-config.slots // shards) * shards
+        self._merge = merge
+        self._vocab_size = model_config.vocab_size
+        self._new_cache = jax.jit(
+            lambda: kv_cache.init_cache(
+                model_config, self._slots, config.max_length, compute_dtype(model_config)
+            )
+        )
+        self._cache = None  # allocated by the first request
+        self._waiting = collections.deque()
+        self._requests: list[Request | None] = [None] * self._slots
+        self._produced = [0] * self._slots
+        self._last = np.zeros(self._slots, np.int32)  # the token each slot decodes from
+        self._prefill = jax.jit(self._prefill_slots, donate_argnums=1)
+        self._decode = jax.jit(self._decode_slots, donate_argnums=1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would produce something."""
+        return bool(self._waiting) or any(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Queues a request, if `check` has nothing against it."""
+        self.check(request)
+        self._waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Whether the engine can hold a request.
+
+        Raises:
+          DataError: an empty prompt, ids outside the vocabulary, or more tokens than a slot holds.
+        """
+        tokens = np.asarray(request.tokens)
+        if tokens.size == 0:
+            raise DataError(f'request {request.id}: the prompt is empty')
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise DataError(
+                f'request {request.id}: token ids go from {tokens.min()} to {tokens.max()}, the '
+                f'vocabulary has {self._vocab_size}'
+            )
+        length = tokens.size + request.max_tokens
+        if length > self.config.max_length:
+            raise DataError(
+                f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
+                f'{length} exceed sampling.max_length {self.config.max_length}'
+            )
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets a request, waiting or running; unknown ids are ignored."""
+        self._waiting = collections.deque(r for r in self._waiting if r.id != request_id)
+        for slot, request in enumerate(self._requests):
+            if request is not None and request.id == request_id:
+                self._requests[slot] = None
+
+    def step(self) -> list[Event]:
+        """Admits waiting requests into free slots, or else decodes every running one further."""
+        free = [slot for slot, request in enumerate(self._requests) if request is None]
+        if self._waiting and free:
+            return self._admit(free)
+        return self._advance() if any(self._requests) else []
+
+    def _admit(self, free: Iterable[int]) -> list[Event]:
+        admitted = []
+        for slot in free:
+            if not self._waiting:
+                break
+            self._requests[slot], self._produced[slot] = self._waiting.popleft(), 0
+            admitted.append(slot)
+        longest = max(len(self._requests[slot].tokens) for slot in admitted)
+        bucket = min(self.config.max_length, max(16, 1 << (longest - 1).bit_length()))
+        tokens = np.zeros((self._slots, bucket), np.int32)
+        lengths = np.zeros(self._slots, np.int32)
+        for slot in admitted:
+            prompt = self._requests[slot].tokens
+            tokens[slot, : len(prompt)] = prompt
+            lengths[slot] = len(prompt)
+        if self._cache is None:
+            self._cache = self._new_cache()
+        rows = dict(tokens=tokens, lengths=lengths, **self._sampling_rows())
+        return self._run(self._prefill, rows, admitted)
+
+    def _advance(self) -> list[Event]:
+        running = [slot for slot, request in enumerate(self._requests) if request is not None]
+        positions = np.full(self._slots, -1, np.int32)
+        for slot in running:
+            positions[slot] = len(self._requests[slot].tokens) + self._produced[slot] - 1
+        rows = dict(last=self._last, positions=positions, **self._sampling_rows())
+        return self._run(self._decode, rows, running)
+
+    def _sampling_rows(self) -> dict[str, np.ndarray]:
+        temperature = np.zeros(self._slots, np.float32)
+        seeds = np.zeros((self._slots, 2), np.uint32)
+        for slot, request in enumerate(self._requests):
+            if request is not None:
+                temperature[slot] = request.temperature
+                seeds[slot] = request.seed, request.sample_index
+        return dict(temperature=temperature, seeds=seeds)
+
+    def _run(self, function, rows, slots) -> list[Event]:
+        rows = sharding.distribute(rows, self._mesh)
+        self._cache, sampled = function(self.params, self._cache, rows)
+        tokens, logprobs, sampling_logprobs = jax.device_get(sampled)  # [steps, slots] each
+        events = [
+            self._event(slot, tokens[:, slot], logprobs[:, slot], sampling_logprobs[:, slot])
+            for slot in slots
+        ]
+        return events
+
+    def _event(self, slot: int, tokens, logprobs, sampling_logprobs) -> Event:
+        """Keeps what the request asked for: decoding may have run past its end."""
+        request = self._requests[slot]
+        count = min(len(tokens), request.max_tokens - self._produced[slot])
+        reason = 'length' if self._produced[slot] + count == request.max_tokens else None
+        for index, token in enumerate(tokens[:count].tolist()):
+            if token in request.stop_ids:
+                count, reason = index + 1, 'stop'
+                break
+        self._produced[slot] += count
+        self._last[slot] = tokens[count - 1]
+        if reason:
+            self._requests[slot] = None
+        kept = (x[:count].tolist() for x in (tokens, logprobs, sampling_logprobs))
+        return Event(request.id, *kept, finish_reason=reason)
+
+    def _prefill_slots(self, params, cache, rows):
+        """Fills the cache of the admitted slots and samples their first token; others are untouched."""
+        model = self._merge(params)
+        tokens_BT, lengths_B = rows['tokens'], rows['lengths']
+        T = tokens_BT.shape[1]
+        positions_BT = jnp.broadcast_to(
+            jnp.arange(T, dtype=jnp.int32),
+            tokens_BT.shape,
+            out_sharding=sharding.activation('batch', 'position'),
+        )
+        segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+        hidden_BTD, extras = model(tokens_BT, positions_BT, segment_ids_BT, cache)
+        is_last_BT = positions_BT == lengths_B[:, None] - 1
+        last_BD = jnp.sum(jnp.where(is_last_BT[..., None], hidden_BTD, 0), axis=1)
+        sampled = self._sample(model, last_BD, rows, lengths_B)
+        return extras['cache'], tuple(_replicated(x)[None] for x in sampled)
+
+    def _decode_slots(self, params, cache, rows):
+        """`decode_steps` tokens for every slot; position -1 marks a slot without a request."""
+        model = self._merge(params)
+        running_B = (rows['positions'] >= 0).astype(jnp.int32)
+
+        def body(carry, _):
+            cache, last_B, positions_B = carry
+            # A request may end inside this call: what would pass the end of the cache is padding.
+            inside_B = running_B * (positions_B < self.config.max_length)
+            hidden_B1D, extras = model(
+                last_B[:, None], positions_B[:, None], inside_B[:, None], cache
+            )
+            sampled = self._sample(model, hidden_B1D[:, 0], rows, positions_B + 1)
+            return (extras['cache'], sampled[0], positions_B + 1), sampled
+
+        carry = (cache, rows['last'], rows['positions'])
+        (cache, *_), sampled = lax.scan(body, carry, length=self.config.decode_steps)
+        return cache, tuple(_replicated(x) for x in sampled)
+
+    def _sample(self, model, hidden_BD, rows, positions_B):
+        logits_B1V = logits(hidden_BD[:, None], model.unembed())
+        logits_BV = sharding.place(logits_B1V, 'batch', None, None)[:, 0]
+        return sample_tokens(logits_BV, rows['temperature'], rows['seeds'], positions_B)
+
+
+def _replicated(x):
+    """Every process reads the sampled tokens, so that all of them schedule alike."""
+    return sharding.place(x, *(None,) * x.ndim)
+
+
+def complete(sampler: Sampler, requests: Iterable[Request], stop=None) -> dict[str, list[Event]]:
+    """Runs requests to their ends -> {id: events}.
+
+    stop: called with (request id, all tokens so far) after each event; True cancels the rest.
+    """
+    events = {}
+    for request in requests:
+        sampler.add(request)
+        events[request.id] = []
+    while sampler.has_work:
+        for event in sampler.step():
+            events[event.id].append(event)
+            if stop and event.finish_reason is None:
+                if stop(event.id, [t for e in events[event.id] for t in e.tokens]):
+                    sampler.cancel(event.id)
+    return events

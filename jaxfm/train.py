@@ -1,0 +1,135 @@
+"""THE loop. Pre-training, SFT, preference learning and RL differ in source and objective, not here.
+
+The order of a step is a decision. Evaluators see the weights of a step before anything moves; a
+checkpoint is saved before the source gives its next batch. So a run that resumes at step k sees
+exactly what an uninterrupted run saw there, and it does not evaluate step k again.
+"""
+
+import contextlib
+import dataclasses
+import logging
+from typing import Any, Protocol
+
+import jax
+
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.distributed import Preemption
+from jaxfm.errors import Preempted
+from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics.writers import Recorder
+from jaxfm.state import TrainState
+
+log = logging.getLogger('jaxfm')
+
+
+class Source(Protocol):
+    """Where batches come from. A dataset ignores params, a rollout samples with them.
+
+    params are lent for the call: the step after it donates them. The state is JSON, and is the
+    position after the batch that was delivered last.
+    """
+
+    def next(self, params, step: int) -> dict[str, jax.Array]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Evaluator(Protocol):
+    """Measures weights at a cadence: held-out loss, sampled completions, anything with a name."""
+
+    def is_due(self, step: int, last: int) -> bool: ...
+
+    def run(self, params, step: int) -> dict[str, float]: ...
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the loop needs, built by main from a config."""
+
+    steps: int
+    train_step: Any  # (state, batch) -> (state, metrics), jitted, the state donated
+    source: Source
+    evaluators: dict[str, Evaluator]
+    checkpointer: Checkpointer
+    checkpoint_every: int  # 0 saves at the end only
+    recorder: Recorder
+    log_every: int
+    clock: StepClock
+    preemption: Preemption
+    tokens_per_step: int
+
+
+def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState:
+    """Runs from `step` to the end and returns the final state.
+
+    Args:
+      resumed: the state was restored at this step: it is evaluated and saved already.
+
+    Raises:
+      Preempted: a signal asked to stop; the state is saved.
+    """
+    first, before = step, None
+    done = resumed  # this step is evaluated and saved
+    while True:
+        if not done:
+            evaluate(loop, state, step)
+        stopping = step < loop.steps and loop.preemption.should_stop(step)
+        if not done and (stopping or _save_is_due(loop, step)):
+            save(loop, state, step)
+        if stopping:
+            loop.checkpointer.wait()
+            raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
+        if step >= loop.steps:
+            loop.checkpointer.wait()
+            return state
+
+        # Nothing in a step may move data between host and device without saying so.
+        with jax.transfer_guard('disallow'):
+            batch = loop.source.next(state.params, step)
+            with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
+                state, metrics = loop.train_step(state, batch)
+        if step == first:
+            log.info('compiled the step in %.1f s', loop.clock.seconds['compile'])
+        step, done = step + 1, False
+        loop.clock.step(loop.tokens_per_step)
+        # At most two steps in flight: more abort on several CPU devices, and hide a hang.
+        jax.block_until_ready(before)
+        before = metrics
+        if step % loop.log_every == 0 or step in (first + 1, loop.steps):
+            record(loop, metrics, step)
+
+
+def evaluate(loop: Loop, state: TrainState, step: int) -> None:
+    """Runs the evaluators that are due on the weights of this step."""
+    for name, evaluator in loop.evaluators.items():
+        if evaluator.is_due(step, loop.steps):
+            with loop.clock.aside('eval'):
+                values = evaluator.run(state.params, step)
+            named = {f'eval/{name}/{key}': value for key, value in values.items()}
+            loop.recorder.write(step, 'eval', named)
+
+
+def save(loop: Loop, state: TrainState, step: int) -> None:
+    """Starts a checkpoint: weights, optimizer, position in the data, clocks, end of the records."""
+    with loop.clock.aside('checkpoint_save'):
+        extra = {
+            'source': loop.source.get_state(),
+            'clock': loop.clock.get_state(),
+            'metrics_position': loop.recorder.jsonl.position(),
+        }
+        loop.checkpointer.save(step, state.to_tree(), extra)
+
+
+def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> None:
+    """Waits for the step and writes what it measured; the console shows the pair as one line."""
+    values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    loop.recorder.write(step, 'perf', loop.clock.log(step))
+    loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
+
+
+def _save_is_due(loop: Loop, step: int) -> bool:
+    if step == loop.steps:
+        return True
+    return bool(loop.checkpoint_every) and step > 0 and step % loop.checkpoint_every == 0

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Anyone may import these, and they import nothing of ours but each other.
 FOUNDATIONS = {'errors', 'schema'}
 
-# main -> {train, plan, preflight, serving} -> {evals, rollout}
+# main -> run -> {train, plan, preflight, serving} -> {evals, rollout}
 #      -> {sampling, tasks, objectives, data} -> models -> {ops, sharding} -> pallas_kernels
 LAYERS = [
     {'train', 'plan', 'preflight', 'serving'},
@@ -307,7 +307,8 @@ def test_a_heavy_import_in_the_init_of_a_room_is_found(source):
 @pytest.mark.parametrize(
     'name, source',
     [
-        ('jaxfm.main', 'import jax\nfrom jaxfm import config, train\nfrom jaxfm.evals import loss'),
+        ('jaxfm.main', 'from jaxfm import config, run'),
+        ('jaxfm.run', 'import jax\nfrom jaxfm import config, train\nfrom jaxfm.evals import loss'),
         ('jaxfm.train', 'from jaxfm import checkpoint\nfrom jaxfm.errors import Preempted'),
         ('jaxfm.sampling.sampler', 'from jaxfm.data.tokenizer import Tokenizer'),
         ('jaxfm.sampling.sampler', 'from jaxfm.data import tokenizer'),

@@ -1,0 +1,127 @@
+"""Every shipped config builds; the large ones have the parameters they claim and lower."""
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxfm import config, plan, sharding
+from jaxfm.models import MODELS
+from jaxfm.objectives import OBJECTIVES
+from jaxfm.state import abstract_state, make_train_step, split
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').glob('*.py'))
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize('arg', ['', ':smoke'])
+@pytest.mark.parametrize('path', FILES, ids=str)
+def test_every_config_builds(path, arg):
+    assert config.load(f'{path}{arg}').steps > 0
+
+
+@pytest.mark.parametrize('path', FILES, ids=str)
+def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
+    smoke = config.load(f'{path}:smoke')
+    assert smoke.steps <= 30
+    assert smoke.data.source.name == 'python_stdlib'
+    assert smoke.steps // smoke.checkpoint.every >= 3
+
+
+@pytest.mark.parametrize('path', FILES, ids=str)
+def test_every_config_tells_its_command_and_hardware_and_imports_nothing_of_ours(path):
+    tree = ast.parse(path.read_bytes())
+    text = ast.get_docstring(tree)
+    assert f'python -m jaxfm.main --config {path}' in text
+    assert 'Hardware:' in text
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node.module for node in imports] == ['ml_collections']
+
+
+@pytest.mark.parametrize('path', ['configs/llama_1b.py', 'configs/llama_8b.py'])
+def test_smoke_has_the_shape_of_the_full_model(path):
+    full, smoke = config.load(path).model, config.load(f'{path}:smoke').model
+    assert smoke.block.rope == full.block.rope
+    assert smoke.tie_embeddings == full.tie_embeddings
+    for ratio in (
+        lambda model: model.block.num_heads / model.block.num_kv_heads,
+        lambda model: model.block.num_heads * model.block.head_dim / model.embed_dim,
+        lambda model: model.block.mlp_dim / model.embed_dim,
+    ):
+        assert ratio(smoke) == ratio(full)
+
+
+class Built:
+    """The parts of a config that its train step needs, nothing allocated."""
+
+    def __init__(self, path):
+        self.config = config.load(path, ['model.compute_dtype=bfloat16'])
+        model_class = MODELS[self.config.model.name].load()
+        self.make_model = lambda key: model_class(self.config.model, nnx.Rngs(key))
+        self.parts = split(self.make_model)
+
+    def lower(self, mesh):
+        """The train step on a mesh, from abstract state and batch, as StableHLO."""
+        data, group = self.config.data, self.config.optimizer
+        axes = {path: self.parts.axes[path] for path in sorted(self.parts.trainable)}
+        optimizer = config.OPTIMIZERS[group.name].load()(group, self.config.steps, axes)
+        objective = OBJECTIVES[self.config.objective.name].load()(self.config.objective)
+        step = make_train_step(
+            self.parts,
+            objective,
+            optimizer,
+            accumulate=group.accumulate,
+            clip_norm=group.clip_norm,
+        )
+        rows = jax.NamedSharding(mesh, sharding.activation('batch', 'position'))
+        names = dict(tokens=jnp.int32, targets=jnp.int32, positions=jnp.int32)
+        names |= dict(segment_ids=jnp.int32, loss_mask=jnp.float32)
+        shape = (data.batch_size, data.sequence_length)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in names.items()
+        }
+        state = abstract_state(self.make_model, self.parts, optimizer, self.config.seed)
+        return state, step.lower(state, batch).as_text()
+
+
+@pytest.fixture(scope='module')
+def llama_1b():
+    return Built('configs/llama_1b.py')
+
+
+@pytest.fixture(scope='module')
+def llama_8b():
+    return Built('configs/llama_8b.py')
+
+
+def test_llamas_have_the_published_number_of_parameters(llama_1b, llama_8b):
+    assert plan.num_parameters(llama_1b.parts.shapes) == 1_235_814_400
+    assert plan.num_parameters(llama_8b.parts.shapes) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    'name, sizes',
+    [('llama_1b', dict(fsdp=8)), ('llama_1b', dict(fsdp=2, tensor=4)), ('llama_8b', dict(fsdp=8))],
+    ids=lambda value: value if isinstance(value, str) else ' x '.join(value),
+)
+def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, request):
+    built = request.getfixturevalue(name)
+    given = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
+    config.check_on_mesh(built.config, given)
+    mesh = sharding.make_mesh(given)
+    with jax.set_mesh(mesh):
+        state, text = built.lower(mesh)
+    whole = plan.bytes_total(state)
+    assert whole >= 12 * plan.num_parameters(built.parts.shapes)  # weights and two moments in f32
+    assert plan.bytes_per_device(state) == pytest.approx(whole / 8, rel=0.01)
+    assert 'bf16' in text
+    # Scanned: unrolled, each layer would have seven of these in the forward pass alone.
+    assert text.count('dot_general') < 7 * built.config.model.num_layers

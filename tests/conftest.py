@@ -5,6 +5,9 @@ marked run with `-m gpu`, alone, because the others need the CPU devices.
 """
 
 import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -64,3 +67,74 @@ def shared_data() -> Path:
         if directory.is_dir():
             return directory
     pytest.skip('no shared/data in the repository or beside it')
+
+
+TINY = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.steps = 40
+    config.model = dict(
+        name='transformer',
+        vocab_size=300,
+        embed_dim=32,
+        num_layers=2,
+        block=dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64),
+    )
+    config.data = dict(
+        source=dict(name='text', files=[TEXT], heldout_fraction=0.1),
+        tokenizer=dict(name='bytes'),
+        sequence_length=32,
+        batch_size=8,
+    )
+    config.optimizer = dict(name='adamw', learning_rate=1e-2, warmup_steps=5)
+    config.evals = dict(heldout=dict(name='loss', every=6, batch_size=8))
+    config.checkpoint = dict(every=5)
+    config.sampling = dict(slots=4, max_length=64, decode_steps=4, max_tokens=8, num_samples=1)
+    config.metrics = dict(log_every=2)
+    return config
+"""
+
+
+class TinyRuns:
+    """Runs of a tiny model on generated text; compiled programs and tokens are shared by all."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.config = root / 'tiny.py'
+        self.environment = {
+            'XDG_CACHE_HOME': str(root / 'cache'),
+            'PYTHONPATH': str(ROOT),
+            'GLIBC_TUNABLES': '',  # set to anything, the process does not start over for it
+        }
+        (root / 'text').mkdir()
+        for index in range(40):
+            draw = random.Random(index)
+            words = [f'{draw.randrange(300):x}' for _ in range(150)]
+            (root / 'text' / f'{index}.txt').write_text(' '.join(words) + '\n')
+        self.config.write_text(TINY.replace('TEXT', repr(str(root / 'text' / '*.txt'))))
+
+    def arguments(self, workdir: Path, *more: str) -> list[str]:
+        """What follows `python -m jaxfm.main`."""
+        return ['--config', str(self.config), '--workdir', str(workdir), *more]
+
+    def start(self, workdir: Path, *more: str, devices: int = 1, **environment: str):
+        """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""
+        command = [sys.executable, '-m', 'jaxfm.main', *self.arguments(workdir, *more)]
+        environment = {**self.environment, 'JAX_NUM_CPU_DEVICES': str(devices), **environment}
+        with open(f'{workdir}.stderr', 'a') as errors:
+            return subprocess.Popen(
+                command,
+                env=os.environ | environment,
+                cwd=self.root,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory) -> TinyRuns:
+    return TinyRuns(tmp_path_factory.mktemp('tiny'))

@@ -184,7 +184,7 @@ def _division(size: int, ways: int) -> str:
 class RunConfig(Group):
     """One run, resolved: every value that decides what it does."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     steps: int = Field(ge=0)  # 0 is evaluate only
     model: one_of(MODELS)
     data: DataConfig

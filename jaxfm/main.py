@@ -6,6 +6,7 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 
 import argparse
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,9 +54,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     sampling = parser.add_argument_group('sampling (--mode sample)')
     sampling.add_argument('--prompt', action='append', help='text to continue; may be repeated')
-    sampling.add_argument('--temperature', type=float, help='0 is greedy')
-    sampling.add_argument('--max_tokens', type=int)
-    sampling.add_argument('--seed', type=int, default=0, help='of the sampling noise')
+    sampling.add_argument('--temperature', type=_number(float, 0), help='0 is greedy')
+    sampling.add_argument('--max_tokens', type=_number(int, 1))
+    sampling.add_argument('--seed', type=_number(int, 0, 2**32), default=0, help='of the noise')
     parser.add_argument('--output', type=Path, help='a file for samples or scores, as JSON lines')
     argument, overrides, rest = configs.split_arguments(argv)
     flags = parser.parse_args(rest)
@@ -65,6 +66,20 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags.workdir = flags.workdir or configs.workdir_for(argument)
     flags.allow_change = [name for name in flags.allow_change.split(',') if name]
     return flags, overrides
+
+
+def _number(kind, least, end=math.inf):
+    """A number in [least, end), for argparse."""
+
+    def read(text: str):
+        number = kind(text)
+        if not least <= number < end:
+            wanted = f'at least {least}' if end == math.inf else f'in [{least}, {end})'
+            raise argparse.ArgumentTypeError(f'must be {wanted}, got {text}')
+        return number
+
+    read.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return read
 
 
 def main(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.data import corpus as corpora
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.loader import PackedBatches
-from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, StorageError
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, RunError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.metrics.clock import StepClock
@@ -93,8 +93,8 @@ class Run:
             distributed.barrier('corpus')
         if corpus.tokenizer.vocab_size > self.config.model.vocab_size:
             raise DataError(
-                f'the tokenizer has {corpus.tokenizer.vocab_size} tokens, config.model.vocab_size is '
-                f'{self.config.model.vocab_size}'
+                f'the tokenizer has {corpus.tokenizer.vocab_size} tokens, '
+                f'config.model.vocab_size is {self.config.model.vocab_size}'
             )
         return corpus
 
@@ -247,15 +247,20 @@ MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 
 def _open_checkpoints(run: Run, wanted: TrainState, stack) -> Checkpointer:
+    """The run's checkpoints, when there is room for them; else nothing of the run is left."""
     directory = Path(run.config.checkpoint.directory or run.workdir / 'checkpoints')
-    created = [d for d in (run.workdir, directory) if not d.exists()]
-    checkpointer = run.checkpointer(read_only=False)
+    known = (directory, *directory.parents, run.workdir, *run.workdir.parents)
+    created = [d for d in dict.fromkeys(known) if not d.exists()]
+    checkpointer = None
     try:
+        checkpointer = run.checkpointer(read_only=False)
         checkpointer.check_room(plan.bytes_total(wanted))
-    except StorageError:
-        checkpointer.close()
-        for directory in reversed(created):
-            directory.rmdir()
+    except RunError:
+        if checkpointer:
+            checkpointer.close()
+        for directory in created:
+            with contextlib.suppress(OSError):  # another process has removed it, or it is not empty
+                directory.rmdir()
         raise
     stack.callback(checkpointer.close)
     return checkpointer

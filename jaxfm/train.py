@@ -97,7 +97,7 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
         # At most two steps in flight: more abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
         before = metrics
-        if step % loop.log_every == 0 or step in (first + 1, loop.steps):
+        if step % loop.log_every == 0 or step in (1, loop.steps):
             record(loop, metrics, step)
 
 

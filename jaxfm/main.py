@@ -1,4 +1,4 @@
-"""`python -m jaxfm.main --config configs/<run>.py`: flags, everything built from the config, one mode run.
+"""`python -m jaxfm.main --config configs/<run>.py`: flags, all built from the config, one mode run.
 
 Errors that a person must read are `RunError`s: each is printed as one message and becomes an exit
 code. Generated text alone goes to stdout, all else to stderr and the log.

@@ -1,0 +1,121 @@
+"""Small models that together use every option of a block, compiled once each."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxfm import state
+from jaxfm.models import BlockConfig, RopeConfig, SegmentConfig, TransformerConfig
+from jaxfm.models.kv_cache import init_cache
+from jaxfm.models.transformer import Transformer
+from jaxfm.ops.logprobs import logits
+
+B, T = 4, 16  # every test of a model uses these shapes, so that it is compiled once
+BLOCK = BlockConfig(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
+
+
+def changed(group, **changes):
+    return type(group)(**{**dict(group), **changes})
+
+
+def _configs() -> dict[str, TransformerConfig]:
+    llama = TransformerConfig(
+        vocab_size=60, vocab_multiple=16, embed_dim=16, num_layers=2, block=BLOCK
+    )
+    # Three local, one global, twice; before them one layer of another kind.
+    norms = dict(post_norm=True, qk_norm=True, norm_unit_offset=True)
+    soft = dict(attention_softcap=3.0, activation='gelu_tanh', query_scale=0.3)
+    local = changed(BLOCK, **norms, **soft, num_kv_heads=1, window=4)
+    everywhere = changed(local, window=0, rope=RopeConfig(theta=1e3, scaling='linear', factor=2.0))
+    gemma = changed(
+        llama,
+        num_layers=9,
+        segments=[
+            SegmentConfig(pattern=[changed(BLOCK, mlp_dim=40, activation='gelu')], repeats=1),
+            SegmentConfig(pattern=[local, local, local, everywhere], repeats=2),
+        ],
+        tie_embeddings=True,
+        embedding_scale=4.0,
+        logits_softcap=5.0,
+    )
+    # Biases everywhere, norms after only, no gate, and every second block without positions.
+    biases = dict(qkv_bias=True, output_bias=True, mlp_bias=True, gated=False)
+    llama3 = RopeConfig(scaling='llama3', factor=4.0, original_max_position=16)
+    rotary = changed(
+        BLOCK, **biases, rope=llama3, pre_norm=False, post_norm=True, activation='relu_squared'
+    )
+    nope = changed(BLOCK, **biases, rope=None, num_kv_heads=4, window=6)
+    mixed = changed(
+        llama, num_layers=4, segments=[SegmentConfig(pattern=[rotary, nope], repeats=2)]
+    )
+    return {'llama': llama, 'gemma': gemma, 'mixed': mixed}
+
+
+CONFIGS = _configs()
+
+
+@dataclasses.dataclass
+class Model:
+    """A config with random weights, norms and biases included, and its compiled functions."""
+
+    config: TransformerConfig
+    parts: state.Parts
+    params: dict[str, jax.Array]
+
+    @functools.cached_property
+    def _forward(self):
+        def forward(params, tokens, positions, segment_ids, cache):
+            model = self.parts.merge(params)
+            hidden, extras = model(tokens, positions, segment_ids, cache)
+            values = jax.nn.log_softmax(logits(hidden, model.unembed()))
+            return hidden, values[..., : self.config.vocab_size], extras.get('cache')
+
+        return jax.jit(forward)
+
+    def __call__(self, tokens, positions, segment_ids, cache=None):
+        """-> hidden [B, T, D], log-probs [B, T, V], cache."""
+        hidden, logprobs, cache = self._forward(self.params, tokens, positions, segment_ids, cache)
+        return np.asarray(hidden), np.asarray(logprobs), cache
+
+    def new_cache(self, length):
+        return init_cache(self.config, B, length, jnp.float32)
+
+
+def make_model(config: TransformerConfig, seed: int = 0) -> Model:
+    parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
+    random = np.random.default_rng(seed)
+    params = {}
+    for path, leaf in parts.shapes.items():
+        centre = 0.4 if path.endswith('scale') else 0.0
+        params[path] = jnp.asarray(centre + 0.2 * random.normal(size=leaf.shape), leaf.dtype)
+    return Model(config, parts, params)
+
+
+@pytest.fixture(scope='session', params=CONFIGS)
+def model(request) -> Model:
+    """Each of the small models in turn."""
+    return make_model(CONFIGS[request.param])
+
+
+@pytest.fixture(scope='session')
+def configs() -> dict[str, TransformerConfig]:
+    return CONFIGS
+
+
+@pytest.fixture(scope='session')
+def build():
+    """config -> Model."""
+    return make_model
+
+
+@pytest.fixture
+def batch():
+    """tokens, positions, segment_ids [B, T] of rows that are one document each."""
+    tokens = np.random.default_rng(0).integers(0, 60, (B, T)).astype(np.int32)
+    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return tokens, positions, np.ones((B, T), np.int32)

@@ -1,0 +1,110 @@
+"""Decoding through the cache equals the forward over the whole text."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxfm.models.kv_cache import LayerCache
+
+LENGTH = 20  # slots: more than any text here has
+
+
+def assert_close(result, expected):
+    # One unit in the last place of the weights moves the nine-layer model by 2e-5.
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=5e-5)
+
+
+def decode(model, tokens, starts, cache):
+    """Feeds tokens[b, starts[b]:] one by one -> (hidden, log-probs) by position, and the cache.
+
+    Rows that have ended are padding while the others go on.
+    """
+    B, T = tokens.shape
+    rows = np.arange(B)
+    found = [np.zeros((B, T, 16)), np.zeros((B, T, 60))]
+    for step in range(T - min(starts)):
+        at = np.array(starts) + step
+        running = at < T
+        one = tokens[rows, np.minimum(at, T - 1)]
+        *values, cache = model(
+            one[:, None],
+            np.where(running, at, -1).astype(np.int32)[:, None],
+            running.astype(np.int32)[:, None],
+            cache,
+        )
+        for result, value in zip(found, values, strict=True):
+            result[rows[running], at[running]] = value[running, 0]
+    return found, cache
+
+
+def prefill(model, tokens, lengths, cache):
+    """The first lengths[b] tokens of each row, padded behind."""
+    positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (tokens.shape[0], 1))
+    inside = (positions < np.array(lengths)[:, None]).astype(np.int32)
+    return model(tokens * inside, positions, inside, cache)
+
+
+def test_token_by_token_equals_the_full_forward(model, batch):
+    full = model(*batch)
+    (hidden, logprobs), _ = decode(model, batch[0], [0] * 4, model.new_cache(LENGTH))
+    assert_close(hidden, full[0])
+    assert_close(logprobs, full[1])
+
+
+def test_in_one_go_equals_the_full_forward(model, batch):
+    full, cached = model(*batch), model(*batch, model.new_cache(LENGTH))
+    assert_close(cached[0], full[0])
+    assert_close(cached[1], full[1])
+
+
+def test_prompts_of_unequal_lengths_then_tokens_equal_the_full_forward(model, batch):
+    full, lengths = model(*batch), [3, 16, 9, 1]
+    *prompt, cache = prefill(model, batch[0], lengths, model.new_cache(LENGTH))
+    rest, _ = decode(model, batch[0], lengths, cache)
+    for prompt_values, rest_values, expected in zip(prompt, rest, full[:2], strict=True):
+        for row, length in enumerate(lengths):
+            assert_close(prompt_values[row, :length], expected[row, :length])
+            assert_close(rest_values[row, length:], expected[row, length:])
+
+
+def test_a_used_slot_shows_nothing_of_the_request_before(model, batch):
+    lengths, new = [2, 5, 1, 7], np.roll(batch[0], 1, axis=0)
+    *_, used = model(*batch, model.new_cache(LENGTH))
+    results = []
+    for cache in (used, model.new_cache(LENGTH)):
+        *_, cache = prefill(model, new, lengths, cache)
+        results.append(decode(model, new, lengths, cache)[0])
+    for after_another, fresh in zip(*results, strict=True):
+        np.testing.assert_array_equal(after_another, fresh)
+
+
+def test_a_row_without_new_tokens_keeps_its_cache(model, batch):
+    *_, cache = prefill(model, batch[0], [4, 4, 4, 4], model.new_cache(LENGTH))
+    *_, admitted = prefill(model, batch[0][::-1].copy(), [0, 6, 0, 0], cache)
+    alone, _ = decode(model, batch[0], [4] * 4, cache)
+    beside, _ = decode(model, batch[0], [4] * 4, admitted)
+    for row in (0, 2, 3):
+        np.testing.assert_array_equal(beside[0][row], alone[0][row])
+    assert np.abs(beside[0][1, 5:] - alone[0][1, 5:]).max() > 1e-3
+
+
+def layer_cache(slots):
+    return LayerCache(*(jnp.zeros((2, slots, 1, 1)) for _ in 'kv'))
+
+
+def test_an_update_stores_at_positions_and_drops_padding():
+    new = jnp.asarray([[1.0, 2, 3], [4, 5, 6]])[..., None, None]
+    positions = jnp.asarray([[3, 0, 1], [2, 1, 0]])
+    cache, keys = layer_cache(5).update(new, -new, positions, jnp.asarray([[1, 1, 0], [1, 0, 1]]))
+    np.testing.assert_array_equal(cache.k[..., 0, 0], [[2, 0, 0, 1, 0], [6, 0, 4, 0, 0]])
+    np.testing.assert_array_equal(cache.v, -cache.k)
+    np.testing.assert_array_equal(keys.positions_BS, [range(5)] * 2)
+    np.testing.assert_array_equal(keys.k_BSKH, cache.k)
+
+
+@pytest.mark.parametrize('position', [5, 1000])
+def test_a_position_beyond_the_cache_is_dropped(position):
+    new = jnp.ones((2, 1, 1, 1))
+    at = jnp.full((2, 1), position)
+    cache, _ = layer_cache(5).update(new, new, at, jnp.ones_like(at))
+    assert not cache.k.any()

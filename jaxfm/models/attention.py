@@ -3,13 +3,13 @@
 B batch, T query position, D embed, N heads, K kv heads, H head dim.
 """
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxfm.models import BlockConfig
 from jaxfm.models.kv_cache import LayerCache
 from jaxfm.models.layers import RMSNorm, matrix, vector
 from jaxfm.ops.attention import KeyValues, attention
+from jaxfm.ops.linear import linear
 from jaxfm.ops.rope import apply_rope, rope_frequencies
 from jaxfm.sharding import activation
 
@@ -36,7 +36,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, **norm) if config.qk_norm else None
 
     def _project(self, x_BTD, weight, bias, norm, positions_BT):
-        heads = jnp.einsum('btd,dnh->btnh', x_BTD, weight[...])
+        heads = linear(x_BTD, weight[...])
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
         )
         spec = activation('batch', 'position', 'embed')
-        out_BTD = jnp.einsum('btnh,nhd->btd', heads_BTNH, self.out[...], out_sharding=spec)
+        out_BTD = linear(heads_BTNH, self.out[...], contracted=2, out_sharding=spec)
         if self.out_bias is not None:
             out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD, cache

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfm.models import BlockConfig
+from jaxfm.ops.linear import linear
 from jaxfm.ops.norm import rms_norm
 from jaxfm.sharding import activation
 
@@ -68,14 +69,14 @@ class Mlp(nnx.Module):
         self.down_bias = vector(0.0, (D,), ('norm',)) if config.mlp_bias else None
 
     def __call__(self, x_BTD):
-        hidden = jnp.einsum('btd,dcf->btcf', x_BTD, self.gate_up[...])
+        hidden = linear(x_BTD, self.gate_up[...])
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
         function = ACTIVATION_FUNCTIONS[self.activation]
         gate_BTF = function(hidden[:, :, 0])
         hidden_BTF = gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF
         spec = activation('batch', 'position', 'embed')
-        out_BTD = jnp.einsum('btf,fd->btd', hidden_BTF, self.down[...], out_sharding=spec)
+        out_BTD = linear(hidden_BTF, self.down[...], out_sharding=spec)
         if self.down_bias is not None:
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD

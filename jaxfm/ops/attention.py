@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxfm.sharding import activation, place
+
+# Below every score; finite, so that a row of nothing else has no NaN.
+MASKED = -1e30
 
 
 class KeyValues(NamedTuple):
@@ -64,8 +66,13 @@ def attention(
     if softcap:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     mask_BTS = attention_mask(positions_BT, segment_ids_BT, keys, window)
-    weights_BKGTS = _masked_softmax(scores_BKGTS, mask_BTS[:, None, None])
-    out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS.astype(q_BTNH.dtype), keys.v_BSKH)
+    # Added, not selected: nothing is left to do for the mask in the backward pass.
+    scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
+    out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, keys.v_BSKH)
+    # A row that sees nothing has come out as a mean of all values.
+    sees_BT = jnp.any(mask_BTS, axis=-1)
+    out_BTKGH = jnp.where(sees_BT[:, :, None, None, None], out_BTKGH, 0)
     merged = activation('batch', 'position', 'heads', 'head_dim')
     return jnp.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
 
@@ -78,12 +85,3 @@ def _whole_keys(keys: KeyValues) -> KeyValues:
         place(keys.positions_BS, 'batch', 'key_position'),
         place(keys.segment_ids_BS, 'batch', 'key_position'),
     )
-
-
-def _masked_softmax(scores, mask):
-    """Softmax over the last axis among True entries; rows without one are all zero, and finite."""
-    lowest = jnp.finfo(scores.dtype).min
-    scores = jnp.where(mask, scores, lowest)
-    largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(scores - largest), 0)
-    return weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), 1e-37)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.ops.linear import linear
 from jaxfm.sharding import activation
 
 CHUNK_BYTES = 1 << 28  # float32 logits that may be held at once, over all devices
@@ -27,12 +28,8 @@ class Unembedding:
 def logits(hidden_BTD, unembedding: Unembedding):
     """[B, T, V padded] float32 logits; padding ids get -inf."""
     vocab = activation('batch', 'position', 'vocab')
-    logits_BTV = jnp.einsum(
-        'btd,vd->btv',
-        hidden_BTD,
-        unembedding.weight_VD,
-        preferred_element_type=jnp.float32,
-        out_sharding=vocab,
+    logits_BTV = linear(
+        hidden_BTD, unembedding.weight_VD.T, out_sharding=vocab, out_dtype=jnp.float32
     )
     if unembedding.softcap:
         logits_BTV = unembedding.softcap * jnp.tanh(logits_BTV / unembedding.softcap)

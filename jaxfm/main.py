@@ -112,10 +112,9 @@ REMEDIES = (
 
 def _check_workdir(flags, config) -> None:
     """Whether the run that is in the work directory, if any, may go on with this config."""
-    known = flags.workdir / 'config.json'
+    known, flags.changes = flags.workdir / 'config.json', []
     if known.exists():
-        for change in resume.check_resume(configs.read(known), config, flags.allow_change):
-            log.warning('config.%s: %s -> %s', *change)
+        flags.changes = resume.check_resume(configs.read(known), config, flags.allow_change)
     elif flags.mode != 'train':
         raise MissingInputError(
             f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir'

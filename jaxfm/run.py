@@ -21,7 +21,13 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.data import corpus as corpora
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.loader import PackedBatches
-from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, RunError
+from jaxfm.errors import (
+    DataError,
+    MissingInputError,
+    PermissionDeniedError,
+    RunError,
+    StorageError,
+)
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.metrics.clock import StepClock
@@ -166,6 +172,8 @@ def train(flags, config: configs.RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(_started(flags, config))
         preemption = stack.enter_context(distributed.Preemption())
+        console = Console(config.steps, enabled=run.primary)
+        stack.callback(console.close)
         corpus = run.corpus()
         wanted = run.abstract_state()
         checkpointer = _open_checkpoints(run, wanted, stack)
@@ -173,7 +181,9 @@ def train(flags, config: configs.RunConfig) -> int:
         if step is not None and step >= config.steps:
             log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(config))
             return 0
-        console, recorder = _open_records(run, corpus, stack)
+        recorder = _open_records(run, corpus, console, stack)
+        for change in flags.changes:
+            log.warning('config.%s: %s -> %s', *change)
         source = sharding.Prefetch(_batches(run, corpus), run.mesh, config.data.batch_size)
         stack.callback(source.close)
         clock = _clock(run)
@@ -222,7 +232,7 @@ def evaluate(flags, config: configs.RunConfig) -> int:
         for name, value in scores.items():
             log.info('step %d  %s %.6g', step, name, value)
         if run.primary and flags.output:
-            flags.output.write_text(json.dumps({'step': step} | scores) + '\n')
+            _write_lines(flags.output, [{'step': step} | scores])
     return 0
 
 
@@ -266,17 +276,16 @@ def _open_checkpoints(run: Run, wanted: TrainState, stack) -> Checkpointer:
     return checkpointer
 
 
-def _open_records(run: Run, corpus, stack) -> tuple[Console, Recorder]:
+def _open_records(run: Run, corpus, console: Console, stack) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
         configs.write(run.config, run.workdir / 'config.json')
         corpus.tokenizer.save(run.workdir / 'tokenizer.json')
-    console = Console(run.config.steps, run.workdir / 'log.txt', enabled=run.primary)
-    stack.callback(console.close)
+    console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
     recorder = Recorder(jsonl, console, enabled=run.primary)
     stack.callback(recorder.close)
-    return console, recorder
+    return recorder
 
 
 def _batches(run: Run, corpus) -> PackedBatches:
@@ -406,8 +415,14 @@ def _write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path |
             print('-' * 80, file=sys.stderr, flush=True)
         records.append({'prompt': prompt, 'completion': text, 'finish_reason': reason})
     if path:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(''.join(json.dumps(record) + '\n' for record in records))
-        except PermissionError:
-            raise PermissionDeniedError(f'{path}: cannot be written') from None
+        _write_lines(path, records)
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+    """JSON lines; a reason to stop when they cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+    except OSError as error:
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+        raise kind(f'{path}: cannot be written: {error.strerror}') from None

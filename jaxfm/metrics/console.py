@@ -28,7 +28,7 @@ _ALREADY_SHOWN = {'shown': True}
 class Console:
     """Tables, log lines and progress; a sink for a Recorder.
 
-    total_steps: of the run, for the bar. log_path: a file that gets every line with a time stamp.
+    total_steps: of the run, for the bar. log_path: as in `log_to`.
     enabled: False on all processes but the first, which then show warnings alone.
     Close it in any case, or the terminal keeps a dead bar.
     """
@@ -36,20 +36,26 @@ class Console:
     def __init__(
         self, total_steps: int = 0, log_path: str | Path | None = None, enabled: bool = True
     ):
-        self._total_steps = total_steps
+        self._total_steps, self._enabled = total_steps, enabled
         self._console = RichConsole(stderr=True, highlight=False)
         self._live = enabled and self._console.is_terminal and not self._console.is_dumb_terminal
         self._perf: Mapping[str, Any] = {}
         self._progress: Progress | None = None
         self._task = None
         self._handlers = [_ScreenHandler(self._console, self._live)]
-        if log_path is not None and enabled:
-            self._handlers.append(_file_handler(Path(log_path)))
         self._level, self._propagate = log.level, log.propagate
         log.propagate = False  # libraries add handlers to the root: every line would come twice
         log.setLevel(logging.INFO if enabled else logging.WARNING)
         for handler in self._handlers:
             log.addHandler(handler)
+        if log_path is not None:
+            self.log_to(log_path)
+
+    def log_to(self, path: str | Path) -> None:
+        """From here on every line goes to a file too, with a time stamp; nothing if disabled."""
+        if self._enabled:
+            self._handlers.append(_file_handler(Path(path)))
+            log.addHandler(self._handlers[-1])
 
     def show_tables(self, sections: Mapping[str, Iterable[tuple[str, Any]]]) -> None:
         """What the run is, as {title: [(name, value), ...]}."""

@@ -94,11 +94,10 @@ def _config_json(tiny, directory) -> Path:
 
 
 def assert_one_clear_message(error: str, words):
-    lines = error.splitlines()
-    assert lines[0].startswith('error: ')
     assert 'Traceback' not in error
+    [message] = error.split('error: ')[1:]
     for word in words:
-        assert word in error
+        assert word in message
 
 
 @pytest.mark.parametrize('name', FIRST_STAGE)
@@ -125,3 +124,299 @@ def test_a_command_without_config_names_a_good_first_one(first_stage):
     code, _, error, *_ = first_stage['no config']
     assert code == 64
     assert_one_clear_message(error, ['configs/quickstart.py'])
+
+
+# The second stage: jax is there, nothing is written yet
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compilation_cache_as_before():
+    """The command line turns the cache on for the whole process; the session goes on without it."""
+    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def cli(tiny, monkeypatch, capsys):
+    """Runs a command line in this process, on its eight devices -> (code, stdout, stderr)."""
+    monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
+
+    def run(workdir, *more):
+        capsys.readouterr()
+        code = main.main(tiny.arguments(workdir, *more))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def _source(path):
+    return f'--config.data.source.files={[str(path)]!r}'
+
+
+@pytest.mark.parametrize(
+    'more, code, words',
+    [
+        (
+            ['--config.data.batch_size=12', '--config.mesh.replica=3'],
+            78,
+            ['replica 3 x fsdp -1 = 3 does not divide the 8 devices here'],
+        ),
+        (['--config.mesh.fsdp=4'], 78, ['fsdp 4 = 4 is not the 8 devices here']),
+        (['--config.mesh.fsdp=1', '--config.mesh.tensor=-1'], 78, ['2 = 0 x 8 + 2', 'mesh.tensor']),
+        (['--config.model.vocab_size=200'], 65, ['258 tokens', 'vocab_size is 200']),
+        (['--config.optimizer.frozen=["trunc/*"]'], 78, ['trunc/*', 'final_norm/scale']),
+        (['--config.checkpoint.directory=s3://bucket/run'], 78, ['s3://bucket/run']),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_mistake_of_the_second_stage_leaves_no_work_directory(cli, tmp_path, more, code, words):
+    found, out, error = cli(tmp_path / 'new' / 'run', *more)
+    assert (found, out) == (code, '')
+    assert_one_clear_message(error, words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    'content, code, words',
+    [
+        (None, 66, ['no file matches', 'text.txt']),
+        (b'', 65, ['text.txt', 'is empty']),
+        (b'abc\xffdef', 65, ['text.txt', 'not UTF-8', '0xff', 'offset 3']),
+    ],
+    ids=['missing', 'empty', 'not UTF-8'],
+)
+def test_bad_text_is_named_and_leaves_no_work_directory(cli, tmp_path, content, code, words):
+    path = tmp_path / 'text.txt'
+    if content is not None:
+        path.write_bytes(content)
+    found, out, error = cli(tmp_path / 'run', _source(path))
+    assert (found, out) == (code, '')
+    assert_one_clear_message(error, words)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_work_directory_that_is_a_file_is_told(cli, tmp_path):
+    (tmp_path / 'run').write_text('not a directory')
+    code, _, error = cli(tmp_path / 'run')
+    assert code == 78
+    assert_one_clear_message(error, ['run', 'not a directory'])
+    assert (tmp_path / 'run').read_text() == 'not a directory'
+
+
+# A finished run, and what can be done with it
+
+
+@pytest.fixture(scope='module')
+def finished(tiny, tmp_path_factory):
+    """(work directory, stdout, stderr) of a run by the command itself, started over and all."""
+    workdir = tmp_path_factory.mktemp('finished') / 'run'
+    environment = {**os.environ, **tiny.environment, 'JAX_NUM_CPU_DEVICES': '8'}
+    environment.pop('GLIBC_TUNABLES')
+    command = [sys.executable, '-m', 'jaxfm.main', *tiny.arguments(workdir)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return workdir, process.stdout, process.stderr
+
+
+@pytest.fixture
+def run_again(finished, tmp_path):
+    """A copy of the finished run to do something to."""
+    return shutil.copytree(finished[0], tmp_path / 'run')
+
+
+def test_a_run_leaves_the_files_it_promises(finished):
+    workdir, _, _ = finished
+    left = {path.name for path in workdir.iterdir()}
+    assert left == {
+        'config.json', 'tokenizer.json', 'metrics.jsonl', 'log.txt', 'report.html',
+        'samples', 'checkpoints', 'plots',
+    }  # fmt: skip
+    assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'35', '40'}
+    assert list((workdir / 'plots').glob('*.png'))
+    assert list((workdir / 'samples').glob('*.jsonl'))
+    assert json.loads((workdir / 'config.json').read_text())['model']['embed_dim'] == 32
+
+
+def test_records_are_flat_and_in_order_and_the_loss_falls(finished):
+    records = list(read_records(finished[0] / 'metrics.jsonl'))
+    assert {record['kind'] for record in records} == {'event', 'train', 'eval', 'perf'}
+    steps = [record['step'] for record in records]
+    assert steps == sorted(steps)
+    losses = {r['step']: r['train/loss'] for r in records if r['kind'] == 'train'}
+    assert list(losses) == [1, *range(2, 41, 2)]
+    assert losses[40] < losses[1] - 1
+    evaluated = [r['step'] for r in records if r['kind'] == 'eval']
+    assert evaluated == [*range(0, 40, 6), 40]
+    assert records[-1]['eval/heldout/bits_per_byte'] < records[1]['eval/heldout/bits_per_byte']
+
+
+def test_the_console_shows_the_start_the_way_and_no_traceback(finished):
+    _, _, error = finished
+    for words in ('started over', 'parameters', 'fsdp 8', 'longer than context', 'compiled', 'eta'):
+        assert words in error
+    assert 'Traceback' not in error and 'Warning' not in error
+    assert (finished[0] / 'log.txt').read_text().count('step 40/40') == 2  # train and eval
+
+
+def test_documents_longer_than_the_context_are_counted(finished):
+    [line] = [line for line in finished[2].splitlines() if 'longer than context' in line]
+    assert int(line.split()[-1]) > 30  # nearly every one of the 40 has more than 32 tokens
+
+
+def test_stdout_is_generated_text_alone(finished):
+    workdir, out, _ = finished
+    [record] = map(json.loads, (workdir / 'samples' / 'final.jsonl').read_text().splitlines())
+    assert out == record['prompt'] + record['completion'] + '\n'
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(cli, finished):
+    workdir = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file()}
+    code, out, error = cli(workdir)
+    assert (code, out) == (0, '')
+    assert 'finished at step 40' in error
+    assert '--config.steps=80 --allow_change=steps' in error
+    after = {path: path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file()}
+    assert after == before
+
+
+def test_another_config_in_the_work_directory_is_refused_with_the_difference(cli, finished):
+    workdir = finished[0]
+    code, _, error = cli(workdir, '--config.seed=7', '--config.optimizer.learning_rate=0.5')
+    assert code == 78
+    words = ['config.seed: 0 -> 7', 'learning_rate: 0.01 -> 0.5', '--allow_change=optimizer,seed']
+    assert_one_clear_message(error, words)
+    code, _, error = cli(workdir, '--config.model.num_layers=3')
+    assert code == 78
+    assert_one_clear_message(error, ['num_layers: 2 -> 3', 'another --workdir'])
+
+
+def test_more_steps_go_on_from_the_checkpoint(cli, run_again):
+    more = ['--config.steps=44', '--allow_change=steps']
+    before = list(read_records(run_again / 'metrics.jsonl'))
+    code, _, error = cli(run_again, *more)
+    assert code == 0
+    assert 'config.steps: 40 -> 44' in error and 'resumed at step 40' in error
+    records = list(read_records(run_again / 'metrics.jsonl'))
+    # Cut back to the checkpoint, nothing twice; the last evaluation of the 40 belongs to step 40.
+    assert records[: len(before)] == before
+    later = [record['step'] for record in records[len(before) :] if record['kind'] == 'train']
+    assert later == [42, 44]
+    assert json.loads((run_again / 'config.json').read_text())['steps'] == 44
+
+
+def test_evaluation_gives_the_numbers_of_the_training_run(cli, finished, tmp_path):
+    output = tmp_path / 'scores.json'
+    code, out, _ = cli(finished[0], '--mode=eval', '--output', str(output))
+    assert (code, out) == (0, '')
+    scores = json.loads(output.read_text())
+    last = list(read_records(finished[0] / 'metrics.jsonl'))[-1]
+    assert scores == {'step': 40} | {k: v for k, v in last.items() if k.startswith('eval/')}
+
+
+def test_sampling_prints_prompt_and_completion_and_repeats_itself(cli, finished, tmp_path):
+    output = tmp_path / 'deep' / 'samples.jsonl'
+    greedy = ['--mode=sample', '--prompt=a1 b', '--temperature=0', '--max_tokens=5']
+    code, out, _ = cli(finished[0], *greedy, '--output', str(output))
+    assert code == 0
+    [record] = map(json.loads, output.read_text().splitlines())
+    assert record['prompt'] == 'a1 b'
+    assert out == 'a1 b' + record['completion'] + '\n'
+    assert len(record['completion'].encode()) <= 5
+    assert cli(finished[0], *greedy)[:2] == (0, out)
+
+    hot = ['--mode=sample', '--prompt=a1 b', '--temperature=1', '--max_tokens=20']
+    assert cli(finished[0], *hot)[1] == cli(finished[0], *hot)[1]
+    assert cli(finished[0], *hot)[1] != cli(finished[0], *hot, '--seed=1')[1]
+
+
+@pytest.mark.parametrize(
+    'prompt, words',
+    [('abc ' * 20, ['80 prompt + 8 new tokens = 88', '64']), ('a\udcff', ['surrogate'])],
+    ids=['longer than the context', 'not UTF-8'],
+)
+def test_a_prompt_that_cannot_be_continued_is_bad_data(cli, finished, prompt, words):
+    code, out, error = cli(finished[0], '--mode=sample', f'--prompt={prompt}')
+    assert (code, out) == (65, '')
+    assert_one_clear_message(error, words)
+
+
+@pytest.mark.parametrize('mode', ['eval', 'sample'])
+def test_an_output_that_cannot_be_written_is_told(cli, finished, tmp_path, mode):
+    (tmp_path / 'file').write_text('')
+    output = tmp_path / 'file' / 'output.jsonl'
+    code, _, error = cli(finished[0], f'--mode={mode}', '--output', str(output))
+    assert code == 74
+    assert_one_clear_message(error, [str(output)])
+
+
+def test_zero_steps_only_evaluate(cli, tmp_path):
+    code, _, _ = cli(tmp_path / 'run', '--config.steps=0', '--config.optimizer.warmup_steps=0')
+    assert code == 0
+    records = list(read_records(tmp_path / 'run' / 'metrics.jsonl'))
+    assert [(r['step'], r['kind']) for r in records] == [(0, 'event'), (0, 'eval')]
+
+
+# Storage that refuses, for real: file systems mounted for one process and gone with it
+
+
+@pytest.fixture(scope='module')
+def mounting():
+    """The command that gives a process its own mounts; skips where nobody may mount."""
+    command = ['unshare', '--mount', *([] if os.geteuid() == 0 else ['--map-root-user'])]
+    probe = 'mount -t tmpfs tmpfs /mnt'
+    if shutil.which('unshare') is None:
+        pytest.skip('needs unshare (util-linux)')
+    if subprocess.run([*command, 'sh', '-c', probe], capture_output=True).returncode:
+        pytest.skip('needs the right to mount a file system in a namespace of its own')
+    return command
+
+
+def run_on_mount(mounting, tiny, place, options, fill):
+    """Trains in `place`/new/run on a tmpfs -> (code, stdout, stderr, what is left on it)."""
+    place.mkdir()
+    arguments = tiny.arguments(place / 'new' / 'run', *more)
+    script = f"""
+mount -t tmpfs -o {options} tmpfs "$0"
+"$@"
+code=$?
+find "$0" -mindepth 1 > "$0.left"
+exit $code
+"""
+    process = subprocess.run(
+        [*mounting, 'sh', '-c', script, place, sys.executable, '-m', 'jaxfm.main', *arguments],
+        env=os.environ | tiny.environment,
+        capture_output=True,
+        text=True,
+    )
+    left = Path(f'{place}.left').read_text().split()
+    return process.returncode, process.stdout, process.stderr, left
+
+
+@pytest.mark.parametrize(
+    'options, fill, code, words',
+    [
+        ('ro', '', 77, ['checkpoints cannot be written: Read-only']),
+        # Less than two checkpoints of half a MiB each.
+        ('size=900k', '', 74, ['no room for checkpoints', '(2 of ']),
+        # Directories can still be made, but not a byte be written.
+        (
+            'size=64k',
+            'cat /dev/zero > "$0/filled" 2> /dev/null',
+            74,
+            ['checkpoints is full: No space left'],
+        ),
+    ],
+    ids=['read-only', 'no room for two checkpoints', 'full'],
+)
+def test_storage_that_refuses_is_told_at_the_start(
+    mounting, tiny, tmp_path, options, fill, code, words
+):
+    found, out, error, left = run_on_mount(mounting, tiny, tmp_path / 'mount', options, fill)
+    assert (found, out) == (code, '')
+    assert_one_clear_message(error, words)
+    assert [path for path in left if not path.endswith('/filled')] == []

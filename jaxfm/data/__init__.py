@@ -48,7 +48,7 @@ class BPEConfig(Group):
     # Special tokens and the 256 bytes included.
     vocab_size: int = Field(default=2048, ge=258)
     # How text is cut before merging; `tokenizer.PATTERNS` explains the choices.
-    pattern: Literal['code', 'words'] = 'code'
+    pattern: Literal['code', 'gpt2'] = 'gpt2'
 
 
 SOURCES = {

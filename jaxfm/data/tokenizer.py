@@ -24,9 +24,9 @@ PATTERNS = {
     # next is one token at any depth; one sign before a name goes with it ('.append', '(self').
     'code': r'\r?\n[ \t\r\n]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+'
     r'|[ \t]+(?!\S)|\s',
-    # For prose: words with the space before them; line breaks go with the punctuation they follow.
-    'words': r"'\p{L}{1,2}\b| ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r'|\s+(?!\S)|\s+',
+    # As GPT-2: words, numbers and runs of signs, each with the space before it; other white space
+    # apart, so that indentation of one depth is one token.
+    'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 
 

@@ -82,9 +82,11 @@ class TransformerConfig(Group):
     segments: list[SegmentConfig] = []
     tie_embeddings: bool = False
     embedding_scale: float = Field(1.0, gt=0)  # Gemma: sqrt(embed_dim)
+    embedding_norm: bool = False  # RMSNorm right after the look-up (BLOOM)
+    embedding_std: float = Field(0.0, ge=0)  # of the initial table; 0: 1, tied 1 / sqrt(embed_dim)
     logits_softcap: float = Field(0.0, ge=0)
     init_scale: float = Field(1.0, gt=0)  # multiplies the fan-in initialisation of every matrix
-    zero_init_outputs: bool = False  # the output projections of attention and MLP start at zero
+    zero_init_outputs: bool = False  # output projections of attention, MLP and model start at zero
     scan: bool = True  # lax.scan over the repeats of a segment; False unrolls them
     remat: Literal['none', 'dots', 'full'] = 'none'
     param_dtype: Literal['float32', 'bfloat16'] = 'float32'

@@ -90,16 +90,23 @@ class Transformer(nnx.Module):
         )
         # A tied table is also the output projection: its rows start at unit length.
         unit_length = config.embed_dim**-0.5
-        self.embedding = table(std=unit_length if config.tie_embeddings else 1.0)
+        std = config.embedding_std or (unit_length if config.tie_embeddings else 1.0)
+        self.embedding = table(std=std)
+        last = config.trunk[-1].pattern[-1]
+        norm = functools.partial(
+            RMSNorm,
+            config.embed_dim,
+            epsilon=last.norm_epsilon,
+            unit_offset=last.norm_unit_offset,
+        )
+        self.embedding_norm = norm() if config.embedding_norm else None
         self.trunk = nnx.List(
             nnx.List(_stack(block, config, s.repeats, rngs) for block in s.pattern)
             for s in config.trunk
         )
-        last = config.trunk[-1].pattern[-1]
-        self.final_norm = RMSNorm(
-            config.embed_dim, epsilon=last.norm_epsilon, unit_offset=last.norm_unit_offset
-        )
-        self.head = None if config.tie_embeddings else table(std=unit_length * config.init_scale)
+        self.final_norm = norm()
+        head_std = 0.0 if config.zero_init_outputs else unit_length * config.init_scale
+        self.head = None if config.tie_embeddings else table(std=head_std)
 
     def _used(self, module: nnx.Module) -> nnx.Module:
         """The same module with its weights cast and gathered."""
@@ -122,6 +129,8 @@ class Transformer(nnx.Module):
         x_BTD = self._used(self.embedding)(tokens_BT)
         if self.config.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+        if self.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         caches = []
         for index, (segment, stacks) in enumerate(zip(self.config.trunk, self.trunk, strict=True)):
             segment_cache = None if cache is None else cache[index]

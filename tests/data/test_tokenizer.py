@@ -13,7 +13,7 @@ TEXTS = [
 ] * 5
 
 
-@pytest.fixture(scope='module', params=['bytes', 'code', 'words'])
+@pytest.fixture(scope='module', params=['bytes', 'code', 'gpt2'])
 def trained(request):
     if request.param == 'bytes':
         return tokenizer.Bytes(BytesConfig(), TEXTS)
@@ -86,7 +86,7 @@ def test_bytes_are_ids_two_higher():
 
 
 def test_a_line_break_and_its_indentation_are_one_token_in_code():
-    code = tokenizer.BPE(BPEConfig(vocab_size=320), TEXTS)
+    code = tokenizer.BPE(BPEConfig(vocab_size=320, pattern='code'), TEXTS)
     assert [code.decode([i]) for i in code.encode('\n        return')][0] == '\n        '
 
 

@@ -379,7 +379,7 @@ def mounting():
 def run_on_mount(mounting, tiny, place, options, fill):
     """Trains in `place`/new/run on a tmpfs -> (code, stdout, stderr, what is left on it)."""
     place.mkdir()
-    arguments = tiny.arguments(place / 'new' / 'run', *more)
+    arguments = tiny.arguments(place / 'new' / 'run')
     script = f"""
 mount -t tmpfs -o {options} tmpfs "$0"
 "$@"

@@ -178,15 +178,20 @@ def gather(params: nnx.State, compute_dtype, reduce_dtype=None) -> nnx.State:
     return jax.tree.map(bring, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _gather(weight, axes, compute_dtype, reduce_dtype):
+def _cast_and_gather(weight, axes, compute_dtype):
     weight = weight.astype(compute_dtype)
     return jax.reshard(weight, used_spec(axes)) if is_gathered() else weight
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(weight, axes, compute_dtype, reduce_dtype):
+    return _cast_and_gather(weight, axes, compute_dtype)
+
+
 def _gather_forward(weight, axes, compute_dtype, reduce_dtype):
-    # The empty array carries the stored dtype to the backward pass and costs nothing.
-    return _gather(weight, axes, compute_dtype, reduce_dtype), jnp.zeros((0,), weight.dtype)
+    # Not by way of _gather: a remat policy would see custom_vjp_call instead of the two moves, and
+    # save the gathered weight. The empty array carries the stored dtype to the backward pass.
+    return _cast_and_gather(weight, axes, compute_dtype), jnp.zeros((0,), weight.dtype)
 
 
 def _gather_backward(axes, compute_dtype, reduce_dtype, stored, gradient):

@@ -115,36 +115,39 @@ def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
 
     The values depend on the seed alone, not on the mesh.
     """
-
-    @jax.jit
-    def init(key):
-        model_key, run_key = jax.random.split(key)
-        values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
-        values = {
-            path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()
-        }
-        trainable = {path: values[path] for path in values if path in parts.trainable}
-        buffers = {path: values[path] for path in values if path in parts.buffers}
-        frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
-        zero = jnp.zeros((), jnp.int32)
-        counters = {'updates': zero, 'skipped': zero, 'tokens': jnp.zeros((), jnp.float32)}
-        return TrainState(
-            step=zero,
-            rng=jax.random.key_data(run_key),
-            trainable=trainable,
-            frozen=frozen,
-            buffers=buffers,
-            opt_state=optimizer.transform.init(trainable),
-            counters=counters,
-        )
-
+    # It runs once, and XLA's CPU compiler takes three times as long for it at full effort.
+    init = jax.jit(
+        lambda key: _make_state(make_model, parts, optimizer, key),
+        compiler_options={'xla_backend_optimization_level': 1},
+    )
     return init(jax.random.key(seed))
+
+
+def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
+    model_key, run_key = jax.random.split(key)
+    values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
+    values = {path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()}
+    trainable = {path: values[path] for path in values if path in parts.trainable}
+    buffers = {path: values[path] for path in values if path in parts.buffers}
+    frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
+    zero = jnp.zeros((), jnp.int32)
+    counters = {'updates': zero, 'skipped': zero, 'tokens': jnp.zeros((), jnp.float32)}
+    return TrainState(
+        step=zero,
+        rng=jax.random.key_data(run_key),
+        trainable=trainable,
+        frozen=frozen,
+        buffers=buffers,
+        opt_state=optimizer.transform.init(trainable),
+        counters=counters,
+    )
 
 
 def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, for a restore or for lowering; needs a mesh."""
     mesh = jax.sharding.get_mesh()
-    shapes = jax.eval_shape(lambda: init_state(make_model, parts, optimizer, seed))
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(lambda: _make_state(make_model, parts, optimizer, key))
 
     def concrete(leaf):
         place = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())

@@ -154,11 +154,12 @@ class Transformer(nnx.Module):
             return x, None if caches is None else new_caches
 
         layers = (params, rest, caches)
+        is_scanned = self.config.scan and segment.repeats > 1
         if caches is None and (self.config.remat != 'none' or self._moves_weights()):
-            body = jax.checkpoint(
-                body, policy=_policy(self.config.remat), prevent_cse=not self.config.scan
-            )
-        if self.config.scan and segment.repeats > 1:
+            # Inside a scan nothing can undo the recomputation; elsewhere XLA would.
+            policy = _policy(self.config.remat)
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not is_scanned)
+        if is_scanned:
             return lax.scan(body, x, layers)
         outputs = []
         for repeat in range(segment.repeats):

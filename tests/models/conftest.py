@@ -51,7 +51,10 @@ def _configs() -> dict[str, TransformerConfig]:
     )
     nope = changed(BLOCK, **biases, rope=None, num_kv_heads=4, window=6)
     mixed = changed(
-        llama, num_layers=4, segments=[SegmentConfig(pattern=[rotary, nope], repeats=2)]
+        llama,
+        num_layers=4,
+        segments=[SegmentConfig(pattern=[rotary, nope], repeats=2)],
+        embedding_norm=True,
     )
     return {'llama': llama, 'gemma': gemma, 'mixed': mixed}
 

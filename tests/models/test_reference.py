@@ -23,6 +23,8 @@ class Reference:
         """-> hidden [T, D], logits [T, V]."""
         config, params = self.config, self.params
         x = params['embedding/table'][tokens] * config.embedding_scale
+        if config.embedding_norm:
+            x = self.norm(x, params['embedding_norm/scale'], config.trunk[-1].pattern[-1])
         for number, segment in enumerate(config.trunk):
             for repeat in range(segment.repeats):
                 for place, block in enumerate(segment.pattern):

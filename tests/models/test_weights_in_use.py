@@ -121,3 +121,16 @@ def test_remat_keeps_what_its_name_says(small, mesh):
     assert softmax not in kept['dots']
     assert all(product in kept['dots'] for product in products)
     assert not any(product in kept['full'] for product in products)
+
+
+@pytest.mark.parametrize(
+    'scan, num_layers, pinned', [(True, 3, False), (True, 1, True), (False, 3, True)]
+)
+def test_only_inside_a_scan_may_a_recomputation_go_unpinned(small, scan, num_layers, pinned):
+    """Elsewhere XLA would merge it with the forward pass, and so save what it was to forget."""
+    config = small(remat='full', scan=scan, num_layers=num_layers)
+    parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
+    ids = np.zeros((1, 4), np.int32)
+    jaxpr = jax.make_jaxpr(lambda params: parts.merge(params)(ids, ids, ids + 1)[0])(parts.shapes)
+    assert f'prevent_cse={pinned}' in str(jaxpr)
+    assert f'prevent_cse={not pinned}' not in str(jaxpr)

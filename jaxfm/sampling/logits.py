@@ -23,7 +23,9 @@ def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     greedy_B = temperature_B <= 0
-    scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
+    # Logits that are at most 0 cannot overflow, however small the temperature.
+    scaled_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+    scaled_BV /= jnp.where(greedy_B, 1.0, temperature_B)[:, None]
     noise_BV = jax.vmap(_gumbel, (0, 0, None))(seeds_B2, positions_B, logits_BV.shape[-1])
     noisy_BV = jnp.where(greedy_B[:, None], logits_BV, scaled_BV + noise_BV)
     tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)

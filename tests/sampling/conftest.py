@@ -1,0 +1,124 @@
+"""One small model, and samplers over it that share their compiled functions by their shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxfm import sharding, state
+from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
+from jaxfm.models.transformer import Transformer
+from jaxfm.ops.logprobs import token_logprobs
+from jaxfm.sampling import SamplingConfig
+from jaxfm.sampling.sampler import Sampler
+
+VOCAB = 60
+BLOCK = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
+CONFIG = TransformerConfig(
+    vocab_size=VOCAB,
+    vocab_multiple=16,
+    embed_dim=16,
+    num_layers=2,
+    block=BlockConfig(**BLOCK),
+    segments=[
+        SegmentConfig(pattern=[BlockConfig(**BLOCK, window=5), BlockConfig(**BLOCK)], repeats=1)
+    ],
+)
+PARTS = state.split(lambda key: Transformer(CONFIG, nnx.Rngs(key)))
+LENGTH = 40
+
+
+def random_params(seed: int = 0):
+    random = np.random.default_rng(seed)
+    params = {}
+    for path, leaf in PARTS.shapes.items():
+        centre = 1.0 if path.endswith('scale') else 0.0
+        params[path] = jnp.asarray(centre + 0.3 * random.normal(size=leaf.shape), leaf.dtype)
+    return params
+
+
+def new_sampler(params, mesh, **changes) -> Sampler:
+    config = SamplingConfig(**{'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, **changes})
+    return Sampler(PARTS.merge, CONFIG, config, params, mesh)
+
+
+@pytest.fixture(scope='session')
+def params():
+    return random_params()
+
+
+@pytest.fixture(scope='session')
+def other_params():
+    return random_params(1)
+
+
+@pytest.fixture(scope='session')
+def one_device():
+    sizes = {axis: 1 for axis in sharding.MESH_AXES}
+    return sharding.make_mesh(sizes, jax.devices()[:1])
+
+
+@pytest.fixture
+def build():
+    """(params, mesh, config changes) -> Sampler."""
+    return new_sampler
+
+
+@pytest.fixture
+def store():
+    """params -> the same, where the mesh that is set stores them."""
+
+    def move(params):
+        mesh = jax.sharding.get_mesh()
+        return {
+            path: jax.device_put(x, jax.NamedSharding(mesh, sharding.stored_spec(PARTS.axes[path])))
+            for path, x in params.items()
+        }
+
+    return move
+
+
+@pytest.fixture(scope='session')
+def _shared(params, one_device):
+    return new_sampler(params, one_device)
+
+
+@pytest.fixture
+def sampler(_shared, params, one_device):
+    """Four slots, three tokens a call, on one device; idle, whatever other tests did with it."""
+    with jax.set_mesh(one_device):
+        yield _shared
+        while _shared.has_work:
+            for request in [*_shared._waiting, *filter(None, _shared._requests)]:
+                _shared.cancel(request.id)
+        _shared.params = params
+
+
+@functools.partial(jax.jit, static_argnames='temperature')
+def _score(params, tokens, temperature):
+    """-> log-prob of every next token at two temperatures, likeliest next token; [B, T - 1]."""
+    model = PARTS.merge(params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model(tokens, positions, jnp.ones_like(tokens))
+    unembedding = model.unembed()
+    plain, _ = token_logprobs(hidden[:, :-1], unembedding, tokens[:, 1:])
+    tempered, _ = token_logprobs(hidden[:, :-1] / temperature, unembedding, tokens[:, 1:])
+    scores = hidden[:, :-1] @ unembedding.weight_VD[:VOCAB].T
+    return plain, tempered, jnp.argmax(scores, axis=-1)
+
+
+@pytest.fixture
+def score(params):
+    """(prompt, completion, temperature) -> what the trainer's forward says of the completion."""
+
+    def run(prompt, completion, temperature=1.0, params=params):
+        text = np.zeros((1, LENGTH), np.int32)
+        used = len(prompt) + len(completion)
+        text[0, :used] = [*prompt, *completion]
+        results = jax.device_get(_score(params, text, temperature))
+        return [x[0, len(prompt) - 1 : used - 1] for x in results]
+
+    return run

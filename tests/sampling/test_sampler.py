@@ -1,0 +1,200 @@
+"""The engine: what it samples is the model's, and depends on a request alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfm import sharding
+from jaxfm.errors import DataError
+from jaxfm.sampling.sampler import Request, complete
+
+PROMPTS = [[1, 2, 3], [4], list(range(10, 29)), [7, 7, 7, 7, 7], [30, 2], [59, 0, 59]]
+
+
+def requests(**changes):
+    return [
+        Request(**{'id': f'r{i}', 'tokens': prompt, 'max_tokens': 8, 'seed': i, **changes})
+        for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def run(sampler, requests, **options):
+    """{id: (tokens, log-probs, sampling log-probs, finish reason)}."""
+    results = {}
+    for id, events in complete(sampler, requests, **options).items():
+        columns = [
+            [value for event in events for value in getattr(event, name)]
+            for name in ('tokens', 'logprobs', 'sampling_logprobs')
+        ]
+        results[id] = (*columns, events[-1].finish_reason if events else None)
+    return results
+
+
+def tokens_of(results):
+    return {id: result[0] for id, result in results.items()}
+
+
+def test_greedy_is_the_argmax_of_the_full_forward(sampler, score):
+    results = run(sampler, requests(temperature=0.0))
+    for request in requests():
+        tokens, _, sampling_logprobs, reason = results[request.id]
+        assert (len(tokens), reason) == (8, 'length')
+        assert tokens == score(request.tokens, tokens)[2].tolist()
+        assert not any(sampling_logprobs)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_logprobs_are_those_that_the_trainer_computes(sampler, score, temperature):
+    results = run(sampler, requests(temperature=temperature))
+    for request in requests():
+        tokens, logprobs, sampling_logprobs, _ = results[request.id]
+        plain, tempered, _ = score(request.tokens, tokens, temperature)
+        np.testing.assert_allclose(logprobs, plain, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(sampling_logprobs, tempered, rtol=0, atol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_its_company_or_slot(sampler):
+    together = tokens_of(run(sampler, requests()))
+    backwards = tokens_of(run(sampler, requests()[::-1]))
+    alone = {}
+    for request in requests():
+        alone |= tokens_of(run(sampler, [request]))
+    assert together == backwards == alone
+
+
+def test_a_sample_does_not_depend_on_decode_steps_or_slots(sampler, build, params, one_device):
+    expected = tokens_of(run(sampler, requests()))
+    other = build(params, one_device, decode_steps=5, slots=2)
+    assert tokens_of(run(other, requests())) == expected
+
+
+def test_a_late_request_changes_nothing_for_those_that_run(sampler):
+    first, *others = requests()
+    expected = tokens_of(run(sampler, [first]))[first.id]
+    tokens = []
+    sampler.add(first)
+    while sampler.has_work:
+        events = sampler.step()
+        tokens += [token for event in events if event.id == first.id for token in event.tokens]
+        if others:
+            sampler.add(others.pop())
+    assert tokens == expected
+
+
+def test_the_seed_and_the_sample_index_choose_the_sample(sampler):
+    base = requests(temperature=2.0)[0]
+    variants = [
+        dataclasses.replace(base, id=f'{seed}/{index}', seed=seed, sample_index=index)
+        for seed in (0, 1)
+        for index in (0, 1, 2)
+    ]
+    results = tokens_of(run(sampler, variants))
+    assert len({tuple(tokens) for tokens in results.values()}) == len(variants)
+    assert tokens_of(run(sampler, variants)) == results
+
+
+def test_a_request_ends_at_its_first_stop_token_which_is_reported(sampler):
+    free = run(sampler, requests())['r0']
+    for index, stop in enumerate(free[0]):
+        if stop in free[0][:index]:
+            continue
+        request = requests(stop_ids=frozenset([stop, 58]))[0]
+        tokens, logprobs, sampling_logprobs, reason = run(sampler, [request])['r0']
+        assert tokens == free[0][: index + 1]
+        assert (len(logprobs), len(sampling_logprobs)) == (index + 1, index + 1)
+        assert reason == 'stop'
+
+
+@pytest.mark.parametrize('max_tokens', [1, 2, 3, 4, 7])
+def test_a_request_gets_exactly_max_tokens(sampler, max_tokens):
+    results = run(sampler, requests(max_tokens=max_tokens))
+    assert {len(tokens) for tokens in tokens_of(results).values()} == {max_tokens}
+    assert {result[-1] for result in results.values()} == {'length'}
+
+
+def test_a_request_may_fill_its_slot_to_the_last_token(sampler, score):
+    request = Request('full', PROMPTS[0], max_tokens=37, temperature=0.0)
+    tokens, logprobs, *_ = run(sampler, [request])['full']
+    plain, _, greedy = score(request.tokens, tokens)
+    assert tokens == greedy.tolist()
+    np.testing.assert_allclose(logprobs, plain, rtol=0, atol=1e-4)
+
+
+def test_more_requests_than_slots_all_finish(sampler):
+    many = [dataclasses.replace(r, id=f'{i}/{r.id}') for i in range(3) for r in requests()]
+    results = tokens_of(run(sampler, many))
+    expected = tokens_of(run(sampler, requests()))
+    assert results == {request.id: expected[request.id.split('/')[1]] for request in many}
+    assert not sampler.has_work and sampler.step() == []
+
+
+def test_a_cancelled_request_gives_no_more_events_and_frees_its_slot(sampler):
+    expected = tokens_of(run(sampler, requests()))
+    for request in requests():
+        sampler.add(request)
+    seen = {event.id for event in sampler.step()}
+    assert seen == {'r0', 'r1', 'r2', 'r3'}
+    sampler.cancel('r1')  # running
+    sampler.cancel('r5')  # waiting
+    sampler.cancel('nobody')
+    results = {}
+    while sampler.has_work:
+        for event in sampler.step():
+            results.setdefault(event.id, []).extend(event.tokens)
+    assert set(results) == {'r0', 'r2', 'r3', 'r4'}
+    assert results['r4'] == expected['r4']
+
+
+def test_a_judge_may_stop_a_request_between_calls(sampler):
+    expected = tokens_of(run(sampler, requests()))
+    results = run(sampler, requests(), stop=lambda id, tokens: id == 'r2' and len(tokens) >= 4)
+    assert results['r2'][0] == expected['r2'][:4] and results['r2'][-1] is None
+    others = {id: tokens for id, tokens in tokens_of(results).items() if id != 'r2'}
+    assert others == {id: tokens for id, tokens in expected.items() if id != 'r2'}
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(tokens=[]), 'the prompt is empty'),
+        (dict(tokens=[1, 60]), 'from 1 to 60, the vocabulary has 60'),
+        (dict(tokens=[-1, 5]), 'from -1 to 5'),
+        (dict(tokens=[1] * 33), '33 prompt . 8 new tokens = 41 exceed sampling.max_length 40'),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_held_is_refused(sampler, changes, message):
+    with pytest.raises(DataError, match=f'request r0: .*{message}'):
+        sampler.add(requests(**changes)[0])
+    assert not sampler.has_work
+
+
+def test_new_weights_take_effect_without_compiling_again(sampler, score, other_params):
+    run(sampler, requests(temperature=0.0))
+    compiled = sampler._prefill._cache_size(), sampler._decode._cache_size()
+    sampler.params = other_params
+    results = tokens_of(run(sampler, requests(temperature=0.0)))
+    for request in requests():
+        greedy = score(request.tokens, results[request.id], params=other_params)[2]
+        assert results[request.id] == greedy.tolist()
+    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == compiled
+    assert compiled == (2, 1)  # prompts up to 16 and up to 32
+
+
+@pytest.mark.parametrize(
+    'sizes', [dict(fsdp=2, tensor=2), dict(replica=2)], ids=lambda sizes: ' x '.join(sizes)
+)
+def test_a_mesh_changes_nothing(sampler, build, params, store, sizes):
+    greedy = [dataclasses.replace(r, id=f'greedy {r.id}', temperature=0.0) for r in requests()]
+    expected = run(sampler, requests() + greedy)
+    sizes = {axis: 1 for axis in sharding.MESH_AXES} | sizes
+    mesh = sharding.make_mesh(sizes, jax.devices()[: np.prod(list(sizes.values()))])
+    with jax.set_mesh(mesh):
+        spread = build(store(params), mesh, slots=3)  # rounded up to the shards of a batch
+        results = run(spread, requests() + greedy)
+    assert tokens_of(results) == tokens_of(expected)
+    for id, (_, logprobs, sampling_logprobs, _) in results.items():
+        np.testing.assert_allclose(logprobs, expected[id][1], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(sampling_logprobs, expected[id][2], rtol=0, atol=1e-4)

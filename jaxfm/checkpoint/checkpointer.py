@@ -66,7 +66,8 @@ class Checkpointer:
         """The committed steps, in order."""
         if not self.directory.is_dir():
             return []
-        return sorted(found.step for found in self._names.find_all(self.directory))
+        # Several hosts agree by way of a device array: numpy numbers, which are no JSON.
+        return sorted(int(found.step) for found in self._names.find_all(self.directory))
 
     def latest_step(self) -> int | None:
         """The newest committed step; None when there is no checkpoint."""

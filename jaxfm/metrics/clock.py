@@ -38,10 +38,13 @@ class StepClock:
         self._window_aside = 0.0
         self._inside: str | None = None
         self._step_seconds: float | None = None
+        self._between_at_start = 0.0
         self.seconds: Counter[str] = Counter()
 
     def step(self, tokens: int) -> None:
         """One more training step has been asked for, of so many tokens over all hosts."""
+        if not self._steps:
+            self._between_at_start = self._between
         self._window_steps += 1
         self._window_tokens += tokens
         self._steps += 1
@@ -79,7 +82,8 @@ class StepClock:
         if not steps:
             return values
         self.seconds['step'] += seconds
-        self._smooth(seconds / steps)
+        if steps < self._steps or steps > 1:  # the very first step is no measure of the others
+            self._smooth(seconds / steps)
         values['perf/tokens_per_second'] = tokens / seconds
         values['perf/step_seconds'] = seconds / steps
         if self._flops_per_step and self._peak_flops:
@@ -88,14 +92,19 @@ class StepClock:
         return values
 
     def eta(self, step: int) -> float | None:
-        """Seconds from `step` to the end; None before the first log.
+        """Seconds from `step` to the end; None before the first log of more than one step.
 
-        Steps at their recent speed, evaluation and saving at their average cost so far.
+        Steps at their recent speed, evaluation and saving at their average cost so far, without
+        what came before the first step.
         """
         if self._step_seconds is None:
             return None
-        between = self.seconds['eval'] + self.seconds['checkpoint_save']
-        return max(self._total_steps - step, 0) * (self._step_seconds + between / self._steps)
+        between = (self._between - self._between_at_start) / self._steps
+        return max(self._total_steps - step, 0) * (self._step_seconds + between)
+
+    @property
+    def _between(self) -> float:
+        return self.seconds['eval'] + self.seconds['checkpoint_save']
 
     @property
     def elapsed(self) -> float:

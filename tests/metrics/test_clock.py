@@ -89,10 +89,19 @@ def test_the_time_to_come_includes_evaluation_but_not_compilation(hands):
     with clock.aside('compile'):
         hands.seconds += 50
     with clock.aside('eval'):
+        hands.seconds += 500  # before the first step: it does not come again
+    run_steps(clock, hands, 5)
+    with clock.aside('eval'):
         hands.seconds += 5
-    run_steps(clock, hands, 10)
+    run_steps(clock, hands, 5)
     assert clock.log(10)['perf/eta_seconds'] == pytest.approx(90 * (0.5 + 0.5))
     assert clock.eta(100) == 0
+
+
+def test_the_very_first_step_alone_foretells_nothing(hands):
+    clock = StepClock(100, now=hands)
+    run_steps(clock, hands, 1)
+    assert clock.log(1)['perf/eta_seconds'] is None
 
 
 def test_a_resumed_clock_goes_on_without_the_pause(hands):

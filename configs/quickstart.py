@@ -2,7 +2,7 @@
 
     python -m jaxfm.main --config configs/quickstart.py
 
-Hardware: 2 CPU cores, three minutes. Expect a held-out loss of 1.51 bits per byte.
+Hardware: 2 CPU cores, three minutes. Expect a held-out loss of 1.48 bits per byte.
 """
 
 from ml_collections import ConfigDict
@@ -73,7 +73,7 @@ def get_config(arg: str = '') -> ConfigDict:
         temperature=0.6,
         max_tokens=96,
         num_samples=3,
-        prompts=['def main(', 'class Reader:', 'import os\n'],
+        prompts=['def main(', 'class Reader:', 'if __name__ =='],
     )
     config.metrics = dict(log_every=10 if smoke else 50)
     return config

@@ -38,6 +38,7 @@ from jaxfm.metrics.writers import JsonlWriter, Recorder
 from jaxfm.models import MODELS
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.objectives import OBJECTIVES
+from jaxfm.ops import IMPLEMENTATIONS, choose
 from jaxfm.sampling.sampler import Request, Sampler, complete
 from jaxfm.state import TrainState, abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop
@@ -344,15 +345,11 @@ def _tables(run: Run, corpus, wanted: TrainState) -> dict:
             ('parameters', f'{total:,}' + (f' ({trained:,} trained)' if trained < total else '')),
             ('model FLOPs', f'{flops:.3g} a token (attention counted half)'),
             ('precision', f'stored {config.model.param_dtype}, computed {dtype}, logits float32'),
-            ('attention', 'xla'),
-            ('token_logprobs', 'xla, chunked by positions'),
-            ('rms_norm', 'xla'),
         ],
+        'ops': [(op, choose(op, None)) for op in IMPLEMENTATIONS],
         'devices': [
-            (
-                'devices',
-                f'{jax.device_count()} x {device.device_kind}, {jax.process_count()} hosts',
-            ),
+            ('devices', f'{jax.device_count()} x {device.device_kind}'),
+            ('processes', jax.process_count()),
             ('mesh', ', '.join(axes) or 'one device'),
             ('train state', f'{plan.human_bytes(plan.bytes_per_device(wanted))} a device'),
         ],

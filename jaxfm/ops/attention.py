@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxfm.ops import choose
 from jaxfm.sharding import activation, place
 
 # Below every score; finite, so that a row of nothing else has no NaN.
@@ -51,10 +52,9 @@ def attention(
     Args:
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off (Gemma 2).
-      implementation: None or 'xla'.
+      implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
     """
-    if implementation not in (None, 'xla'):
-        raise ValueError(f"attention: implementation is None or 'xla', not {implementation!r}")
+    choose('attention', implementation)  # one only, so far
     B, T, N, H = q_BTNH.shape
     K = keys.k_BSKH.shape[2]
     keys = _whole_keys(keys)

@@ -1,0 +1,158 @@
+"""Sampling-based evaluation with a task and an engine that are scripts."""
+
+import json
+import types
+
+import pytest
+
+from jaxfm.errors import DataError
+from jaxfm.evals import GenerateConfig, generate
+from jaxfm.evals.base import Context, wilson_interval
+from jaxfm.evals.generate import Generate
+from jaxfm.sampling.sampler import Event
+from jaxfm.tasks import PythonFunctionsConfig
+from jaxfm.tasks.base import Prompt
+
+EOS = 0
+
+
+class Tokenizer:
+    """Letters are their own ids."""
+
+    eos_id = EOS
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return ''.join(map(chr, ids))
+
+
+class Task:
+    """Which completions hold an x before their first dot."""
+
+    texts = {'a': 'abc', 'b': 'bc', 'c': 'c'}
+
+    def __init__(self, config, documents):
+        self.documents = documents
+
+    def prompts(self):
+        return [Prompt(id, text) for id, text in self.texts.items()]
+
+    def evaluate(self, prompt, completion):
+        assert self.texts[prompt.id] == prompt.text
+        return float('x' in completion)
+
+    def stop(self, prompt, completion):
+        return '.' in completion
+
+
+class Engine:
+    """Answers prompts from a script, two tokens a step; a request ends with its script."""
+
+    script = {'abc': 'oxo\0', 'bc': 'oo.ooooox', 'c': 'oo'}
+
+    def __init__(self):
+        self.params, self.checked, self.running, self.seen = None, [], {}, []
+
+    def check(self, request):
+        self.checked.append(request)
+        if len(request.tokens) + request.max_tokens > 20:
+            raise DataError('too long')
+
+    def add(self, request):
+        self.seen.append((request.id, self.params))
+        self.running[request.id] = self.script[''.join(map(chr, request.tokens))]
+
+    def cancel(self, id):
+        del self.running[id]
+
+    @property
+    def has_work(self):
+        return bool(self.running)
+
+    def step(self):
+        events = []
+        for id, rest in list(self.running.items()):
+            now, self.running[id] = rest[:2], rest[2:]
+            reason = None if self.running[id] else 'stop' if '\0' in now else 'length'
+            if reason:
+                del self.running[id]
+            events.append(Event(id, [ord(x) for x in now], [0.0] * 2, [0.0] * 2, reason))
+        return events
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    entry = types.SimpleNamespace(load=lambda: Task)
+    monkeypatch.setattr(generate, 'TASKS', {'python_functions': entry})
+    return Engine()
+
+
+def evaluator(engine, directory=None, **changes):
+    corpus = types.SimpleNamespace(tokenizer=Tokenizer(), heldout_documents=['documents'])
+    context = Context(
+        name='functions',
+        merge=None,
+        corpus=corpus,
+        sampler=engine,
+        mesh=None,
+        sequence_length=8,
+        seed=11,
+        samples_directory=directory,
+    )
+    config = GenerateConfig(**{'task': PythonFunctionsConfig(), 'max_tokens': 12, **changes})
+    return Generate(config, context)
+
+
+def test_the_share_that_passes_comes_with_its_interval(engine):
+    values = evaluator(engine).run('weights', 5)
+    low, high = wilson_interval(1, 3)
+    assert values == {'pass@1': 1 / 3, 'pass@1_low': low, 'pass@1_high': high, 'prompts': 3.0}
+
+
+def test_requests_are_what_the_config_says_and_are_checked_before_anything_runs(engine):
+    evaluator(engine, temperature=0.5, max_tokens=7)
+    assert [request.id for request in engine.checked] == ['a', 'b', 'c']
+    for request in engine.checked:
+        assert (request.max_tokens, request.temperature, request.seed) == (7, 0.5, 11)
+        assert request.stop_ids == {EOS}
+        assert request.tokens == Tokenizer().encode(Task.texts[request.id])
+    with pytest.raises(DataError, match='too long'):
+        evaluator(engine, max_tokens=18)
+    assert engine.seen == []
+
+
+def test_it_samples_with_the_weights_it_is_given(engine):
+    generate = evaluator(engine)
+    generate.run('first', 0)
+    generate.run('second', 1)
+    assert [params for _, params in engine.seen] == ['first'] * 3 + ['second'] * 3
+
+
+def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_path):
+    generate = evaluator(engine, tmp_path / 'samples')
+    generate.run('weights', 5)
+    generate.run('weights', 5)
+    generate.run('weights', 10)
+    files = sorted(path.name for path in (tmp_path / 'samples').iterdir())
+    assert files == ['functions-000005.jsonl', 'functions-000010.jsonl']
+    lines = (tmp_path / 'samples' / files[0]).read_text().splitlines()
+    first, second, third = map(json.loads, lines)
+    assert first == {
+        'step': 5,
+        'id': 'a',
+        'prompt': 'abc',
+        'completion': 'oxo',  # without the end of the text
+        'score': 1.0,
+        'finish_reason': 'stop',
+    }
+    # Cancelled in the step that brought the dot: the x after it was never sampled.
+    assert (second['completion'], second['finish_reason']) == ('oo.o', 'judged')
+    assert (third['completion'], third['finish_reason']) == ('oo', 'length')
+
+
+def test_a_task_without_prompts_is_an_error(engine, monkeypatch):
+    monkeypatch.setattr(Task, 'texts', {})
+    with pytest.raises(DataError, match='config.evals.functions: .* no prompt'):
+        evaluator(engine)

@@ -1,0 +1,123 @@
+"""Held-out loss against a sum over all held-out targets, done by hand."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxfm import sharding
+from jaxfm.evals import LossConfig
+from jaxfm.evals.base import Context
+from jaxfm.evals.loss import HeldOutLoss
+from jaxfm.ops.logprobs import Unembedding
+
+V, D = 12, 6
+LENGTHS = (9, 2, 17, 5)
+
+
+class Bigram:
+    """Predicts from one token alone: its loss does not depend on how rows are cut."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def __call__(self, tokens, positions, segment_ids):
+        return self.params['in'].at[tokens].get(
+            out_sharding=sharding.activation('batch', 'position', 'embed')
+        ), {}
+
+    def unembed(self):
+        return Unembedding(self.params['out'], V)
+
+
+class Heldout:
+    """What a token cache is to an evaluator, in memory."""
+
+    path, vocab_size = 'heldout', V
+    num_documents, num_bytes = len(LENGTHS), 131
+    offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+    num_tokens = int(offsets[-1])
+    tokens = np.random.default_rng(0).integers(0, V, num_tokens).astype(np.uint16)
+
+
+@pytest.fixture
+def params():
+    random = np.random.default_rng(1)
+    return {name: jnp.asarray(random.normal(size=(V, D)), jnp.float32) for name in ('in', 'out')}
+
+
+@pytest.fixture(params=[1, 4])
+def mesh(request):
+    sizes = {axis: 1 for axis in sharding.MESH_AXES} | {'fsdp': request.param}
+    mesh = sharding.make_mesh(sizes, jax.devices()[: request.param])
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def evaluator(mesh, **changes):
+    corpus = types.SimpleNamespace(heldout=Heldout(), heldout_documents=[('a', 'x' * 999)])
+    context = Context(
+        name='heldout',
+        merge=Bigram,
+        corpus=corpus,
+        sampler=None,
+        mesh=mesh,
+        sequence_length=8,
+        seed=0,
+        samples_directory=None,
+    )
+    return HeldOutLoss(LossConfig(**{'batch_size': 2, **changes}), context)
+
+
+def by_hand(params):
+    """-> nats over all targets of all documents, number of targets."""
+    logits = np.asarray(params['in'], np.float64) @ np.asarray(params['out'], np.float64).T
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = count = 0
+    for ids in np.split(Heldout.tokens.astype(int), Heldout.offsets[1:-1]):
+        nats -= logprobs[ids[:-1], ids[1:]].sum()
+        count += len(ids) - 1
+    return nats, count
+
+
+@pytest.mark.parametrize(
+    'cut',
+    [
+        {},
+        dict(sequence_length=64),
+        dict(stride=3),
+        dict(stride=1, batch_size=16),
+        dict(sequence_length=5, stride=2, batch_size=3),
+    ],
+    ids=str,
+)
+def test_every_target_counts_once_however_rows_are_cut(params, mesh, cut):
+    values = evaluator(mesh, **cut).run(params, 0)
+    nats, count = by_hand(params)
+    assert set(values) == {'loss', 'bits_per_byte'}
+    assert values['loss'] == pytest.approx(nats / count, rel=1e-5)
+    assert values['bits_per_byte'] == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
+
+
+def test_it_measures_the_weights_it_is_given(params, mesh):
+    heldout = evaluator(mesh)
+    heldout.run(params, 0)
+    uniform = heldout.run(dict(params, out=jnp.zeros((V, D))), 1)
+    assert uniform['loss'] == pytest.approx(math.log(V), rel=1e-6)
+
+
+def test_a_part_of_the_text_has_a_loss_but_no_bits_per_byte(params, mesh):
+    first_row = evaluator(mesh, max_batches=1, batch_size=4, sequence_length=11, stride=11)
+    values = first_row.run(params, 0)
+    assert set(values) == {'loss'}
+    assert values['loss'] == pytest.approx(np.divide(*by_hand(params)), rel=1e-5)  # all four rows
+    part = evaluator(mesh, max_batches=1, batch_size=4, sequence_length=4).run(params, 0)
+    assert part['loss'] != pytest.approx(values['loss'], rel=1e-3)
+
+
+def test_the_line_of_xz_stands_beside_it(params, mesh):
+    values = evaluator(mesh, xz_baseline=True).run(params, 0)
+    assert 0 < values['xz_bits_per_byte'] < 1.5  # 999 times the same letter

@@ -16,7 +16,14 @@ from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.state import TrainState, abstract_state, init_state, make_train_step, split
+from jaxfm.state import (
+    Parts,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    split,
+)
 
 MODEL = TransformerConfig.model_validate(
     dict(
@@ -72,6 +79,7 @@ class Setup:
     """What a run on one mesh needs; inside `on` the mesh is set."""
 
     mesh: jax.sharding.Mesh
+    parts: Parts
     optimizer: optimizer.AdamW
 
     @classmethod
@@ -85,18 +93,23 @@ class Setup:
                 rule = optimizer.Muon(MuonConfig(learning_rate=0.01), STEPS, axes)
             else:
                 rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01), STEPS, axes)
-            yield cls(mesh, rule)
+            yield cls(mesh, parts, rule)
 
-    def states(self) -> tuple[TrainState, TrainState]:
-        """A fresh state and what `abstract_state` says of it."""
-        arguments = (make_model, split(make_model), self.optimizer, 0)
-        return init_state(*arguments), abstract_state(*arguments)
+    def state(self) -> TrainState:
+        return init_state(make_model, self.parts, self.optimizer, seed=0)
+
+    def abstract(self) -> TrainState:
+        return abstract_state(make_model, self.parts, self.optimizer, seed=0)
+
+    def placed(self, tree) -> TrainState:
+        """A state of host arrays on this mesh."""
+        wanted = self.abstract()
+        places = {name: leaf.sharding for name, leaf in wanted.to_tree().items()}
+        return wanted.with_tree(jax.device_put(tree, places))
 
     def step(self, **options):
         objective = NextToken(NextTokenConfig(z_loss=1e-3))
-        return make_train_step(
-            split(make_model), objective, self.optimizer, clip_norm=1.0, **options
-        )
+        return make_train_step(self.parts, objective, self.optimizer, clip_norm=1.0, **options)
 
 
 def make_model(key):
@@ -105,30 +118,29 @@ def make_model(key):
 
 @dataclasses.dataclass
 class Result:
-    """What one run leaves, on the host."""
+    """What one run leaves."""
 
-    abstract: dict
-    initial: dict
-    shardings: dict
-    moments: dict  # the first moments of AdamW after one step: a tenth of the clipped gradient
+    initial: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray]  # the first ones, after a step: a tenth of the clipped gradient
     losses: np.ndarray
+    final: TrainState
 
 
-def run(sizes, muon=False, **options) -> Result:
+def run(sizes, muon=False, start=None, **options) -> Result:
+    """Ten steps from a fresh state, or from the host arrays `start`."""
     with Setup.on(sizes, muon) as setup:
-        state, abstract = setup.states()
+        state = setup.state() if start is None else setup.placed(start)
         initial = jax.device_get(state.to_tree())
-        shardings = {name: leaf.sharding for name, leaf in state.to_tree().items()}
         step, losses, moments = setup.step(**options), [], None
         for batch in make_batches():
             state, metrics = step(state, sharding.put(batch, setup.mesh, ROWS))
             losses.append(metrics['loss'].item())
-            moments = moments or {
-                name: value
-                for name, value in jax.device_get(state.to_tree()).items()
-                if '/mu/' in name
-            }
-        return Result(abstract.to_tree(), initial, shardings, moments, np.array(losses))
+            moments = moments or moments_of(state)
+        return Result(initial, moments, np.array(losses), state)
+
+
+def moments_of(state) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in state.to_tree().items() if '/mu/' in name}
 
 
 @pytest.fixture(scope='module')
@@ -167,54 +179,57 @@ def test_losses_of_ten_steps_agree(single, sharded):
     assert_same_run(sharded, single)
 
 
-def test_the_abstract_state_is_the_state_in_shape_dtype_and_place(sharded):
-    assert sharded.abstract.keys() == sharded.initial.keys()
-    for name, leaf in sharded.abstract.items():
-        assert leaf.shape == sharded.initial[name].shape, name
-        assert leaf.dtype == sharded.initial[name].dtype, name
-        assert leaf.sharding.is_equivalent_to(sharded.shardings[name], len(leaf.shape)), name
+def test_the_abstract_state_is_the_state_in_shape_dtype_and_place(sharded, request):
+    with Setup.on(MESHES[request.node.callspec.params['sharded']]) as setup:
+        wanted = setup.abstract().to_tree()
+    state = sharded.final.to_tree()
+    assert state.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        assert leaf.shape == state[name].shape, name
+        assert leaf.dtype == state[name].dtype, name
+        assert leaf.sharding == state[name].sharding, name
 
 
 def test_moments_are_split_like_their_weights(sharded):
     """On an Auto mesh `jax.jit(tx.init)` replicates them without a word."""
-    for name, place in sharded.shardings.items():
-        if '/mu/' in name or '/nu/' in name:
-            path = name.split('/mu/' if '/mu/' in name else '/nu/')[1]
-            assert place == sharded.shardings[f'trainable/{path}'], name
+    state = sharded.final.to_tree()
+    pairs = [
+        (name, name.split(f'/{moment}/')[1])
+        for moment in ('mu', 'nu')
+        for name in state
+        if f'/{moment}/' in name
+    ]
+    assert len(pairs) == 2 * len(sharded.final.trainable)
+    for name, path in pairs:
+        assert state[name].sharding == sharded.final.trainable[path].sharding, name
+
+
+def test_a_state_restored_on_another_mesh_is_bit_equal(tmp_path, sharded, request):
+    here = request.node.callspec.params['sharded']
+    other = 'fsdp 2 x tensor 4' if here == 'fsdp 8' else 'fsdp 8'
+    writer = Checkpointer(CheckpointConfig(), tmp_path)
+    writer.save(STEPS, sharded.final.to_tree(), {'next_row': ROWS})
+    writer.wait()
+    with Setup.on(MESHES[other]) as setup:
+        wanted = setup.abstract()
+        tree, extra = writer.restore(STEPS, wanted.to_tree())
+        restored = wanted.with_tree(tree).to_tree()
+    writer.close()
+    for name, leaf in sharded.final.to_tree().items():
+        np.testing.assert_array_equal(restored[name], leaf, name)
+        assert restored[name].sharding == wanted.to_tree()[name].sharding, name
+    assert extra == {'next_row': ROWS}
 
 
 def test_microbatches_on_a_mesh_equal_one_batch_on_one_device(single):
-    result = run(dict(fsdp=2, tensor=2), accumulate=4)
+    result = run(dict(fsdp=2, tensor=2), start=single.initial, accumulate=4)
     assert_same_gradients(result, single)
     assert_same_run(result, single)
 
 
 def test_muon_agrees_on_meshes_without_xla_moving_whole_arrays(capfd):
-    """Two layers fit fsdp 2, where each device takes one; on fsdp 8 all of them take all."""
+    """XLA says so when it cannot get from one sharding to another but by way of whole copies."""
     reference = run({}, muon=True)
-    for sizes in (dict(replica=2, fsdp=2, tensor=2), dict(fsdp=8)):
-        assert_same_run(run(sizes, muon=True), reference)
+    result = run(dict(replica=2, fsdp=2, tensor=2), muon=True, start=reference.initial)
+    assert_same_run(result, reference)
     assert 'rematerialization' not in capfd.readouterr().err
-
-
-def test_a_state_restored_on_another_mesh_is_bit_equal(tmp_path, single):
-    with Setup.on(dict(fsdp=8)) as setup:
-        state, _ = setup.states()
-        batch = sharding.put(next(make_batches()), setup.mesh, ROWS)
-        state, _ = setup.step()(state, batch)
-        saved = jax.device_get(state.to_tree())
-        writer = Checkpointer(CheckpointConfig(), tmp_path)
-        writer.save(1, state.to_tree(), {'next_row': ROWS})
-        writer.close()
-    with Setup.on(dict(fsdp=2, tensor=4)) as setup:
-        _, wanted = setup.states()
-        reader = Checkpointer(CheckpointConfig(), tmp_path, read_only=True)
-        tree, extra = reader.restore(1, wanted.to_tree())
-        reader.close()
-        restored = wanted.with_tree(tree)
-        for name, leaf in restored.to_tree().items():
-            np.testing.assert_array_equal(leaf, saved[name], name)
-            assert leaf.sharding == wanted.to_tree()[name].sharding, name
-    assert extra == {'next_row': ROWS}
-    moved = [name for name in saved if not np.array_equal(saved[name], single.initial[name])]
-    assert any('/mu/' in name for name in moved) and any('trainable' in name for name in moved)

@@ -1,10 +1,16 @@
-"""What a resolved config will need: parameters, FLOPs, bytes. Nothing here allocates."""
+"""What a resolved config will need: parameters, FLOPs, bytes, and the tables that say so at start.
+
+Nothing here allocates.
+"""
 
 import math
 
 import jax
 
+from jaxfm import sharding
 from jaxfm.models import BlockConfig, TransformerConfig
+from jaxfm.models.transformer import compute_dtype
+from jaxfm.ops import IMPLEMENTATIONS, choose
 
 
 def visible_keys(length: int, window: int, causal: bool) -> float:
@@ -68,3 +74,50 @@ def human_bytes(count: float) -> str:
             return f'{count:.4g} {unit}'
         count /= 1024
     return f'{count:.4g} TiB'
+
+
+def tables(config, parts, mesh, state, statistics: dict) -> dict[str, list[tuple]]:
+    """What a run is, as {title: [(name, value), ...]}.
+
+    Args:
+      config: a RunConfig. parts: of its model. state: the TrainState, or its shapes and shardings.
+      statistics: of the corpus.
+    """
+    total = num_parameters(parts.shapes)
+    trained = num_parameters({path: parts.shapes[path] for path in parts.trainable})
+    model, data, optimizer = config.model, config.data, config.optimizer
+    tokens = data.batch_size * data.sequence_length
+    flops = model_flops_per_token(model, data.sequence_length)
+    split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
+    dtype = compute_dtype(model).name
+    return {
+        'run': [
+            ('steps', f'{config.steps:,} of {tokens:,} tokens, {config.steps * tokens:,} in all'),
+            ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
+        ],
+        'model': [
+            ('name', f'{model.name}, {model.num_layers} layers'),
+            ('parameters', f'{total:,}' + (f' ({trained:,} trained)' if trained < total else '')),
+            ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+            ('precision', f'stored {model.param_dtype}, computed {dtype}, logits float32'),
+        ],
+        'ops': [(op, choose(op, None)) for op in IMPLEMENTATIONS],
+        'devices': [
+            ('devices', f'{jax.device_count()} x {jax.devices()[0].device_kind}'),
+            ('processes', jax.process_count()),
+            ('mesh', ', '.join(split) or 'one device'),
+            ('train state', f'{human_bytes(bytes_per_device(state))} a device'),
+        ],
+        'data': [
+            (name.replace('_', ' '), f'{value:,}' if isinstance(value, int) else value)
+            for name, value in statistics.items()
+        ],
+    }
+
+
+def parameter_rows(parts, mesh, rules: dict[str, str]):
+    """(name, shape, dtype, sharding, rule of the optimizer) of every parameter."""
+    for path, leaf in parts.shapes.items():
+        spec = sharding.stored_spec(parts.axes[path])
+        split = [axis if axis and mesh.shape[axis] > 1 else '-' for axis in spec]
+        yield path, leaf.shape, leaf.dtype.name, ', '.join(split), rules.get(path, 'frozen')

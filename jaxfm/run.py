@@ -38,7 +38,6 @@ from jaxfm.metrics.writers import JsonlWriter, Recorder
 from jaxfm.models import MODELS
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.objectives import OBJECTIVES
-from jaxfm.ops import IMPLEMENTATIONS, choose
 from jaxfm.sampling.sampler import Request, Sampler, complete
 from jaxfm.state import TrainState, abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop
@@ -194,8 +193,9 @@ def train(flags, config: configs.RunConfig) -> int:
         else:
             state = _resume(wanted, checkpointer, step, source, clock, recorder)
         sampler = run.sampler(state.params)
-        console.show_tables(_tables(run, corpus, wanted))
-        console.show_parameters(_parameter_rows(run))
+        log.info('work directory: %s', run.workdir)
+        console.show_tables(plan.tables(config, run.parts, run.mesh, wanted, corpus.statistics))
+        console.show_parameters(plan.parameter_rows(run.parts, run.mesh, run.optimizer.rules))
         loop = Loop(
             steps=config.steps,
             train_step=run.train_step(),
@@ -321,51 +321,6 @@ def _how_to_go_on(config) -> str:
         f'to train on give --config.steps={2 * config.steps} --allow_change=steps, '
         'for a new run another --workdir'
     )
-
-
-def _tables(run: Run, corpus, wanted: TrainState) -> dict:
-    config, shapes = run.config, run.parts.shapes
-    trainable = {path: shapes[path] for path in run.parts.trainable}
-    total, trained = plan.num_parameters(shapes), plan.num_parameters(trainable)
-    data = config.data
-    tokens = data.batch_size * data.sequence_length
-    flops = plan.model_flops_per_token(config.model, data.sequence_length)
-    axes = [f'{name} {size}' for name, size in run.mesh.shape.items() if size > 1]
-    device = jax.devices()[0]
-    dtype = compute_dtype(config.model).name
-    statistics = corpus.statistics
-    return {
-        'run': [
-            ('work directory', run.workdir),
-            ('steps', f'{config.steps:,} of {tokens:,} tokens ({config.steps * tokens:,} in all)'),
-            ('optimizer', f'{config.optimizer.name}, {config.optimizer.schedule} schedule'),
-        ],
-        'model': [
-            ('name', f'{config.model.name}, {config.model.num_layers} layers'),
-            ('parameters', f'{total:,}' + (f' ({trained:,} trained)' if trained < total else '')),
-            ('model FLOPs', f'{flops:.3g} a token (attention counted half)'),
-            ('precision', f'stored {config.model.param_dtype}, computed {dtype}, logits float32'),
-        ],
-        'ops': [(op, choose(op, None)) for op in IMPLEMENTATIONS],
-        'devices': [
-            ('devices', f'{jax.device_count()} x {device.device_kind}'),
-            ('processes', jax.process_count()),
-            ('mesh', ', '.join(axes) or 'one device'),
-            ('train state', f'{plan.human_bytes(plan.bytes_per_device(wanted))} a device'),
-        ],
-        'data': [
-            (name.replace('_', ' '), f'{value:,}' if isinstance(value, int) else value)
-            for name, value in statistics.items()
-        ],
-    }
-
-
-def _parameter_rows(run: Run):
-    for path, leaf in run.parts.shapes.items():
-        spec = sharding.stored_spec(run.parts.axes[path])
-        split_axes = [str(axis) if axis and run.mesh.shape[axis] > 1 else '-' for axis in spec]
-        rule = run.optimizer.rules.get(path, 'frozen')
-        yield path, leaf.shape, leaf.dtype.name, ', '.join(split_axes), rule
 
 
 def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:

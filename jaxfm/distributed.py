@@ -9,10 +9,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 
 import jax
+from jax._src.distributed import global_state  # the only way to a barrier without devices
 from jax.experimental import multihost_utils
 
 from jaxfm.errors import UnavailableError, UsageError
@@ -82,9 +84,31 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes have come to the barrier of this name."""
-    multihost_utils.sync_global_devices(name)
+def barrier(name: str, timeout_seconds: float = _NEVER) -> None:
+    """Waits until all processes have come to the barrier of this name, which is used once.
+
+    On the network of the coordinator: a barrier of the devices gives up after 30 s on CPU, and one
+    process may have hours of work to do before it.
+    """
+    client = global_state.client
+    if client is not None:
+        client.wait_at_barrier(f'jaxfm/{name}', int(timeout_seconds * 1000))
+
+
+def end_after_error(code: int) -> None:
+    """Ends a process that failed without waiting for the others of the run, if there are any.
+
+    JAX would wait for them at exit, for five minutes, and they for what this process was to do. Who
+    fails at the same time (all of them see a mistake in the config) is given time to say so.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    try:
+        barrier('failed', timeout_seconds=5)
+    except jax.errors.JaxRuntimeError:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Preemption:

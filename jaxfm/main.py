@@ -9,11 +9,12 @@ import logging
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from jaxfm import config as configs
 from jaxfm import resume
-from jaxfm.errors import MissingInputError, NumericsError, RunError, UsageError
+from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
 
 log = logging.getLogger('jaxfm')
 
@@ -128,6 +129,18 @@ def _report(error: RunError) -> int:
     return error.exit_code
 
 
+def _run(argv: list[str]) -> int:
+    """`main` of a process of its own: one that fails among several does not wait for the others."""
+    try:
+        code = main(argv)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code not in (0, Preempted.exit_code) and 'jaxfm.distributed' in sys.modules:
+        sys.modules['jaxfm.distributed'].end_after_error(code)
+    return code
+
+
 def _start_with_huge_pages(argv: list[str]) -> None:
     """Starts this process over with HUGE_PAGES, once, where computing happens on CPU."""
     platforms = os.environ.get('JAX_PLATFORMS', '')
@@ -142,4 +155,4 @@ def _start_with_huge_pages(argv: list[str]) -> None:
 if __name__ == '__main__':
     if not {'-h', '--help'} & set(sys.argv):
         _start_with_huge_pages(sys.argv[1:])
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(_run(sys.argv[1:]))

@@ -1,0 +1,261 @@
+"""Real processes, real signals: whatever stops a run, the same command goes on as if nothing had.
+
+Metrics (train and eval records, without their time) and final parameters are compared bit for bit
+with a run that nobody stopped. A process under `jax.distributed` survives SIGTERM, so whatever is
+left is ended with SIGKILL.
+"""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxfm.metrics.writers import read_records
+
+STEPS = 40
+PATIENCE = 120  # seconds until something that must happen counts as missing
+
+
+@pytest.fixture
+def start(tiny):
+    """`TinyRuns.start`, every process of which is gone after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start_process(*arguments, **options):
+            process = tiny.start(*arguments, **options)
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield start_process
+
+
+def measured(workdir) -> dict:
+    """{(step, kind): values} of all train and eval records."""
+    found = {}
+    for record in read_records(workdir / 'metrics.jsonl'):
+        if record['kind'] in ('train', 'eval'):
+            key = record['step'], record['kind']
+            assert key not in found, f'{key} is there twice'
+            found[key] = {k: v for k, v in record.items() if k not in ('time', 'phase')}
+    return found
+
+
+def losses(workdir) -> np.ndarray:
+    return np.array([v['train/loss'] for (_, k), v in measured(workdir).items() if k == 'train'])
+
+
+def saved_state(workdir, step=STEPS) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, as numpy: {path: array}."""
+    directory = workdir / 'checkpoints' / str(step) / 'state'
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        state = checkpointer.restore(directory, restore_args=as_numpy)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): value for path, value in leaves}
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys() and len(one) > 20
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path], err_msg=path)
+
+
+def assert_same_run(workdir, reference):
+    """The same records, the same final state with optimizer and counters."""
+    expected = measured(reference)
+    assert measured(workdir) == expected
+    assert list(measured(workdir)) == list(expected)
+    assert_same_state(saved_state(workdir), saved_state(reference))
+
+
+def wait_until(condition, process):
+    """Polls until the condition gives something, and gives that; the process must live so long."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        if process.poll() is not None:
+            raise AssertionError(f'the process ended with {process.returncode} before that')
+        time.sleep(0.001)
+    raise AssertionError('that never happened')
+
+
+def wait_for_step(workdir, step, process):
+    """Returns once a train record of at least this step is in metrics.jsonl."""
+
+    def newest():
+        path = workdir / 'metrics.jsonl'
+        steps = (
+            re.findall(r'"step": (\d+).*"kind": "train"', path.read_text()) if path.exists() else []
+        )
+        return steps and int(steps[-1]) >= step
+
+    wait_until(newest, process)
+
+
+def finish(process, code=0):
+    assert process.wait(PATIENCE) == code
+
+
+@pytest.fixture(scope='module')
+def straight(tiny, tmp_path_factory):
+    """The run that nobody stops, on one device."""
+    workdir = tmp_path_factory.mktemp('straight') / 'run'
+    process = tiny.start(workdir)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, (workdir.parent / 'run.stderr').read_text()
+    return workdir
+
+
+def stderr_of(workdir) -> str:
+    return workdir.with_name(workdir.name + '.stderr').read_text()
+
+
+def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(start, straight, tmp_path):
+    seed = int.from_bytes(os.urandom(4))
+    step = random.Random(seed).randrange(8, 28)
+    print(f'seed {seed}: SIGKILL at step {step}')
+    workdir = tmp_path / 'run'
+    process = start(workdir)
+    wait_for_step(workdir, step, process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    finish(start(workdir))
+    assert 'resumed at step' in stderr_of(workdir)
+    assert_same_run(workdir, straight)
+
+
+def test_killed_during_a_save_a_run_resumes_bit_for_bit(start, straight, tmp_path):
+    workdir = tmp_path / 'run'
+    process = start(workdir)
+    wait_for_step(workdir, 12, process)
+    # Orbax writes a step under a temporary name and renames it last.
+    torn = wait_until(lambda: list(workdir.glob('checkpoints/*tmp*')), process)
+    process.kill()
+    finish(process, -signal.SIGKILL)
+    print(f'killed while {[path.name for path in torn]} was written')
+    finish(start(workdir))
+    assert_same_run(workdir, straight)
+    left = {path.name for path in (workdir / 'checkpoints').iterdir()}
+    assert left == {str(STEPS - 5), str(STEPS)}
+
+
+def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path):
+    """SIGTERM at start-up, SIGTERM, SIGINT: each time the same command goes on."""
+    workdir = tmp_path / 'run'
+    process = start(workdir)
+    # Everything is checked, nothing is compiled yet: long before the loop.
+    wait_until(lambda: (workdir / 'config.json').exists(), process)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 75)
+    assert 'saved at step 0' in stderr_of(workdir)
+    assert list(measured(workdir)) == [(0, 'eval')]
+
+    for number, step in ((signal.SIGTERM, 7), (signal.SIGINT, 19)):
+        process = start(workdir)
+        wait_for_step(workdir, step, process)
+        process.send_signal(number)
+        finish(process, 75)
+        assert f'{number.name}: saving' in stderr_of(workdir)
+    stops = [int(step) for step in re.findall(r'saved at step (\d+)', stderr_of(workdir))]
+    assert stops[0] == 0 and 7 <= stops[1] < stops[2] < STEPS
+
+    finish(start(workdir))
+    assert_same_run(workdir, straight)
+    assert 'Traceback' not in stderr_of(workdir)
+
+
+def test_a_second_interrupt_exits_at_once(start, tmp_path):
+    process = start(tmp_path / 'run')
+    # Start-up takes seconds, so that the second signal comes before the first is acted upon.
+    wait_until(lambda: (tmp_path / 'run' / 'config.json').exists(), process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(2) == 130
+    assert not list(tmp_path.glob('run/checkpoints/*'))
+
+
+def test_before_the_run_has_begun_a_signal_leaves_nothing(start, tmp_path):
+    process = start(tmp_path / 'run')
+    time.sleep(0.3)
+    process.terminate()
+    finish(process, -signal.SIGTERM)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_goes_on_with_the_same_numbers_on_another_mesh(start, straight, tiny, tmp_path):
+    workdir = tmp_path / 'run'
+    process = start(workdir)
+    wait_for_step(workdir, 10, process)
+    process.terminate()
+    finish(process, 75)
+    finish(start(workdir, '--config.mesh.fsdp=4', devices=4))
+    log = stderr_of(workdir)
+    assert 'config.mesh.fsdp: -1 -> 4' in log and 'fsdp 4' in log
+    expected = measured(straight)
+    assert list(measured(workdir)) == list(expected)
+    np.testing.assert_allclose(losses(workdir), losses(straight), rtol=2e-6)
+
+
+def start_ranks(start, workdir, *more, count=2):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        address = f'127.0.0.1:{server.getsockname()[1]}'
+    return [
+        start(
+            workdir,
+            *more,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(count),
+            JAX_PROCESS_ID=str(rank),
+        )
+        for rank in range(count)
+    ]
+
+
+def test_two_processes_train_as_one_and_stop_and_resume_together(start, tmp_path):
+    alone = tmp_path / 'alone'
+    finish(start(alone, devices=2))
+    workdir = tmp_path / 'run'
+    ranks = start_ranks(start, workdir)
+    wait_for_step(workdir, 10, ranks[0])
+    ranks[1].terminate()
+    for rank in ranks:
+        finish(rank, 75)
+    stops = re.findall(r'saved at step (\d+)', stderr_of(workdir))
+    assert len(stops) == 2 and stops[0] == stops[1] and 10 <= int(stops[0]) < STEPS
+    for rank in start_ranks(start, workdir):
+        finish(rank)
+    expected = measured(alone)
+    assert list(measured(workdir)) == list(expected)
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=2e-6)
+    assert 'Traceback' not in stderr_of(workdir)
+
+
+def test_a_mistake_that_one_process_sees_ends_all_at_once(start, tmp_path):
+    (tmp_path / 'empty.txt').write_text('')
+    source = f'--config.data.source.files=["{tmp_path}/empty.txt"]'
+    started = time.monotonic()
+    ranks = start_ranks(start, tmp_path / 'run', source)
+    finish(ranks[0], 65)  # it reads the data; the other one waits for it
+    assert ranks[1].wait(20) != 0
+    # JAX would have waited for five minutes.
+    assert time.monotonic() - started < 60
+    assert 'empty.txt is empty' in stderr_of(tmp_path / 'run')
+
+
+def test_a_mistake_that_all_processes_see_is_told_by_each(start, tmp_path):
+    ranks = start_ranks(start, tmp_path / 'run', '--config.mesh.fsdp=4')
+    for rank in ranks:
+        finish(rank, 78)
+    assert stderr_of(tmp_path / 'run').count('fsdp 4 = 4 is not the 2 devices here') == 2

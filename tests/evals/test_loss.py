@@ -33,6 +33,14 @@ class Bigram:
         return Unembedding(self.params['out'], V)
 
 
+class Hesitant(Bigram):
+    """Knows nothing before the third token of what it sees of a document."""
+
+    def __call__(self, tokens, positions, segment_ids):
+        hidden, extras = super().__call__(tokens, positions, segment_ids)
+        return jnp.where(positions[..., None] < 2, 0.0, hidden), extras
+
+
 class Heldout:
     """What a token cache is to an evaluator, in memory."""
 
@@ -57,11 +65,11 @@ def mesh(request):
         yield mesh
 
 
-def evaluator(mesh, **changes):
+def evaluator(mesh, model=Bigram, **changes):
     corpus = types.SimpleNamespace(heldout=Heldout(), heldout_documents=[('a', 'x' * 999)])
     context = Context(
         name='heldout',
-        merge=Bigram,
+        merge=model,
         corpus=corpus,
         sampler=None,
         mesh=mesh,
@@ -100,6 +108,15 @@ def test_every_target_counts_once_however_rows_are_cut(params, mesh, cut):
     assert set(values) == {'loss', 'bits_per_byte'}
     assert values['loss'] == pytest.approx(nats / count, rel=1e-5)
     assert values['bits_per_byte'] == pytest.approx(nats / math.log(2) / 131, rel=1e-5)
+
+
+def test_a_stride_gives_context_to_the_tokens_that_begin_a_row(params, mesh):
+    """Rows of 8 advance by 5: an input that counts sees 3 before it, if its document has them."""
+    strided = evaluator(mesh, Hesitant, stride=5).run(params, 0)
+    whole = evaluator(mesh, Hesitant, sequence_length=64).run(params, 0)
+    cut = evaluator(mesh, Hesitant).run(params, 0)
+    assert strided['loss'] == pytest.approx(whole['loss'], rel=1e-5)
+    assert cut['loss'] != pytest.approx(whole['loss'], rel=1e-2)
 
 
 def test_it_measures_the_weights_it_is_given(params, mesh):

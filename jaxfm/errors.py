@@ -6,7 +6,7 @@ The numbers follow sysexits.h where it has a fitting one.
 
 
 class RunError(Exception):
-    """A reason to stop that a person must read: the message says what was given and what would be right."""
+    """A reason to stop that a person must read: it says what was given and what would be right."""
 
     exit_code = 1
 
@@ -18,7 +18,7 @@ class UsageError(RunError):
 
 
 class DataError(RunError):
-    """An input was found but is bad: not UTF-8, empty, not of this vocabulary, a damaged checkpoint."""
+    """An input was found but is bad: not UTF-8, empty, of another vocabulary, damaged."""
 
     exit_code = 65
 

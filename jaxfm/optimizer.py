@@ -1,6 +1,6 @@
 """Optimizers as optax chains, their learning-rate schedule, and which rule each parameter follows.
 
-Rules come from the logical axes of a parameter, never from its rank: a stacked vector is not a matrix.
+Rules come from the logical axes of a parameter, never from its rank: a stacked vector is no matrix.
 Parameters are a flat dict {path: array}; a rule is a word in the start-up table.
 """
 
@@ -128,7 +128,7 @@ def _orthogonalize_matrices(axes, steps: int) -> optax.GradientTransformation:
 def orthogonalize_parameter(update, axes, steps: int):
     """Every matrix of a parameter, orthogonalised: embed is one side, the axes beside it the other.
 
-    Each matrix is brought whole to its devices; stacks of layers are spread over `fsdp` if they fit.
+    Each matrix is brought whole to its devices; stacks of layers spread over `fsdp` if they fit.
     """
     matrix_axes = [name for name in axes if name not in _STACK_AXES]
     order = [i for i, name in enumerate(axes) if name in _STACK_AXES]
@@ -152,7 +152,7 @@ def orthogonalize_parameter(update, axes, steps: int):
 
 
 def newton_schulz(matrix, steps: int):
-    """The nearest semi-orthogonal matrix, roughly: the quintic iteration of NEWTON_SCHULZ, float32."""
+    """Roughly the nearest semi-orthogonal matrix: the quintic of NEWTON_SCHULZ, in float32."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).astype(jnp.float32)

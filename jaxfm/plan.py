@@ -35,8 +35,8 @@ def _block_matmul_params(block: BlockConfig, embed_dim: int) -> int:
 def model_flops_per_token(config: TransformerConfig, length: int, causal: bool = True) -> float:
     """FLOPs of training on one token: forward and twice that backward, no recomputation.
 
-    Counts matmuls alone: the weights that multiply (the output projection too, the embedding look-up
-    not) and attention's two products over the visible keys of documents of `length` tokens.
+    Counts matmuls alone: the weights that multiply (the output projection too, not the embedding
+    look-up) and attention's two products over the visible keys of documents of `length` tokens.
     """
     matmul_params = config.padded_vocab_size * config.embed_dim
     attention = 0.0

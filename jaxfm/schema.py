@@ -21,7 +21,7 @@ class Group(pydantic.BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One choice of a registry: where its class is ("module:Class") and the group it is built from."""
+    """One choice of a registry: where its class is ("module:Class"), and the group it takes."""
 
     target: str
     schema: type[Group]

@@ -1,9 +1,9 @@
-"""Where arrays live: the mesh, the tables from logical axes to mesh axes, and the moves between them.
+"""Where arrays live: the mesh, the tables from logical to mesh axes, the moves between them.
 
 A model names the dimensions of its weights and activations; only this file knows the mesh. Three
 tables, because a weight lives in two places: sharded over `fsdp` as it is *stored*, whole in
-`embed` while it is *used*; activations follow the batch. The mesh is Explicit: shardings are part of
-array types, so an ambiguous product is an error at trace time instead of a silent all-gather.
+`embed` while it is *used*; activations follow the batch. The mesh is Explicit: shardings are part
+of array types, so an ambiguous product is an error at trace time instead of a silent all-gather.
 """
 
 import functools
@@ -62,7 +62,9 @@ def mesh_shape(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
         return {**sizes, free[0]: num_devices // known}
     if free or known != num_devices:
         relation = 'does not divide' if free else 'is not'
-        raise ConfigError(f'config.mesh: {shown} = {known} {relation} the {num_devices} devices here')
+        raise ConfigError(
+            f'config.mesh: {shown} = {known} {relation} the {num_devices} devices here'
+        )
     return dict(sizes)
 
 
@@ -98,7 +100,7 @@ def activation(*names) -> P | None:
 
 
 def place(x, *names):
-    """An activation moved to the sharding of its logical axes (no cost where it is already there)."""
+    """An activation moved to the sharding of its logical axes; free where it is there already."""
     spec = activation(*names)
     return x if spec is None else jax.reshard(x, spec)
 
@@ -111,7 +113,7 @@ def place_stored(weight, axes):
 
 
 def place_matrices(weight, axes):
-    """A weight with every matrix whole on one device; stacks of layers spread over `fsdp` if even."""
+    """A weight with every matrix whole on a device; stacks of layers spread over `fsdp` if even."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weight
@@ -250,7 +252,7 @@ def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Ar
 
 
 def distribute(arrays, mesh):
-    """Host arrays [B, ...] that every process holds whole -> global arrays, rows split as a batch."""
+    """Host arrays [B, ...], whole on every process -> global arrays, rows split as a batch."""
 
     def make(array):
         place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))

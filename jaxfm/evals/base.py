@@ -22,7 +22,7 @@ class Context:
 
 
 class Cadence:
-    """When an evaluator runs: every so many steps, on the first weights if asked, always at the end."""
+    """When an evaluator runs: every so many steps, at the start if asked, always at the end."""
 
     def __init__(self, config):
         self._every, self._at_start = config.every, config.at_start
@@ -35,7 +35,7 @@ class Cadence:
 
 
 def wilson_interval(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson, 1927): sensible at 0 and 1 and for small n."""
+    """The 95 % confidence interval of a share (Wilson, 1927): sensible at 0, at 1, for small n."""
     share = successes / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

@@ -16,7 +16,7 @@ from jaxfm.ops.logprobs import token_logprobs
 
 
 class HeldOutLoss(Cadence):
-    """Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of the text."""
+    """Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text."""
 
     def __init__(self, config: LossConfig, context: Context):
         super().__init__(config)
@@ -36,7 +36,7 @@ class HeldOutLoss(Cadence):
         self._sums = sums
 
     def run(self, params, step: int) -> dict[str, float]:
-        """{'loss': nats per token, 'bits_per_byte', 'xz_bits_per_byte'}; bits over the whole text only."""
+        """{'loss': nats per token, and bits_per_byte, xz_bits_per_byte if all text is read}."""
         del step
         totals = np.zeros(2)
         batches = evaluation_batches(

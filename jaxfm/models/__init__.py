@@ -40,7 +40,7 @@ class BlockConfig(Group):
     activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu_squared'] = 'silu'
     gated: bool = True  # activation(gate) * up (SwiGLU, GeGLU); False: activation(up)
     rope: RopeConfig | None = RopeConfig()  # None: no position embedding in this block (NoPE)
-    window: int = Field(0, ge=0)  # sliding window in tokens, the query included; 0 is full attention
+    window: int = Field(0, ge=0)  # keys a query sees, itself included; 0 is all before it
     query_scale: float = Field(0.0, ge=0)  # 0 is 1 / sqrt(head_dim)
     attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0 is off
     qk_norm: bool = False
@@ -64,7 +64,7 @@ class BlockConfig(Group):
 
 
 class SegmentConfig(Group):
-    """A pattern of blocks and how often it repeats, e.g. three local and one global, eight times."""
+    """A pattern of blocks and how often it repeats: three local and one global, eight times."""
 
     pattern: list[BlockConfig] = Field(min_length=1)
     repeats: int = Field(ge=1)
@@ -75,7 +75,7 @@ class TransformerConfig(Group):
 
     name: Literal['transformer'] = 'transformer'
     vocab_size: int = Field(ge=2)
-    vocab_multiple: int = Field(128, ge=1)  # the table is padded to this; padding never gets probability
+    vocab_multiple: int = Field(128, ge=1)  # tables are padded to it; padding gets probability 0
     embed_dim: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     block: BlockConfig  # every block, unless segments says otherwise
@@ -98,7 +98,9 @@ class TransformerConfig(Group):
         layers = sum(len(s.pattern) * s.repeats for s in self.segments)
         if self.segments and layers != self.num_layers:
             terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)
-            raise ValueError(f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}')
+            raise ValueError(
+                f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}'
+            )
         return self
 
     @property

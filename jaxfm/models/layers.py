@@ -57,7 +57,7 @@ class Embedding(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """activation(x gate) * (x up) down; gate and up are one matmul. Without a gate: activation(x up) down."""
+    """(activation(x gate) * (x up)) down, gate and up in one matmul; or activation(x up) down."""
 
     def __init__(self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, rngs):
         D, F, ways = embed_dim, config.mlp_dim, 2 if config.gated else 1

@@ -6,6 +6,7 @@ written as if there were one device.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxfm.models.layers import Embedding, Mlp, RMSNorm
 from jaxfm.ops.logprobs import Unembedding
 
 # Bringing weights together and casting them: recomputed in the backward pass, never saved, so that
-# no gathered weight outlives its block. Also under remat 'none' (where a weight is gathered at all).
+# no gathered weight outlives its block. Under remat 'none' too, where weights are gathered at all.
 _WEIGHT_MOVES = ('reshard', 'convert_element_type')
 
 
@@ -163,7 +164,7 @@ class Transformer(nnx.Module):
             return lax.scan(body, x, layers)
         outputs = []
         for repeat in range(segment.repeats):
-            x, output = body(x, jax.tree.map(lambda leaf: leaf[repeat], layers))
+            x, output = body(x, jax.tree.map(operator.itemgetter(repeat), layers))
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 

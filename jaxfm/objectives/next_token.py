@@ -25,8 +25,7 @@ class NextToken:
         mask_BT = batch['loss_mask']
         hidden_BTD, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
         logprobs_BT, logsumexp_BT = token_logprobs(hidden_BTD, model.unembed(), batch['targets'])
-        loss = -jnp.sum(logprobs_BT * mask_BT)
-        sums = {'next_token': loss}
+        sums = {'next_token': -jnp.sum(logprobs_BT * mask_BT)}
         if 'z_loss' in self.coefficients:
             sums['z_loss'] = jnp.sum(jnp.square(logsumexp_BT) * mask_BT)
-        return sums, {'next_token_loss': (loss, jnp.sum(mask_BT))}, {}
+        return sums, {}, {}

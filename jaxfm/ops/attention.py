@@ -1,4 +1,4 @@
-"""Scaled dot-product attention whose mask comes from positions and segment ids, never array indices.
+"""Scaled dot-product attention; its mask comes from positions and segment ids, not array indices.
 
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """

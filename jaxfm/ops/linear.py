@@ -1,4 +1,4 @@
-"""Matrix products of activations with weights, with the gradient written so that little is moved."""
+"""Products of activations with weights, with the gradient written so that little is moved."""
 
 import functools
 
@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 def linear(x, weight, *, contracted: int = 1, out_sharding=None, out_dtype=None):
     """x [B, T, *I] times weight [*I, *O] -> [B, T, *O].
 
-    On CPU the product that gives a weight's gradient transposes its first operand. Autodiff puts the
-    gradient of the output there, whatever its size; this puts the narrower of the two. The gradients
-    have the shardings of what they belong to.
+    On CPU the product that gives a weight's gradient transposes its first operand. Autodiff puts
+    the gradient of the output there, whatever its size; this puts the narrower of the two. The
+    gradients have the shardings of what they belong to.
 
     Args:
       contracted: how many trailing dimensions of x are summed over.

@@ -1,4 +1,4 @@
-"""From final hidden states to logits and log-probabilities: the one place that knows the vocabulary.
+"""From final hidden states to logits and log-probs: the one place that knows the vocabulary.
 
 `token_logprobs` is what objectives call; it never holds the logits of more than a chunk of tokens.
 """

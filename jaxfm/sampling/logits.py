@@ -18,8 +18,8 @@ def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
       positions_B: position of the token that is sampled.
 
     Returns:
-      tokens int32, log-prob under the full softmax at temperature 1, and under the distribution that
-      was sampled from (0 where greedy); all [B].
+      tokens int32, log-prob under the full softmax at temperature 1, and under the distribution
+      that was sampled from (0 where greedy); all [B].
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     greedy_B = temperature_B <= 0

@@ -188,7 +188,7 @@ class Sampler:
         return Event(request.id, *kept, finish_reason=reason)
 
     def _prefill_slots(self, params, cache, rows):
-        """Fills the cache of the admitted slots and samples their first token; others are untouched."""
+        """Fills the cache of admitted slots, samples their first token; others stay as they are."""
         model = self._merge(params)
         tokens_BT, lengths_B = rows['tokens'], rows['lengths']
         T = tokens_BT.shape[1]

@@ -1,7 +1,7 @@
 """The state of a run and the pure function that advances it by one step.
 
-The model is split once: `Parts` remembers its structure, `TrainState` holds arrays only, keyed by the
-path of the parameter ('trunk/0/0/attention/q'). Gradients and optimizer see `trainable` alone.
+The model is split once: `Parts` remembers its structure, `TrainState` holds arrays only, keyed by
+the path of the parameter ('trunk/0/0/attention/q'). Gradients and optimizer see `trainable` alone.
 """
 
 import dataclasses
@@ -36,7 +36,6 @@ class TrainState:
     def params(self) -> dict[str, jax.Array]:
         """What a model is made of, for evaluators and sources; lent for the call."""
         return self.trainable | self.frozen | self.buffers
-
 
     def to_tree(self) -> dict[str, jax.Array]:
         """The same arrays as a flat dict with readable names: what a checkpoint holds."""
@@ -126,7 +125,9 @@ def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
 def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
     model_key, run_key = jax.random.split(key)
     values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
-    values = {path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()}
+    values = {
+        path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()
+    }
     trainable = {path: values[path] for path in values if path in parts.trainable}
     buffers = {path: values[path] for path in values if path in parts.buffers}
     frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
@@ -156,7 +157,9 @@ def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState
     return jax.tree.map(concrete, shapes)
 
 
-def make_train_step(parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0):
+def make_train_step(
+    parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
+):
     """The jitted step: (state, batch) -> (state, metrics). The state is donated.
 
     The gradient is that of sum over terms of coefficient x sum / weight, with weights of the whole
@@ -207,14 +210,19 @@ def make_train_step(parts: Parts, objective, optimizer, *, accumulate: int = 1, 
             counters={
                 'updates': state.counters['updates'] + finite,
                 'skipped': state.counters['skipped'] + ~finite,
-                'tokens': state.counters['tokens'] + tokens,
+                'tokens': state.counters['tokens'] + jnp.where(finite, tokens, 0),
             },
         )
         metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
-        metrics |= {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()}
+        metrics |= {
+            name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()
+        }
         if len(terms) > 1:
             metrics |= {f'{name}_term': value for name, value in terms.items()}
-        return state, metrics | {'skipped_steps': state.counters['skipped'], 'target_tokens': tokens}
+        return state, metrics | {
+            'skipped_steps': state.counters['skipped'],
+            'target_tokens': tokens,
+        }
 
     return train_step
 
@@ -223,7 +231,7 @@ def _accumulate(gradients, batch, count: int):
     """Sums of `gradients(microbatch, index)` over `count` microbatches."""
 
     def microbatches(rows):
-        # (B / k, k) and then a swap: every device keeps its own rows. (k, B / k) would move them all.
+        # (B / k, k), then a swap: every device keeps its own rows. (k, B / k) would move them all.
         spec = sharding.activation('batch', 'microbatch', 'position')
         shape = (rows.shape[0] // count, count) + rows.shape[1:]
         return jnp.moveaxis(jnp.reshape(rows, shape, out_sharding=spec), 1, 0)

@@ -382,6 +382,7 @@ def run_on_mount(mounting, tiny, place, options, fill):
     arguments = tiny.arguments(place / 'new' / 'run')
     script = f"""
 mount -t tmpfs -o {options} tmpfs "$0"
+{fill}
 "$@"
 code=$?
 find "$0" -mindepth 1 > "$0.left"
@@ -406,7 +407,7 @@ exit $code
         # Directories can still be made, but not a byte be written.
         (
             'size=64k',
-            'cat /dev/zero > "$0/filled" 2> /dev/null',
+            'dd if=/dev/zero of="$0/filled" bs=4k 2> /dev/null',
             74,
             ['checkpoints is full: No space left'],
         ),

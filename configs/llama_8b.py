@@ -50,7 +50,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data = dict(
         # Give yours: --config.data.source.files=['/data/text/**/*.txt']
         source=dict(name='python_stdlib') if smoke else dict(name='text', files=['text/**/*.txt']),
-        tokenizer=dict(name='bpe', vocab_size=config.model.vocab_size, pattern='words'),
+        tokenizer=dict(name='bpe', vocab_size=config.model.vocab_size),
         sequence_length=128 if smoke else 4096,
         batch_size=8 if smoke else 1024,
     )

@@ -161,6 +161,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path)
     assert 'SIGINT: saving' in stderr_of(workdir)
     assert 'saved at step 0;' in stderr_of(workdir)
     assert list(measured(workdir)) == [(0, 'eval')]
+    assert [path.name for path in workdir.glob('checkpoints/*')] == ['0']
 
     process = start(workdir)
     wait_for_step(workdir, 13, process)
@@ -169,6 +170,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path)
     assert 'SIGTERM: saving' in stderr_of(workdir)
     stops = [int(step) for step in re.findall(r'saved at step (\d+);', stderr_of(workdir))]
     assert stops[0] == 0 and 13 <= stops[1] < STEPS
+    assert (workdir / 'checkpoints' / str(stops[1])).is_dir()
 
     finish(start(workdir))
     assert_same_run(workdir, straight)

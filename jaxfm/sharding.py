@@ -278,18 +278,21 @@ class Prefetch:
         try:
             while not stopped.is_set():
                 batch = put(self._source.next(None, None), self._mesh, self._batch_size)
-                item = (batch, self._source.get_state())
-                while not stopped.is_set():
-                    try:
-                        batches.put(item, timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
+                self._offer(batches, stopped, (batch, self._source.get_state()))
         except BaseException as error:  # raised again in the loop, where it can be handled
-            batches.put((error, None))
+            self._offer(batches, stopped, (error, None))
+
+    @staticmethod
+    def _offer(batches: queue.Queue, stopped: threading.Event, item):
+        """Waits for room, but not longer than anybody wants the item."""
+        while not stopped.is_set():
+            try:
+                return batches.put(item, timeout=0.1)
+            except queue.Full:
+                continue
 
     def _start(self):
-        self._batches = queue.Queue(maxsize=self._depth + 1)
+        self._batches = queue.Queue(maxsize=self._depth)
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(self._batches, self._stopped), daemon=True, name='prefetch'
@@ -302,7 +305,7 @@ class Prefetch:
             self._start()
         batch, state = self._batches.get()
         if state is None:
-            self._thread = None
+            self.close()
             raise batch
         self._state = state
         return batch

@@ -128,7 +128,7 @@ def test_remat_keeps_what_its_name_says(small, mesh):
 )
 def test_only_inside_a_scan_may_a_recomputation_go_unpinned(small, scan, num_layers, pinned):
     """Elsewhere XLA would merge it with the forward pass, and so save what it was to forget."""
-    config = small(remat='full', scan=scan, num_layers=num_layers)
+    config = small(remat='full', scan=scan, num_layers=num_layers, compute_dtype='float32')
     parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
     ids = np.zeros((1, 4), np.int32)
     jaxpr = jax.make_jaxpr(lambda params: parts.merge(params)(ids, ids, ids + 1)[0])(parts.shapes)

@@ -1,0 +1,476 @@
+"""The loop: the order of a step, resume bit for bit, a source that samples, and what it refuses."""
+
+import os
+import signal
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxfm import optimizer, sharding
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.config import AdamWConfig
+from jaxfm.distributed import Preemption
+from jaxfm.errors import Preempted
+from jaxfm.evals.base import Cadence
+from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
+from jaxfm.models import TransformerConfig
+from jaxfm.models.transformer import Transformer
+from jaxfm.objectives import NextTokenConfig
+from jaxfm.objectives.next_token import NextToken
+from jaxfm.ops.logprobs import logits
+from jaxfm.state import abstract_state, init_state, make_train_step, split
+from jaxfm.train import Loop, train
+
+V, ROWS, LENGTH = 30, 4, 8
+MODEL = TransformerConfig.model_validate(
+    dict(
+        vocab_size=V,
+        embed_dim=8,
+        num_layers=1,
+        block=dict(num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16),
+    )
+)
+ONE = dict.fromkeys(sharding.MESH_AXES, 1)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compilation():
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
+@pytest.fixture(scope='module')
+def kit():
+    """A model on two devices, its compiled step, and a compiled way to sample from it."""
+    mesh = sharding.make_mesh(ONE | dict(fsdp=2), jax.devices()[:2])
+
+    def make_model(key):
+        return Transformer(MODEL, nnx.Rngs(key))
+
+    with jax.set_mesh(mesh):
+        parts = split(make_model)
+        axes = {path: parts.axes[path] for path in sorted(parts.trainable)}
+        rule = optimizer.AdamW(AdamWConfig(learning_rate=0.1, schedule='constant'), 8, axes)
+
+        @jax.jit
+        def sample(params, number):
+            """A batch whose targets the model draws itself, the one of this number."""
+            words_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(7), number))
+            rows = sharding.activation('batch', 'position')
+            tokens = jax.random.randint(words_key, (ROWS, LENGTH), 0, V, out_sharding=rows)
+            positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH), out_sharding=rows)
+            model = parts.merge(params)
+            hidden, _ = model(tokens, positions, jnp.ones_like(tokens))
+            scores = logits(hidden, model.unembed())
+            places = sharding.activation('batch', 'position', 'vocab')
+            noise = jax.random.gumbel(noise_key, scores.shape, out_sharding=places)
+            return {
+                'tokens': tokens,
+                'targets': jnp.argmax(scores + noise, -1).astype(jnp.int32),
+                'positions': positions,
+                'segment_ids': jnp.ones_like(tokens),
+                'loss_mask': jnp.ones_like(tokens, jnp.float32),
+            }
+
+        yield types.SimpleNamespace(
+            mesh=mesh,
+            initial=jax.device_get(init_state(make_model, parts, rule, 0).to_tree()),
+            wanted=abstract_state(make_model, parts, rule, 0),
+            step=make_train_step(parts, NextToken(NextTokenConfig()), rule),
+            sample=sample,
+        )
+
+
+def fresh_state(kit):
+    places = {name: leaf.sharding for name, leaf in kit.wanted.to_tree().items()}
+    return kit.wanted.with_tree(jax.device_put(kit.initial, places))
+
+
+# Sources
+
+
+class Dataset:
+    """A source on the host that ignores the weights; the state is the number of the next batch."""
+
+    def __init__(self, kit):
+        self.number = 0
+
+    def next(self, params, step):
+        rng = np.random.default_rng(self.number)
+        self.number += 1
+        tokens, targets = rng.integers(0, V, (2, ROWS, LENGTH), np.int32)
+        return {
+            'tokens': tokens,
+            'targets': targets,
+            'positions': np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+            'segment_ids': np.ones((ROWS, LENGTH), np.int32),
+            'loss_mask': (rng.random((ROWS, LENGTH)) < 0.8).astype(np.float32),
+        }
+
+    def get_state(self):
+        return {'number': self.number}
+
+    def set_state(self, state):
+        self.number = state['number']
+
+
+def prefetched(kit):
+    return sharding.Prefetch(Dataset(kit), kit.mesh, ROWS)
+
+
+class Rollout:
+    """A source that samples with the weights it is lent."""
+
+    def __init__(self, kit):
+        self.kit, self.number = kit, 0
+        self.place = jax.NamedSharding(kit.mesh, jax.P())
+
+    def next(self, params, step):
+        number = jax.device_put(np.int32(self.number), self.place)
+        self.number += 1
+        return self.kit.sample(params, number)
+
+    def get_state(self):
+        return {'number': self.number}
+
+    def set_state(self, state):
+        self.number = state['number']
+
+    def close(self):
+        pass
+
+
+class Noting:
+    """A source that tells when it is asked, and may do something first."""
+
+    def __init__(self, source, events, before=lambda step: None):
+        self.source, self.events, self.before = source, events, before
+
+    def next(self, params, step):
+        self.before(step)
+        self.events.append(('next', step))
+        return self.source.next(params, step)
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+
+# The other parts of a loop
+
+
+class Probe(Cadence):
+    """An evaluator: one number that depends on every bit of the weights."""
+
+    def __init__(self, every, events):
+        super().__init__(types.SimpleNamespace(every=every, at_start=True))
+        self.events = events
+
+    def run(self, params, step):
+        self.events.append(('eval', step))
+        return {'sum': float(np.asarray(params['head/table'], np.float64).sum())}
+
+
+class NotingCheckpointer(Checkpointer):
+    def __init__(self, directory, events):
+        super().__init__(CheckpointConfig(keep=3), directory)
+        self.events = events
+
+    def save(self, step, state, extra):
+        self.events.append(('save', step))
+        super().save(step, state, extra)
+
+
+class StopAt:
+    """A preemption that comes at a step."""
+
+    def __init__(self, step=None):
+        self.step = step
+
+    def should_stop(self, step):
+        return step == self.step
+
+
+def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda step: None, **options):
+    """The loop in `directory` as `jaxfm.run` builds it, resumed if there is a checkpoint.
+
+    -> (final state, events)
+    """
+    events = []
+    source = make_source(kit)
+    checkpointer = NotingCheckpointer(directory / 'checkpoints', events)
+    recorder = Recorder(JsonlWriter(directory / 'metrics.jsonl'))
+    clock = StepClock(steps)
+
+    def step_with_a_note(state, batch):
+        events.append(('step',))
+        return kit.step(state, batch)
+
+    loop = Loop(
+        **dict(
+            steps=steps,
+            train_step=step_with_a_note,
+            source=Noting(source, events, before),
+            evaluators={'probe': Probe(2, events)},
+            checkpointer=checkpointer,
+            checkpoint_every=4,
+            recorder=recorder,
+            log_every=3,
+            clock=clock,
+            preemption=StopAt(stop_at),
+            tokens_per_step=ROWS * LENGTH,
+        )
+        | options
+    )
+    step = checkpointer.latest_step()
+    try:
+        if step is None:
+            state = fresh_state(kit)
+        else:
+            tree, extra = checkpointer.restore(step, kit.wanted.to_tree())
+            state = kit.wanted.with_tree(tree)
+            source.set_state(extra['source'])
+            clock.set_state(extra['clock'])
+            recorder.jsonl.truncate(extra['metrics_position'])
+        return train(loop, state, step or 0, resumed=step is not None), events
+    except BaseException as error:
+        error.events = events
+        raise
+    finally:
+        source.close()
+        recorder.close()
+        checkpointer.close()
+
+
+def metrics(directory):
+    """What was measured, but not when."""
+    records = read_records(directory / 'metrics.jsonl')
+    return [
+        {name: value for name, value in record.items() if name != 'time'}
+        for record in records
+        if record['kind'] in ('train', 'eval')
+    ]
+
+
+def assert_same_state(state, wanted):
+    state, wanted = jax.device_get((state.to_tree(), wanted.to_tree()))
+    assert state.keys() == wanted.keys()
+    for name in wanted:
+        assert state[name].tobytes() == wanted[name].tobytes(), name
+
+
+@pytest.fixture(scope='module', params=[prefetched, Rollout], ids=['dataset', 'rollout'])
+def straight(request, kit, tmp_path_factory):
+    """An uninterrupted run of eight steps: (source, directory, final state, events)."""
+    directory = tmp_path_factory.mktemp('straight')
+    return request.param, directory, *run(kit, directory, request.param)
+
+
+# The order of a step
+
+
+def test_a_step_evaluates_then_saves_then_asks_the_source(straight):
+    _, _, _, events = straight
+    assert events == [
+        *[('eval', 0), ('next', 0), ('step',)],
+        *[('next', 1), ('step',)],
+        *[('eval', 2), ('next', 2), ('step',)],
+        *[('next', 3), ('step',)],
+        *[('eval', 4), ('save', 4), ('next', 4), ('step',)],
+        *[('next', 5), ('step',)],
+        *[('eval', 6), ('next', 6), ('step',)],
+        *[('next', 7), ('step',)],
+        *[('eval', 8), ('save', 8)],
+    ]
+
+
+def test_a_checkpoint_holds_the_position_before_its_next_batch(straight):
+    _, directory, _, _ = straight
+    reader = Checkpointer(CheckpointConfig(), directory / 'checkpoints', read_only=True)
+    extra = {step: reader.read_extra(step) for step in reader.steps()}
+    reader.close()
+    assert {step: values['source'] for step, values in extra.items()} == {
+        4: {'number': 4},
+        8: {'number': 8},
+    }
+    assert extra[4]['clock']['tokens'] == 4 * ROWS * LENGTH
+
+
+def test_the_first_the_last_and_every_nth_step_are_logged(straight):
+    _, directory, _, _ = straight
+    records = list(read_records(directory / 'metrics.jsonl'))
+    steps = {
+        kind: [record['step'] for record in records if record['kind'] == kind]
+        for kind in ('train', 'perf', 'eval')
+    }
+    assert steps == {'train': [1, 3, 6, 8], 'perf': [1, 3, 6, 8], 'eval': [0, 2, 4, 6, 8]}
+    train_records = [record for record in records if record['kind'] == 'train']
+    for record in train_records:
+        assert {'train/loss', 'train/grad_norm', 'train/learning_rate'} < record.keys()
+        assert record['train/skipped_steps'] == 0
+    assert len({record['train/loss'] for record in train_records}) == 4
+
+
+def test_the_step_is_compiled_once_for_fresh_and_restored_states(straight, kit, tmp_path):
+    make_source = straight[0]
+    before = kit.step._cache_size()
+    with pytest.raises(Preempted):
+        run(kit, tmp_path, make_source, steps=3, stop_at=1)
+    run(kit, tmp_path, make_source, steps=3)
+    assert kit.step._cache_size() == before
+
+
+# Resume
+
+
+class Crash(Exception):
+    """What a run may die of."""
+
+
+def crash_at(step):
+    def before(now):
+        if now == step:
+            raise Crash
+
+    return before
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(straight, kit, tmp_path):
+    make_source, directory, state, _ = straight
+    with pytest.raises(Preempted, match='saved at step 6') as stopped:
+        run(kit, tmp_path, make_source, stop_at=6)
+    assert stopped.value.events[-2:] == [('eval', 6), ('save', 6)]  # off the cadence of saves
+    resumed, events = run(kit, tmp_path, make_source)
+    assert events[:2] == [('next', 6), ('step',)]
+    assert_same_state(resumed, state)
+    assert metrics(tmp_path) == metrics(directory)
+
+
+def test_a_run_that_crashed_repeats_what_came_after_its_checkpoint(straight, kit, tmp_path):
+    make_source, directory, state, _ = straight
+    with pytest.raises(Crash):
+        run(kit, tmp_path, make_source, before=crash_at(7))
+    assert metrics(tmp_path)[-1]['step'] == 6
+    resumed, events = run(kit, tmp_path, make_source)
+    assert events[:2] == [('next', 4), ('step',)]  # neither evaluated nor saved again
+    assert_same_state(resumed, state)
+    assert metrics(tmp_path) == metrics(directory)
+
+
+def test_the_batches_of_a_rollout_depend_on_the_weights(straight, kit):
+    first = Rollout(kit).next(fresh_state(kit).params, 0)
+    later = Rollout(kit).next(straight[2].params, 0)
+    np.testing.assert_array_equal(first['tokens'], later['tokens'])
+    assert not np.array_equal(first['targets'], later['targets'])
+
+
+# Stopping
+
+
+def test_a_signal_saves_and_raises_preempted(kit, tmp_path):
+    with Preemption() as preemption:
+
+        def send(step):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not preemption.should_stop(step):
+                    pass
+
+        with pytest.raises(Preempted, match='saved at step 3; run it again'):
+            run(kit, tmp_path, prefetched, before=send, preemption=preemption)
+    reader = Checkpointer(CheckpointConfig(), tmp_path / 'checkpoints', read_only=True)
+    assert reader.steps() == [3]
+    assert reader.read_extra(3)['source'] == {'number': 3}
+    reader.close()
+
+
+def test_a_stop_right_after_resuming_saves_nothing_again(kit, tmp_path):
+    for _ in range(2):
+        with pytest.raises(Preempted) as stopped:
+            run(kit, tmp_path, prefetched, stop_at=1)
+    assert stopped.value.events == []
+
+
+def test_a_stop_that_comes_at_the_end_is_no_stop(kit, tmp_path):
+    _, events = run(kit, tmp_path, prefetched, steps=2, stop_at=2)
+    assert events[-2:] == [('eval', 2), ('save', 2)]
+
+
+def test_no_steps_is_to_evaluate_only(kit, tmp_path):
+    state, events = run(kit, tmp_path, prefetched, steps=0)
+    assert [event for event in events if event[0] != 'save'] == [('eval', 0)]
+    assert_same_state(state, fresh_state(kit))
+
+
+# Transfers, and steps in flight
+
+
+class OnTheHost(Dataset):
+    """Forgets to put its batches on the devices."""
+
+    def close(self):
+        pass
+
+
+class WithAPythonNumber(Rollout):
+    """Computes on the device with a number from the host."""
+
+    def next(self, params, step):
+        super().next(params, step)
+        return self.kit.sample(params, jnp.int32(step) + 1)
+
+
+@pytest.mark.parametrize('make_source', [OnTheHost, WithAPythonNumber])
+def test_an_implicit_transfer_in_a_step_raises(make_source, kit, tmp_path):
+    with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+        run(kit, tmp_path, make_source, train_step=small_step)
+
+
+@jax.jit
+def small_step(state, batch):
+    return state, {'loss': jnp.sum(batch['loss_mask'])}
+
+
+class Pending:
+    """A metric that is computed when somebody waits for it."""
+
+    def __init__(self, flying):
+        self.flying = flying
+        flying.append(self)
+
+    def block_until_ready(self):
+        if self in self.flying:
+            self.flying.remove(self)
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.zeros(())
+
+
+def test_at_most_two_steps_are_in_flight(kit, tmp_path):
+    flying, most = [], []
+
+    def fake_step(state, batch):
+        metric = Pending(flying)
+        most.append(len(flying))
+        return state, {'loss': metric}
+
+    run(kit, tmp_path, prefetched, train_step=fake_step, log_every=100, evaluators={})
+    assert most == [1, 1] + [2] * 6  # the first step is logged, which waits for it
+
+
+def test_a_logged_loss_that_is_not_a_number_does_not_stop_the_run(kit, tmp_path):
+    def fake_step(state, batch):
+        return state, {'loss': np.float32(np.nan)}
+
+    run(kit, tmp_path, prefetched, train_step=fake_step, steps=2, evaluators={})
+    losses = [record['train/loss'] for record in metrics(tmp_path)]
+    assert len(losses) == 2 and all(np.isnan(losses))

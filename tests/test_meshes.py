@@ -190,9 +190,11 @@ def test_the_abstract_state_is_the_state_in_shape_dtype_and_place(sharded, reque
         assert leaf.sharding == state[name].sharding, name
 
 
-def test_moments_are_split_like_their_weights(sharded):
-    """On an Auto mesh `jax.jit(tx.init)` replicates them without a word."""
-    state = sharded.final.to_tree()
+def test_weights_and_moments_are_stored_in_shards(sharded):
+    """On an Auto mesh `jax.jit(tx.init)` replicates the moments without a word."""
+    state, axes = sharded.final.to_tree(), split(make_model).axes
+    for path, weight in sharded.final.trainable.items():
+        assert weight.sharding.spec == sharding.stored_spec(axes[path]), path
     pairs = [
         (name, name.split(f'/{moment}/')[1])
         for moment in ('mu', 'nu')

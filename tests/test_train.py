@@ -181,11 +181,16 @@ class Probe(Cadence):
 class NotingCheckpointer(Checkpointer):
     def __init__(self, directory, events):
         super().__init__(CheckpointConfig(keep=3), directory)
-        self.events = events
+        self.events, self.is_settled = events, True
 
     def save(self, step, state, extra):
         self.events.append(('save', step))
         super().save(step, state, extra)
+        self.is_settled = False
+
+    def wait(self):
+        super().wait()
+        self.is_settled = True
 
 
 class StopAt:
@@ -239,8 +244,11 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
             source.set_state(extra['source'])
             clock.set_state(extra['clock'])
             recorder.jsonl.truncate(extra['metrics_position'])
-        return train(loop, state, step or 0, resumed=step is not None), events
-    except BaseException as error:
+        state = train(loop, state, step or 0, resumed=step is not None)
+        assert checkpointer.is_settled
+        return state, events
+    except Preempted as error:
+        assert checkpointer.is_settled
         error.events = events
         raise
     finally:

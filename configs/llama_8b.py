@@ -19,6 +19,8 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str = '') -> ConfigDict:
     """`smoke` is the same path end to end in seconds."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0

@@ -82,7 +82,7 @@ class OptimizerConfig(Group):
     """What every optimizer has: its schedule, decay, clipping, and what it leaves alone."""
 
     learning_rate: float = Field(gt=0)  # after warm-up
-    warmup_steps: int = Field(0, ge=0)  # linear from 0
+    warmup_steps: int = Field(0, ge=0)  # linear, from learning_rate / warmup_steps
     schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
     decay_steps: int = Field(0, ge=0)  # after warm-up; 0 is the rest of the run
     final_fraction: Share = 0.1  # of learning_rate, at the end of the decay
@@ -93,7 +93,7 @@ class OptimizerConfig(Group):
     clip_norm: float = Field(1.0, ge=0)  # of the global gradient; 0 is off
     accumulate: int = Field(1, ge=1)  # microbatches a step
     frozen: list[str] = []  # glob patterns of the paths of parameters that stay as they are
-    moment_dtype: Literal['float32', 'bfloat16'] = 'float32'
+    moment_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of first moments
 
 
 class AdamWConfig(OptimizerConfig):
@@ -169,7 +169,13 @@ def _warmup_fits(steps, optimizer) -> list[str]:
 
 
 def _completions_fit(evals, sampling) -> list[str]:
-    return [
+    own = []
+    if sampling.max_tokens >= sampling.max_length:
+        own.append(
+            f'sampling.max_tokens {sampling.max_tokens} leaves no room for a prompt in '
+            f'sampling.max_length {sampling.max_length}'
+        )
+    return own + [
         f'evals.{name}.max_tokens {config.max_tokens} leaves no room for a prompt in '
         f'sampling.max_length {sampling.max_length}'
         for name, config in evals.items()

@@ -5,6 +5,7 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 """
 
 import argparse
+import glob
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from jaxfm import config as configs
 from jaxfm import resume
+from jaxfm.data import SOURCES
 from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
 
 log = logging.getLogger('jaxfm')
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> int:
         flags, overrides = parse(argv)
         config = configs.load(flags.config, overrides)
         _check_workdir(flags, config)
+        if flags.mode != 'sample':
+            SOURCES[config.data.source.name].load()(config.data.source).files()  # are they there?
         from jaxfm import run  # jax only now: a mistake in the config costs no start-up time
 
         return run.MODES[flags.mode](flags, config)
@@ -143,8 +147,8 @@ def _run(argv: list[str]) -> int:
 
 def _start_with_huge_pages(argv: list[str]) -> None:
     """Starts this process over with HUGE_PAGES, once, where computing happens on CPU."""
-    platforms = os.environ.get('JAX_PLATFORMS', '')
-    on_gpu = os.path.exists('/dev/nvidia0') if not platforms else 'cpu' not in platforms
+    platform = os.environ.get('JAX_PLATFORMS', '').split(',')[0]
+    on_gpu = platform != 'cpu' if platform else bool(glob.glob('/dev/nvidia[0-9]*'))
     if not sys.platform.startswith('linux') or on_gpu or 'GLIBC_TUNABLES' in os.environ:
         return
     os.environ['GLIBC_TUNABLES'] = HUGE_PAGES

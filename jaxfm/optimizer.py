@@ -83,7 +83,7 @@ class Muon(AdamW):
     def _transform(self, axes):
         config = self.config
         muon = optax.chain(
-            optax.trace(config.momentum, nesterov=config.nesterov),
+            optax.trace(config.momentum, config.nesterov, jnp.dtype(config.moment_dtype)),
             _orthogonalize_matrices(axes, config.newton_schulz_steps),
             _decay(config.weight_decay, axes),
             # The caller multiplies with the AdamW rate; both follow one schedule.
@@ -94,7 +94,7 @@ class Muon(AdamW):
 
 
 def is_vector(axes) -> bool:
-    """Norm scales and biases: at most one axis is summed over, none is an input."""
+    """Norm scales and biases: what has no embed axis."""
     return 'embed' not in axes
 
 

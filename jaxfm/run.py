@@ -174,33 +174,44 @@ def train(flags, config: configs.RunConfig) -> int:
         preemption = stack.enter_context(distributed.Preemption())
         console = Console(config.steps, enabled=run.primary)
         stack.callback(console.close)
+        stack.push(_log_refusal)
         corpus = run.corpus()
         wanted = run.abstract_state()
+        sharding.check_replication(wanted.to_tree(), run.mesh)
         checkpointer = _open_checkpoints(run, wanted, stack)
         step = checkpointer.latest_step()
         if step is not None and step >= config.steps:
             log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(config))
+            if not (run.workdir / 'report.html').exists():
+                _report(run)
             return 0
-        recorder = _open_records(run, corpus, console, stack)
-        for change in flags.changes:
-            log.warning('config.%s: %s -> %s', *change)
         source = sharding.Prefetch(_batches(run, corpus), run.mesh, config.data.batch_size)
         stack.callback(source.close)
         clock = _clock(run)
+        sampler = run.sampler(params=None)
+        evaluators = run.evaluators(corpus, sampler, write=run.primary)
+        prompts, requests = _last_samples(config, corpus.tokenizer)
+        for request in requests:
+            sampler.check(request)
         if step is None:
-            recorder.jsonl.truncate(0)
-            state = run.init_state()
+            state, position = run.init_state(), 0
         else:
-            state = _resume(wanted, checkpointer, step, source, clock, recorder)
-        sampler = run.sampler(state.params)
+            state, position = _restore(wanted, checkpointer, step, source, clock)
+        # Only now is anything of an earlier run in this directory changed.
+        recorder = _open_records(run, corpus, console, stack, is_new=step is None)
+        recorder.jsonl.truncate(position)
+        for change in flags.changes:
+            log.warning('config.%s: %s -> %s', *change)
         log.info('work directory: %s', run.workdir)
+        if step is not None:
+            log.info('resumed at step %d', step)
         console.show_tables(plan.tables(config, run.parts, run.mesh, wanted, corpus.statistics))
         console.show_parameters(plan.parameter_rows(run.parts, run.mesh, run.optimizer.rules))
         loop = Loop(
             steps=config.steps,
             train_step=run.train_step(),
             source=source,
-            evaluators=run.evaluators(corpus, sampler, write=run.primary),
+            evaluators=evaluators,
             checkpointer=checkpointer,
             checkpoint_every=config.checkpoint.every,
             recorder=recorder,
@@ -211,9 +222,9 @@ def train(flags, config: configs.RunConfig) -> int:
         )
         state = run_loop(loop, state, step or 0, resumed=step is not None)
         sampler.params = state.params
-        _show_samples(run, sampler, corpus.tokenizer)
-        if run.primary:
-            log.info('report: %s', write_report(run.workdir))
+        path = run.workdir / 'samples' / 'final.jsonl'
+        _write_samples(run, sampler, corpus.tokenizer, prompts, requests, path)
+        _report(run)
     return 0
 
 
@@ -225,9 +236,10 @@ def evaluate(flags, config: configs.RunConfig) -> int:
         checkpointer = run.checkpointer(read_only=True)
         stack.callback(checkpointer.close)
         params, step = run.restore_params(checkpointer)
-        sampler = run.sampler(params)
+        corpus, sampler = run.corpus(), run.sampler(params)
+        _batches(run, corpus).set_state(checkpointer.read_extra(step)['source'])  # the same data?
         scores = {}
-        for name, evaluator in run.evaluators(run.corpus(), sampler, write=False).items():
+        for name, evaluator in run.evaluators(corpus, sampler, write=False).items():
             values = evaluator.run(params, step)
             scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
         for name, value in scores.items():
@@ -277,16 +289,35 @@ def _open_checkpoints(run: Run, wanted: TrainState, stack) -> Checkpointer:
     return checkpointer
 
 
-def _open_records(run: Run, corpus, console: Console, stack) -> Recorder:
+def _open_records(run: Run, corpus, console: Console, stack, is_new: bool) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
         configs.write(run.config, run.workdir / 'config.json')
-        corpus.tokenizer.save(run.workdir / 'tokenizer.json')
+        if is_new:  # a checkpoint belongs to the tokenizer it was trained with
+            with _explained(run.workdir / 'tokenizer.json') as path:
+                corpus.tokenizer.save(path)
     console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
     recorder = Recorder(jsonl, console, enabled=run.primary)
     stack.callback(recorder.close)
     return recorder
+
+
+def _log_refusal(kind, error, traceback) -> bool:
+    """The reason of a stop goes to the log; main shows it on the screen."""
+    if isinstance(error, RunError):
+        log.error('%s', error, extra={'shown': True})
+    return False
+
+
+def _report(run: Run) -> None:
+    """The page about a run, which must not fail after all the work."""
+    if not run.primary:
+        return
+    try:
+        log.info('report: %s', write_report(run.workdir))
+    except OSError as error:
+        log.warning('the report could not be written: %s', error)
 
 
 def _batches(run: Run, corpus) -> PackedBatches:
@@ -306,14 +337,13 @@ def _clock(run: Run) -> StepClock:
     )
 
 
-def _resume(wanted, checkpointer, step, source, clock, recorder) -> TrainState:
+def _restore(wanted, checkpointer, step, source, clock) -> tuple[TrainState, int]:
+    """The state of a step and the end of its metrics; refuses data that is not the run's."""
+    source.set_state(checkpointer.read_extra(step)['source'])
     with clock.aside('checkpoint_restore'):
         tree, extra = checkpointer.restore(step, wanted.to_tree())
-    source.set_state(extra['source'])
     clock.set_state(extra['clock'])
-    recorder.jsonl.truncate(extra['metrics_position'])
-    log.info('resumed at step %d', step)
-    return wanted.with_tree(tree)
+    return wanted.with_tree(tree), extra['metrics_position']
 
 
 def _how_to_go_on(config) -> str:
@@ -343,14 +373,12 @@ def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:
     ]
 
 
-def _show_samples(run: Run, sampler: Sampler, tokenizer) -> None:
-    """The samples at the end of a training run."""
-    sampling = run.config.sampling
+def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
+    """The samples at the end of a training run: prompts, and requests to continue them."""
+    sampling = config.sampling
     known = list(sampling.prompts) or ['']
     prompts = [known[index % len(known)] for index in range(sampling.num_samples)]
-    requests = _requests(run.config, tokenizer, prompts)
-    path = run.workdir / 'samples' / 'final.jsonl'
-    _write_samples(run, sampler, tokenizer, prompts, requests, path)
+    return prompts, _requests(config, tokenizer, prompts)
 
 
 def _write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:
@@ -372,9 +400,15 @@ def _write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path |
 
 def _write_lines(path: Path, records: list[dict]) -> None:
     """JSON lines; a reason to stop when they cannot be written."""
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+
+
+@contextlib.contextmanager
+def _explained(path: Path):
+    try:
+        yield path
     except OSError as error:
         kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
         raise kind(f'{path}: cannot be written: {error.strerror}') from None

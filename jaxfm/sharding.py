@@ -207,7 +207,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def check_weights(shapes: dict, axes: dict, mesh) -> None:
-    """Every stored dimension divides its mesh axis, and no large weight is replicated by accident.
+    """Every stored dimension divides its mesh axis.
 
     Args:
       shapes: {path: shape}, stacked layers included.
@@ -222,15 +222,30 @@ def check_weights(shapes: dict, axes: dict, mesh) -> None:
             ways = axis_size(STORED, name, mesh)
             if size % ways:
                 problems.append(f'{path}: {name} {size} / {STORED[name]} {ways} = {size / ways:g}')
-        split = math.prod(axis_size(STORED, name, mesh) for name in axes[path])
-        can_split = math.prod(mesh.shape[axis] for axis in set(STORED.values()) - {None})
-        if split == 1 and can_split > 1 and math.prod(shape) >= LARGE_PARAMETER:
-            problems.append(
-                f'{path}: {math.prod(shape):,} elements would be replicated on all {mesh.size} '
-                f'devices: none of its axes {axes[path]} is split on this mesh'
-            )
     if problems:
         raise ConfigError('config.mesh does not fit the model:\n  ' + '\n  '.join(problems))
+
+
+def check_replication(arrays: dict[str, jax.ShapeDtypeStruct], mesh) -> None:
+    """No large array of the train state is whole on every device by accident.
+
+    Args:
+      arrays: {path: shape with sharding}: weights and moments.
+
+    Raises:
+      ConfigError: naming each array.
+    """
+    can_split = math.prod(mesh.shape[axis] for axis in set(STORED.values()) - {None})
+    problems = [
+        f'{path}: {leaf.size:,} elements would be replicated on all {mesh.size} devices'
+        for path, leaf in arrays.items()
+        if leaf.size >= LARGE_PARAMETER and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
+    ]
+    if can_split > 1 and problems:
+        axes = ', '.join(sorted(set(STORED.values()) - {None}))
+        raise ConfigError(
+            f'config.mesh splits {axes}, but not these large arrays:\n  ' + '\n  '.join(problems)
+        )
 
 
 def local_rows(mesh, batch_size: int) -> np.ndarray:

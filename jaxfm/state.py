@@ -30,7 +30,7 @@ class TrainState:
     frozen: dict[str, jax.Array]
     buffers: dict[str, jax.Array]
     opt_state: optax.OptState
-    counters: dict[str, jax.Array]  # updates (applied), skipped, tokens (targets learned from)
+    counters: dict[str, jax.Array]  # updates (applied), skipped
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -132,7 +132,7 @@ def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
     buffers = {path: values[path] for path in values if path in parts.buffers}
     frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
     zero = jnp.zeros((), jnp.int32)
-    counters = {'updates': zero, 'skipped': zero, 'tokens': jnp.zeros((), jnp.float32)}
+    counters = {'updates': zero, 'skipped': zero}
     return TrainState(
         step=zero,
         rng=jax.random.key_data(run_key),
@@ -147,8 +147,9 @@ def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
 def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, for a restore or for lowering; needs a mesh."""
     mesh = jax.sharding.get_mesh()
-    key = jax.random.key(seed)
-    shapes = jax.eval_shape(lambda: _make_state(make_model, parts, optimizer, key))
+    shapes = jax.eval_shape(
+        lambda: _make_state(make_model, parts, optimizer, jax.random.key(seed))
+    )
 
     def concrete(leaf):
         place = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())
@@ -172,7 +173,7 @@ def make_train_step(
             model = parts.merge(trainable | state.frozen | state.buffers)
             sums, metrics, increments = objective(model, batch, rng)
             terms = {
-                name: coefficient * sums[name] / jnp.maximum(weights[name], 1.0)
+                name: coefficient * sums[name] / _nonzero(weights[name])
                 for name, coefficient in objective.coefficients.items()
             }
             return sum(terms.values()), (terms, metrics, increments)
@@ -210,12 +211,11 @@ def make_train_step(
             counters={
                 'updates': state.counters['updates'] + finite,
                 'skipped': state.counters['skipped'] + ~finite,
-                'tokens': state.counters['tokens'] + jnp.where(finite, tokens, 0),
             },
         )
         metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
         metrics |= {
-            name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in sums.items()
+            name: total / _nonzero(weight) for name, (total, weight) in sums.items()
         }
         if len(terms) > 1:
             metrics |= {f'{name}_term': value for name, value in terms.items()}
@@ -225,6 +225,11 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _nonzero(weight):
+    """A batch without any weight has sums of zero: its means are zero, not NaN."""
+    return jnp.where(weight > 0, weight, 1.0)
 
 
 def _accumulate(gradients, batch, count: int):

@@ -14,12 +14,14 @@ import jax
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.distributed import Preemption
-from jaxfm.errors import Preempted
+from jaxfm.errors import NumericsError, Preempted
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import Recorder
 from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
+
+PATIENCE = 20  # steps that may be skipped in a row
 
 
 class Source(Protocol):
@@ -69,8 +71,10 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
 
     Raises:
       Preempted: a signal asked to stop; the state is saved.
+      NumericsError: loss or gradient have not been finite for PATIENCE steps.
     """
     first, before = step, None
+    progress = (step, -1)
     done = resumed  # this step is evaluated and saved
     while True:
         if not done:
@@ -98,7 +102,8 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
         jax.block_until_ready(before)
         before = metrics
         if step % loop.log_every == 0 or step in (1, loop.steps):
-            record(loop, metrics, step)
+            values = record(loop, metrics, step)
+            progress = _check_progress(step, step - values.get('skipped_steps', 0), progress)
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
@@ -122,11 +127,25 @@ def save(loop: Loop, state: TrainState, step: int) -> None:
         loop.checkpointer.save(step, state.to_tree(), extra)
 
 
-def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> None:
+def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
     """Waits for the step and writes what it measured; the console shows the pair as one line."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     loop.recorder.write(step, 'perf', loop.clock.log(step))
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
+    return values
+
+
+def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[int, int]:
+    """(step, updates) when an update was last seen to be applied; none for long ends the run."""
+    last_step, last_updates = before
+    if updates > last_updates:
+        return step, updates
+    if step - last_step >= PATIENCE:
+        raise NumericsError(
+            f'no update could be applied from step {last_step} to {step}: the loss or the gradient '
+            'was never finite; checkpoints before that are good'
+        )
+    return before
 
 
 def _save_is_due(loop: Loop, step: int) -> bool:

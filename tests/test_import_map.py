@@ -40,7 +40,7 @@ def _below(layer):
 
 # room -> what it may import, beside itself and the foundations.
 ARROWS = {
-    'main': {'run'} | CONFIG,
+    'main': {'run', 'data'} | CONFIG,
     'run': set().union(*LAYERS, SIDE),
     'train': {'state', 'checkpoint', 'metrics', 'sharding', 'distributed'},
     'plan': _below(0) | {'config', 'state', 'optimizer'},

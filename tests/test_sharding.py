@@ -79,20 +79,25 @@ def test_every_weight_that_does_not_fit_is_named():
 LARGE = (sharding.LARGE_PARAMETER // 4, 4)
 
 
-def test_a_large_weight_that_stays_whole_by_accident_is_refused():
-    with pytest.raises(
-        ConfigError, match='trunk/w: 1,048,576 elements would be replicated on all 8'
-    ):
-        check(LARGE, ('norm', 'head_dim'), fsdp=2, tensor=4)
+def check_replication(shape, axes, **sizes):
+    mesh = make_mesh(**sizes)
+    place = NamedSharding(mesh, sharding.stored_spec(axes))
+    moment = jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
+    sharding.check_replication({'opt_state/mu/trunk/w': moment}, mesh)
+
+
+def test_a_large_array_of_the_state_that_stays_whole_by_accident_is_refused():
+    with pytest.raises(ConfigError, match='mu/trunk/w: 1,048,576 elements would be replicated'):
+        check_replication(LARGE, ('norm', 'head_dim'), fsdp=2, tensor=4)
     with pytest.raises(ConfigError, match='would be replicated'):
-        check(LARGE, ('heads', 'head_dim'), fsdp=8)
+        check_replication(LARGE, ('heads', 'head_dim'), fsdp=8)
 
 
-def test_a_weight_may_stay_whole_where_it_is_small_split_or_nothing_could_split_it():
-    check((LARGE[0] - 1, 4), ('norm', 'head_dim'), fsdp=8)
-    check(LARGE, ('embed', 'head_dim'), fsdp=8)
-    check(LARGE, ('norm', 'head_dim'), replica=8)
-    check(LARGE, ('norm', 'head_dim'))
+def test_an_array_may_stay_whole_where_it_is_small_split_or_nothing_could_split_it():
+    check_replication((LARGE[0] - 1, 4), ('norm', 'head_dim'), fsdp=8)
+    check_replication(LARGE, ('embed', 'head_dim'), fsdp=8)
+    check_replication(LARGE, ('norm', 'head_dim'), replica=8)
+    check_replication(LARGE, ('norm', 'head_dim'))
 
 
 def test_weights_move_between_stored_and_used_places():

@@ -1,12 +1,15 @@
 """Sampling-based evaluation: complete a task's prompts, let the task judge, keep every sample."""
 
 import json
+import logging
 
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Cadence, Context, wilson_interval
 from jaxfm.sampling.sampler import Request, complete
 from jaxfm.tasks import TASKS
+
+log = logging.getLogger('jaxfm')
 
 
 class Generate(Cadence):
@@ -83,7 +86,11 @@ class Generate(Cadence):
 
     def _write(self, step: int, records: list[dict]) -> None:
         """One file a step: a resumed run that evaluates a step again replaces what it wrote."""
-        if self._directory is not None:
+        if self._directory is None:
+            return
+        path = self._directory / f'{self._name}-{step:06d}.jsonl'
+        try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            path = self._directory / f'{self._name}-{step:06d}.jsonl'
-            path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+            path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+        except OSError as error:  # the score is what counts; training goes on
+            log.warning('%s: the samples could not be written: %s', path, error.strerror)

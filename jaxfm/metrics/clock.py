@@ -88,7 +88,8 @@ class StepClock:
         values['perf/step_seconds'] = seconds / steps
         if self._flops_per_step and self._peak_flops:
             values['perf/mfu'] = self._flops_per_step * steps / seconds / self._peak_flops
-        values['perf/eta_seconds'] = self.eta(step)
+        if (eta := self.eta(step)) is not None:
+            values['perf/eta_seconds'] = eta
         return values
 
     def eta(self, step: int) -> float | None:

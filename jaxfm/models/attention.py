@@ -46,8 +46,12 @@ class Attention(nnx.Module):
             return heads
         return apply_rope(heads, positions_BT, rope_frequencies(heads.shape[-1], **dict(rope)))
 
-    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None):
-        """-> (out [B, T, D], updated cache). Without a cache the keys are those of x itself."""
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None, layer):
+        """-> (out [B, T, D], updated cache). Without a cache the keys are those of x itself.
+
+        Args:
+          layer: which of the cache's stack of layers this is.
+        """
         config = self.config
         q_BTNH = self._project(x_BTD, self.q, self.q_bias, self.q_norm, positions_BT)
         k_BTKH = self._project(x_BTD, self.k, self.k_bias, self.k_norm, positions_BT)
@@ -55,7 +59,7 @@ class Attention(nnx.Module):
         if cache is None:
             keys = KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         else:
-            cache, keys = cache.update(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
+            cache, keys = cache.update(layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         heads_BTNH = attention(
             q_BTNH,
             keys,

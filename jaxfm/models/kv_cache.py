@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxfm.models import TransformerConfig
 from jaxfm.ops.attention import KeyValues
@@ -17,30 +18,37 @@ from jaxfm.sharding import activation, per_shard, place
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer [B, S, K, H], or of a stack of layers [R, B, S, K, H]."""
+    """Keys and values of a stack of layers, [R, B, S, K, H]; updated in place."""
 
     k: jax.Array
     v: jax.Array
 
-    def update(self, k_BTKH, v_BTKH, positions_BT, segment_ids_BT):
-        """Stores keys at their positions (padding is dropped) -> (cache, view of all slots).
+    def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT):
+        """Stores keys of a layer at their positions (padding is dropped) -> (cache, view of it).
 
         Slots that were never written, or belong to an earlier request, lie in the query's future
         and are masked by position alone.
         """
-        slots = self.k.shape[1]
+        rows, slots = self.k.shape[1:3]
         at_BT = jnp.where(segment_ids_BT > 0, positions_BT, slots)  # beyond the end: dropped
-        cache = LayerCache(_store(self.k, k_BTKH, at_BT), _store(self.v, v_BTKH, at_BT))
-        slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (self.k.shape[0], slots))
-        return cache, KeyValues(cache.k, cache.v, slot_BS, jnp.ones_like(slot_BS))
+        cache = LayerCache(
+            _store(self.k, layer, k_BTKH, at_BT), _store(self.v, layer, v_BTKH, at_BT)
+        )
+        slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
+        k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(x, layer, 0, False) for x in (cache.k, cache.v))
+        return cache, KeyValues(k_BSKH, v_BSKH, slot_BS, jnp.ones_like(slot_BS))
 
 
-def _store(cache_BSKH, new_BTKH, at_BT):
-    store = jax.vmap(lambda row, new, at: row.at[at].set(new, mode='drop'))
+def _store(cache_RBSKH, layer, new_BTKH, at_BT):
+    def store(cache, layer, new, at):
+        row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
+        return cache.at[layer, row, at].set(new, mode='drop')
+
     heads = ('batch', 'key_position', 'kv_heads', 'head_dim')
-    store = per_shard(store, (heads, heads, ('batch', 'key_position')), heads)
-    new_BTKH = place(new_BTKH.astype(cache_BSKH.dtype), *heads)
-    return store(cache_BSKH, new_BTKH, place(at_BT, 'batch', 'key_position'))
+    stacked, at = ('layers', *heads), ('batch', 'key_position')
+    new_BTKH = place(new_BTKH.astype(cache_RBSKH.dtype), *heads)
+    store = per_shard(store, (stacked, (), heads, at), stacked)
+    return store(cache_RBSKH, jnp.asarray(layer), new_BTKH, place(at_BT, *at))
 
 
 def init_cache(config: TransformerConfig, rows: int, length: int, dtype) -> list[list[LayerCache]]:

@@ -53,7 +53,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BT):
         spec = activation('batch', 'position', 'embed')
-        return self.table[...].at[tokens_BT].get(out_sharding=spec)
+        table = self.table[...]
+        # Looked up in float32, so that the gradients of a frequent token are summed in float32: a
+        # bfloat16 sum of ones stops at 256. The cast is fused into the look-up.
+        rows = table.astype(jnp.float32).at[tokens_BT].get(out_sharding=spec)
+        return rows.astype(table.dtype)
 
 
 class Mlp(nnx.Module):

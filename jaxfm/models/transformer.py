@@ -64,9 +64,9 @@ class Block(nnx.Module):
         self.pre_mlp = norm() if config.pre_norm else None
         self.post_mlp = norm() if config.post_norm else None
 
-    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache=None):
+    def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache=None, layer=0):
         normed = self.pre_attention(x_BTD) if self.pre_attention else x_BTD
-        out, cache = self.attention(normed, positions_BT, segment_ids_BT, cache)
+        out, cache = self.attention(normed, positions_BT, segment_ids_BT, cache, layer)
         x_BTD += self.post_attention(out) if self.post_attention else out
         normed = self.pre_mlp(x_BTD) if self.pre_mlp else x_BTD
         out = self.mlp(normed)
@@ -145,28 +145,30 @@ class Transformer(nnx.Module):
         """All repeats of a pattern, scanned or unrolled; weights are gathered inside."""
         graphdefs, params, rest = zip(*(nnx.split(s, nnx.Param, ...) for s in stacks), strict=True)
 
-        def body(x, layer):
-            params, rest, caches = layer
+        # The caches are carried, not scanned over: a step stores one token a row, in place.
+        def body(carry, layer):
+            x, caches = carry
+            index, params, rest = layer
             new_caches = []
             for i, graphdef in enumerate(graphdefs):
                 block = nnx.merge(graphdef, self._gather(params[i]), rest[i])
-                x, new = block(x, positions, segment_ids, None if caches is None else caches[i])
-                new_caches.append(new)
-            return x, None if caches is None else new_caches
+                cache = None if caches is None else caches[i]
+                x, cache = block(x, positions, segment_ids, cache, index)
+                new_caches.append(cache)
+            return (x, None if caches is None else new_caches), None
 
-        layers = (params, rest, caches)
+        layers = (jnp.arange(segment.repeats), params, rest)
         is_scanned = self.config.scan and segment.repeats > 1
         if caches is None and (self.config.remat != 'none' or self._moves_weights()):
             # Inside a scan nothing can undo the recomputation; elsewhere XLA would.
             policy = _policy(self.config.remat)
             body = jax.checkpoint(body, policy=policy, prevent_cse=not is_scanned)
         if is_scanned:
-            return lax.scan(body, x, layers)
-        outputs = []
+            return lax.scan(body, (x, caches), layers)[0]
+        carry = (x, caches)
         for repeat in range(segment.repeats):
-            x, output = body(x, jax.tree.map(operator.itemgetter(repeat), layers))
-            outputs.append(output)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+            carry, _ = body(carry, jax.tree.map(operator.itemgetter(repeat), layers))
+        return carry
 
     def _moves_weights(self) -> bool:
         cast = compute_dtype(self.config) != jnp.dtype(self.config.param_dtype)

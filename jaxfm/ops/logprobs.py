@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxfm.ops.linear import linear
-from jaxfm.sharding import activation
+from jaxfm.sharding import ACTIVATIONS, activation, axis_size
 
-CHUNK_BYTES = 1 << 28  # float32 logits that may be held at once, over all devices
+CHUNK_BYTES = 1 << 28  # float32 logits that a device may hold at once
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
     """Log-probability of each target under the full softmax, and the log-partition for z-loss.
 
     Works on `chunk_size` positions at a time and recomputes their logits in the backward pass; the
-    default keeps a chunk's float32 logits under CHUNK_BYTES. One chunk recomputes nothing.
+    default keeps a chunk's float32 logits under CHUNK_BYTES a device. One chunk recomputes nothing.
 
     Returns:
       logprobs [B, T] and logsumexp [B, T], float32.
@@ -66,7 +66,19 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
         (B, count, chunk_size),
         out_sharding=activation('batch', 'chunk', 'position'),
     )
-    body = jax.checkpoint(_chunk_logprobs, prevent_cse=False)
+    dtype = unembedding.weight_VD.dtype
+
+    def body(hidden_BTD, unembedding, targets_BT):
+        weight_VD = unembedding.weight_VD.astype(dtype)
+        return _chunk_logprobs(
+            hidden_BTD, dataclasses.replace(unembedding, weight_VD=weight_VD), targets_BT
+        )
+
+    body = jax.checkpoint(body, prevent_cse=False)
+    # The scan sums the gradients of the chunks in the dtype of what it closes over: float32.
+    unembedding = dataclasses.replace(
+        unembedding, weight_VD=unembedding.weight_VD.astype(jnp.float32)
+    )
     _, (logprobs, logsumexp) = lax.scan(
         lambda _, chunk: (None, body(chunk[0], unembedding, chunk[1])),
         None,
@@ -81,7 +93,8 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
 
 def _chunk_size(B: int, T: int, V: int) -> int:
     """The largest divisor of T whose logits fit CHUNK_BYTES."""
-    largest = max(1, CHUNK_BYTES // (4 * B * V))
+    shards = axis_size(ACTIVATIONS, 'batch') * axis_size(ACTIVATIONS, 'vocab')
+    largest = CHUNK_BYTES * shards // (4 * B * V)
     return max(size for size in range(1, T + 1) if T % size == 0 and size <= max(largest, 1))
 
 

@@ -26,8 +26,16 @@ def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
     # Logits that are at most 0 cannot overflow, however small the temperature.
     scaled_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     scaled_BV /= jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-    noise_BV = jax.vmap(_gumbel, (0, 0, None))(seeds_B2, positions_B, logits_BV.shape[-1])
-    noisy_BV = jnp.where(greedy_B[:, None], logits_BV, scaled_BV + noise_BV)
+    # Noise costs more than the rest; a batch of greedy rows goes without.
+    noisy_BV = lax.cond(
+        jnp.all(greedy_B),
+        lambda: logits_BV,
+        lambda: jnp.where(
+            greedy_B[:, None],
+            logits_BV,
+            scaled_BV + jax.vmap(_gumbel, (0, 0, None))(seeds_B2, positions_B, logits_BV.shape[-1]),
+        ),
+    )
     tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     processed_B = _pick(jax.nn.log_softmax(scaled_BV, axis=-1), tokens_B)
     return tokens_B, _pick(logprobs_BV, tokens_B), jnp.where(greedy_B, 0.0, processed_B)

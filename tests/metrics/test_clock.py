@@ -101,7 +101,7 @@ def test_the_time_to_come_includes_evaluation_but_not_compilation(hands):
 def test_the_very_first_step_alone_foretells_nothing(hands):
     clock = StepClock(100, now=hands)
     run_steps(clock, hands, 1)
-    assert clock.log(1)['perf/eta_seconds'] is None
+    assert 'perf/eta_seconds' not in clock.log(1)
 
 
 def test_a_resumed_clock_goes_on_without_the_pause(hands):

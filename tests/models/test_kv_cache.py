@@ -89,22 +89,24 @@ def test_a_row_without_new_tokens_keeps_its_cache(model, batch):
 
 
 def layer_cache(slots):
-    return LayerCache(*(jnp.zeros((2, slots, 1, 1)) for _ in 'kv'))
+    return LayerCache(*(jnp.zeros((3, 2, slots, 1, 1)) for _ in 'kv'))
 
 
 def test_an_update_stores_at_positions_and_drops_padding():
     new = jnp.asarray([[1.0, 2, 3], [4, 5, 6]])[..., None, None]
     positions = jnp.asarray([[3, 0, 1], [2, 1, 0]])
-    cache, keys = layer_cache(5).update(new, -new, positions, jnp.asarray([[1, 1, 0], [1, 0, 1]]))
-    np.testing.assert_array_equal(cache.k[..., 0, 0], [[2, 0, 0, 1, 0], [6, 0, 4, 0, 0]])
+    segment_ids = jnp.asarray([[1, 1, 0], [1, 0, 1]])
+    cache, keys = layer_cache(5).update(1, new, -new, positions, segment_ids)
+    np.testing.assert_array_equal(cache.k[1, ..., 0, 0], [[2, 0, 0, 1, 0], [6, 0, 4, 0, 0]])
+    assert not cache.k[0].any() and not cache.k[2].any()  # the other layers of the stack
     np.testing.assert_array_equal(cache.v, -cache.k)
     np.testing.assert_array_equal(keys.positions_BS, [range(5)] * 2)
-    np.testing.assert_array_equal(keys.k_BSKH, cache.k)
+    np.testing.assert_array_equal(keys.k_BSKH, cache.k[1])
 
 
 @pytest.mark.parametrize('position', [5, 1000])
 def test_a_position_beyond_the_cache_is_dropped(position):
     new = jnp.ones((2, 1, 1, 1))
     at = jnp.full((2, 1), position)
-    cache, _ = layer_cache(5).update(new, new, at, jnp.ones_like(at))
+    cache, _ = layer_cache(5).update(0, new, new, at, jnp.ones_like(at))
     assert not cache.k.any()

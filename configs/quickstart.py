@@ -15,7 +15,7 @@ def get_config(arg: str = '') -> ConfigDict:
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
-    config.steps = 30 if smoke else 1000
+    config.steps = 30 if smoke else 850
     config.model = dict(
         name='transformer',
         vocab_size=2048,
@@ -62,11 +62,11 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
         functions=dict(
             name='generate',
-            task=dict(name='python_functions', num_prompts=64 if smoke else 256),
+            task=dict(name='python_functions', num_prompts=64 if smoke else 128),
             max_tokens=96,
         ),
     )
-    config.checkpoint = dict(every=10 if smoke else 250)
+    config.checkpoint = dict(every=10 if smoke else 200)
     config.sampling = dict(
         slots=64,
         max_length=256,

@@ -6,7 +6,6 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 
 import argparse
 import glob
-import logging
 import math
 import os
 import sys
@@ -17,8 +16,6 @@ from jaxfm import config as configs
 from jaxfm import resume
 from jaxfm.data import SOURCES
 from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
-
-log = logging.getLogger('jaxfm')
 
 MODES = ('train', 'eval', 'sample')
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
@@ -129,7 +126,6 @@ def _check_workdir(flags, config) -> None:
 def _report(error: RunError) -> int:
     # The log may not be set up yet, or be gone; stderr is always there.
     print(f'error: {error}', file=sys.stderr, flush=True)
-    logging.getLogger('jaxfm.exit').debug('%s', error)
     return error.exit_code
 
 

@@ -174,7 +174,6 @@ def train(flags, config: configs.RunConfig) -> int:
         preemption = stack.enter_context(distributed.Preemption())
         console = Console(config.steps, enabled=run.primary)
         stack.callback(console.close)
-        stack.push(_log_refusal)
         corpus = run.corpus()
         wanted = run.abstract_state()
         sharding.check_replication(wanted.to_tree(), run.mesh)
@@ -300,6 +299,7 @@ def _open_records(run: Run, corpus, console: Console, stack, is_new: bool) -> Re
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
     recorder = Recorder(jsonl, console, enabled=run.primary)
     stack.callback(recorder.close)
+    stack.push(_log_refusal)
     return recorder
 
 

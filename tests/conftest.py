@@ -138,3 +138,12 @@ class TinyRuns:
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> TinyRuns:
     return TinyRuns(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture(scope='module')
+def quick_compilation():
+    """LLVM's expensive passes take most of the time of small programs and change no layout."""
+    before = jax.config.read('jax_disable_most_optimizations')
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', before)

@@ -42,13 +42,7 @@ MESHES = {
 }
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    """LLVM's expensive passes take two thirds of the time here and change no layout."""
-    before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def make_mesh(sizes):

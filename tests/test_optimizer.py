@@ -26,12 +26,7 @@ TABLES = {'embedding/table', 'head/table'}
 MATRICES = AXES.keys() - VECTORS - TABLES
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def make_arrays(seed, layers=4):

@@ -31,12 +31,7 @@ SEGMENTED = TransformerConfig.model_validate(
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 class Count(nnx.Variable):

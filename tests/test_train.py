@@ -39,12 +39,7 @@ MODEL = TransformerConfig.model_validate(
 ONE = dict.fromkeys(sharding.MESH_AXES, 1)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', before)
+pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 @pytest.fixture(scope='module')

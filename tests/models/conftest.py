@@ -122,3 +122,8 @@ def batch():
     tokens = np.random.default_rng(0).integers(0, 60, (B, T)).astype(np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     return tokens, positions, np.ones((B, T), np.int32)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compile_quickly(quick_compilation):
+    """Here nearly all of the time is compilation."""

@@ -122,3 +122,8 @@ def score(params):
         return [x[0, len(prompt) - 1 : used - 1] for x in results]
 
     return run
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compile_quickly(quick_compilation):
+    """Here nearly all of the time is compilation."""

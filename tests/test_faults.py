@@ -155,7 +155,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path)
     workdir = tmp_path / 'run'
     process = start(workdir)
     # Everything is checked, nothing is compiled yet: long before the loop.
-    wait_until(lambda: (workdir / 'config.json').exists(), process)
+    wait_until(lambda: (workdir / 'checkpoints').exists(), process)
     process.send_signal(signal.SIGINT)
     finish(process, 75)
     assert 'SIGINT: saving' in stderr_of(workdir)
@@ -180,7 +180,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path)
 def test_a_second_interrupt_exits_at_once(start, tmp_path):
     process = start(tmp_path / 'run')
     # Start-up takes seconds, so that the second signal comes before the first is acted upon.
-    wait_until(lambda: (tmp_path / 'run' / 'config.json').exists(), process)
+    wait_until(lambda: (tmp_path / 'run' / 'checkpoints').exists(), process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

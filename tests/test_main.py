@@ -309,6 +309,24 @@ def test_more_steps_go_on_from_the_checkpoint(cli, run_again):
     assert json.loads((run_again / 'config.json').read_text())['steps'] == 44
 
 
+def test_a_resume_that_is_refused_changes_no_file(cli, run_again):
+    before = {path: path.read_bytes() for path in run_again.rglob('*') if path.is_file()}
+    # Allowed by name, but the position in the data belongs to the old order.
+    more = ['--config.steps=44', '--config.seed=1', '--allow_change=steps,seed']
+    code, _, error = cli(run_again, *more)
+    assert code == 78
+    assert_one_clear_message(error, ['the data changed since the checkpoint: seed'])
+    assert {path: path.read_bytes() for path in run_again.rglob('*') if path.is_file()} == before
+
+
+def test_a_run_whose_numbers_stay_bad_ends(cli, tmp_path):
+    more = ['--config.optimizer.learning_rate=1e38', '--config.optimizer.warmup_steps=0']
+    code, out, error = cli(tmp_path / 'run', *more)
+    assert (code, out) == (70, '')
+    assert 'no update could be applied from step' in error
+    assert 'no update could be applied from step' in (tmp_path / 'run' / 'log.txt').read_text()
+
+
 def test_evaluation_gives_the_numbers_of_the_training_run(cli, finished, tmp_path):
     output = tmp_path / 'scores.json'
     code, out, _ = cli(finished[0], '--mode=eval', '--output', str(output))

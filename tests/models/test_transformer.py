@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxfm import state
 from jaxfm.models import TransformerConfig
+from jaxfm.models.layers import Embedding
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import logits, token_logprobs
 
@@ -172,3 +173,11 @@ def test_hidden_states_are_in_the_compute_dtype_and_weights_stay_as_stored(confi
 def test_a_config_that_makes_no_sense_says_why(changes, message, configs):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{**dict(configs['mixed']), **changes})
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+    embedding = Embedding(8, 4, std=1.0, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(embedding)
+    tokens = jnp.zeros((1, 1000), jnp.int32)
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens).astype(jnp.float32)))(params)
+    np.testing.assert_array_equal(grads['table'][...][0].astype(jnp.float32), 1000)

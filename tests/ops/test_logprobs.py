@@ -140,3 +140,19 @@ def test_a_vocabulary_over_eight_devices_changes_nothing(chunk_size):
         assert f'f32[{B},{chunk_size or T},{PADDED // 8}]' in compiled.as_text()
     for a, b in zip(jax.tree.leaves((values, gradients)), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_the_gradient_of_bfloat16_weights_does_not_lose_by_chunks():
+    B, T, D, V = 2, 64, 8, 16
+    draw = np.random.default_rng(0)
+    hidden = jnp.asarray(draw.normal(size=(B, T, D)), jnp.bfloat16)
+    weight = jnp.asarray(draw.normal(size=(V, D)), jnp.bfloat16)
+    targets = jnp.asarray(draw.integers(0, V, (B, T)), jnp.int32)
+
+    def gradient(weight, hidden, chunk_size):
+        loss = lambda w: token_logprobs(hidden, Unembedding(w, V), targets, chunk_size)[0].sum()  # noqa: E731
+        return jax.grad(loss)(weight).astype(jnp.float32)
+
+    exact = gradient(weight.astype(jnp.float32), hidden.astype(jnp.float32), T)
+    error = jnp.linalg.norm(gradient(weight, hidden, 1) - exact) / jnp.linalg.norm(exact)
+    assert error < 5e-3, error  # bfloat16 sums over 64 chunks are several times as wrong

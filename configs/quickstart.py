@@ -2,7 +2,7 @@
 
     python -m jaxfm.main --config configs/quickstart.py
 
-Hardware: 2 CPU cores, three minutes. Expect a held-out loss of 1.48 bits per byte.
+Hardware: 2 CPU cores, three minutes. Expect a held-out loss of 1.52 bits per byte.
 """
 
 from ml_collections import ConfigDict

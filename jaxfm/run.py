@@ -339,9 +339,9 @@ def _clock(run: Run) -> StepClock:
 
 def _restore(wanted, checkpointer, step, source, clock) -> tuple[TrainState, int]:
     """The state of a step and the end of its metrics; refuses data that is not the run's."""
-    source.set_state(checkpointer.read_extra(step)['source'])
     with clock.aside('checkpoint_restore'):
         tree, extra = checkpointer.restore(step, wanted.to_tree())
+    source.set_state(extra['source'])
     clock.set_state(extra['clock'])
     return wanted.with_tree(tree), extra['metrics_position']
 

@@ -159,6 +159,12 @@ def batch_shards(mesh=None) -> int:
     return axis_size(ACTIVATIONS, 'batch', mesh)
 
 
+def whole_rows(count: int, mesh) -> int:
+    """`count` rows, rounded up so that every device has as many."""
+    shards = batch_shards(mesh)
+    return -(-count // shards) * shards
+
+
 def is_gathered(mesh=None) -> bool:
     """Whether a weight in use differs from the weight at rest."""
     return axis_size(STORED, 'embed', mesh) > 1

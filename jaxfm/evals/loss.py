@@ -22,8 +22,7 @@ class HeldOutLoss(Cadence):
         super().__init__(config)
         self._config, self._corpus, self._mesh = config, context.corpus, context.mesh
         self._length = config.sequence_length or context.sequence_length
-        shards = sharding.batch_shards(context.mesh)
-        self._rows = -(-config.batch_size // shards) * shards
+        self._rows = sharding.whole_rows(config.batch_size, context.mesh)
 
         @jax.jit
         def sums(params, batch):

@@ -62,8 +62,7 @@ class Sampler:
 
     def __init__(self, merge, model_config, config: SamplingConfig, params, mesh):
         self.config, self.params, self._mesh = config, params, mesh
-        shards = sharding.batch_shards(mesh)
-        self._slots = -(-config.slots // shards) * shards
+        self._slots = sharding.whole_rows(config.slots, mesh)
         self._merge = merge
         self._vocab_size = model_config.vocab_size
         self._new_cache = jax.jit(
@@ -211,10 +210,9 @@ class Sampler:
 
         def body(carry, _):
             cache, last_B, positions_B = carry
-            # A request may end inside this call: what would pass the end of the cache is padding.
-            inside_B = running_B * (positions_B < self.config.max_length)
+            # A request may end inside this call: what passes the end of the cache is dropped by it.
             hidden_B1D, extras = model(
-                last_B[:, None], positions_B[:, None], inside_B[:, None], cache
+                last_B[:, None], positions_B[:, None], running_B[:, None], cache
             )
             sampled = self._sample(model, hidden_B1D[:, 0], rows, positions_B + 1)
             return (extras['cache'], sampled[0], positions_B + 1), sampled

@@ -1,13 +1,13 @@
 """Data: from documents to batches of token ids, all on the host.
 
-`sources` finds and reads documents, `tokenizer` turns text into ids, `corpus` keeps the ids in a
-cache on disk, `packing` says which tokens a row holds, `loader` delivers batches of rows. Nothing
-here touches a device.
+`sources` finds and reads documents, `tokenizer` turns text into ids and `chat` conversations,
+`corpus` keeps the ids in a cache on disk, `packing` says which tokens a row holds, `loader` delivers
+batches of rows, `dataset` is all of that for one phase of a run. Nothing here touches a device.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jaxfm.schema import Entry, Group, one_of
 
@@ -22,52 +22,161 @@ class PythonStdlibConfig(Group):
     heldout_fraction: Fraction = 0.05
 
 
-class TextConfig(Group):
-    """Local UTF-8 text files, one document each."""
+class FieldsConfig(Group):
+    """Where a record has its document: dotted paths (`instances.0.output`).
 
-    name: Literal['text'] = 'text'
-    # Globs (`**` included) or plain paths.
-    files: list[str] = Field(min_length=1)
-    # Globs of the held-out files; when given, heldout_fraction is not used.
-    heldout_files: list[str] = []
-    # Share of the files that is held out, chosen by a hash of their path. When that picks no file
-    # (one big file, say) the tail of every file is held out instead, and the log says so.
+    With none of text, messages, prompt given, a record with `messages` or `conversations` is a chat,
+    one with `prompt` and `completion` a chat of one turn, any other must have `text`.
+    """
+
+    text: str = ''
+    messages: str = ''  # a list of turns
+    prompt: str = ''  # with completion: one user turn, one assistant turn
+    completion: str = ''
+    system: str = ''  # a text before the messages
+    tools: str = 'tools'  # a list of tools, or JSON text of one; may be absent
+    role: str = ''  # inside a turn; '' is role or from
+    content: str = ''  # inside a turn; '' is content or value
+    # What other names of roles mean; human, gpt and the like are known.
+    roles: dict[str, Literal['system', 'user', 'assistant', 'tool']] = {}
+    group: str = ''  # a label; scores of evaluations are also given by group
+
+
+class FilesConfig(Group):
+    """Documents in files: plain text (one document a file), or records of text or chats."""
+
+    name: Literal['files'] = 'files'
+    # Paths or globs (`**` included), local or s3://bucket/...; .gz and .zst are decompressed.
+    path: str | list[str] = Field(min_length=1)
+    # The held-out files; when given, heldout_fraction is not used.
+    heldout_path: str | list[str] = []
+    # Share that is held out: of text files by a hash of their path, of records by a hash of their
+    # content. When that picks no file (one big text, say) the tail of every file is held out.
     heldout_fraction: Fraction = 0.05
+    # auto goes by the suffix: .jsonl, .parquet, .array_record (JSON records); others are text.
+    format: Literal['auto', 'text', 'jsonl', 'parquet', 'array_record'] = 'auto'
+    fields: FieldsConfig = FieldsConfig()
+    # Records that may be bad (no JSON, no such field) before it is an error; they are left out.
+    max_bad_records: int = Field(default=0, ge=0)
 
 
-class BytesConfig(Group):
+class ProblemsConfig(Group):
+    """Generated problems with one right answer: arithmetic and string manipulation.
+
+    Which problems are held out is decided by a hash of the problem, so no phase trains on them.
+    """
+
+    name: Literal['problems'] = 'problems'
+    form: Literal['text', 'chat'] = 'text'
+    kinds: list[str] = []  # [] is all that there are
+    num_problems: int = Field(default=100_000, ge=1)  # to train on
+    num_heldout: int = Field(default=240, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # which of all possible problems
+
+
+SOURCES = {
+    'python_stdlib': Entry('jaxfm.data.sources.python_stdlib:PythonStdlib', PythonStdlibConfig),
+    'files': Entry('jaxfm.data.sources.files:Files', FilesConfig),
+    'problems': Entry('jaxfm.data.sources.problems:Problems', ProblemsConfig),
+}
+
+
+class BatchConfig(Group):
+    """How documents become the rows of a batch."""
+
+    # Tokens in a row of a batch.
+    sequence_length: int = Field(ge=2)
+    # Rows in a step, over all hosts.
+    batch_size: int = Field(ge=1)
+    # concat: one stream, cut into rows. best_fit: documents side by side in a row, cut only when
+    # longer than it. none: one document a row. auto: concat for text, best_fit for chats, which are
+    # never cut.
+    packing: Literal['auto', 'concat', 'best_fit', 'none'] = 'auto'
+    # A chat longer than a row stops the run, is left out, or loses its end.
+    too_long: Literal['error', 'drop', 'truncate'] = 'error'
+    # cached: once, before training, into a cache on disk; rows are shuffled over the whole corpus.
+    # on_the_fly: while training; every process reads everything, in the order of the files.
+    tokenize: Literal['cached', 'on_the_fly'] = 'cached'
+    # A cache made by `python -m tools.corpus build`; '' is one kept in the user's cache directory.
+    cache: str = ''
+
+
+class PythonStdlibData(PythonStdlibConfig, BatchConfig):
+    """Batches of the standard library."""
+
+
+class FilesData(FilesConfig, BatchConfig):
+    """Batches of documents in files."""
+
+
+class ProblemsData(ProblemsConfig, BatchConfig):
+    """Batches of generated problems."""
+
+
+class MixtureData(BatchConfig):
+    """Batches of several sources; a weight is the source's share of the rows."""
+
+    name: Literal['mixture'] = 'mixture'
+    sources: dict[str, one_of(SOURCES)] = Field(min_length=1)
+    # {source: weight}; they need not sum to one.
+    weights: dict[str, Annotated[float, Field(gt=0)]]
+
+    @model_validator(mode='after')
+    def _check(self):
+        if self.sources.keys() != self.weights.keys():
+            odd = ', '.join(sorted(self.sources.keys() ^ self.weights.keys()))
+            raise ValueError(f'sources and weights must have the same names; only in one: {odd}')
+        return self
+
+
+DATA = (PythonStdlibData, FilesData, ProblemsData, MixtureData)
+DataConfig = Annotated[
+    PythonStdlibData | FilesData | ProblemsData | MixtureData, Field(discriminator='name')
+]
+
+
+class TokenizerConfig(Group):
+    """What every tokenizer has."""
+
+    # How chats become text: a file with a Jinja template, or the name of one that we bring
+    # (`chat.TEMPLATES`); '' is the tokenizer's own, else `plain`.
+    chat_template: str = ''
+
+
+class BytesConfig(TokenizerConfig):
     """One token a byte: 256 bytes and the special tokens."""
 
     name: Literal['bytes'] = 'bytes'
+    special_tokens: list[str] = []  # beside <|bos|> and <|eos|>, such as those of a chat template
 
 
-class BPEConfig(Group):
-    """Byte-level BPE, trained on the train documents."""
+class BPEConfig(TokenizerConfig):
+    """Byte-level BPE, trained on the train documents of the first phase."""
 
     name: Literal['bpe'] = 'bpe'
     # Special tokens and the 256 bytes included.
     vocab_size: int = Field(default=2048, ge=258)
     # How text is cut before merging; `tokenizer.PATTERNS` explains the choices.
     pattern: Literal['code', 'gpt2'] = 'gpt2'
+    special_tokens: list[str] = []
 
 
-SOURCES = {
-    'python_stdlib': Entry('jaxfm.data.sources:PythonStdlib', PythonStdlibConfig),
-    'text': Entry('jaxfm.data.sources:Text', TextConfig),
-}
+class TokenizerFileConfig(TokenizerConfig):
+    """A tokenizer that exists: from a Hugging Face tokenizer.json, SentencePiece .model, tiktoken
+    ranks (.tiktoken), or a directory or a run that has one of them."""
+
+    name: Literal['file'] = 'file'
+    path: str = Field(min_length=1)
+    # For tiktoken ranks only, which say neither how text is cut nor the special tokens: the name of
+    # an encoding (cl100k_base, o200k_base) or a regular expression.
+    pattern: str = ''
+    # In place of what the file says; '' is the file's own.
+    bos_token: str = ''
+    eos_token: str = ''
+
 
 TOKENIZERS = {
     'bytes': Entry('jaxfm.data.tokenizer:Bytes', BytesConfig),
     'bpe': Entry('jaxfm.data.tokenizer:BPE', BPEConfig),
+    'file': Entry('jaxfm.data.tokenizer:File', TokenizerFileConfig),
 }
-
-
-class DataConfig(Group):
-    """What is read, how it becomes tokens, and the shape of a batch."""
-
-    source: one_of(SOURCES) = PythonStdlibConfig()
-    tokenizer: one_of(TOKENIZERS) = BPEConfig()
-    # Tokens in a row of a batch.
-    sequence_length: int = Field(ge=2)
-    # Rows in a step, over all hosts.
-    batch_size: int = Field(ge=1)

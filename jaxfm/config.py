@@ -22,7 +22,7 @@ from pydantic import Field
 from jaxfm import overrides as overriding
 from jaxfm import validation
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.data import DataConfig
+from jaxfm.data import TOKENIZERS, BPEConfig, DataConfig
 from jaxfm.errors import (
     ConfigError,
     DataError,
@@ -118,13 +118,13 @@ OPTIMIZERS = {
 }
 
 
-def _vocabulary_fits(model, data) -> list[str]:
+def _vocabulary_fits(model, tokenizer) -> list[str]:
     # A tokenizer whose size is known only once it is built is checked then.
-    size = getattr(data.tokenizer, 'vocab_size', 0)
+    size = getattr(tokenizer, 'vocab_size', 0)
     if size <= model.vocab_size:
         return []
     return [
-        f'data.tokenizer.vocab_size {size} is more than model.vocab_size {model.vocab_size}: '
+        f'tokenizer.vocab_size {size} is more than model.vocab_size {model.vocab_size}: '
         f'{size - model.vocab_size} tokens would have no embedding'
     ]
 
@@ -187,15 +187,83 @@ def _division(size: int, ways: int) -> str:
     return f'{size} = {size // ways} x {ways} + {size % ways}'
 
 
-class RunConfig(Group):
-    """One run, resolved: every value that decides what it does."""
+def _phases_or_one(steps, data, optimizer, phases) -> list[str]:
+    own = {'steps': steps, 'data': data, 'optimizer': optimizer}
+    if phases:
+        given = [name for name, value in own.items() if value is not None]
+        return [f'{name} belongs into a phase, because phases is given' for name in given]
+    return [f'{name} is required and not given' for name, value in own.items() if value is None]
 
-    seed: int = Field(0, ge=0, lt=2**32)
-    steps: int = Field(ge=0)  # 0 is evaluate only
-    model: one_of(MODELS)
+
+def _phase_names_differ(phases) -> list[str]:
+    names = [phase.name for phase in phases]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    return [f'phases: {name} is the name of more than one phase' for name in twice]
+
+
+def _optimizer_can_be_kept(phases) -> list[str]:
+    """Moments fit the parameters and the rules that they were made for."""
+    sentences = []
+    for index, phase in enumerate(phases):
+        if not phase.keep_optimizer:
+            continue
+        if index == 0:
+            sentences.append('phases[0].keep_optimizer: there is no phase before it')
+            continue
+        before, after = phases[index - 1].optimizer, phase.optimizer
+        sentences += [
+            f'phases[{index}].keep_optimizer needs the same optimizer.{key} as the phase before: '
+            f'{shown(getattr(after, key))} is not {shown(getattr(before, key))}'
+            for key in ('name', 'frozen', 'moment_dtype')
+            if getattr(before, key) != getattr(after, key)
+        ]
+    return sentences
+
+
+def _evaluators_name_phases(evals, phases) -> list[str]:
+    names = [phase.name for phase in phases]
+    sentences = []
+    for name, config in evals.items():
+        if names and not config.phase:
+            sentences.append(
+                f'evals.{name}.phase is required and not given: whose held-out documents? '
+                f'it is one of {", ".join(names)}'
+            )
+        elif config.phase and config.phase not in names:
+            hint = validation.nearest(config.phase, names) or '; this run has one phase, without name'
+            sentences.append(f'evals.{name}.phase: there is no phase {config.phase}{hint}')
+    return sentences
+
+
+class PhaseConfig(Group):
+    """A stretch of a run with its own data, objective, optimizer and steps."""
+
+    name: str = Field(pattern=r'^[A-Za-z]\w*$')  # in metrics and messages
+    steps: int = Field(ge=0)
     data: DataConfig
     objective: one_of(OBJECTIVES) = NextTokenConfig()
     optimizer: one_of(OPTIMIZERS)
+    # A phase starts with the weights of the one before and a new optimizer, unless it says so.
+    keep_optimizer: bool = False
+
+
+class RunConfig(Group):
+    """One run, resolved: every value that decides what it does.
+
+    Most runs have one phase, given by steps, data, objective and optimizer; others list phases.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    # The work directory of a run whose newest weights this one starts from. What `model` and
+    # `tokenizer` do not say is then as it was there.
+    init_from: str = ''
+    model: one_of(MODELS)
+    tokenizer: one_of(TOKENIZERS) = BPEConfig()
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0 is evaluate only
+    data: DataConfig | None = None
+    objective: one_of(OBJECTIVES) = NextTokenConfig()
+    optimizer: one_of(OPTIMIZERS) | None = None
+    phases: list[PhaseConfig] = []
     mesh: MeshConfig = MeshConfig()
     evals: dict[str, one_of(EVALUATORS)] = {}  # by the name their metrics carry
     sampling: SamplingConfig = SamplingConfig()
@@ -203,19 +271,47 @@ class RunConfig(Group):
     metrics: MetricsConfig = MetricsConfig()
 
     cross_checks: ClassVar = (
+        _phases_or_one,
+        _phase_names_differ,
+        _optimizer_can_be_kept,
+        _evaluators_name_phases,
         _vocabulary_fits,
-        _batch_divides,
         _model_divides,
-        _warmup_fits,
         _completions_fit,
     )
+    phase_checks: ClassVar = (_batch_divides, _warmup_fits)
 
     @pydantic.model_validator(mode='after')
     def _check(self):
-        sentences = validation.cross_problems(self.cross_checks, dict(self))
+        sentences = self.cross_problems(dict(self))
         if sentences:
             raise ValueError('\n'.join(sentences))
         return self
+
+    @classmethod
+    def cross_problems(cls, parts: dict) -> list[str]:
+        """What is wrong between the values of a run, as far as `parts` has them."""
+        sentences = validation.cross_problems(cls.cross_checks, parts)
+        given = {name: value for name, value in parts.items() if value is not None}
+        if not given.get('phases'):
+            return sentences + validation.cross_problems(cls.phase_checks, given)
+        for index, phase in enumerate(given['phases']):
+            sentences += [
+                f'phases[{index}].{sentence}'
+                for sentence in validation.cross_problems(cls.phase_checks, given | dict(phase))
+            ]
+        return sentences
+
+    @property
+    def all_phases(self) -> list[PhaseConfig]:
+        """The phases; those of a run that lists none are one, without a name."""
+        one = {name: getattr(self, name) for name in ('steps', 'data', 'objective', 'optimizer')}
+        return self.phases or [PhaseConfig.model_construct(name='', **one)]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.all_phases)
 
 
 def split_arguments(argv: Iterable[str]) -> tuple[str | None, list[str], list[str]]:
@@ -265,7 +361,29 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
         except ConfigError as error:
             refusals.append(f'{error} (given by --config.{text})')
     values = overriding.plain(values, (), problems)
+    if isinstance(values.get('init_from'), str) and values['init_from']:
+        _inherit(values)
     return _resolve(schema, values, problems, given, refusals, config_argument)
+
+
+def _inherit(values: dict) -> None:
+    """Fills in what the run that `init_from` names says of model and tokenizer."""
+    directory = Path(values['init_from'])
+    if not (directory / 'config.json').is_file():
+        raise MissingInputError(
+            f'config.init_from: {directory} holds no run (it has no config.json)'
+            + validation.nearest(directory.name, _runs_beside(directory))
+        )
+    earlier = _read_json(directory / 'config.json')
+    model, tokenizer = values.get('model') or {}, values.get('tokenizer') or {}
+    if isinstance(model, dict) and model.get('name') in (None, earlier['model']['name']):
+        values['model'] = earlier['model'] | model
+    if isinstance(tokenizer, dict) and 'name' not in tokenizer:
+        values['tokenizer'] = {'name': 'file', 'path': str(directory)} | tokenizer
+
+
+def _runs_beside(directory: Path) -> list[str]:
+    return sorted(path.parent.name for path in directory.parent.glob('*/config.json'))
 
 
 def _resolve(schema, values, problems, given, refusals, origin):
@@ -374,7 +492,7 @@ def check_on_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
         ConfigError: what does not divide, with the arithmetic.
     """
     parts = dict(config) | {'mesh': config.mesh.model_copy(update=sizes)}
-    sentences = validation.cross_problems(config.cross_checks, parts)
+    sentences = config.cross_problems(parts)
     if sentences:
         raise ConfigError('\n'.join(f'config: {sentence}' for sentence in sentences))
 
@@ -413,10 +531,13 @@ def read(path: str | os.PathLike, schema: type[Group] = RunConfig):
         DataError: the file is not JSON.
         ConfigError: it says something that this version does not know.
     """
+    return _resolve(schema, _read_json(path), [], [], [], str(path))
+
+
+def _read_json(path: str | os.PathLike) -> dict:
     try:
-        values = json.loads(Path(path).read_text('utf-8'))
+        return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError:
         raise MissingInputError(f'{path}: no such file') from None
     except ValueError as error:
         raise DataError(f'{path}: not a config in JSON: {error}') from None
-    return _resolve(schema, values, [], [], [], str(path))

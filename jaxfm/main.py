@@ -89,10 +89,10 @@ def main(argv: list[str]) -> int:
         config = configs.load(flags.config, overrides)
         _check_workdir(flags, config)
         if flags.mode != 'sample':
-            SOURCES[config.data.source.name].load()(config.data.source).files()  # are they there?
-        from jaxfm import run  # jax only now: a mistake in the config costs no start-up time
+            _check_files(config)
+        from jaxfm import modes  # jax only now: a mistake in the config costs no start-up time
 
-        return run.MODES[flags.mode](flags, config)
+        return modes.MODES[flags.mode](flags, config)
     except RunError as error:
         return _report(error)
     except MemoryError as error:
@@ -110,6 +110,13 @@ REMEDIES = (
     'config.optimizer.accumulate x 2 (half the activations), config.model.remat=full, '
     'or more devices in config.mesh.fsdp'
 )
+
+
+def _check_files(config) -> None:
+    """Whether the files are there that the sources of all phases read."""
+    for phase in config.all_phases:
+        for source in phase.data.all_sources.values():
+            SOURCES[source.name].load()(source).files()
 
 
 def _check_workdir(flags, config) -> None:

@@ -334,6 +334,10 @@ class Prefetch:
     def get_state(self):
         return self._state
 
+    def progress(self):
+        """What the source says of the state, not of where it has worked ahead to."""
+        return self._source.progress(self._state)
+
     def set_state(self, state):
         self.close()
         self._source.set_state(state)

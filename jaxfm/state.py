@@ -24,8 +24,8 @@ from jaxfm.errors import ConfigError
 class TrainState:
     """Everything a step reads and writes; a pytree of global arrays."""
 
-    step: jax.Array  # int32 scalar: steps taken, skipped ones included
-    rng: jax.Array  # key of the run; a step folds its number into it
+    step: jax.Array  # int32 scalar: steps of this phase, skipped ones included
+    rng: jax.Array  # key of the phase; a step folds its number into it
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     buffers: dict[str, jax.Array]
@@ -123,11 +123,27 @@ def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
 
 
 def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
-    model_key, run_key = jax.random.split(key)
+    model_key, phase_key = jax.random.split(key)
     values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
     values = {
         path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()
     }
+    return _assemble(values, parts, optimizer, phase_key)
+
+
+def begin_phase(params: dict, parts: Parts, optimizer, seed: int) -> TrainState:
+    """A state with these weights, which are donated, and all else new: as `init_state` with them.
+
+    With the same seed it does not matter where the weights come from: a run before, or a phase.
+    """
+
+    def assemble(params, key):
+        return _assemble(params, parts, optimizer, jax.random.split(key)[1])
+
+    return jax.jit(assemble, donate_argnums=0)(params, jax.random.key(seed))
+
+
+def _assemble(values: dict, parts: Parts, optimizer, phase_key) -> TrainState:
     trainable = {path: values[path] for path in values if path in parts.trainable}
     buffers = {path: values[path] for path in values if path in parts.buffers}
     frozen = {path: v for path, v in values.items() if path not in trainable | buffers}
@@ -135,7 +151,7 @@ def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
     counters = {'updates': zero, 'skipped': zero}
     return TrainState(
         step=zero,
-        rng=jax.random.key_data(run_key),
+        rng=jax.random.key_data(phase_key),
         trainable=trainable,
         frozen=frozen,
         buffers=buffers,

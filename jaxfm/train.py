@@ -2,7 +2,8 @@
 
 The order of a step is a decision. Evaluators see the weights of a step before anything moves; a
 checkpoint is saved before the source gives its next batch. So a run that resumes at step k sees
-exactly what an uninterrupted run saw there, and it does not evaluate step k again.
+exactly what an uninterrupted run saw there, and it does not evaluate step k again. A phase ends as a
+run does: evaluated and saved; so the next one begins from what is on storage.
 """
 
 import contextlib
@@ -37,6 +38,9 @@ class Source(Protocol):
 
     def set_state(self, state: dict[str, Any]) -> None: ...
 
+    def progress(self) -> dict[str, float]:
+        """How much has been delivered, such as epochs; for the records."""
+
 
 class Evaluator(Protocol):
     """Measures weights at a cadence: held-out loss, sampled completions, anything with a name."""
@@ -48,9 +52,9 @@ class Evaluator(Protocol):
 
 @dataclasses.dataclass
 class Loop:
-    """What the loop needs, built by main from a config."""
+    """What the loop needs for one phase, built from a config."""
 
-    steps: int
+    last: int  # the phase ends at this step of the run
     train_step: Any  # (state, batch) -> (state, metrics), jitted, the state donated
     source: Source
     evaluators: dict[str, Evaluator]
@@ -63,11 +67,11 @@ class Loop:
     tokens_per_step: int
 
 
-def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState:
-    """Runs from `step` to the end and returns the final state.
+def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
+    """Runs from `step` to the end of a phase and returns the state there, saved.
 
     Args:
-      resumed: the state was restored at this step: it is evaluated and saved already.
+      done: the weights at this step are evaluated and saved already.
 
     Raises:
       Preempted: a signal asked to stop; the state is saved.
@@ -75,17 +79,16 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
     """
     first, before = step, None
     progress = (step, -1)
-    done = resumed  # this step is evaluated and saved
     while True:
         if not done:
             evaluate(loop, state, step)
-        stopping = step < loop.steps and loop.preemption.should_stop(step)
+        stopping = step < loop.last and loop.preemption.should_stop(step)
         if not done and (stopping or _save_is_due(loop, step)):
             save(loop, state, step)
         if stopping:
             loop.checkpointer.wait()
             raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
-        if step >= loop.steps:
+        if step >= loop.last:
             loop.checkpointer.wait()
             return state
 
@@ -101,7 +104,7 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
         # At most two steps in flight: more abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
         before = metrics
-        if step % loop.log_every == 0 or step in (1, loop.steps):
+        if step % loop.log_every == 0 or step in (1, loop.last):
             values = record(loop, metrics, step)
             progress = _check_progress(step, step - values.get('skipped_steps', 0), progress)
 
@@ -109,7 +112,7 @@ def train(loop: Loop, state: TrainState, step: int, resumed: bool) -> TrainState
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
     """Runs the evaluators that are due on the weights of this step."""
     for name, evaluator in loop.evaluators.items():
-        if evaluator.is_due(step, loop.steps):
+        if evaluator.is_due(step, loop.last):
             with loop.clock.aside('eval'):
                 values = evaluator.run(state.params, step)
             named = {f'eval/{name}/{key}': value for key, value in values.items()}
@@ -123,6 +126,7 @@ def save(loop: Loop, state: TrainState, step: int) -> None:
             'source': loop.source.get_state(),
             'clock': loop.clock.get_state(),
             'metrics_position': loop.recorder.jsonl.position(),
+            'phase': loop.recorder.phase,
         }
         loop.checkpointer.save(step, state.to_tree(), extra)
 
@@ -130,7 +134,8 @@ def save(loop: Loop, state: TrainState, step: int) -> None:
 def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
     """Waits for the step and writes what it measured; the console shows the pair as one line."""
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    loop.recorder.write(step, 'perf', loop.clock.log(step))
+    progress = {f'data/{name}': value for name, value in loop.source.progress().items()}
+    loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
     return values
 
@@ -149,6 +154,6 @@ def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[i
 
 
 def _save_is_due(loop: Loop, step: int) -> bool:
-    if step == loop.steps:
+    if step == loop.last:
         return True
     return bool(loop.checkpoint_every) and step > 0 and step % loop.checkpoint_every == 0

@@ -31,8 +31,8 @@ def check(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem
     """The checked group, or None and every problem.
 
     Pydantic skips the checks between values of a group as soon as one of its keys is wrong. So
-    unknown keys are taken away for a second look, and the checks between groups (`cross_checks` of
-    the schema, functions whose parameters name the groups they read) run on those that are sound.
+    unknown keys are taken away for a second look, and the checks between groups (`cross_problems`
+    of the schema, a function of those that are there) run on those that are sound.
     """
     group, problems = _validate(schema, values)
     unknown = [p.path for p in problems if p.is_unknown_key]
@@ -41,8 +41,8 @@ def check(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem
         problems += _validate(schema, values)[1]
     if problems and isinstance(values, dict):
         sound = _sound_parts(schema, values, {p.path[0] for p in problems if p.path})
-        checks = getattr(schema, 'cross_checks', ())
-        problems += [Problem((), sentence) for sentence in cross_problems(checks, sound)]
+        between = getattr(schema, 'cross_problems', lambda parts: [])
+        problems += [Problem((), sentence) for sentence in between(sound)]
     return group, list(dict.fromkeys(problems))
 
 

@@ -13,12 +13,13 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.fit import check_fit
@@ -33,11 +34,19 @@ class Checkpointer:
 
     directory: where they are, unless the config names another place.
     read_only: makes and sweeps nothing, so that a training run may go on beside this reader.
+    milestones: steps whose checkpoints stay whatever comes after them, such as ends of phases.
     """
 
-    def __init__(self, config: CheckpointConfig, directory: str | Path, read_only: bool = False):
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        directory: str | Path,
+        read_only: bool = False,
+        milestones: Iterable[int] = (),
+    ):
         _quieten_orbax()
         self._storage = PosixStorage(config.directory or directory)
+        self._milestones = tuple(milestones)
         self.directory = self._storage.directory
         if not read_only:
             self._storage.prepare()
@@ -53,7 +62,9 @@ class Checkpointer:
                     'extra': ocp.JsonCheckpointHandler(),
                 },
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=config.keep,
+                    preservation_policy=AnyPreservationPolicy(
+                        [LatestN(config.keep), CustomSteps(list(milestones))]
+                    ),
                     step_name_format=self._names,
                     single_host_load_and_broadcast=several,
                     create=not read_only,
@@ -76,9 +87,11 @@ class Checkpointer:
     def check_room(self, nbytes: int) -> None:
         """Raises StorageError unless two checkpoints of `nbytes` fit, or one beside those here.
 
-        Two, because the last good one stays while the next is written.
+        Two, because the last good one stays while the next is written; and the milestones to come.
         """
-        need = nbytes * (1 if self.steps() else 2)
+        steps = self.steps()
+        to_come = sum(step > max(steps, default=0) for step in self._milestones)
+        need = nbytes * (to_come + (1 if steps else 2))
         have = self._storage.free_bytes()
         if have < need:
             raise StorageError(
@@ -126,13 +139,17 @@ class Checkpointer:
         Raises ConfigError naming each leaf that differs in name, shape or dtype; DataError when
         the checkpoint is damaged; MissingInputError when there is no such step.
         """
-        self._check_fit(step, abstract_state, partial=False)
+        check_fit(abstract_state, self._stored(step), self._name(step))
         return self._restore_state(step, abstract_state), self.read_extra(step)
 
-    def restore_params(self, step: int, abstract_subset):
-        """Some subtrees of the state alone, such as the parameters, without reading the others."""
-        self._check_fit(step, abstract_subset, partial=True)
-        return self._restore_state(step, abstract_subset, partial_restore=True)
+    def restore_params(self, step: int, abstract_params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters alone, {path: array}, whichever of them that phase trained or froze."""
+        stored = self._stored(step)
+        names = {path: _name_of_param(path, stored) for path in abstract_params}
+        wanted = {names[path]: leaf for path, leaf in abstract_params.items()}
+        check_fit(wanted, stored, self._name(step), partial=True)
+        tree = self._restore_state(step, wanted, partial_restore=True)
+        return {path: tree[name] for path, name in names.items()}
 
     def read_extra(self, step: int) -> dict[str, Any]:
         """The JSON that was saved with a step."""
@@ -151,13 +168,17 @@ class Checkpointer:
         with self._failing_as_data_error(step):
             return self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
 
-    def _check_fit(self, step: int, abstract, partial: bool) -> None:
+    def _stored(self, step: int):
+        """Names, shapes and dtypes of what a checkpoint holds."""
         self._check_there(step)
         with self._failing_as_data_error(step):
             stored = self._manager.item_metadata(step).state
             if stored is None or stored.tree is None:
                 raise ValueError('its metadata is missing')
-        check_fit(abstract, stored.tree, f'checkpoint {step} in {self.directory}', partial)
+        return stored.tree
+
+    def _name(self, step: int) -> str:
+        return f'checkpoint {step} in {self.directory}'
 
     def _check_there(self, step: int) -> None:
         steps = self.steps()
@@ -188,6 +209,11 @@ class Checkpointer:
             return
         gc.collect()  # the reads that were never awaited, while their complaints are muted
         raise DataError(f'checkpoint {step} in {self.directory} cannot be read: {reason}')
+
+
+def _name_of_param(path: str, stored) -> str:
+    names = [f'{kind}/{path}' for kind in ('trainable', 'frozen', 'buffers')]
+    return next((name for name in names if name in stored), names[0])
 
 
 def _reason(error: Exception, directory: Path) -> str:

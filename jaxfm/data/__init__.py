@@ -100,6 +100,17 @@ class BatchConfig(Group):
     # A cache made by `python -m tools.corpus build`; '' is one kept in the user's cache directory.
     cache: str = ''
 
+    @property
+    def all_sources(self) -> dict[str, Group]:
+        """{name: group of the source}, without what says how rows are made."""
+        group = SOURCES[self.name].schema
+        return {self.name: group.model_construct(**{k: getattr(self, k) for k in group.model_fields})}
+
+    @property
+    def all_weights(self) -> dict[str, float]:
+        """{name: share of the rows}, not normalised."""
+        return {self.name: 1.0}
+
 
 class PythonStdlibData(PythonStdlibConfig, BatchConfig):
     """Batches of the standard library."""
@@ -127,6 +138,14 @@ class MixtureData(BatchConfig):
             odd = ', '.join(sorted(self.sources.keys() ^ self.weights.keys()))
             raise ValueError(f'sources and weights must have the same names; only in one: {odd}')
         return self
+
+    @property
+    def all_sources(self):
+        return self.sources
+
+    @property
+    def all_weights(self):
+        return self.weights
 
 
 DATA = (PythonStdlibData, FilesData, ProblemsData, MixtureData)

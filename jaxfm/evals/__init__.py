@@ -15,7 +15,8 @@ class LossConfig(Group):
     """Held-out loss per token and in bits per UTF-8 byte."""
 
     name: Literal['loss'] = 'loss'
-    every: int = Field(0, ge=0)  # steps between two runs; 0 is only at the end
+    phase: str = ''  # whose held-out documents; needed when the run has several
+    every: int = Field(0, ge=0)  # steps between two runs; 0 is only at the end of each phase
     at_start: bool = True  # also on the weights of step 0
     batch_size: int = Field(32, ge=1)  # rows
     sequence_length: int = Field(0, ge=0)  # 0 is the training data's
@@ -28,6 +29,7 @@ class GenerateConfig(Group):
     """Samples completions of a task's prompts and scores them: pass@1 with its interval."""
 
     name: Literal['generate'] = 'generate'
+    phase: str = ''
     every: int = Field(0, ge=0)
     at_start: bool = True
     task: one_of(TASKS)

@@ -16,19 +16,18 @@ _SMOOTHING = 0.7
 class StepClock:
     """Counts tokens and seconds between two logs; what is not a training step stands aside.
 
-    total_steps: of the run. flops_per_step: model FLOPs of one global step. peak_flops: of all
-    devices together. MFU needs both. now: seconds, monotonic.
+    total_steps: of the run. peak_flops: of all devices together. now: seconds, monotonic.
+    flops_per_step, to be set: model FLOPs of one global step. MFU needs both FLOPs.
     """
 
     def __init__(
         self,
         total_steps: int,
-        flops_per_step: float | None = None,
         peak_flops: float | None = None,
         now: Callable[[], float] = time.monotonic,
     ):
         self._total_steps = total_steps
-        self._flops_per_step = flops_per_step
+        self.flops_per_step: float | None = None
         self._peak_flops = peak_flops
         self._now = now
         self._started = self._window_started = now()
@@ -86,8 +85,8 @@ class StepClock:
             self._smooth(seconds / steps)
         values['perf/tokens_per_second'] = tokens / seconds
         values['perf/step_seconds'] = seconds / steps
-        if self._flops_per_step and self._peak_flops:
-            values['perf/mfu'] = self._flops_per_step * steps / seconds / self._peak_flops
+        if self.flops_per_step and self._peak_flops:
+            values['perf/mfu'] = self.flops_per_step * steps / seconds / self._peak_flops
         if (eta := self.eta(step)) is not None:
             values['perf/eta_seconds'] = eta
         return values

@@ -41,12 +41,13 @@ class Recorder:
         self.jsonl = jsonl
         self._sinks = list(sinks) if enabled else []
         self._enabled = enabled
+        self.phase = ''  # of the records to come
 
-    def write(self, step: int, kind: str, values: Mapping[str, Any], phase: str = '') -> None:
+    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One record; `values` may hold Python or numpy scalars, not arrays still on a device."""
         if not self._enabled:
             return
-        head = {'step': step, 'phase': phase, 'time': round(time.time(), 3), 'kind': kind}
+        head = {'step': step, 'phase': self.phase, 'time': round(time.time(), 3), 'kind': kind}
         record = head | {name: _scalar(value) for name, value in values.items()}
         self.jsonl.write(record)
         for sink in tuple(self._sinks):

@@ -1,0 +1,313 @@
+"""The modes of the command line: train, eval, sample. Each builds a run and uses its parts.
+
+Nothing is written before everything that can be wrong has been looked at: config, mesh, data, the
+fit of model and mesh, the room for checkpoints.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxfm import config as configs
+from jaxfm import distributed, plan, sharding
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.data import tokenizer as tokenizers
+from jaxfm.data.chat import Chat
+from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
+from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics.console import Console
+from jaxfm.metrics.devices import peak_flops
+from jaxfm.metrics.report import write_report
+from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.models.transformer import compute_dtype
+from jaxfm.phase import Phase
+from jaxfm.run import Run, started
+from jaxfm.sampling.sampler import Request, complete
+from jaxfm.state import TrainState
+from jaxfm.train import Loop
+from jaxfm.train import train as run_loop
+
+log = logging.getLogger('jaxfm')
+
+
+def train(flags, config: configs.RunConfig) -> int:
+    """Trains to the end, phase after phase, from the newest checkpoint if there is one."""
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(started(flags, config))
+        preemption = stack.enter_context(distributed.Preemption())
+        console = Console(config.total_steps, enabled=run.primary)
+        stack.callback(console.close)
+        run.open_data()
+        wanted = [phase.abstract_state() for phase in run.phases]
+        sharding.check_replication(wanted[0].to_tree(), run.mesh)
+        checkpointer = _open_checkpoints(run, wanted, stack)
+        step = checkpointer.latest_step()
+        if step is not None and step >= config.total_steps:
+            log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(config))
+            if not (run.workdir / 'report.html').exists():
+                _report(run)
+            return 0
+        sources = [_prefetch(phase, stack) for phase in run.phases]
+        clock = StepClock(config.total_steps, _peak_flops(config))
+        sampler = run.sampler(params=None)
+        evaluators = run.evaluators(sampler, write=run.primary)
+        prompts, requests = _last_samples(config, run.tokenizer)
+        for request in requests:
+            sampler.check(request)
+        current = run.phases.index(run.phase_at(step or 0))
+        if step is None:
+            state, position = run.initial_state(), 0
+        else:
+            parts = run.phases[current], wanted[current], sources[current]
+            state, position = _restore(checkpointer, step, *parts, clock)
+        # Only now is anything of an earlier run in this directory changed.
+        recorder = _open_records(run, console, stack, is_new=step is None)
+        recorder.jsonl.truncate(position)
+        for change in flags.changes:
+            log.warning('config.%s: %s -> %s', *change)
+        log.info('work directory: %s', run.workdir)
+        if step is not None:
+            log.info('resumed at step %d', step)
+        console.show_tables(plan.tables(config, run.phases, run.mesh, wanted[0]))
+        console.show_parameters(plan.parameter_rows(run.phases, run.mesh))
+        for index, phase in enumerate(run.phases[current:], start=current):
+            is_resumed = index == current and step is not None
+            if index > current:
+                state = phase.begin(state.params, before=state)
+            recorder.phase = phase.name
+            if not is_resumed:
+                _record_data(recorder, phase)
+            clock.flops_per_step = phase.flops_per_step(config.model)
+            loop = Loop(
+                last=phase.last,
+                train_step=phase.train_step(),
+                source=sources[index],
+                evaluators=evaluators,
+                checkpointer=checkpointer,
+                checkpoint_every=config.checkpoint.every,
+                recorder=recorder,
+                log_every=config.metrics.log_every,
+                clock=clock,
+                preemption=preemption,
+                tokens_per_step=phase.tokens_per_step,
+            )
+            start = step if is_resumed else phase.first
+            # The weights at the end of a phase are evaluated and saved when the next one begins.
+            state = run_loop(loop, state, start, done=is_resumed or index > 0)
+            sources[index].close()
+        sampler.params = state.params
+        path = run.workdir / 'samples' / 'final.jsonl'
+        _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        _report(run)
+    return 0
+
+
+def evaluate(flags, config: configs.RunConfig) -> int:
+    """Runs every evaluator on the newest checkpoint."""
+    with started(flags, config) as run, contextlib.ExitStack() as stack:
+        console = Console(enabled=run.primary)
+        stack.callback(console.close)
+        checkpointer = run.checkpointer(read_only=True)
+        stack.callback(checkpointer.close)
+        params, step = run.restore_params(checkpointer)
+        run.open_data()
+        run.phase_at(step).batches().set_state(checkpointer.read_extra(step)['source'])
+        scores = {}
+        for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
+            values = evaluator.run(params, step)
+            scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
+        for name, value in scores.items():
+            log.info('step %d  %s %.6g', step, name, value)
+        if run.primary and flags.output:
+            _write_lines(flags.output, [{'step': step} | scores])
+    return 0
+
+
+def sample(flags, config: configs.RunConfig) -> int:
+    """Continues the prompts with the weights of the newest checkpoint; text goes to stdout."""
+    with started(flags, config) as run, contextlib.ExitStack() as stack:
+        console = Console(enabled=run.primary)
+        stack.callback(console.close)
+        tokenizer = tokenizers.load(run.workdir / 'tokenizer')
+        checkpointer = run.checkpointer(read_only=True)
+        stack.callback(checkpointer.close)
+        params, step = run.restore_params(checkpointer)
+        prompts = flags.prompt or list(config.sampling.prompts) or ['']
+        sampler = run.sampler(params, slots=len(prompts))
+        requests = _requests(config, tokenizer, prompts, flags)
+        log.info('sampling from step %d', step)
+        _write_samples(run, sampler, tokenizer, prompts, requests, flags.output)
+    return 0
+
+
+MODES = {'train': train, 'eval': evaluate, 'sample': sample}
+
+
+def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
+    """The run's checkpoints, when there is room for them; else nothing of the run is left."""
+    directory = Path(run.config.checkpoint.directory or run.workdir / 'checkpoints')
+    known = (directory, *directory.parents, run.workdir, *run.workdir.parents)
+    created = [d for d in dict.fromkeys(known) if not d.exists()]
+    checkpointer = None
+    try:
+        checkpointer = run.checkpointer(read_only=False)
+        checkpointer.check_room(max(map(plan.bytes_total, wanted)))
+    except RunError:
+        if checkpointer:
+            checkpointer.close()
+        for directory in created:
+            with contextlib.suppress(OSError):  # another process has removed it, or it is not empty
+                directory.rmdir()
+        raise
+    stack.callback(checkpointer.close)
+    return checkpointer
+
+
+def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
+    """The work directory's files: config, tokenizer, log, metrics."""
+    if run.primary:
+        configs.write(run.config, run.workdir / 'config.json')
+        if is_new:  # a checkpoint belongs to the tokenizer it was trained with
+            with _explained(run.workdir / 'tokenizer') as path:
+                run.tokenizer.save(path)
+    console.log_to(run.workdir / 'log.txt')
+    jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
+    recorder = Recorder(jsonl, console, enabled=run.primary)
+    stack.callback(recorder.close)
+    stack.push(_log_refusal)
+    return recorder
+
+
+def _log_refusal(kind, error, traceback) -> bool:
+    """The reason of a stop goes to the log; main shows it on the screen."""
+    if isinstance(error, RunError):
+        log.error('%s', error, extra={'shown': True})
+    return False
+
+
+def _report(run: Run) -> None:
+    """The page about a run, which must not fail after all the work."""
+    if not run.primary:
+        return
+    try:
+        log.info('report: %s', write_report(run.workdir))
+    except OSError as error:
+        log.warning('the report could not be written: %s', error)
+
+
+def _prefetch(phase: Phase, stack) -> sharding.Prefetch:
+    source = sharding.Prefetch(phase.batches(), phase.mesh, phase.config.data.batch_size)
+    stack.callback(source.close)
+    return source
+
+
+def _peak_flops(config) -> float | None:
+    """Of all devices together; None where it is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind, compute_dtype(config.model).name)
+    return peak and peak * jax.device_count()
+
+
+def _record_data(recorder: Recorder, phase: Phase) -> None:
+    """What the phase reads, for the report."""
+    statistics = phase.dataset.statistics
+    recorder.write(phase.first, 'event', {f'data/{name}': v for name, v in statistics.items()})
+
+
+def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainState, int]:
+    """The state of a step and the end of its metrics; refuses data that is not the run's."""
+    with clock.aside('checkpoint_restore'):
+        extra = checkpointer.read_extra(step)
+        if extra['phase'] != phase.name:
+            raise ConfigError(
+                f'checkpoint {step} is of phase {extra["phase"]}, which in this config is at an end '
+                'by then: the steps of phases that are over cannot change'
+            )
+        tree, extra = checkpointer.restore(step, wanted.to_tree())
+    source.set_state(extra['source'])
+    clock.set_state(extra['clock'])
+    return wanted.with_tree(tree), extra['metrics_position']
+
+
+def _how_to_go_on(config) -> str:
+    name, steps, group = 'steps', config.steps, 'steps'
+    if config.phases:
+        name, steps = f'phases[{len(config.phases) - 1}].steps', config.phases[-1].steps
+        group = 'phases'
+    return (
+        f'to train on give --config.{name}={2 * steps} --allow_change={group}, '
+        'for a new run another --workdir'
+    )
+
+
+def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:
+    sampling = config.sampling
+    temperature, max_tokens = sampling.temperature, sampling.max_tokens
+    chat = Chat(tokenizer)
+    if flags is not None:
+        temperature = temperature if flags.temperature is None else flags.temperature
+        max_tokens = flags.max_tokens or max_tokens
+    return [
+        Request(
+            id=str(index),
+            tokens=_prompt_ids(config, chat, prompt),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=flags.seed if flags is not None else config.seed,
+            sample_index=index,
+            stop_ids=chat.stop_ids,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _prompt_ids(config, chat: Chat, prompt: str) -> list[int]:
+    if config.sampling.chat:
+        return chat.prompt([{'role': 'user', 'content': prompt}])
+    tokenizer = chat.tokenizer
+    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return tokenizer.encode(prompt) or [begin]
+
+
+def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
+    """The samples at the end of a training run: prompts, and requests to continue them."""
+    sampling = config.sampling
+    known = list(sampling.prompts) or ['']
+    prompts = [known[index % len(known)] for index in range(sampling.num_samples)]
+    return prompts, _requests(config, tokenizer, prompts)
+
+
+def _write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:
+    events = complete(sampler, requests)
+    if not run.primary:
+        return
+    records = []
+    for prompt, request in zip(prompts, requests, strict=True):
+        ids = [token for event in events[request.id] for token in event.tokens]
+        reason = events[request.id][-1].finish_reason
+        text = tokenizer.decode(ids[:-1] if reason == 'stop' else ids)
+        print(prompt + '\n' * run.config.sampling.chat + text, flush=True)
+        if len(prompts) > 1:
+            print('-' * 80, file=sys.stderr, flush=True)
+        records.append({'prompt': prompt, 'completion': text, 'finish_reason': reason})
+    if path:
+        _write_lines(path, records)
+
+
+def _write_lines(path: Path, records: list[dict]) -> None:
+    """JSON lines; a reason to stop when they cannot be written."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+
+
+@contextlib.contextmanager
+def _explained(path: Path):
+    try:
+        yield path
+    except OSError as error:
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+        raise kind(f'{path}: cannot be written: {error.strerror}') from None

@@ -49,10 +49,10 @@ def get_config(arg: str = '') -> ConfigDict:
         # Activations of a layer are recomputed: what is kept is 8 KiB a token and layer.
         remat='full',
     )
+    config.tokenizer = dict(name='bpe', vocab_size=config.model.vocab_size)
     config.data = dict(
-        # Give yours: --config.data.source.files=['/data/text/**/*.txt']
-        source=dict(name='python_stdlib') if smoke else dict(name='text', files=['text/**/*.txt']),
-        tokenizer=dict(name='bpe', vocab_size=config.model.vocab_size),
+        # Give yours: --config.data.path='/data/text/**/*.jsonl.zst'
+        **(dict(name='python_stdlib') if smoke else dict(name='files', path='text/**/*.txt')),
         sequence_length=128 if smoke else 4096,
         batch_size=8 if smoke else 1024,
     )

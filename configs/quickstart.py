@@ -34,10 +34,10 @@ def get_config(arg: str = '') -> ConfigDict:
         zero_init_outputs=True,
         scan=False,  # three layers compile quickly, and unrolled steps are faster
     )
+    config.tokenizer = dict(name='bpe', vocab_size=2048)
     # Many small steps: at this budget they teach more than few large ones.
     config.data = dict(
-        source=dict(name='python_stdlib'),
-        tokenizer=dict(name='bpe', vocab_size=2048),
+        name='python_stdlib',
         sequence_length=128,
         batch_size=16,
     )

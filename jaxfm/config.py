@@ -230,7 +230,7 @@ def _evaluators_name_phases(evals, phases) -> list[str]:
                 f'it is one of {", ".join(names)}'
             )
         elif config.phase and config.phase not in names:
-            hint = validation.nearest(config.phase, names) or '; this run has one phase, without name'
+            hint = validation.nearest(config.phase, names) or '; this run does not list phases'
             sentences.append(f'evals.{name}.phase: there is no phase {config.phase}{hint}')
     return sentences
 

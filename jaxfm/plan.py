@@ -76,30 +76,22 @@ def human_bytes(count: float) -> str:
     return f'{count:.4g} TiB'
 
 
-def tables(config, parts, mesh, state, statistics: dict) -> dict[str, list[tuple]]:
+def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     """What a run is, as {title: [(name, value), ...]}.
 
     Args:
-      config: a RunConfig. parts: of its model. state: the TrainState, or its shapes and shardings.
-      statistics: of the corpus.
+      config: a RunConfig. phases: its Phases, with their data open. state: the TrainState of the
+      first, or its shapes and shardings.
     """
-    total = num_parameters(parts.shapes)
-    trained = num_parameters({path: parts.shapes[path] for path in parts.trainable})
-    model, data, optimizer = config.model, config.data, config.optimizer
-    tokens = data.batch_size * data.sequence_length
-    flops = model_flops_per_token(model, data.sequence_length)
+    model = config.model
     split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
-    dtype = compute_dtype(model).name
-    return {
-        'run': [
-            ('steps', f'{config.steps:,} of {tokens:,} tokens, {config.steps * tokens:,} in all'),
-            ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
-        ],
+    sections = {
+        'run': [('steps', f'{config.total_steps:,}'), *_origin(config)],
         'model': [
             ('name', f'{model.name}, {model.num_layers} layers'),
-            ('parameters', f'{total:,}' + (f' ({trained:,} trained)' if trained < total else '')),
-            ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
-            ('precision', f'stored {model.param_dtype}, computed {dtype}, logits float32'),
+            ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
+            ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
+             'logits float32'),
         ],
         'ops': [(op, choose(op, None)) for op in IMPLEMENTATIONS],
         'devices': [
@@ -108,16 +100,41 @@ def tables(config, parts, mesh, state, statistics: dict) -> dict[str, list[tuple
             ('mesh', ', '.join(split) or 'one device'),
             ('train state', f'{human_bytes(bytes_per_device(state))} a device'),
         ],
-        'data': [
-            (name.replace('_', ' '), f'{value:,}' if isinstance(value, int) else value)
-            for name, value in statistics.items()
-        ],
     }
+    for phase in phases:
+        title = f'phase {phase.name}' if phase.name else 'training'
+        sections[title] = _phase_rows(phase, model)
+        sections[f'data of {title}' if phase.name else 'data'] = [
+            (name.replace('_', ' '), f'{value:,}' if isinstance(value, int) else value)
+            for name, value in phase.dataset.statistics.items()
+        ]
+    return sections
 
 
-def parameter_rows(parts, mesh, rules: dict[str, str]):
-    """(name, shape, dtype, sharding, rule of the optimizer) of every parameter."""
+def _origin(config) -> list[tuple]:
+    return [('weights from', config.init_from)] if config.init_from else []
+
+
+def _phase_rows(phase, model) -> list[tuple]:
+    optimizer, data = phase.config.optimizer, phase.config.data
+    total = num_parameters(phase.parts.shapes)
+    trained = num_parameters({path: phase.parts.shapes[path] for path in phase.parts.trainable})
+    flops = model_flops_per_token(model, data.sequence_length)
+    tokens, steps = phase.tokens_per_step, phase.config.steps
+    return [
+        ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
+        ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
+        *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
+        ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+    ]
+
+
+def parameter_rows(phases, mesh):
+    """(name, shape, dtype, sharding, rule of the optimizer in each phase) of every parameter."""
+    parts = phases[0].parts
     for path, leaf in parts.shapes.items():
         spec = sharding.stored_spec(parts.axes[path])
         split = [axis if axis and mesh.shape[axis] > 1 else '-' for axis in spec]
-        yield path, leaf.shape, leaf.dtype.name, ', '.join(split), rules.get(path, 'frozen')
+        rules = [phase.optimizer.rules.get(path, 'frozen') for phase in phases]
+        rule = '; then '.join(dict.fromkeys(rules)) if len(set(rules)) > 1 else rules[0]
+        yield path, leaf.shape, leaf.dtype.name, ', '.join(split), rule

@@ -13,22 +13,21 @@ class Context:
 
     name: str  # of the evaluator: its metrics are eval/<name>/...
     merge: Callable[[dict], Any]  # {path: array} -> model
-    corpus: Any  # held-out tokens and documents, tokenizer
+    dataset: Any  # of the evaluator's phase: held-out tokens and documents, tokenizer, chat
     sampler: Any
     mesh: Any
-    sequence_length: int
     seed: int
     samples_directory: Path | None  # None where this process writes nothing
 
 
 class Cadence:
-    """When an evaluator runs: every so many steps, at the start if asked, always at the end."""
+    """When an evaluator runs: every so many steps, at the start if asked, always when a phase ends."""
 
     def __init__(self, config):
         self._every, self._at_start = config.every, config.at_start
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether to run on the weights of `step` in a run of `last` steps."""
+        """Whether to run on the weights of `step` in a phase that ends at `last`."""
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0

@@ -13,9 +13,10 @@ log = logging.getLogger('jaxfm')
 
 
 class Generate(Cadence):
-    """pass@1 from one sample a prompt, with its 95 % interval.
+    """pass@1 from one sample a prompt, with its 95 % interval; also by group, where prompts have one.
 
-    Prompts are continued as they stand, without a BOS: they come from the middle of documents.
+    Chats are put into the chat template. Other prompts are continued as they stand, without a BOS:
+    they come from the middle of documents.
 
     Raises:
       DataError: a prompt that the sampler cannot hold, before anything runs.
@@ -24,8 +25,9 @@ class Generate(Cadence):
     def __init__(self, config: GenerateConfig, context: Context):
         super().__init__(config)
         self._config, self._sampler, self._seed = config, context.sampler, context.seed
-        self._tokenizer = context.corpus.tokenizer
-        self._task = TASKS[config.task.name].load()(config.task, context.corpus.heldout_documents)
+        self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
+        documents = context.dataset.heldout_documents
+        self._task = TASKS[config.task.name].load()(config.task, documents)
         self._name, self._directory = context.name, context.samples_directory
         self._prompts = {prompt.id: prompt for prompt in self._task.prompts()}
         if not self._prompts:
@@ -35,7 +37,7 @@ class Generate(Cadence):
             self._sampler.check(request)
 
     def run(self, params, step: int) -> dict[str, float]:
-        """{'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'}."""
+        """{'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'}, and 'pass@1/<group>'."""
         prompts = self._prompts
         self._sampler.params = params
         events = complete(
@@ -52,7 +54,7 @@ class Generate(Cadence):
                 {
                     'step': step,
                     'id': prompt.id,
-                    'prompt': prompt.text,
+                    'prompt': prompt.text or list(prompt.messages),
                     'completion': text,
                     'score': scores[prompt.id],
                     'finish_reason': events[prompt.id][-1].finish_reason or 'judged',
@@ -66,21 +68,34 @@ class Generate(Cadence):
             'pass@1_low': low,
             'pass@1_high': high,
             'prompts': float(len(scores)),
+            **self._by_group(scores),
         }
+
+    def _by_group(self, scores: dict[str, float]) -> dict[str, float]:
+        groups = {}
+        for prompt in self._prompts.values():
+            if prompt.group:
+                groups.setdefault(prompt.group, []).append(scores[prompt.id])
+        return {f'pass@1/{name}': sum(passed) / len(passed) for name, passed in groups.items()}
 
     def _request(self, prompt) -> Request:
         return Request(
             id=prompt.id,
-            tokens=self._tokenizer.encode(prompt.text),
+            tokens=self._prompt_ids(prompt),
             max_tokens=self._config.max_tokens,
             temperature=self._config.temperature,
             seed=self._seed,
-            stop_ids=frozenset([self._tokenizer.eos_id]),
+            stop_ids=self._chat.stop_ids,
         )
+
+    def _prompt_ids(self, prompt) -> list[int]:
+        if prompt.messages:
+            return self._chat.prompt(prompt.messages, prompt.tools)
+        return self._tokenizer.encode(prompt.text)
 
     def _text(self, events) -> str:
         ids = [token for event in events for token in event.tokens]
-        if ids and ids[-1] == self._tokenizer.eos_id:
+        if ids and ids[-1] in self._chat.stop_ids:
             ids.pop()
         return self._tokenizer.decode(ids)
 

@@ -16,12 +16,16 @@ from jaxfm.ops.logprobs import token_logprobs
 
 
 class HeldOutLoss(Cadence):
-    """Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text."""
+    """Of the phase's held-out documents, each source of a mixture on its own and all together.
+
+    Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text. Chats
+    have none, because only what the assistant says counts.
+    """
 
     def __init__(self, config: LossConfig, context: Context):
         super().__init__(config)
-        self._config, self._corpus, self._mesh = config, context.corpus, context.mesh
-        self._length = config.sequence_length or context.sequence_length
+        self._config, self._dataset, self._mesh = config, context.dataset, context.mesh
+        self._length = config.sequence_length or context.dataset.sequence_length
         self._rows = sharding.whole_rows(config.batch_size, context.mesh)
 
         @jax.jit
@@ -37,10 +41,24 @@ class HeldOutLoss(Cadence):
     def run(self, params, step: int) -> dict[str, float]:
         """{'loss': nats per token, and bits_per_byte, xz_bits_per_byte if all text is read}."""
         del step
+        heldout = self._dataset.heldout
+        totals = {name: self._totals(params, cache) for name, cache in heldout.items()}
+        nats, tokens = sum(totals.values())
+        values = {'loss': float(nats / tokens)}
+        if len(totals) > 1:
+            values |= {f'loss/{name}': float(n / t) for name, (n, t) in totals.items()}
+        is_text = not any(cache.is_chat for cache in heldout.values())
+        if is_text and not self._config.max_batches:
+            num_bytes = sum(cache.num_bytes for cache in heldout.values())
+            values['bits_per_byte'] = float(nats / math.log(2) / num_bytes)
+        if is_text and self._config.xz_baseline:
+            values['xz_bits_per_byte'] = self._xz_bits_per_byte
+        return values
+
+    def _totals(self, params, cache) -> np.ndarray:
+        """[nats, targets] of the held-out documents of one source."""
         totals = np.zeros(2)
-        batches = evaluation_batches(
-            self._corpus.heldout, self._length, self._rows, self._config.stride or None
-        )
+        batches = evaluation_batches(cache, self._length, self._rows, self._config.stride or None)
         pending = None
         for index, batch in enumerate(batches):
             if index == (self._config.max_batches or math.inf):
@@ -48,14 +66,8 @@ class HeldOutLoss(Cadence):
             new = self._sums(params, sharding.distribute(batch, self._mesh))
             totals += 0 if pending is None else jax.device_get(pending)  # one behind: two in flight
             pending = new
-        nats, tokens = totals + jax.device_get(pending)
-        values = {'loss': float(nats / tokens)}
-        if not self._config.max_batches:
-            values['bits_per_byte'] = float(nats / math.log(2) / self._corpus.heldout.num_bytes)
-        if self._config.xz_baseline:
-            values['xz_bits_per_byte'] = self._xz_bits_per_byte
-        return values
+        return totals if pending is None else totals + jax.device_get(pending)
 
     @functools.cached_property
     def _xz_bits_per_byte(self) -> float:
-        return xz_bits_per_byte(text for _, text in self._corpus.heldout_documents)
+        return xz_bits_per_byte(document.text for document in self._dataset.heldout_documents)

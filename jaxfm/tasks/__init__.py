@@ -21,7 +21,16 @@ class PythonFunctionsConfig(Group):
     context_lines: int = Field(default=0, ge=0)
 
 
+class ExactAnswerConfig(Group):
+    """Answer the questions of held-out chats, word for word."""
+
+    name: Literal['exact_answer'] = 'exact_answer'
+    # Chats, as many of every group as there are, chosen by a hash.
+    num_prompts: int = Field(default=256, ge=1)
+
+
 TASKS = {
+    'exact_answer': Entry('jaxfm.tasks.exact_answer:ExactAnswer', ExactAnswerConfig),
     'python_functions': Entry(
         'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
     ),

@@ -6,10 +6,16 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question. The id is stable: records of different runs are joined by it."""
+    """One question: a text to continue, or a chat whose next turn is the assistant's.
+
+    The id is stable: records of different runs are joined by it.
+    """
 
     id: str
-    text: str
+    text: str  # of a chat: what a person reads of it
+    messages: tuple[dict, ...] = ()  # of a chat
+    tools: tuple[dict, ...] = ()  # that the assistant may call
+    group: str = ''  # a label; scores are also given by group
 
 
 class Task(Protocol):

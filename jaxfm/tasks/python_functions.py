@@ -43,7 +43,7 @@ LINE_START = re.compile(r'([ \t\f]*)([^\s#])?')
 class FunctionPrompt(Prompt):
     """Text that ends with a function header; `header` is that end, with its indentation."""
 
-    header: str
+    header: str = dataclasses.field(kw_only=True)
 
     @property
     def indentation(self) -> int:
@@ -52,13 +52,13 @@ class FunctionPrompt(Prompt):
 
 
 class PythonFunctions:
-    """The task over (name, text) documents; DataError when they hold no function."""
+    """The task over texts (`.name .text`); DataError when they hold no function."""
 
-    def __init__(self, config: PythonFunctionsConfig, documents: Iterable[tuple[str, str]]):
+    def __init__(self, config: PythonFunctionsConfig, documents: Iterable):
         found = [
             prompt
-            for name, text in documents
-            for prompt in _function_prompts(name, text, config.context_lines)
+            for document in documents
+            for prompt in _function_prompts(document.name, document.text, config.context_lines)
         ]
         if not found:
             raise DataError('task python_functions: the held-out documents hold no Python function')

@@ -4,7 +4,9 @@ import textwrap
 
 import pytest
 
-from jaxfm.data import PythonStdlibConfig, sources
+from jaxfm.data import PythonStdlibConfig
+from jaxfm.data.documents import Document
+from jaxfm.data.sources.python_stdlib import PythonStdlib
 from jaxfm.errors import DataError
 from jaxfm.tasks import TASKS, PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt
@@ -31,14 +33,15 @@ class Thing:
             return y
         return inner
 '''
+THING = Document('thing.py', SOURCE)
 
 
-def task(documents=(('thing.py', SOURCE),), **options):
+def task(documents=(THING,), **options):
     return PythonFunctions(PythonFunctionsConfig(**options), documents)
 
 
 def prompt(header='def f(x):'):
-    return FunctionPrompt('id', header, header)
+    return FunctionPrompt('id', header, header=header)
 
 
 def score(completion, header='def f(x):'):
@@ -47,8 +50,9 @@ def score(completion, header='def f(x):'):
 
 @pytest.fixture(scope='module')
 def heldout():
-    survey = sources.PythonStdlib(PythonStdlibConfig()).survey()
-    return [(document.name, document.read()) for document in survey.heldout]
+    source = PythonStdlib(PythonStdlibConfig())
+    read = [pair for shard in source.shards() for pair in source.read(shard)]
+    return [document for is_heldout, document in read if is_heldout]
 
 
 def test_the_registry_has_the_task():
@@ -87,7 +91,7 @@ def test_prompts_are_chosen_by_a_hash_and_not_by_the_order_of_documents(heldout)
 
 def test_real_functions_are_judged_as_ast_judges_them(heldout):
     """The real rest of the file as the completion: it is cut where the function ends."""
-    texts = dict(heldout)
+    texts = {document.name: document.text for document in heldout}
     every = task(heldout, num_prompts=10_000, context_lines=1).prompts()
     accepted = 0
     for one in every[:100]:
@@ -193,4 +197,4 @@ def test_stop_waits_for_code_at_the_column_of_def(completion, stops):
 
 def test_documents_without_functions_are_bad_data():
     with pytest.raises(DataError, match='no Python function'):
-        task([('prose.txt', 'It was a dark night.'), ('lines.py', 'x = 1\n')])
+        task([Document('prose.txt', 'It was a dark night.'), Document('lines.py', 'x = 1\n')])

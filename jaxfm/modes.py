@@ -223,8 +223,8 @@ def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainSta
         extra = checkpointer.read_extra(step)
         if extra['phase'] != phase.name:
             raise ConfigError(
-                f'checkpoint {step} is of phase {extra["phase"]}, which in this config is at an end '
-                'by then: the steps of phases that are over cannot change'
+                f'checkpoint {step} is of phase {extra["phase"]}, which in this config is over by '
+                'then: the steps of phases that have ended cannot change'
             )
         tree, extra = checkpointer.restore(step, wanted.to_tree())
     source.set_state(extra['source'])

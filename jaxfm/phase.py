@@ -1,8 +1,8 @@
 """A phase of a run: its data, objective and optimizer, what of the model it trains, and its steps.
 
 A phase begins with the weights of the one before; everything else is new, unless it keeps the
-optimizer. So two phases are two runs chained by `init_from`, bit for bit: phase i of a run is what a
-run with the seed + i would be.
+optimizer. So two phases are two runs chained by `init_from`, bit for bit: phase i of a run is what
+a run with the seed + i would be.
 """
 
 import dataclasses
@@ -98,5 +98,5 @@ def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
-    """The phase whose state a checkpoint at `step` holds; at a boundary the one that ended there."""
+    """The phase whose state a checkpoint at `step` holds: at a boundary the one that ends there."""
     return next((phase for phase in phases if step <= phase.last), phases[-1])

@@ -2,8 +2,8 @@
 
 The order of a step is a decision. Evaluators see the weights of a step before anything moves; a
 checkpoint is saved before the source gives its next batch. So a run that resumes at step k sees
-exactly what an uninterrupted run saw there, and it does not evaluate step k again. A phase ends as a
-run does: evaluated and saved; so the next one begins from what is on storage.
+exactly what an uninterrupted run saw there, and it does not evaluate step k again. A phase ends as
+a run does, evaluated and saved; so the next one begins from what is on storage.
 """
 
 import contextlib

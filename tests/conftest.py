@@ -83,9 +83,11 @@ def get_config():
         num_layers=2,
         block=dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64),
     )
+    config.tokenizer = dict(name='bytes')
     config.data = dict(
-        source=dict(name='text', files=[TEXT], heldout_fraction=0.1),
-        tokenizer=dict(name='bytes'),
+        name='files',
+        path=TEXT,
+        heldout_fraction=0.1,
         sequence_length=32,
         batch_size=8,
     )

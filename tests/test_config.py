@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pydantic
 import pytest
@@ -60,11 +60,13 @@ class StandInConfig(Group):
     limit: ScheduleConfig | None = None
     shape: tuple[int, ...] = (1, 2)
 
-    cross_checks: ClassVar = (_steps_are_even, _width_fits)
+    @classmethod
+    def cross_problems(cls, parts):
+        return validation.cross_problems((_steps_are_even, _width_fits), parts)
 
     @pydantic.model_validator(mode='after')
     def _check(self):
-        sentences = validation.cross_problems(self.cross_checks, dict(self))
+        sentences = self.cross_problems(dict(self))
         if sentences:
             raise ValueError('\n'.join(sentences))
         return self
@@ -363,7 +365,7 @@ def run_keys(**changes):
     keys = {
         'steps': 100,
         'model': model,
-        'data': {'sequence_length': 64, 'batch_size': 8},
+        'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 8},
         'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
     }
     return keys | changes
@@ -378,8 +380,8 @@ def load_run(config_file):
     'overrides, expected',
     [
         (
-            ['data.tokenizer.vocab_size=4096'],
-            'data.tokenizer.vocab_size 4096 is more than model.vocab_size 2048: 2048 tokens',
+            ['tokenizer.vocab_size=4096'],
+            'tokenizer.vocab_size 4096 is more than model.vocab_size 2048: 2048 tokens',
         ),
         (
             ['optimizer.accumulate=3'],
@@ -392,7 +394,7 @@ def load_run(config_file):
         (['mesh.tensor=3'], 'num_heads 4 cannot be split over mesh.tensor 3: 4 = 1 x 3 + 1'),
         (['optimizer.warmup_steps=101'], 'optimizer.warmup_steps 101 is more than steps 100'),
         (
-            ["evals.code={'name': 'generate', 'task': {}, 'max_tokens': 512}"],
+            ["evals.code={'name': 'generate', 'task': {'name': 'python_functions'}, 'max_tokens': 512}"],
             'evals.code.max_tokens 512 leaves no room for a prompt in sampling.max_length 512',
         ),
         (['mesh.context=2'], 'config.mesh.context: must be 1: nothing is split along this axis'),
@@ -434,7 +436,7 @@ def test_the_written_config_shows_all_values_and_reads_back_equal(load_run, tmp_
     assert config.read(tmp_path / 'config.json') == run
     values = json.loads((tmp_path / 'config.json').read_text())
     assert values['optimizer']['b2'] == 0.95
-    assert values['data']['source']['name'] == 'python_stdlib'
+    assert values['data']['name'] == 'python_stdlib'
     assert [path.name for path in tmp_path.glob('config.json*')] == ['config.json']
 
 

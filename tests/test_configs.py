@@ -32,7 +32,7 @@ def test_every_config_builds(path, arg):
 def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
     smoke = config.load(f'{path}:smoke')
     assert smoke.steps <= 30
-    assert smoke.data.source.name == 'python_stdlib'
+    assert smoke.data.name == 'python_stdlib'
     assert smoke.steps // smoke.checkpoint.every >= 3
 
 

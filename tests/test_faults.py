@@ -246,7 +246,7 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(start, tmp_path
 
 def test_a_mistake_that_one_process_sees_ends_all_at_once(start, tmp_path):
     (tmp_path / 'empty.txt').write_text('')
-    source = f'--config.data.source.files=["{tmp_path}/empty.txt"]'
+    source = f'--config.data.path={tmp_path}/empty.txt'
     started = time.monotonic()
     ranks = start_ranks(start, tmp_path / 'run', source)
     finish(ranks[0], 65)  # it reads the data; the other one waits for it

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Anyone may import these, and they import nothing of ours but each other.
 FOUNDATIONS = {'errors', 'schema'}
 
-# main -> run -> {train, plan, preflight, serving} -> {evals, rollout}
+# main -> modes -> run -> phase -> {train, plan, preflight, serving} -> {evals, rollout}
 #      -> {sampling, tasks, objectives, data} -> models -> {ops, sharding} -> pallas_kernels
 LAYERS = [
     {'train', 'plan', 'preflight', 'serving'},
@@ -40,8 +40,10 @@ def _below(layer):
 
 # room -> what it may import, beside itself and the foundations.
 ARROWS = {
-    'main': {'run', 'data'} | CONFIG,
-    'run': set().union(*LAYERS, SIDE),
+    'main': {'modes', 'data'} | CONFIG,
+    'modes': {'run', 'phase'}.union(*LAYERS, SIDE),
+    'run': {'phase'}.union(*LAYERS, SIDE),
+    'phase': _below(1) | {'config', 'plan', 'state'},
     'train': {'state', 'checkpoint', 'metrics', 'sharding', 'distributed'},
     'plan': _below(0) | {'config', 'state', 'optimizer'},
     'preflight': _below(0) | {'config', 'distributed'},
@@ -307,7 +309,7 @@ def test_a_heavy_import_in_the_init_of_a_room_is_found(source):
 @pytest.mark.parametrize(
     'name, source',
     [
-        ('jaxfm.main', 'from jaxfm import config, run'),
+        ('jaxfm.main', 'from jaxfm import config, modes'),
         ('jaxfm.run', 'import jax\nfrom jaxfm import config, train\nfrom jaxfm.evals import loss'),
         ('jaxfm.train', 'from jaxfm import checkpoint\nfrom jaxfm.errors import Preempted'),
         ('jaxfm.sampling.sampler', 'from jaxfm.data.tokenizer import Tokenizer'),

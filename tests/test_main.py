@@ -32,7 +32,7 @@ FIRST_STAGE = {
     'heads that no mesh splits': (['--config.mesh.tensor=4'], 78, ['num_kv_heads 2', '2 = 0 x 4']),
     'an axis that splits nothing yet': (['--config.mesh.expert=2'], 78, ['mesh.expert']),
     'a tokenizer larger than the model': (
-        ['--config.data.tokenizer.name=bpe', '--config.data.tokenizer.vocab_size=400'],
+        ['--config.tokenizer.name=bpe', '--config.tokenizer.vocab_size=400'],
         78,
         ['400', '300', '100 tokens would have no embedding'],
     ),
@@ -154,7 +154,7 @@ def cli(tiny, monkeypatch, capsys):
 
 
 def _source(path):
-    return f'--config.data.source.files={[str(path)]!r}'
+    return f'--config.data.path={path}'
 
 
 @pytest.mark.parametrize(

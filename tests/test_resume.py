@@ -9,7 +9,7 @@ def run(**changes):
     keys = {
         'steps': 100,
         'model': model | changes.pop('model', {}),
-        'data': {'sequence_length': 64, 'batch_size': 8},
+        'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 8},
         'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
     }
     return config.RunConfig(**(keys | changes))
@@ -54,7 +54,7 @@ def test_where_a_run_works_and_what_is_watched_may_change(changes):
     [
         ('steps', {'steps': 200}),
         ('seed', {'seed': 1}),
-        ('data', {'data': {'sequence_length': 64, 'batch_size': 16}}),
+        ('data', {'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 16}}),
         ('optimizer', {'optimizer': MUON}),
         ('objective', {'objective': {'z_loss': 1e-4}}),
         ('checkpoint', {'checkpoint': {'directory': 'elsewhere'}}),

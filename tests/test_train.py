@@ -199,7 +199,7 @@ class StopAt:
 
 
 def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda step: None, **options):
-    """The loop in `directory` as `jaxfm.run` builds it, resumed if there is a checkpoint.
+    """The loop in `directory` as `jaxfm.modes` builds it, resumed if there is a checkpoint.
 
     -> (final state, events)
     """
@@ -215,7 +215,7 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
 
     loop = Loop(
         **dict(
-            steps=steps,
+            last=steps,
             train_step=step_with_a_note,
             source=Noting(source, events, before),
             evaluators={'probe': Probe(2, events)},
@@ -239,7 +239,7 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
             source.set_state(extra['source'])
             clock.set_state(extra['clock'])
             recorder.jsonl.truncate(extra['metrics_position'])
-        state = train(loop, state, step or 0, resumed=step is not None)
+        state = train(loop, state, step or 0, done=step is not None)
         assert checkpointer.is_settled
         return state, events
     except Preempted as error:

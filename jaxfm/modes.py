@@ -26,6 +26,7 @@ from jaxfm.metrics.writers import JsonlWriter, Recorder
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.phase import Phase
 from jaxfm.run import Run, started
+from jaxfm.run_config import RunConfig
 from jaxfm.sampling.sampler import Request, complete
 from jaxfm.state import TrainState
 from jaxfm.train import Loop
@@ -34,7 +35,7 @@ from jaxfm.train import train as run_loop
 log = logging.getLogger('jaxfm')
 
 
-def train(flags, config: configs.RunConfig) -> int:
+def train(flags, config: RunConfig) -> int:
     """Trains to the end, phase after phase, from the newest checkpoint if there is one."""
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(started(flags, config))
@@ -106,7 +107,7 @@ def train(flags, config: configs.RunConfig) -> int:
     return 0
 
 
-def evaluate(flags, config: configs.RunConfig) -> int:
+def evaluate(flags, config: RunConfig) -> int:
     """Runs every evaluator on the newest checkpoint."""
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
@@ -127,7 +128,7 @@ def evaluate(flags, config: configs.RunConfig) -> int:
     return 0
 
 
-def sample(flags, config: configs.RunConfig) -> int:
+def sample(flags, config: RunConfig) -> int:
     """Continues the prompts with the weights of the newest checkpoint; text goes to stdout."""
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)

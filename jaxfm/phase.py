@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable
 
 from jaxfm import sharding
-from jaxfm.config import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.data.dataset import Dataset
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.plan import model_flops_per_token
+from jaxfm.run_config import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.state import (
     TrainState,
     abstract_state,

@@ -18,6 +18,7 @@ from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS
 from jaxfm.phase import Phase, make_phases, phase_at
+from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import TrainState
 
@@ -28,13 +29,13 @@ log = logging.getLogger('jaxfm')
 class Run:
     """The parts of a run that every mode needs."""
 
-    config: configs.RunConfig
+    config: RunConfig
     workdir: Path
 
     def __post_init__(self):
         config = self.config
         sizes = sharding.mesh_shape(dict(config.mesh), jax.device_count())
-        configs.check_on_mesh(config, sizes)
+        check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         self.primary = distributed.is_primary()
         model_class = MODELS[config.model.name].load()
@@ -119,7 +120,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(flags, config: configs.RunConfig):
+def started(flags, config: RunConfig):
     """JAX set up, the other processes found, the mesh set -> Run."""
     distributed.initialize()
     jax.config.update('jax_compilation_cache_dir', str(_cache_directory() / 'compile'))

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 from pydantic import Field
 
-from jaxfm import config, errors, validation
+from jaxfm import config, errors, run_config, validation
 from jaxfm.schema import Entry, Group, one_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,7 +394,10 @@ def load_run(config_file):
         (['mesh.tensor=3'], 'num_heads 4 cannot be split over mesh.tensor 3: 4 = 1 x 3 + 1'),
         (['optimizer.warmup_steps=101'], 'optimizer.warmup_steps 101 is more than steps 100'),
         (
-            ["evals.code={'name': 'generate', 'task': {'name': 'python_functions'}, 'max_tokens': 512}"],
+            [
+                "evals.code={'name': 'generate', 'task': {'name': 'python_functions'}, "
+                "'max_tokens': 512}"
+            ],
             'evals.code.max_tokens 512 leaves no room for a prompt in sampling.max_length 512',
         ),
         (['mesh.context=2'], 'config.mesh.context: must be 1: nothing is split along this axis'),
@@ -413,9 +416,9 @@ def test_a_run_that_cannot_work_shows_the_arithmetic(load_run, overrides, expect
 
 def test_the_real_mesh_is_checked_as_the_config_is(load_run):
     run = load_run()
-    config.check_on_mesh(run, {'fsdp': 8})
+    run_config.check_on_mesh(run, {'fsdp': 8})
     with pytest.raises(errors.ConfigError, match='8 rows .* = 16: 8 = 0 x 16'):
-        config.check_on_mesh(run, {'fsdp': 16})
+        run_config.check_on_mesh(run, {'fsdp': 16})
 
 
 def test_warm_up_does_not_matter_to_a_run_that_only_evaluates(load_run):

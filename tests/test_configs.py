@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxfm import config, plan, sharding
+from jaxfm import config, plan, run_config, sharding
 from jaxfm.models import MODELS
-from jaxfm.objectives import OBJECTIVES
-from jaxfm.state import abstract_state, make_train_step, split
+from jaxfm.state import split
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').glob('*.py'))
@@ -70,17 +69,8 @@ class Built:
 
     def lower(self, mesh):
         """The train step on a mesh, from abstract state and batch, as StableHLO."""
-        data, group = self.config.data, self.config.optimizer
-        axes = {path: self.parts.axes[path] for path in sorted(self.parts.trainable)}
-        optimizer = config.OPTIMIZERS[group.name].load()(group, self.config.steps, axes)
-        objective = OBJECTIVES[self.config.objective.name].load()(self.config.objective)
-        step = make_train_step(
-            self.parts,
-            objective,
-            optimizer,
-            accumulate=group.accumulate,
-            clip_norm=group.clip_norm,
-        )
+        (phase,) = make_phases(self.config, self.make_model, mesh)
+        data = self.config.data
         rows = jax.NamedSharding(mesh, sharding.activation('batch', 'position'))
         names = dict(tokens=jnp.int32, targets=jnp.int32, positions=jnp.int32)
         names |= dict(segment_ids=jnp.int32, loss_mask=jnp.float32)
@@ -88,8 +78,8 @@ class Built:
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in names.items()
         }
-        state = abstract_state(self.make_model, self.parts, optimizer, self.config.seed)
-        return state, step.lower(state, batch).as_text()
+        state = phase.abstract_state()
+        return state, phase.train_step().lower(state, batch).as_text()
 
 
 @pytest.fixture(scope='module')
@@ -115,7 +105,7 @@ def test_llamas_have_the_published_number_of_parameters(llama_1b, llama_8b):
 def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, request):
     built = request.getfixturevalue(name)
     given = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
-    config.check_on_mesh(built.config, given)
+    run_config.check_on_mesh(built.config, given)
     mesh = sharding.make_mesh(given)
     with jax.set_mesh(mesh):
         state, text = built.lower(mesh)

@@ -30,7 +30,7 @@ LAYERS = [
     {'models'},
     {'ops', 'sharding'},
 ]
-CONFIG = {'config', 'overrides', 'resume', 'validation'}
+CONFIG = {'config', 'run_config', 'overrides', 'resume', 'validation'}
 SIDE = CONFIG | {'state', 'optimizer', 'checkpoint', 'metrics', 'distributed'}
 
 
@@ -43,7 +43,7 @@ ARROWS = {
     'main': {'modes', 'data'} | CONFIG,
     'modes': {'run', 'phase'}.union(*LAYERS, SIDE),
     'run': {'phase'}.union(*LAYERS, SIDE),
-    'phase': _below(1) | {'config', 'plan', 'state'},
+    'phase': _below(1) | {'run_config', 'plan', 'state'},
     'train': {'state', 'checkpoint', 'metrics', 'sharding', 'distributed'},
     'plan': _below(0) | {'config', 'state', 'optimizer'},
     'preflight': _below(0) | {'config', 'distributed'},
@@ -60,11 +60,12 @@ ARROWS = {
     'sharding': set(),
     # The loop's own parts.
     'state': {'optimizer', 'models', 'ops', 'sharding'},
-    'optimizer': {'config', 'models', 'sharding'},
+    'optimizer': {'run_config', 'models', 'sharding'},
     'checkpoint': {'distributed'},
     'metrics': set(),
     'distributed': set(),
-    'config': {'overrides', 'resume', 'validation'},
+    'config': {'run_config', 'overrides', 'validation'},
+    'run_config': {'validation'},
     'overrides': {'validation'},
     'resume': {'validation'},
     'validation': set(),
@@ -142,7 +143,7 @@ def _ours(module, imported, packages):
     is_schema = imported.target in packages
     if module.room == room or room in FOUNDATIONS or (package == 'jaxfm' and not inner):
         return None
-    if module.room == 'config' and (is_schema or imported.is_lazy):
+    if module.room == 'run_config' and (is_schema or imported.is_lazy):
         return None
     if room in ARROWS[module.room] or inner in ARROWS[module.room]:
         if module.is_package and module.room and not (is_schema or imported.is_lazy):

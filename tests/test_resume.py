@@ -1,6 +1,6 @@
 import pytest
 
-from jaxfm import config, errors, resume
+from jaxfm import errors, resume, run_config
 
 
 def run(**changes):
@@ -12,7 +12,7 @@ def run(**changes):
         'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 8},
         'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
     }
-    return config.RunConfig(**(keys | changes))
+    return run_config.RunConfig(**(keys | changes))
 
 
 MUON = {'name': 'muon', 'learning_rate': 1e-3}

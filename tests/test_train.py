@@ -13,7 +13,6 @@ from flax import nnx
 from jaxfm import optimizer, sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.config import AdamWConfig
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Cadence
@@ -24,6 +23,7 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
+from jaxfm.run_config import AdamWConfig
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop, train
 

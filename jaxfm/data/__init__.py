@@ -60,6 +60,9 @@ class FilesConfig(Group):
     max_bad_records: int = Field(default=0, ge=0)
 
 
+ProblemKind = Literal['addition', 'subtraction', 'reverse', 'rotate', 'sort', 'last_letters']
+
+
 class ProblemsConfig(Group):
     """Generated problems with one right answer: arithmetic and string manipulation.
 
@@ -68,9 +71,9 @@ class ProblemsConfig(Group):
 
     name: Literal['problems'] = 'problems'
     form: Literal['text', 'chat'] = 'text'
-    kinds: list[str] = []  # [] is all that there are
+    kinds: list[ProblemKind] = []  # [] is all that there are
     num_problems: int = Field(default=100_000, ge=1)  # to train on
-    num_heldout: int = Field(default=240, ge=1)
+    num_heldout: int = Field(default=240, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=2**32)  # which of all possible problems
 
 

@@ -1,0 +1,209 @@
+import importlib.util
+import itertools
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+
+from jaxfm.data import SOURCES, ProblemsConfig
+from jaxfm.data.sources import problems
+from jaxfm.data.sources.problems import KINDS, Problem, Problems
+
+EXAMPLES = {
+    'addition': (('999999', '7'), '1000006'),
+    'subtraction': (('100000', '9'), '99991'),
+    'reverse': (('abcde',), 'edcba'),
+    'rotate': (('abcde',), 'bcdea'),
+    'sort': (('zebra',), 'aberz'),
+    'last_letters': (('ab cde fghi jk',), 'beik'),
+}
+
+
+def source(**options):
+    return Problems(ProblemsConfig(**options))
+
+
+def read(source, is_heldout=None):
+    pairs = [pair for shard in source.shards() for pair in source.read(shard)]
+    return [document for side, document in pairs if is_heldout in (None, side)]
+
+
+def lines(documents):
+    return [line for document in documents for line in document.text.splitlines()]
+
+
+def drawn(monkeypatch, options):
+    """Every problem of a source, by side."""
+    sides, original = {True: [], False: []}, problems.draw
+
+    def draw(name, rng, is_heldout):
+        problem = original(name, rng, is_heldout)
+        sides[is_heldout].append((problem.kind, problem.operands))
+        return problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(problems, 'draw', draw)
+        read(source(**options))
+    return sides
+
+
+def phases(argument):
+    path = Path(__file__).parents[3] / 'configs' / 'lifecycle.py'
+    spec = importlib.util.spec_from_file_location('lifecycle', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    keys = ProblemsConfig.model_fields.keys()
+    for phase in module.get_config(argument).phases:
+        yield {key: value for key, value in phase['data'].to_dict().items() if key in keys}
+
+
+def test_the_registry_has_the_source():
+    entry = SOURCES['problems']
+    assert entry.load() is Problems and entry.schema is ProblemsConfig
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_answers_are_right(name):
+    operands, answer = EXAMPLES[name]
+    assert KINDS[name].solve(*operands) == answer
+
+
+def test_every_kind_has_a_million_problems_and_draws_from_all_of_them():
+    for name, kind in KINDS.items():
+        assert kind.num_problems >= 1_000_000
+        rng = random.Random(0)
+        draws = [kind.draw(rng) for _ in range(5000)]
+        # The birthday paradox: n draws from N give about n * n / 2N pairs.
+        assert len(draws) - len(set(draws)) <= 3 * 5000**2 / 2 / kind.num_problems + 1, name
+        shown = sum(kind.solve(*each) in kind.question(each) for each in draws)
+        assert shown <= 0.01 * len(draws), name  # these are left out, and are few
+
+
+def test_counts_of_problems_are_those_of_their_operands():
+    assert problems.NUM_NUMBERS == len(range(100_000, 1_000_000)) * len(range(1, 10))
+    rng = random.Random(1)
+    numbers = [KINDS['addition'].draw(rng) for _ in range(20_000)]
+    assert {len(number) for number, _ in numbers} == {6}
+    assert {digit for _, digit in numbers} == {*'123456789'}
+    words = [KINDS['reverse'].draw(rng)[0] for _ in range(20_000)]
+    assert {len(word) for word in words} == {5, 6, 7} and len({*''.join(words)}) == 26
+    four = [KINDS['last_letters'].draw(rng)[0].split() for _ in range(20_000)]
+    assert {tuple(map(len, words)) for words in four} == {*itertools.product((2, 3, 4), repeat=4)}
+
+
+def test_no_question_shows_its_answer():
+    for document in read(source(form='chat', num_problems=3000, num_heldout=1000)):
+        question, answer = (message['content'] for message in document.messages)
+        assert answer.lower() not in question.lower()
+
+
+@pytest.mark.parametrize('operands', [('abcba',), ('aaaaa',)])
+def test_a_problem_that_shows_its_answer_is_drawn_again(monkeypatch, operands):
+    kind = KINDS['reverse']
+    draws = iter([operands, *[kind.draw(random.Random(i)) for i in range(1000)]])
+    monkeypatch.setitem(
+        KINDS, 'reverse', problems.dataclasses.replace(kind, draw=lambda rng: next(draws))
+    )
+    assert problems.draw('reverse', random.Random(0), is_heldout=False).operands != operands
+
+
+def test_chats_are_a_question_and_its_answer_alone():
+    for document in read(source(form='chat', num_problems=100, num_heldout=12)):
+        user, assistant = document.messages
+        assert (user['role'], assistant['role']) == ('user', 'assistant')
+        assert document.group in KINDS and not document.text
+    assert source(form='chat', num_problems=100).shards()
+
+
+def test_the_chat_form_has_no_wording_of_the_text_form():
+    def opening(wording):
+        return wording.format('', '').strip().lower()
+
+    for kind in KINDS.values():
+        assert not {opening(kind.chat)} & {opening(text) for text in kind.texts}
+        assert len({opening(text) for text in kind.texts}) == len(kind.texts)
+
+
+def test_no_two_kinds_are_asked_in_the_same_words():
+    wordings = [text for kind in KINDS.values() for text in (kind.chat, *kind.texts)]
+    assert len(set(wordings)) == len(wordings)
+
+
+def test_text_documents_hold_many_problems_a_line_each():
+    texts = read(source(num_problems=100, num_heldout=40), is_heldout=False)
+    assert [len(text.text.splitlines()) for text in texts] == [32, 32, 32, 4]
+    heldout = read(source(num_problems=100, num_heldout=40), is_heldout=True)
+    assert len(lines(heldout)) == 40
+    assert all(text.text.endswith('\n') and not text.messages for text in texts + heldout)
+
+
+def test_heldout_problems_are_as_many_of_every_kind_and_none_twice():
+    heldout = read(source(form='chat', num_problems=1, num_heldout=241), is_heldout=True)
+    counts = [sum(one.group == kind for one in heldout) for kind in KINDS]
+    assert sum(counts) == 241 and max(counts) - min(counts) <= 1
+    assert len({one.messages[0]['content'] for one in heldout}) == 241
+
+
+def test_train_problems_are_of_every_kind_with_equal_chances():
+    train = read(source(form='chat', num_problems=6000, num_heldout=1), is_heldout=False)
+    counts = [sum(one.group == kind for one in train) for kind in KINDS]
+    assert min(counts) > 880 and max(counts) < 1120
+    assert {d.group for d in read(source(form='chat', kinds=['sort'], num_problems=50))} == {'sort'}
+
+
+def test_the_side_is_of_the_problem_and_not_of_seed_form_or_number(monkeypatch):
+    """Train and held-out problems of all of these together have nothing in common."""
+    train, heldout = set(), set()
+    for form, seed, count in itertools.product(('text', 'chat'), (0, 1), (2000, 3000)):
+        options = dict(form=form, seed=seed, num_problems=count, num_heldout=count // 10)
+        sides = drawn(monkeypatch, options)
+        assert len(sides[False]) == count and len(sides[True]) >= count // 10
+        train.update(sides[False])
+        heldout.update(sides[True])
+    assert len(heldout) > 500 and not train & heldout
+
+
+@pytest.mark.parametrize('argument', ['', 'smoke'])
+def test_the_phases_of_the_lifecycle_never_train_on_a_heldout_problem(monkeypatch, argument):
+    train, heldout = set(), []
+    for options in phases(argument):
+        sides = drawn(monkeypatch, options)
+        train.update(sides[False])
+        heldout.append(sides[True])
+    assert not train & set(itertools.chain(*heldout))
+    counts = [sum(kind == name for kind, _ in heldout[-1]) for name in KINDS]
+    assert len(heldout[-1]) >= 200 and len(counts) >= 4 and max(counts) == min(counts)
+
+
+def test_about_one_problem_in_sixteen_is_held_out():
+    rng = random.Random(0)
+    count = sum(Problem('sort', KINDS['sort'].draw(rng), '').is_heldout for _ in range(16_000))
+    assert 850 < count < 1150
+
+
+def test_shards_are_pickled_and_read_in_any_order_to_the_same_documents(monkeypatch):
+    monkeypatch.setattr(problems, 'PROBLEMS_PER_SHARD', 128)
+    for form, count in (('text', 16), ('chat', 500)):
+        one = source(form=form, num_problems=500, num_heldout=40)
+        shards = one.shards()
+        again = [list(source(form=form, num_problems=500, num_heldout=40).read(
+            pickle.loads(pickle.dumps(shard)))) for shard in reversed(shards)]
+        assert [pair for pairs in reversed(again) for pair in pairs] == [
+            pair for shard in shards for pair in one.read(shard)
+        ]
+        names = [document.name for document in read(one)]
+        assert len(names) == len(set(names)) and len(read(one, is_heldout=False)) == count
+
+
+def test_more_problems_begin_with_the_fewer():
+    few = read(source(form='chat', num_problems=50), is_heldout=False)
+    assert read(source(form='chat', num_problems=80), is_heldout=False)[:50] == few
+
+
+def test_the_fingerprint_is_that_of_the_config_and_the_version(monkeypatch):
+    options = [{}, {'form': 'chat'}, {'seed': 1}, {'num_problems': 9}, {'kinds': ['sort']}]
+    prints = [source(**each).fingerprint() for each in options]
+    assert len(set(prints)) == len(prints) and source().fingerprint() == prints[0]
+    monkeypatch.setattr(problems, 'VERSION', problems.VERSION + 1)
+    assert source().fingerprint() not in prints

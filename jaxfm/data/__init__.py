@@ -200,5 +200,5 @@ class TokenizerFileConfig(TokenizerConfig):
 TOKENIZERS = {
     'bytes': Entry('jaxfm.data.tokenizer:Bytes', BytesConfig),
     'bpe': Entry('jaxfm.data.tokenizer:BPE', BPEConfig),
-    'file': Entry('jaxfm.data.tokenizer:File', TokenizerFileConfig),
+    'file': Entry('jaxfm.data.tokenizer:from_file', TokenizerFileConfig),
 }

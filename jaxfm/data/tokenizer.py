@@ -1,11 +1,23 @@
-"""Tokenizers: text to ids and back, without loss for every str.
+"""Tokenizers: text to ids and back; byte-level ones without loss for every str.
 
-The special tokens <|bos|> and <|eos|> have ids 0 and 1. They are put around documents by the corpus
-and never come out of text: a document that spells '<|eos|>' is encoded as its characters.
-A tokenizer is saved as a tokenizer.json of the `tokenizers` library.
+Special tokens never come out of text: a document that spells '<|eos|>' is encoded as its
+characters. The corpus puts them around documents, and chat templates between turns. Markup that a
+vocabulary has as tokens without calling them special, such as <think>, is of this kind as well,
+only that it is not left out when ids are decoded.
+
+A tokenizer is what it is saved as: a directory with the vocabulary and tokenizer_config.json, as
+Hugging Face lays it out.
 """
 
+import base64
+import binascii
+import difflib
+import functools
 import hashlib
+import itertools
+import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,8 +25,16 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxfm.data import BPEConfig, BytesConfig
-from jaxfm.errors import DataError
+from jaxfm.data import (
+    TOKENIZERS,
+    BPEConfig,
+    BytesConfig,
+    TokenizerConfig,
+    TokenizerFileConfig,
+    chat,
+    tokenizer_files,
+)
+from jaxfm.errors import ConfigError, DataError, MissingInputError
 
 SPECIAL_TOKENS = ('<|bos|>', '<|eos|>')
 
@@ -29,84 +49,471 @@ PATTERNS = {
     'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 
+# An added token that is not called special is control or markup when it looks like this; others
+# (runs of spaces, words) are vocabulary like any.
+_MARKUP = re.compile(r'<[^\s].*>|\[/?[A-Z_]+\]', re.DOTALL)
+# Of these, what a model writes into its text itself: <think>, </tool_call>.
+_TAG = re.compile(r'</?\w+>')
+
+_REMEMBERED_LENGTH, _REMEMBERED_TEXTS = 32, 4096
+
 
 class Tokenizer:
-    """What both kinds share: everything but where the vocabulary comes from."""
+    """What all kinds share; a kind says how plain text becomes ids.
 
-    bos_id = 0
-    eos_id = 1
+    Attributes:
+        bos_id: put in front of documents, None where the vocabulary has none.
+        eos_id: put behind documents, and behind chats whose template writes no mark of its own.
+        special_tokens: {text: id} of all tokens that never come out of text.
+        chat_template: Jinja; '' is none.
+        template_variables: special tokens by the names that templates know them by.
+    """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        # Otherwise the library would turn text that spells a special token into its id.
-        backend.encode_special_tokens = True
-        self.backend = backend
+    # Tokens that take the white space on one side along, as those of Phi-3 do.
+    _strips_left = _strips_right = frozenset()
+    # Special tokens that decoding shows.
+    _visible: frozenset[str] = frozenset()
+    # Some kinds put a space before a text; whether they do so behind a special token, too.
+    _prefix_after_special = False
+    # Whether plain text may come out as a special token, which then has to be prevented.
+    _may_leak = False
+
+    def __init__(self, files: dict[str, bytes]):
+        self._files = files
+        config = tokenizer_files.parse_json(files[tokenizer_files.CONFIG], tokenizer_files.CONFIG)
+        self.chat_template: str = config.get('chat_template', '')
+        self.special_tokens: dict[str, int] = self._open(config)
+        names = {k: v for k, v in config.items() if k.endswith('_token') and isinstance(v, str)}
+        self.template_variables = {'bos_token': '', 'eos_token': ''} | names
+        self.eos_id: int = self._named('eos_token')
+        has_bos = names.get('bos_token') and config.get('add_bos_token', True)
+        self.bos_id: int | None = self._named('bos_token') if has_bos else None
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile(f'({"|".join(map(re.escape, longest_first))})')
+        hidden = self.special_tokens.keys() - self._visible | {names['eos_token']}
+        self._hidden_ids = frozenset(self.special_tokens[token] for token in hidden)
+        self._cache: dict[tuple[str, bool], list[int]] = {}
 
     @property
     def vocab_size(self) -> int:
         """Ids are in [0, vocab_size)."""
-        return self.backend.get_vocab_size()
+        raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the ids."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+        """sha256 of everything that decides the ids, those of chats included."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f'{name} {len(content)}\n'.encode())
+            digest.update(content)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def tags(self) -> frozenset[str]:
+        """Special tokens that a model writes into its own text, such as <think>."""
+        return frozenset(token for token in self._visible if _TAG.fullmatch(token))
 
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens; DataError for a str that has a lone surrogate."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f'text with a lone surrogate at {error.start} has no UTF-8 form'
-            ) from error
-        return self.encode_batch([text])[0].tolist()
+        return self._plain([text], is_start=True)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32, on all cores."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return [np.array(ids, np.int32) for ids in self._plain(texts, is_start=True)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    def encode_parts(self, parts: Iterable[str], filler: str = '') -> list[list[int]]:
+        """Ids of the parts of one text in which special tokens are spelled by their names.
 
-    def save(self, path: Path) -> None:
-        """Writes a tokenizer.json."""
-        Path(path).write_text(self.backend.to_str(pretty=True), encoding='utf-8')
+        What follows a part does not change its ids, so they are also those of a text that ends
+        there. `filler` is a character that keeps spellings text; it leaves no ids itself.
+        """
+        encoded, before = [], None  # before: the special token there, '' is text, None the start
+        for part in parts:
+            ids, pieces = [], self._special.split(part)
+            for text, token in zip(pieces[::2], [*pieces[1::2], '']):
+                text = text.rstrip() if token in self._strips_left else text
+                text = text.lstrip() if before in self._strips_right else text
+                if text:
+                    is_start = before is None or (before and self._prefix_after_special)
+                    ids += self._part(text.replace(filler, '') if filler else text, is_start)
+                    before = ''
+                if token:
+                    ids.append(self.special_tokens[token])
+                    before = token
+            encoded.append(ids)
+        return encoded
+
+    def guard(self, text: str, filler: str, but: frozenset[str] = frozenset()) -> str:
+        """The text with the filler inside every spelling of a special token, of `but` not."""
+
+        def broken(match):
+            token = match.group()
+            return token if token in but else token[0] + filler + token[1:]
+
+        return self._special.sub(broken, text)
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token is spelled somewhere in the text."""
+        return self._special.search(text) is not None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD, ids of no token nothing."""
+        hidden = self._hidden_ids if skip_special_tokens else ()
+        return self._decode([int(i) for i in ids if int(i) not in hidden])
+
+    def save(self, directory: Path) -> None:
+        """Writes the files of a saved tokenizer into a directory, which is made."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+
+    def __reduce__(self):
+        return _opened, (self._files,)
+
+    def _open(self, config: dict) -> dict[str, int]:
+        """Opens the vocabulary; its special tokens."""
+        raise NotImplementedError
+
+    def _ids(self, texts: Sequence[str], is_start: bool) -> list[list[int]]:
+        """Ids of texts; is_start is False where a text goes on after another one."""
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _token_id(self, token: str) -> int | None:
+        """The id of a token that need not be special."""
+        return self.special_tokens.get(token)
+
+    def _plain(self, texts: Sequence[str], is_start: bool) -> list[list[int]]:
+        for text in texts:
+            _check_unicode(text)
+        encoded = self._ids(texts, is_start)
+        if self._may_leak:
+            special = frozenset(self.special_tokens.values())
+            for i, ids in enumerate(encoded):
+                if not special.isdisjoint(ids):
+                    encoded[i] = self._spelled_out(texts[i], is_start)
+        return encoded
+
+    def _spelled_out(self, text: str, is_start: bool) -> list[int]:
+        """Ids of a text whose spellings of special tokens are cut after their first character."""
+        cuts = [0, *(match.start() + 1 for match in self._special.finditer(text)), len(text)]
+        pieces = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+        first = self._ids(pieces[:1], is_start)
+        return list(itertools.chain(*first, *self._ids(pieces[1:], False)))
+
+    def _part(self, text: str, is_start: bool) -> list[int]:
+        """Ids of a piece of a chat; the short ones, mostly of the template, are remembered."""
+        is_start = bool(is_start)
+        if len(text) > _REMEMBERED_LENGTH:
+            return self._plain([text], is_start)[0]
+        if (text, is_start) not in self._cache:
+            if len(self._cache) >= _REMEMBERED_TEXTS:
+                self._cache.clear()
+            self._cache[text, is_start] = self._plain([text], is_start)[0]
+        return self._cache[text, is_start]
+
+    def _named(self, key: str) -> int:
+        """The id of the token that has the role `key`, which is special from now on."""
+        token = self.template_variables[key]
+        names = ', '.join(list(self.special_tokens)[:8]) or 'none'
+        if not token:
+            raise DataError(
+                f'the tokenizer does not say which token ends a text: set tokenizer.{key}; '
+                f'its special tokens: {names}'
+            )
+        if (found := self._token_id(token)) is None:
+            near = difflib.get_close_matches(token, self.special_tokens, 1)
+            hint = f'; do you mean {near[0]}?' if near else f'; its special tokens: {names}'
+            raise DataError(f'tokenizer.{key}: the vocabulary has no {token!r}{hint}')
+        self.special_tokens[token] = found
+        return found
 
 
-class Bytes(Tokenizer):
-    """One token a byte."""
+class HuggingFace(Tokenizer):
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def _open(self, config: dict) -> dict[str, int]:
+        content = self._files['tokenizer.json'].decode('utf-8', 'replace')
+        self._backend = _backend(content)
+        added = self._backend.get_added_tokens_decoder()
+        tokens = {token.content: token for token in added.values() if _is_special(token)}
+        self._visible = frozenset(text for text, token in tokens.items() if not token.special)
+        self._strips_left = frozenset(text for text, token in tokens.items() if token.lstrip)
+        self._strips_right = frozenset(text for text, token in tokens.items() if token.rstrip)
+        # So that the library leaves their spellings alone, as it does those of special tokens.
+        self._backend.add_special_tokens(sorted(self._visible))
+        self._may_leak = not isinstance(self._backend.model, models.BPE)
+        self._size = max([self._backend.get_vocab_size(with_added_tokens=False) - 1, *added]) + 1
+        self._continuing, self._prefix_after_special = _continuing(content, self._backend)
+        return {token.content: i for i, token in sorted(added.items()) if _is_special(token)}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._size
+
+    def _ids(self, texts, is_start):
+        backend = self._backend if is_start else self._continuing
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _decode(self, ids):
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _token_id(self, token):
+        return self._backend.token_to_id(token)
+
+
+class Bytes(HuggingFace):
+    """One token a byte: byte b is id 2 + b, further special tokens follow."""
 
     def __init__(self, config: BytesConfig, texts: Iterable[str]):
-        del config, texts
-        super().__init__(_untrained(pattern=None, vocabulary=_byte_vocabulary()))
+        del texts
+        backend = _untrained(pattern=None, vocabulary=_byte_vocabulary())
+        backend.add_special_tokens(_special_tokens(config))
+        super().__init__(_saved(backend, config))
 
 
-class BPE(Tokenizer):
+class BPE(HuggingFace):
     """Byte-level BPE trained on texts; the same texts give the same merges."""
 
     def __init__(self, config: BPEConfig, texts: Iterable[str]):
+        special = _special_tokens(config)
+        if config.vocab_size < 256 + len(special):
+            raise ConfigError(
+                f'tokenizer.vocab_size {config.vocab_size} is less than 256 bytes '
+                f'+ {len(special)} special tokens = {256 + len(special)}'
+            )
         backend = _untrained(PATTERNS[config.pattern], vocabulary=None)
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        super().__init__(backend)
+        super().__init__(_saved(backend, config))
+
+
+class SentencePiece(Tokenizer):
+    """A tokenizer.model, run by the `sentencepiece` library."""
+
+    _prefix_after_special = True
+    # What is appended to a serialized model is merged into it: normalizer_spec (field 3) with
+    # add_dummy_prefix (3) and remove_extra_whitespaces (4) off, for text that goes on.
+    _GOES_ON = b'\x1a\x04\x18\x00\x20\x00'
+
+    def _open(self, config: dict) -> dict[str, int]:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise _absent('sentencepiece') from error
+        model = self._files['tokenizer.model']
+        try:
+            self._start = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._further = sentencepiece.SentencePieceProcessor(model_proto=model + self._GOES_ON)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f'tokenizer.model is damaged: {error}') from error
+        for key, i in (('bos_token', self._start.bos_id()), ('eos_token', self._start.eos_id())):
+            if i >= 0:
+                config.setdefault(key, self._start.id_to_piece(i))
+        pieces = [(self._start.id_to_piece(i), i) for i in range(self.vocab_size)]
+        written = {piece: i for piece, i in pieces if self._is_user_defined(piece, i)}
+        self._visible, self._may_leak = frozenset(written), bool(written)
+        return {piece: i for piece, i in pieces if self._start.is_control(i)} | written
+
+    @property
+    def vocab_size(self) -> int:
+        return self._start.vocab_size()
+
+    def _is_user_defined(self, piece: str, i: int) -> bool:
+        """Whether the library turns the spelling of a markup into one token."""
+        odd = self._start.is_control(i) or self._start.is_byte(i) or self._start.is_unknown(i)
+        return not odd and bool(_MARKUP.fullmatch(piece)) and self._further.encode(piece) == [i]
+
+    def _ids(self, texts, is_start):
+        return (self._start if is_start else self._further).encode(list(texts))
+
+    def _decode(self, ids):
+        return self._start.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def _token_id(self, token):
+        i = self._start.piece_to_id(token)
+        return None if i == self._start.unk_id() else i
+
+
+class Tiktoken(Tokenizer):
+    """Ranks of tokens, run by the `tiktoken` library."""
+
+    def _open(self, config: dict) -> dict[str, int]:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise _absent('tiktoken') from error
+        ranks = _ranks(self._files['ranks.tiktoken'])
+        special = {str(token): int(i) for token, i in config.get('special_tokens', {}).items()}
+        for key in ('bos_token', 'eos_token'):  # ranks have none: a name is all there is to one
+            if config.get(key) and config[key] not in special:
+                special[config[key]] = 1 + max([*ranks.values(), *special.values()])
+        try:
+            self._encoding = tiktoken.Encoding(
+                'ranks', pat_str=config['pattern'], mergeable_ranks=ranks, special_tokens=special
+            )
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f'tokenizer.pattern or its special tokens: {error}') from error
+        self._known = frozenset(ranks.values()) | frozenset(special.values())
+        return special
+
+    @property
+    def vocab_size(self) -> int:
+        return self._encoding.n_vocab
+
+    def _ids(self, texts, is_start):
+        if len(texts) == 1:
+            return [self._encoding.encode_ordinary(texts[0])]
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def _decode(self, ids):
+        return self._encoding.decode([i for i in ids if i in self._known])
+
+
+def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a config; only `bpe` reads the texts.
+
+    Raises:
+        MissingInputError, DataError, ConfigError: as `load`, and for the chat template.
+    """
+    return TOKENIZERS[config.name].load()(config, texts)
+
+
+def from_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokenizer:
+    """A tokenizer that exists, with what the config says in place of what its files say."""
+    del texts
+    files = tokenizer_files.read(config.path, config.pattern, config.bos_token, config.eos_token)
+    if template := chat.read_template(config.chat_template):
+        said = json.loads(files[tokenizer_files.CONFIG]) | {'chat_template': template}
+        files[tokenizer_files.CONFIG] = tokenizer_files.to_json(said)
+    return _opened_from(config.path, files)
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads what `save` wrote; DataError when it is damaged or of another make."""
+    """What `save` wrote, or any other tokenizer that `tokenizer_files.read` finds at the path.
+
+    Raises:
+        MissingInputError: there is none, or the library that runs it is not installed.
+        DataError: a file is damaged, or nothing says which token ends a text.
+    """
+    return _opened_from(path, tokenizer_files.read(path))
+
+
+def _opened_from(path, files: dict[str, bytes]) -> Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding='utf-8'))
+        return _opened(files)
+    except (DataError, ConfigError) as error:
+        raise type(error)(f'{path}: {error}') from error
+
+
+def _opened(files: dict[str, bytes]) -> Tokenizer:
+    if 'tokenizer.model' in files:
+        return SentencePiece(files)
+    return Tiktoken(files) if 'ranks.tiktoken' in files else HuggingFace(files)
+
+
+def _absent(package: str) -> MissingInputError:
+    return MissingInputError(
+        f"this tokenizer needs the package {package}: pip install 'jaxfm[data]'"
+    )
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f'text with a lone surrogate at {error.start} has no UTF-8 form') from error
+
+
+def _is_special(token: tokenizers.AddedToken) -> bool:
+    return token.special or bool(_MARKUP.fullmatch(token.content))
+
+
+def _backend(content: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # The library raises bare Exceptions.
-        raise DataError(f'{path} is not a tokenizer: {error}') from error
-    if [backend.id_to_token(i) for i in range(len(SPECIAL_TOKENS))] != list(SPECIAL_TOKENS):
-        raise DataError(f'{path}: ids 0 and 1 are not {" and ".join(SPECIAL_TOKENS)}')
-    return Tokenizer(backend)
+        raise DataError(f'tokenizer.json is not a tokenizer: {error}') from error
+    # Otherwise the library would turn text that spells a special token into its id.
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _continuing(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
+    """A backend for text that goes on, and whether a space is due behind special tokens.
+
+    Some put a space before every text; in the middle of a text that would be a space too many.
+    """
+    if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
+        return backend, False
+    spec = json.loads(content)
+    found = list(_prefixing(spec['normalizer'])) + list(_prefixing(spec['pre_tokenizer']))
+    if not found:
+        return backend, False
+    always = any(step.get('prepend_scheme', 'always') == 'always' for step in found)
+    for step in found:
+        if step['type'] == 'Prepend':
+            step.clear()
+            step |= {'type': 'Sequence', 'normalizers': []}
+        elif step['type'] == 'Metaspace':
+            step['prepend_scheme'] = 'never'
+        else:
+            step['add_prefix_space'] = False
+    return _backend(json.dumps(spec)), always
+
+
+def _prefixing(step: dict | None):
+    """The steps, at any depth, of a normalizer or pre-tokenizer that put a space before a text."""
+    if not step:
+        return
+    for inner in step.get('normalizers', []) + step.get('pretokenizers', []):
+        yield from _prefixing(inner)
+    if step['type'] in ('Prepend', 'Metaspace') or step.get('add_prefix_space'):
+        yield step
+
+
+def _ranks(content: bytes) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise DataError(
+                f'ranks.tiktoken:{number} is damaged: {line[:40]!r} is no token with its rank'
+            ) from error
+    if len(set(ranks.values())) != len(ranks) or not ranks:
+        raise DataError('ranks.tiktoken is damaged: it is empty or has a rank twice')
+    return ranks
+
+
+def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
+    special = [*SPECIAL_TOKENS, *config.special_tokens]
+    if len(set(special)) < len(special) or '' in special:
+        raise ConfigError(f'tokenizer.special_tokens: one is empty or there already: {special}')
+    return special
+
+
+def _saved(backend: tokenizers.Tokenizer, config: BytesConfig | BPEConfig) -> dict[str, bytes]:
+    said = {'bos_token': SPECIAL_TOKENS[0], 'eos_token': SPECIAL_TOKENS[1]}
+    if template := chat.read_template(config.chat_template):
+        said['chat_template'] = template
+    return {
+        'tokenizer.json': backend.to_str(pretty=True).encode(),
+        tokenizer_files.CONFIG: tokenizer_files.to_json(said),
+    }
 
 
 def _untrained(pattern: str | None, vocabulary: dict[str, int] | None) -> tokenizers.Tokenizer:
@@ -116,8 +523,6 @@ def _untrained(pattern: str | None, vocabulary: dict[str, int] | None) -> tokeni
         cuts.insert(0, pre_tokenizers.Split(tokenizers.Regex(pattern), 'isolated'))
     backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     backend.decoder = decoders.ByteLevel()
-    if vocabulary:
-        backend.add_special_tokens(list(SPECIAL_TOKENS))
     return backend
 
 

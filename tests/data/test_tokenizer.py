@@ -60,8 +60,8 @@ def test_ids_are_inside_the_vocabulary(trained):
 
 
 def test_a_saved_tokenizer_is_the_same_after_loading(trained, tmp_path):
-    trained.save(tmp_path / 'tokenizer.json')
-    loaded = tokenizer.load(tmp_path / 'tokenizer.json')
+    trained.save(tmp_path / 'tokenizer')
+    loaded = tokenizer.load(tmp_path)
     assert loaded.fingerprint == trained.fingerprint
     assert loaded.vocab_size == trained.vocab_size
     for text in (*TEXTS, '<|eos|>'):

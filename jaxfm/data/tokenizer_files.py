@@ -1,0 +1,224 @@
+"""Finding a tokenizer: from a path to the files that a saved tokenizer consists of.
+
+Those are one with the vocabulary (tokenizer.json, tokenizer.model or ranks.tiktoken) and
+tokenizer_config.json, which names the special tokens and has the chat template: the layout of
+Hugging Face. Every file is found with .gz behind its name, too.
+"""
+
+import difflib
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
+
+CONFIG = 'tokenizer_config.json'
+
+# How the known encodings of tiktoken cut text, and their special tokens.
+ENCODINGS = {
+    'cl100k_base': (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r'|\s++$|\s*[\r\n]|\s+(?!\S)|\s',
+        {
+            '<|endoftext|>': 100257,
+            '<|fim_prefix|>': 100258,
+            '<|fim_middle|>': 100259,
+            '<|fim_suffix|>': 100260,
+            '<|endofprompt|>': 100276,
+        },
+    ),
+    'o200k_base': (
+        r'[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+'
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r'|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*'
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+',
+        {'<|endoftext|>': 199999, '<|endofprompt|>': 200018},
+    ),
+}
+
+# Vocabularies in the order in which a directory is searched for them.
+_VOCABULARIES = ('tokenizer.json', 'tokenizer.model', 'ranks.tiktoken', '*.tiktoken', '*.model')
+_PAIRS = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # the two of GPT-2
+
+
+def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> dict[str, bytes]:
+    """{name: content} of the saved form of the tokenizer at `path`, a file or a directory.
+
+    Raises:
+        MissingInputError: there is no tokenizer.
+        DataError: a file is damaged.
+        ConfigError: the path does not say which tokenizer, or tiktoken ranks come without pattern.
+    """
+    vocabulary = _locate(Path(path).expanduser())
+    config = _config_beside(vocabulary)
+    given = {'bos_token': bos_token, 'eos_token': eos_token, 'pattern': pattern}
+    config |= {key: value for key, value in given.items() if value}
+    if bos_token:
+        config.pop('add_bos_token', None)
+    name = _plain_name(vocabulary)
+    if name.endswith('.tiktoken'):
+        content = {'ranks.tiktoken': read_bytes(vocabulary)}
+        config = _tiktoken_config(config, vocabulary)
+    elif name.endswith('.model'):
+        content = {'tokenizer.model': read_bytes(vocabulary)}
+    elif second := dict(_PAIRS).get(name):
+        content = {'tokenizer.json': _byte_level_bpe(vocabulary, second)}
+        config = {'eos_token': '<|endoftext|>'} | config
+    else:
+        content = {'tokenizer.json': read_bytes(vocabulary)}
+    return content | {CONFIG: to_json(config)}
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked when its name ends in .gz."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == '.gz' else content
+    except PermissionError as error:
+        raise PermissionDeniedError(f'{path} may not be read') from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f'{path} is damaged: {error}') from error
+    except OSError as error:
+        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def read_json(path: Path) -> dict:
+    return parse_json(read_bytes(path), path)
+
+
+def to_json(value: dict) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True).encode()
+
+
+def parse_json(content: bytes, name) -> dict:
+    """An object of JSON; DataError, with the name of the file, for anything else."""
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f'{name} is damaged: {error}') from error
+    if not isinstance(value, dict):
+        raise DataError(f'{name}: an object is expected, not a {type(value).__name__}')
+    return value
+
+
+def _locate(path: Path) -> Path:
+    """The file with the vocabulary; the first of two, of GPT-2."""
+    if path.is_dir():
+        return _search(path)
+    if path.is_file():
+        known = _plain_name(path).endswith(('.json', '.model', '.tiktoken'))
+        first = {second: first for first, second in _PAIRS}.get(_plain_name(path))
+        if found := _existing(path.parent / first) if first else known and path:
+            return found
+        raise ConfigError(f'{path} is no tokenizer by its name: give a .json, .model or .tiktoken')
+    if found := _existing(path):
+        return found
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    hint = f'; there is {near[0]}' if near else ''
+    raise MissingInputError(f'tokenizer.path: there is no {path}{hint}')
+
+
+def _search(directory: Path) -> Path:
+    inside = directory / 'tokenizer'
+    directory = inside if inside.is_dir() else directory
+    for pattern in _VOCABULARIES:
+        found = sorted([*directory.glob(pattern), *directory.glob(pattern + '.gz')])
+        if len({_plain_name(file) for file in found}) > 1:
+            names = ', '.join(file.name for file in found)
+            raise ConfigError(f'{directory} has several tokenizers, give the path of one: {names}')
+        if found:
+            return found[0]
+    for first, second in _PAIRS:
+        if (found := _existing(directory / first)) and _existing(directory / second):
+            return found
+    raise MissingInputError(
+        f'{directory} has no tokenizer: no tokenizer.json, .model, .tiktoken, '
+        'nor vocab.json with merges.txt'
+    )
+
+
+def _existing(path: Path) -> Path | None:
+    for candidate in (path, path.with_name(path.name + '.gz')):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _plain_name(path: Path) -> str:
+    return path.name.removesuffix('.gz')
+
+
+def _config_beside(vocabulary: Path) -> dict:
+    """What the neighbours of a vocabulary say of its special tokens and chat template."""
+    said = {}
+    for name in ('special_tokens_map.json', CONFIG):
+        if found := _existing(vocabulary.with_name(name)):
+            said |= {k: v for k, v in read_json(found).items() if v is not None}
+    config = {}
+    for key, value in said.items():
+        token = value.get('content') if isinstance(value, dict) else value
+        if key.endswith('_token') and isinstance(token, str | bool):
+            config[key] = token
+    config |= {key: said[key] for key in ('pattern', 'special_tokens') if key in said}
+    if template := _template(said.get('chat_template'), vocabulary):
+        config['chat_template'] = template
+    return config
+
+
+def _template(said, vocabulary: Path) -> str:
+    """The default one where there are several by name; a file of its own goes before."""
+    if found := _existing(vocabulary.with_name('chat_template.jinja')):
+        return read_bytes(found).decode('utf-8', 'replace')
+    if isinstance(said, list):
+        named = {entry['name']: entry['template'] for entry in said}
+        return named.get('default', next(iter(named.values()), ''))
+    return said or ''
+
+
+def _tiktoken_config(config: dict, path: Path) -> dict:
+    """Fills in the pattern and the special tokens, by name for the encodings that we know."""
+    pattern = config.get('pattern')
+    if not pattern:
+        names = ' or '.join(ENCODINGS)
+        raise ConfigError(
+            f'{path} does not say how text is cut: set tokenizer.pattern to {names}, '
+            'or to a regular expression'
+        )
+    if pattern in ENCODINGS:
+        pattern, special = ENCODINGS[pattern]
+        return {'eos_token': '<|endoftext|>', 'special_tokens': special} | config | {
+            'pattern': pattern
+        }
+    if re.fullmatch(r'\w+', pattern):
+        near = difflib.get_close_matches(pattern, ENCODINGS, 1) or list(ENCODINGS)
+        raise ConfigError(
+            f'tokenizer.pattern: no encoding is called {pattern}; '
+            f'there is {" and ".join(near)}, or give a regular expression'
+        )
+    return config
+
+
+def _byte_level_bpe(vocabulary: Path, second: str) -> bytes:
+    """A tokenizer.json of the two files that GPT-2 and its kin come in."""
+    if not (merges := _existing(vocabulary.with_name(second))):
+        raise MissingInputError(f'{vocabulary} is half of a tokenizer: there is no {second} by it')
+    lines = read_bytes(merges).decode('utf-8', 'replace').split('\n')
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
+    if any(len(pair) != 2 for pair in pairs):
+        raise DataError(f'{merges} is damaged: a line is not a pair of tokens')
+    ids = read_json(vocabulary)
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    except Exception as error:  # The library raises bare Exceptions.
+        raise DataError(f'{vocabulary} and {second} do not belong together: {error}') from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for token in ids if re.fullmatch(r'<\|.*\|>', token)])
+    return backend.to_str().encode()

@@ -4,70 +4,136 @@ A training row is a pure function of (seed, global row number), so the state of 
 number, resume takes no time, and any number of processes makes the same global batches.
 """
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
 
-from jaxfm.data import packing
+from jaxfm.data.mixture import Mixture
+from jaxfm.data.packing import BestFit, Concat, Packing
 from jaxfm.data.token_cache import TokenCache
-from jaxfm.errors import ConfigError
+from jaxfm.errors import ConfigError, DataError
 
 
-class PackedBatches:
-    """A source of [len(rows), T] batches; every epoch has all rows of the cache in a new order."""
+class Batches:
+    """What sources of batches share: rows of the global batch, position, and its identity.
+
+    `rows` are the rows of the global batch that this process makes; None is all.
+    """
+
+    def __init__(self, weights: Mapping[str, float], batch_size: int, rows: np.ndarray | None):
+        self.mixture = Mixture(weights)
+        self.weights = dict(weights)
+        self.batch_size = batch_size
+        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+        self.next_row = 0
+
+    def get_state(self) -> dict:
+        """The position after the last batch that `next` gave, and what it is a position in; JSON,
+        and the same on every process."""
+        return {'next_row': self.next_row} | self._identity()
+
+    def set_state(self, state: dict) -> None:
+        """Goes on from a state; ConfigError when it is a position in other data."""
+        here = self._identity()
+        for key in sorted(here.keys() | state.keys() - self._position_keys):
+            if state.get(key) != here.get(key):
+                raise ConfigError(
+                    f'the data changed since the checkpoint: {key} is {here.get(key)}, '
+                    f'was {state.get(key)}'
+                )
+        self.next_row = state['next_row']
+
+    _position_keys = frozenset(['next_row'])
+
+    def _identity(self) -> dict[str, int | float | str]:
+        raise NotImplementedError
+
+    def by_source(self, values: Mapping[str, Mapping]) -> dict:
+        """{source: {name: value}} -> {name: value} of one source, {source/name: value} of more."""
+        if len(self.weights) == 1:
+            return dict(*values.values())
+        return {f'{s}/{name}': v for s, named in values.items() for name, v in named.items()}
+
+
+class PackedBatches(Batches):
+    """A source of [len(rows), T] batches from token caches.
+
+    Of every source an epoch is all of its rows, in a new order each time.
+
+    Args:
+      packings: the rows of each source, all of one length.
+      weights: {source: share of the rows}.
+
+    Raises:
+      DataError: a source without any row.
+    """
 
     def __init__(
         self,
-        cache: TokenCache,
-        sequence_length: int,
+        packings: Mapping[str, Packing],
+        weights: Mapping[str, float],
         batch_size: int,
         seed: int,
         rows: np.ndarray | None = None,
     ):
-        self.cache = cache
-        self.sequence_length = sequence_length
-        self.batch_size = batch_size
-        self.seed = seed
-        # The rows of the global batch that this process makes.
-        self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self.next_row = 0
-        self.order = (
-            grain.MapDataset.range(packing.num_rows(cache, sequence_length))
-            # Grain takes 32 bits.
-            .seed(seed % 2**32)
-            .shuffle()
-            .repeat()
-        )
+        super().__init__({name: weights[name] for name in packings}, batch_size, rows)
+        self.packings, self.seed = dict(packings), seed
+        self._orders = [self._order(name) for name in packings]
 
     def next(self, params, step) -> dict[str, np.ndarray]:
         """The next batch; depends on neither argument."""
         del params, step
-        row_numbers = [self.order[int(row)] for row in self.next_row + self.rows]
+        located = [self.mixture.locate(int(row)) for row in self.next_row + self.rows]
+        which = np.array([source for source, _ in located], np.int64)
+        numbers = np.array([self._orders[source][row] for source, row in located], np.int64)
         self.next_row += self.batch_size
-        starts = np.array(row_numbers, np.int64) * self.sequence_length
-        return packing.rows(self.cache, starts, self.sequence_length)
+        parts = {}
+        for source, packing in enumerate(self.packings.values()):
+            if len(chosen := np.flatnonzero(which == source)):
+                parts[source] = chosen, packing.rows(numbers[chosen])
+        return _merge(list(parts.values()), len(which))
 
-    def get_state(self) -> dict[str, int | str]:
-        """The position after the last batch that `next` gave, and what it is a position in."""
-        return {'next_row': self.next_row} | self._identity()
+    def progress(self, state: dict | None = None) -> dict[str, float]:
+        """Rows and epochs of each source up to a state, or to here."""
+        rows = self.next_row if state is None else state['next_row']
+        return self.by_source(
+            {
+                name: {'rows': count, 'epochs': count / packing.num_rows}
+                for (name, packing), count in zip(self.packings.items(), self.mixture.counts(rows))
+            }
+        )
 
-    def set_state(self, state: dict[str, int | str]) -> None:
-        """Goes on from a state; ConfigError when it is a position in other data."""
-        for key, here in self._identity().items():
-            if state.get(key) != here:
-                saved = state.get(key)
-                raise ConfigError(
-                    f'the data changed since the checkpoint: {key} is {here}, was {saved}'
-                )
-        self.next_row = state['next_row']
+    def _order(self, name: str) -> grain.MapDataset:
+        packing, seed = self.packings[name], self.seed
+        if not packing.num_rows:
+            raise DataError(f'{packing.cache.path}: no row of {name} can be made, nothing fits')
+        # Sources of one length must not have one order.
+        seed += zlib.crc32(name.encode()) if len(self.packings) > 1 else 0
+        # Grain takes 32 bits.
+        return grain.MapDataset.range(packing.num_rows).seed(seed % 2**32).shuffle().repeat()
 
-    def _identity(self) -> dict[str, int | str]:
-        return {
-            'fingerprint': self.cache.fingerprint,
-            'sequence_length': self.sequence_length,
-            'seed': self.seed,
+    def _identity(self) -> dict[str, int | float | str]:
+        sources = {
+            name: {'fingerprint': packing.fingerprint, 'packing': packing.name}
+            | ({'weight': self.weights[name]} if len(self.packings) > 1 else {})
+            for name, packing in self.packings.items()
         }
+        length = next(iter(self.packings.values())).sequence_length
+        return {'sequence_length': length, 'seed': self.seed} | self.by_source(sources)
+
+
+def _merge(parts: list[tuple[np.ndarray, dict]], num_rows: int) -> dict[str, np.ndarray]:
+    """One batch from [(its rows, the arrays of these rows)]."""
+    if len(parts) == 1:
+        return parts[0][1]
+    batch = {}
+    for name, array in parts[0][1].items():
+        batch[name] = np.empty((num_rows, *array.shape[1:]), array.dtype)
+        for chosen, part in parts:
+            batch[name][chosen] = part[name]
+    return batch
 
 
 def evaluation_batches(
@@ -75,18 +141,31 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """[batch_size, T] batches in which every target of the cache counts once; the last is padded.
 
-    With stride < T rows overlap, and of every row but the first only the last `stride` inputs
-    count: their targets are predicted from at least T - stride tokens of context, where the
-    document has them. No stride means T.
+    With stride < T rows of texts overlap, and of every row but the first only the last `stride`
+    inputs count: their targets are predicted from at least T - stride tokens of context, where the
+    document has them. No stride means T. Chats stand side by side, each with all of its context; of
+    one that is longer than a row, the rest stands in a row of its own.
     """
     stride = stride or sequence_length
     if not 0 < stride <= sequence_length:
         raise ConfigError(f'an evaluation stride of {stride} is not in 1 .. {sequence_length}')
+    if cache.is_chat:
+        packing = BestFit(cache, sequence_length, too_long='cut')
+        for first in range(0, packing.num_rows, batch_size):
+            numbers = np.arange(first, min(first + batch_size, packing.num_rows))
+            yield _padded(packing.rows(numbers), batch_size)
+        return
+    packing = Concat(cache, sequence_length)
     rest = max(0, cache.num_tokens - sequence_length)
     starts = stride * np.arange(1 + -(-rest // stride))
-    # Rows that begin beyond the stream are all padding.
-    padding = np.full(-len(starts) % batch_size, cache.num_tokens)
-    for group in np.concatenate([starts, padding]).reshape(-1, batch_size):
-        batch = packing.rows(cache, group, sequence_length)
-        batch['loss_mask'][group > 0, : sequence_length - stride] = 0
-        yield batch
+    for first in range(0, len(starts), batch_size):
+        some = starts[first : first + batch_size]
+        batch = packing.rows_from(some)
+        batch['loss_mask'][some > 0, : sequence_length - stride] = 0
+        yield _padded(batch, batch_size)
+
+
+def _padded(batch: dict[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
+    return {
+        name: np.pad(array, ((0, num_rows - len(array)), (0, 0))) for name, array in batch.items()
+    }

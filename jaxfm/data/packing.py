@@ -1,43 +1,305 @@
-"""Packing: which tokens stand in a row, as arithmetic on the token stream of a cache.
+"""Packing: which tokens stand in which row of a batch.
 
-Documents follow one another in one stream of N tokens (concat-then-split). A row of length T that
-starts at stream position s holds the inputs s .. s + T - 1, and its targets are the tokens after
-them in the same document. So no target crosses a document, every token but <|bos|> is the target
-of exactly one input, and a row can be made at any time from its start alone.
+All tokens of a cache are one stream, document after document. A row is made of pieces of it, one
+after the other, padded at its end; a piece lies inside one document. The input at stream position s
+has the token at s + 1 as its target when that is of the same document, so no target crosses a
+document, and attention sees a piece alone (`segment_ids`). Three ways to choose the pieces:
+
+- `Concat` cuts the stream every T tokens (concat-then-split): no padding, but documents are cut.
+- `BestFit` puts whole documents side by side (best-fit decreasing: Ding et al. 2024, "Fewer
+  Truncations Improve Language Modeling"). Texts longer than a row are cut into full rows first and
+  only the rest is packed; chats are never cut.
+- `OneEach` gives every document rows of its own.
+
+Any row is made from its number alone, in any order, without reading another.
 """
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from jaxfm.data import BatchConfig, best_fit
 from jaxfm.data.token_cache import TokenCache
-from jaxfm.errors import DataError
+from jaxfm.errors import ConfigError, DataError
+
+TooLong = Literal['error', 'drop', 'truncate', 'cut']
+
+# Rows are filled in groups of about so many tokens, which stay in a core's cache.
+FILLED_AT_ONCE = 1 << 16
 
 
-def num_rows(cache: TokenCache, sequence_length: int) -> int:
-    """Rows that hold the whole stream, the last one padded."""
-    return -(-cache.num_tokens // sequence_length)
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Parts of documents. Arrays [P]."""
+
+    starts: np.ndarray  # int64: where in the stream
+    lengths: np.ndarray  # int64
+    has_more: np.ndarray  # bool: the document goes on after it, so its last input has a target
+
+    def __getitem__(self, index) -> 'Pieces':
+        return Pieces(self.starts[index], self.lengths[index], self.has_more[index])
 
 
-def rows(cache: TokenCache, starts: np.ndarray, sequence_length: int) -> dict[str, np.ndarray]:
-    """The rows that begin at stream positions `starts` [B]: a batch, all arrays [B, T].
+class Concat:
+    """One stream, cut into rows of T tokens; the last one is padded."""
 
-    Positions and segment ids restart in every row, so a document that began in an earlier row is
-    segment 1 at position 0. Beyond the end of the stream everything is 0.
+    name = 'concat'
+
+    def __init__(self, cache: TokenCache, sequence_length: int):
+        self.cache, self.sequence_length = cache, sequence_length
+        self.num_rows = -(-cache.num_tokens // sequence_length)
+        self.fingerprint = cache.fingerprint
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, int | float]:
+        first, last = self.cache.offsets[:-1], np.maximum(self.cache.offsets[1:] - 1, 0)
+        cut = first // self.sequence_length != last // self.sequence_length
+        return _statistics(self, self.cache.num_tokens, cut_documents=int(cut.sum()))
+
+    def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number [n]: a batch, all arrays [n, T]."""
+        return self.rows_from(np.asarray(row_numbers, np.int64) * self.sequence_length)
+
+    def rows_from(self, starts: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows that begin at stream positions [n]; beyond the end of the stream all is padding."""
+        offsets, T = self.cache.offsets, self.sequence_length
+        starts = np.asarray(starts, np.int64)
+        stops = np.minimum(starts + T, self.cache.num_tokens)
+        first = np.searchsorted(offsets, starts, side='right') - 1
+        counts = np.maximum(np.searchsorted(offsets, stops, side='left') - first, 0)
+        row = np.repeat(np.arange(len(starts)), counts)
+        document = best_fit.ranges(first, counts)
+        begin = np.maximum(offsets[document], starts[row])
+        end = np.minimum(offsets[document + 1], stops[row])
+        pieces = Pieces(begin, end - begin, end < offsets[document + 1])
+        return fill(self.cache, counts, pieces, T)
+
+
+class BestFit:
+    """Documents side by side; the index of all rows is kept beside the cache.
+
+    Args:
+      too_long: what becomes of a chat longer than a row: error, drop, or truncate; cut treats it
+        as a text.
+
+    Raises:
+      DataError: a chat is longer than a row and too_long is error.
     """
-    # [B, T + 1]: the stream position of every input and of the last target.
-    where = np.asarray(starts, np.int64)[:, None] + np.arange(sequence_length + 1)
-    inside = where < cache.num_tokens
-    tokens = cache.tokens[np.where(inside, where, 0)].astype(np.int32) * inside
-    if tokens.max(initial=0) >= cache.vocab_size:
-        raise DataError(f'{cache.path} is damaged: token {tokens.max()} of {cache.vocab_size}')
-    where, inside = where[:, :-1], inside[:, :-1]
-    document = np.searchsorted(cache.offsets, where, side='right') - 1
-    document = np.minimum(document, cache.num_documents - 1)
-    begin, end = cache.offsets[document], cache.offsets[document + 1]
-    has_target = inside & (where + 1 < end)
+
+    name = 'best_fit'
+
+    def __init__(self, cache: TokenCache, sequence_length: int, too_long: TooLong = 'error'):
+        self.cache, self.sequence_length = cache, sequence_length
+        self.too_long = too_long if cache.is_chat else 'cut'
+        self._index = best_fit.open_index(self._index_path, self._identity, self._build)
+        self.num_rows = self._index.num_rows
+        self.fingerprint = cache.fingerprint
+
+    @property
+    def statistics(self) -> dict[str, int | float]:
+        return _statistics(self, **self._index.counts)
+
+    @property
+    def _index_path(self) -> Path:
+        tokens = Path(self.cache.path)
+        return tokens.with_name(
+            f'{tokens.stem}.best_fit-{self.sequence_length}-{self.too_long}.npy'
+        )
+
+    @property
+    def _identity(self) -> int:
+        text = f'{self.cache.fingerprint} {self.cache.num_tokens}'
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+    def _build(self) -> best_fit.Index:
+        pieces, counts = _pieces(self.cache, self.sequence_length, self.too_long)
+        order, row_offsets = best_fit.pack(pieces.lengths, self.sequence_length)
+        pieces = pieces[order]
+        return best_fit.Index(
+            row_offsets, pieces.starts, 2 * pieces.lengths + pieces.has_more, counts
+        )
+
+    def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number [n]: a batch, all arrays [n, T]."""
+        counts, which = self._index.pieces(np.asarray(row_numbers, np.int64))
+        sizes = self._index.sizes[which]
+        pieces = Pieces(self._index.starts[which], sizes >> 1, (sizes & 1).astype(bool))
+        return fill(self.cache, counts, pieces, self.sequence_length)
+
+
+class OneEach:
+    """One document a row, padded; a text longer than a row has as many as it needs."""
+
+    name = 'none'
+
+    def __init__(self, cache: TokenCache, sequence_length: int, too_long: TooLong = 'error'):
+        self.cache, self.sequence_length = cache, sequence_length
+        self.too_long = too_long if cache.is_chat else 'cut'
+        self._pieces, self._counts = _pieces(cache, sequence_length, self.too_long)
+        self.num_rows = len(self._pieces.starts)
+        self.fingerprint = cache.fingerprint
+
+    @property
+    def statistics(self) -> dict[str, int | float]:
+        return _statistics(self, **self._counts)
+
+    def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by number [n]: a batch, all arrays [n, T]."""
+        numbers = np.asarray(row_numbers, np.int64)
+        one = np.ones(len(numbers), np.int64)
+        return fill(self.cache, one, self._pieces[numbers], self.sequence_length)
+
+
+Packing = Concat | BestFit | OneEach
+
+
+def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
+    """The packing that a data config asks for; auto is concat for texts, best_fit for chats."""
+    name = resolve(config, cache.is_chat)
+    if name == 'concat':
+        return Concat(cache, config.sequence_length)
+    return {'best_fit': BestFit, 'none': OneEach}[name](
+        cache, config.sequence_length, config.too_long
+    )
+
+
+def resolve(config: BatchConfig, is_chat: bool) -> str:
+    """The name of the packing; ConfigError for one that would cut chats."""
+    if config.packing == 'auto':
+        return 'best_fit' if is_chat else 'concat'
+    if config.packing == 'concat' and is_chat:
+        raise ConfigError(
+            "config.data.packing='concat' would cut chats; use 'best_fit' or 'none' "
+            "('auto' is best_fit for chats)"
+        )
+    return config.packing
+
+
+def fill(
+    cache: TokenCache, counts: np.ndarray, pieces: Pieces, sequence_length: int
+) -> dict[str, np.ndarray]:
+    """Rows from their pieces: `counts` [n] says how many belong to each row, in order.
+
+    Returns {tokens, targets, positions, segment_ids: int32, loss_mask: float32}, all [n, T].
+    Positions and segment ids restart in every row; where no piece is, everything is 0.
+    """
+    num_rows = len(counts)
+    names = ('tokens', 'targets', 'positions', 'segment_ids')
+    batch = {name: np.empty((num_rows, sequence_length), np.int32) for name in names}
+    batch['loss_mask'] = np.empty((num_rows, sequence_length), np.float32)
+    step = max(1, FILLED_AT_ONCE // sequence_length)
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    for first in range(0, num_rows, step):
+        some = slice(first, min(num_rows, first + step))
+        part = pieces[ends[some.start] : ends[some.stop]]
+        _fill(cache, counts[some], part, {name: array[some] for name, array in batch.items()})
+    return batch
+
+
+def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> None:
+    num_rows, T = out['tokens'].shape
+    layout = _layout(cache, counts, pieces, T)
+    starts, lengths, segments, has_more, begins = layout
+    flat = {name: array.reshape(-1) for name, array in out.items()}
+    index = np.arange(num_rows * T)
+    # Where in the stream the token of every slot is; padding reads what it likes.
+    where = index + np.repeat(starts - begins, lengths)
+    flat['tokens'][:] = cache.tokens.take(where, mode='clip')
+    flat['segment_ids'][:] = np.repeat(segments, lengths)
+    np.subtract(index, np.repeat(begins, lengths), out=flat['positions'], casting='unsafe')
+    if not segments.all():
+        inside = flat['segment_ids'] > 0
+        flat['tokens'] *= inside
+        flat['positions'] *= inside
+    # The target is the next token, but at the end of a piece (padding counts as one).
+    some = lengths > 0
+    last = (begins + lengths - 1)[some]
+    more, after = has_more[some], (starts + lengths)[some]
+    flat['targets'][:-1] = flat['tokens'][1:]
+    flat['targets'][last] = cache.tokens.take(after, mode='clip') * more
+    if cache.mask is None:
+        flat['loss_mask'][:] = flat['segment_ids'] > 0
+        flat['loss_mask'][last] = more
+    else:
+        counted = cache.mask.take(where, mode='clip') > 0
+        flat['loss_mask'][:-1] = counted[1:]
+        flat['loss_mask'][last] = more * (cache.mask.take(after, mode='clip') > 0)
+        if not segments.all():
+            flat['loss_mask'] *= inside
+    largest = max(flat['tokens'].max(initial=0), flat['targets'].max(initial=0))
+    if largest >= cache.vocab_size:
+        raise DataError(f'{cache.path} is damaged: token {largest} of {cache.vocab_size}')
+
+
+def _layout(cache: TokenCache, counts: np.ndarray, pieces: Pieces, T: int):
+    """(starts, lengths, segments, has_more, begins): pieces and, after each row's last, padding.
+
+    `begins` is the slot of the flattened rows where a piece begins; padding has segment 0.
+    """
+    row = np.repeat(np.arange(len(counts)), counts)
+    free = T - np.bincount(row, pieces.lengths, len(counts)).astype(np.int64)
+    after = pieces.starts + pieces.lengths + pieces.has_more
+    is_good = pieces.starts.min(initial=0) >= 0 and pieces.lengths.min(initial=1) > 0
+    if not is_good or free.min(initial=0) < 0 or after.max(initial=0) > cache.num_tokens:
+        raise DataError(f'a packing index beside {cache.path} does not fit it; remove it')
+    ends = np.cumsum(counts)
+    lengths = np.insert(pieces.lengths, ends, free)
+    starts = np.insert(pieces.starts, ends, 0)
+    segments = np.insert(best_fit.ranges(np.ones(len(counts), np.int64), counts), ends, 0)
+    keep = lengths > 0
+    segments, lengths, starts = segments[keep].astype(np.int32), lengths[keep], starts[keep]
+    has_more = np.insert(pieces.has_more, ends, False)[keep]
+    return starts, lengths, segments, has_more, np.cumsum(lengths) - lengths
+
+
+def _statistics(packing, tokens: int, **counts: int) -> dict[str, int | float]:
+    slots = packing.num_rows * packing.sequence_length
     return {
-        'tokens': tokens[:, :-1],
-        'targets': tokens[:, 1:] * has_target,
-        'positions': ((where - np.maximum(begin, where[:, :1])) * inside).astype(np.int32),
-        'segment_ids': ((document - document[:, :1] + 1) * inside).astype(np.int32),
-        'loss_mask': has_target.astype(np.float32),
-    }
+        'packing': packing.name,
+        'rows': packing.num_rows,
+        'tokens': tokens,
+        'packing_efficiency': tokens / slots if slots else 0.0,
+        'cut_documents': 0,
+        'truncated_documents': 0,
+        'truncated_tokens': 0,
+        'dropped_documents': 0,
+    } | counts
+
+
+def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[str, int]]:
+    """Every document in pieces of at most T tokens, and what had to be done to long ones."""
+    begins, lengths = cache.offsets[:-1], np.diff(cache.offsets)
+    is_long = lengths > T
+    counts = {'tokens': 0}
+    num_pieces = -(-lengths // T)
+    if too_long == 'cut':
+        # A rest of one token is an end that has no target.
+        num_pieces -= lengths % T == 1
+        counts['cut_documents'] = int((num_pieces > 1).sum())
+    elif too_long == 'drop':
+        num_pieces[is_long] = 0
+        counts['dropped_documents'] = int(is_long.sum())
+    elif too_long == 'truncate':
+        num_pieces = np.minimum(num_pieces, 1)
+        counts['truncated_documents'] = int(is_long.sum())
+        counts['truncated_tokens'] = int((lengths - T)[is_long].sum())
+    elif is_long.any():
+        raise DataError(_too_long(cache, T, int(is_long.sum()), int(lengths.max())))
+    starts = best_fit.ranges(np.zeros_like(num_pieces), num_pieces) * T
+    starts += np.repeat(begins, num_pieces)
+    left = np.repeat(cache.offsets[1:], num_pieces) - starts
+    pieces = Pieces(starts, np.minimum(left, T), left > T)
+    counts['tokens'] = int(pieces.lengths.sum())
+    return pieces, counts
+
+
+def _too_long(cache: TokenCache, T: int, number: int, longest: int) -> str:
+    return (
+        f'{cache.path}: {number:,} of {cache.num_documents:,} chats are longer than a row of {T} '
+        f'tokens, the longest has {longest:,}. Chats are never cut: set '
+        f"config.data.sequence_length={longest}, or config.data.too_long='drop' or 'truncate'"
+    )

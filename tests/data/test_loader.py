@@ -1,21 +1,49 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
-from jaxfm.data import loader, packing
-from jaxfm.errors import ConfigError
+from jaxfm.data import loader
+from jaxfm.data.packing import BestFit, Concat
+from jaxfm.errors import ConfigError, DataError
+from tests.data.streams import BOS, stream
+
+ROOT = Path(__file__).resolve().parents[2]
+T = 32
+DRAW = np.random.default_rng(5)
+TEXTS = DRAW.integers(2, 90, 60)
+CHATS = DRAW.integers(2, 33, 70)
+WEIGHTS = {'texts': 0.7, 'chats': 0.25, 'few': 0.05}
 
 
 @pytest.fixture
-def batches(small_corpus):
-    """Makes a source of 6 rows of 32 tokens over the train side."""
+def packings(tmp_path):
+    """Three sources: texts, chats, and one with three rows."""
+    return {
+        'texts': Concat(stream(TEXTS, tmp_path), T),
+        'chats': BestFit(stream(CHATS, tmp_path, seed=1, is_chat=True), T),
+        'few': Concat(stream([30, 31, 32], tmp_path, seed=2), T),
+    }
 
-    def make(rows=None, seed=3, sequence_length=32, batch_size=6, cache=None):
-        cache = cache or small_corpus.train
-        return loader.PackedBatches(cache, sequence_length, batch_size, seed, rows)
+
+@pytest.fixture
+def batches(packings):
+    """Makes a source of 6 rows of 32 tokens, of texts alone or of all three."""
+
+    def make(names=('texts',), rows=None, seed=3, batch_size=6, weights=WEIGHTS):
+        chosen = {name: packings[name] for name in names}
+        return loader.PackedBatches(chosen, weights, batch_size, seed, rows)
 
     return make
+
+
+MIXED = ('texts', 'chats', 'few')
+BOTH = pytest.mark.parametrize('names', [('texts',), MIXED], ids=['one', 'mixture'])
 
 
 def take(source, count):
@@ -30,108 +58,219 @@ def assert_equal(batches, others):
             np.testing.assert_array_equal(array, other[name])
 
 
-def test_an_epoch_has_every_row_once_and_the_next_one_in_another_order(batches, small_corpus):
-    rows = packing.num_rows(small_corpus.train, 32)
+def test_an_epoch_has_every_row_once_and_the_next_one_in_another_order(batches, packings):
+    rows = packings['texts'].num_rows
     source = batches(batch_size=1)
     epochs = [[batch['tokens'].tobytes() for batch in take(source, rows)] for _ in range(2)]
     assert epochs[0] != epochs[1]
     assert sorted(epochs[0]) == sorted(epochs[1])
-    in_order = packing.rows(small_corpus.train, 32 * np.arange(rows), 32)['tokens']
+    in_order = packings['texts'].rows(np.arange(rows))['tokens']
     assert sorted(epochs[0]) == sorted(row.tobytes() for row in in_order)
 
 
-def test_the_seed_decides_the_order(batches):
-    assert_equal(take(batches(seed=3), 4), take(batches(seed=3), 4))
-    first, other = take(batches(seed=3), 1)[0], take(batches(seed=4), 1)[0]
+def test_one_source_is_in_the_order_of_grain(batches, packings):
+    rows = packings['texts'].num_rows
+    order = grain.MapDataset.range(rows).seed(3).shuffle().repeat()
+    expected = packings['texts'].rows(np.array([order[row] for row in range(48)]))
+    tokens = np.concatenate([batch['tokens'] for batch in take(batches(), 8)])
+    np.testing.assert_array_equal(tokens, expected['tokens'])
+
+
+def test_every_source_of_a_mixture_has_its_epochs_in_new_orders(batches, packings):
+    source = batches(MIXED, batch_size=100)
+    rows = np.concatenate([batch['tokens'] for batch in take(source, 10)])
+    few = packings['few'].rows(np.arange(3))['tokens']
+    number = {row.tobytes(): index for index, row in enumerate(few)}
+    seen = [number[row.tobytes()] for row in rows if row.tobytes() in number]
+    assert len(seen) == 50
+    epochs = [tuple(seen[start : start + 3]) for start in range(0, 48, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs) and len(set(epochs)) > 3
+
+
+def test_sources_of_one_length_do_not_share_an_order(tmp_path):
+    packings = {name: Concat(stream(TEXTS, tmp_path), T) for name in 'ab'}
+    source = loader.PackedBatches(packings, {'a': 1, 'b': 1}, 40, seed=0)
+    rows = [row.tobytes() for row in source.next(None, 0)['tokens']]
+    located = [source.mixture.locate(row)[0] for row in range(40)]
+    a, b = ([row for row, at in zip(rows, located) if at == which] for which in (0, 1))
+    assert a != b
+
+
+@BOTH
+def test_the_seed_decides_the_order(batches, names):
+    assert_equal(take(batches(names, seed=3), 4), take(batches(names, seed=3), 4))
+    first, other = (take(batches(names, seed=seed), 1)[0] for seed in (3, 4))
     assert (first['tokens'] != other['tokens']).any()
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32, 2**63])
-def test_any_integer_is_a_seed(batches, seed):
-    assert_equal(take(batches(seed=seed), 1), take(batches(seed=seed), 1))
+@BOTH
+def test_any_integer_is_a_seed(batches, names, seed):
+    assert_equal(take(batches(names, seed=seed), 1), take(batches(names, seed=seed), 1))
 
 
-def test_resumed_equals_straight_over_an_epoch_end(batches, small_corpus):
-    total = packing.num_rows(small_corpus.train, 32) // 6 + 8
-    straight = take(batches(), total)
-    for stop in (0, 1, total // 2, total - 3):
-        source = batches()
+@BOTH
+def test_resumed_equals_straight_over_epoch_ends(batches, names):
+    straight = take(batches(names), 40)
+    for stop in (0, 1, 20, 37):
+        source = batches(names)
         take(source, stop)
-        resumed = batches()
+        resumed = batches(names)
         resumed.set_state(json.loads(json.dumps(source.get_state())))
-        assert_equal(take(resumed, total - stop), straight[stop:])
+        assert_equal(take(resumed, 40 - stop), straight[stop:])
 
 
-def test_any_number_of_processes_makes_the_same_global_batches(batches):
-    straight = take(batches(), 9)
-    state = None
-    for processes, steps in ((1, range(0, 3)), (3, range(3, 5)), (2, range(5, 9))):
-        sources = [batches(rows=rows) for rows in np.split(np.arange(6), processes)]
-        for source in sources:
-            if state:
-                source.set_state(state)
-        for step in steps:
-            parts = [source.next(None, step) for source in sources]
-            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            assert_equal([whole], [straight[step]])
-        states = [source.get_state() for source in sources]
-        state = states[0]
-        assert all(other == state for other in states)
+@BOTH
+def test_a_row_does_not_depend_on_the_batch_it_is_in(batches, names):
+    wide, narrow = take(batches(names, batch_size=12), 3), take(batches(names, batch_size=4), 9)
+    for name in wide[0]:
+        parts = [np.concatenate([batch[name] for batch in some]) for some in (wide, narrow)]
+        np.testing.assert_array_equal(*parts)
 
 
-def test_a_row_does_not_depend_on_the_batch_it_is_in(batches):
-    wide = np.concatenate([batch['tokens'] for batch in take(batches(batch_size=12), 3)])
-    narrow = np.concatenate([batch['tokens'] for batch in take(batches(batch_size=4), 9)])
-    np.testing.assert_array_equal(wide, narrow)
+PROCESS = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from jaxfm.data import loader
+from jaxfm.data.packing import BestFit, Concat
+from tests.data.streams import stream
+
+directory, texts, chats, weights, state, rows, steps, output = json.loads(sys.argv[1])
+packings = {
+    'texts': Concat(stream(texts, directory), 32),
+    'chats': BestFit(stream(chats, directory, seed=1, is_chat=True), 32),
+}
+source = loader.PackedBatches(packings, weights, 8, seed=3, rows=np.array(rows))
+if state:
+    source.set_state(state)
+batches = [source.next(None, step) for step in range(steps)]
+arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+np.savez(output, **arrays)
+print(json.dumps(source.get_state()))
+assert 'jax' not in sys.modules
+"""
 
 
-@pytest.mark.parametrize(
-    'change, named', [({'seed': 4}, 'seed'), ({'sequence_length': 16}, 'sequence_length')]
-)
-def test_a_state_of_other_rows_is_refused(batches, change, named):
-    with pytest.raises(ConfigError, match=named):
-        batches(**change).set_state(batches().get_state())
+def run_processes(count, directory, state, steps):
+    """Real processes that each make their rows -> (global batches, the state of all of them)."""
+    processes = []
+    for index, rows in enumerate(np.split(np.arange(8), count)):
+        weights = {'texts': 0.7, 'chats': 0.3}
+        arguments = [str(directory), TEXTS.tolist(), CHATS.tolist(), weights]
+        arguments += [state, rows.tolist(), steps, f'{directory}/{index}.npz']
+        command = [sys.executable, '-c', PROCESS, json.dumps(arguments)]
+        environment = os.environ | {'PYTHONPATH': str(ROOT)}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    states = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert all(state == states[0] for state in states)
+    parts = [dict(np.load(f'{directory}/{index}.npz')) for index in range(count)]
+    return {name: np.concatenate([p[name] for p in parts], 1) for name in parts[0]}, states[0]
 
 
-def test_a_state_of_another_corpus_is_refused(batches):
-    state = batches().get_state() | {'fingerprint': 'other'}
-    with pytest.raises(ConfigError, match='data changed .* fingerprint .* was other'):
-        batches().set_state(state)
+def test_1_2_and_4_processes_make_the_same_global_batches_also_after_resuming(tmp_path):
+    straight, _ = run_processes(1, tmp_path, None, 9)
+    state, done = None, 0
+    for count, steps in ((4, 2), (1, 3), (2, 4)):
+        batches, state = run_processes(count, tmp_path, state, steps)
+        for name, array in batches.items():
+            np.testing.assert_array_equal(array, straight[name][done : done + steps])
+        done += steps
+
+
+def test_rows_and_epochs_are_counted_by_source(batches, packings):
+    source = batches(MIXED, batch_size=20)
+    states = [source.get_state()]
+    for _ in range(5):
+        source.next(None, 0)
+        states.append(source.get_state())
+    progress = source.progress()
+    assert [progress[f'{name}/rows'] for name in MIXED] == [70, 25, 5]
+    assert progress['few/epochs'] == pytest.approx(5 / 3)
+    assert progress['chats/epochs'] == 25 / packings['chats'].num_rows
+    # Of a state of the past, too: a source that works ahead is asked about what was delivered.
+    assert source.progress(states[1])['texts/rows'] == 14
+    assert not any(source.progress(states[0]).values())
+    assert batches(batch_size=5).progress() == {'rows': 0, 'epochs': 0}
+
+
+def test_a_state_of_other_rows_is_refused(batches, tmp_path, packings):
+    state = batches(MIXED).get_state()
+    with pytest.raises(ConfigError, match='seed is 4, was 3'):
+        batches(MIXED, seed=4).set_state(state)
+    with pytest.raises(ConfigError, match='few/weight is 0.06, was 0.05'):
+        batches(MIXED, weights=WEIGHTS | {'few': 0.06}).set_state(state)
+    with pytest.raises(ConfigError, match='few/fingerprint is None, was'):
+        batches(MIXED[:2]).set_state(state)
+    for other, named in (
+        (Concat(packings['texts'].cache, 16), 'sequence_length is 16, was 32'),
+        (Concat(stream(TEXTS, tmp_path, seed=9), T), 'fingerprint'),
+        (BestFit(packings['texts'].cache, T), 'packing is best_fit, was concat'),
+    ):
+        source = loader.PackedBatches({'texts': other}, WEIGHTS, 6, 3)
+        with pytest.raises(ConfigError, match=f'data changed .*{named}'):
+            source.set_state(batches().get_state())
+
+
+def test_the_batch_size_may_change_on_resume(batches):
+    source = batches(batch_size=6)
+    take(source, 2)
+    resumed = batches(batch_size=4)
+    resumed.set_state(source.get_state())
+    rows = np.concatenate([batch['tokens'] for batch in take(batches(batch_size=4), 6)])
+    np.testing.assert_array_equal(take(resumed, 1)[0]['tokens'], rows[12:16])
+
+
+def test_a_source_without_a_row_is_an_error(tmp_path):
+    nothing = BestFit(stream([40, 50], tmp_path, is_chat=True), T, 'drop')
+    with pytest.raises(DataError, match='no row of chats'):
+        loader.PackedBatches({'chats': nothing}, {'chats': 1}, 4, seed=0)
 
 
 @pytest.mark.parametrize('stride', [None, 32, 31, 16, 7, 1])
-def test_every_heldout_target_counts_once(small_corpus, stride):
-    cache = small_corpus.heldout
-    tokens = np.asarray(cache.tokens, np.int64)
+def test_every_heldout_target_of_texts_counts_once(tmp_path, stride):
+    cache = stream(TEXTS, tmp_path)
     counted = []
-    for batch in loader.evaluation_batches(cache, 32, 4, stride):
-        assert all(array.shape == (4, 32) for array in batch.values())
+    for batch in loader.evaluation_batches(cache, T, 4, stride):
+        assert all(array.shape == (4, T) for array in batch.values())
         counted.append(batch['targets'][batch['loss_mask'] == 1])
-    expected = tokens[tokens != small_corpus.tokenizer.bos_id]
     # In order: rows follow the stream, and of a later row only its last targets are new.
-    np.testing.assert_array_equal(np.concatenate(counted), expected)
+    np.testing.assert_array_equal(np.concatenate(counted), cache.tokens[cache.tokens != BOS])
 
 
-def test_with_a_stride_a_counted_target_has_all_the_context_there_is(small_corpus):
-    stride, length = 8, 32
-    batches = list(loader.evaluation_batches(small_corpus.heldout, length, 4, stride))
+@pytest.mark.parametrize('longest', [33, 100])
+def test_every_supervised_heldout_target_counts_once(tmp_path, longest):
+    lengths = np.random.default_rng(2).integers(2, longest, 50)
+    cache = stream(lengths, tmp_path, is_chat=True)
+    counted = []
+    for batch in loader.evaluation_batches(cache, T, 4):
+        assert all(array.shape == (4, T) for array in batch.values())
+        counted.append(batch['targets'][batch['loss_mask'] == 1])
+    counted = np.sort(np.concatenate(counted))
+    np.testing.assert_array_equal(counted, np.sort(cache.tokens[cache.mask == 1]))
+
+
+def test_with_a_stride_a_counted_target_has_all_the_context_there_is(tmp_path):
+    stride = 8
+    batches = list(loader.evaluation_batches(stream(TEXTS, tmp_path), T, 4, stride))
     rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     _, column = np.nonzero(rows['loss_mask'][1:])
     position = rows['positions'][1:][rows['loss_mask'][1:] == 1]
     segment = rows['segment_ids'][1:][rows['loss_mask'][1:] == 1]
     in_first = segment == 1
     assert in_first.any() and (position[in_first] == column[in_first]).all()
-    assert (column >= length - stride).all()
+    assert (column >= T - stride).all()
 
 
-def test_a_cache_shorter_than_a_row_is_one_padded_batch(small_corpus):
-    cache = small_corpus.heldout
-    (batch,) = loader.evaluation_batches(cache, cache.num_tokens + 5, 3)
-    assert batch['loss_mask'].sum() == cache.num_tokens - cache.num_documents
-    assert not batch['segment_ids'][1:].any() and not batch['segment_ids'][0, -5:].any()
+def test_a_cache_shorter_than_a_row_is_one_padded_batch(tmp_path):
+    cache = stream([5, 9], tmp_path)
+    (batch,) = loader.evaluation_batches(cache, 20, 3)
+    assert batch['loss_mask'].sum() == 12
+    assert not batch['segment_ids'][1:].any() and not batch['segment_ids'][0, -6:].any()
 
 
 @pytest.mark.parametrize('stride', [-1, 33])
-def test_a_stride_that_would_skip_targets_is_refused(small_corpus, stride):
+def test_a_stride_that_would_skip_targets_is_refused(tmp_path, stride):
     with pytest.raises(ConfigError, match='stride'):
-        next(loader.evaluation_batches(small_corpus.heldout, 32, 4, stride))
+        next(loader.evaluation_batches(stream(TEXTS, tmp_path), T, 4, stride))

@@ -1,0 +1,171 @@
+"""Best-fit decreasing: which row every piece goes to, and the index file that keeps the answer.
+
+The index is an array file beside the token cache, memory-mapped, so that it costs nothing to open
+and is shared by the processes of a machine.
+"""
+
+import dataclasses
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from jaxfm.errors import DataError
+
+log = logging.getLogger('jaxfm')
+
+# Pieces are packed in groups of so many: bounds time and memory and keeps rows near one another on
+# disk, and costs no measurable room.
+GROUP = 1 << 20
+# Raise it when the layout of the file or the algorithm changes.
+FORMAT = 1
+# What an index file begins with; int64 each, then row_offsets, starts, sizes.
+_COUNTS = ('tokens', 'cut_documents', 'truncated_documents', 'truncated_tokens')
+_COUNTS += ('dropped_documents',)
+_HEADER = ('format', 'identity', 'num_rows', 'num_pieces', *_COUNTS)
+
+
+class Rooms:
+    """Rows that have room left, found by how much they have."""
+
+    def __init__(self, capacity: int):
+        self._rows = [[] for _ in range(capacity + 1)]  # arrays of rows, by room
+        self._present = 0  # bit r: some row has room r
+
+    def put(self, room: int, rows: np.ndarray) -> None:
+        """Files rows under the room they have; full ones are not kept."""
+        if room and len(rows):
+            self._rows[room].append(rows)
+            self._present |= 1 << room
+
+    def take(self, length: int) -> tuple[int, np.ndarray]:
+        """(room, rows): those with the least room for `length`; room 0 when there are none."""
+        fitting = self._present >> length
+        if not fitting:
+            return 0, np.zeros(0, np.int64)
+        room = length + (fitting & -fitting).bit_length() - 1
+        rows, self._rows[room] = np.concatenate(self._rows[room]), []
+        self._present ^= 1 << room
+        return room, rows
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """The row of every item [P], and how many rows there are: the longest item first, each into the
+    fullest row that has room for it.
+
+    Items of one length are placed together: a row with the least room for one of them is, having
+    taken it, again the fullest that fits, until none fits; so a row takes `room // length` at once.
+    """
+    order, counts = np.argsort(-lengths, kind='stable'), np.bincount(lengths)
+    row_of, done, num_rows = np.empty(len(lengths), np.int64), 0, 0
+    rooms = Rooms(capacity)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            room, rows = rooms.take(length)
+            if not room:
+                room, opened = capacity, -(-left // (capacity // length))
+                rows = np.arange(num_rows, num_rows + opened)
+                num_rows += opened
+            each = room // length
+            taken = min(left, len(rows) * each)
+            row_of[order[done : done + taken]] = np.repeat(rows, each)[:taken]
+            full, rest = divmod(taken, each)
+            rooms.put(room - each * length, rows[:full])
+            rooms.put(room - rest * length, rows[full : full + 1])
+            rooms.put(room, rows[full + 1 :])
+            left, done = left - taken, done + taken
+    return row_of, num_rows
+
+
+def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """(order [P], row_offsets [R + 1]): the pieces of row r are those that stand in `order` between
+    row_offsets[r] and row_offsets[r + 1]."""
+    order, per_row = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
+    for first in range(0, len(lengths), GROUP):
+        row_of, num_rows = best_fit_decreasing(lengths[first : first + GROUP], capacity)
+        order.append(first + np.argsort(row_of, kind='stable'))
+        per_row.append(np.bincount(row_of, minlength=num_rows))
+    return np.concatenate(order), np.cumsum(np.concatenate(per_row))
+
+
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ... counts[0] numbers, then as many from first[1] on, ..."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(first - before, counts) + np.arange(counts.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Which pieces each row has: pieces row_offsets[r] .. row_offsets[r + 1]."""
+
+    row_offsets: np.ndarray  # int64 [R + 1]
+    starts: np.ndarray  # int64 [P]: where in the stream a piece begins
+    sizes: np.ndarray  # int64 [P]: twice the length, and one if the document goes on after it
+    counts: dict[str, int]  # statistics
+    path: Path | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
+
+    def pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(how many pieces each of these rows has, all their numbers)."""
+        first, stop = self.row_offsets[rows], self.row_offsets[rows + 1]
+        if first.min(initial=0) < 0 or (stop < first).any() or (stop > len(self.sizes)).any():
+            raise DataError(f'{self.path} is damaged; remove it to have it built again')
+        return stop - first, ranges(first, stop - first)
+
+
+def open_index(path: Path, identity: int, build: Callable[[], Index]) -> Index:
+    """The index in a file; built when it is absent, damaged, or of other tokens (`identity`). Where
+    it cannot be written it is kept in memory."""
+    if (index := _read(path, identity)) is not None:
+        return index
+    index = build()
+    try:
+        _write(path, identity, index)
+    except OSError as error:
+        log.warning('%s cannot be kept (%s): packing again at every start', path, error.strerror)
+        return index
+    return _read(path, identity) or index
+
+
+def _write(path: Path, identity: int, index: Index) -> None:
+    known = {'format': FORMAT, 'identity': identity, 'num_rows': index.num_rows}
+    known |= {'num_pieces': len(index.starts)} | index.counts
+    header = np.array([known.get(name, 0) for name in _HEADER], np.int64)
+    # Under another name until it is whole.
+    partial = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}')
+    try:
+        with open(partial, 'wb') as file:
+            np.save(file, np.concatenate([header, index.row_offsets, index.starts, index.sizes]))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path, identity: int) -> Index | None:
+    try:
+        content = np.load(path, mmap_mode='r')
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        log.warning('%s is damaged (%s): packing again', path, error)
+        return None
+    header = content[: len(_HEADER)].tolist() if content.ndim == 1 else []
+    known = dict(zip(_HEADER, header))
+    if (known.get('format'), known.get('identity')) != (FORMAT, identity):
+        return None
+    num_rows, num_pieces = known['num_rows'], known['num_pieces']
+    ends = np.cumsum([len(_HEADER), num_rows + 1, num_pieces, num_pieces])
+    if ends[-1] != len(content) or content[ends[1] - 1] != num_pieces:
+        log.warning('%s is damaged (its sizes do not agree): packing again', path)
+        return None
+    _, row_offsets, starts, sizes, _ = np.split(content, ends)
+    return Index(row_offsets, starts, sizes, {name: known.get(name, 0) for name in _COUNTS}, path)

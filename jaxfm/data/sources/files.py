@@ -1,0 +1,368 @@
+"""Documents in files: a plain text file is a document, other files have records.
+
+Records are named by the line or the number they have in their file ('chats.jsonl:17'). A big .jsonl
+is read in pieces; a name inside a later piece counts from where the piece starts
+('web.jsonl@33554432:17'), errors give the line of the file all the same.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+
+from jaxfm.data import FilesConfig
+from jaxfm.data.documents import Document
+from jaxfm.data.sources import is_heldout, records, storage
+from jaxfm.data.sources.storage import File
+from jaxfm.errors import DataError
+
+log = logging.getLogger('jaxfm')
+
+SUFFIXES = {
+    '.jsonl': 'jsonl',
+    '.ndjson': 'jsonl',
+    '.parquet': 'parquet',
+    '.array_record': 'array_record',
+    '.arrayrecord': 'array_record',
+}
+# Bytes that are read as one piece of work. Part of the names of documents.
+SHARD_BYTES = 32 << 20
+# Rows that are in memory at a time.
+PARQUET_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A piece of work: some text files, or part of one file of records."""
+
+    format: str
+    # (file, side); a side is train, heldout, hash (of each record) or tail (of each text).
+    files: tuple[tuple[File, str], ...]
+    num_bytes: int
+    # Part of the file, half-open: bytes of jsonl, row groups of parquet, else record numbers.
+    start: int = 0
+    stop: int = 0
+    # Number of the first row of a row group.
+    first_row: int = 0
+
+    @property
+    def has_whole_files(self) -> bool:
+        """Whether its documents are whole files, of which only one of equal ones is kept."""
+        return self.format == 'text'
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRecord:
+    """A record that was left out. `line` counts from 1 at byte `start` of the file."""
+
+    file: File
+    start: int
+    line: int
+    reason: str
+
+    def __str__(self):
+        """With the line of the file, for which what stands before has to be read."""
+        line = self.line + (_count_lines(self.file, self.start) if self.start else 0)
+        where = f'{self.file.path}:{line}: ' if line else f'{self.file.path} '
+        return f'{where}{self.reason}'
+
+
+class Files:
+    """Text files, or records of texts or chats."""
+
+    def __init__(self, config: FilesConfig):
+        self.config = config
+        # {document name: what was wrong with it}
+        self.bad_records: dict[str, BadRecord] = {}
+
+    def files(self) -> list[tuple[File, str]]:
+        """(file, side) in the order of their names; MissingInputError for an empty glob."""
+        return self._files
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, times of modification and sides; contents are not read."""
+        lines = [
+            f'{file.name}\t{file.size}\t{file.stamp}\t{side}\n' for file, side in self._files
+        ]
+        lines.append(json.dumps([SHARD_BYTES, self.config.heldout_fraction]))
+        return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+    def shards(self) -> list[Shard]:
+        """Files in order, big ones in pieces, small text files together."""
+        shards, texts = [], []
+        for file, side in self._files:
+            kind = self._format(file)
+            if kind == 'text':
+                texts.append((file, side))
+            else:
+                shards += list(_SHARDS[kind](file, side))
+        return text_shards(texts) + shards
+
+    def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
+        """DataError as soon as more records were bad than may be, this shard and those before."""
+        if shard.format == 'text':
+            yield from self._read_texts(shard)
+            return
+        ((file, side),) = shard.files
+        for start, line, record in _READERS[shard.format](file, shard):
+            name = f'{file.name}@{start}:{line}' if start else f'{file.name}:{line}'
+            try:
+                if isinstance(record, bytes):
+                    record = _parse(record)
+                document = records.to_document(record, self.config.fields, name)
+                heldout = self._side(document, side)
+            except records.BadRecord as error:
+                self._leave_out(name, BadRecord(file, start, line, str(error)))
+            else:
+                yield heldout, document
+
+    def _read_texts(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
+        for file, side in shard.files:
+            try:
+                yield from read_text(file, side, self.config.heldout_fraction)
+            except records.BadRecord as error:
+                self._leave_out(file.name, BadRecord(file, 0, 0, str(error)))
+
+    def _side(self, document: Document, side: str) -> bool:
+        """Whether a record is held out: equal contents are on the same side."""
+        key = document.text
+        if document.messages:
+            key = [document.messages, document.tools]
+            key = json.dumps(key, sort_keys=True, ensure_ascii=False)
+        try:
+            key = key.encode()
+        except UnicodeEncodeError as error:
+            raise records.BadRecord('a lone surrogate in it has no UTF-8 form') from error
+        if side == 'hash':
+            return is_heldout(key, self.config.heldout_fraction)
+        return side == 'heldout'
+
+    def _leave_out(self, name: str, bad: BadRecord) -> None:
+        self.bad_records[name] = bad
+        check_bad_records(list(self.bad_records.values()), self.config.max_bad_records)
+
+    def _format(self, file: File) -> str:
+        if self.config.format != 'auto':
+            return self.config.format
+        if file.suffix == '.json':
+            raise DataError(
+                f'{file.path}: is this one text, or a record a line? '
+                'Set config.data.format to text or jsonl'
+            )
+        return SUFFIXES.get(file.suffix, 'text')
+
+    @functools.cached_property
+    def _files(self) -> list[tuple[File, str]]:
+        config = self.config
+        files = storage.find(config.path, 'config.data.path')
+        if not config.heldout_path:
+            return self._with_sides(files)
+        heldout = storage.find(config.heldout_path, 'config.data.heldout_path')
+        paths = {file.path for file in heldout}
+        train = [file for file in files if file.path not in paths]
+        if not train:
+            raise DataError('config.data.heldout_path has all files: none is left to train on')
+        return [(file, 'train') for file in train] + [(file, 'heldout') for file in heldout]
+
+    def _with_sides(self, files: list[File]) -> list[tuple[File, str]]:
+        sides = {}
+        for file in files:
+            if self._format(file) != 'text':
+                sides[file] = 'hash'
+            else:
+                chosen = is_heldout(file.name, self.config.heldout_fraction)
+                sides[file] = 'heldout' if chosen else 'train'
+        if len(set(sides.values())) == 1 and 'hash' not in sides.values():
+            log.info(
+                'held-out: too few files to choose from, so the last %.3g of each is held out',
+                self.config.heldout_fraction,
+            )
+            sides = dict.fromkeys(sides, 'tail')
+        return list(sides.items())
+
+
+def check_bad_records(bad: list[BadRecord], allowed: int) -> None:
+    """DataError that names the first bad record beyond the allowed number."""
+    if len(bad) > allowed:
+        before = f' ({allowed} bad ones before it are left out)' if allowed else ''
+        raise DataError(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')
+
+
+def text_shards(files: list[tuple[File, str]]) -> list[Shard]:
+    """Text files in their order, so many together that they are a piece of work."""
+    shards, group, size = [], [], 0
+    for file, side in files:
+        group.append((file, side))
+        size += file.size
+        if size >= SHARD_BYTES:
+            shards.append(Shard('text', tuple(group), size))
+            group, size = [], 0
+    return shards + ([Shard('text', tuple(group), size)] if group else [])
+
+
+def read_text(file: File, side: str, fraction: float) -> Iterator[tuple[bool, Document]]:
+    """The document of a file, or its two parts; BadRecord when it is empty or not UTF-8."""
+    with file.open() as stream:
+        content = stream.read()
+    if not content.strip():
+        raise records.BadRecord('is empty')
+    _decode(content)
+    cut = len(content) if side == 'train' else 0
+    if side == 'tail':
+        cut = _cut(content, int(len(content) * (1 - fraction)))
+    for heldout, part in ((False, content[:cut]), (True, content[cut:])):
+        if part:
+            yield heldout, Document(file.name, text=part.decode())
+
+
+def _cut(content: bytes, near: int) -> int:
+    """The last line start at or before `near`; in a text of one line, a start of a character."""
+    cut = content.rfind(b'\n', 0, near) + 1
+    if cut:
+        return cut
+    while near > 0 and content[near] & 0xC0 == 0x80:
+        near -= 1
+    return near
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise records.BadRecord(
+            f'is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}'
+        ) from error
+
+
+def _parse(line: bytes):
+    try:
+        return json.loads(_decode(line.removeprefix(b'\xef\xbb\xbf')))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, records.BadRecord):
+            raise
+        raise records.BadRecord(f'not JSON: {error}') from error
+
+
+def _jsonl_shards(file: File, side: str) -> Iterator[Shard]:
+    if not file.size:
+        raise DataError(f'{file.path} is empty')
+    if file.is_compressed:
+        yield Shard('jsonl', ((file, side),), file.size)
+        return
+    for start in range(0, file.size, SHARD_BYTES):
+        stop = min(start + SHARD_BYTES, file.size)
+        yield Shard('jsonl', ((file, side),), stop - start, start, stop)
+
+
+def _read_jsonl(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
+    """(start of the piece, line in the piece, line) of the lines that start inside the piece."""
+    start, stop = shard.start, shard.stop or float('inf')
+    position, line, is_empty = start, 0, True
+    with file.open(max(start - 1, 0)) as stream:
+        if start:
+            position += len(stream.readline()) - 1
+        while position < stop and (content := stream.readline()):
+            position += len(content)
+            line += 1
+            if content.strip():
+                is_empty = False
+                yield start, line, content
+    if is_empty and not start and position >= stop:
+        raise DataError(f'{file.path} is empty')
+    if is_empty and file.is_compressed:
+        raise DataError(f'{file.path} is empty')
+
+
+def _count_lines(file: File, stop: int) -> int:
+    """Lines that start before byte `stop`, which is where a piece starts."""
+    lines = left = 0
+    with file.open() as stream:
+        left = stop
+        while left and (block := stream.read(min(left, 1 << 20))):
+            lines += block.count(b'\n')
+            left -= len(block)
+    # A line that begins before the piece and goes on inside it belongs to the piece before.
+    return lines + (block[-1:] != b'\n')
+
+
+def _parquet_shards(file: File, side: str) -> Iterator[Shard]:
+    """Neighbouring row groups, so many that they are a piece of work."""
+    with _parquet(file) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    if not sum(group.num_rows for group in groups):
+        raise DataError(f'{file.path} is empty')
+    start = size = row = rows = 0
+    for i, group in enumerate(groups):
+        size += group.total_byte_size
+        rows += group.num_rows
+        if size >= SHARD_BYTES or i == len(groups) - 1:
+            yield Shard('parquet', ((file, side),), size, start, i + 1, row)
+            start, size, row = i + 1, 0, rows
+
+
+def _read_parquet(file: File, shard: Shard) -> Iterator[tuple[int, int, dict]]:
+    number = shard.first_row
+    with _parquet(file) as parquet:
+        groups = list(range(shard.start, shard.stop))
+        for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=groups, use_threads=False):
+            for record in batch.to_pylist():
+                number += 1
+                yield 0, number, record
+
+
+class _parquet:
+    """A parquet file, open; what its library raises names the file."""
+
+    def __init__(self, file: File):
+        self._file = file
+        self._seekable = file.seekable()
+
+    def __enter__(self):
+        if self._file.is_compressed:
+            raise DataError(f'{self._file.path}: a parquet file is not compressed as a whole')
+        stream = self._seekable.__enter__()
+        with storage.reading(self._file.path):
+            return storage.extra('pyarrow.parquet').ParquetFile(stream)
+
+    def __exit__(self, *error):
+        return self._seekable.__exit__(*error)
+
+
+def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
+    with file.on_disk() as path:
+        count = _array_record(path).num_records()
+    if not count:
+        raise DataError(f'{file.path} is empty')
+    pieces = 1 if file.path.startswith(storage.S3) else -(-file.size // SHARD_BYTES)
+    size = -(-count // pieces)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        num_bytes = file.size * (stop - start) // count
+        yield Shard('array_record', ((file, side),), num_bytes, start, stop)
+
+
+def _read_array_record(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
+    with file.on_disk() as path:
+        reader = _array_record(path)
+        for start in range(shard.start, shard.stop, PARQUET_ROWS):
+            stop = min(start + PARQUET_ROWS, shard.stop)
+            for number, record in enumerate(reader.read(start, stop), start + 1):
+                yield 0, number, record
+
+
+def _array_record(path: str):
+    module = storage.extra('array_record.python.array_record_module')
+    try:
+        return module.ArrayRecordReader(path)
+    except RuntimeError as error:
+        raise DataError(f'{path} is damaged or cut off: {error}') from error
+
+
+_SHARDS = {
+    'jsonl': _jsonl_shards,
+    'parquet': _parquet_shards,
+    'array_record': _array_record_shards,
+}
+_READERS = {'jsonl': _read_jsonl, 'parquet': _read_parquet, 'array_record': _read_array_record}

@@ -1,0 +1,82 @@
+"""The source of the running interpreter's standard library, .py files only."""
+
+import functools
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxfm.data import PythonStdlibConfig
+from jaxfm.data.documents import Document
+from jaxfm.data.sources import is_heldout, records
+from jaxfm.data.sources.files import Shard, read_text, text_shards
+from jaxfm.data.sources.storage import File
+from jaxfm.errors import MissingInputError
+
+# Directories of the standard library that are tests, tables or not of the library at all.
+EXCLUDED_DIRECTORIES = frozenset(
+    'test tests idle_test encodings pydoc_data idlelib'.split()
+    + 'site-packages dist-packages __pycache__'.split()
+)
+# What the build of one interpreter wrote: the same release on another machine has other text here.
+EXCLUDED_PREFIXES = ('_sysconfigdata', 'config-')
+
+
+class PythonStdlib:
+    """The standard library; a file is a document. Empty and undecodable files are left out."""
+
+    def __init__(self, config: PythonStdlibConfig):
+        self.config = config
+        self.root = Path(sysconfig.get_path('stdlib'))
+        self.bad_records: dict[str, str] = {}
+
+    def files(self) -> list[tuple[File, str]]:
+        """(file, side) in the order of their names."""
+        return self._files
+
+    def fingerprint(self) -> str:
+        """Of names, sizes, times of modification and sides; contents are not read."""
+        lines = [[file.name, file.size, file.stamp, side] for file, side in self._files]
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+    def shards(self) -> list[Shard]:
+        return text_shards(self._files)
+
+    def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
+        for file, side in shard.files:
+            try:
+                yield from read_text(file, side, self.config.heldout_fraction)
+            except records.BadRecord as error:
+                self.bad_records[file.name] = f'{file.path} {error}'
+
+    @functools.cached_property
+    def _files(self) -> list[tuple[File, str]]:
+        found = sorted(_library_files(self.root), key=lambda file: file.name)
+        if not found:
+            raise MissingInputError(
+                f'{self.root} has no .py files: is the library of this Python zipped?'
+            )
+        fraction = self.config.heldout_fraction
+        return [
+            (file, 'heldout' if is_heldout(file.name, fraction) else 'train') for file in found
+        ]
+
+
+def _library_files(root: Path) -> Iterator[File]:
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = [
+            name
+            for name in subdirectories
+            if name not in EXCLUDED_DIRECTORIES and not name.startswith(EXCLUDED_PREFIXES)
+        ]
+        for name in names:
+            if name.endswith('.py') and not name.startswith(EXCLUDED_PREFIXES):
+                yield _file(Path(directory, name), root)
+
+
+def _file(path: Path, root: Path) -> File:
+    status = path.stat()
+    name = path.relative_to(root).as_posix()
+    return File(str(path), name, status.st_size, str(status.st_mtime_ns))

@@ -16,7 +16,7 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.run_config import AdamWConfig
-from jaxfm.state import init_state, make_train_step, split
+from jaxfm.state import begin_phase, init_state, make_train_step, split
 
 V, D, ROWS, LENGTH = 20, 6, 8, 5
 BLOCK = dict(num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16)
@@ -304,6 +304,21 @@ def test_a_frozen_layer_stays_bitwise_and_has_no_moments():
             assert after[name].tobytes() == before[name].tobytes(), name
         if name.startswith('trainable/'):
             assert not np.array_equal(after[name], before[name]), name
+
+
+def test_a_phase_begins_as_a_run_with_the_same_weights_would():
+    parts, other = split(make_transformer), split(make_transformer, ['trunk/0/*'])
+    state = init_state(make_transformer, parts, adamw(parts), 0)
+    step = make_train_step(parts, NextToken(NextTokenConfig()), adamw(parts))
+    trained, _ = step(state, make_batch())
+    weights = jax.device_get(trained.params)
+    fresh = jax.device_get(init_state(make_transformer, other, adamw(other), 5).to_tree())
+    begun = jax.device_get(begin_phase(trained.params, other, adamw(other), 5).to_tree())
+    assert begun.keys() == fresh.keys()
+    for name, value in begun.items():
+        kind, _, path = name.partition('/')
+        wanted = weights[path] if kind in ('trainable', 'frozen', 'buffers') else fresh[name]
+        assert value.tobytes() == wanted.tobytes(), name
 
 
 def test_a_pattern_that_matches_nothing_names_the_parameters():

@@ -180,8 +180,35 @@ def test_an_older_step_is_saved_and_not_skipped_in_silence(saved):
 
 
 def test_parameters_are_restored_without_the_rest(saved):
-    subset = {'params': abstract_of(host_state()['params'], make_mesh(2, 4))}
-    assert_bitwise_equal(saved.restore_params(7, subset), {'params': host_state()['params']})
+    weights = host_state()['params']
+    w, scale = weights['w'], weights['scale']
+    state = {'trainable/a/w': w, 'frozen/b': scale, 'opt_state/mu': w}
+    saved.save(8, place(state, make_mesh(8)), {})
+    saved.wait()
+    wanted = {'a/w': w, 'b': scale}
+    restored = saved.restore_params(8, abstract_of(wanted, make_mesh(2, 4)))
+    assert_bitwise_equal(restored, wanted)
+
+
+def test_milestones_stay_whatever_is_saved_after_them(tmp_path):
+    config = CheckpointConfig(keep=2)
+    for milestones, steps in (((3, 9), [3, 5, 6]), ((), [5, 6])):
+        made = Checkpointer(config, tmp_path / str(milestones), milestones=milestones)
+        for step in (2, 3, 4, 5, 6):
+            made.save(step, place(host_state(step), make_mesh(1)), {})
+        made.close()
+        assert made.steps() == steps
+
+
+def test_milestones_to_come_need_room(tmp_path, monkeypatch):
+    made = Checkpointer(CheckpointConfig(), tmp_path, milestones=(3, 9))
+    monkeypatch.setattr(made._storage, 'free_bytes', lambda: 39 * 2**30)
+    with pytest.raises(StorageError, match='need 40 GiB .4 of 10 GiB., have 39 GiB'):
+        made.check_room(10 * 2**30)
+    made.save(3, place(host_state(), make_mesh(1)), {})
+    made.wait()
+    made.check_room(10 * 2**30)  # the next one, and the one at step 9
+    made.close()
 
 
 def test_a_reader_sees_new_steps_and_sweeps_nothing(saved, tmp_path):
@@ -217,8 +244,8 @@ def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
 
 
 def test_a_subset_may_not_ask_for_what_is_not_there(saved):
-    subset = abstract_of({'params': {'bias': np.zeros(3)}}, make_mesh(1))
-    with pytest.raises(ConfigError, match='params.bias: not in the checkpoint'):
+    subset = abstract_of({'bias': np.zeros(3)}, make_mesh(1))
+    with pytest.raises(ConfigError, match='trainable/bias: not in the checkpoint'):
         saved.restore_params(7, subset)
 
 

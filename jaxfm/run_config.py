@@ -5,6 +5,7 @@ itself stand here, without jax; those of the rooms stand in the rooms.
 """
 
 import math
+import re
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
@@ -195,8 +196,8 @@ def _optimizer_can_be_kept(phases) -> list[str]:
             continue
         before, after = phases[index - 1].optimizer, phase.optimizer
         sentences += [
-            f'phases[{index}].keep_optimizer needs the same optimizer.{key} as the phase before: '
-            f'{shown(getattr(after, key))} is not {shown(getattr(before, key))}'
+            f'phases[{index}].keep_optimizer: phases[{index}].optimizer.{key} is not that of the '
+            f'phase before: {shown(getattr(after, key))}, not {shown(getattr(before, key))}'
             for key in ('name', 'frozen', 'moment_dtype')
             if getattr(before, key) != getattr(after, key)
         ]
@@ -279,8 +280,9 @@ class RunConfig(Group):
         if not given.get('phases'):
             return sentences + validation.cross_problems(cls.phase_checks, given)
         for index, phase in enumerate(given['phases']):
+            # The checks speak of `data.batch_size`, the config of `phases[0].data.batch_size`.
             sentences += [
-                f'phases[{index}].{sentence}'
+                re.sub(r'\b(data\.|optimizer\.|steps )', rf'phases[{index}].\1', sentence)
                 for sentence in validation.cross_problems(cls.phase_checks, given | dict(phase))
             ]
         return sentences

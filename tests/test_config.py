@@ -421,6 +421,95 @@ def test_the_real_mesh_is_checked_as_the_config_is(load_run):
         run_config.check_on_mesh(run, {'fsdp': 16})
 
 
+# Phases, and runs that start from other runs
+
+
+def phased_keys(*changes, **more):
+    """A run of two phases; `changes` of each of them."""
+    own = run_keys()
+    shared = {key: own.pop(key) for key in ('data', 'optimizer', 'steps')}
+    changes = changes or ({}, {})
+    names = ('first', 'second')
+    return own | {'phases': [{'name': n} | shared | c for n, c in zip(names, changes)]} | more
+
+
+@pytest.fixture
+def load_phases(config_file):
+    def load(*overrides, **more):
+        return config.load(config_file(f'return {phased_keys(**more)!r}'), overrides)
+
+    return load
+
+
+def test_a_run_without_a_list_of_phases_is_one_phase(load_run):
+    run = load_run()
+    (phase,) = run.all_phases
+    assert (phase.name, phase.steps, run.total_steps) == ('', 100, 100)
+    assert phase.data == run.data and phase.optimizer == run.optimizer
+
+
+def test_a_value_inside_a_phase_can_be_given(load_phases):
+    run = load_phases('phases[1].steps=7', 'phases[0].optimizer.learning_rate=0.5')
+    assert run.total_steps == 107
+    assert [phase.optimizer.learning_rate for phase in run.all_phases] == [0.5, 1e-3]
+
+
+@pytest.mark.parametrize(
+    'overrides, expected',
+    [
+        (['steps=7'], 'config: steps belongs into a phase, because phases is given'),
+        (['phases[1].name=first'], 'first is the name of more than one phase'),
+        (
+            ['phases[1].optimizer.warmup_steps=101'],
+            'phases[1].optimizer.warmup_steps 101 is more than phases[1].steps 100',
+        ),
+        (['phases[1].optimizer.accumulate=3'], 'phases[1].data.batch_size 8 is not a multiple'),
+        (['phases[0].keep_optimizer=true'], 'phases[0].keep_optimizer: there is no phase before'),
+        (
+            ["phases[1].optimizer.frozen=['trunk*']", 'phases[1].keep_optimizer=true'],
+            "optimizer.frozen is not that of the phase before: ['trunk*'], not []",
+        ),
+        (["evals.loss={'name': 'loss'}"], 'evals.loss.phase is required and not given'),
+        (
+            ["evals.loss={'name': 'loss', 'phase': 'secnod'}"],
+            'evals.loss.phase: there is no phase secnod; did you mean second?',
+        ),
+        (['phases[1].setps=3'], 'config.phases[1].setps: unknown key; did you mean steps?'),
+    ],
+)
+def test_phases_that_cannot_work_are_told(load_phases, overrides, expected):
+    with pytest.raises(errors.ConfigError) as caught:
+        load_phases(*overrides)
+    assert expected in str(caught.value)
+    assert f'given by --config.{overrides[0]}' in str(caught.value)
+
+
+@pytest.mark.parametrize('name', ['steps', 'data', 'optimizer'])
+def test_what_neither_the_run_nor_a_phase_says_is_missing(config_file, name):
+    keys = {key: value for key, value in run_keys().items() if key != name}
+    with pytest.raises(errors.ConfigError, match=f'config: {name} is required and not given'):
+        config.load(config_file(f'return {keys!r}'))
+
+
+def test_model_and_tokenizer_come_from_the_run_it_starts_from(tmp_path, config_file, load_run):
+    earlier = tmp_path / 'earlier'
+    earlier.mkdir()
+    config.write(load_run('model.embed_dim=32'), earlier / 'config.json')
+    keys = run_keys(init_from=str(earlier))
+    del keys['model']
+    run = config.load(config_file(f'return {keys!r}'), ['model.remat=full'])
+    assert (run.model.embed_dim, run.model.remat) == (32, 'full')
+    assert (run.tokenizer.name, run.tokenizer.path) == ('file', str(earlier))
+
+
+def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file, load_run):
+    (tmp_path / 'earlier').mkdir()
+    config.write(load_run(), tmp_path / 'earlier' / 'config.json')
+    keys = run_keys(init_from=str(tmp_path / 'earlyer'))
+    with pytest.raises(errors.MissingInputError, match='earlyer holds no run.*mean earlier?'):
+        config.load(config_file(f'return {keys!r}'))
+
+
 def test_warm_up_does_not_matter_to_a_run_that_only_evaluates(load_run):
     assert load_run('steps=0', 'optimizer.warmup_steps=10').steps == 0
 

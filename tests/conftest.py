@@ -122,9 +122,18 @@ class TinyRuns:
         """What follows `python -m jaxfm.main`."""
         return ['--config', str(self.config), '--workdir', str(workdir), *more]
 
-    def start(self, workdir: Path, *more: str, devices: int = 1, **environment: str):
+    def derive(self, name: str, change: str) -> Path:
+        """A config file that makes the tiny one and then does what `change` says with `config`."""
+        path = self.root / f'{name}.py'
+        text = self.config.read_text().replace('    return config', f'{change}\n    return config')
+        path.write_text(text)
+        return path
+
+    def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
         """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""
         command = [sys.executable, '-m', 'jaxfm.main', *self.arguments(workdir, *more)]
+        if config is not None:
+            command[command.index(str(self.config))] = str(config)
         environment = {**self.environment, 'JAX_NUM_CPU_DEVICES': str(devices), **environment}
         with open(f'{workdir}.stderr', 'a') as errors:
             return subprocess.Popen(

@@ -1,0 +1,153 @@
+"""Runs of several phases, in real processes: equal to chained runs, and resumed wherever they died."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jaxfm.metrics.writers import read_records
+
+# The second phase freezes a layer and has another learning rate, batch size and row length.
+PHASES = """
+    own = {key: config[key] for key in ('data', 'optimizer')}
+    for key in ('data', 'optimizer', 'steps'):
+        del config[key]
+    later = dict(learning_rate=3e-3, frozen=['trunk/0/attention/*'])
+    config.phases = [
+        dict(name='first', steps=12, **own),
+        dict(
+            name='second',
+            steps=10,
+            data=dict(own['data'], batch_size=4, sequence_length=16),
+            optimizer=dict(own['optimizer'], **later),
+        ),
+    ]
+    config.evals = dict(heldout=dict(name='loss', phase='second', every=6, batch_size=8))
+    config.checkpoint = dict(every=5, keep=1)
+    config.sampling.num_samples = 0
+"""
+CHAINED = [
+    '--config.steps=10',
+    '--config.seed=1',
+    '--config.data.batch_size=4',
+    '--config.data.sequence_length=16',
+    '--config.optimizer.learning_rate=3e-3',
+    "--config.optimizer.frozen=['trunk/0/attention/*']",
+]
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+
+
+@pytest.fixture(scope='module')
+def config(tiny):
+    return tiny.derive('phases', PHASES)
+
+
+@pytest.fixture(scope='module')
+def whole(tiny, config):
+    """A run of both phases that nobody stopped."""
+    finish(tiny.start(tiny.root / 'whole', config=config))
+    return tiny.root / 'whole'
+
+
+def records(workdir, kind='train'):
+    found = [r for r in read_records(workdir / 'metrics.jsonl') if r['kind'] == kind]
+    return [{k: v for k, v in r.items() if k != 'time'} for r in found]
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
+def saved(workdir, step):
+    """{name: array} of a checkpoint."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir / 'checkpoints' / str(step) / 'state')
+
+
+def assert_bitwise_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert np.asarray(one[name]).tobytes() == np.asarray(other[name]).tobytes(), name
+
+
+def test_a_phase_has_its_own_learning_rate_batch_and_name(whole):
+    train = records(whole)
+    assert [r['phase'] for r in train if r['step'] in (2, 12, 14, 22)] == ['first'] * 2 + ['second'] * 2
+    rates = {r['step']: r['train/learning_rate'] for r in train}
+    assert rates[6] == pytest.approx(1e-2, rel=0.1)  # warm-up of 5 steps is over
+    assert rates[14] == pytest.approx(3e-3 * 2 / 5)  # in the second phase it begins anew
+    tokens = {r['step']: r['perf/total_tokens'] for r in records(whole, 'perf')}
+    assert tokens[12] == 12 * 8 * 32
+    assert tokens[22] == 12 * 8 * 32 + 10 * 4 * 16
+
+
+def test_the_end_of_a_phase_is_evaluated_and_stays(whole):
+    assert steps(whole) == [12, 22]
+    assert {r['step'] for r in records(whole, 'eval')} == {0, 6, 12, 18, 22}
+
+
+def test_a_phase_trains_what_it_does_not_freeze(whole):
+    boundary, end = saved(whole, 12), saved(whole, 22)
+    frozen = [name for name in end if name.startswith('frozen/')]
+    assert frozen and all('trunk/0/attention' in name for name in frozen)
+    for name in frozen:
+        before = boundary[name.replace('frozen/', 'trainable/')]
+        assert np.array_equal(end[name], before), name
+    trained = [name for name in end if name.startswith('trainable/')]
+    assert not any(np.array_equal(end[name], boundary[name]) for name in trained)
+
+
+def test_two_phases_equal_two_runs_one_after_the_other(tiny, whole):
+    earlier, later = tiny.root / 'earlier', tiny.root / 'later'
+    options = ['--config.sampling.num_samples=0', '--config.evals={}']
+    finish(tiny.start(earlier, '--config.steps=12', *options))
+    finish(tiny.start(later, f'--config.init_from={earlier}', *CHAINED, *options))
+    assert_bitwise_equal(saved(whole, 12), saved(earlier, 12))
+    assert_bitwise_equal(saved(whole, 22), saved(later, 10))
+    losses = [r['train/loss'] for r in records(later) if r['step'] % 2 == 0]
+    assert losses == [r['train/loss'] for r in records(whole) if r['step'] > 12]
+
+
+def test_a_run_goes_on_from_wherever_it_was_killed(tiny, config, whole):
+    workdir = tiny.root / 'killed'
+    expected = records(whole), records(whole, 'eval')
+    for last in (5, 15):  # inside the first and inside the second phase
+        process = tiny.start(workdir, config=config)
+        deadline = time.monotonic() + 120
+        while not (workdir / 'checkpoints' / str(last)).exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f'it ended before step {last} was saved'
+    finish(tiny.start(workdir, config=config))
+    assert (records(workdir), records(workdir, 'eval')) == expected
+    assert_bitwise_equal(saved(workdir, 22), saved(whole, 22))
+
+
+def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
+    workdir = tiny.root / 'between'
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '22')
+    finish(tiny.start(workdir, config=config))
+    assert (records(workdir), records(workdir, 'eval')) == (records(whole), records(whole, 'eval'))
+    assert_bitwise_equal(saved(workdir, 22), saved(whole, 22))
+
+
+def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole):
+    workdir = tiny.root / 'changed'
+    shutil.copytree(whole, workdir)
+    before = (workdir / 'config.json').read_bytes()
+    flags = ['--config.phases[0].steps=25', '--allow_change=phases']
+    finish(tiny.start(workdir, *flags, config=config), code=78)
+    assert 'the steps of phases that have ended' in (tiny.root / 'changed.stderr').read_text()
+    assert (workdir / 'config.json').read_bytes() == before
+    assert json.loads(before)['phases'][0]['steps'] == 12

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxfm import config, plan, run_config, sharding
+from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
 from jaxfm.state import split
 
@@ -23,16 +24,26 @@ def _at_the_root(monkeypatch):
 
 @pytest.mark.parametrize('arg', ['', ':smoke'])
 @pytest.mark.parametrize('path', FILES, ids=str)
-def test_every_config_builds(path, arg):
-    assert config.load(f'{path}{arg}').steps > 0
+def test_every_config_builds(path, arg, tmp_path):
+    overrides = []
+    if path.name == 'sft.py' and not arg:  # what only its user has: chats, and a model
+        config.write(config.load('configs/quickstart.py'), tmp_path / 'config.json')
+        overrides = [f'init_from={tmp_path}', 'data.path=my.jsonl']
+    assert config.load(f'{path}{arg}', overrides).total_steps > 0
+
+
+def test_fine_tuning_asks_for_chats(tmp_path):
+    config.write(config.load('configs/quickstart.py'), tmp_path / 'config.json')
+    with pytest.raises(ConfigError, match='config.data.path: is required and not given'):
+        config.load('configs/sft.py', [f'init_from={tmp_path}'])
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)
 def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
     smoke = config.load(f'{path}:smoke')
-    assert smoke.steps <= 30
-    assert smoke.data.name == 'python_stdlib'
-    assert smoke.steps // smoke.checkpoint.every >= 3
+    assert smoke.total_steps <= 60
+    assert {phase.data.name for phase in smoke.all_phases} <= {'python_stdlib', 'problems'}
+    assert smoke.total_steps // smoke.checkpoint.every >= 3
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)

@@ -50,6 +50,13 @@ class Batches:
     def _identity(self) -> dict[str, int | float | str]:
         raise NotImplementedError
 
+    def identities(self, packings: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict:
+        """What the rows of every source depend on."""
+        each = {n: {'fingerprint': fingerprints[n], 'packing': packings[n]} for n in packings}
+        if len(each) > 1:
+            each = {name: values | {'weight': self.weights[name]} for name, values in each.items()}
+        return self.by_source(each)
+
     def by_source(self, values: Mapping[str, Mapping]) -> dict:
         """{source: {name: value}} -> {name: value} of one source, {source/name: value} of more."""
         if len(self.weights) == 1:
@@ -115,13 +122,11 @@ class PackedBatches(Batches):
         return grain.MapDataset.range(packing.num_rows).seed(seed % 2**32).shuffle().repeat()
 
     def _identity(self) -> dict[str, int | float | str]:
-        sources = {
-            name: {'fingerprint': packing.fingerprint, 'packing': packing.name}
-            | ({'weight': self.weights[name]} if len(self.packings) > 1 else {})
-            for name, packing in self.packings.items()
-        }
+        names = {name: packing.name for name, packing in self.packings.items()}
+        fingerprints = {name: packing.fingerprint for name, packing in self.packings.items()}
         length = next(iter(self.packings.values())).sequence_length
-        return {'sequence_length': length, 'seed': self.seed} | self.by_source(sources)
+        identity = {'sequence_length': length, 'seed': self.seed}
+        return identity | self.identities(names, fingerprints)
 
 
 def _merge(parts: list[tuple[np.ndarray, dict]], num_rows: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,256 @@
+"""Batches without a cache: documents are read, tokenised and packed while the run trains.
+
+Every process reads every document, in the order of the files, makes the same rows and keeps its
+own. So the global batches are the same for any number of processes; but nothing is shuffled beyond
+the order that the files have. A position is the place in the files where the next row begins: to
+resume, its shard is read again from the start, but nothing before it is tokenised again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from jaxfm.data import BatchConfig, packing
+from jaxfm.data.documents import Document
+from jaxfm.data.loader import Batches
+from jaxfm.errors import ConfigError, DataError
+
+# Bytes tokenised at a time, ahead of need: at first few, so that the first batch comes soon, then
+# enough for all cores.
+FIRST_CHUNK_BYTES, CHUNK_BYTES = 1 << 12, 1 << 20
+
+# [(ids, mask or None)] of documents; None counts every token but the first.
+Encode = Callable[[list[Document]], list[tuple[np.ndarray, np.ndarray | None]]]
+
+
+@dataclasses.dataclass
+class _Current:
+    """The document that is being put into rows: tokens [begin, stop) are still to come."""
+
+    place: tuple[int, int, int]
+    name: str
+    ids: np.ndarray
+    mask: np.ndarray | None
+    begin: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a document; with the token after it, if the document goes on."""
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    length: int
+
+
+class Stream:
+    """The rows of one source, one after the other, epoch after epoch.
+
+    Texts are concatenated and cut into rows. Chats stand side by side in a row until the next one
+    does not fit; they are never cut.
+
+    `position` is [epoch, shard, document of the shard, token of the document] where the next row
+    begins; set it to go on from there.
+
+    Raises:
+      ConfigError: a packing that only a cache can have.
+      DataError: no document to train on, or a chat that is longer than a row.
+    """
+
+    def __init__(self, make_source: Callable, encode: Encode, config: BatchConfig):
+        self._make_source, self._encode, self._config = make_source, encode, config
+        self._shards = make_source().shards()
+        first = next(self._documents(0, 0, 0))[1]
+        self.is_chat = bool(first.messages)
+        self.packing = packing.resolve(config, self.is_chat)
+        if not self.is_chat and self.packing != 'concat':
+            raise ConfigError(
+                f"config.data.packing='{self.packing}' needs the lengths of all texts: "
+                "set config.data.tokenize='cached'"
+            )
+        self.position = [0, 0, 0, 0]
+
+    @property
+    def position(self) -> list[int]:
+        if self._current is None:
+            return [*self._next]
+        return [*self._current.place, self._current.begin]
+
+    @position.setter
+    def position(self, position: list[int]) -> None:
+        *place, token = position
+        self._current, self._next = None, (*place, token)
+        self._encoded = self._encode_ahead(self._documents(*place))
+
+    def epochs(self, position: list[int]) -> float:
+        """Epochs up to a position, to the precision of a shard."""
+        return position[0] + position[1] / len(self._shards)
+
+    def next_row(self) -> list[Piece]:
+        """What stands in the next row."""
+        pieces, room = [], self._config.sequence_length
+        while room:
+            current = self._peek()
+            left = current.stop - current.begin
+            if pieces and self.is_chat and (left > room or self.packing == 'none'):
+                break
+            pieces.append(self._take(min(left, room)))
+            room -= pieces[-1].length
+        return pieces
+
+    def _take(self, length: int) -> Piece:
+        current = self._current
+        begin, current.begin = current.begin, current.begin + length
+        ids = current.ids[begin : begin + length + 1]
+        mask = None if current.mask is None else current.mask[begin : begin + length + 1]
+        if current.begin == current.stop:
+            epoch, shard, document = current.place
+            self._current, self._next = None, (epoch, shard, document + 1, 0)
+        return Piece(ids, mask, length)
+
+    def _peek(self) -> _Current:
+        """The document that goes on, or the next one that has a place in a row."""
+        epoch = self._next[0]
+        while self._current is None:
+            place, name, ids, mask = next(self._encoded)
+            if place[0] > epoch + 1:
+                raise DataError(f'no chat fits a row of {self._config.sequence_length} tokens')
+            begin = self._next[3] if place == self._next[:3] else 0
+            if begin and begin >= len(ids):
+                raise DataError(f'{name} has changed: it has {len(ids)} tokens, row at {begin}')
+            self._current = self._fitted(_Current(place, name, ids, mask, begin, len(ids)))
+        return self._current
+
+    def _fitted(self, current: _Current) -> _Current | None:
+        """The document as `too_long` wants it; None when it is left out."""
+        length, longest = len(current.ids), self._config.sequence_length
+        if not length:
+            return None
+        if not self.is_chat or length <= longest:
+            return current
+        if self._config.too_long == 'error':
+            raise DataError(
+                f'{current.name} has {length:,} tokens, a row {longest}. Chats are never cut: '
+                f"set config.data.sequence_length, or config.data.too_long='drop' or 'truncate'"
+            )
+        current.stop = longest
+        return current if self._config.too_long == 'truncate' else None
+
+    def _documents(self, epoch: int, shard: int, document: int) -> Iterator[tuple]:
+        """(place, train document) from a place on, for ever."""
+        while True:
+            source, found = self._make_source(), shard + document > 0
+            for number in range(shard, len(self._shards)):
+                first = document if number == shard else 0
+                for index, (is_heldout, one) in enumerate(source.read(self._shards[number])):
+                    if index >= first and not is_heldout:
+                        found = True
+                        yield (epoch, number, index), one
+            if not found:
+                raise DataError('there is no document to train on')
+            epoch, shard, document = epoch + 1, 0, 0
+
+    def _encode_ahead(self, documents: Iterator[tuple]) -> Iterator[tuple]:
+        """(place, name, ids, mask) of documents, tokenised many at a time."""
+        chunk, size, enough = [], 0, FIRST_CHUNK_BYTES
+        for place, document in documents:
+            chunk.append((place, document))
+            size += 1 + document.num_bytes
+            if size >= enough:
+                yield from self._encode_chunk(chunk)
+                chunk, size, enough = [], 0, min(2 * enough, CHUNK_BYTES)
+
+    def _encode_chunk(self, chunk: list[tuple]) -> Iterator[tuple]:
+        encoded = self._encode([document for _, document in chunk])
+        for (place, document), (ids, mask) in zip(chunk, encoded):
+            if bool(document.messages) != self.is_chat:
+                raise DataError(f'{document.name}: a source has either texts or chats, not both')
+            yield place, document.name, ids, mask
+
+
+class OnTheFly(Batches):
+    """A source of [len(rows), T] batches from streams; see the top of this file.
+
+    Args:
+      streams: {source: its rows}.
+      fingerprints: {source: what changes when its documents or their tokens do}.
+      weights: {source: share of the rows}.
+    """
+
+    def __init__(
+        self,
+        streams: Mapping[str, Stream],
+        fingerprints: Mapping[str, str],
+        weights: Mapping[str, float],
+        config: BatchConfig,
+        vocab_size: int,
+        rows: np.ndarray | None = None,
+    ):
+        super().__init__({name: weights[name] for name in streams}, config.batch_size, rows)
+        self.streams, self.fingerprints = dict(streams), fingerprints
+        self._length, self._vocab_size = config.sequence_length, vocab_size
+
+    def next(self, params, step) -> dict[str, np.ndarray]:
+        """The next batch; depends on neither argument."""
+        del params, step
+        streams = [*self.streams.values()]
+        chosen = [self.mixture.locate(self.next_row + row)[0] for row in range(self.batch_size)]
+        rows = [streams[source].next_row() for source in chosen]
+        self.next_row += self.batch_size
+        return _to_batch([rows[row] for row in self.rows], self._length, self._vocab_size)
+
+    def progress(self, state: dict | None = None) -> dict[str, float]:
+        """Rows and epochs of each source up to a state, or to here."""
+        state = state or self.get_state()
+        counts = self.mixture.counts(state['next_row'])
+        return self.by_source(
+            {
+                name: {'rows': count, 'epochs': stream.epochs(state['positions'][name])}
+                for (name, stream), count in zip(self.streams.items(), counts)
+            }
+        )
+
+    def get_state(self) -> dict:
+        positions = {name: stream.position for name, stream in self.streams.items()}
+        return super().get_state() | {'positions': positions}
+
+    def set_state(self, state: dict) -> None:
+        super().set_state(state)
+        for name, position in state['positions'].items():
+            self.streams[name].position = position
+
+    _position_keys = frozenset(['next_row', 'positions'])
+
+    def _identity(self) -> dict[str, int | float | str]:
+        names = {name: f'on_the_fly {stream.packing}' for name, stream in self.streams.items()}
+        return {'sequence_length': self._length} | self.identities(names, self.fingerprints)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """A batch's tokens, for `packing.fill`."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    vocab_size: int
+    path: str = 'the tokenizer'
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+def _to_batch(rows: list[list[Piece]], length: int, vocab_size: int) -> dict[str, np.ndarray]:
+    pieces = [piece for row in rows for piece in row]
+    masks = [
+        np.ones(len(piece.ids), bool) if piece.mask is None else piece.mask for piece in pieces
+    ]
+    cache = _Tokens(
+        np.concatenate([piece.ids for piece in pieces]), np.concatenate(masks), vocab_size
+    )
+    stored = np.array([len(piece.ids) for piece in pieces], np.int64)
+    lengths = np.array([piece.length for piece in pieces], np.int64)
+    found = packing.Pieces(np.cumsum(stored) - stored, lengths, stored > lengths)
+    return packing.fill(cache, np.array([len(row) for row in rows]), found, length)

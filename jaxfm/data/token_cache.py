@@ -1,39 +1,53 @@
 """The token cache: the ids of many documents in one memory-mapped file.
 
-Two files make one side (train, heldout) of a corpus: `<side>.tokens`, all documents one after the
-other as uint16 or uint32, each as <|bos|> ids <|eos|>; and `<side>.documents.npy`, int64 [D, 2]:
-the stream position where a document ends, and its UTF-8 bytes.
+These files make one side (train, heldout) of a corpus:
+
+- `<side>.tokens`: all documents one after the other, uint16 or uint32. A text is [bos] ids eos, a
+  chat is what its template makes of it;
+- `<side>.offsets.npy`: int64 [D + 1], where in the stream each document starts, and its end;
+- `<side>.bytes.npy`: int64 [D], UTF-8 bytes of each document;
+- `<side>.mask`: uint8, chats only: 1 for every token that the assistant must produce.
+
+A corpus is built in parts, which have the same files and some more; `join` makes one of them.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data.sources import Document
-from jaxfm.data.tokenizer import Tokenizer
+from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
 
-# Characters encoded at a time: enough for all cores, little enough for memory.
-CHUNK_CHARACTERS = 1 << 22
+SIDES = ('train', 'heldout')
+# Only so much text of the held-out documents is kept, for those who need more than their tokens.
+HELDOUT_TEXT_BYTES = 1 << 28
 
 
 class TokenCache:
     """Token ids of one side of a corpus, read from disk as they are needed."""
 
-    def __init__(self, directory: Path, side: str, vocab_size: int, fingerprint: str):
-        self.path = Path(directory) / f'{side}.tokens'
+    def __init__(
+        self, directory: Path, side: str, vocab_size: int, fingerprint: str, is_chat: bool = False
+    ):
+        directory = Path(directory)
+        self.path = directory / f'{side}.tokens'
         self.vocab_size = vocab_size
         # Changes with any token of the corpus, the other side included.
         self.fingerprint = fingerprint
-        documents = np.load(Path(directory) / f'{side}.documents.npy')
+        self.is_chat = is_chat
         # [D + 1]: document d is tokens[offsets[d]:offsets[d + 1]].
-        self.offsets = np.concatenate([[0], documents[:, 0]])
+        self.offsets = np.load(directory / f'{side}.offsets.npy', mmap_mode='r')
         # [D]: UTF-8 bytes of each document.
-        self.document_bytes = documents[:, 1]
+        self.document_bytes = np.load(directory / f'{side}.bytes.npy', mmap_mode='r')
         # [N].
         self.tokens = np.memmap(self.path, token_dtype(vocab_size), 'r')
+        # [N]: which tokens count; None: every token but the first of a document.
+        self.mask = np.memmap(directory / f'{side}.mask', np.uint8, 'r') if is_chat else None
 
     @property
     def num_tokens(self) -> int:
@@ -49,23 +63,74 @@ class TokenCache:
         return int(self.document_bytes.sum())
 
 
-def write(directory: Path, side: str, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-    """Encodes documents, in their order, into the two files of one side."""
-    dtype, end, rows = token_dtype(tokenizer.vocab_size), 0, []
-    with open(directory / f'{side}.tokens', 'wb') as file:
-        for document, ids in _encode(documents, tokenizer):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-                raise DataError(
-                    f'{document.name}: a token id is outside [0, {tokenizer.vocab_size})'
-                )
-            ids = np.concatenate([[tokenizer.bos_id], ids, [tokenizer.eos_id]])
-            file.write(ids.astype(dtype).tobytes())
-            end += len(ids)
-            rows.append((end, document.num_bytes))
-        _to_disk(file)
-    with open(directory / f'{side}.documents.npy', 'wb') as file:
-        np.save(file, np.array(rows, np.int64).reshape(-1, 2))
-        _to_disk(file)
+class Writer:
+    """Writes one side of a part, document by document."""
+
+    def __init__(self, directory: Path, side: str, vocab_size: int):
+        self._directory, self._side, self._vocab_size = Path(directory), side, vocab_size
+        self._files = {}
+        self._rows, self._digests = [], []
+
+    def add(
+        self, document: Document, ids: np.ndarray, mask: np.ndarray | None, has_digest: bool
+    ) -> None:
+        """A document's whole ids [n] and, of a chat, which of them count [n]."""
+        if not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise DataError(f'{document.name}: a token id is outside [0, {self._vocab_size})')
+        self._file('tokens').write(ids.astype(token_dtype(self._vocab_size)).tobytes())
+        if mask is not None:
+            self._file('mask').write(mask.astype(np.uint8).tobytes())
+        if self._side == 'heldout':
+            self._file('documents').write(_to_line(document))
+        if has_digest:
+            self._digests.append(hashlib.sha256(document.text.encode()).digest()[:16])
+        counted = 0 if mask is None else int(mask.sum())
+        self._rows.append((len(ids), document.num_bytes, counted))
+
+    def close(self) -> None:
+        """Writes what says where the documents are; all is on disk afterwards."""
+        for file in self._files.values():
+            to_disk(file)
+            file.close()
+        rows = np.array(self._rows, np.int64).reshape(-1, 3)
+        _save(self._directory / f'{self._side}.rows.npy', rows)
+        if self._digests:
+            digests = np.frombuffer(b''.join(self._digests), np.uint8).reshape(-1, 16)
+            _save(self._directory / f'{self._side}.digests.npy', digests)
+
+    def _file(self, suffix: str):
+        if suffix not in self._files:
+            self._files[suffix] = open(self._directory / f'{self._side}.{suffix}', 'wb')
+        return self._files[suffix]
+
+
+def join(parts: Sequence[Path], directory: Path, vocab_size: int) -> dict[str, int | dict]:
+    """Joins parts into the files of both sides; of equal whole files one is kept, held-out first.
+
+    Returns statistics: documents, bytes, tokens and their distribution for each side.
+    """
+    seen: set[bytes] = set()
+    statistics, duplicates = {}, 0
+    for side in ('heldout', 'train'):
+        kept = [_kept(part, side, seen) for part in parts]
+        rows = [np.load(part / f'{side}.rows.npy') for part in parts]
+        duplicates += sum(len(one) - int(keep.sum()) for one, keep in zip(rows, kept))
+        for suffix, dtype in (('tokens', token_dtype(vocab_size)), ('mask', np.dtype(np.uint8))):
+            _join_arrays(parts, directory / f'{side}.{suffix}', dtype, rows, kept)
+        if side == 'heldout':
+            _join_documents(parts, directory, kept)
+        rows = np.concatenate([one[keep] for one, keep in zip(rows, kept)])
+        _save(directory / f'{side}.offsets.npy', np.concatenate([[0], np.cumsum(rows[:, 0])]))
+        _save(directory / f'{side}.bytes.npy', np.ascontiguousarray(rows[:, 1]))
+        statistics[side] = _statistics(side, rows)
+    flat = statistics['train'] | statistics['heldout']
+    return flat | {'duplicates_dropped': duplicates}
+
+
+def read_documents(directory: Path) -> list[Document]:
+    """The held-out documents, as many as HELDOUT_TEXT_BYTES hold."""
+    with open(Path(directory) / 'heldout.documents', encoding='utf-8') as file:
+        return [_from_line(line) for line in file]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -73,41 +138,130 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def _encode(
-    documents: Iterable[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, np.ndarray]]:
-    for chunk in _chunks(documents):
-        pieces = [piece for _, text in chunk for piece in _pieces(text)]
-        encoded = iter(tokenizer.encode_batch(pieces))
-        for document, text in chunk:
-            parts = [next(encoded) for _ in _pieces(text)]
-            yield document, np.concatenate([np.zeros(0, np.int32), *parts])
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[tuple[Document, str]]]:
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append((document, document.read()))
-        size += len(chunk[-1][1])
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _pieces(text: str) -> list[str]:
-    """A huge document in parts of whole lines: the encoder needs 100 bytes a character."""
-    pieces, start = [], 0
-    while start < len(text):
-        stop = start + CHUNK_CHARACTERS
-        if stop < len(text):
-            stop = text.rfind('\n', start, stop) + 1 or stop
-        pieces.append(text[start:stop])
-        start = stop
-    return pieces
-
-
-def _to_disk(file) -> None:
+def to_disk(file) -> None:
+    """Makes what was written to a file survive a power cut."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
+    """Which documents of a part are not there already, bool [D]."""
+    digests = part / f'{side}.digests.npy'
+    if not digests.exists():
+        return np.ones(len(np.load(part / f'{side}.rows.npy', mmap_mode=None)), bool)
+    keep = []
+    for digest in np.load(digests):
+        keep.append(digest.tobytes() not in seen)
+        seen.add(digest.tobytes())
+    return np.array(keep, bool)
+
+
+def _join_arrays(parts, path: Path, dtype: np.dtype, rows, kept) -> None:
+    sources = [part / path.name for part in parts]
+    if not any(source.exists() for source in sources):
+        return
+    with open(path, 'wb') as file:
+        for source, lengths, keep in zip(sources, rows, kept):
+            if not source.exists():
+                continue
+            expected = int(lengths[:, 0].sum()) * dtype.itemsize
+            if source.stat().st_size != expected:
+                size = source.stat().st_size
+                raise DataError(f'{source} has {size} bytes instead of {expected}; remove it')
+            for start, stop in _ranges(lengths[:, 0] * dtype.itemsize, keep):
+                _copy(source, start, stop, file)
+        to_disk(file)
+
+
+def _ranges(sizes: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the runs of what is kept."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], keep.astype(np.int8), [0]])))
+    for first, last in edges.reshape(-1, 2):
+        yield int(ends[first]), int(ends[last])
+
+
+def _copy(source: Path, start: int, stop: int, out) -> None:
+    with open(source, 'rb') as file:
+        file.seek(start)
+        if stop == os.fstat(file.fileno()).st_size:
+            shutil.copyfileobj(file, out, 1 << 22)
+            return
+        while start < stop:
+            block = file.read(min(stop - start, 1 << 22))
+            out.write(block)
+            start += len(block)
+
+
+def _join_documents(parts, directory: Path, kept) -> None:
+    left = HELDOUT_TEXT_BYTES
+    with open(directory / 'heldout.documents', 'wb') as out:
+        for part, keep in zip(parts, kept):
+            path = part / 'heldout.documents'
+            if not path.exists() or left <= 0:
+                continue
+            with open(path, 'rb') as file:
+                for line, is_kept in zip(file, keep):
+                    left -= len(line) * bool(is_kept)
+                    if is_kept and left >= 0:
+                        out.write(line)
+        to_disk(out)
+
+
+def _statistics(side: str, rows: np.ndarray) -> dict[str, int | dict]:
+    lengths = rows[:, 0]
+    statistics = {
+        'documents': len(rows),
+        'bytes': int(rows[:, 1].sum()),
+        'tokens': int(lengths.sum()),
+        'supervised_tokens': int(rows[:, 2].sum()),
+    }
+    if len(rows):
+        quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method='nearest')
+        statistics['longest_document'] = int(lengths.max())
+        for name, value in zip(('p50', 'p90', 'p99'), quantiles):
+            statistics[f'length_{name}'] = int(value)
+        statistics['length_histogram'] = _histogram(lengths)
+    return {f'{side}_{name}': value for name, value in statistics.items()}
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, int]:
+    """{'64': documents of 33 to 64 tokens, ...}, in powers of two."""
+    buckets = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(buckets)
+    return {str(1 << i): int(count) for i, count in enumerate(counts) if count}
+
+
+def _to_line(document: Document) -> bytes:
+    fields = {'name': document.name, 'text': document.text, 'messages': document.messages}
+    fields |= {'tools': document.tools, 'group': document.group}
+    fields = {key: value for key, value in fields.items() if value}
+    return json.dumps(fields, ensure_ascii=False).encode() + b'\n'
+
+
+def _from_line(line: str) -> Document:
+    fields = json.loads(line)
+    for key in ('messages', 'tools'):
+        fields[key] = tuple(fields.get(key, ()))
+    return Document(**fields)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, 'wb') as file:
+        np.save(file, array)
+        to_disk(file)
+
+
+def chunks(
+    documents: Iterable[tuple[bool, Document]], size: int
+) -> Iterator[list[tuple[bool, Document]]]:
+    """Documents in lists of about `size` bytes: enough for all cores, little enough for memory."""
+    chunk, left = [], size
+    for heldout, document in documents:
+        chunk.append((heldout, document))
+        left -= document.num_bytes + 64
+        if left <= 0:
+            yield chunk
+            chunk, left = [], size
+    if chunk:
+        yield chunk

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxfm.data import FilesConfig
 from jaxfm.data.documents import Document
@@ -62,11 +62,19 @@ class BadRecord:
     line: int
     reason: str
 
+    def packed(self) -> str | list:
+        """JSON: the text, or what `unpacked` needs where the text would take long to make."""
+        return [self.start, self.line, self.reason] if self.start else str(self)
+
     def __str__(self):
         """With the line of the file, for which what stands before has to be read."""
         line = self.line + (_count_lines(self.file, self.start) if self.start else 0)
         where = f'{self.file.path}:{line}: ' if line else f'{self.file.path} '
         return f'{where}{self.reason}'
+
+
+class TooManyBadRecords(DataError):
+    """More records were bad than `max_bad_records` allows."""
 
 
 class Files:
@@ -139,6 +147,19 @@ class Files:
             return is_heldout(key, self.config.heldout_fraction)
         return side == 'heldout'
 
+    def leave_out(self, shard: Shard, document: Document, reason: str) -> None:
+        """Counts a document as bad that only its tokenizer or template could refuse."""
+        file, start, line = shard.files[0][0], 0, 0
+        if shard.format != 'text':
+            start, _, line = document.name.removeprefix(file.name).lstrip('@').rpartition(':')
+        else:
+            file = next(file for file, _ in shard.files if file.name == document.name)
+        self._leave_out(document.name, BadRecord(file, int(start or 0), int(line), reason))
+
+    def unpacked(self, shard: Shard, packed: str | list) -> str | BadRecord:
+        """The bad record of a shard that `packed` stands for."""
+        return packed if isinstance(packed, str) else BadRecord(shard.files[0][0], *packed)
+
     def _leave_out(self, name: str, bad: BadRecord) -> None:
         self.bad_records[name] = bad
         check_bad_records(list(self.bad_records.values()), self.config.max_bad_records)
@@ -183,11 +204,13 @@ class Files:
         return list(sides.items())
 
 
-def check_bad_records(bad: list[BadRecord], allowed: int) -> None:
-    """DataError that names the first bad record beyond the allowed number."""
+def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:
+    """TooManyBadRecords that names the first bad record beyond the allowed number."""
     if len(bad) > allowed:
         before = f' ({allowed} bad ones before it are left out)' if allowed else ''
-        raise DataError(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')
+        raise TooManyBadRecords(
+            f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}'
+        )
 
 
 def text_shards(files: list[tuple[File, str]]) -> list[Shard]:

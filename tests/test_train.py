@@ -116,6 +116,9 @@ class Dataset:
     def set_state(self, state):
         self.number = state['number']
 
+    def progress(self, state=None):
+        return {'batches': (state or self.get_state())['number']}
+
 
 def prefetched(kit):
     return sharding.Prefetch(Dataset(kit), kit.mesh, ROWS)
@@ -138,6 +141,9 @@ class Rollout:
 
     def set_state(self, state):
         self.number = state['number']
+
+    def progress(self):
+        return {'batches': self.number}
 
     def close(self):
         pass
@@ -319,6 +325,12 @@ def test_the_first_the_last_and_every_nth_step_are_logged(straight):
         assert {'train/loss', 'train/grad_norm', 'train/learning_rate'} < record.keys()
         assert record['train/skipped_steps'] == 0
     assert len({record['train/loss'] for record in train_records}) == 4
+
+
+def test_records_tell_what_was_delivered_and_not_what_is_made_ahead(straight):
+    records = read_records(straight[1] / 'metrics.jsonl')
+    batches = {r['step']: r['data/batches'] for r in records if r['kind'] == 'perf'}
+    assert batches == {step: step for step in (1, 3, 6, 8)}
 
 
 def test_the_step_is_compiled_once_for_fresh_and_restored_states(straight, kit, tmp_path):

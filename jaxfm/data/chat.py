@@ -1,7 +1,433 @@
-"""Chats."""
+"""Chats: from messages to ids, and which of them the assistant must produce.
 
-TEMPLATES = {}
+The mask comes from rendering prefixes: what the template writes for the messages before a turn, and
+a generation prompt, is what sampling will start from; what it writes beyond that, up to the mark
+that ends the turn, is the assistant's. Text is cut there before it is encoded, so the ids of a
+prompt are the first ids of the chat, whatever the assistant answers.
+
+What messages contain is text: a user who writes '<|im_end|>' ends no turn.
+"""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jaxfm.data import chat_template
+from jaxfm.data.chat_template import TEMPLATES as TEMPLATES
+from jaxfm.errors import DataError
+
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+
+# Letters of a script that nobody writes any more; the first that a chat has not is its filler.
+_FILLERS = range(0x14400, 0x14600)
+_QUESTION = {'role': 'user', 'content': 'first-question'}
+_SECOND_QUESTION = {'role': 'user', 'content': 'second-question'}
+_ANSWERS = [{'role': 'assistant', 'content': text} for text in ('An-answer', 'Zero-answers')]
 
 
-def read_template(name: str) -> str:
-    return TEMPLATES[name] if name else ''
+class Chat:
+    """Encodes chats by the tokenizer's template, `plain` where it has none.
+
+    Building one renders a few probes, to see how the template ends a turn.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._template = tokenizer.chat_template or TEMPLATES['plain']
+        self._without_tools = self._probe_without_tools()
+        self._probe_turn()
+
+    def encode(
+        self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 [n] up to the end of the last assistant turn, and bool [n]: the assistant's.
+
+        Raises:
+            DataError: there is no assistant turn, a role is unknown, the template refuses the chat,
+                leaves a message out, or rewrites earlier turns so that no prompt leads to them.
+        """
+        view = self._view(messages, tools)
+        last = max((i for i, m in enumerate(view.messages) if _is_assistant(m)), default=None)
+        if last is None:
+            raise DataError('a chat without an assistant turn has nothing to learn from')
+        view = view.first(last + 1)
+        text = self._render(view, self._asks_late)
+        _check_complete(view, text)
+        spans = self._spans(view, text)
+        ids, mask = [], []
+        for number, part in enumerate(self._encode(text, spans, view.filler)):
+            ids += part
+            mask += [number % 2 == 1] * len(part)
+        if ids[-1] not in self.stop_ids:
+            ids.append(self._tokenizer.eos_id)
+            mask.append(True)
+        return np.array(ids, np.int32), np.array(mask, bool)
+
+    def prompt(self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()) -> list[int]:
+        """Ids up to and including the generation prompt; DataError as `encode`."""
+        view = self._view(messages, tools)
+        text = self._prompt_text(view)
+        _check_complete(view, text)
+        spans = self._spans(view, text, is_prompt=True)
+        parts = self._encode(text, spans, view.filler, end=len(text))
+        return list(itertools.chain(*parts))
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer: eos, and the special token that ends a turn, if there is one."""
+        special = self._tokenizer.special_tokens
+        ends = [self._first_special(self._mark), self._tool_mark()]
+        return frozenset([self._tokenizer.eos_id, *(special[end] for end in ends if end)])
+
+    def _encode(self, text: str, spans, filler: str, end: int = 0) -> list[list[int]]:
+        """Ids of the parts of a text: before a turn, a turn, before the next one, and so on."""
+        borders = [0, *itertools.chain(*spans), *([end] if end else [])]
+        parts = [text[start:stop] for start, stop in itertools.pairwise(borders)]
+        encoded = self._tokenizer.encode_parts(parts, filler)
+        bos = self._tokenizer.bos_id
+        if bos is not None and bos not in encoded[0]:
+            encoded[0].insert(0, bos)
+        return encoded
+
+    def _render(self, view: '_View', add_generation_prompt: bool) -> str:
+        tools = {'tools': list(view.tools)} if view.tools else self._without_tools
+        return chat_template.render(
+            self._template,
+            messages=view.messages,
+            add_generation_prompt=add_generation_prompt,
+            **tools,
+            **self._tokenizer.template_variables,
+        )
+
+    # Which characters of a rendered chat are the assistant's.
+
+    def _spans(self, view: '_View', text: str, is_prompt: bool = False) -> list[tuple[int, int]]:
+        """[start, stop) in `text` of every assistant turn."""
+        spans, end = [], 0
+        for i, message in enumerate(view.messages):
+            if not _is_assistant(message):
+                continue
+            turn = text
+            if i + 1 < len(view.messages) or is_prompt:
+                turn = self._render(view.first(i + 1), self._asks_late)
+            start = self._start(view, i, turn, text)
+            stop = self._stop(turn, text, start)
+            if start is None or stop is None or not end <= start < stop:
+                raise DataError(
+                    f'the chat template writes the chat up to turn {i + 1} in another way when '
+                    'more follows, so what the assistant must produce there is not to be told'
+                )
+            _check_calls(message, text[start:stop])
+            spans.append((start, stop))
+            end = stop
+        return spans
+
+    def _start(self, view: '_View', i: int, turn: str, text: str) -> int | None:
+        """Where turn i starts in `text`; `turn` is the chat up to its end."""
+        before = view.first(i)
+        if not _ends_with_assistant(before):  # some write no header between two of these
+            prompt = self._render(before, True)
+            if text.startswith(prompt):
+                return len(prompt)
+        # Whatever stands there for two different answers is no part of either.
+        other = _another_answer(view.messages[i])
+        common = os.path.commonprefix([turn, self._render(before.plus(other), self._asks_late)])
+        if text.startswith(common):
+            return len(common)
+        # Some write what is over in another way: an empty thought before the last answer only.
+        other = view.messages[i] | {'content': other['content']}
+        middle = view.messages[:i] + [other] + view.messages[i + 1 :]
+        other_text = self._render(dataclasses.replace(view, messages=middle), self._asks_late)
+        return len(os.path.commonprefix([text, other_text])) if other_text != text else None
+
+    def _prompt_text(self, view: '_View') -> str:
+        """What stands before an answer: the generation prompt, if answers do follow on it."""
+        answers = [self._render(view.plus(answer), self._asks_late) for answer in _ANSWERS]
+        prompt = self._render(view, True)
+        is_prompt = answers[0].startswith(prompt) and not _ends_with_assistant(view)
+        return prompt if is_prompt else os.path.commonprefix(answers)
+
+    def _stop(self, turn: str, text: str, start: int | None) -> int | None:
+        """Where a turn ends in `text`, behind its mark; `turn` is the chat up to there."""
+        if start is None or not turn.startswith(text[:start]):
+            return None
+        stop = self._end_of_turn(turn, start)
+        if text.startswith(turn[start:stop], start):
+            return stop
+        # Some drop the thoughts at the head of a turn once another one follows.
+        for head in range(start + 1, stop - len(self._mark) + 1):
+            if self._mark and text.startswith(turn[head:stop], start):
+                return start + stop - head
+        return None
+
+    def _end_of_turn(self, turn: str, start: int) -> int:
+        if self._suffix and turn.endswith(self._suffix):
+            return len(turn) - len(self._suffix) + len(self._mark)
+        if ends := [match.end() for match in self._tokenizer.special_pattern.finditer(turn, start)]:
+            return ends[-1]
+        return len(turn) if not self._suffix else max(start, len(turn.rstrip()))
+
+    # What the template does, seen by probes.
+
+    def _probe_without_tools(self) -> dict:
+        """How `tools` is given where there are none: as None, or not at all."""
+        self._asks_late, self._without_tools = False, {'tools': None}
+        try:
+            self._render(_View([_QUESTION]), True)
+        except DataError:
+            return {}
+        return {'tools': None}
+
+    def _probe_turn(self) -> None:
+        """How a turn ends, and whether the end must be asked for."""
+        question, prompt = (self._render(_View([_QUESTION]), ask) for ask in (False, True))
+        turn, asked = (self._render(_View([_QUESTION, _ANSWERS[0]]), ask) for ask in (False, True))
+        # Some end the last turn only when asked for a generation prompt, which then is not there.
+        header = prompt.removeprefix(question).strip()
+        extra = asked.removeprefix(turn) if asked.startswith(turn) else ''
+        self._asks_late = bool(header and extra and header not in extra)
+        turn = asked if self._asks_late else turn
+        _, found, self._suffix = turn.rpartition(_ANSWERS[0]['content'])
+        if not found:
+            raise DataError('the chat template leaves out what the assistant says')
+        self._mark = self._probe_mark()
+
+    def _probe_mark(self) -> str:
+        """The part of the suffix that ends a turn: to its first special token, if it has one."""
+        if special := self._tokenizer.special_pattern.search(self._suffix):
+            return self._suffix[: special.end()]
+        messages = [_QUESTION, _ANSWERS[0], _SECOND_QUESTION]
+        try:
+            after = self._render(_View(messages), False).partition(_ANSWERS[0]['content'])[2]
+        except DataError:
+            return self._suffix.rstrip()
+        # Some write a generation prompt behind every chat; that ends nothing.
+        return self._suffix.rstrip() if after.startswith(self._suffix.rstrip()) else ''
+
+    def _first_special(self, text: str) -> str:
+        found = self._tokenizer.special_pattern.search(text)
+        return found.group() if found else ''
+
+    def _tool_mark(self) -> str:
+        """The special token behind tool calls, unless it stands behind every one of several."""
+        if self._call_form is None:
+            return ''
+        for number in (2, 1):
+            view = self._view([_QUESTION, _probe_calls(number)], ())
+            try:
+                turn = self._render(view, self._asks_late)
+                start = self._start(view, 1, turn, turn)
+            except DataError:
+                continue
+            if start is None:
+                continue
+            turn = turn[start : self._end_of_turn(turn, start)]
+            marks = self._tokenizer.special_pattern.findall(turn)
+            return marks[-1] if marks and marks.count(marks[-1]) == 1 else ''
+        return ''
+
+    # What messages are to the template.
+
+    @functools.cached_property
+    def _call_form(self) -> '_CallForm | None':
+        """How tool calls must be given for the template to write them; None: it has none."""
+        seen = {}
+        for form in _CALL_FORMS:
+            messages = _prepared([_QUESTION, _probe_calls(1)], form)
+            try:
+                text = self._render(_View(messages), self._asks_late)
+            except DataError:
+                continue
+            if _PROBE_NAME in text and _PROBE_VALUE in text:
+                # As JSON, not as Python writes a dict, nor as JSON inside JSON.
+                seen[form] = f"'{_PROBE_VALUE}'" in text or f'\\"{_PROBE_VALUE}' in text
+        return min(seen, key=seen.get, default=None)
+
+    def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> '_View':
+        """Checked messages in the form that the template takes."""
+        for i, message in enumerate(messages):
+            self._check_role(i, message)
+        form = _CALL_FORMS[0]
+        if any(message.get('tool_calls') for message in messages):
+            if self._call_form is None:
+                raise DataError('the chat template has no form for tool calls')
+            form = self._call_form
+        if tools and 'tools' not in chat_template.variables(self._template):
+            raise DataError('the chat template has no place for tools')
+        view = _View(_prepared(messages, form), [_wrapped(tool) for tool in tools])
+        strings = '\0'.join(_strings([view.messages, view.tools]))
+        if not self._tokenizer.special_pattern.search(strings):
+            return view
+        filler = next(chr(code) for code in _FILLERS if chr(code) not in strings)
+        return self._guarded(view, filler)
+
+    def _guarded(self, view: '_View', filler: str) -> '_View':
+        """The view with the filler in every special token that a message or a tool spells.
+
+        An assistant may write tags such as <think>: the model does so by the token of that name.
+        """
+        guard = self._tokenizer.guard
+        messages = [
+            _mapped(m, lambda text: guard(text, filler, self._tokenizer.tags))
+            if _is_assistant(m)
+            else _mapped(m, lambda text: guard(text, filler))
+            for m in view.messages
+        ]
+        for message, original in zip(messages, view.messages):
+            message['role'] = original['role']
+        return _View(messages, _mapped(view.tools, lambda text: guard(text, filler)), filler)
+
+    def _check_role(self, i: int, message: Mapping) -> None:
+        role = message.get('role')
+        if not isinstance(role, str) or not self._knows(role):
+            near = difflib.get_close_matches(str(role), ROLES, 1)
+            hint = f'do you mean {near[0]}?' if near else f'there are {", ".join(ROLES)}'
+            raise DataError(f'message {i + 1} has the role {role!r}; {hint}')
+        content = message.get('content')
+        has_calls = _is_assistant(message) and message.get('tool_calls')
+        if not isinstance(content, str) and not (content is None and has_calls):
+            kind = 'no content' if content is None else f'content of type {type(content).__name__}'
+            raise DataError(f'message {i + 1} ({role}) has {kind}; a text is expected')
+
+    def _knows(self, role: str) -> bool:
+        """Templates may have roles of their own, such as the `ipython` of Llama 3."""
+        return role in ROLES or any(f'{q}{role}{q}' in self._template for q in '\'"')
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """Messages and tools as the template gets them."""
+
+    messages: list[dict]
+    tools: list[dict] = dataclasses.field(default_factory=list)
+    filler: str = ''
+
+    def first(self, number: int) -> '_View':
+        return dataclasses.replace(self, messages=self.messages[:number])
+
+    def plus(self, message: dict) -> '_View':
+        return dataclasses.replace(self, messages=[*self.messages, message])
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallForm:
+    """How a template wants the arguments of a call, and the content of a message of calls alone."""
+
+    arguments_as_text: bool
+    empty_content: str | None
+
+
+_CALL_FORMS = tuple(_CallForm(text, empty) for text in (False, True) for empty in ('', None))
+_PROBE_NAME, _PROBE_VALUE = 'probe_of_a_name', 'probe-of-a-value'
+
+
+def _probe_calls(number: int) -> dict:
+    function = {'name': _PROBE_NAME, 'arguments': {'key': _PROBE_VALUE}}
+    return {'role': 'assistant', 'content': '', 'tool_calls': [{'function': function}] * number}
+
+
+def _is_assistant(message: Mapping) -> bool:
+    return message['role'].startswith('assistant')
+
+
+def _ends_with_assistant(view: _View) -> bool:
+    return bool(view.messages) and _is_assistant(view.messages[-1])
+
+
+def _another_answer(message: Mapping) -> dict:
+    """An answer that differs from a message in its first letter."""
+    first, second = _ANSWERS
+    return second if (message['content'] or '').lstrip().startswith('A') else first
+
+
+def _prepared(messages: Sequence[Mapping], form: _CallForm) -> list[dict]:
+    """Messages with complete tool calls; answers of tools carry the id and name of their call."""
+    prepared, calls, number = [], [], 0
+    for message in messages:
+        message = dict(message)
+        if message.get('tool_calls'):
+            message['tool_calls'] = [
+                _complete_call(call, number + i, form)
+                for i, call in enumerate(message['tool_calls'])
+            ]
+            calls = list(message['tool_calls'])
+            number += len(calls)
+            message['content'] = message.get('content') or form.empty_content
+        elif message['role'] == 'tool' and calls:
+            call = calls.pop(0)
+            message.setdefault('tool_call_id', call['id'])
+            message.setdefault('name', call['function']['name'])
+        prepared.append(message)
+    return prepared
+
+
+def _complete_call(call: Mapping, number: int, form: _CallForm) -> dict:
+    function = dict(call.get('function', call))
+    arguments = function.get('arguments', {})
+    if 'name' not in function:
+        raise DataError(f'a tool call has no name: {json.dumps(call)[:80]}')
+    if isinstance(arguments, str) and not form.arguments_as_text:
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise DataError(f'the arguments of {function["name"]} are no JSON: {error}') from error
+    elif not isinstance(arguments, str) and form.arguments_as_text:
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    function = {'name': function['name'], 'arguments': arguments}
+    # Some templates ask for nine digits.
+    return {'id': call.get('id') or f'{number:09d}', 'type': 'function', 'function': function}
+
+
+def _wrapped(tool: Mapping) -> dict:
+    return dict(tool) if 'function' in tool else {'type': 'function', 'function': dict(tool)}
+
+
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _strings(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _mapped(value, change):
+    """The value with every string inside it changed, keys of mappings as well."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _mapped(inner, change) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_mapped(inner, change) for inner in value]
+    return value
+
+
+def _check_complete(view: _View, text: str) -> None:
+    """No message of the chat may be missing from its text; thoughts of earlier turns may."""
+    for i, message in enumerate(view.messages):
+        content = message['content']
+        if _is_assistant(message) or not content or content in text:
+            continue
+        line = next((line.strip() for line in content.splitlines() if line.strip()), '')
+        if line not in text and json.dumps(line, ensure_ascii=False)[1:-1] not in text:
+            raise DataError(
+                f'the chat template leaves out message {i + 1} ({message["role"]}): {line[:60]!r}'
+            )
+
+
+def _check_calls(message: Mapping, turn: str) -> None:
+    for call in message.get('tool_calls') or ():
+        if call['function']['name'] not in turn:
+            raise DataError(
+                f'the chat template leaves out the call of {call["function"]["name"]}'
+                + (' behind a content' if message.get('content') else '')
+            )

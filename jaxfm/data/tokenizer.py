@@ -31,7 +31,7 @@ from jaxfm.data import (
     BytesConfig,
     TokenizerConfig,
     TokenizerFileConfig,
-    chat,
+    chat_template,
     tokenizer_files,
 )
 from jaxfm.errors import ConfigError, DataError, MissingInputError
@@ -89,7 +89,7 @@ class Tokenizer:
         has_bos = names.get('bos_token') and config.get('add_bos_token', True)
         self.bos_id: int | None = self._named('bos_token') if has_bos else None
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        self._special = re.compile(f'({"|".join(map(re.escape, longest_first))})')
+        self.special_pattern = re.compile(f'({"|".join(map(re.escape, longest_first))})')
         hidden = self.special_tokens.keys() - self._visible | {names['eos_token']}
         self._hidden_ids = frozenset(self.special_tokens[token] for token in hidden)
         self._cache: dict[tuple[str, bool], list[int]] = {}
@@ -129,7 +129,7 @@ class Tokenizer:
         """
         encoded, before = [], None  # before: the special token there, '' is text, None the start
         for part in parts:
-            ids, pieces = [], self._special.split(part)
+            ids, pieces = [], self.special_pattern.split(part)
             for text, token in zip(pieces[::2], [*pieces[1::2], '']):
                 text = text.rstrip() if token in self._strips_left else text
                 text = text.lstrip() if before in self._strips_right else text
@@ -150,11 +150,11 @@ class Tokenizer:
             token = match.group()
             return token if token in but else token[0] + filler + token[1:]
 
-        return self._special.sub(broken, text)
+        return self.special_pattern.sub(broken, text)
 
     def spells_special(self, text: str) -> bool:
         """Whether a special token is spelled somewhere in the text."""
-        return self._special.search(text) is not None
+        return self.special_pattern.search(text) is not None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD, ids of no token nothing."""
@@ -199,7 +199,7 @@ class Tokenizer:
 
     def _spelled_out(self, text: str, is_start: bool) -> list[int]:
         """Ids of a text whose spellings of special tokens are cut after their first character."""
-        cuts = [0, *(match.start() + 1 for match in self._special.finditer(text)), len(text)]
+        cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(text)), len(text)]
         pieces = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
         first = self._ids(pieces[:1], is_start)
         return list(itertools.chain(*first, *self._ids(pieces[1:], False)))
@@ -391,7 +391,7 @@ def from_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokeniz
     """A tokenizer that exists, with what the config says in place of what its files say."""
     del texts
     files = tokenizer_files.read(config.path, config.pattern, config.bos_token, config.eos_token)
-    if template := chat.read_template(config.chat_template):
+    if template := chat_template.read(config.chat_template):
         said = json.loads(files[tokenizer_files.CONFIG]) | {'chat_template': template}
         files[tokenizer_files.CONFIG] = tokenizer_files.to_json(said)
     return _opened_from(config.path, files)
@@ -508,7 +508,7 @@ def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
 
 def _saved(backend: tokenizers.Tokenizer, config: BytesConfig | BPEConfig) -> dict[str, bytes]:
     said = {'bos_token': SPECIAL_TOKENS[0], 'eos_token': SPECIAL_TOKENS[1]}
-    if template := chat.read_template(config.chat_template):
+    if template := chat_template.read(config.chat_template):
         said['chat_template'] = template
     return {
         'tokenizer.json': backend.to_str(pretty=True).encode(),

@@ -1,0 +1,148 @@
+"""Chat templates: Jinja in a sandbox, with what Hugging Face's templates expect to find.
+
+A template may not reach into Python, change what it is given, or loop over huge ranges; how long it
+takes is not bounded otherwise. It cannot tell the time either: `strftime_now` says always the same
+day, so that the text of a chat is the same on every day of a training run.
+"""
+
+import datetime
+import difflib
+import functools
+import json
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.sandbox
+
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+
+TODAY = datetime.datetime(2026, 1, 1)
+
+_PLAIN = """\
+{%- if tools %}{{ 'Tools:\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '\\n' }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- 'Assistant:\\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+{{- eos_token + '\\n\\n' }}
+{%- elif message.role in ('system', 'developer', 'user', 'tool') %}
+{{- message.role | capitalize + ':\\n' + message.content + '\\n\\n' }}
+{%- else %}{{ raise_exception('plain has no role ' + message.role) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"""
+
+_CHATML = """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' }}
+{%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
+{{- 'Tools:\\n' }}
+{%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}
+{{- 'To call one, write <tool_call>{"name": ..., "arguments": {...}}</tool_call>.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif not (tools and loop.first and message.role == 'system') %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# Those we bring. `plain` needs no special token but the tokenizer's eos; `chatml` those of ChatML.
+TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML}
+
+
+def read(name: str) -> str:
+    """The text of a template by its name in TEMPLATES or its path; '' for ''.
+
+    Raises:
+        MissingInputError: there is neither.
+        DataError: it is no Jinja.
+    """
+    if not name:
+        return ''
+    text = TEMPLATES.get(name) or _read_file(Path(name).expanduser())
+    compiled(text)
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except PermissionError as error:
+        raise PermissionDeniedError(f'tokenizer.chat_template: {path} may not be read') from error
+    except UnicodeDecodeError as error:
+        raise DataError(f'tokenizer.chat_template: {path} is not UTF-8') from error
+    except OSError as error:
+        files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, [*TEMPLATES, *files], 1)
+        hint = f'; do you mean {near[0]}?' if near else ''
+        raise MissingInputError(
+            f'tokenizer.chat_template: {path} is no file, nor one of {", ".join(TEMPLATES)}{hint}'
+        ) from error
+
+
+@functools.lru_cache(maxsize=32)
+def compiled(text: str) -> jinja2.Template:
+    """The template, ready to render; DataError with the line when it is no Jinja."""
+    try:
+        return _environment().from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f'chat template, line {error.lineno}: {error.message}') from error
+
+
+@functools.lru_cache(maxsize=32)
+def variables(text: str) -> frozenset[str]:
+    """The names that a template takes from outside."""
+    environment = _environment()
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
+
+
+def render(text: str, **given) -> str:
+    """The text of a chat; DataError, with what the template said, when it refuses."""
+    try:
+        return compiled(text).render(given)
+    except DataError:
+        raise
+    except Exception as error:  # A template can raise anything that an expression can.
+        what = str(error) or type(error).__name__
+        raise DataError(f'the chat template refuses this chat: {what}') from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}: some templates mark by it what a model writes. We do not need it."""
+
+    tags = {'generation'}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(['name:endgeneration'], drop_needle=True)
+
+
+@functools.cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols', _Generation]
+    )
+    environment.filters['tojson'] = _to_json
+    environment.globals['raise_exception'] = _raise
+    environment.globals['strftime_now'] = TODAY.strftime
+    return environment
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # Jinja's own would escape <, > and & for HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message):
+    raise jinja2.TemplateError(message)

@@ -6,6 +6,7 @@ format. Contents are neither read nor digested when it is opened; `verify` does 
 
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import shutil
@@ -74,8 +75,8 @@ def build(config, opened: Tokenizer, cache_dir: Path, cache: str = '') -> Corpus
         _check_given(Path(cache), config, opened)
         return Corpus(Path(cache), opened)
     recipe = _recipe(config, opened)
-    key = recipe | {'source': {k: v for k, v in recipe['source'].items() if k not in _PLACES}}
-    directory = Path(cache_dir) / _digest(json.dumps(key, sort_keys=True))[:32]
+    key = _digest(json.dumps(_without_places(recipe), sort_keys=True))[:32]
+    directory = Path(cache_dir) / key
     building.build(directory, config, opened, functools.partial(_finish, recipe))
     return Corpus(directory, opened)
 
@@ -110,21 +111,28 @@ def verify(directory: Path) -> None:
 
 
 def make_tokenizer(config: TokenizerConfig, source_config, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a config; one that is trained is kept in `cache_dir`/tokenizers."""
+    """The tokenizer of a config; one that is trained is kept in `cache_dir`/tokenizers.
+
+    `source_config` says what to train on; of a mixture every source has an equal part.
+    """
     if config.name != 'bpe':
         return tokenizer.build(config, ())
-    source_config = _of_source(source_config)
-    recipe = _recipe(source_config, None) | {
+    is_mixture = source_config.name == 'mixture'
+    sources = source_config.sources.values() if is_mixture else [source_config]
+    sources = [_of_source(source) for source in sources]
+    recipe = {
+        'sources': [_without_places(_recipe(source, None)) for source in sources],
         'tokenizer': config.model_dump(),
         'patterns': tokenizer.PATTERNS,
         'bytes': TRAINING_BYTES,
     }
-    recipe['source'] = {k: v for k, v in recipe['source'].items() if k not in _PLACES}
     key = _digest(json.dumps(recipe, sort_keys=True))[:32]
     directory = Path(cache_dir) / 'tokenizers' / key
     if directory.exists():
         return tokenizer.load(directory)
-    trained = tokenizer.build(config, _training_texts(source_config))
+    share = TRAINING_BYTES // len(sources)
+    texts = itertools.chain(*(_training_texts(source, share) for source in sources))
+    trained = tokenizer.build(config, texts)
     temporary = directory.with_name(f'{key}.{uuid.uuid4().hex[:8]}')
     with building.storage_errors(directory):
         try:
@@ -158,6 +166,10 @@ def _recipe(config, opened: Tokenizer | None) -> dict:
     }
 
 
+def _without_places(recipe: dict) -> dict:
+    return recipe | {'source': {k: v for k, v in recipe['source'].items() if k not in _PLACES}}
+
+
 def _partial_recipe(partial: Path) -> dict | None:
     try:
         return json.loads((partial / 'recipe.json').read_text())
@@ -165,12 +177,12 @@ def _partial_recipe(partial: Path) -> dict | None:
         return None
 
 
-def _training_texts(config) -> Iterator[str]:
+def _training_texts(config, num_bytes: int) -> Iterator[str]:
     """Texts of train documents, equal ones once; the same of all shards for the same files."""
     if hasattr(config, 'max_bad_records'):
         # The build that follows complains, about the record that comes first in the files.
         config = config.model_copy(update={'max_bad_records': 1 << 62})
-    source, left, seen = SOURCES[config.name].load()(config), TRAINING_BYTES, set()
+    source, left, seen = SOURCES[config.name].load()(config), num_bytes, set()
     shards = sorted(enumerate(source.shards()), key=lambda shard: _digest(str(shard[0])))
     for _, shard in shards:
         for heldout, document in source.read(shard):

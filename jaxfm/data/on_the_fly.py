@@ -7,7 +7,7 @@ resume, its shard is read again from the start, but nothing before it is tokenis
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -20,15 +20,17 @@ from jaxfm.errors import ConfigError, DataError
 # enough for all cores.
 FIRST_CHUNK_BYTES, CHUNK_BYTES = 1 << 12, 1 << 20
 
-# [(ids, mask or None)] of documents; None counts every token but the first.
-Encode = Callable[[list[Document]], list[tuple[np.ndarray, np.ndarray | None]]]
+Place = tuple[int, int, int]  # epoch, shard, document of the shard
+# (place, document, ids, mask) of documents, in their order, maybe not of all; mask None counts
+# every token but the first.
+Encode = Callable[[list[tuple[Place, Document]]], Iterable[tuple]]
 
 
 @dataclasses.dataclass
 class _Current:
     """The document that is being put into rows: tokens [begin, stop) are still to come."""
 
-    place: tuple[int, int, int]
+    place: Place
     name: str
     ids: np.ndarray
     mask: np.ndarray | None
@@ -163,8 +165,7 @@ class Stream:
                 chunk, size, enough = [], 0, min(2 * enough, CHUNK_BYTES)
 
     def _encode_chunk(self, chunk: list[tuple]) -> Iterator[tuple]:
-        encoded = self._encode([document for _, document in chunk])
-        for (place, document), (ids, mask) in zip(chunk, encoded):
+        for place, document, ids, mask in self._encode(chunk):
             if bool(document.messages) != self.is_chat:
                 raise DataError(f'{document.name}: a source has either texts or chats, not both')
             yield place, document.name, ids, mask

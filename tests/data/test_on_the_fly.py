@@ -37,15 +37,13 @@ class Source:
                 yield is_heldout, Document(name, text=text)
 
 
-def encode(documents):
+def encode(chunk):
     """Numbers are their own ids; of a chat, the second half is supervised."""
-    encoded = []
-    for document in documents:
+    for place, document in chunk:
         text = document.messages[-1]['content'] if document.messages else document.text
         ids = np.array([BOS, *map(int, text.split()), EOS], np.int32)
         mask = np.arange(len(ids)) >= len(ids) / 2
-        encoded.append((ids, mask if document.messages else None))
-    return encoded
+        yield place, document, ids, mask if document.messages else None
 
 
 def config(**kwargs):
@@ -85,13 +83,13 @@ def assert_equal(batches, others):
 
 def train_documents(source, epochs=1):
     documents = [
-        document
+        (None, document)
         for _ in range(epochs)
         for shard in source.shards()
         for is_heldout, document in source.read(shard)
         if not is_heldout
     ]
-    return encode(documents)
+    return [(ids, mask) for _, _, ids, mask in encode(documents)]
 
 
 def test_texts_are_the_rows_of_the_stream_in_the_order_of_the_files(tmp_path):
@@ -167,9 +165,9 @@ def test_what_is_past_is_not_tokenised_again(monkeypatch):
     monkeypatch.setattr(on_the_fly, 'CHUNK_BYTES', 1)
     tokenised = []
 
-    def counting(documents):
-        tokenised.extend(document.name for document in documents)
-        return encode(documents)
+    def counting(chunk):
+        tokenised.extend(document.name for _, document in chunk)
+        return encode(chunk)
 
     sources = []
 
@@ -208,8 +206,9 @@ def test_one_chat_a_row_when_they_are_not_packed():
 
 
 def test_when_no_chat_fits_it_is_an_error_and_not_an_endless_search():
-    def long(documents):
-        return [(np.full(T + 1, 5, np.int32), np.ones(T + 1, bool)) for _ in documents]
+    def long(chunk):
+        ids, mask = np.full(T + 1, 5, np.int32), np.ones(T + 1, bool)
+        return [(place, document, ids, mask) for place, document in chunk]
 
     endless = Stream(lambda: Source(is_chat=True), long, config(too_long='drop'))
     with pytest.raises(DataError, match='no chat fits a row of 16'):

@@ -1,0 +1,174 @@
+"""The data of one phase: its sources, their rows as batches, and what is held out.
+
+`open_dataset` tokenises what is not in the cache yet, or opens the sources to be read on the fly.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxfm.data import SOURCES, DataConfig, TokenizerConfig, corpus
+from jaxfm.data.chat import Chat
+from jaxfm.data.corpus import Corpus
+from jaxfm.data.documents import Document
+from jaxfm.data.heldout import Heldout, encoder, open_heldout
+from jaxfm.data.loader import Batches, PackedBatches
+from jaxfm.data.on_the_fly import OnTheFly, Stream
+from jaxfm.data.packing import Packing, make_packing
+from jaxfm.data.token_cache import TokenCache
+from jaxfm.data.tokenizer import Tokenizer
+from jaxfm.schema import Group
+
+
+class Dataset:
+    """What a run sees of the data of a phase.
+
+    Attributes:
+      sources: {name: its Corpus; Heldout, where it is read on the fly}.
+      heldout: {name: held-out tokens}.
+      packings: {name: the rows of the train tokens}; none on the fly.
+
+    Raises:
+      ConfigError, DataError: rows that cannot be made as the config wants them.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: dict):
+        self.config, self.tokenizer = config, tokenizer
+        self.sources: dict[str, Corpus | Heldout] = sources
+        self.sequence_length: int = config.sequence_length
+        self.weights = config.all_weights
+        self.heldout: dict[str, TokenCache] = {n: source.heldout for n, source in sources.items()}
+        self.packings: dict[str, Packing] = {}
+        if config.tokenize == 'cached':
+            self.packings = {n: make_packing(source.train, config) for n, source in sources.items()}
+        self.batches(seed=0)  # what cannot be made is known before anything else is done
+
+    def batches(self, seed: int, rows: np.ndarray | None = None) -> Batches:
+        """Training batches, from the first; of each only `rows` are made, None is all."""
+        config = self.config
+        if config.tokenize == 'cached':
+            return PackedBatches(self.packings, self.weights, config.batch_size, seed, rows)
+        streams = {name: self._stream(each) for name, each in config.all_sources.items()}
+        fingerprints = {name: source.fingerprint for name, source in self.sources.items()}
+        vocab_size = self.tokenizer.vocab_size
+        return OnTheFly(streams, fingerprints, self.weights, config, vocab_size, rows)
+
+    def _stream(self, config: Group) -> Stream:
+        make_source = functools.partial(SOURCES[config.name].load(), config)
+        return Stream(make_source, encoder(config, self.tokenizer), self.config)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """Encodes chats for this run's tokenizer."""
+        return Chat(self.tokenizer)
+
+    @functools.cached_property
+    def heldout_documents(self) -> list[Document]:
+        """Of all sources; in a mixture a name begins with that of its source."""
+        if len(self.sources) == 1:
+            return next(iter(self.sources.values())).heldout_documents
+        return [
+            dataclasses.replace(document, name=f'{name}/{document.name}')
+            for name, source in self.sources.items()
+            for document in source.heldout_documents
+        ]
+
+    @property
+    def num_heldout_bytes(self) -> int:
+        """UTF-8 bytes of all held-out documents."""
+        return sum(cache.num_bytes for cache in self.heldout.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token, and with the share of any source."""
+        parts = [[n, source.fingerprint, self.weights[n]] for n, source in self.sources.items()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, int | float | str]:
+        """What is read and how it is packed; of a mixture, '<source>/' stands before the names."""
+        each = {name: self._source_statistics(name) for name in self.sources}
+        vocab_size = {'vocab_size': self.tokenizer.vocab_size}
+        if len(each) == 1:
+            return dict(*each.values()) | vocab_size
+        flat = {f'{name}/{key}': v for name, found in each.items() for key, v in found.items()}
+        return flat | vocab_size
+
+    @property
+    def length_histograms(self) -> dict[str, dict[str, int]]:
+        """{source: {'64': train documents of 33 to 64 tokens}}, in powers of two."""
+        return {
+            name: source.statistics.get('train_length_histogram', {})
+            for name, source in self.sources.items()
+        }
+
+    def _source_statistics(self, name: str) -> dict[str, int | float | str]:
+        source = self.sources[name]
+        statistics = {
+            key: ', '.join(f'<={length}: {n}' for length, n in value.items())
+            if isinstance(value, dict) else value
+            for key, value in source.statistics.items()
+        }
+        if packing := self.packings.get(name):
+            packed = dict(packing.statistics)
+            statistics['rows_per_epoch'] = packed.pop('rows')
+            del packed['tokens']
+            statistics |= packed
+        if len(self.sources) > 1:
+            statistics['share'] = self.weights[name] / sum(self.weights.values())
+        return statistics
+
+    @property
+    def num_train_bytes(self) -> int:
+        """UTF-8 bytes of all train documents; of sources read on the fly it is not known."""
+        corpora = [source for source in self.sources.values() if isinstance(source, Corpus)]
+        return sum(source.train.num_bytes for source in corpora)
+
+    def train_texts(self, max_bytes: int) -> Iterator[str]:
+        """Train documents decoded to text, of every source the same share: about `max_bytes` in all.
+        What is read on the fly is read from its beginning, without a limit."""
+        every = max(1, -(-self.num_train_bytes // max_bytes))
+        for name, source in self.sources.items():
+            if isinstance(source, Heldout):
+                yield from _read(self.config.all_sources[name])
+                continue
+            cache = source.train
+            for document in range(0, cache.num_documents, every):
+                start, stop = cache.offsets[document : document + 2]
+                yield self.tokenizer.decode(cache.tokens[start:stop].tolist())
+
+
+def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Dataset:
+    """The data of a phase; what is not tokenised yet is, into `cache_dir`.
+
+    With `config.cache` the tokens are in that directory, those of a mixture in one below it for
+    every source.
+    """
+    sources = {}
+    for name, each in config.all_sources.items():
+        if config.tokenize == 'cached':
+            inside = f'{config.cache}/{name}' if config.name == 'mixture' else config.cache
+            cache = inside if config.cache else ''
+            sources[name] = corpus.build(each, tokenizer, cache_dir, cache=cache)
+        else:
+            sources[name] = open_heldout(each, tokenizer, cache_dir)
+    return Dataset(config, tokenizer, sources)
+
+
+def make_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a run whose first phase has this data, which a BPE is trained on."""
+    return corpus.make_tokenizer(config, data, cache_dir)
+
+
+def _read(config: Group) -> Iterator[str]:
+    source = SOURCES[config.name].load()(config)
+    for shard in source.shards():
+        for is_heldout, document in source.read(shard):
+            if not is_heldout:
+                texts = [turn['content'] for turn in document.messages] or [document.text]
+                yield '\n'.join(texts)

@@ -1,0 +1,90 @@
+"""The held-out documents of a source whose train documents are read on the fly: tokenised once.
+
+To find them all documents are read, and only the held-out ones tokenised.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxfm.data import SOURCES, build, token_cache
+from jaxfm.data.documents import Document
+from jaxfm.data.token_cache import TokenCache
+from jaxfm.data.tokenizer import Tokenizer
+from jaxfm.errors import DataError
+
+# Part of the recipe: raise it when the files or the way to write them change.
+FORMAT = 1
+
+
+class Heldout:
+    """What there is of a source that is read on the fly. `fingerprint` changes with its files."""
+
+    def __init__(self, directory: Path, vocab_size: int, fingerprint: str):
+        self.directory, self.fingerprint = directory, fingerprint
+        self.statistics = json.loads((directory / 'statistics.json').read_text())
+        self.is_chat = (directory / 'heldout.mask').exists()
+        self.heldout = TokenCache(directory, 'heldout', vocab_size, fingerprint, self.is_chat)
+
+    @functools.cached_property
+    def heldout_documents(self) -> list[Document]:
+        """The held-out documents; of very many, the first 256 MiB."""
+        return token_cache.read_documents(self.directory)
+
+
+def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
+    """Opens the held-out documents of a source's config, after tokenising them if need be."""
+    source = SOURCES[config.name].load()(config)
+    recipe = [FORMAT, config.model_dump(mode='json'), source.fingerprint(), tokenizer.fingerprint]
+    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    directory = Path(cache_dir) / f'heldout-{fingerprint[:32]}'
+    if not directory.exists():
+        with build.storage_errors(directory):
+            _build(config, tokenizer, directory)
+    return Heldout(directory, tokenizer.vocab_size, fingerprint)
+
+
+def encoder(config, tokenizer: Tokenizer) -> Callable[[list[tuple]], Iterator[tuple]]:
+    """[(anything, document)] -> (anything, document, ids, mask); chats that the template refuses
+    are left out, as many as `max_bad_records`."""
+    refused = set()
+
+    def refuse(document: Document, error: DataError) -> None:
+        refused.add(document.name)
+        if len(refused) > getattr(config, 'max_bad_records', 0):
+            raise DataError(f'{document.name}: {error}') from error
+
+    return lambda chunk: build.encode(chunk, tokenizer, refuse)
+
+
+def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
+    partial = directory.with_name(f'{directory.name}.{uuid.uuid4().hex[:8]}')
+    try:
+        (partial / 'part').mkdir(parents=True)
+        _write(config, tokenizer, partial / 'part')
+        statistics = token_cache.join([partial / 'part'], partial, tokenizer.vocab_size)
+        shutil.rmtree(partial / 'part')
+        heldout = {name: v for name, v in statistics.items() if name.startswith('heldout_')}
+        if not heldout['heldout_documents']:
+            raise DataError('config.data: no document is held out; raise heldout_fraction')
+        (partial / 'statistics.json').write_text(json.dumps(heldout))
+        build.publish(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(config, tokenizer: Tokenizer, part: Path) -> None:
+    source, encode = SOURCES[config.name].load()(config), encoder(config, tokenizer)
+    train, heldout = (
+        token_cache.Writer(part, side, tokenizer.vocab_size) for side in token_cache.SIDES
+    )
+    documents = (pair for shard in source.shards() for pair in source.read(shard) if pair[0])
+    for chunk in token_cache.chunks(documents, build.CHUNK_BYTES):
+        for _, document, ids, mask in encode(chunk):
+            heldout.add(document, ids, mask, has_digest=False)
+    train.close()
+    heldout.close()

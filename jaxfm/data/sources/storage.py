@@ -83,12 +83,12 @@ class File:
                 return
             with tempfile.TemporaryDirectory() as directory:
                 copy = os.path.join(directory, 'copy')
-                _s3().get_file(self.path, copy)
+                s3().get_file(self.path, copy)
                 yield copy
 
     def _open_stored(self) -> BinaryIO:
         if self.path.startswith(S3):
-            return _s3().open(self.path, 'rb', block_size=BLOCK_BYTES)
+            return s3().open(self.path, 'rb', block_size=BLOCK_BYTES)
         self._check_unchanged()
         return open(self.path, 'rb', buffering=1 << 20)
 
@@ -170,9 +170,9 @@ def _find_s3(pattern: str, key: str) -> list[tuple[str, File]]:
         fixed = fixed.parent
     root = fixed if glob.has_magic(pattern) else fixed.parent
     with reading(pattern):
-        found = _s3().glob(pattern, detail=True)
+        found = s3().glob(pattern, detail=True)
         if not found:
-            _s3().ls(fixed.parts[0])  # says when there is no such bucket
+            s3().ls(fixed.parts[0])  # says when there is no such bucket
             raise MissingInputError(f'{key}: no object matches {pattern!r} at {_endpoint()}')
     entries = [entry for entry in found.values() if entry['type'] == 'file']
     if not entries:
@@ -200,9 +200,10 @@ def _with_unique_names(files: list[File]) -> list[File]:
 
 
 @functools.cache
-def _s3():
+def s3():
     """The file system of all buckets; AWS_ENDPOINT_URL and credentials as boto finds them."""
     system = extra('s3fs').S3FileSystem(
+        skip_instance_cache=True,
         use_listings_cache=False,
         config_kwargs={
             'connect_timeout': CONNECT_TIMEOUT,

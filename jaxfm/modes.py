@@ -254,7 +254,7 @@ def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:
     return [
         Request(
             id=str(index),
-            tokens=_prompt_ids(config, chat, prompt),
+            tokens=_prompt_ids(config, tokenizer, chat, prompt),
             max_tokens=max_tokens,
             temperature=temperature,
             seed=flags.seed if flags is not None else config.seed,
@@ -265,10 +265,9 @@ def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:
     ]
 
 
-def _prompt_ids(config, chat: Chat, prompt: str) -> list[int]:
+def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
     if config.sampling.chat:
         return chat.prompt([{'role': 'user', 'content': prompt}])
-    tokenizer = chat.tokenizer
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return tokenizer.encode(prompt) or [begin]
 

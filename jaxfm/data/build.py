@@ -75,7 +75,8 @@ def _build(directory: Path, partial: Path, config, tokenizer: Tokenizer, finish)
     shards = source.shards()
     parts = [partial / 'parts' / f'{i:06d}' for i in range(len(shards))]
     parts[0].parent.mkdir(exist_ok=True)
-    ledger = Ledger(source, shards, parts)
+    allowed = getattr(config, 'max_bad_records', math.inf)
+    ledger = Ledger(source, shards, parts, allowed)
     missing = [i for i, part in enumerate(parts) if not part.exists()]
     if 0 < len(missing) < len(parts):
         log.info('tokenising: %d of %d parts have to be made', len(missing), len(parts))
@@ -133,9 +134,9 @@ def _check_sides(statistics: dict) -> None:
 class Ledger:
     """Which shards are done, and what stops the build: always what comes first in their order."""
 
-    def __init__(self, source, shards: list, parts: list[Path]):
+    def __init__(self, source, shards: list, parts: list[Path], allowed: float):
         self._source, self._shards, self._parts = source, shards, parts
-        self._allowed = getattr(source.config, 'max_bad_records', math.inf)
+        self._allowed = allowed  # bad records
         self._results: dict[int, list | Exception] = {}
         self._next = 0  # all shards before this one are done
         self._bad = []

@@ -1,6 +1,6 @@
 """Contamination: which evaluation prompts stand in the training text.
 
-A prompt counts as contaminated when 13 words of it in a row (Brown et al. 2020, GPT-3), or all of it
+A prompt is contaminated when 13 words of it in a row (Brown et al. 2020, GPT-3), or all of it
 when it has fewer, stand in a train document. Words are runs of letters and digits, in lower case.
 """
 

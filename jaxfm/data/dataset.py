@@ -130,8 +130,8 @@ class Dataset:
         return sum(source.train.num_bytes for source in corpora)
 
     def train_texts(self, max_bytes: int) -> Iterator[str]:
-        """Train documents decoded to text, of every source the same share: about `max_bytes` in all.
-        What is read on the fly is read from its beginning, without a limit."""
+        """Train documents as text, of every source the same share, about `max_bytes` in all. What
+        is read on the fly is read from its beginning, without a limit."""
         every = max(1, -(-self.num_train_bytes // max_bytes))
         for name, source in self.sources.items():
             if isinstance(source, Heldout):

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxfm.data import BytesConfig, FilesData, contamination, tokenizer
+from jaxfm.data.contamination import Grams, words_of
+from jaxfm.data.dataset import open_dataset
+
+WORDS = [f'w{n}' for n in range(3000)]
+
+
+@pytest.fixture(scope='module', params=['cached', 'on_the_fly'])
+def data(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp('contamination')
+    draw = np.random.default_rng(0)
+    texts = [' '.join(draw.choice(WORDS, 60)) for _ in range(200)]
+    path = directory / 'texts.jsonl'
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+    config = FilesData(
+        path=str(path), sequence_length=64, batch_size=2, tokenize=request.param
+    )
+    return open_dataset(config, tokenizer.build(BytesConfig(), ()), directory / 'cache')
+
+
+def train_texts(data):
+    return list(data.train_texts(1 << 30))
+
+
+def test_prompts_with_thirteen_words_of_the_training_text_are_found(data):
+    words = train_texts(data)[7].split()
+    prompts = [
+        'before ' + ' '.join(words[20:33]) + ' after',
+        'Before, ' + ', '.join(words[20:33]).upper() + '!',  # written in another way
+        ' '.join([*words[20:32], 'other', *words[33:44]]),  # 12 in a row
+        ' '.join(words[:12][::-1]) + ' and more words in the end',
+    ]
+    result = contamination.contamination(data, prompts)
+    assert (result['prompts'], result['contaminated']) == (4, 2)
+    assert result['contaminated_share'] == 0.5 and result['ngram'] == 13
+
+
+def test_a_shorter_prompt_is_found_when_all_of_it_is_there(data):
+    words = train_texts(data)[11].split()
+    prompts = [' '.join(words[3:8]), ' '.join([*words[3:8], 'absent']), '!?', '']
+    assert contamination.contamination(data, prompts)['contaminated'] == 1
+
+
+def test_words_of_two_documents_are_not_in_a_row(data):
+    first, second = (text.split() for text in train_texts(data)[:2])
+    prompt = ' '.join(first[-7:] + second[:7])
+    assert contamination.contamination(data, [prompt])['contaminated'] == 0
+
+
+def test_held_out_text_is_not_training_text(data):
+    prompts = [document.text for document in data.heldout_documents]
+    assert prompts and contamination.contamination(data, prompts)['contaminated'] == 0
+
+
+def test_no_more_is_read_than_the_cap_and_the_result_says_how_much(data):
+    prompts = [' '.join(text.split()[:13]) for text in train_texts(data)]
+    everything = contamination.contamination(data, prompts)
+    size = sum(len(text) for text in train_texts(data))
+    assert everything['contaminated'] == len(prompts) and everything['bytes_read'] == size
+    part = contamination.contamination(data, prompts, max_bytes=size // 4)
+    assert part['bytes_read'] <= size // 4
+    assert 0.2 < part['contaminated_share'] < 0.3
+    assert part['bytes_total'] in (0, size)
+
+
+def test_equal_hashes_alone_are_no_match(monkeypatch):
+    monkeypatch.setattr(contamination, '_FACTOR', np.uint64(1))  # any order has the same hash
+    grams = Grams(['a b c d'], 4)
+    grams.scan('d c b a'.split())
+    assert not grams.found
+    grams.scan('x a b c d'.split())
+    assert grams.found == {0}
+
+
+def test_words_are_letters_and_digits_in_lower_case():
+    assert words_of('Hello, wörld! 3+4=7') == ['hello', 'wörld', '3', '4', '7']

@@ -131,7 +131,7 @@ class Chat:
     def _start(self, view: '_View', i: int, turn: str, text: str) -> int | None:
         """Where turn i starts in `text`; `turn` is the chat up to its end."""
         before = view.first(i)
-        if not _ends_with_assistant(before):  # some write no header between two of these
+        if self._has_prompt and not _ends_with_assistant(before):
             prompt = self._render(before, True)
             if text.startswith(prompt):
                 return len(prompt)
@@ -150,8 +150,11 @@ class Chat:
         """What stands before an answer: the generation prompt, if answers do follow on it."""
         answers = [self._render(view.plus(answer), self._asks_late) for answer in _ANSWERS]
         prompt = self._render(view, True)
-        is_prompt = answers[0].startswith(prompt) and not _ends_with_assistant(view)
-        return prompt if is_prompt else os.path.commonprefix(answers)
+        # Some write none, or none between two answers.
+        is_prompt = self._has_prompt and not _ends_with_assistant(view)
+        if is_prompt and answers[0].startswith(prompt):
+            return prompt
+        return os.path.commonprefix(answers)
 
     def _stop(self, turn: str, text: str, start: int | None) -> int | None:
         """Where a turn ends in `text`, behind its mark; `turn` is the chat up to there."""
@@ -197,6 +200,9 @@ class Chat:
         if not found:
             raise DataError('the chat template leaves out what the assistant says')
         self._mark = self._probe_mark()
+        answers = [self._render(_View([_QUESTION, answer]), self._asks_late) for answer in _ANSWERS]
+        header = os.path.commonprefix(answers).removeprefix(prompt)
+        self._has_prompt = prompt != question or not header.strip()
 
     def _probe_mark(self) -> str:
         """The part of the suffix that ends a turn: to its first special token, if it has one."""
@@ -412,22 +418,30 @@ def _mapped(value, change):
 
 
 def _check_complete(view: _View, text: str) -> None:
-    """No message of the chat may be missing from its text; thoughts of earlier turns may."""
+    """No message or tool of the chat may be missing from its text; thoughts of the past may."""
     for i, message in enumerate(view.messages):
         content = message['content']
-        if _is_assistant(message) or not content or content in text:
-            continue
-        line = next((line.strip() for line in content.splitlines() if line.strip()), '')
-        if line not in text and json.dumps(line, ensure_ascii=False)[1:-1] not in text:
+        if not _is_assistant(message) and content and not _appears(content, text):
             raise DataError(
-                f'the chat template leaves out message {i + 1} ({message["role"]}): {line[:60]!r}'
+                f'the chat template leaves out message {i + 1} ({message["role"]}): '
+                f'{content.strip()[:60]!r}'
             )
+    for tool in view.tools:
+        name = tool['function'].get('name', '')
+        if not _appears(tool['function'].get('description') or name, text):
+            raise DataError(f'the chat template leaves out the tool {name} in this chat')
+
+
+def _appears(content: str, text: str) -> bool:
+    """Whether the first line of a content is in a text, as it is or as JSON."""
+    line = next((line.strip() for line in content.splitlines() if line.strip()), '')
+    return content in text or line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
 
 
 def _check_calls(message: Mapping, turn: str) -> None:
-    for call in message.get('tool_calls') or ():
-        if call['function']['name'] not in turn:
-            raise DataError(
-                f'the chat template leaves out the call of {call["function"]["name"]}'
-                + (' behind a content' if message.get('content') else '')
-            )
+    calls, content = message.get('tool_calls') or (), message.get('content') or ''
+    for call in calls:
+        name = call['function']['name']
+        if name not in turn.replace(content.strip(), '', 1):
+            beside = ' beside a content' if content else ''
+            raise DataError(f'the chat template leaves out the call of {name}{beside}')

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -457,29 +457,37 @@ def _continuing(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
     if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
         return backend, False
     spec = json.loads(content)
-    found = list(_prefixing(spec['normalizer'])) + list(_prefixing(spec['pre_tokenizer']))
-    if not found:
-        return backend, False
-    always = any(step.get('prepend_scheme', 'always') == 'always' for step in found)
-    for step in found:
-        if step['type'] == 'Prepend':
-            step.clear()
-            step |= {'type': 'Sequence', 'normalizers': []}
-        elif step['type'] == 'Metaspace':
-            step['prepend_scheme'] = 'never'
-        else:
-            step['add_prefix_space'] = False
-    return _backend(json.dumps(spec)), always
+    steps = [*_steps(spec['normalizer']), *_steps(spec['pre_tokenizer'])]
+    always = [_without_prefix(step) for step in steps]
+    return _backend(json.dumps(spec)), True in always
 
 
-def _prefixing(step: dict | None):
-    """The steps, at any depth, of a normalizer or pre-tokenizer that put a space before a text."""
-    if not step:
-        return
-    for inner in step.get('normalizers', []) + step.get('pretokenizers', []):
-        yield from _prefixing(inner)
-    if step['type'] in ('Prepend', 'Metaspace') or step.get('add_prefix_space'):
+def _steps(step: dict | None) -> Iterator[dict]:
+    """A normalizer or pre-tokenizer and those inside it."""
+    if step:
         yield step
+        for inner in step.get('normalizers', []) + step.get('pretokenizers', []):
+            yield from _steps(inner)
+
+
+def _without_prefix(step: dict) -> bool:
+    """Changes a step to one for the middle of a text; whether it put a space before every text."""
+    nothing = {'type': 'Sequence', 'normalizers': []}
+    pattern = step.get('pattern', {}).get('Regex', '')
+    if step['type'] == 'Metaspace':
+        scheme, step['prepend_scheme'] = step.get('prepend_scheme', 'always'), 'never'
+        return scheme == 'always'
+    if step['type'] == 'Prepend':
+        step.clear()
+        step.update(nothing)
+        return True
+    if step['type'] == 'Strip' or (pattern.startswith('^') and not step.get('content')):
+        step.clear()  # white space at the ends of a text
+        step.update(nothing)
+    elif step.get('add_prefix_space'):
+        step['add_prefix_space'] = False
+        return True
+    return False
 
 
 def _ranks(content: bytes) -> dict[bytes, int]:

@@ -59,7 +59,9 @@ class S3Server:
     def __init__(self, directory: Path, weed: str):
         self.directory = directory
         ports = iter(_free_ports(2 * len(self.PORTS)))
-        self.ports = {f'{part}.port{grpc}': next(ports) for part in self.PORTS for grpc in ('', '.grpc')}
+        self.ports = {
+            f'{part}.port{grpc}': next(ports) for part in self.PORTS for grpc in ('', '.grpc')
+        }
         self.endpoint = f'http://127.0.0.1:{self.ports["s3.port"]}'
         self.environment = {
             'AWS_ENDPOINT_URL': self.endpoint,
@@ -114,7 +116,10 @@ class S3Server:
         self.process.wait()
         for name, port in self.ports.items():
             part = name.split('.')[0]
-            for path in (f'/tmp/seaweedfs-{part}-grpc-{port}.sock', f'/tmp/seaweedfs-{part}-{port}.sock'):
+            for path in (
+                f'/tmp/seaweedfs-{part}-grpc-{port}.sock',
+                f'/tmp/seaweedfs-{part}-{port}.sock',
+            ):
                 Path(path).unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ is read in pieces; a name inside a later piece counts from where the piece start
 ('web.jsonl@33554432:17'), errors give the line of the file all the same.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -91,9 +92,7 @@ class Files:
 
     def fingerprint(self) -> str:
         """Of names, sizes, times of modification and sides; contents are not read."""
-        lines = [
-            f'{file.name}\t{file.size}\t{file.stamp}\t{side}\n' for file, side in self._files
-        ]
+        lines = [f'{file.name}\t{file.size}\t{file.stamp}\t{side}\n' for file, side in self._files]
         lines.append(json.dumps([SHARD_BYTES, self.config.heldout_fraction]))
         return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
@@ -208,9 +207,7 @@ def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:
     """TooManyBadRecords that names the first bad record beyond the allowed number."""
     if len(bad) > allowed:
         before = f' ({allowed} bad ones before it are left out)' if allowed else ''
-        raise TooManyBadRecords(
-            f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}'
-        )
+        raise TooManyBadRecords(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')
 
 
 def text_shards(files: list[tuple[File, str]]) -> list[Shard]:
@@ -335,29 +332,27 @@ def _read_parquet(file: File, shard: Shard) -> Iterator[tuple[int, int, dict]]:
                 yield 0, number, record
 
 
-class _parquet:
-    """A parquet file, open; what its library raises names the file."""
-
-    def __init__(self, file: File):
-        self._file = file
-        self._seekable = file.seekable()
-
-    def __enter__(self):
-        if self._file.is_compressed:
-            raise DataError(f'{self._file.path}: a parquet file is not compressed as a whole')
-        stream = self._seekable.__enter__()
-        with storage.reading(self._file.path):
-            return storage.extra('pyarrow.parquet').ParquetFile(stream)
-
-    def __exit__(self, *error):
-        return self._seekable.__exit__(*error)
+@contextlib.contextmanager
+def _parquet(file: File) -> Iterator:
+    """A parquet file, open; what its library raises meanwhile names the file."""
+    if file.is_compressed:
+        raise DataError(f'{file.path}: a parquet file is not compressed as a whole')
+    with file.seekable() as stream:
+        try:
+            yield storage.extra('pyarrow.parquet').ParquetFile(stream)
+        except OSError as error:
+            # What is no error of the system is pyarrow's way to say that a page makes no sense.
+            if type(error) is not OSError or error.errno is not None:
+                raise
+            raise DataError(f'{file.path} is damaged or cut off: {error}') from error
 
 
 def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
-    with file.on_disk() as path:
-        count = _array_record(path).num_records()
+    with _array_record(file) as reader:
+        count = reader.num_records()
     if not count:
         raise DataError(f'{file.path} is empty')
+    # A file in a bucket is copied to be read, so it is not read in pieces.
     pieces = 1 if file.path.startswith(storage.S3) else -(-file.size // SHARD_BYTES)
     size = -(-count // pieces)
     for start in range(0, count, size):
@@ -367,20 +362,31 @@ def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
 
 
 def _read_array_record(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
-    with file.on_disk() as path:
-        reader = _array_record(path)
+    with _array_record(file) as reader:
         for start in range(shard.start, shard.stop, PARQUET_ROWS):
             stop = min(start + PARQUET_ROWS, shard.stop)
-            for number, record in enumerate(reader.read(start, stop), start + 1):
+            for number, record in enumerate(_records(file, reader, start, stop), start + 1):
                 yield 0, number, record
 
 
-def _array_record(path: str):
-    module = storage.extra('array_record.python.array_record_module')
+def _records(file: File, reader, start: int, stop: int) -> list[bytes]:
     try:
-        return module.ArrayRecordReader(path)
-    except RuntimeError as error:
-        raise DataError(f'{path} is damaged or cut off: {error}') from error
+        records = reader.read(start, stop)
+    except (RuntimeError, IndexError) as error:
+        raise DataError(f'{file.path} is damaged or cut off: {error}') from error
+    if len(records) != stop - start:
+        raise DataError(f'{file.path} is damaged or cut off: records {start} to {stop}')
+    return records
+
+
+@contextlib.contextmanager
+def _array_record(file: File) -> Iterator:
+    module = storage.extra('array_record.python.array_record_module')
+    with file.on_disk() as path:
+        reader = module.ArrayRecordReader(path)
+        if not reader.ok():
+            raise DataError(f'{file.path} is damaged or cut off')
+        yield reader
 
 
 _SHARDS = {

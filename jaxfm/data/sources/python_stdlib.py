@@ -59,9 +59,7 @@ class PythonStdlib:
                 f'{self.root} has no .py files: is the library of this Python zipped?'
             )
         fraction = self.config.heldout_fraction
-        return [
-            (file, 'heldout' if is_heldout(file.name, fraction) else 'train') for file in found
-        ]
+        return [(file, 'heldout' if is_heldout(file.name, fraction) else 'train') for file in found]
 
 
 def _library_files(root: Path) -> Iterator[File]:

@@ -31,6 +31,7 @@ class Phase:
     """
 
     config: PhaseConfig
+    where: str  # in the config of the run
     first: int
     seed: int  # of the order of its data and the noise of its steps
     make_model: Callable
@@ -40,7 +41,8 @@ class Phase:
     def __post_init__(self):
         config = self.config
         self.name, self.last = config.name, self.first + config.steps
-        self.parts = split(self.make_model, config.optimizer.frozen)
+        patterns = config.optimizer.frozen
+        self.parts = split(self.make_model, patterns, f'{self.where}.optimizer.frozen')
         trained = {path: self.parts.axes[path] for path in sorted(self.parts.trainable)}
         optimizer_class = OPTIMIZERS[config.optimizer.name].load()
         self.optimizer = optimizer_class(config.optimizer, config.steps, trained)
@@ -92,7 +94,8 @@ def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:
     phases, first = [], 0
     for index, phase in enumerate(config.all_phases):
         seed = (config.seed + index) % 2**32
-        phases.append(Phase(phase, first, seed, make_model, mesh))
+        where = f'config.phases[{index}]' if config.phases else 'config'
+        phases.append(Phase(phase, where, first, seed, make_model, mesh))
         first += phase.steps
     return phases
 

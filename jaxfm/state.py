@@ -75,11 +75,12 @@ def _flatten(module: nnx.Module) -> dict[str, nnx.Variable]:
     return {'/'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
 
 
-def split(make_model, frozen: list[str] = ()) -> Parts:
+def split(make_model, frozen: list[str] = (), where: str = 'config.optimizer.frozen') -> Parts:
     """The parts of the model that `make_model(key)` builds; nothing is allocated.
 
     Args:
       frozen: glob patterns of the paths of parameters that stay as they are.
+      where: what a person calls the patterns.
 
     Raises:
       ConfigError: a pattern that matches no parameter.
@@ -92,7 +93,7 @@ def split(make_model, frozen: list[str] = ()) -> Parts:
     if unmatched:
         known = '\n  '.join(sorted(names))
         raise ConfigError(
-            f'config.optimizer.frozen: {", ".join(unmatched)} matches no parameter of\n  {known}'
+            f'{where}: {", ".join(unmatched)} matches no parameter of\n  {known}'
         )
     held = {path for pattern in frozen for path in fnmatch.filter(names, pattern)}
     return Parts(

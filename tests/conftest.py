@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,6 +130,15 @@ class TinyRuns:
         text = self.config.read_text().replace('    return config', f'{change}\n    return config')
         path.write_text(text)
         return path
+
+    @staticmethod
+    def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+        """Every array of a checkpoint: {its name: array}."""
+        directory = workdir / 'checkpoints' / str(step) / 'state'
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(directory).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return checkpointer.restore(directory, restore_args=as_numpy)
 
     def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
         """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""

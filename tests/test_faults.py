@@ -13,9 +13,7 @@ import signal
 import socket
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxfm.metrics.writers import read_records
@@ -54,29 +52,18 @@ def losses(workdir) -> np.ndarray:
     return np.array([v['train/loss'] for (_, k), v in measured(workdir).items() if k == 'train'])
 
 
-def saved_state(workdir, step=STEPS) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, as numpy: {path: array}."""
-    directory = workdir / 'checkpoints' / str(step) / 'state'
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        state = checkpointer.restore(directory, restore_args=as_numpy)
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): value for path, value in leaves}
-
-
 def assert_same_state(one, other):
     assert one.keys() == other.keys() and len(one) > 20
     for path, value in one.items():
         np.testing.assert_array_equal(value, other[path], err_msg=path)
 
 
-def assert_same_run(workdir, reference):
+def assert_same_run(tiny, workdir, reference):
     """The same records, the same final state with optimizer and counters."""
     expected = measured(reference)
     assert measured(workdir) == expected
     assert list(measured(workdir)) == list(expected)
-    assert_same_state(saved_state(workdir), saved_state(reference))
+    assert_same_state(*(tiny.saved_state(run, STEPS) for run in (workdir, reference)))
 
 
 def wait_until(condition, process):
@@ -122,7 +109,7 @@ def stderr_of(workdir) -> str:
     return workdir.with_name(workdir.name + '.stderr').read_text()
 
 
-def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(start, straight, tmp_path):
+def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     seed = int.from_bytes(os.urandom(4))
     step = random.Random(seed).randrange(8, 28)
     print(f'seed {seed}: SIGKILL at step {step}')
@@ -133,10 +120,10 @@ def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(start, straight, tmp_
     finish(process, -signal.SIGKILL)
     finish(start(workdir))
     assert 'resumed at step' in stderr_of(workdir)
-    assert_same_run(workdir, straight)
+    assert_same_run(tiny, workdir, straight)
 
 
-def test_killed_during_a_save_a_run_resumes_bit_for_bit(start, straight, tmp_path):
+def test_killed_during_a_save_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, 12, process)
@@ -146,12 +133,12 @@ def test_killed_during_a_save_a_run_resumes_bit_for_bit(start, straight, tmp_pat
     finish(process, -signal.SIGKILL)
     print(f'killed while {[path.name for path in torn]} was written')
     finish(start(workdir))
-    assert_same_run(workdir, straight)
+    assert_same_run(tiny, workdir, straight)
     left = {path.name for path in (workdir / 'checkpoints').iterdir()}
     assert left == {str(STEPS - 5), str(STEPS)}
 
 
-def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path):
+def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
     # Everything is checked, nothing is compiled yet: long before the loop.
@@ -173,7 +160,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(start, straight, tmp_path)
     assert (workdir / 'checkpoints' / str(stops[1])).is_dir()
 
     finish(start(workdir))
-    assert_same_run(workdir, straight)
+    assert_same_run(tiny, workdir, straight)
     assert 'Traceback' not in stderr_of(workdir)
 
 

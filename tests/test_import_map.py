@@ -317,7 +317,7 @@ def test_a_heavy_import_in_the_init_of_a_room_is_found(source):
         ('jaxfm.sampling.sampler', 'from jaxfm.data import tokenizer'),
         ('jaxfm.models.layers', 'from .attention import Attention\nfrom . import attention'),
         ('jaxfm.ops.norm', 'import jax\nfrom pallas_kernels import rms_norm'),
-        ('jaxfm.config', "from jaxfm.data import DataConfig\nT = 'jaxfm.optimizer:adamw'"),
+        ('jaxfm.run_config', "from jaxfm.data import DataConfig\nT = 'jaxfm.optimizer:adamw'"),
         ('jaxfm.tasks.code', "import ast\nNOTE = 'see jaxfm.train'"),
     ],
 )

@@ -6,7 +6,6 @@ import signal
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jaxfm.metrics.writers import read_records
@@ -16,7 +15,7 @@ PHASES = """
     own = {key: config[key] for key in ('data', 'optimizer')}
     for key in ('data', 'optimizer', 'steps'):
         del config[key]
-    later = dict(learning_rate=3e-3, frozen=['trunk/0/attention/*'])
+    later = dict(learning_rate=3e-3, frozen=['trunk/0/0/attention/*'])
     config.phases = [
         dict(name='first', steps=12, **own),
         dict(
@@ -36,7 +35,7 @@ CHAINED = [
     '--config.data.batch_size=4',
     '--config.data.sequence_length=16',
     '--config.optimizer.learning_rate=3e-3',
-    "--config.optimizer.frozen=['trunk/0/attention/*']",
+    "--config.optimizer.frozen=['trunk/0/0/attention/*']",
 ]
 
 
@@ -66,12 +65,6 @@ def steps(workdir):
     return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
 
 
-def saved(workdir, step):
-    """{name: array} of a checkpoint."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(workdir / 'checkpoints' / str(step) / 'state')
-
-
 def assert_bitwise_equal(one, other):
     assert one.keys() == other.keys()
     for name in one:
@@ -95,10 +88,10 @@ def test_the_end_of_a_phase_is_evaluated_and_stays(whole):
     assert {r['step'] for r in records(whole, 'eval')} == {0, 6, 12, 18, 22}
 
 
-def test_a_phase_trains_what_it_does_not_freeze(whole):
-    boundary, end = saved(whole, 12), saved(whole, 22)
+def test_a_phase_trains_what_it_does_not_freeze(tiny, whole):
+    boundary, end = tiny.saved_state(whole, 12), tiny.saved_state(whole, 22)
     frozen = [name for name in end if name.startswith('frozen/')]
-    assert frozen and all('trunk/0/attention' in name for name in frozen)
+    assert frozen and all('trunk/0/0/attention' in name for name in frozen)
     for name in frozen:
         before = boundary[name.replace('frozen/', 'trainable/')]
         assert np.array_equal(end[name], before), name
@@ -111,8 +104,8 @@ def test_two_phases_equal_two_runs_one_after_the_other(tiny, whole):
     options = ['--config.sampling.num_samples=0', '--config.evals={}']
     finish(tiny.start(earlier, '--config.steps=12', *options))
     finish(tiny.start(later, f'--config.init_from={earlier}', *CHAINED, *options))
-    assert_bitwise_equal(saved(whole, 12), saved(earlier, 12))
-    assert_bitwise_equal(saved(whole, 22), saved(later, 10))
+    assert_bitwise_equal(tiny.saved_state(whole, 12), tiny.saved_state(earlier, 12))
+    assert_bitwise_equal(tiny.saved_state(whole, 22), tiny.saved_state(later, 10))
     losses = [r['train/loss'] for r in records(later) if r['step'] % 2 == 0]
     assert losses == [r['train/loss'] for r in records(whole) if r['step'] > 12]
 
@@ -131,7 +124,7 @@ def test_a_run_goes_on_from_wherever_it_was_killed(tiny, config, whole):
         assert process.returncode == -signal.SIGKILL, f'it ended before step {last} was saved'
     finish(tiny.start(workdir, config=config))
     assert (records(workdir), records(workdir, 'eval')) == expected
-    assert_bitwise_equal(saved(workdir, 22), saved(whole, 22))
+    assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
 
 
 def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
@@ -140,7 +133,7 @@ def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
     shutil.rmtree(workdir / 'checkpoints' / '22')
     finish(tiny.start(workdir, config=config))
     assert (records(workdir), records(workdir, 'eval')) == (records(whole), records(whole, 'eval'))
-    assert_bitwise_equal(saved(workdir, 22), saved(whole, 22))
+    assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
 
 
 def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole):

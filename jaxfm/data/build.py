@@ -64,8 +64,8 @@ def build(directory: Path, config, tokenizer: Tokenizer, finish: Callable) -> No
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             except FileNotFoundError:
-                # Another process has finished, and removed its partial directory.
-                if partial.exists():
+                # Another process has finished, and removes the partial directory.
+                if partial.exists() and not directory.exists():
                     raise
 
 
@@ -310,26 +310,25 @@ def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progres
 
 def _write_part(config, shard, tokenizer: Tokenizer, directory: Path, progress: Progress) -> dict:
     source = SOURCES[config.name].load()(config)
-    writers = [
-        token_cache.Writer(directory, side, tokenizer.vocab_size) for side in token_cache.SIDES
-    ]
     summary = {'texts': '', 'chats': '', 'bad': []}
     has_digest = getattr(shard, 'has_whole_files', False)
+    refuse = functools.partial(_refuse, source, shard)
     try:
-        for chunk in token_cache.chunks(source.read(shard), CHUNK_BYTES):
-            refuse = functools.partial(_refuse, source, shard)
-            num_tokens = 0
-            for heldout, document, ids, mask in encode(chunk, tokenizer, refuse):
-                writers[heldout].add(document, ids, mask, has_digest)
-                kind = 'texts' if mask is None else 'chats'
-                summary[kind] = summary[kind] or document.name
-                num_tokens += len(ids)
-            progress(sum(document.num_bytes for _, document in chunk), num_tokens)
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(token_cache.Writer(directory, side, tokenizer.vocab_size))
+                for side in token_cache.SIDES
+            ]
+            for chunk in token_cache.chunks(source.read(shard), CHUNK_BYTES):
+                num_tokens = 0
+                for heldout, document, ids, mask in encode(chunk, tokenizer, refuse):
+                    writers[heldout].add(document, ids, mask, has_digest)
+                    kind = 'texts' if mask is None else 'chats'
+                    summary[kind] = summary[kind] or document.name
+                    num_tokens += len(ids)
+                progress(sum(document.num_bytes for _, document in chunk), num_tokens)
     except TooManyBadRecords as error:
-        summary['bad'] = _packed(source)
-        raise _TooManyInShard(summary) from error
-    for writer in writers:
-        writer.close()
+        raise _TooManyInShard(summary | {'bad': _packed(source)}) from error
     return summary | {'bad': _packed(source)}
 
 

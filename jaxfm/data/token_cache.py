@@ -64,7 +64,7 @@ class TokenCache:
 
 
 class Writer:
-    """Writes one side of a part, document by document."""
+    """Writes one side of a part, document by document; all is on disk when the block ends well."""
 
     def __init__(self, directory: Path, side: str, vocab_size: int):
         self._directory, self._side, self._vocab_size = Path(directory), side, vocab_size
@@ -87,11 +87,20 @@ class Writer:
         counted = 0 if mask is None else int(mask.sum())
         self._rows.append((len(ids), document.num_bytes, counted))
 
-    def close(self) -> None:
-        """Writes what says where the documents are; all is on disk afterwards."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            for file in self._files.values():
+                file.close()
+
+    def _finish(self) -> None:
         for file in self._files.values():
             to_disk(file)
-            file.close()
         rows = np.array(self._rows, np.int64).reshape(-1, 3)
         _save(self._directory / f'{self._side}.rows.npy', rows)
         if self._digests:
@@ -148,7 +157,7 @@ def _kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
     """Which documents of a part are not there already, bool [D]."""
     digests = part / f'{side}.digests.npy'
     if not digests.exists():
-        return np.ones(len(np.load(part / f'{side}.rows.npy', mmap_mode=None)), bool)
+        return np.ones(len(np.load(part / f'{side}.rows.npy')), bool)
     keep = []
     for digest in np.load(digests):
         keep.append(digest.tobytes() not in seen)
@@ -214,8 +223,9 @@ def _statistics(side: str, rows: np.ndarray) -> dict[str, int | dict]:
         'documents': len(rows),
         'bytes': int(rows[:, 1].sum()),
         'tokens': int(lengths.sum()),
-        'supervised_tokens': int(rows[:, 2].sum()),
     }
+    if rows[:, 2].any():
+        statistics['supervised_tokens'] = int(rows[:, 2].sum())
     if len(rows):
         quantiles = np.quantile(lengths, [0.5, 0.9, 0.99], method='nearest')
         statistics['longest_document'] = int(lengths.max())

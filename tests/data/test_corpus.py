@@ -1,144 +1,565 @@
+import gzip
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from jaxfm.data import BPEConfig, BytesConfig, corpus, token_cache
-from jaxfm.errors import DataError, StorageError
+from jaxfm.data import TOKENIZERS, BPEConfig, BytesConfig, FilesConfig, build, corpus, token_cache
+from jaxfm.data.chat import Chat
+from jaxfm.data.sources import files, storage
+from jaxfm.data.sources.files import Files
+from jaxfm.errors import (
+    DataError,
+    MissingInputError,
+    PermissionDeniedError,
+    RunError,
+    StorageError,
+)
+
+BYTES = corpus.make_tokenizer(BytesConfig(), None, None)
 
 
 @pytest.fixture
-def built(data_config, tmp_path):
+def built(source_config, bpe, tmp_path):
     """(config, cache directory, directory of the one cache in it)."""
-    corpus.build(data_config, tmp_path)
-    (directory,) = tmp_path.iterdir()
-    return data_config, tmp_path, directory
+    return source_config, tmp_path, corpus.build(source_config, bpe, tmp_path).directory
+
+
+def write_lines(path, texts):
+    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
+
+
+def records(tmp_path, count=300, **options):
+    """The config of a .jsonl of `count` texts, which is read in many pieces."""
+    write_lines(tmp_path / 'a.jsonl', [f'text {i} ' * (1 + i % 9) for i in range(count)])
+    return FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.2, **options)
+
+
+@pytest.fixture
+def many_shards(monkeypatch):
+    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+
+
+def same(one, other):
+    for side in token_cache.SIDES:
+        a, b = getattr(one, side), getattr(other, side)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.offsets, b.offsets)
+        np.testing.assert_array_equal(a.document_bytes, b.document_bytes)
+    assert one.fingerprint == other.fingerprint and one.statistics == other.statistics
+    assert one.heldout_documents == other.heldout_documents
+
+
+# What is in a cache.
 
 
 def test_the_stream_is_every_document_between_its_special_tokens(small_corpus):
     tokenizer, cache = small_corpus.tokenizer, small_corpus.heldout
-    assert cache.num_documents == len(small_corpus.heldout_documents)
-    for i, (_, text) in enumerate(small_corpus.heldout_documents):
+    assert cache.num_documents == len(small_corpus.heldout_documents) > 3
+    assert cache.mask is None and not cache.is_chat
+    for i, document in enumerate(small_corpus.heldout_documents):
         ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist()
-        assert ids == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-        assert cache.document_bytes[i] == len(text.encode())
+        assert ids == [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
+        assert cache.document_bytes[i] == document.num_bytes
+
+
+def test_a_tokenizer_without_bos_puts_nothing_in_front(tmp_path, shared_data):
+    for name in ('encoder.json', 'vocab.bpe'):
+        content = gzip.decompress((shared_data / 'tok_gpt2' / f'{name}.gz').read_bytes())
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')
+    gpt2 = corpus.make_tokenizer(TOKENIZERS['file'].schema(path=str(tmp_path)), None, tmp_path)
+    made = corpus.build(records(tmp_path, 40), gpt2, tmp_path / 'cache')
+    cache = made.heldout
+    for i, document in enumerate(made.heldout_documents):
+        ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist()
+        assert ids == [*gpt2.encode(document.text), gpt2.eos_id]
+
+
+def test_chats_are_what_their_template_makes_of_them_with_its_mask(tmp_path):
+    chats = [
+        {'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'ok'}]}
+        for i in range(40)
+    ]
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.3)
+    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    assert made.is_chat and made.train.is_chat
+    chat, supervised = Chat(BYTES), 0
+    for i, document in enumerate(made.heldout_documents):
+        ids, mask = chat.encode(document.messages)
+        start, stop = made.heldout.offsets[i : i + 2]
+        np.testing.assert_array_equal(made.heldout.tokens[start:stop], ids)
+        np.testing.assert_array_equal(made.heldout.mask[start:stop], mask)
+        supervised += mask.sum()
+    assert made.statistics['heldout_supervised_tokens'] == supervised > 0
 
 
 def test_statistics_agree_with_the_files(small_corpus, text_directory):
     statistics = small_corpus.statistics
-    files = sorted(text_directory.iterdir())
+    paths = sorted(text_directory.iterdir())
     total = statistics['train_documents'] + statistics['heldout_documents']
-    assert total == len(files)
+    assert total == len(paths)
     size = statistics['train_bytes'] + statistics['heldout_bytes']
-    assert size == sum(file.stat().st_size for file in files)
+    assert size == sum(path.stat().st_size for path in paths)
     lengths = np.diff(small_corpus.train.offsets)
-    assert statistics['longer_than_context'] == (lengths > 32).sum() > 0
     assert statistics['train_tokens'] == lengths.sum() == len(small_corpus.train.tokens)
+    assert statistics['train_longest_document'] == lengths.max()
+    for bound, count in statistics['train_length_histogram'].items():
+        assert count == ((lengths <= int(bound)) & (lengths > int(bound) // 2)).sum()
+    assert sum(statistics['train_length_histogram'].values()) == len(lengths)
+    assert statistics['bad_records'] == statistics['duplicates_dropped'] == 0
 
 
-def test_a_second_build_opens_the_first_one(built, monkeypatch):
+def test_documents_in_pieces_lose_nothing(source_config, bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, 'PIECE_CHARACTERS', 100)
+    monkeypatch.setattr(build, 'CHUNK_BYTES', 500)
+    made = corpus.build(source_config, bpe, tmp_path)
+    cache = made.heldout
+    for i, document in enumerate(made.heldout_documents):
+        ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]]
+        assert made.tokenizer.decode(ids) == document.text
+
+
+def test_of_equal_files_one_is_kept_and_rather_the_heldout_one(tmp_path, many_shards):
+    for name, text in {'a': 'one', 'b': 'two', 'c': 'one', 'd': 'three', 'h': 'two'}.items():
+        (tmp_path / f'{name}.txt').write_text(text * 400)
+    config = FilesConfig(path=f'{tmp_path}/*.txt', heldout_path=f'{tmp_path}/h.txt')
+    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    assert made.statistics['duplicates_dropped'] == 2
+    assert [document.name for document in made.heldout_documents] == ['h.txt']
+    cache = made.train
+    texts = [BYTES.decode(cache.tokens[a:b]) for a, b in zip(cache.offsets, cache.offsets[1:])]
+    assert texts == ['one' * 400, 'three' * 400]
+
+
+def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkeypatch, many_shards):
+    config = records(tmp_path)
+    whole = corpus.build(config, BYTES, tmp_path / 'one').heldout_documents
+    monkeypatch.setattr(token_cache, 'HELDOUT_TEXT_BYTES', 2000)
+    made = corpus.build(config, BYTES, tmp_path / 'other')
+    assert 5 < len(made.heldout_documents) < len(whole) == made.heldout.num_documents
+    assert made.heldout_documents == whole[: len(made.heldout_documents)]
+
+
+def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path):
+    write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
+    with pytest.raises(DataError, match='of 2 documents none is held out; raise heldout_fraction'):
+        corpus.build(config, BYTES, tmp_path / 'cache')
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1 - 1e-6)
+    with pytest.raises(DataError, match='of 2 documents none is left to train on'):
+        corpus.build(config, BYTES, tmp_path / 'cache')
+
+
+def test_texts_and_chats_in_one_source_are_an_error(tmp_path):
+    chat = {'messages': [{'role': 'assistant', 'content': 'x'}]}
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' + json.dumps(chat))
+    with pytest.raises(DataError, match='a.jsonl:2 is a chat, a.jsonl:1 is a text'):
+        corpus.build(FilesConfig(path=str(tmp_path / 'a.jsonl')), BYTES, tmp_path / 'cache')
+
+
+# Opening and what it refuses.
+
+
+def test_a_second_build_opens_the_first_one_and_reads_no_contents(built, bpe, monkeypatch):
     config, cache_dir, _ = built
-    monkeypatch.setattr(corpus, '_build', None)
-    assert corpus.build(config, cache_dir).train.num_tokens > 0
+    monkeypatch.setattr(build, '_build', None)
+    monkeypatch.setattr(storage.File, 'open', None)
+    assert corpus.build(config, bpe, cache_dir).train.num_tokens > 0
 
 
-def test_another_text_tokenizer_or_vocabulary_is_another_corpus(
-    data_config, text_directory, tmp_path
+def test_another_text_tokenizer_or_share_is_another_corpus(
+    source_config, bpe, text_directory, tmp_path
 ):
     shutil.copytree(text_directory, tmp_path / 'texts')
     (tmp_path / 'texts' / '00.txt').write_text('changed')
-    glob = [f'{tmp_path}/texts/*.txt']
-    changed = data_config.source.model_copy(update={'files': glob})
-    configs = [
-        data_config,
-        data_config.model_copy(update={'source': changed}),
-        data_config.model_copy(update={'tokenizer': BPEConfig(vocab_size=300)}),
-        data_config.model_copy(update={'tokenizer': BytesConfig()}),
-    ]
-    fingerprints = {corpus.build(config, tmp_path / 'cache').fingerprint for config in configs}
-    assert len(fingerprints) == len(configs)
+    changed = source_config.model_copy(update={'path': f'{tmp_path}/texts/*.txt'})
+    share = source_config.model_copy(update={'heldout_fraction': 0.4})
+    pairs = [(source_config, bpe), (changed, bpe), (share, bpe), (source_config, BYTES)]
+    fingerprints = {corpus.build(*pair, tmp_path / 'cache').fingerprint for pair in pairs}
+    assert len(fingerprints) == len(pairs)
 
 
-def test_documents_in_pieces_lose_nothing(data_config, small_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, 'CHUNK_CHARACTERS', 100)
-    pieces = corpus.build(data_config, tmp_path)
-    cache = pieces.heldout
-    for i, (_, text) in enumerate(pieces.heldout_documents):
-        ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]]
-        assert pieces.tokenizer.decode(ids) == text
+def test_the_fingerprint_is_of_the_tokens_wherever_they_come_from(small_corpus, bpe, tmp_path):
+    shutil.copytree(small_corpus.index['recipe']['source']['path'][:-6], tmp_path / 'texts')
+    for path in (tmp_path / 'texts').iterdir():
+        os.utime(path, ns=(1, 1))
+    config = FilesConfig(path=f'{tmp_path}/texts/*.txt', heldout_fraction=0.2)
+    made = corpus.build(config, bpe, tmp_path / 'cache')
+    assert made.directory.name != small_corpus.directory.name
+    assert made.fingerprint == small_corpus.fingerprint
 
 
-@pytest.mark.parametrize('name', ['train.tokens', 'heldout.documents.npy', 'tokenizer.json'])
-def test_a_truncated_file_is_named(built, name):
+FILES = ['train.tokens', 'heldout.offsets.npy', 'tokenizer/tokenizer.json']
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_truncated_file_is_named(built, bpe, name):
     config, cache_dir, directory = built
     content = (directory / name).read_bytes()
     (directory / name).write_bytes(content[:-2])
     with pytest.raises(DataError, match=rf'{name} has {len(content) - 2} bytes'):
-        corpus.build(config, cache_dir)
+        corpus.build(config, bpe, cache_dir)
 
 
-@pytest.mark.parametrize('name', ['train.tokens', 'heldout.documents.npy', 'tokenizer.json'])
-def test_one_changed_byte_is_noticed(built, name):
-    config, cache_dir, directory = built
+@pytest.mark.parametrize('name', FILES)
+def test_verify_notices_one_changed_byte(built, name):
+    directory = built[-1]
+    corpus.verify(directory)
     content = bytearray((directory / name).read_bytes())
     content[len(content) // 2] ^= 1
     (directory / name).write_bytes(content)
     with pytest.raises(DataError, match=f'{name}: digest mismatch'):
-        corpus.build(config, cache_dir)
+        corpus.verify(directory)
 
 
-@pytest.mark.parametrize('content', ['', '[]', '{"train.tokens": 3}', '{"train'])
-def test_a_damaged_index_is_named(built, content):
+@pytest.mark.parametrize('content', ['', '[]', '{"train.tokens": 3}', '{"train', '{"files": {}}'])
+def test_a_damaged_index_is_named(built, bpe, content):
     config, cache_dir, directory = built
     (directory / corpus.INDEX).write_text(content)
     with pytest.raises(DataError, match='index.json is damaged'):
-        corpus.build(config, cache_dir)
+        corpus.build(config, bpe, cache_dir)
 
 
-def test_a_missing_file_is_named(built):
+def test_a_missing_file_is_named(built, bpe):
     config, cache_dir, directory = built
     (directory / 'train.tokens').unlink()
     with pytest.raises(DataError, match='train.tokens is missing'):
-        corpus.build(config, cache_dir)
+        corpus.build(config, bpe, cache_dir)
 
 
-def test_a_full_disk_leaves_nothing_behind(data_config, tmp_path, monkeypatch):
-    def no_room(file):
-        raise OSError(28, 'No space left on device')
+# A cache in a directory of the user's choice.
 
-    monkeypatch.setattr(token_cache, '_to_disk', no_room)
-    with pytest.raises(StorageError, match='No space left'):
-        corpus.build(data_config, tmp_path)
+
+def test_a_cache_that_is_not_there_is_missing_with_the_command_that_makes_it(
+    source_config, tmp_path
+):
+    with pytest.raises(
+        MissingInputError, match='tools.corpus build --config FILE --output .*/mine'
+    ):
+        corpus.build(source_config, BYTES, tmp_path, str(tmp_path / 'mine'))
     assert not list(tmp_path.iterdir())
 
 
-BUILD_AND_DIE = """
+def test_a_chosen_cache_is_used_where_the_files_are_the_same_or_absent(source_config, tmp_path):
+    shutil.copytree(source_config.path[:-6], tmp_path / 'texts', copy_function=shutil.copy2)
+    config = source_config.model_copy(update={'path': f'{tmp_path}/texts/*.txt'})
+    mine = tmp_path / 'mine'
+    made = corpus.build_at(config, BYTES, mine)
+    same(corpus.build(config, BYTES, tmp_path, str(mine)), made)
+    (tmp_path / 'texts').rename(tmp_path / 'moved')
+    moved = config.model_copy(update={'path': f'{tmp_path}/moved/*.txt'})
+    same(corpus.build(moved, BYTES, tmp_path, str(mine)), made)
+    # Without the files, the config must be the one that it was made with.
+    same(corpus.build(config, BYTES, tmp_path, str(mine)), made)
+    elsewhere = config.model_copy(update={'path': '/nowhere/*.txt'})
+    with pytest.raises(DataError, match="config.data.path was '.*' and is '/nowhere/"):
+        corpus.build(elsewhere, BYTES, tmp_path, str(mine))
+
+
+@pytest.mark.parametrize('what', ['files', 'config', 'tokenizer'])
+def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(tmp_path, bpe, what):
+    config, tokenizer = records(tmp_path, 40), BYTES
+    mine = tmp_path / 'mine'
+    corpus.build_at(config, tokenizer, mine)
+    if what == 'files':
+        config, said = records(tmp_path, 41), "the source's files are not the same"
+    if what == 'config':
+        config = config.model_copy(update={'max_bad_records': 7})
+        said = 'config.data.max_bad_records was 0 and is 7'
+    if what == 'tokenizer':
+        tokenizer, said = bpe, 'the tokenizer is not the same'
+    for open_it in (
+        lambda: corpus.build(config, tokenizer, tmp_path, str(mine)),
+        lambda: corpus.build_at(config, tokenizer, mine),
+    ):
+        with pytest.raises(DataError, match=rf'{said}.*tools.corpus build .* --rebuild'):
+            open_it()
+    made = corpus.build_at(config, tokenizer, mine, rebuild=True)
+    same(corpus.build(config, tokenizer, tmp_path, str(mine)), made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['a.jsonl', 'mine']
+
+
+def test_parts_of_another_recipe_are_not_gone_on_with(tmp_path, many_shards, monkeypatch):
+    mine, config = tmp_path / 'mine', records(tmp_path)
+    monkeypatch.setattr(token_cache, 'join', _no_room)
+    with pytest.raises(StorageError):
+        corpus.build_at(config, BYTES, mine)
+    monkeypatch.undo()
+    assert (tmp_path / 'mine.partial').exists()
+    other = config.model_copy(update={'heldout_fraction': 0.5})
+    same(corpus.build_at(other, BYTES, mine), corpus.build(other, BYTES, tmp_path / 'cache'))
+
+
+# Building: parts, processes, kills.
+
+
+def _no_room(*_, **__):
+    raise OSError(28, 'No space left on device')
+
+
+def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
+    tmp_path, monkeypatch, many_shards
+):
+    config, cache_dir = records(tmp_path), tmp_path / 'cache'
+    expected = corpus.build(config, BYTES, tmp_path / 'expected')
+    calls, to_disk = [], token_cache.to_disk
+
+    def sometimes(file):
+        calls.append(file)
+        return to_disk(file) if len(calls) < 30 else _no_room()
+
+    monkeypatch.setattr(token_cache, 'to_disk', sometimes)
+    with pytest.raises(StorageError, match='No space left'):
+        corpus.build(config, BYTES, cache_dir)
+    monkeypatch.undo()
+    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+    done = len(list(cache_dir.glob('*.partial/parts/*')))
+    made, make_part = [], build.make_part
+    monkeypatch.setattr(build, 'make_part', lambda *a: made.append(a) or make_part(*a))
+    same(corpus.build(config, BYTES, cache_dir), expected)
+    shards = len(Files(config).shards())
+    assert 0 < done < shards and len(made) == shards - done
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_a_directory_that_cannot_be_written_is_a_matter_of_permission(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(token_cache, 'to_disk', refuse)
+    with pytest.raises(PermissionDeniedError, match='cache cannot be written'):
+        corpus.build(records(tmp_path), BYTES, tmp_path / 'cache')
+
+
+@pytest.mark.parametrize('bad', [(), (37, 200, 210)])
+def test_processes_make_what_one_makes(tmp_path, bpe, monkeypatch, many_shards, bad, caplog):
+    config = records(tmp_path, max_bad_records=len(bad))
+    _spoil(tmp_path / 'a.jsonl', bad)
+    expected = corpus.build(config, bpe, tmp_path / 'one')
+    assert expected.statistics['bad_records'] == len(bad)
+    monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(3))
+    # Other processes know nothing of a patched size, but shards say where they begin and end.
+    with caplog.at_level('INFO', logger='jaxfm'):
+        same(corpus.build(config, bpe, tmp_path / 'three'), expected)
+    assert 'tokenising in 3 processes' in caplog.text
+
+
+def _spoil(path, numbers):
+    lines = path.read_text().splitlines()
+    for number in numbers:
+        lines[number - 1] = '{'
+    path.write_text('\n'.join(lines) + '\n')
+
+
+@pytest.mark.parametrize('allowed, said', [(0, 'a.jsonl:37'), (2, 'a.jsonl:210')])
+def test_the_error_is_the_same_for_any_number_of_processes(
+    tmp_path, monkeypatch, many_shards, allowed, said
+):
+    config = records(tmp_path, max_bad_records=allowed)
+    _spoil(tmp_path / 'a.jsonl', (37, 200, 210, 211, 212, 213))
+    errors = []
+    for workers in (1, 2):
+        if workers > 1:
+            monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+            monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(2))
+        with pytest.raises(DataError, match=said) as error:
+            corpus.build(config, BYTES, tmp_path / f'cache{workers}')
+        errors.append(str(error.value))
+        # The data has to change, so there is nothing to go on with.
+        assert not list((tmp_path / f'cache{workers}').iterdir())
+    assert errors[0] == errors[1]
+
+
+def test_a_chat_that_its_template_refuses_is_a_bad_record(tmp_path, many_shards):
+    good = {'messages': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]}
+    chats = [
+        {**good, 'messages': [*good['messages'][:-1], {'role': 'assistant', 'content': f'{i}'}]}
+        for i in range(60)
+    ]
+    chats[40] = {'messages': good['messages'][:1]}
+    (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.2)
+    with pytest.raises(DataError, match='a.jsonl:41: '):
+        corpus.build(config, BYTES, tmp_path / 'cache')
+    config = config.model_copy(update={'max_bad_records': 1})
+    statistics = corpus.build(config, BYTES, tmp_path / 'cache').statistics
+    assert statistics['bad_records'] == 1
+    assert statistics['train_documents'] + statistics['heldout_documents'] == 59
+
+
+KILLED = """
 import os, signal, sys
-from jaxfm.data import DataConfig, corpus
-corpus._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-corpus.build(DataConfig.model_validate_json(sys.argv[1]), sys.argv[2])
+from jaxfm.data import FilesConfig, build, corpus, BytesConfig
+from jaxfm.data.sources import files
+
+if __name__ == '__main__':
+    files.SHARD_BYTES = 2500
+    if sys.argv[3] == 'publishing':
+        finish = corpus._finish
+        corpus._finish = lambda *a: finish(*a) or os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[3] == 'parts':
+        done, publish = [], build.publish
+        def publish_some(*a):
+            publish(*a)
+            done.append(a)
+            if len(done) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+        build.publish = publish_some
+    if sys.argv[3] == 'processes':
+        build.PARALLEL_BYTES = 0
+        os.sched_getaffinity = lambda _: range(2)
+        report = build.Ledger.add
+        def add(self, index, result):
+            if index == 3:
+                print([child.pid for child in build.multiprocessing.active_children()])
+                sys.stdout.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            report(self, index, result)
+        build.Ledger.add = add
+    tokenizer = corpus.make_tokenizer(BytesConfig(), None, None)
+    corpus.build(FilesConfig.model_validate_json(sys.argv[1]), tokenizer, sys.argv[2])
 """
 
 
-def test_a_killed_build_is_not_taken_for_a_cache(data_config, tmp_path):
-    arguments = [data_config.model_dump_json(), str(tmp_path)]
-    killed = subprocess.run([sys.executable, '-c', BUILD_AND_DIE, *arguments], timeout=60)
+@pytest.mark.parametrize('when', ['parts', 'publishing', 'processes'])
+def test_a_killed_build_is_gone_on_with_and_never_taken_for_a_cache(
+    tmp_path, when, many_shards, monkeypatch
+):
+    config, cache_dir = records(tmp_path), tmp_path / 'cache'
+    (tmp_path / 'killed.py').write_text(KILLED)
+    arguments = [tmp_path / 'killed.py', config.model_dump_json(), cache_dir, when]
+    killed = subprocess.run(
+        [sys.executable, *map(str, arguments)], timeout=60, stdout=-1, text=True
+    )
     assert killed.returncode == -9
-    assert [path.match('*.partial-*') for path in tmp_path.iterdir()] == [True]
-    assert corpus.build(data_config, tmp_path).train.num_tokens > 0
+    assert [path.suffix for path in cache_dir.iterdir()] == ['.partial']
+    shards = Files(config).shards()
+    parts = [path for path in cache_dir.glob('*.partial/parts/*') if not path.suffix]
+    assert parts and (len(parts) == len(shards)) == (when == 'publishing')
+    made, make_part = [], build.make_part
+    monkeypatch.setattr(build, 'make_part', lambda *a: made.append(a) or make_part(*a))
+    resumed = corpus.build(config, BYTES, cache_dir)
+    assert len(made) <= len(shards) - len(parts)
+    same(resumed, corpus.build(config, BYTES, tmp_path / 'expected'))
+    if when == 'processes':
+        _await_the_end_of(eval(killed.stdout))
 
 
-def test_builds_at_the_same_time_agree(data_config, tmp_path):
+def _await_the_end_of(pids):
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f'/proc/{pid}') and _is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, 'processes outlive the build that started them'
+        time.sleep(0.05)
+
+
+def _is_alive(pid):
+    try:
+        return open(f'/proc/{pid}/stat').read().split()[2] != 'Z'
+    except OSError:
+        return False
+
+
+def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch, many_shards):
+    monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(2))
+    add = build.Ledger.add
+
+    def kill_one(self, index, result):
+        for process in build.multiprocessing.active_children()[:1]:
+            os.kill(process.pid, signal.SIGKILL)
+        add(self, index, result)
+
+    monkeypatch.setattr(build.Ledger, 'add', kill_one)
+    config, cache_dir = records(tmp_path), tmp_path / 'cache'
+    with pytest.raises(StorageError, match='has died.*the same command goes on'):
+        corpus.build(config, BYTES, cache_dir)
+    assert not build.multiprocessing.active_children()
+    monkeypatch.undo()
+    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+    assert corpus.build(config, BYTES, cache_dir).train.num_tokens > 0
+
+
+def test_builds_at_the_same_time_agree(tmp_path, many_shards):
+    config, cache_dir = records(tmp_path), tmp_path / 'cache'
     with ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: corpus.build(data_config, tmp_path), range(4)))
+        built = list(pool.map(lambda _: corpus.build(config, BYTES, cache_dir), range(4)))
     assert len({one.fingerprint for one in built}) == 1
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(cache_dir.iterdir())) == 1
+
+
+def test_builds_at_the_same_time_agree_where_files_cannot_be_locked(
+    tmp_path, many_shards, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(37, 'No locks available')
+
+    monkeypatch.setattr(build.fcntl, 'flock', refuse)
+    config, cache_dir = records(tmp_path), tmp_path / 'cache'
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: corpus.build(config, BYTES, cache_dir), range(4)))
+    assert len({one.fingerprint for one in built}) == 1
+    same(built[0], corpus.build(config, BYTES, tmp_path / 'alone'))
+
+
+def test_progress_is_in_the_log(tmp_path, many_shards, monkeypatch, caplog):
+    monkeypatch.setattr(build, 'LOG_SECONDS', 0)
+    with caplog.at_level('INFO', logger='jaxfm'):
+        corpus.build(records(tmp_path), BYTES, tmp_path / 'cache')
+    assert 'tokenising: 3 of ' in caplog.text and 'tokens/s' in caplog.text
+    assert 'tokenised 300 documents in' in caplog.text
+
+
+# Tokenizers.
+
+
+def test_a_trained_tokenizer_is_trained_once_on_train_documents(tmp_path, monkeypatch):
+    write_lines(tmp_path / 'train.jsonl', ['mmmm ' * 50, 'nnnn ' * 50])
+    write_lines(tmp_path / 'held.jsonl', ['zzzz ' * 50])
+    config = FilesConfig(path=f'{tmp_path}/*.jsonl', heldout_path=f'{tmp_path}/held.jsonl')
+    made = corpus.make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
+    assert len(made.encode('mmmm')) < 4 and len(made.encode('zzzz')) == 4
+    monkeypatch.setattr(corpus, '_training_texts', None)
+    again = corpus.make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
+    assert again.fingerprint == made.fingerprint
+    with pytest.raises(TypeError):
+        corpus.make_tokenizer(BPEConfig(vocab_size=280), config, tmp_path / 'cache')
+
+
+def test_a_tokenizer_is_trained_on_a_part_of_much_text_that_is_always_the_same(
+    tmp_path, many_shards
+):
+    config = records(tmp_path)
+    everything = list(corpus._training_texts(config, 1 << 20))
+    some = list(corpus._training_texts(config, 3000))
+    assert some == list(corpus._training_texts(config, 3000))
+    assert sum(map(len, some)) == 3000 and set(some[:-1]) < set(everything)
+
+
+def test_a_tokenizer_for_chats_is_trained_on_their_contents(tmp_path):
+    turns = [{'role': 'user', 'content': 'mmmm'}, {'role': 'assistant', 'content': 'nnnn'}]
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'messages': turns}) + '\n{')
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
+    assert list(corpus._training_texts(config, 100)) == ['mmmm', 'nnnn']
 
 
 def test_xz_needs_little_for_repetition_and_eight_bits_for_noise():
     assert corpus.xz_bits_per_byte(['abc' * 10_000]) < 0.1
     noise = np.random.default_rng(0).integers(0, 128, 20_000).astype(np.uint8).tobytes().decode()
     assert 6.9 < corpus.xz_bits_per_byte([noise[:9_000], noise[9_000:]]) < 7.5
+
+
+def test_every_error_of_a_build_is_one_that_main_explains(tmp_path):
+    (tmp_path / 'a.parquet').write_bytes(b'PAR1')
+    with pytest.raises(RunError):
+        corpus.build(FilesConfig(path=str(tmp_path / 'a.parquet')), BYTES, tmp_path / 'cache')

@@ -1,0 +1,1 @@
+"""Command lines around the library; logic that a run needs is never here."""

@@ -1,0 +1,1 @@
+"""Benchmarks; each writes its results as JSON, with the machine, the versions and the date."""

@@ -1,0 +1,239 @@
+"""How fast data is: text to cached tokens, and cached tokens to the rows of a batch.
+
+    python -m tools.bench.data --out tools/bench/results
+
+Real text: 18 books of Project Gutenberg and the articles of WikiText-2 where shared/data has them,
+else this Python's standard library; repeated until there is enough for several processes. Real
+tokenizers: GPT-2 and Qwen3 of shared/data, else a BPE trained on the spot. Everything is measured
+--repeats times, and the median is shown. Run it on a quiet machine.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from jaxfm.data import BPEConfig, FilesConfig, FilesData, TokenizerFileConfig, corpus, tokenizer
+from jaxfm.data.dataset import open_dataset
+from jaxfm.data.loader import PackedBatches
+from jaxfm.data.packing import BestFit, Concat
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ('numpy', 'tokenizers', 'grain')
+PACKINGS = {'concat': Concat, 'best_fit': BestFit}
+BATCH_TOKENS = 1 << 18
+ROW_LENGTHS = (2048, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Tokens a second in every repeat, and what the whole measurement was of."""
+
+    name: str
+    tokens: int
+    tokens_per_second: list[float]
+    cpu_seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.tokens_per_second)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--megabytes', type=int, default=96, help='of text to tokenise')
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        record = measure(Path(directory), arguments.repeats, arguments.megabytes)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f'data-{record["date"]}.json'
+    path.write_text(json.dumps(record, indent=1) + '\n')
+    print(f'\n{path}\n')
+    for result in record['results']:
+        rates = result['tokens_per_second']
+        print(
+            f'{result["name"]:44} {result["median"] / 1e6:8.2f}M tokens/s'
+            f'  ({min(rates) / 1e6:.2f} .. {max(rates) / 1e6:.2f})'
+        )
+
+
+def measure(directory: Path, repeats: int, megabytes: int) -> dict:
+    """Runs everything; `directory` is for what is made on the way."""
+    documents = list(_documents())
+    path = directory / 'corpus.jsonl'
+    digest, copies = _write(path, documents, megabytes << 20)
+    results = []
+    for name, opened in _tokenizers(directory, path).items():
+        results += _tokenising(name, opened, path, directory, repeats)
+        results += _reading(name, opened, path, directory, repeats)
+    return {
+        'date': datetime.date.today().isoformat(),
+        'cpu': _cpu(),
+        'cores': len(os.sched_getaffinity(0)),
+        'python': platform.python_version(),
+        'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+        'corpus_sha256': digest,
+        'corpus_bytes': path.stat().st_size if path.exists() else 0,
+        'corpus_documents': len(documents),
+        'corpus_copies': copies,
+        'repeats': repeats,
+        'results': [dataclasses.asdict(result) | {'median': result.median} for result in results],
+    }
+
+
+def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) -> Iterator[Result]:
+    config = FilesConfig(path=str(path), heldout_fraction=0.05)
+    count = iter(range(repeats + 1))
+
+    def build() -> int:
+        made = corpus.build(config, opened, directory / f'{name}-{next(count)}')
+        return made.train.num_tokens + made.heldout.num_tokens
+
+    yield _timed(f'tokenise + cache, {name}', build, repeats, warm_up=False)
+
+    data = FilesData(
+        path=str(path), heldout_fraction=0.05, sequence_length=2048, batch_size=16,
+        tokenize='on_the_fly',
+    )
+    batches = open_dataset(data, opened, directory / f'{name}-streamed').batches(seed=0)
+
+    def read() -> int:
+        return sum(batches.next(None, step)['tokens'].size for step in range(64))
+
+    yield _timed(f'rows on the fly, {name}', read, repeats)
+
+
+def _reading(name: str, opened, path: Path, directory: Path, repeats: int) -> Iterator[Result]:
+    config = FilesConfig(path=str(path), heldout_fraction=0.05)
+    cache = corpus.build(config, opened, directory / f'{name}-0').directory
+    for packing in PACKINGS:
+        for length in ROW_LENGTHS:
+            for processes in (1, 2):
+                title = f'{packing} rows of {length}, {name}, {processes} process'
+                title += 'es' if processes > 1 else ''
+                yield _reading_in_processes(title, cache, packing, length, processes, repeats)
+
+
+def _reading_in_processes(title, cache, packing, length, processes, repeats) -> Result:
+    """Every process makes its rows of the same batches, as the processes of a run do."""
+    context = multiprocessing.get_context('spawn')
+    barrier, queue = context.Barrier(processes), context.Queue()
+    arguments = (cache, packing, length, processes, repeats, barrier, queue)
+    workers = [context.Process(target=_read_rows, args=(i, *arguments)) for i in range(processes)]
+    for worker in workers:
+        worker.start()
+    parts = [queue.get(timeout=600) for _ in workers]
+    for worker in workers:
+        worker.join()
+    rates = [sum(rate) for rate in zip(*(part[0] for part in parts))]
+    seconds = [sum(cpu) for cpu in zip(*(part[1] for part in parts))]
+    return Result(title, sum(part[2] for part in parts), rates, seconds)
+
+
+def _read_rows(index, cache, packing, length, processes, repeats, barrier, queue) -> None:
+    opened = corpus.Corpus(cache)
+    batch_size = BATCH_TOKENS // length
+    rows = np.array_split(np.arange(batch_size), processes)[index]
+    packed = PACKINGS[packing](opened.train, length)
+    batches = PackedBatches({'': packed}, {'': 1.0}, batch_size, seed=0, rows=rows)
+
+    def read() -> int:
+        return sum(batches.next(None, step)['tokens'].size for step in range(100))
+
+    barrier.wait()
+    result = _timed('', read, repeats)
+    queue.put((result.tokens_per_second, result.cpu_seconds, result.tokens))
+
+
+def _timed(name: str, work: Callable[[], int], repeats: int, warm_up: bool = True) -> Result:
+    if warm_up:
+        work()
+    rates, seconds, tokens = [], [], 0
+    for _ in range(repeats):
+        began, cpu = time.perf_counter(), _cpu_seconds()
+        tokens = work()
+        rates.append(tokens / (time.perf_counter() - began))
+        seconds.append(_cpu_seconds() - cpu)
+    if name:
+        print(f'{name}: {statistics.median(rates) / 1e6:.2f}M tokens/s', flush=True)
+    return Result(name, tokens, rates, seconds)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _shared_data() -> Path | None:
+    places = (ROOT / 'shared' / 'data', ROOT.parent / 'shared' / 'data')
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _documents() -> Iterator[str]:
+    shared = _shared_data()
+    books = shared and shared / 'pretrain_gutenberg18' / 'books.jsonl.gz'
+    if books is None or not books.exists():
+        for path in sorted(Path(sysconfig.get_path('stdlib')).rglob('*.py')):
+            yield path.read_text(encoding='utf-8', errors='ignore')
+        return
+    with gzip.open(books, 'rt', encoding='utf-8') as file:
+        yield from (json.loads(line)['text'] for line in file)
+    for path in sorted((shared / 'pretrain_wikitext2').glob('*.txt.gz')):
+        with gzip.open(path, 'rt', encoding='utf-8') as file:
+            # An article begins with ' = Title = '.
+            yield from filter(str.strip, re.split(r'(?m)^(?= = [^=])', file.read()))
+
+
+def _write(path: Path, documents: list[str], num_bytes: int) -> tuple[str, int]:
+    """(sha256 of the documents, how often they are repeated) in a .jsonl of about `num_bytes`."""
+    once = ''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in documents)
+    content = once.encode()
+    copies = max(1, num_bytes // len(content))
+    with open(path, 'wb') as file:
+        for _ in range(copies):
+            file.write(content)
+    return hashlib.sha256(content).hexdigest(), copies
+
+
+def _tokenizers(directory: Path, path: Path) -> dict[str, tokenizer.Tokenizer]:
+    shared, found = _shared_data(), {}
+    for name in ('gpt2', 'qwen3'):
+        if shared and (place := shared / f'tok_{name}').is_dir():
+            eos = '<|endoftext|>'
+            config = TokenizerFileConfig(path=str(place), eos_token=eos)
+            found[name] = tokenizer.build(config, ())
+    if not found:
+        config, source = BPEConfig(vocab_size=16384), FilesConfig(path=str(path))
+        found['bpe16384'] = corpus.make_tokenizer(config, source, directory)
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), '')
+
+
+if __name__ == '__main__':
+    main()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -458,14 +459,14 @@ def test_a_killed_build_is_gone_on_with_and_never_taken_for_a_cache(
 def _await_the_end_of(pids):
     assert len(pids) == 2
     deadline = time.monotonic() + 20
-    while any(os.path.exists(f'/proc/{pid}') and _is_alive(pid) for pid in pids):
+    while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, 'processes outlive the build that started them'
         time.sleep(0.05)
 
 
 def _is_alive(pid):
     try:
-        return open(f'/proc/{pid}/stat').read().split()[2] != 'Z'
+        return Path(f'/proc/{pid}/stat').read_text().split()[2] != 'Z'
     except OSError:
         return False
 

@@ -243,11 +243,12 @@ class HuggingFace(Tokenizer):
         self._visible = frozenset(text for text, token in tokens.items() if not token.special)
         self._strips_left = frozenset(text for text, token in tokens.items() if token.lstrip)
         self._strips_right = frozenset(text for text, token in tokens.items() if token.rstrip)
-        # So that the library leaves their spellings alone, as it does those of special tokens.
-        self._backend.add_special_tokens(sorted(self._visible))
         self._may_leak = not isinstance(self._backend.model, models.BPE)
         self._size = max([self._backend.get_vocab_size(with_added_tokens=False) - 1, *added]) + 1
         self._continuing, self._prefix_after_special = _continuing(content, self._backend)
+        # So that the library leaves their spellings alone, as it does those of special tokens.
+        self._backend.add_special_tokens(sorted(self._visible))
+        self._continuing.add_special_tokens(sorted(self._visible))
         return {token.content: i for i, token in sorted(added.items()) if _is_special(token)}
 
     @property
@@ -457,8 +458,11 @@ def _continuing(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
     if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
         return backend, False
     spec = json.loads(content)
-    steps = [*_steps(spec['normalizer']), *_steps(spec['pre_tokenizer'])]
-    always = [_without_prefix(step) for step in steps]
+    parts = [spec['normalizer'], spec['pre_tokenizer']]
+    before = json.dumps(parts)
+    always = [_without_prefix(step) for part in parts for step in _steps(part)]
+    if json.dumps(parts) == before:
+        return backend, False
     return _backend(json.dumps(spec)), True in always
 
 

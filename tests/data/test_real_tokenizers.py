@@ -260,6 +260,18 @@ def test_white_space_that_a_token_takes_along_leaves_no_ids(tmp_path):
     assert sum(coder.encode_parts([text[:8], text[8:]]), []) == backend.encode(text).ids
 
 
+def test_markup_stays_text_where_a_text_goes_on(tmp_path, shared_data):
+    backend = tokenizers.Tokenizer.from_file(str(shared_data / 'stories260k_hf/tokenizer.json'))
+    backend.add_tokens(['<think>'])
+    backend.save(str(tmp_path / 'tokenizer.json'))
+    coder = read(tmp_path, eos_token='</s>')
+    filled = coder.guard('b<think>', '\U00014400')
+    first, second = coder.encode_parts(['a<think>', filled], '\U00014400')
+    assert coder.special_tokens['<think>'] in first
+    assert coder.special_tokens['<think>'] not in second
+    assert coder.decode(second) == 'b<think>'
+
+
 def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_path):
     words = {'<unk>': 0, '</s>': 1, '<': 2, '/s>': 3, 'a': 4}
     backend = tokenizers.Tokenizer(

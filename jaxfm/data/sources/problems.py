@@ -1,9 +1,9 @@
 """Generated problems with one right answer: arithmetic and strings, as lines of text or as chats.
 
-The text form teaches the skills, several wordings a kind; the chat form asks for them in words that
-the text never uses. A problem is held out by a hash of its kind and its operands, so train and
-held-out problems are disjoint over all forms, seeds and numbers. Nothing is stored: documents are a
-function of the config.
+Pre-training on the text form teaches the skills, fine-tuning on the chat form when to use them. A
+problem is held out by a hash of its kind and its operands, so train and held-out problems are
+disjoint over all forms, seeds and numbers. Nothing is stored: documents are a function of the
+config.
 """
 
 import dataclasses
@@ -14,28 +14,29 @@ from collections.abc import Callable, Iterator
 
 from jaxfm.data import ProblemsConfig
 from jaxfm.data.documents import Document
+from jaxfm.data.sources import is_heldout
 
 VERSION = 1  # of everything below that decides the documents
-HELDOUT_ONE_IN = 16
+HELDOUT_FRACTION = 1 / 16
 PROBLEMS_PER_TEXT = 32
 PROBLEMS_PER_SHARD = 1 << 15
+
+# The answer of a text stands as far behind its question as that of a chat in the template `plain`:
+# what a model has learned about distances stays true in chats, which makes them quick to learn.
+TEXT = '{task}\n\nTherefore:\n{answer}\n\n'
+QUESTION = 'Please {task}'
 
 Operands = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A type of problem. Wordings are formats of the operands."""
+    """A type of problem."""
 
     num_problems: int  # how many operands `draw` chooses from
     draw: Callable[[random.Random], Operands]
     solve: Callable[..., str]
-    texts: tuple[str, ...]
-    chat: str
-
-    def question(self, operands: Operands) -> str:
-        """What the user of a chat asks."""
-        return self.chat.format(*operands)
+    task: str  # a format of the operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +48,24 @@ class Problem:
     answer: str
 
     @property
+    def task(self) -> str:
+        """What is to be done, in words."""
+        return KINDS[self.kind].task.format(*self.operands)
+
+    @property
+    def question(self) -> str:
+        """What the user of a chat asks."""
+        return QUESTION.format(task=self.task)
+
+    @property
+    def text(self) -> str:
+        """Task and answer as a piece of a text."""
+        return TEXT.format(task=self.task, answer=self.answer)
+
+    @property
     def is_heldout(self) -> bool:
         """The side of this problem, whatever asks for it."""
-        digest = hashlib.sha256(' '.join((self.kind, *self.operands)).encode()).digest()
-        return digest[0] % HELDOUT_ONE_IN == 0
+        return is_heldout(' '.join((self.kind, *self.operands)), HELDOUT_FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +109,13 @@ class Problems:
             name = f'{side}:{number}'
             rng = random.Random(f'{self._config.seed} {name}')
             problems = heldout[first : first + self._per_document] or self._train(first, rng)
-            yield shard.is_heldout, self._document(name, problems, rng)
+            yield shard.is_heldout, self._document(name, problems)
 
     def _train(self, first: int, rng: random.Random) -> list[Problem]:
         """The problems of the document that begins with problem `first`."""
         count = min(self._per_document, self._config.num_problems - first)
         kinds = rng.choices(self._kinds, k=count)
-        return [draw(kind, rng, is_heldout=False) for kind in kinds]
+        return [draw(kind, rng, heldout=False) for kind in kinds]
 
     def _heldout(self) -> list[Problem]:
         """All held-out problems, the kinds in turn; none twice."""
@@ -108,33 +123,27 @@ class Problems:
         problems = {}
         while len(problems) < self._config.num_heldout:
             kind = self._kinds[len(problems) % len(self._kinds)]
-            problems.setdefault(draw(kind, rngs[kind], is_heldout=True))
+            problems.setdefault(draw(kind, rngs[kind], heldout=True))
         return list(problems)
 
-    def _document(self, name: str, problems: list[Problem], rng: random.Random) -> Document:
+    def _document(self, name: str, problems: list[Problem]) -> Document:
         if self._config.form == 'text':
-            return Document(name=name, text=''.join(_line(problem, rng) for problem in problems))
+            return Document(name=name, text=''.join(problem.text for problem in problems))
         (problem,) = problems
-        question = KINDS[problem.kind].question(problem.operands)
-        turns = (('user', question), ('assistant', problem.answer))
+        turns = (('user', problem.question), ('assistant', problem.answer))
         messages = tuple({'role': role, 'content': content} for role, content in turns)
         return Document(name=name, messages=messages, group=problem.kind)
 
 
-def draw(name: str, rng: random.Random, is_heldout: bool) -> Problem:
+def draw(name: str, rng: random.Random, heldout: bool) -> Problem:
     """A problem of one side whose answer does not stand in its question."""
     kind = KINDS[name]
     while True:
         operands = kind.draw(rng)
         problem = Problem(name, operands, kind.solve(*operands))
-        shown = problem.answer in kind.question(operands).lower()
-        if not shown and problem.is_heldout == is_heldout:
+        shown = problem.answer in problem.question.lower()
+        if not shown and problem.is_heldout == heldout:
             return problem
-
-
-def _line(problem: Problem, rng: random.Random) -> str:
-    wording = rng.choice(KINDS[problem.kind].texts)
-    return f'{wording.format(*problem.operands)}{problem.answer}\n'
 
 
 def _numbers(rng: random.Random) -> Operands:
@@ -142,7 +151,7 @@ def _numbers(rng: random.Random) -> Operands:
 
 
 def _word(rng: random.Random) -> Operands:
-    return (_letters(rng, 5, 7),)
+    return (_letters(rng, 5, 6),)
 
 
 def _words(rng: random.Random) -> Operands:
@@ -154,7 +163,7 @@ def _letters(rng: random.Random, shortest: int, longest: int) -> str:
 
 
 NUM_NUMBERS = 900_000 * 9
-NUM_WORDS = sum(26**length for length in (5, 6, 7))
+NUM_WORDS = sum(26**length for length in (5, 6))
 NUM_FOUR_WORDS = sum(26**length for length in (2, 3, 4)) ** 4
 
 KINDS = {
@@ -162,42 +171,36 @@ KINDS = {
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) + int(b)),
-        texts=('{0}+{1}=', '{0} and {1} make ', 'sum of {0}, {1}: ', 'adding {1} to {0} gives '),
-        chat='What is {0} plus {1}?',
+        task='add {1} to {0}',
     ),
     'subtraction': Kind(
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) - int(b)),
-        texts=('{0}-{1}=', '{0} less {1} is ', 'from {0} take {1}: ', 'taking {1} off {0} leaves '),
-        chat='What is {0} minus {1}?',
+        task='take {1} from {0}',
     ),
     'reverse': Kind(
         num_problems=NUM_WORDS,
         draw=_word,
         solve=lambda word: word[::-1],
-        texts=('reverse {0}=', '{0} backwards is ', 'flip: {0} -> ', 'the mirror of {0} reads '),
-        chat='Spell {0} from right to left.',
+        task='reverse {0}',
     ),
     'rotate': Kind(
         num_problems=NUM_WORDS,
         draw=_word,
         solve=lambda word: word[1:] + word[0],
-        texts=('rotate {0}=', '{0} turned left is ', 'roll: {0} -> ', 'the rotation of {0} reads '),
-        chat='Move the first letter of {0} to its end.',
+        task='rotate {0}',
     ),
     'sort': Kind(
         num_problems=NUM_WORDS,
         draw=_word,
         solve=lambda word: ''.join(sorted(word)),
-        texts=('sort {0}=', '{0} sorted is ', 'order: {0} -> ', 'the alphabet of {0} reads '),
-        chat='Put the letters of {0} in order.',
+        task='sort {0}',
     ),
     'last_letters': Kind(
         num_problems=NUM_FOUR_WORDS,
         draw=_words,
         solve=lambda words: ''.join(word[-1] for word in words.split()),
-        texts=('ends {0}=', '{0} end in ', 'tails: {0} -> ', 'the endings of {0} read '),
-        chat='Join the last letters of {0}.',
+        task='last letters of {0}',
     ),
 }

@@ -1,3 +1,4 @@
+import collections
 import importlib.util
 import itertools
 import pickle
@@ -6,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm.data import SOURCES, ProblemsConfig
+from jaxfm.data import SOURCES, BytesConfig, ProblemsConfig
+from jaxfm.data.chat import Chat
 from jaxfm.data.sources import problems
 from jaxfm.data.sources.problems import KINDS, Problem, Problems
+from jaxfm.data.tokenizer import Bytes
 
 EXAMPLES = {
     'addition': (('999999', '7'), '1000006'),
@@ -29,17 +32,13 @@ def read(source, is_heldout=None):
     return [document for side, document in pairs if is_heldout in (None, side)]
 
 
-def lines(documents):
-    return [line for document in documents for line in document.text.splitlines()]
-
-
 def drawn(monkeypatch, options):
     """Every problem of a source, by side."""
     sides, original = {True: [], False: []}, problems.draw
 
-    def draw(name, rng, is_heldout):
-        problem = original(name, rng, is_heldout)
-        sides[is_heldout].append((problem.kind, problem.operands))
+    def draw(name, rng, heldout):
+        problem = original(name, rng, heldout)
+        sides[heldout].append((problem.kind, problem.operands))
         return problem
 
     with monkeypatch.context() as patch:
@@ -55,7 +54,7 @@ def phases(argument):
     spec.loader.exec_module(module)
     keys = ProblemsConfig.model_fields.keys()
     for phase in module.get_config(argument).phases:
-        yield {key: value for key, value in phase['data'].to_dict().items() if key in keys}
+        yield {key: value for key, value in phase['data'].items() if key in keys}
 
 
 def test_the_registry_has_the_source():
@@ -76,7 +75,8 @@ def test_every_kind_has_a_million_problems_and_draws_from_all_of_them():
         draws = [kind.draw(rng) for _ in range(5000)]
         # The birthday paradox: n draws from N give about n * n / 2N pairs.
         assert len(draws) - len(set(draws)) <= 3 * 5000**2 / 2 / kind.num_problems + 1, name
-        shown = sum(kind.solve(*each) in kind.question(each) for each in draws)
+        asked = [Problem(name, each, kind.solve(*each)) for each in draws]
+        shown = sum(problem.answer in problem.question for problem in asked)
         assert shown <= 0.01 * len(draws), name  # these are left out, and are few
 
 
@@ -87,7 +87,7 @@ def test_counts_of_problems_are_those_of_their_operands():
     assert {len(number) for number, _ in numbers} == {6}
     assert {digit for _, digit in numbers} == {*'123456789'}
     words = [KINDS['reverse'].draw(rng)[0] for _ in range(20_000)]
-    assert {len(word) for word in words} == {5, 6, 7} and len({*''.join(words)}) == 26
+    assert {len(word) for word in words} == {5, 6} and len({*''.join(words)}) == 26
     four = [KINDS['last_letters'].draw(rng)[0].split() for _ in range(20_000)]
     assert {tuple(map(len, words)) for words in four} == {*itertools.product((2, 3, 4), repeat=4)}
 
@@ -105,7 +105,7 @@ def test_a_problem_that_shows_its_answer_is_drawn_again(monkeypatch, operands):
     monkeypatch.setitem(
         KINDS, 'reverse', problems.dataclasses.replace(kind, draw=lambda rng: next(draws))
     )
-    assert problems.draw('reverse', random.Random(0), is_heldout=False).operands != operands
+    assert problems.draw('reverse', random.Random(0), heldout=False).operands != operands
 
 
 def test_chats_are_a_question_and_its_answer_alone():
@@ -116,25 +116,30 @@ def test_chats_are_a_question_and_its_answer_alone():
     assert source(form='chat', num_problems=100).shards()
 
 
-def test_the_chat_form_has_no_wording_of_the_text_form():
-    def opening(wording):
-        return wording.format('', '').strip().lower()
-
-    for kind in KINDS.values():
-        assert not {opening(kind.chat)} & {opening(text) for text in kind.texts}
-        assert len({opening(text) for text in kind.texts}) == len(kind.texts)
+def test_a_text_and_a_chat_ask_for_the_same_task_in_forms_of_their_own():
+    problem = Problem('addition', ('123456', '7'), '123463')
+    assert problem.text == 'add 7 to 123456\n\nTherefore:\n123463\n\n'
+    assert problem.question == 'Please add 7 to 123456'
 
 
-def test_no_two_kinds_are_asked_in_the_same_words():
-    wordings = [text for kind in KINDS.values() for text in (kind.chat, *kind.texts)]
-    assert len(set(wordings)) == len(wordings)
+def test_answers_stand_as_far_behind_their_question_in_texts_as_in_plain_chats():
+    problem = Problem('sort', ('zebra',), 'aberz')
+    chat = Chat(Bytes(BytesConfig(chat_template='plain'), ()))
+    prompt = chat.prompt([{'role': 'user', 'content': problem.question}])
+    in_text = problem.text.index(problem.answer) - problem.text.index('zebra')
+    in_chat = len(prompt) - bytes(id - 2 for id in prompt[1:]).index(b'zebra') - 1
+    assert in_text == in_chat
 
 
-def test_text_documents_hold_many_problems_a_line_each():
+def test_no_two_kinds_have_the_same_words():
+    assert len({kind.task for kind in KINDS.values()}) == len(KINDS)
+
+
+def test_text_documents_hold_many_problems():
     texts = read(source(num_problems=100, num_heldout=40), is_heldout=False)
-    assert [len(text.text.splitlines()) for text in texts] == [32, 32, 32, 4]
+    assert [text.text.count('Therefore') for text in texts] == [32, 32, 32, 4]
     heldout = read(source(num_problems=100, num_heldout=40), is_heldout=True)
-    assert len(lines(heldout)) == 40
+    assert sum(text.text.count('Therefore') for text in heldout) == 40
     assert all(text.text.endswith('\n') and not text.messages for text in texts + heldout)
 
 
@@ -172,8 +177,8 @@ def test_the_phases_of_the_lifecycle_never_train_on_a_heldout_problem(monkeypatc
         train.update(sides[False])
         heldout.append(sides[True])
     assert not train & set(itertools.chain(*heldout))
-    counts = [sum(kind == name for kind, _ in heldout[-1]) for name in KINDS]
-    assert len(heldout[-1]) >= 200 and len(counts) >= 4 and max(counts) == min(counts)
+    counts = collections.Counter(kind for kind, _ in heldout[-1])
+    assert len(heldout[-1]) >= 200 and len(counts) >= 4 and len(set(counts.values())) == 1
 
 
 def test_about_one_problem_in_sixteen_is_held_out():

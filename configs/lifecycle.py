@@ -1,0 +1,109 @@
+"""A whole life in one run: pre-training on generated text, then SFT on chats.
+
+    python -m jaxfm.main --config configs/lifecycle.py
+
+The text is arithmetic and string manipulation, many problems a document; the chats ask for the same
+skills, one problem each, and the assistant answers with the answer alone. pass@1 is over 240
+held-out problems, as many of each of five kinds, that no phase trains on. A word has 5 or 6
+letters, a sum has one number of 6 digits and one of 1 digit, so that the kinds are learned in
+minutes. Text and chat say the same operation in other forms: text ends with a line, a chat with its
+end of turn, and before SFT no completion ends in time.
+
+Hardware: 2 CPU cores, four minutes. Expect pass@1 of 0 at the start and after pre-training, and
+above 0.95 after SFT.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """`smoke` is the same path end to end in seconds."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
+    smoke = arg == 'smoke'
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = dict(name='bytes', chat_template='plain')
+    config.model = dict(
+        name='transformer',
+        vocab_size=258,
+        embed_dim=128,
+        num_layers=3,
+        block=dict(
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=64,
+            mlp_dim=384,
+            qk_norm=True,
+            query_scale=1.5 / 64**0.5,  # sharper than usual: normed queries and keys are short
+        ),
+        embedding_norm=True,
+        embedding_std=0.1,
+        zero_init_outputs=True,
+        scan=False,  # three layers compile quickly, and unrolled steps are faster
+    )
+    batch = dict(sequence_length=128, batch_size=16)
+    config.phases = [
+        dict(
+            name='pretrain',
+            steps=20 if smoke else 900,
+            data=dict(
+                name='problems',
+                form='text',
+                num_problems=2_000 if smoke else 60_000,
+                **batch,
+            ),
+            optimizer=dict(
+                name='muon',
+                muon_learning_rate=0.03,  # matrices inside blocks
+                learning_rate=0.02,  # AdamW: embedding, head, norms
+                warmup_steps=5 if smoke else 40,
+                schedule='linear',
+                final_fraction=0.0,
+                weight_decay=0.0,
+                clip_norm=0.0,
+            ),
+        ),
+        dict(
+            name='sft',
+            steps=10 if smoke else 250,
+            data=dict(
+                name='problems',
+                form='chat',
+                num_problems=1_000 if smoke else 12_000,
+                num_heldout=240,
+                seed=1,
+                **batch,
+            ),
+            optimizer=dict(
+                name='adamw',
+                learning_rate=0.003,
+                warmup_steps=5 if smoke else 10,
+                schedule='linear',
+                final_fraction=0.0,
+                weight_decay=0.0,
+                clip_norm=0.0,
+            ),
+        ),
+    ]
+    config.evals = dict(
+        problems=dict(
+            name='generate',
+            phase='sft',
+            task=dict(name='exact_answer', num_prompts=240),
+            max_tokens=16,
+            at_start=True,
+        ),
+    )
+    config.checkpoint = dict(every=10 if smoke else 250)
+    config.sampling = dict(
+        chat=True,
+        slots=128,
+        max_length=128,
+        decode_steps=8,
+        temperature=0.0,
+        max_tokens=16,
+        prompts=['Please reverse planet', 'Please add 7 to 123456', 'Please rotate lemon'],
+    )
+    config.metrics = dict(log_every=10 if smoke else 50)
+    return config

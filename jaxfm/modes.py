@@ -103,6 +103,7 @@ def train(flags, config: RunConfig) -> int:
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
         _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        _record_contamination(recorder, run, evaluators)
         _report(run)
     return 0
 
@@ -216,6 +217,17 @@ def _record_data(recorder: Recorder, phase: Phase) -> None:
     """What the phase reads, for the report."""
     statistics = phase.dataset.statistics
     recorder.write(phase.first, 'event', {f'data/{name}': v for name, v in statistics.items()})
+
+
+def _record_contamination(recorder: Recorder, run: Run, evaluators: dict) -> None:
+    """Which share of the prompts of sampling-based evaluations stands in what was trained on."""
+    for phase in run.phases if run.primary else ():
+        recorder.phase = phase.name
+        for name, evaluator in evaluators.items():
+            found = evaluator.contamination(phase.dataset)
+            values = {f'data/contamination/{name}/{key}': value for key, value in found.items()}
+            if values:
+                recorder.write(run.config.total_steps, 'event', values)
 
 
 def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainState, int]:

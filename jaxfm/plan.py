@@ -104,10 +104,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     for phase in phases:
         title = f'phase {phase.name}' if phase.name else 'training'
         sections[title] = _phase_rows(phase, model)
-        sections[f'data of {title}' if phase.name else 'data'] = [
-            (name.replace('_', ' '), f'{value:,}' if isinstance(value, int) else value)
-            for name, value in phase.dataset.statistics.items()
-        ]
+        sections[f'data of {title}'] = _data_rows(phase.dataset.statistics)
     return sections
 
 
@@ -127,6 +124,30 @@ def _phase_rows(phase, model) -> list[tuple]:
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
         ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
     ]
+
+
+# What the start-up table shows of the statistics; the records and the report have them all.
+SHOWN_STATISTICS = (
+    *('train_documents', 'train_bytes', 'train_tokens', 'train_supervised_tokens'),
+    *('heldout_documents', 'heldout_tokens', 'bytes_per_token', 'share', 'rows_per_epoch'),
+    *('packing', 'packing_efficiency', 'cut_documents', 'truncated_documents'),
+    *('dropped_documents', 'bad_records', 'duplicates_dropped', 'vocab_size', 'fingerprint'),
+)
+
+
+def _data_rows(statistics: dict) -> list[tuple]:
+    """Of a mixture, '<source>/' stands before the names."""
+    return [
+        (name.replace('_', ' '), _shown(value))
+        for name, value in statistics.items()
+        if name.rpartition('/')[2] in SHOWN_STATISTICS and value != 0
+    ]
+
+
+def _shown(value) -> str:
+    if isinstance(value, int):
+        return f'{value:,}'
+    return f'{value:.4g}' if isinstance(value, float) else value[:16]
 
 
 def parameter_rows(phases, mesh):

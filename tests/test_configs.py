@@ -11,6 +11,7 @@ from flax import nnx
 from jaxfm import config, plan, run_config, sharding
 from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
+from jaxfm.phase import make_phases
 from jaxfm.state import split
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,8 +1,9 @@
 """Data: from documents to batches of token ids, all on the host.
 
-`sources` finds and reads documents, `tokenizer` turns text into ids and `chat` conversations,
-`corpus` keeps the ids in a cache on disk, `packing` says which tokens a row holds, `loader` delivers
-batches of rows, `dataset` is all of that for one phase of a run. Nothing here touches a device.
+`sources` find and read documents, `tokenizer` turns text into ids and `chat` conversations,
+`corpus` keeps the ids in a cache on disk (`build` makes it), `packing` says which tokens a row
+holds, `loader` delivers batches of rows, `dataset` is all of that for one phase of a run. Nothing
+here touches a device.
 """
 
 from typing import Annotated, Literal
@@ -25,8 +26,8 @@ class PythonStdlibConfig(Group):
 class FieldsConfig(Group):
     """Where a record has its document: dotted paths (`instances.0.output`).
 
-    With none of text, messages, prompt given, a record with `messages` or `conversations` is a chat,
-    one with `prompt` and `completion` a chat of one turn, any other must have `text`.
+    With none of text, messages, prompt given, a record with `messages` or `conversations` is a
+    chat, one with `prompt` and `completion` a chat of one turn, any other must have `text`.
     """
 
     text: str = ''
@@ -107,7 +108,8 @@ class BatchConfig(Group):
     def all_sources(self) -> dict[str, Group]:
         """{name: group of the source}, without what says how rows are made."""
         group = SOURCES[self.name].schema
-        return {self.name: group.model_construct(**{k: getattr(self, k) for k in group.model_fields})}
+        values = {name: getattr(self, name) for name in group.model_fields}
+        return {self.name: group.model_construct(**values)}
 
     @property
     def all_weights(self) -> dict[str, float]:

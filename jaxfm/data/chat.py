@@ -135,16 +135,16 @@ class Chat:
             prompt = self._render(before, True)
             if text.startswith(prompt):
                 return len(prompt)
-        # Whatever stands there for two different answers is no part of either.
-        other = _another_answer(view.messages[i])
-        common = os.path.commonprefix([turn, self._render(before.plus(other), self._asks_late)])
+        # What stands there whatever the answer is no part of it.
+        answers = [self._render(before.plus(answer), self._asks_late) for answer in _ANSWERS]
+        common = os.path.commonprefix([turn, *answers])
         if text.startswith(common):
             return len(common)
         # Some write what is over in another way: an empty thought before the last answer only.
-        other = view.messages[i] | {'content': other['content']}
-        middle = view.messages[:i] + [other] + view.messages[i + 1 :]
-        other_text = self._render(dataclasses.replace(view, messages=middle), self._asks_late)
-        return len(os.path.commonprefix([text, other_text])) if other_text != text else None
+        message = view.messages[i]
+        others = [before.plus(message | {'content': answer['content']}) for answer in _ANSWERS]
+        others = [self._render(o.plus(*view.messages[i + 1 :]), self._asks_late) for o in others]
+        return len(os.path.commonprefix([text, *others])) if others[0] != others[1] else None
 
     def _prompt_text(self, view: '_View') -> str:
         """What stands before an answer: the generation prompt, if answers do follow on it."""
@@ -172,9 +172,9 @@ class Chat:
     def _end_of_turn(self, turn: str, start: int) -> int:
         if self._suffix and turn.endswith(self._suffix):
             return len(turn) - len(self._suffix) + len(self._mark)
-        if ends := [match.end() for match in self._tokenizer.special_pattern.finditer(turn, start)]:
-            return ends[-1]
-        return len(turn) if not self._suffix else max(start, len(turn.rstrip()))
+        stop = len(turn.rstrip()) if self._suffix else len(turn)
+        ends = [match.end() for match in self._tokenizer.special_pattern.finditer(turn, start)]
+        return ends[-1] if ends and not turn[ends[-1] :].strip() else max(start, stop)
 
     # What the template does, seen by probes.
 
@@ -290,6 +290,8 @@ class Chat:
         return _View(messages, _mapped(view.tools, lambda text: guard(text, filler)), filler)
 
     def _check_role(self, i: int, message: Mapping) -> None:
+        if not isinstance(message, Mapping):
+            raise DataError(f'message {i + 1} is no object but a {type(message).__name__}')
         role = message.get('role')
         if not isinstance(role, str) or not self._knows(role):
             near = difflib.get_close_matches(str(role), ROLES, 1)
@@ -317,8 +319,8 @@ class _View:
     def first(self, number: int) -> '_View':
         return dataclasses.replace(self, messages=self.messages[:number])
 
-    def plus(self, message: dict) -> '_View':
-        return dataclasses.replace(self, messages=[*self.messages, message])
+    def plus(self, *messages: dict) -> '_View':
+        return dataclasses.replace(self, messages=[*self.messages, *messages])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,12 +348,6 @@ def _ends_with_assistant(view: _View) -> bool:
     return bool(view.messages) and _is_assistant(view.messages[-1])
 
 
-def _another_answer(message: Mapping) -> dict:
-    """An answer that differs from a message in its first letter."""
-    first, second = _ANSWERS
-    return second if (message['content'] or '').lstrip().startswith('A') else first
-
-
 def _prepared(messages: Sequence[Mapping], form: _CallForm) -> list[dict]:
     """Messages with complete tool calls; answers of tools carry the id and name of their call."""
     prepared, calls, number = [], [], 0
@@ -374,10 +370,10 @@ def _prepared(messages: Sequence[Mapping], form: _CallForm) -> list[dict]:
 
 
 def _complete_call(call: Mapping, number: int, form: _CallForm) -> dict:
-    function = dict(call.get('function', call))
+    function = call.get('function', call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
+        raise DataError(f'a tool call has no name: {str(call)[:80]}')
     arguments = function.get('arguments', {})
-    if 'name' not in function:
-        raise DataError(f'a tool call has no name: {json.dumps(call)[:80]}')
     if isinstance(arguments, str) and not form.arguments_as_text:
         try:
             arguments = json.loads(arguments)
@@ -391,6 +387,9 @@ def _complete_call(call: Mapping, number: int, form: _CallForm) -> dict:
 
 
 def _wrapped(tool: Mapping) -> dict:
+    function = tool.get('function', tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
+        raise DataError(f'a tool has no name: {str(tool)[:80]}')
     return dict(tool) if 'function' in tool else {'type': 'function', 'function': dict(tool)}
 
 
@@ -427,8 +426,8 @@ def _check_complete(view: _View, text: str) -> None:
                 f'{content.strip()[:60]!r}'
             )
     for tool in view.tools:
-        name = tool['function'].get('name', '')
-        if not _appears(tool['function'].get('description') or name, text):
+        name, description = (tool['function'].get(key) for key in ('name', 'description'))
+        if not _appears(description or name, text):
             raise DataError(f'the chat template leaves out the tool {name} in this chat')
 
 

@@ -33,6 +33,8 @@ class GenerateConfig(Group):
     every: int = Field(0, ge=0)
     at_start: bool = True
     task: one_of(TASKS)
+    # Bytes of each phase's training text in which prompts are looked for, at the end; 0 is none.
+    contamination_bytes: int = Field(1 << 26, ge=0)
     max_tokens: int = Field(96, ge=1)
     temperature: float = Field(0.0, ge=0)  # 0 is greedy
 

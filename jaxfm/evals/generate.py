@@ -3,6 +3,7 @@
 import json
 import logging
 
+from jaxfm.data.contamination import contamination
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Cadence, Context, wilson_interval
@@ -12,8 +13,12 @@ from jaxfm.tasks import TASKS
 log = logging.getLogger('jaxfm')
 
 
+def _text_of(prompt) -> str:
+    return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
+
+
 class Generate(Cadence):
-    """pass@1 from one sample a prompt, with its 95 % interval; also by group, where prompts have one.
+    """pass@1 from one sample a prompt, with its 95 % interval; also by group of prompts.
 
     Chats are put into the chat template. Other prompts are continued as they stand, without a BOS:
     they come from the middle of documents.
@@ -70,6 +75,13 @@ class Generate(Cadence):
             'prompts': float(len(scores)),
             **self._by_group(scores),
         }
+
+    def contamination(self, dataset) -> dict[str, float]:
+        """How many prompts stand in the training text of a phase; {} when nobody wants to know."""
+        if not self._config.contamination_bytes:
+            return {}
+        texts = [_text_of(prompt) for prompt in self._prompts.values()]
+        return contamination(dataset, texts, max_bytes=self._config.contamination_bytes)
 
     def _by_group(self, scores: dict[str, float]) -> dict[str, float]:
         groups = {}

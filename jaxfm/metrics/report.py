@@ -18,6 +18,8 @@ from jaxfm.metrics.writers import read_records
 # bits_per_byte.
 XZ_SUFFIX = '/xz_bits_per_byte'
 _BOUNDS = ('_low', '_high')
+CONTAMINATION = 'contamination/'  # before the name of an evaluator
+HISTOGRAM = 'train_length_histogram/'  # before a bucket: tokens of a document, at most
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -31,11 +33,13 @@ Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
 def write_report(workdir: str | Path) -> Path:
     """Writes the report of a run into its directory and returns the path of the page."""
     workdir = Path(workdir)
-    series = _series(read_records(workdir / 'metrics.jsonl'))
+    records = list(read_records(workdir / 'metrics.jsonl'))
+    series, data = _series(records), _data(records)
     config = _read_config(workdir / 'config.json')
-    pictures = _draw(series, workdir / 'plots')
+    pictures = _draw(series, data, workdir / 'plots')
+    page = _page(workdir.absolute().name, series, data, config, pictures)
     path = workdir / 'report.html'
-    path.write_text(_page(workdir.absolute().name, series, config, pictures), encoding='utf-8')
+    path.write_text(page, encoding='utf-8')
     return path
 
 
@@ -50,12 +54,25 @@ def _series(records: Iterable[Mapping[str, Any]]) -> Series:
     series: Series = {}
     for record in records:
         for name, value in record.items():
+            if name.startswith('data/'):
+                continue
             if '/' in name and isinstance(value, int | float) and not isinstance(value, bool):
                 series.setdefault(name, []).append((record['step'], value))
     return series
 
 
-def _page(name: str, series: Series, config: Any, pictures: list[Path]) -> str:
+def _data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{phase: {name: last value}} of what was said about data."""
+    data: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith('data/'):
+                phase = data.setdefault(record['phase'], {})
+                phase[name.removeprefix('data/')] = value
+    return data
+
+
+def _page(name: str, series: Series, data: dict, config: Any, pictures: list[Path]) -> str:
     title = html.escape(name)
     images = ''.join(_image(picture) for picture in pictures)
     given = html.escape(json.dumps(config, indent=2, ensure_ascii=False)) if config else 'none'
@@ -64,14 +81,48 @@ def _page(name: str, series: Series, config: Any, pictures: list[Path]) -> str:
         f'<style>{_STYLE}</style></head><body><h1>{title}</h1>'
         f'<h2>Run</h2>{_table(("", ""), _run_rows(series, config))}'
         f'<h2>Evaluation</h2>{_table(("", "last", "first"), _eval_rows(series))}'
-        f'{images}<h2>Config</h2><pre>{given}</pre></body></html>\n'
+        f'{images}{_data_tables(data)}<h2>Config</h2><pre>{given}</pre></body></html>\n'
     )
+
+
+def _data_tables(data: dict[str, dict[str, Any]]) -> str:
+    """What each phase has read: a column for every source."""
+    tables = []
+    for phase, values in data.items():
+        title = f'Data of {html.escape(phase)}' if phase else 'Data'
+        tables.append(f'<h2>{title}</h2>{_by_source(values, "source")}')
+        found = {
+            name.removeprefix(CONTAMINATION): value
+            for name, value in values.items()
+            if name.startswith(CONTAMINATION)
+        }
+        if found:
+            tables.append(f'<h3>Contamination</h3>{_by_source(found, "evaluator")}')
+    return ''.join(tables)
+
+
+def _by_source(values: Mapping[str, Any], what: str) -> str:
+    """A table of {'<source>/<name>': value}: a row for a name, a column for a source."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if HISTOGRAM not in name and not name.startswith(CONTAMINATION):
+            source, _, statistic = name.rpartition('/')
+            rows.setdefault(statistic, {})[source] = value
+    sources = list(dict.fromkeys(source for row in rows.values() for source in row))
+    cells = [(name, *(_cell(row.get(source)) for source in sources)) for name, row in rows.items()]
+    return _table((what if any(sources) else '', *sources), cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f'{value:,}'
+    return _number(value) if isinstance(value, float) else str(value or '')[:32]
 
 
 def _run_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
     rows = []
     steps = [points[-1][0] for points in series.values()]
-    total = config.get('steps') if isinstance(config, dict) else None
+    total = _total_steps(config) if isinstance(config, dict) else None
     if steps:
         rows.append(('steps', f'{max(steps)}' + (f' of {total}' if total is not None else '')))
     for name in sorted(series):
@@ -79,6 +130,11 @@ def _run_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
             rows.append((name, _number(series[name][-1][1])))
     rows += _speed_rows(series)
     return rows
+
+
+def _total_steps(config: dict) -> int | None:
+    phases = config.get('phases')
+    return sum(phase['steps'] for phase in phases) if phases else config.get('steps')
 
 
 def _speed_rows(series: Series) -> list[tuple[str, ...]]:
@@ -132,8 +188,8 @@ def _image(path: Path) -> str:
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _draw(series: Series, directory: Path) -> list[Path]:
-    """loss.png, eval.png and throughput.png, as far as there is something to draw."""
+def _draw(series: Series, data: dict, directory: Path) -> list[Path]:
+    """loss.png, eval.png, throughput.png, lengths.png, as far as there is something to draw."""
     panels = {
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
         'eval': _eval_panels(series),
@@ -144,7 +200,23 @@ def _draw(series: Series, directory: Path) -> list[Path]:
         if panel:
             directory.mkdir(parents=True, exist_ok=True)
             drawn.append(_plot(panel, series, directory / f'{name}.png'))
+    histograms = _histograms(data)
+    if histograms:
+        directory.mkdir(parents=True, exist_ok=True)
+        drawn.append(_plot_lengths(histograms, directory / 'lengths.png'))
     return drawn
+
+
+def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """{phase and source: {'64': train documents of 33 to 64 tokens}}."""
+    histograms: dict[str, dict[str, int]] = {}
+    for phase, values in data.items():
+        for name, count in values.items():
+            source, is_one, bucket = name.partition(HISTOGRAM)
+            if is_one:
+                title = ' '.join(filter(None, (phase, source.strip('/')))) or 'documents'
+                histograms.setdefault(title, {})[bucket] = count
+    return histograms
 
 
 def _eval_panels(series: Series) -> list[list[str]]:
@@ -158,6 +230,18 @@ def _eval_panels(series: Series) -> list[list[str]]:
         beside = [xz] if name.endswith('/bits_per_byte') and xz in series else []
         panels.append([name, *beside])
     return panels
+
+
+def _plot_lengths(histograms: dict[str, dict[str, int]], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2 * len(histograms)), dpi=90, layout='constrained')
+    for index, (title, counts) in enumerate(histograms.items()):
+        axes = figure.add_subplot(len(histograms), 1, index + 1, xlabel='tokens, at most')
+        axes.set_title(f'{title}: lengths of train documents', fontsize=10, parse_math=False)
+        axes.bar(list(counts), list(counts.values()))
+    figure.savefig(path)
+    return path
 
 
 def _plot(panels: list[list[str]], series: Series, path: Path) -> Path:

@@ -79,7 +79,8 @@ def test_time_aside_counts_when_it_ends_in_an_error(hands):
 
 
 def test_mfu_is_the_share_of_the_peak(hands):
-    clock = StepClock(100, flops_per_step=1e12, peak_flops=8e12, now=hands)
+    clock = StepClock(100, peak_flops=8e12, now=hands)
+    clock.flops_per_step = 1e12
     run_steps(clock, hands, 4)
     assert clock.log(4)['perf/mfu'] == 0.25
 

@@ -32,7 +32,8 @@ def without_time(path, kinds=('train', 'eval')):
 
 def test_a_record_is_flat_and_the_file_says_its_schema(path):
     recorder = Recorder(JsonlWriter(path))
-    recorder.write(3, 'eval', {'eval/held_out/loss': 1.5}, phase='pretrain')
+    recorder.phase = 'pretrain'
+    recorder.write(3, 'eval', {'eval/held_out/loss': 1.5})
     recorder.close()
     head, record = (json.loads(line) for line in path.read_text().splitlines())
     assert head['kind'] == 'event' and head['schema_version'] == 1

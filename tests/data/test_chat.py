@@ -163,6 +163,30 @@ def test_thoughts_that_a_template_drops_later_are_not_in_the_mask(real):
     assert 'hm' not in coder.decode(ids)
 
 
+def test_the_first_letters_of_an_answer_are_never_the_header(of_text):
+    encode = of_text(  # a prompt that does not end as answers begin, and dropped thoughts
+        '{% for m in messages %}{{ m.role }}: {{ m.content.split("</think>")[-1] }}<|eos|>'
+        '{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}'
+    )
+    for content in ('An-answer', 'Zero-answers', 'Apple', 'Zebra', '<think>x</think>Apple'):
+        ids, mask = encode.encode([QUESTION, ANSWER | {'content': content}])
+        kept = content.split('</think>')[-1]
+        assert spelled(bytes_with(''), ids, mask) == [kept + '<|eos|>']
+
+
+def test_marks_inside_an_answer_do_not_end_it(of_text):
+    encode = of_text(  # thinks between special tokens, and has none at the end
+        '{% for m in messages %}{{ m.role }}:'
+        '{% if m.thought %}<|think|>{{ m.thought }}<|/think|>{% endif %}{{ m.content }}{% endfor %}'
+        '{% if add_generation_prompt %}assistant:{% endif %}',
+        '<|think|>',
+        '<|/think|>',
+    )
+    coder = bytes_with('', '<|think|>', '<|/think|>')
+    ids, mask = encode.encode([QUESTION, ANSWER | {'thought': 'hm'}])
+    assert spelled(coder, ids, mask) == ['<|think|>hm<|/think|>four<|eos|>']
+
+
 def test_a_template_that_rewrites_the_past_is_refused(of_text):
     counting = of_text(
         '{{ messages | length }}{% for m in messages %}{{ m.content }}<|eos|>{% endfor %}'
@@ -182,6 +206,8 @@ def test_a_template_that_rewrites_the_past_is_refused(of_text):
         ([QUESTION, {'role': 'assistant', 'content': None}], r'message 2 \(assistant\) has no con'),
         ([QUESTION | {'content': ['x']}], 'content of type list'),
         ([QUESTION, ANSWER | {'tool_calls': [{'function': {}}]}], 'tool call has no name'),
+        ([QUESTION, ANSWER | {'tool_calls': ['f']}], 'tool call has no name'),
+        (['hello'], 'message 1 is no object but a str'),
         (
             [QUESTION, ANSWER | {'tool_calls': [{'name': 'f', 'arguments': '{'}]}],
             'arguments of f are no JSON',

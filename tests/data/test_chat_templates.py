@@ -100,7 +100,7 @@ def text(draw: random.Random, words: str, special) -> str:
 
 
 QUESTIONS = 'ΑΒΓ ΔΕ ΖΗΘ? ΙΚ ΛΜΝ! "ΞΟ" ΠΡ.'
-ANSWERS = 'qué wörd "quoted" it\'s 4,2 (so) <b> {x} 漢字 \U0001f600'
+ANSWERS = 'An Zero qué wörd "quoted" it\'s 4,2 (so) <b> {x} 漢字 \U0001f600'
 
 
 def random_chat(draw, special, turns: int, system: bool = False) -> list[dict]:
@@ -258,7 +258,3 @@ def test_thoughts_are_supervised_where_they_are_written(paths):
         '<think>\nsecond thought\n</think>\n\ntwo<|im_end|>',
     ]
     check_prompts(encode, messages, ids, mask)
-
-
-def test_every_template_compiles_once_and_quickly(paths):
-    assert len({encoder(path)[1] for path in paths.values()}) == TEMPLATES

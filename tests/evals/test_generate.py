@@ -28,6 +28,15 @@ class Tokenizer:
         return ''.join(map(chr, ids))
 
 
+class Chat:
+    """Says what it is told in capitals."""
+
+    stop_ids = frozenset([EOS, ord('|')])
+
+    def prompt(self, messages, tools=()):
+        return Tokenizer().encode(''.join(message['content'] for message in messages).upper())
+
+
 class Task:
     """Which completions hold an x before their first dot."""
 
@@ -90,14 +99,15 @@ def engine(monkeypatch):
 
 
 def evaluator(engine, directory=None, **changes):
-    corpus = types.SimpleNamespace(tokenizer=Tokenizer(), heldout_documents=['documents'])
+    dataset = types.SimpleNamespace(
+        tokenizer=Tokenizer(), heldout_documents=['documents'], chat=Chat()
+    )
     context = Context(
         name='functions',
         merge=None,
-        corpus=corpus,
+        dataset=dataset,
         sampler=engine,
         mesh=None,
-        sequence_length=8,
         seed=11,
         samples_directory=directory,
     )
@@ -116,11 +126,27 @@ def test_requests_are_what_the_config_says_and_are_checked_before_anything_runs(
     assert [request.id for request in engine.checked] == ['a', 'b', 'c']
     for request in engine.checked:
         assert (request.max_tokens, request.temperature, request.seed) == (7, 0.5, 11)
-        assert request.stop_ids == {EOS}
+        assert request.stop_ids == Chat.stop_ids
         assert request.tokens == Tokenizer().encode(Task.texts[request.id])
     with pytest.raises(DataError, match='too long'):
         evaluator(engine, max_tokens=18)
     assert engine.seen == []
+
+
+def test_chats_go_through_the_template_and_groups_are_scored_apart(engine, monkeypatch):
+    def prompts(self):
+        turns = {id: ({'role': 'user', 'content': text},) for id, text in self.texts.items()}
+        return [Prompt(id, '', turns[id], group='odd' if id == 'b' else 'even') for id in turns]
+
+    monkeypatch.setattr(Task, 'prompts', prompts)
+    monkeypatch.setattr(Task, 'evaluate', lambda self, prompt, completion: float('x' in completion))
+    monkeypatch.setattr(Engine, 'script', {'ABC': 'oxo|', 'BC': 'oo', 'C': 'x\0'})
+    generate = evaluator(engine)
+    assert generate._text([Event('a', [ord(x) for x in 'ox|'], [], [], 'stop')]) == 'ox'
+    values = generate.run('weights', 0)
+    assert values['pass@1'] == 2 / 3
+    assert values['pass@1/even'] == 1.0
+    assert values['pass@1/odd'] == 0.0
 
 
 def test_it_samples_with_the_weights_it_is_given(engine):

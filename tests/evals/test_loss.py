@@ -44,7 +44,7 @@ class Hesitant(Bigram):
 class Heldout:
     """What a token cache is to an evaluator, in memory."""
 
-    path, vocab_size = 'heldout', V
+    path, fingerprint, vocab_size, is_chat, mask = 'heldout', 'texts', V, False, None
     num_documents, num_bytes = len(LENGTHS), 131
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     num_tokens = int(offsets[-1])
@@ -65,15 +65,18 @@ def mesh(request):
         yield mesh
 
 
-def evaluator(mesh, model=Bigram, **changes):
-    corpus = types.SimpleNamespace(heldout=Heldout(), heldout_documents=[('a', 'x' * 999)])
+def evaluator(mesh, model=Bigram, heldout=Heldout, **changes):
+    dataset = types.SimpleNamespace(
+        heldout={'web': heldout()} | ({} if heldout is Heldout else {'text': Heldout()}),
+        heldout_documents=[types.SimpleNamespace(text='x' * 999)],
+        sequence_length=8,
+    )
     context = Context(
         name='heldout',
         merge=model,
-        corpus=corpus,
+        dataset=dataset,
         sampler=None,
         mesh=mesh,
-        sequence_length=8,
         seed=0,
         samples_directory=None,
     )
@@ -133,6 +136,42 @@ def test_a_part_of_the_text_has_a_loss_but_no_bits_per_byte(params, mesh):
     assert values['loss'] == pytest.approx(np.divide(*by_hand(params)), rel=1e-5)  # all four rows
     part = evaluator(mesh, max_batches=1, batch_size=4, sequence_length=4).run(params, 0)
     assert part['loss'] != pytest.approx(values['loss'], rel=1e-3)
+
+
+class Other(Heldout):
+    """Another source of a mixture, with other tokens."""
+
+    tokens = np.random.default_rng(5).integers(0, V, Heldout.num_tokens).astype(np.uint16)
+
+
+class Masked(Heldout):
+    """Chats, of which every other token is the assistant's."""
+
+    is_chat = True
+    mask = (np.arange(Heldout.num_tokens) % 2).astype(np.uint8)
+
+    def __init__(self, directory):
+        self.path, self.fingerprint = directory / 'heldout.tokens', 'chats'
+
+
+def test_sources_of_a_mixture_are_measured_apart_and_together(params, mesh):
+    values = evaluator(mesh, heldout=Other).run(params, 0)
+    assert set(values) == {'loss', 'loss/web', 'loss/text', 'bits_per_byte'}
+    assert values['loss/text'] == pytest.approx(np.divide(*by_hand(params)), rel=1e-5)
+    assert values['loss/web'] == evaluator(mesh, heldout=Other).run(params, 0)['loss/web']
+    assert values['loss'] == pytest.approx((values['loss/web'] + values['loss/text']) / 2, rel=1e-5)
+    assert values['loss/web'] != pytest.approx(values['loss/text'], rel=1e-3)
+
+
+def test_of_chats_only_what_the_assistant_says_counts(params, mesh, tmp_path):
+    values = evaluator(mesh, heldout=lambda: Masked(tmp_path), sequence_length=32).run(params, 0)
+    tokens, offsets = Heldout.tokens.astype(int), Heldout.offsets
+    logits = np.asarray(params['in'], np.float64) @ np.asarray(params['out'], np.float64).T
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    inside = [i for i in range(1, len(tokens)) if i not in offsets and Masked.mask[i]]
+    wanted = -np.mean([logprobs[tokens[i - 1], tokens[i]] for i in inside])
+    assert values['loss/web'] == pytest.approx(wanted, rel=1e-5)
+    assert 'bits_per_byte' not in values
 
 
 def test_the_line_of_xz_stands_beside_it(params, mesh):

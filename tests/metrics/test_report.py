@@ -18,6 +18,11 @@ def record_run(workdir, steps=200):
         recorder.write(step, 'train', {'train/loss': 8 / (1 + step)})
         speed = {'perf/tokens_per_second': 11_000.0 + step, 'perf/elapsed_seconds': float(step)}
         recorder.write(step, 'perf', speed | {'perf/total_tokens': step * 2048, 'perf/mfu': 0.4})
+    recorder.phase = 'sft'
+    data = {'web/train_tokens': 1234, 'code/train_tokens': 99, 'web/train_length_histogram/64': 7}
+    recorder.write(0, 'event', {f'data/{name}': value for name, value in data.items()})
+    recorder.write(steps, 'perf', {'data/web/epochs': 0.25, 'data/code/epochs': 1.5})
+    recorder.write(steps, 'event', {'data/contamination/functions/contaminated_share': 0.125})
     for step, share in ((0, 0.0), (steps, 0.75)):
         scores = {'pass@1': share, 'pass@1_low': share - 0.1, 'pass@1_high': share + 0.1}
         recorder.write(step, 'eval', {f'eval/functions/{n}': v for n, v in scores.items()})
@@ -44,11 +49,15 @@ def test_the_report_shows_scores_with_intervals_beside_the_first_ones(tmp_path):
         'eval/functions/pass@1 0.75 (0.65 to 0.85) at step 200 0 (-0.1 to 0.1) at step 0',
         'eval/held_out/bits_per_byte 2 at step 200 8 at step 0',
         'eval/held_out/xz_bits_per_byte 1.64',
+        'Data of sft source web code',
+        'train_tokens 1,234 99',
+        'epochs 0.25 1.5',
+        'Contamination evaluator functions contaminated_share 0.125',
     ):
         assert part in text, part
     assert 'pass@1_low' not in text
     pictures = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    assert pictures == ['eval.png', 'loss.png', 'throughput.png']
+    assert pictures == ['eval.png', 'lengths.png', 'loss.png', 'throughput.png']
     assert all((tmp_path / 'plots' / name).read_bytes().startswith(b'\x89PNG') for name in pictures)
 
 
@@ -57,7 +66,7 @@ def test_the_report_is_one_file_and_escapes_what_it_quotes(tmp_path):
     workdir.mkdir()
     record_run(workdir)
     page = write_report(workdir).read_text()
-    assert page.count('src="data:image/png;base64,') == page.count('src=') == 3
+    assert page.count('src="data:image/png;base64,') == page.count('src=') == 4
     assert 'http' not in page and '<link' not in page and '<script' not in page
     assert '<b>' not in page and '&lt;script&gt;' in page
 

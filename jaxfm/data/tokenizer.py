@@ -144,17 +144,13 @@ class Tokenizer:
         return encoded
 
     def guard(self, text: str, filler: str, but: frozenset[str] = frozenset()) -> str:
-        """The text with the filler inside every spelling of a special token, of `but` not."""
+        """The text with the filler between the letters of special tokens, of those in `but` not."""
 
         def broken(match):
             token = match.group()
-            return token if token in but else token[0] + filler + token[1:]
+            return token if token in but else filler.join([*token, ''])
 
         return self.special_pattern.sub(broken, text)
-
-    def spells_special(self, text: str) -> bool:
-        """Whether a special token is spelled somewhere in the text."""
-        return self.special_pattern.search(text) is not None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD, ids of no token nothing."""
@@ -198,9 +194,10 @@ class Tokenizer:
         return encoded
 
     def _spelled_out(self, text: str, is_start: bool) -> list[int]:
-        """Ids of a text whose spellings of special tokens are cut after their first character."""
-        cuts = [0, *(match.start() + 1 for match in self.special_pattern.finditer(text)), len(text)]
-        pieces = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
+        """Ids of a text whose spellings of special tokens are cut into their letters."""
+        spelled = [match.span() for match in self.special_pattern.finditer(text)]
+        cuts = [cut for start, stop in spelled for cut in range(start + 1, stop)]
+        pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
         first = self._ids(pieces[:1], is_start)
         return list(itertools.chain(*first, *self._ids(pieces[1:], False)))
 
@@ -513,8 +510,9 @@ def _ranks(content: bytes) -> dict[bytes, int]:
 
 def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
     special = [*SPECIAL_TOKENS, *config.special_tokens]
-    if len(set(special)) < len(special) or '' in special:
-        raise ConfigError(f'tokenizer.special_tokens: one is empty or there already: {special}')
+    # One letter could not be told from the same letter in a text.
+    if len(set(special)) < len(special) or min(map(len, special)) < 2:
+        raise ConfigError(f'tokenizer.special_tokens: one is too short or there twice: {special}')
     return special
 
 

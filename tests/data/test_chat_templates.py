@@ -17,6 +17,8 @@ SPECIAL = re.compile(
     r'|</?think>|</?tool_call>'
 )
 
+# Marks of the end of a turn: where a template has one, every answer ends with it.
+ENDS = re.compile(r'<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|eot\|>|<\|end\|>|<turn\|>')
 # Templates that write a beginning before every question, as the models were trained.
 MANY_BEGINNINGS = {'ct_llama-2-chat', 'ct_saiga'}
 # The rest of the header is the assistant's, because it says who is spoken to.
@@ -139,6 +141,7 @@ def check_answers(coder, name, messages, ids, mask):
         assert produced.startswith(answer)
         rest = produced.removeprefix(answer).strip()
         assert rest in {'', *coder.special_tokens}
+        assert rest in ENDS.findall(coder.chat_template) or not ENDS.search(coder.chat_template)
         # Spelled in a text, a special token is its characters.
         assert sum(i in coder.special_tokens.values() for i in run) <= 1 + allowed
     assert runs[-1][-1] in chat.Chat(coder).stop_ids

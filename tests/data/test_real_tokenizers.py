@@ -122,12 +122,7 @@ def test_a_saved_tokenizer_is_the_same_after_loading(real, tmp_path):
     text = random_texts(5)[-1] + "it's <|endoftext|> </think>"
     for name, coder in real.items():
         coder.save(tmp_path / name / 'tokenizer')
-        for again in (
-            tokenizer.load(tmp_path / name),
-            tokenizer.load(tmp_path / name / 'tokenizer'),
-            read(tmp_path / name),
-            pickle.loads(pickle.dumps(coder)),
-        ):
+        for again in (tokenizer.load(tmp_path / name), pickle.loads(pickle.dumps(coder))):
             assert again.fingerprint == coder.fingerprint
             assert again.encode(text) == coder.encode(text)
             assert (again.bos_id, again.eos_id) == (coder.bos_id, coder.eos_id)
@@ -273,11 +268,11 @@ def test_markup_stays_text_where_a_text_goes_on(tmp_path, shared_data):
 
 
 def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_path):
-    words = {'<unk>': 0, '</s>': 1, '<': 2, '/s>': 3, 'a': 4}
+    words = {'<unk>': 0, '</s>': 1, '<': 2, '/': 3, 's': 4, '>': 5, 'a': 6}
     backend = tokenizers.Tokenizer(
         tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=0)
     )
     backend.add_special_tokens(['<unk>', '</s>'])
     backend.save(str(tmp_path / 'tokenizer.json'))
     coder = read(tmp_path, eos_token='</s>')
-    assert coder.encode('a</s>a') == [4, 2, 3, 4]
+    assert coder.encode('a</s>a') == [6, 2, 3, 4, 5, 6]

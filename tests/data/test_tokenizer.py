@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxfm.data import BPEConfig, BytesConfig, tokenizer
-from jaxfm.errors import DataError
+from jaxfm.data import BPEConfig, BytesConfig, TokenizerFileConfig, tokenizer
+from jaxfm.errors import ConfigError, DataError
 
 TEXTS = [
     'def f(self):\n    if self.value:\n        return self.value\n',
@@ -83,6 +83,50 @@ def test_the_vocabulary_has_the_size_that_is_asked_for():
 
 def test_bytes_are_ids_two_higher():
     assert tokenizer.Bytes(BytesConfig(), []).encode('aé\n') == [97 + 2, 0xC3 + 2, 0xA9 + 2, 12]
+
+
+def test_further_special_tokens_leave_the_other_ids_as_they_are():
+    more = tokenizer.Bytes(BytesConfig(special_tokens=['<|end|>', 'x y']), [])
+    assert more.special_tokens == {'<|bos|>': 0, '<|eos|>': 1, '<|end|>': 258, 'x y': 259}
+    assert more.vocab_size == 260
+    text = 'a<|end|>x y'
+    assert more.encode(text) == tokenizer.Bytes(BytesConfig(), []).encode(text)
+    assert more.encode_parts(['a<|end|>', 'x y']) == [[99, 258], [259]]
+    assert more.decode([99, 258, 100]) == 'ab'
+    assert more.decode([99, 258, 100], skip_special_tokens=False) == 'a<|end|>b'
+
+
+def test_special_tokens_take_their_place_in_a_trained_vocabulary():
+    config = BPEConfig(vocab_size=300, special_tokens=['<|end|>'])
+    trained = tokenizer.build(config, TEXTS)
+    assert (trained.vocab_size, trained.special_tokens['<|end|>']) == (300, 2)
+    assert trained.decode(trained.encode('<|end|>')) == '<|end|>'
+    with pytest.raises(ConfigError, match=r'258 is less than 256 bytes \+ 3 special tokens = 259'):
+        tokenizer.build(BPEConfig(vocab_size=258, special_tokens=['<|end|>']), TEXTS)
+
+
+@pytest.mark.parametrize('special', [['<|eos|>'], ['ab', 'ab'], ['a'], ['']])
+def test_a_special_token_stands_there_once(special):
+    with pytest.raises(ConfigError, match='too short or there twice'):
+        tokenizer.Bytes(BytesConfig(special_tokens=special), [])
+
+
+def test_a_filler_keeps_spellings_text_and_leaves_no_ids():
+    coder = tokenizer.Bytes(BytesConfig(), [])
+    guarded = coder.guard('a<|eos|>b', '\U00014400')
+    assert coder.encode_parts([guarded + '<|eos|>'], '\U00014400') == [
+        [*coder.encode('a<|eos|>b'), coder.eos_id]
+    ]
+    coder = tokenizer.Bytes(BytesConfig(special_tokens=['abc', 'bc', 'cd']), [])
+    [ids] = coder.encode_parts([coder.guard('abcd', '\U00014400')], '\U00014400')
+    assert ids == coder.encode('abcd')
+
+
+def test_a_run_has_its_tokenizer_inside(trained, tmp_path):
+    trained.save(tmp_path / 'tokenizer')
+    again = tokenizer.build(TokenizerFileConfig(path=str(tmp_path)), [])
+    assert again.fingerprint == trained.fingerprint
+    assert (again.bos_id, again.eos_id) == (0, 1)
 
 
 def test_a_line_break_and_its_indentation_are_one_token_in_code():

@@ -51,7 +51,7 @@ class Run:
 
     def open_data(self) -> None:
         """Tokenised data of every phase; the first process builds it, the others open that."""
-        cache = _cache_directory() / 'corpus'
+        cache = cache_directory() / 'corpus'
         if not self.primary:
             distributed.barrier('corpus')
         self.tokenizer = make_tokenizer(self.config.tokenizer, self.phases[0].config.data, cache)
@@ -123,14 +123,14 @@ class Run:
 def started(flags, config: RunConfig):
     """JAX set up, the other processes found, the mesh set -> Run."""
     distributed.initialize()
-    jax.config.update('jax_compilation_cache_dir', str(_cache_directory() / 'compile'))
+    jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compile'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
 
 
-def _cache_directory() -> Path:
+def cache_directory() -> Path:
     """What may be deleted at any time: compiled programs and tokenised data."""
     home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return Path(home) / 'jaxfm'

@@ -1,7 +1,8 @@
 """The strict session: eight CPU devices, rank promotion raises, warnings are errors.
 
 JAXFM_NO_SKIP=1, set by .ci/run, makes every skip an error, except of tests marked `gpu`. Tests so
-marked run with `-m gpu`, alone, because the others need the CPU devices.
+marked run with `-m gpu`, alone, because the others need the CPU devices; those marked `slow` with
+`-m slow`.
 """
 
 import os
@@ -28,6 +29,14 @@ def pytest_configure(config):
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', 8)
     jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests are not collected unless they are asked for."""
+    if config.getoption('markexpr').strip() != 'slow':
+        slow = [item for item in items if item.get_closest_marker('slow')]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 def pytest_runtest_setup(item):

@@ -99,21 +99,9 @@ class Dataset:
         flat = {f'{name}/{key}': v for name, found in each.items() for key, v in found.items()}
         return flat | vocab_size
 
-    @property
-    def length_histograms(self) -> dict[str, dict[str, int]]:
-        """{source: {'64': train documents of 33 to 64 tokens}}, in powers of two."""
-        return {
-            name: source.statistics.get('train_length_histogram', {})
-            for name, source in self.sources.items()
-        }
-
     def _source_statistics(self, name: str) -> dict[str, int | float | str]:
         source = self.sources[name]
-        statistics = {
-            key: ', '.join(f'<={length}: {n}' for length, n in value.items())
-            if isinstance(value, dict) else value
-            for key, value in source.statistics.items()
-        }
+        statistics = dict(source.statistics)
         if packing := self.packings.get(name):
             packed = dict(packing.statistics)
             statistics['rows_per_epoch'] = packed.pop('rows')

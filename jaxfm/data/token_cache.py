@@ -217,7 +217,7 @@ def _join_documents(parts, directory: Path, kept) -> None:
         to_disk(out)
 
 
-def _statistics(side: str, rows: np.ndarray) -> dict[str, int | dict]:
+def _statistics(side: str, rows: np.ndarray) -> dict[str, int]:
     lengths = rows[:, 0]
     statistics = {
         'documents': len(rows),
@@ -231,7 +231,7 @@ def _statistics(side: str, rows: np.ndarray) -> dict[str, int | dict]:
         statistics['longest_document'] = int(lengths.max())
         for name, value in zip(('p50', 'p90', 'p99'), quantiles):
             statistics[f'length_{name}'] = int(value)
-        statistics['length_histogram'] = _histogram(lengths)
+        statistics |= {f'length_histogram/{to}': n for to, n in _histogram(lengths).items()}
     return {f'{side}_{name}': value for name, value in statistics.items()}
 
 

@@ -1,0 +1,217 @@
+"""Tokenises a corpus once, and shows what a model will read.
+
+    python -m tools.corpus build --config configs/x.py --output DIR   # then --config.data.cache=DIR
+    python -m tools.corpus inspect --config configs/x.py              # or: inspect DIR [--verify]
+    python -m tools.corpus decode --config configs/x.py --rows 3      # rows as text
+
+The config is that of a run, with any `--config.key=value`; `--phase` chooses one of several.
+`build` goes on where it was interrupted. `decode` shows rows of a step in the order of training:
+segments apart, and in bold green (in [[ ]] where there is no colour) the tokens whose loss counts.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxfm import config as configs
+from jaxfm.data import corpus
+from jaxfm.data.dataset import Dataset, make_tokenizer, open_dataset
+from jaxfm.data.tokenizer import Tokenizer
+from jaxfm.errors import MissingInputError, RunError, UsageError
+from jaxfm.run import cache_directory
+from jaxfm.run_config import PhaseConfig, RunConfig
+
+BAR = 40  # columns of the longest bar of a histogram
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+    try:
+        flags, overrides = parse(argv)
+        COMMANDS[flags.command](flags, overrides)
+    except RunError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Command line -> (flags, overrides of the config)."""
+    argument, overrides, rest = configs.split_arguments(argv)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f'{message}\n{self.format_usage().strip()}')
+
+    parser = Parser(prog='python -m tools.corpus', description=__doc__.partition('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    build_, inspect_, decode_ = (
+        commands.add_parser(name, help=function.__doc__.partition('\n')[0])
+        for name, function in COMMANDS.items()
+    )
+    for each in (build_, inspect_, decode_):
+        each.add_argument('--phase', default='', help='the name of one of several phases')
+    build_.add_argument('--output', type=Path, help='default: the cache that runs look in')
+    build_.add_argument('--rebuild', action='store_true', help='replace what is in --output')
+    inspect_.add_argument('directory', type=Path, nargs='?', help='a cache, in place of --config')
+    inspect_.add_argument('--verify', action='store_true', help='read every file of it')
+    decode_.add_argument('--rows', type=int, default=4, help='how many rows of the batch')
+    decode_.add_argument('--step', type=int, default=0, help='of the phase')
+    flags = parser.parse_args(rest)
+    flags.config = argument
+    if argument is None and not getattr(flags, 'directory', None):
+        raise UsageError('which data? --config=FILE says it as for a run')
+    return flags, overrides
+
+
+def build(flags, overrides: list[str]) -> None:
+    """Tokenises the data of a phase, or goes on doing so, and says where it is."""
+    config, phase, _ = _phase(flags, overrides)
+    if flags.output is None:
+        if flags.rebuild:
+            raise UsageError('--rebuild needs --output: the cache of runs never holds other data')
+        _show_statistics(_open(config, phase))
+        return
+    tokenizer = _tokenizer(config)
+    sources = phase.data.all_sources
+    for name, source in sources.items():
+        directory = flags.output / name if phase.data.name == 'mixture' else flags.output
+        corpus.build_at(source, tokenizer, directory, rebuild=flags.rebuild)
+    print(f'use it with --config.data.cache={flags.output}')
+
+
+def inspect(flags, overrides: list[str]) -> None:
+    """Documents, tokens, lengths, packing."""
+    if flags.directory is None:
+        config, phase, _ = _phase(flags, overrides)
+        _show_statistics(_open(config, phase))
+        return
+    if not flags.directory.is_dir():
+        raise MissingInputError(f'{flags.directory}: there is no such directory')
+    opened = corpus.Corpus(flags.directory)
+    if flags.verify:
+        corpus.verify(flags.directory)
+    _show(opened.statistics)
+    if flags.verify:
+        print('every file is as it was made')
+
+
+def decode(flags, overrides: list[str]) -> None:
+    """Rows as the model reads them, back as text."""
+    config, phase, seed = _phase(flags, overrides)
+    dataset = _open(config, phase)
+    rows = np.arange(min(flags.rows, phase.data.batch_size))
+    batches = dataset.batches(seed, rows)
+    for _ in range(flags.step + 1):
+        batch = batches.next(None, None)
+    console = Console(highlight=False, soft_wrap=True)
+    for row in rows:
+        arrays = {name: values[row] for name, values in batch.items()}
+        console.print(Text(_title(row, arrays), style='bold'))
+        console.print(row_text(arrays, dataset.tokenizer, colour=console.is_terminal))
+        console.print()
+
+
+COMMANDS = {'build': build, 'inspect': inspect, 'decode': decode}
+
+
+def row_text(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> Text:
+    """One row [T] as text: segments apart, what counts marked."""
+    text = Text()
+    for segment, counts, ids in _spans(row):
+        if not segment:
+            text.append(f'\n({len(ids)} of padding)', style='dim')
+            continue
+        part = tokenizer.decode(ids, skip_special_tokens=False)
+        if segment < 0:
+            text.append(f'\n--- segment {-segment} ---\n', style='yellow')
+        if counts:
+            text.append(part if colour else f'[[{part}]]', style='bold green')
+        else:
+            text.append(part)
+    return text
+
+
+def _spans(row: dict[str, np.ndarray]) -> Iterator[tuple[int, bool, list[int]]]:
+    """(segment, whether the loss of these tokens counts, ids); where it begins, minus the segment."""
+    segments, tokens = row['segment_ids'], row['tokens']
+    is_first = np.diff(segments, prepend=-1) != 0
+    # An input's mask is that of its target, which is the next token.
+    counts = np.concatenate([[False], row['loss_mask'][:-1] > 0]) & ~is_first
+    borders = np.flatnonzero(is_first | (np.diff(counts, prepend=counts[0]) != 0))
+    for start, stop in zip(borders, [*borders[1:], len(tokens)]):
+        segment = int(segments[start])
+        ids = tokens[start:stop].tolist()
+        yield -segment if is_first[start] else segment, bool(counts[start]), ids
+
+
+def _title(number: int, row: dict[str, np.ndarray]) -> str:
+    used, length = int((row['segment_ids'] > 0).sum()), len(row['tokens'])
+    return (
+        f'row {number}: {row["segment_ids"].max()} segments, {used} of {length} tokens, '
+        f'{int(row["loss_mask"].sum())} targets count'
+    )
+
+
+def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
+    """(config, the phase that is asked for, the seed of its order)."""
+    config = configs.load(flags.config, overrides)
+    phases = config.all_phases
+    names = [phase.name for phase in phases]
+    if flags.phase not in names:
+        if flags.phase or len(phases) > 1:
+            known = f'it is one of {", ".join(names)}'
+            known = known if config.phases else 'this run has one phase'
+            raise UsageError(f'--phase {flags.phase or "is needed"}: {known}')
+    index = names.index(flags.phase)
+    return config, phases[index], (config.seed + index) % 2**32
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    return make_tokenizer(config.tokenizer, config.all_phases[0].data, _cache())
+
+
+def _open(config: RunConfig, phase: PhaseConfig) -> Dataset:
+    return open_dataset(phase.data, _tokenizer(config), _cache())
+
+
+def _cache() -> Path:
+    return cache_directory() / 'corpus'
+
+
+def _show_statistics(dataset: Dataset) -> None:
+    _show(dataset.statistics)
+    for name, source in dataset.sources.items():
+        print(f'{name}: {getattr(source, "directory", "")}')
+
+
+def _show(statistics: dict) -> None:
+    """A table, and a bar for every bucket of a histogram."""
+    table = Table(show_header=False, box=None)
+    largest = max((v for k, v in statistics.items() if _is_bucket(k)), default=1)
+    for name, value in statistics.items():
+        bar = '█' * round(BAR * value / largest) if _is_bucket(name) else ''
+        table.add_row(name, f'{value:,}' if isinstance(value, int) else _shown(value), bar)
+    Console(soft_wrap=True).print(table)
+
+
+def _is_bucket(name: str) -> bool:
+    return '_length_histogram/' in name
+
+
+def _shown(value) -> str:
+    return f'{value:.4g}' if isinstance(value, float) else str(value)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """The held-out documents of a source whose train documents are read on the fly: tokenised once.
 
-To find them all documents are read, and only the held-out ones tokenised.
+To find them all documents are read, and only the held-out ones tokenised. Equal text files are not
+looked for, as they are where everything is tokenised before training.
 """
 
 import functools
@@ -79,12 +80,11 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
 
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:
     source, encode = SOURCES[config.name].load()(config), encoder(config, tokenizer)
-    train, heldout = (
-        token_cache.Writer(part, side, tokenizer.vocab_size) for side in token_cache.SIDES
-    )
     documents = (pair for shard in source.shards() for pair in source.read(shard) if pair[0])
-    for chunk in token_cache.chunks(documents, build.CHUNK_BYTES):
-        for _, document, ids, mask in encode(chunk):
-            heldout.add(document, ids, mask, has_digest=False)
-    train.close()
-    heldout.close()
+    # `join` wants both sides, this one stays empty.
+    with token_cache.Writer(part, 'train', tokenizer.vocab_size):
+        pass
+    with token_cache.Writer(part, 'heldout', tokenizer.vocab_size) as writer:
+        for chunk in token_cache.chunks(documents, build.CHUNK_BYTES):
+            for _, document, ids, mask in encode(chunk):
+                writer.add(document, ids, mask, has_digest=False)

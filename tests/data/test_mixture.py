@@ -23,10 +23,15 @@ def test_after_any_number_of_rows_every_source_has_had_its_share(weights):
         assert (np.abs(counts - shares * rows) <= 1 + 1e-6).all()
 
 
-def test_many_sources_are_within_two_rows_of_their_share():
-    mixture = Mixture(dict.fromkeys(map(str, range(20)), 0.05))
-    for rows in range(3000):
-        assert np.abs(np.array(mixture.counts(rows)) - rows / 20).max() <= 2
+@pytest.mark.parametrize('number, bound', [(2, 0.5), (3, 1), (5, 1.5), (10, 1.5), (30, 1.5)])
+def test_the_error_of_a_share_hardly_grows_with_the_sources(number, bound):
+    draw = np.random.default_rng(number)
+    for _ in range(10):
+        weights = np.round(10 ** draw.uniform(0, 4, number))
+        mixture = Mixture(dict(zip(map(str, range(number)), weights)))
+        rows = np.arange(1500)
+        counts = np.array([mixture.counts(int(row)) for row in rows])
+        assert np.abs(counts - rows[:, None] * weights / weights.sum()).max() <= bound
 
 
 @pytest.mark.parametrize('weights', WEIGHTS)

@@ -143,7 +143,7 @@ def row_text(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> 
 
 
 def _spans(row: dict[str, np.ndarray]) -> Iterator[tuple[int, bool, list[int]]]:
-    """(segment, whether the loss of these tokens counts, ids); where it begins, minus the segment."""
+    """(segment, whether the loss counts, ids); minus the segment where it begins."""
     segments, tokens = row['segment_ids'], row['tokens']
     is_first = np.diff(segments, prepend=-1) != 0
     # An input's mask is that of its target, which is the next token.

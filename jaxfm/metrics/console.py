@@ -160,8 +160,14 @@ _SHORT = {
 
 
 def _values(record: Mapping[str, Any]) -> str:
-    named = [(name, value) for name, value in record.items() if name not in _HEAD]
-    return '  '.join(f'{_short(name)} {_value(name, value)}' for name, value in named)
+    bounds = {f'{name}{end}' for name in record for end in ('_low', '_high')}
+    named = [(k, v) for k, v in record.items() if k not in _HEAD and k not in bounds]
+    return '  '.join(f'{_short(k)} {_value(k, v)}{_interval(k, record)}' for k, v in named)
+
+
+def _interval(name: str, record: Mapping[str, Any]) -> str:
+    low, high = (record.get(f'{name}{end}') for end in ('_low', '_high'))
+    return '' if low is None or high is None else f' ({low:.3g} to {high:.3g})'
 
 
 def _short(name: str) -> str:

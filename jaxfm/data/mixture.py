@@ -1,9 +1,9 @@
 """A mixture: which source, and which row of it, stands at each row of the run.
 
 The sources are interleaved evenly: after any number of rows every source has had its share of them
-to within one row (one and a half, from four sources to thirty), so exactly in the long run. Where a
-row comes from is arithmetic on its number alone. `grain.MapDataset.mix` interleaves in the same way,
-but rounds proportions to hundredths of the smallest, which is too coarse for 0.7 and 0.3.
+to within one row (one and a half, from four sources to thirty), so exactly in the long run. Where
+a row comes from is arithmetic on its number alone. `grain.MapDataset.mix` interleaves alike, but
+rounds proportions to hundredths of the smallest, which is too coarse for 0.7 and 0.3.
 """
 
 import math

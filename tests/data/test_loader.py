@@ -130,38 +130,38 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(batches, names):
 
 PROCESS = """
 import json, sys
-from pathlib import Path
 import numpy as np
-from jaxfm.data import loader
-from jaxfm.data.packing import BestFit, Concat
-from tests.data.streams import stream
+from tests.data.test_loader import of_process
 
-directory, texts, chats, weights, state, rows, steps, output = json.loads(sys.argv[1])
-packings = {
-    'texts': Concat(stream(texts, directory), 32),
-    'chats': BestFit(stream(chats, directory, seed=1, is_chat=True), 32),
-}
-source = loader.PackedBatches(packings, weights, 8, seed=3, rows=np.array(rows))
+directory, state, rows, steps, output = json.loads(sys.argv[1])
+source = of_process(directory, np.array(rows))
 if state:
     source.set_state(state)
 batches = [source.next(None, step) for step in range(steps)]
-arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-np.savez(output, **arrays)
+np.savez(output, **{name: np.stack([batch[name] for batch in batches]) for name in batches[0]})
 print(json.dumps(source.get_state()))
 """
+
+
+def of_process(directory, rows=None):
+    """What every process opens: 8 rows a batch, of texts and of chats."""
+    packings = {
+        'texts': Concat(stream(TEXTS, directory), T),
+        'chats': BestFit(stream(CHATS, directory, seed=1, is_chat=True), T),
+    }
+    weights = {'texts': 0.7, 'chats': 0.3}
+    return loader.PackedBatches(packings, weights, 8, seed=3, rows=rows)
 
 
 def run_processes(count, directory, state, steps):
     """Real processes that each make their rows -> (global batches, the state of all of them)."""
     processes = []
     for index, rows in enumerate(np.split(np.arange(8), count)):
-        weights = {'texts': 0.7, 'chats': 0.3}
-        arguments = [str(directory), TEXTS.tolist(), CHATS.tolist(), weights]
-        arguments += [state, rows.tolist(), steps, f'{directory}/{index}.npz']
+        arguments = [str(directory), state, rows.tolist(), steps, f'{directory}/{index}.npz']
         command = [sys.executable, '-c', PROCESS, json.dumps(arguments)]
         environment = os.environ | {'PYTHONPATH': str(ROOT)}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
-    states = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    states = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert all(state == states[0] for state in states)
     parts = [dict(np.load(f'{directory}/{index}.npz')) for index in range(count)]
@@ -169,12 +169,13 @@ def run_processes(count, directory, state, steps):
 
 
 def test_1_2_and_4_processes_make_the_same_global_batches_also_after_resuming(tmp_path):
-    straight, _ = run_processes(1, tmp_path, None, 9)
+    straight = take(of_process(tmp_path), 9)
     state, done = None, 0
     for count, steps in ((4, 2), (1, 3), (2, 4)):
         batches, state = run_processes(count, tmp_path, state, steps)
         for name, array in batches.items():
-            np.testing.assert_array_equal(array, straight[name][done : done + steps])
+            expected = np.stack([batch[name] for batch in straight[done : done + steps]])
+            np.testing.assert_array_equal(array, expected)
         done += steps
 
 

@@ -8,17 +8,31 @@ prompt are the first ids of the chat, whatever the assistant answers.
 What messages contain is text: a user who writes '<|im_end|>' ends no turn.
 """
 
-import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxfm.data import chat_template
+from jaxfm.data.chat_messages import (
+    CALL_FORMS,
+    PROBE_NAME,
+    PROBE_VALUE,
+    CallForm,
+    View,
+    check_calls,
+    check_complete,
+    ends_with_assistant,
+    is_assistant,
+    mapped,
+    prepared,
+    probe_calls,
+    strings_of,
+    wrapped,
+)
 from jaxfm.data.chat_template import TEMPLATES as TEMPLATES
 from jaxfm.errors import DataError
 
@@ -53,12 +67,12 @@ class Chat:
                 leaves a message out, or rewrites earlier turns so that no prompt leads to them.
         """
         view = self._view(messages, tools)
-        last = max((i for i, m in enumerate(view.messages) if _is_assistant(m)), default=None)
+        last = max((i for i, m in enumerate(view.messages) if is_assistant(m)), default=None)
         if last is None:
             raise DataError('a chat without an assistant turn has nothing to learn from')
         view = view.first(last + 1)
         text = self._render(view, self._asks_late)
-        _check_complete(view, text)
+        check_complete(view, text)
         spans = self._spans(view, text)
         ids, mask = [], []
         for number, part in enumerate(self._encode(text, spans, view.filler)):
@@ -73,7 +87,7 @@ class Chat:
         """Ids up to and including the generation prompt; DataError as `encode`."""
         view = self._view(messages, tools)
         text = self._prompt_text(view)
-        _check_complete(view, text)
+        check_complete(view, text)
         spans = self._spans(view, text, is_prompt=True)
         parts = self._encode(text, spans, view.filler, end=len(text))
         return list(itertools.chain(*parts))
@@ -95,7 +109,7 @@ class Chat:
             encoded[0].insert(0, bos)
         return encoded
 
-    def _render(self, view: '_View', add_generation_prompt: bool) -> str:
+    def _render(self, view: View, add_generation_prompt: bool) -> str:
         tools = {'tools': list(view.tools)} if view.tools else self._without_tools
         return chat_template.render(
             self._template,
@@ -107,11 +121,11 @@ class Chat:
 
     # Which characters of a rendered chat are the assistant's.
 
-    def _spans(self, view: '_View', text: str, is_prompt: bool = False) -> list[tuple[int, int]]:
+    def _spans(self, view: View, text: str, is_prompt: bool = False) -> list[tuple[int, int]]:
         """[start, stop) in `text` of every assistant turn."""
         spans, end = [], 0
         for i, message in enumerate(view.messages):
-            if not _is_assistant(message):
+            if not is_assistant(message):
                 continue
             turn = text
             if i + 1 < len(view.messages) or is_prompt:
@@ -123,15 +137,15 @@ class Chat:
                     f'the chat template writes the chat up to turn {i + 1} in another way when '
                     'more follows, so what the assistant must produce there is not to be told'
                 )
-            _check_calls(message, text[start:stop])
+            check_calls(message, text[start:stop])
             spans.append((start, stop))
             end = stop
         return spans
 
-    def _start(self, view: '_View', i: int, turn: str, text: str) -> int | None:
+    def _start(self, view: View, i: int, turn: str, text: str) -> int | None:
         """Where turn i starts in `text`; `turn` is the chat up to its end."""
         before = view.first(i)
-        if self._has_prompt and not _ends_with_assistant(before):
+        if self._has_prompt and not ends_with_assistant(before):
             prompt = self._render(before, True)
             if text.startswith(prompt):
                 return len(prompt)
@@ -146,12 +160,12 @@ class Chat:
         others = [self._render(o.plus(*view.messages[i + 1 :]), self._asks_late) for o in others]
         return len(os.path.commonprefix([text, *others])) if others[0] != others[1] else None
 
-    def _prompt_text(self, view: '_View') -> str:
+    def _prompt_text(self, view: View) -> str:
         """What stands before an answer: the generation prompt, if answers do follow on it."""
         answers = [self._render(view.plus(answer), self._asks_late) for answer in _ANSWERS]
         prompt = self._render(view, True)
         # Some write none, or none between two answers.
-        is_prompt = self._has_prompt and not _ends_with_assistant(view)
+        is_prompt = self._has_prompt and not ends_with_assistant(view)
         if is_prompt and answers[0].startswith(prompt):
             return prompt
         return os.path.commonprefix(answers)
@@ -182,15 +196,15 @@ class Chat:
         """How `tools` is given where there are none: as None, or not at all."""
         self._asks_late, self._without_tools = False, {'tools': None}
         try:
-            self._render(_View([_QUESTION]), True)
+            self._render(View([_QUESTION]), True)
         except DataError:
             return {}
         return {'tools': None}
 
     def _probe_turn(self) -> None:
         """How a turn ends, and whether the end must be asked for."""
-        question, prompt = (self._render(_View([_QUESTION]), ask) for ask in (False, True))
-        turn, asked = (self._render(_View([_QUESTION, _ANSWERS[0]]), ask) for ask in (False, True))
+        question, prompt = (self._render(View([_QUESTION]), ask) for ask in (False, True))
+        turn, asked = (self._render(View([_QUESTION, _ANSWERS[0]]), ask) for ask in (False, True))
         # Some end the last turn only when asked for a generation prompt, which then is not there.
         header = prompt.removeprefix(question).strip()
         extra = asked.removeprefix(turn) if asked.startswith(turn) else ''
@@ -200,7 +214,7 @@ class Chat:
         if not found:
             raise DataError('the chat template leaves out what the assistant says')
         self._mark = self._probe_mark()
-        answers = [self._render(_View([_QUESTION, answer]), self._asks_late) for answer in _ANSWERS]
+        answers = [self._render(View([_QUESTION, answer]), self._asks_late) for answer in _ANSWERS]
         header = os.path.commonprefix(answers).removeprefix(prompt)
         self._has_prompt = prompt != question or not header.strip()
 
@@ -210,7 +224,7 @@ class Chat:
             return self._suffix[: special.end()]
         messages = [_QUESTION, _ANSWERS[0], _SECOND_QUESTION]
         try:
-            after = self._render(_View(messages), False).partition(_ANSWERS[0]['content'])[2]
+            after = self._render(View(messages), False).partition(_ANSWERS[0]['content'])[2]
         except DataError:
             return self._suffix.rstrip()
         # Some write a generation prompt behind every chat; that ends nothing.
@@ -225,7 +239,7 @@ class Chat:
         if self._call_form is None:
             return ''
         for number in (2, 1):
-            view = self._view([_QUESTION, _probe_calls(number)], ())
+            view = self._view([_QUESTION, probe_calls(number)], ())
             try:
                 turn = self._render(view, self._asks_late)
                 start = self._start(view, 1, turn, turn)
@@ -241,53 +255,53 @@ class Chat:
     # What messages are to the template.
 
     @functools.cached_property
-    def _call_form(self) -> '_CallForm | None':
+    def _call_form(self) -> CallForm | None:
         """How tool calls must be given for the template to write them; None: it has none."""
         seen = {}
-        for form in _CALL_FORMS:
-            messages = _prepared([_QUESTION, _probe_calls(1)], form)
+        for form in CALL_FORMS:
+            messages = prepared([_QUESTION, probe_calls(1)], form)
             try:
-                text = self._render(_View(messages), self._asks_late)
+                text = self._render(View(messages), self._asks_late)
             except DataError:
                 continue
-            if _PROBE_NAME in text and _PROBE_VALUE in text:
+            if PROBE_NAME in text and PROBE_VALUE in text:
                 # As JSON, not as Python writes a dict, nor as JSON inside JSON.
-                seen[form] = f"'{_PROBE_VALUE}'" in text or f'\\"{_PROBE_VALUE}' in text
+                seen[form] = f"'{PROBE_VALUE}'" in text or f'\\"{PROBE_VALUE}' in text
         return min(seen, key=seen.get, default=None)
 
-    def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> '_View':
+    def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> View:
         """Checked messages in the form that the template takes."""
         for i, message in enumerate(messages):
             self._check_role(i, message)
-        form = _CALL_FORMS[0]
+        form = CALL_FORMS[0]
         if any(message.get('tool_calls') for message in messages):
             if self._call_form is None:
                 raise DataError('the chat template has no form for tool calls')
             form = self._call_form
         if tools and 'tools' not in chat_template.variables(self._template):
             raise DataError('the chat template has no place for tools')
-        view = _View(_prepared(messages, form), [_wrapped(tool) for tool in tools])
-        strings = '\0'.join(_strings([view.messages, view.tools]))
+        view = View(prepared(messages, form), [wrapped(tool) for tool in tools])
+        strings = '\0'.join(strings_of([view.messages, view.tools]))
         if not self._tokenizer.special_pattern.search(strings):
             return view
         filler = next(chr(code) for code in _FILLERS if chr(code) not in strings)
         return self._guarded(view, filler)
 
-    def _guarded(self, view: '_View', filler: str) -> '_View':
+    def _guarded(self, view: View, filler: str) -> View:
         """The view with the filler in every special token that a message or a tool spells.
 
         An assistant may write tags such as <think>: the model does so by the token of that name.
         """
         guard = self._tokenizer.guard
         messages = [
-            _mapped(m, lambda text: guard(text, filler, self._tokenizer.tags))
-            if _is_assistant(m)
-            else _mapped(m, lambda text: guard(text, filler))
+            mapped(m, lambda text: guard(text, filler, self._tokenizer.tags))
+            if is_assistant(m)
+            else mapped(m, lambda text: guard(text, filler))
             for m in view.messages
         ]
         for message, original in zip(messages, view.messages):
             message['role'] = original['role']
-        return _View(messages, _mapped(view.tools, lambda text: guard(text, filler)), filler)
+        return View(messages, mapped(view.tools, lambda text: guard(text, filler)), filler)
 
     def _check_role(self, i: int, message: Mapping) -> None:
         if not isinstance(message, Mapping):
@@ -298,7 +312,7 @@ class Chat:
             hint = f'do you mean {near[0]}?' if near else f'there are {", ".join(ROLES)}'
             raise DataError(f'message {i + 1} has the role {role!r}; {hint}')
         content = message.get('content')
-        has_calls = _is_assistant(message) and message.get('tool_calls')
+        has_calls = is_assistant(message) and message.get('tool_calls')
         if not isinstance(content, str) and not (content is None and has_calls):
             kind = 'no content' if content is None else f'content of type {type(content).__name__}'
             raise DataError(f'message {i + 1} ({role}) has {kind}; a text is expected')
@@ -306,141 +320,3 @@ class Chat:
     def _knows(self, role: str) -> bool:
         """Templates may have roles of their own, such as the `ipython` of Llama 3."""
         return role in ROLES or any(f'{q}{role}{q}' in self._template for q in '\'"')
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """Messages and tools as the template gets them."""
-
-    messages: list[dict]
-    tools: list[dict] = dataclasses.field(default_factory=list)
-    filler: str = ''
-
-    def first(self, number: int) -> '_View':
-        return dataclasses.replace(self, messages=self.messages[:number])
-
-    def plus(self, *messages: dict) -> '_View':
-        return dataclasses.replace(self, messages=[*self.messages, *messages])
-
-
-@dataclasses.dataclass(frozen=True)
-class _CallForm:
-    """How a template wants the arguments of a call, and the content of a message of calls alone."""
-
-    arguments_as_text: bool
-    empty_content: str | None
-
-
-_CALL_FORMS = tuple(_CallForm(text, empty) for text in (False, True) for empty in ('', None))
-_PROBE_NAME, _PROBE_VALUE = 'probe_of_a_name', 'probe-of-a-value'
-
-
-def _probe_calls(number: int) -> dict:
-    function = {'name': _PROBE_NAME, 'arguments': {'key': _PROBE_VALUE}}
-    return {'role': 'assistant', 'content': '', 'tool_calls': [{'function': function}] * number}
-
-
-def _is_assistant(message: Mapping) -> bool:
-    return message['role'].startswith('assistant')
-
-
-def _ends_with_assistant(view: _View) -> bool:
-    return bool(view.messages) and _is_assistant(view.messages[-1])
-
-
-def _prepared(messages: Sequence[Mapping], form: _CallForm) -> list[dict]:
-    """Messages with complete tool calls; answers of tools carry the id and name of their call."""
-    prepared, calls, number = [], [], 0
-    for message in messages:
-        message = dict(message)
-        if message.get('tool_calls'):
-            message['tool_calls'] = [
-                _complete_call(call, number + i, form)
-                for i, call in enumerate(message['tool_calls'])
-            ]
-            calls = list(message['tool_calls'])
-            number += len(calls)
-            message['content'] = message.get('content') or form.empty_content
-        elif message['role'] == 'tool' and calls:
-            call = calls.pop(0)
-            message.setdefault('tool_call_id', call['id'])
-            message.setdefault('name', call['function']['name'])
-        prepared.append(message)
-    return prepared
-
-
-def _complete_call(call: Mapping, number: int, form: _CallForm) -> dict:
-    function = call.get('function', call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
-        raise DataError(f'a tool call has no name: {str(call)[:80]}')
-    arguments = function.get('arguments', {})
-    if isinstance(arguments, str) and not form.arguments_as_text:
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise DataError(f'the arguments of {function["name"]} are no JSON: {error}') from error
-    elif not isinstance(arguments, str) and form.arguments_as_text:
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    function = {'name': function['name'], 'arguments': arguments}
-    # Some templates ask for nine digits.
-    return {'id': call.get('id') or f'{number:09d}', 'type': 'function', 'function': function}
-
-
-def _wrapped(tool: Mapping) -> dict:
-    function = tool.get('function', tool) if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
-        raise DataError(f'a tool has no name: {str(tool)[:80]}')
-    return dict(tool) if 'function' in tool else {'type': 'function', 'function': dict(tool)}
-
-
-def _strings(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _strings(inner)
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _mapped(value, change):
-    """The value with every string inside it changed, keys of mappings as well."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(key): _mapped(inner, change) for key, inner in value.items()}
-    if isinstance(value, Sequence):
-        return [_mapped(inner, change) for inner in value]
-    return value
-
-
-def _check_complete(view: _View, text: str) -> None:
-    """No message or tool of the chat may be missing from its text; thoughts of the past may."""
-    for i, message in enumerate(view.messages):
-        content = message['content']
-        if not _is_assistant(message) and content and not _appears(content, text):
-            raise DataError(
-                f'the chat template leaves out message {i + 1} ({message["role"]}): '
-                f'{content.strip()[:60]!r}'
-            )
-    for tool in view.tools:
-        name, description = (tool['function'].get(key) for key in ('name', 'description'))
-        if not _appears(description or name, text):
-            raise DataError(f'the chat template leaves out the tool {name} in this chat')
-
-
-def _appears(content: str, text: str) -> bool:
-    """Whether the first line of a content is in a text, as it is or as JSON."""
-    line = next((line.strip() for line in content.splitlines() if line.strip()), '')
-    return content in text or line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
-
-
-def _check_calls(message: Mapping, turn: str) -> None:
-    calls, content = message.get('tool_calls') or (), message.get('content') or ''
-    for call in calls:
-        name = call['function']['name']
-        if name not in turn.replace(content.strip(), '', 1):
-            beside = ' beside a content' if content else ''
-            raise DataError(f'the chat template leaves out the call of {name}{beside}')

@@ -210,6 +210,17 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, said, monkeypatch):
         assert len(read(made)) == len(RECORDS) and len(made.bad_records) == 1
 
 
+def test_a_piece_that_begins_with_a_line_counts_it_once(tmp_path, monkeypatch):
+    good = [b'{"text": "%03d"}\n' % i for i in range(40)]
+    good[16] = b'{"text": "016" \n'
+    write(tmp_path, 'jsonl', a=b''.join(good))
+    monkeypatch.setattr(files, 'SHARD_BYTES', 4 * len(good[0]))
+    made = source(tmp_path / 'a.jsonl', max_bad_records=1)
+    assert [document.text for _, document in read(made)] == [f'{i:03}' for i in range(40) if i != 16]
+    with pytest.raises(DataError, match='a.jsonl:17: not JSON'):
+        read(source(tmp_path / 'a.jsonl'))
+
+
 def test_as_many_bad_records_as_allowed_are_left_out_and_the_next_one_is_the_error(tmp_path):
     bad = [b'{\n' if i % 7 == 3 else lines(RECORDS[i : i + 1]) for i in range(30)]
     write(tmp_path, 'jsonl', a=b''.join(bad))

@@ -139,6 +139,7 @@ class Ledger:
         self._allowed = allowed  # bad records
         self._results: dict[int, list | Exception] = {}
         self._next = 0  # all shards before this one are done
+        self._failed = math.inf  # the first shard that could not be made
         self._bad = []
         self._kinds: dict[bool, str] = {}
         self._done = self._bytes = self._tokens = 0
@@ -169,12 +170,13 @@ class Ledger:
     def add(self, index: int, result: dict | Exception) -> None:
         """What became of a shard; raises the error that comes first, once it is known."""
         self._results[index] = result
+        if isinstance(result, Exception):
+            self._failed = min(self._failed, index)
         self._advance()
 
     def may_start(self, index: int) -> bool:
         """Whether a shard is still needed: it is not when one before it has failed."""
-        failed = [i for i, result in self._results.items() if isinstance(result, Exception)]
-        return not failed or index < min(failed)
+        return index < self._failed
 
     def close(self) -> None:
         """Checks that everything is done."""

@@ -216,7 +216,8 @@ def test_a_piece_that_begins_with_a_line_counts_it_once(tmp_path, monkeypatch):
     write(tmp_path, 'jsonl', a=b''.join(good))
     monkeypatch.setattr(files, 'SHARD_BYTES', 4 * len(good[0]))
     made = source(tmp_path / 'a.jsonl', max_bad_records=1)
-    assert [document.text for _, document in read(made)] == [f'{i:03}' for i in range(40) if i != 16]
+    texts = [document.text for _, document in read(made)]
+    assert texts == [f'{i:03}' for i in range(40) if i != 16]
     with pytest.raises(DataError, match='a.jsonl:17: not JSON'):
         read(source(tmp_path / 'a.jsonl'))
 

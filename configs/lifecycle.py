@@ -23,7 +23,7 @@ def get_config(arg: str = '') -> ConfigDict:
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
-    config.tokenizer = dict(name='bytes', chat_template='plain')
+    config.tokenizer = dict(name='bytes', chat_template='qa')
     config.model = dict(
         name='transformer',
         vocab_size=258,
@@ -34,6 +34,7 @@ def get_config(arg: str = '') -> ConfigDict:
             num_kv_heads=2,
             head_dim=64,
             mlp_dim=384,
+            rope=dict(theta=100.0),  # a row has 128 positions
             qk_norm=True,
             query_scale=1.5 / 64**0.5,  # sharper than usual: normed queries and keys are short
         ),
@@ -46,11 +47,11 @@ def get_config(arg: str = '') -> ConfigDict:
     config.phases = [
         dict(
             name='pretrain',
-            steps=20 if smoke else 900,
+            steps=20 if smoke else 1000,
             data=dict(
                 name='problems',
                 form='text',
-                num_problems=2_000 if smoke else 60_000,
+                num_problems=2_000 if smoke else 100_000,
                 **batch,
             ),
             optimizer=dict(
@@ -70,7 +71,7 @@ def get_config(arg: str = '') -> ConfigDict:
             data=dict(
                 name='problems',
                 form='chat',
-                num_problems=1_000 if smoke else 12_000,
+                num_problems=1_000 if smoke else 15_000,
                 num_heldout=240,
                 seed=1,
                 **batch,
@@ -103,7 +104,7 @@ def get_config(arg: str = '') -> ConfigDict:
         decode_steps=8,
         temperature=0.0,
         max_tokens=16,
-        prompts=['Please reverse planet', 'Please add 7 to 123456', 'Please rotate lemon'],
+        prompts=['Please reverse planet', 'Please raise 123456 by 7', 'Please rotate lemon'],
     )
     config.metrics = dict(log_every=10 if smoke else 50)
     return config

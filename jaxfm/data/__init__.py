@@ -61,7 +61,7 @@ class FilesConfig(Group):
     max_bad_records: int = Field(default=0, ge=0)
 
 
-ProblemKind = Literal['addition', 'subtraction', 'reverse', 'rotate', 'sort', 'last_letters']
+ProblemKind = Literal['addition', 'subtraction', 'reverse', 'rotate', 'last_letters']
 
 
 class ProblemsConfig(Group):

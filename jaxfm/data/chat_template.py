@@ -55,8 +55,21 @@ _CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
-# Those we bring. `plain` needs no special token but the tokenizer's eos; `chatml` those of ChatML.
-TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML}
+_QA = """\
+{%- if tools %}{{ raise_exception('qa has no tools') }}{% endif %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- if message.tool_calls %}{{ raise_exception('qa has no tool calls') }}{% endif %}
+{{- 'A: ' + message.content + eos_token + '\\n' }}
+{%- elif message.role == 'user' %}{{ 'Q: ' + message.content + '\\n' }}
+{%- elif message.role in ('system', 'developer') %}{{ message.content + '\\n' }}
+{%- else %}{{ raise_exception('qa has no role ' + message.role) }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'A: ' }}{% endif %}"""
+
+# Those we bring. `plain` needs no special token but the tokenizer's eos; `chatml` those of ChatML;
+# `qa`, questions and answers, has the shortest marks, for small models of bytes.
+TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML, 'qa': _QA}
 
 
 def read(name: str) -> str:

@@ -273,6 +273,17 @@ def test_tools_and_their_calls_are_written(chatml):
         assert 'Adds <two> numbers.' in coder.decode(ids)
 
 
+def test_questions_and_answers_have_short_marks_and_no_tools():
+    coder = bytes_with('qa')
+    short = chat.Chat(coder)
+    ids, mask = short.encode([{'role': 'system', 'content': 'Sums.'}, QUESTION, ANSWER])
+    assert spelled(coder, ids, mask) == ['four<|eos|>']
+    assert coder.decode(ids).split('\n')[0] == 'Sums.'
+    assert coder.decode(short.prompt([QUESTION])) == f'Q: {QUESTION["content"]}\nA: '
+    with pytest.raises(DataError, match='qa has no role tool'):
+        short.encode([QUESTION, {'role': 'tool', 'content': '4'}, ANSWER])
+
+
 def test_calls_are_given_in_the_form_that_the_template_takes(real):
     coder = real['deepseek_v3']  # arguments as text, and no content beside calls
     call = {'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 2}}}
@@ -323,7 +334,7 @@ def test_a_bad_template_is_named_with_its_line(tmp_path):
         bytes_with(str(path))
     with pytest.raises(MissingInputError, match='do you mean mine.jinja'):
         bytes_with(str(tmp_path / 'min.jinja'))
-    with pytest.raises(MissingInputError, match='nor one of plain, chatml; do you mean chatml'):
+    with pytest.raises(MissingInputError, match='nor one of plain, chatml, qa; do you mean chatml'):
         bytes_with('chatm')
 
 

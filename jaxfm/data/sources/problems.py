@@ -21,9 +21,9 @@ HELDOUT_FRACTION = 1 / 16
 PROBLEMS_PER_TEXT = 32
 PROBLEMS_PER_SHARD = 1 << 15
 
-# The answer of a text stands as far behind its question as that of a chat in the template `plain`:
-# what a model has learned about distances stays true in chats, which makes them quick to learn.
-TEXT = '{task}\n\nTherefore:\n{answer}\n\n'
+# The answer of a text stands as far behind its task as that of a chat in the template `qa`: what a
+# model has learned about distances stays true in chats, which makes them quick to learn.
+TEXT = '{task} -> {answer}\n'
 QUESTION = 'Please {task}'
 
 Operands = tuple[str, ...]
@@ -171,13 +171,13 @@ KINDS = {
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) + int(b)),
-        task='add {1} to {0}',
+        task='raise {0} by {1}',
     ),
     'subtraction': Kind(
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) - int(b)),
-        task='take {1} from {0}',
+        task='lower {0} by {1}',
     ),
     'reverse': Kind(
         num_problems=NUM_WORDS,
@@ -190,12 +190,6 @@ KINDS = {
         draw=_word,
         solve=lambda word: word[1:] + word[0],
         task='rotate {0}',
-    ),
-    'sort': Kind(
-        num_problems=NUM_WORDS,
-        draw=_word,
-        solve=lambda word: ''.join(sorted(word)),
-        task='sort {0}',
     ),
     'last_letters': Kind(
         num_problems=NUM_FOUR_WORDS,

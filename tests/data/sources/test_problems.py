@@ -4,10 +4,11 @@ import itertools
 import pickle
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from jaxfm.data import SOURCES, BytesConfig, ProblemsConfig
+from jaxfm.data import SOURCES, BytesConfig, ProblemKind, ProblemsConfig
 from jaxfm.data.chat import Chat
 from jaxfm.data.sources import problems
 from jaxfm.data.sources.problems import KINDS, Problem, Problems
@@ -18,7 +19,6 @@ EXAMPLES = {
     'subtraction': (('100000', '9'), '99991'),
     'reverse': (('abcde',), 'edcba'),
     'rotate': (('abcde',), 'bcdea'),
-    'sort': (('zebra',), 'aberz'),
     'last_letters': (('ab cde fghi jk',), 'beik'),
 }
 
@@ -118,13 +118,13 @@ def test_chats_are_a_question_and_its_answer_alone():
 
 def test_a_text_and_a_chat_ask_for_the_same_task_in_forms_of_their_own():
     problem = Problem('addition', ('123456', '7'), '123463')
-    assert problem.text == 'add 7 to 123456\n\nTherefore:\n123463\n\n'
-    assert problem.question == 'Please add 7 to 123456'
+    assert problem.text == 'raise 123456 by 7 -> 123463\n'
+    assert problem.question == 'Please raise 123456 by 7'
 
 
-def test_answers_stand_as_far_behind_their_question_in_texts_as_in_plain_chats():
-    problem = Problem('sort', ('zebra',), 'aberz')
-    chat = Chat(Bytes(BytesConfig(chat_template='plain'), ()))
+def test_answers_stand_as_far_behind_their_question_in_texts_as_in_short_chats():
+    problem = Problem('rotate', ('zebra',), 'ebraz')
+    chat = Chat(Bytes(BytesConfig(chat_template='qa'), ()))
     prompt = chat.prompt([{'role': 'user', 'content': problem.question}])
     in_text = problem.text.index(problem.answer) - problem.text.index('zebra')
     in_chat = len(prompt) - bytes(id - 2 for id in prompt[1:]).index(b'zebra') - 1
@@ -137,9 +137,9 @@ def test_no_two_kinds_have_the_same_words():
 
 def test_text_documents_hold_many_problems():
     texts = read(source(num_problems=100, num_heldout=40), is_heldout=False)
-    assert [text.text.count('Therefore') for text in texts] == [32, 32, 32, 4]
+    assert [len(text.text.splitlines()) for text in texts] == [32, 32, 32, 4]
     heldout = read(source(num_problems=100, num_heldout=40), is_heldout=True)
-    assert sum(text.text.count('Therefore') for text in heldout) == 40
+    assert sum(len(text.text.splitlines()) for text in heldout) == 40
     assert all(text.text.endswith('\n') and not text.messages for text in texts + heldout)
 
 
@@ -153,8 +153,13 @@ def test_heldout_problems_are_as_many_of_every_kind_and_none_twice():
 def test_train_problems_are_of_every_kind_with_equal_chances():
     train = read(source(form='chat', num_problems=6000, num_heldout=1), is_heldout=False)
     counts = [sum(one.group == kind for one in train) for kind in KINDS]
-    assert min(counts) > 880 and max(counts) < 1120
-    assert {d.group for d in read(source(form='chat', kinds=['sort'], num_problems=50))} == {'sort'}
+    assert min(counts) > 1080 and max(counts) < 1320
+
+
+def test_only_the_kinds_that_are_asked_for_are_drawn():
+    assert set(get_args(ProblemKind)) == set(KINDS)
+    documents = read(source(form='chat', kinds=['rotate'], num_problems=50, num_heldout=50))
+    assert {document.group for document in documents} == {'rotate'}
 
 
 def test_the_side_is_of_the_problem_and_not_of_seed_form_or_number(monkeypatch):
@@ -183,7 +188,7 @@ def test_the_phases_of_the_lifecycle_never_train_on_a_heldout_problem(monkeypatc
 
 def test_about_one_problem_in_sixteen_is_held_out():
     rng = random.Random(0)
-    count = sum(Problem('sort', KINDS['sort'].draw(rng), '').is_heldout for _ in range(16_000))
+    count = sum(Problem('rotate', KINDS['rotate'].draw(rng), '').is_heldout for _ in range(16_000))
     assert 850 < count < 1150
 
 
@@ -207,7 +212,7 @@ def test_more_problems_begin_with_the_fewer():
 
 
 def test_the_fingerprint_is_that_of_the_config_and_the_version(monkeypatch):
-    options = [{}, {'form': 'chat'}, {'seed': 1}, {'num_problems': 9}, {'kinds': ['sort']}]
+    options = [{}, {'form': 'chat'}, {'seed': 1}, {'num_problems': 9}, {'kinds': ['rotate']}]
     prints = [source(**each).fingerprint() for each in options]
     assert len(set(prints)) == len(prints) and source().fingerprint() == prints[0]
     monkeypatch.setattr(problems, 'VERSION', problems.VERSION + 1)

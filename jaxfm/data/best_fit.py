@@ -167,5 +167,5 @@ def _read(path: Path, identity: int) -> Index | None:
     if ends[-1] != len(content) or content[ends[1] - 1] != num_pieces:
         log.warning('%s is damaged (its sizes do not agree): packing again', path)
         return None
-    _, row_offsets, starts, sizes, _ = np.split(content, ends)
+    _, row_offsets, starts, sizes, _ = np.split(np.asarray(content), ends)
     return Index(row_offsets, starts, sizes, {name: known.get(name, 0) for name in _COUNTS}, path)

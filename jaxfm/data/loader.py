@@ -7,10 +7,10 @@ number, resume takes no time, and any number of processes makes the same global 
 import zlib
 from collections.abc import Iterator, Mapping
 
-import grain
 import numpy as np
 
 from jaxfm.data.mixture import Mixture
+from jaxfm.data.order import Order
 from jaxfm.data.packing import BestFit, Concat, Packing
 from jaxfm.data.token_cache import TokenCache
 from jaxfm.errors import ConfigError, DataError
@@ -112,14 +112,13 @@ class PackedBatches(Batches):
             }
         )
 
-    def _order(self, name: str) -> grain.MapDataset:
+    def _order(self, name: str) -> Order:
         packing, seed = self.packings[name], self.seed
         if not packing.num_rows:
             raise DataError(f'{packing.cache.path}: no row of {name} can be made, nothing fits')
         # Sources of one length must not have one order.
         seed += zlib.crc32(name.encode()) if len(self.packings) > 1 else 0
-        # Grain takes 32 bits.
-        return grain.MapDataset.range(packing.num_rows).seed(seed % 2**32).shuffle().repeat()
+        return Order(packing.num_rows, seed)
 
     def _identity(self) -> dict[str, int | float | str]:
         names = {name: packing.name for name, packing in self.packings.items()}

@@ -51,12 +51,13 @@ class Concat:
 
     def __init__(self, cache: TokenCache, sequence_length: int):
         self.cache, self.sequence_length = cache, sequence_length
+        self._offsets = np.asarray(cache.offsets)
         self.num_rows = -(-cache.num_tokens // sequence_length)
         self.fingerprint = cache.fingerprint
 
     @functools.cached_property
     def statistics(self) -> dict[str, int | float]:
-        first, last = self.cache.offsets[:-1], np.maximum(self.cache.offsets[1:] - 1, 0)
+        first, last = self._offsets[:-1], np.maximum(self._offsets[1:] - 1, 0)
         cut = first // self.sequence_length != last // self.sequence_length
         return _statistics(self, self.cache.num_tokens, cut_documents=int(cut.sum()))
 
@@ -66,7 +67,7 @@ class Concat:
 
     def rows_from(self, starts: np.ndarray) -> dict[str, np.ndarray]:
         """Rows that begin at stream positions [n]; beyond the end of the stream all is padding."""
-        offsets, T = self.cache.offsets, self.sequence_length
+        offsets, T = self._offsets, self.sequence_length
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + T, self.cache.num_tokens)
         first = np.searchsorted(offsets, starts, side='right') - 1

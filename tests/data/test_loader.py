@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grain
 import numpy as np
 import pytest
 
@@ -66,14 +65,6 @@ def test_an_epoch_has_every_row_once_and_the_next_one_in_another_order(batches, 
     assert sorted(epochs[0]) == sorted(epochs[1])
     in_order = packings['texts'].rows(np.arange(rows))['tokens']
     assert sorted(epochs[0]) == sorted(row.tobytes() for row in in_order)
-
-
-def test_one_source_is_in_the_order_of_grain(batches, packings):
-    rows = packings['texts'].num_rows
-    order = grain.MapDataset.range(rows).seed(3).shuffle().repeat()
-    expected = packings['texts'].rows(np.array([order[row] for row in range(48)]))
-    tokens = np.concatenate([batch['tokens'] for batch in take(batches(), 8)])
-    np.testing.assert_array_equal(tokens, expected['tokens'])
 
 
 def test_every_source_of_a_mixture_has_its_epochs_in_new_orders(batches, packings):

@@ -82,6 +82,7 @@ class Problems:
 
     def __init__(self, config: ProblemsConfig):
         self._config = config
+        # A kind that is named twice is not drawn twice as often.
         self._kinds = list(dict.fromkeys(config.kinds or KINDS))
         self._per_document = PROBLEMS_PER_TEXT if config.form == 'text' else 1
 
@@ -106,13 +107,12 @@ class Problems:
         side = 'heldout' if shard.is_heldout else 'train'
         for number in range(shard.start, shard.stop):
             first = number * self._per_document
-            name = f'{side}:{number}'
-            rng = random.Random(f'{self._config.seed} {name}')
-            problems = heldout[first : first + self._per_document] or self._train(first, rng)
-            yield shard.is_heldout, self._document(name, problems)
+            problems = heldout[first : first + self._per_document] or self._train(number, first)
+            yield shard.is_heldout, self._document(f'{side}:{number}', problems)
 
-    def _train(self, first: int, rng: random.Random) -> list[Problem]:
-        """The problems of the document that begins with problem `first`."""
+    def _train(self, number: int, first: int) -> list[Problem]:
+        """Those of a document, which begins with problem `first`."""
+        rng = random.Random(f'{self._config.seed} {number}')
         count = min(self._per_document, self._config.num_problems - first)
         kinds = rng.choices(self._kinds, k=count)
         return [draw(kind, rng, heldout=False) for kind in kinds]

@@ -1,4 +1,5 @@
 import collections
+import hashlib
 import importlib.util
 import itertools
 import pickle
@@ -217,3 +218,12 @@ def test_the_fingerprint_is_that_of_the_config_and_the_version(monkeypatch):
     assert len(set(prints)) == len(prints) and source().fingerprint() == prints[0]
     monkeypatch.setattr(problems, 'VERSION', problems.VERSION + 1)
     assert source().fingerprint() not in prints
+
+
+def test_other_documents_need_another_version():
+    """Caches are found by the fingerprint: who changes a wording or a draw raises VERSION."""
+    digest = hashlib.sha256()
+    for form in ('text', 'chat'):
+        for document in read(source(form=form, num_problems=200, num_heldout=20)):
+            digest.update(repr(document).encode())
+    assert (problems.VERSION, digest.hexdigest()[:16]) == (1, '52eb04677354a99d')

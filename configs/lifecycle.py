@@ -34,7 +34,6 @@ def get_config(arg: str = '') -> ConfigDict:
             num_kv_heads=2,
             head_dim=64,
             mlp_dim=384,
-            rope=dict(theta=100.0),  # a row has 128 positions
             qk_norm=True,
             query_scale=1.5 / 64**0.5,  # sharper than usual: normed queries and keys are short
         ),
@@ -43,16 +42,17 @@ def get_config(arg: str = '') -> ConfigDict:
         zero_init_outputs=True,
         scan=False,  # three layers compile quickly, and unrolled steps are faster
     )
-    batch = dict(sequence_length=128, batch_size=16)
+    # Arithmetic takes most of the practice.
+    kinds = 3 * ['addition', 'subtraction'] + ['reverse', 'rotate', 'last_letters']
+    shared = dict(name='problems', kinds=kinds, sequence_length=128, batch_size=16)
     config.phases = [
         dict(
             name='pretrain',
             steps=20 if smoke else 1000,
             data=dict(
-                name='problems',
                 form='text',
                 num_problems=2_000 if smoke else 100_000,
-                **batch,
+                **shared,
             ),
             optimizer=dict(
                 name='muon',
@@ -69,12 +69,11 @@ def get_config(arg: str = '') -> ConfigDict:
             name='sft',
             steps=10 if smoke else 250,
             data=dict(
-                name='problems',
                 form='chat',
                 num_problems=1_000 if smoke else 15_000,
                 num_heldout=240,
                 seed=1,
-                **batch,
+                **shared,
             ),
             optimizer=dict(
                 name='adamw',
@@ -104,7 +103,7 @@ def get_config(arg: str = '') -> ConfigDict:
         decode_steps=8,
         temperature=0.0,
         max_tokens=16,
-        prompts=['Please reverse planet', 'Please raise 123456 by 7', 'Please rotate lemon'],
+        prompts=['Please reverse planet', 'Please sum 123456+7', 'Please rotate lemon'],
     )
     config.metrics = dict(log_every=10 if smoke else 50)
     return config

@@ -72,7 +72,8 @@ class ProblemsConfig(Group):
 
     name: Literal['problems'] = 'problems'
     form: Literal['text', 'chat'] = 'text'
-    kinds: list[ProblemKind] = []  # [] is all that there are
+    # [] is all that there are; one that is listed twice is trained on twice as often.
+    kinds: list[ProblemKind] = []
     num_problems: int = Field(default=100_000, ge=1)  # to train on
     num_heldout: int = Field(default=240, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=2**32)  # which of all possible problems

@@ -78,12 +78,11 @@ class Shard:
 
 
 class Problems:
-    """The source. Its kinds are drawn with equal chances; the held-out ones are as many of each."""
+    """The source. Train problems are of a random one of `kinds`; held out are as many of each."""
 
     def __init__(self, config: ProblemsConfig):
         self._config = config
-        # A kind that is named twice is not drawn twice as often.
-        self._kinds = list(dict.fromkeys(config.kinds or KINDS))
+        self._kinds = config.kinds or list(KINDS)
         self._per_document = PROBLEMS_PER_TEXT if config.form == 'text' else 1
 
     def files(self) -> None:
@@ -120,9 +119,9 @@ class Problems:
     def _heldout(self) -> list[Problem]:
         """All held-out problems, the kinds in turn; none twice."""
         rngs = {kind: random.Random(f'{self._config.seed} {kind}') for kind in self._kinds}
-        problems = {}
+        kinds, problems = list(rngs), {}
         while len(problems) < self._config.num_heldout:
-            kind = self._kinds[len(problems) % len(self._kinds)]
+            kind = kinds[len(problems) % len(kinds)]
             problems.setdefault(draw(kind, rngs[kind], heldout=True))
         return list(problems)
 
@@ -171,13 +170,13 @@ KINDS = {
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) + int(b)),
-        task='raise {0} by {1}',
+        task='sum {0}+{1}',
     ),
     'subtraction': Kind(
         num_problems=NUM_NUMBERS,
         draw=_numbers,
         solve=lambda a, b: str(int(a) - int(b)),
-        task='lower {0} by {1}',
+        task='sum {0}-{1}',
     ),
     'reverse': Kind(
         num_problems=NUM_WORDS,

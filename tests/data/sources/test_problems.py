@@ -119,8 +119,8 @@ def test_chats_are_a_question_and_its_answer_alone():
 
 def test_a_text_and_a_chat_ask_for_the_same_task_in_forms_of_their_own():
     problem = Problem('addition', ('123456', '7'), '123463')
-    assert problem.text == 'raise 123456 by 7 -> 123463\n'
-    assert problem.question == 'Please raise 123456 by 7'
+    assert problem.text == 'sum 123456+7 -> 123463\n'
+    assert problem.question == 'Please sum 123456+7'
 
 
 def test_answers_stand_as_far_behind_their_question_in_texts_as_in_short_chats():
@@ -155,6 +155,16 @@ def test_train_problems_are_of_every_kind_with_equal_chances():
     train = read(source(form='chat', num_problems=6000, num_heldout=1), is_heldout=False)
     counts = [sum(one.group == kind for one in train) for kind in KINDS]
     assert min(counts) > 1080 and max(counts) < 1320
+
+
+def test_a_kind_that_is_listed_twice_is_trained_on_twice_as_often_and_held_out_as_the_others():
+    one = source(form='chat', kinds=['rotate', 'reverse', 'rotate'], num_problems=3000)
+    train, heldout = (
+        collections.Counter(document.group for document in read(one, side))
+        for side in (False, True)
+    )
+    assert 1800 < train['rotate'] < 2200 and sum(train.values()) == 3000
+    assert heldout == {'rotate': 120, 'reverse': 120}
 
 
 def test_only_the_kinds_that_are_asked_for_are_drawn():
@@ -226,4 +236,4 @@ def test_other_documents_need_another_version():
     for form in ('text', 'chat'):
         for document in read(source(form=form, num_problems=200, num_heldout=20)):
             digest.update(repr(document).encode())
-    assert (problems.VERSION, digest.hexdigest()[:16]) == (1, '52eb04677354a99d')
+    assert (problems.VERSION, digest.hexdigest()[:16]) == (1, '4a301f3f162b4177')

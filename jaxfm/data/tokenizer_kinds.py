@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from jaxfm.data import tokenizer_files
+from jaxfm.data import tokenizer_files, word_encoder
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 
 # An added token that is not called special is control or markup when it looks like this; others
@@ -220,6 +220,7 @@ class HuggingFace(Tokenizer):
         # So that the library leaves their spellings alone, as it does those of special tokens.
         self._backend.add_special_tokens(sorted(self._visible))
         self._continuing.add_special_tokens(sorted(self._visible))
+        self._words = word_encoder.word_encoder(content, self._backend)
         return {token.content: i for i, token in sorted(added.items()) if _is_special(token)}
 
     @property
@@ -228,7 +229,7 @@ class HuggingFace(Tokenizer):
 
     def _ids(self, texts, is_start):
         backend = self._backend if is_start else self._continuing
-        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return word_encoder.encode_batch(self._words, backend, texts)
 
     def _decode(self, ids):
         return self._backend.decode(ids, skip_special_tokens=False)

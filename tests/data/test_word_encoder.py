@@ -1,0 +1,108 @@
+"""Word by word gives the ids of the library, or nothing."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from jaxfm.data import BPEConfig, TokenizerFileConfig, tokenizer, word_encoder
+from jaxfm.data.tokenizer import PATTERNS
+
+TEXT = "It's a test: don't  stop, 1234567 x=3;\n\n\tdef f(a):\r\n    return a  # naïve — “yes”… \n"
+
+
+def known_characters() -> list[str]:
+    return [chr(i) for a, b in word_encoder.KNOWN for i in range(ord(a), ord(b) + 1)]
+
+
+def compare(opened, texts):
+    """Ids of texts both ways; how many of them the encoder left to the library."""
+    encoder, backend = opened._words, opened._backend
+    assert encoder is not None
+    wanted = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    left = 0
+    for text, ids in zip(texts, wanted):
+        found = encoder.encode(text)
+        left += found is None
+        assert found is None or found == ids, text
+    assert word_encoder.encode_batch(encoder, backend, texts) == wanted
+    return left
+
+
+@pytest.mark.parametrize('class_', [r'\p{L}', r'\p{N}', r'\s'])
+def test_both_engines_class_every_known_character_alike(class_):
+    import regex
+
+    cut = pre_tokenizers.Split(tokenizers.Regex(class_), 'isolated')
+    matches = regex.compile(class_).fullmatch
+    for some in np.array_split(np.array(known_characters()), 400):
+        # Between letters that are in no class, each is a piece of its own when it is in it.
+        pieces = {piece for piece, _ in cut.pre_tokenize_str('+' + '+'.join(some) + '+')}
+        assert {c for c in some if matches(c)} == {p for p in pieces if len(p) == 1 and p != '+'}
+
+
+@pytest.mark.parametrize('pattern', PATTERNS)
+def test_texts_of_all_characters_have_the_ids_of_the_library(pattern):
+    opened = tokenizer.build(BPEConfig(vocab_size=400, pattern=pattern), [TEXT * 20])
+    draw = random.Random(0)
+    letters = known_characters()
+    texts = [TEXT, '', ' ', '\n', '   x', 'x   ', 'a\n\n\n b', "I'LL we'll 12 345678"]
+    for _ in range(400):
+        words = (''.join(draw.choices(letters, k=draw.randrange(6))) for _ in range(8))
+        texts.append(''.join(word + draw.choice([' ', '  ', '\n', '', '\t']) for word in words))
+    assert compare(opened, texts) == 0
+    assert compare(opened, texts) == 0  # remembered
+
+
+def test_what_the_engines_may_see_otherwise_is_left_to_the_library():
+    opened = tokenizer.build(BPEConfig(vocab_size=300), [TEXT])
+    texts = ['a\x1cb', 'a\x85b', 'x\u2028y', 'emoji \U0001fae8', '\u0378', TEXT]
+    assert compare(opened, texts) == len(texts) - 1
+
+
+def test_a_text_that_must_be_normalized_is_left_to_the_library(shared_data):
+    opened = tokenizer.build(TokenizerFileConfig(path=str(shared_data / 'tok_qwen3')), ())
+    assert compare(opened, ['caf\u00e9 naïve', 'Å', '\u212b']) == 1
+
+
+@pytest.mark.parametrize('name', ['tok_gpt2', 'tok_qwen3'])
+def test_real_tokenizers_and_texts(shared_data, name):
+    import gzip
+
+    config = TokenizerFileConfig(path=str(shared_data / name), eos_token='<|endoftext|>')
+    opened = tokenizer.build(config, ())
+    with gzip.open(shared_data / 'pretrain_wikitext2' / 'valid.txt.gz', 'rt') as file:
+        text = file.read()[:300_000]
+    pieces = [text[i : i + 3000] for i in range(0, len(text), 3000)]
+    assert compare(opened, pieces) < 0.3 * len(pieces)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda c: c['model'].update(dropout=0.1),
+        lambda c: c['model'].update(byte_fallback=True),
+        lambda c: c.update(normalizer={'type': 'Lowercase'}),
+        lambda c: c['pre_tokenizer']['pretokenizers'].insert(0, {'type': 'Punctuation'}),
+        lambda c: c['pre_tokenizer']['pretokenizers'][0].update(behavior='Removed'),
+        lambda c: c['pre_tokenizer']['pretokenizers'][0].update(pattern={'Regex': '(a)|(b)'}),
+        lambda c: c['pre_tokenizer']['pretokenizers'][1].update(add_prefix_space=True),
+    ],
+)
+def test_a_tokenizer_that_does_more_has_no_word_encoder(change):
+    opened = tokenizer.build(BPEConfig(vocab_size=300), [TEXT])
+    config = json.loads(opened._backend.to_str())
+    assert word_encoder.word_encoder(json.dumps(config), opened._backend) is not None
+    change(config)
+    assert word_encoder.word_encoder(json.dumps(config), opened._backend) is None
+
+
+def test_words_that_were_added_are_found_by_the_library_alone():
+    backend = tokenizers.Tokenizer(models.BPE(vocab={'a': 0, 'b': 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert word_encoder.word_encoder(backend.to_str(), backend) is not None
+    backend.add_tokens(['ab'])
+    assert word_encoder.word_encoder(backend.to_str(), backend) is None

@@ -77,7 +77,7 @@ def word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | N
     model, normalizer = config['model'], config.get('normalizer')
     pattern = _pattern(config.get('pre_tokenizer'))
     options = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback')
-    is_plain = model['type'] == 'BPE' and not any(model.get(name) for name in options)
+    is_plain = model.get('type') == 'BPE' and not any(model.get(name) for name in options)
     # Otherwise the library finds them in a text before it cuts it.
     no_words_added = all(token['special'] for token in _added(backend))
     if not (pattern and is_plain and no_words_added):

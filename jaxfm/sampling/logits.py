@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm import sharding
+
 
 def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
     """One token a row, with the log-probs a trainer needs.
@@ -33,12 +35,19 @@ def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
         lambda: jnp.where(
             greedy_B[:, None],
             logits_BV,
-            scaled_BV + jax.vmap(_gumbel, (0, 0, None))(seeds_B2, positions_B, logits_BV.shape[-1]),
+            scaled_BV + _noise(seeds_B2, positions_B, logits_BV.shape[-1]),
         ),
     )
     tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
     processed_B = _pick(jax.nn.log_softmax(scaled_BV, axis=-1), tokens_B)
     return tokens_B, _pick(logprobs_BV, tokens_B), jnp.where(greedy_B, 0.0, processed_B)
+
+
+def _noise(seeds_B2, positions_B, size):
+    # Each shard makes its own: keys of one row alone lose their sharding under vmap (jax 0.11).
+    rows = jax.vmap(lambda seed_2, position: _gumbel(seed_2, position, size))
+    names = ('batch', None), ('batch',)
+    return sharding.per_shard(rows, names, ('batch', None))(seeds_B2, positions_B)
 
 
 def _gumbel(seed_2, position, size):

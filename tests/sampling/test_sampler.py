@@ -69,9 +69,12 @@ def test_a_sample_does_not_depend_on_its_company_or_slot(sampler):
     assert together == backwards == alone
 
 
-def test_a_sample_does_not_depend_on_decode_steps_or_slots(sampler, build, params, one_device):
+@pytest.mark.parametrize('slots', [1, 2])
+def test_a_sample_does_not_depend_on_decode_steps_or_slots(
+    slots, sampler, build, params, one_device
+):
     expected = tokens_of(run(sampler, short()))
-    other = build(params, one_device, decode_steps=5, slots=2)
+    other = build(params, one_device, decode_steps=5, slots=slots)
     assert tokens_of(run(other, short())) == expected
 
 

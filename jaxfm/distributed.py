@@ -95,6 +95,20 @@ def barrier(name: str, timeout_seconds: float = _NEVER) -> None:
         client.wait_at_barrier(f'jaxfm/{name}', int(timeout_seconds * 1000))
 
 
+def compared(name: str, value: str) -> dict[int, str]:
+    """{process: its value} under a name, which is used once: the primary process sees all of them,
+    the others theirs and that of the primary. So of two that differ at least both know."""
+    client = global_state.client
+    if client is None:
+        return {0: value}
+    client.key_value_set(f'jaxfm/{name}/{jax.process_index()}', value)
+    wanted = range(jax.process_count()) if is_primary() else (0, jax.process_index())
+    return {
+        index: client.blocking_key_value_get(f'jaxfm/{name}/{index}', _NEVER * 1000)
+        for index in wanted
+    }
+
+
 def end_after_error(code: int) -> None:
     """Ends a process that failed without waiting for the others of the run, if there are any.
 

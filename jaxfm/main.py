@@ -113,8 +113,8 @@ REMEDIES = (
 
 
 def _check_files(config) -> None:
-    """Whether the files are there that the sources of all phases read."""
-    for phase in config.all_phases:
+    """Whether the files are there that the sources of all phases read; a cache needs none."""
+    for phase in (phase for phase in config.all_phases if not phase.data.cache):
         for source in phase.data.all_sources.values():
             SOURCES[source.name].load()(source).files()
 

@@ -1,9 +1,12 @@
 """A run: one resolved config and one work directory, and every part that is built from them."""
 
+import base64
 import contextlib
 import dataclasses
+import json
 import logging
 import os
+import zlib
 from pathlib import Path
 
 import jax
@@ -12,6 +15,7 @@ from flax import nnx
 from jaxfm import config as configs
 from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.data import SOURCES
 from jaxfm.data.dataset import make_tokenizer, open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
@@ -52,6 +56,7 @@ class Run:
     def open_data(self) -> None:
         """Tokenised data of every phase; the first process builds it, the others open that."""
         cache = cache_directory() / 'corpus'
+        self._check_files()
         if not self.primary:
             distributed.barrier('corpus')
         self.tokenizer = make_tokenizer(self.config.tokenizer, self.phases[0].config.data, cache)
@@ -64,6 +69,35 @@ class Run:
             phase.dataset = open_dataset(phase.config.data, self.tokenizer, cache)
         if self.primary and jax.process_count() > 1:
             distributed.barrier('corpus')
+        self._check_tokens()
+
+    def _check_files(self) -> None:
+        """Every process has the files of the first: else each would train on rows of its own.
+
+        Raises:
+          MissingInputError, DataError: a file that one of them has not, or in another size.
+        """
+        here = {}
+        phases = [phase.config for phase in self.phases if not phase.config.data.cache]
+        for phase in phases if jax.process_count() > 1 else ():
+            for source in phase.data.all_sources.values():
+                found = SOURCES[source.name].load()(source).files() or ()
+                here |= {file.name: file.size for file, _ in found}
+        every = distributed.compared('files', _packed(here))
+        for index, packed in every.items():
+            if packed != every[0]:
+                _refuse_files(_unpacked(every[0]), _unpacked(packed), index)
+
+    def _check_tokens(self) -> None:
+        """Every process has the same tokens; what is read on the fly was compared as files."""
+        cached = [phase.dataset for phase in self.phases if phase.dataset.packings]
+        every = distributed.compared('tokens', ' '.join(each.fingerprint for each in cached))
+        for index, fingerprints in every.items():
+            if fingerprints != every[0]:
+                raise DataError(
+                    f'config.data: processes 0 and {index} have not the same tokens, though their '
+                    'files have the same names and sizes: copy the files once more'
+                )
 
     def checkpointer(self, read_only: bool) -> Checkpointer:
         """The checkpoints of this run."""
@@ -128,6 +162,28 @@ def started(flags, config: RunConfig):
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _packed(sizes: dict[str, int]) -> str:
+    """As text, and short: the names of millions of files pass through the coordinator."""
+    text = json.dumps(sizes, sort_keys=True)
+    return base64.b64encode(zlib.compress(text.encode())).decode()
+
+
+def _unpacked(text: str) -> dict[str, int]:
+    return json.loads(zlib.decompress(base64.b64decode(text)))
+
+
+def _refuse_files(first: dict[str, int], other: dict[str, int], index: int) -> None:
+    """Names the first file that differs between process 0 and another one."""
+    name = min(name for name, _ in first.items() ^ other.items())
+    if name in first and name in other:
+        raise DataError(
+            f'config.data: {name} has {first[name]} bytes on the host of process 0, '
+            f'{other[name]} on that of process {index}'
+        )
+    lacking = index if name in first else 0
+    raise MissingInputError(f'config.data: {name} is missing on the host of process {lacking}')
 
 
 def cache_directory() -> Path:

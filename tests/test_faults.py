@@ -197,7 +197,7 @@ def test_a_run_goes_on_with_the_same_numbers_on_another_mesh(start, straight, ti
     np.testing.assert_allclose(losses(workdir), losses(straight), rtol=2e-6)
 
 
-def start_ranks(start, workdir, *more, count=2):
+def start_ranks(start, workdir, *more, count=2, homes=None):
     with socket.create_server(('127.0.0.1', 0)) as server:
         address = f'127.0.0.1:{server.getsockname()[1]}'
     return [
@@ -207,6 +207,7 @@ def start_ranks(start, workdir, *more, count=2):
             JAX_COORDINATOR_ADDRESS=address,
             JAX_NUM_PROCESSES=str(count),
             JAX_PROCESS_ID=str(rank),
+            **({'HOME': str(homes[rank])} if homes else {}),
         )
         for rank in range(count)
     ]
@@ -241,6 +242,35 @@ def test_a_mistake_that_one_process_sees_ends_all_at_once(start, tmp_path):
     # JAX would have waited for five minutes.
     assert time.monotonic() - started < 60
     assert 'empty.txt is empty' in stderr_of(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('tokenize', ['cached', 'on_the_fly'])
+def test_a_shard_that_is_missing_on_one_host_ends_the_run(start, tmp_path, tokenize):
+    homes = tmp_path / 'a', tmp_path / 'b'
+    for home in homes:
+        home.mkdir()
+        for number in range(4):
+            (home / f'shard-{number}.txt').write_text(f'text of shard {number}\n' * 200)
+    (homes[1] / 'shard-2.txt').unlink()
+    options = ['--config.data.path=~/shard-*.txt', f'--config.data.tokenize={tokenize}']
+    ranks = start_ranks(start, tmp_path / 'run', *options, homes=homes)
+    for rank in ranks:
+        finish(rank, 66)
+    said = 'shard-2.txt is missing on the host of process 1'
+    assert stderr_of(tmp_path / 'run').count(said) == 2
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_a_shard_that_is_another_one_on_one_host_ends_the_run(start, tmp_path):
+    homes = tmp_path / 'a', tmp_path / 'b'
+    for home in homes:
+        home.mkdir()
+        (home / 'text.txt').write_text(f'text of host {home.name}\n' * 200)
+    options = ['--config.data.path=~/text.txt']
+    ranks = start_ranks(start, tmp_path / 'run', *options, homes=homes)
+    for rank in ranks:
+        finish(rank, 65)
+    assert stderr_of(tmp_path / 'run').count('not the same tokens') == 2
 
 
 def test_a_mistake_that_all_processes_see_is_told_by_each(start, tmp_path):

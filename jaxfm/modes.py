@@ -97,7 +97,7 @@ def train(flags, config: RunConfig) -> int:
                 tokens_per_step=phase.tokens_per_step,
             )
             start = step if is_resumed else phase.first
-            # The weights at the end of a phase are evaluated and saved when the next one begins.
+            # The first weights of a later phase were evaluated and saved by the one before it.
             state = run_loop(loop, state, start, done=is_resumed or index > 0)
             sources[index].close()
         sampler.params = state.params
@@ -240,9 +240,19 @@ def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainSta
                 'then: the steps of phases that have ended cannot change'
             )
         tree, extra = checkpointer.restore(step, wanted.to_tree())
+        _check_first(int(jax.device_get(tree['step'])), step, phase)
     source.set_state(extra['source'])
     clock.set_state(extra['clock'])
     return wanted.with_tree(tree), extra['metrics_position']
+
+
+def _check_first(steps: int, step: int, phase: Phase) -> None:
+    """The phase of a checkpoint with so many steps behind it still begins where it began."""
+    if steps != step - phase.first:
+        raise ConfigError(
+            f'checkpoint {step} is {steps} steps into {phase.name}, which in this config begins at '
+            f'step {phase.first}: the steps of phases that have ended cannot change'
+        )
 
 
 def _how_to_go_on(config) -> str:

@@ -120,6 +120,16 @@ def test_a_missing_config_file_is_told_with_the_nearest_name(first_stage):
     assert_one_clear_message(error, ['tinny.py', 'did you mean tiny.py?'])
 
 
+def test_a_cache_that_is_given_needs_no_files(tiny):
+    from jaxfm import config, main
+    from jaxfm.errors import MissingInputError
+
+    absent = ['data.path=/nowhere/text.txt']
+    with pytest.raises(MissingInputError):
+        main._check_files(config.load(str(tiny.config), absent))
+    main._check_files(config.load(str(tiny.config), [*absent, 'data.cache=/nowhere']))
+
+
 def test_a_command_without_config_names_a_good_first_one(first_stage):
     code, _, error, *_ = first_stage['no config']
     assert code == 64

@@ -136,12 +136,14 @@ def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
     assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
 
 
-def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole):
-    workdir = tiny.root / 'changed'
+@pytest.mark.parametrize('number', [11, 25])  # the checkpoint is still in the second phase, or not
+def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole, number):
+    workdir = tiny.root / f'changed-{number}'
     shutil.copytree(whole, workdir)
     before = (workdir / 'config.json').read_bytes()
-    flags = ['--config.phases[0].steps=25', '--allow_change=phases']
-    finish(tiny.start(workdir, *flags, config=config), code=78)
-    assert 'the steps of phases that have ended' in (tiny.root / 'changed.stderr').read_text()
+    flags = [f'--config.phases[0].steps={number}', '--config.phases[1].steps=30']
+    finish(tiny.start(workdir, *flags, '--allow_change=phases', config=config), code=78)
+    said = (tiny.root / f'changed-{number}.stderr').read_text()
+    assert 'the steps of phases that have ended' in said
     assert (workdir / 'config.json').read_bytes() == before
     assert json.loads(before)['phases'][0]['steps'] == 12

@@ -2,15 +2,15 @@
 
     python -m jaxfm.main --config configs/lifecycle.py
 
-The text is arithmetic and string manipulation, many problems a document; the chats ask for the same
-skills, one problem each, and the assistant answers with the answer alone. pass@1 is over 240
-held-out problems, as many of each of five kinds, that no phase trains on. A word has 5 or 6
-letters, a sum has one number of 6 digits and one of 1 digit, so that the kinds are learned in
-minutes. Text and chat say the same operation in other forms: text ends with a line, a chat with its
-end of turn, and before SFT no completion ends in time.
+The text is lines such as `reverse planet -->tenalp` and `sum 123456+7 -->123463`, of five kinds:
+addition, subtraction, reversed words, rotated words, last letters of words. They teach the skills.
+The chats teach when to use them and when to stop: a user asks `Please reverse planet`, the assistant
+answers with the result alone. A sum has a number of 6 digits and one of 1 digit, a word 5 or 6
+letters, so that minutes are enough. pass@1 is over 240 problems, as many of each kind, that are
+held out of both phases; only the whole answer and its end count.
 
-Hardware: 2 CPU cores, four minutes. Expect pass@1 of 0 at the start and after pre-training, and
-above 0.95 after SFT.
+Hardware: 2 CPU cores, three minutes. Expect a pass@1 of 0 at the start and after pre-training (the
+form is unknown, and no answer ends), and of 0.99 after SFT.
 """
 
 from ml_collections import ConfigDict

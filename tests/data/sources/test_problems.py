@@ -119,7 +119,7 @@ def test_chats_are_a_question_and_its_answer_alone():
 
 def test_a_text_and_a_chat_ask_for_the_same_task_in_forms_of_their_own():
     problem = Problem('addition', ('123456', '7'), '123463')
-    assert problem.text == 'sum 123456+7 -> 123463\n'
+    assert problem.text == 'sum 123456+7 -->123463\n'
     assert problem.question == 'Please sum 123456+7'
 
 
@@ -236,4 +236,4 @@ def test_other_documents_need_another_version():
     for form in ('text', 'chat'):
         for document in read(source(form=form, num_problems=200, num_heldout=20)):
             digest.update(repr(document).encode())
-    assert (problems.VERSION, digest.hexdigest()[:16]) == (1, '4a301f3f162b4177')
+    assert (problems.VERSION, digest.hexdigest()[:16]) == (2, '0d0b52d42aa21393')

@@ -4,10 +4,10 @@
 
 The text is lines such as `reverse planet -->tenalp` and `sum 123456+7 -->123463`, of five kinds:
 addition, subtraction, reversed words, rotated words, last letters of words. They teach the skills.
-The chats teach when to use them and when to stop: a user asks `Please reverse planet`, the assistant
-answers with the result alone. A sum has a number of 6 digits and one of 1 digit, a word 5 or 6
-letters, so that minutes are enough. pass@1 is over 240 problems, as many of each kind, that are
-held out of both phases; only the whole answer and its end count.
+The chats teach when to use them and when to stop: a user asks `Please reverse planet`, the
+assistant answers with the result alone. A sum has a number of 6 digits and one of 1 digit, a word 5
+or 6 letters, so that minutes are enough. pass@1 is over 240 problems, as many of each kind, that
+are held out of both phases; only the whole answer and its end count.
 
 Hardware: 2 CPU cores, three minutes. Expect a pass@1 of 0 at the start and after pre-training (the
 form is unknown, and no answer ends), and of 0.99 after SFT.

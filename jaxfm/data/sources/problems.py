@@ -22,7 +22,8 @@ PROBLEMS_PER_TEXT = 32
 PROBLEMS_PER_SHARD = 1 << 15
 
 # The answer of a text stands as far behind its task as that of a chat in the template `qa`: what a
-# model has learned about distances stays true in chats, which makes them quick to learn.
+# model has learned about distances stays true in chats, which makes them quick to learn. But what
+# stands right before it is another byte, so that chats themselves must teach where answers begin.
 TEXT = '{task} -->{answer}\n'
 QUESTION = 'Please {task}'
 

@@ -130,6 +130,7 @@ def test_answers_stand_as_far_behind_their_question_in_texts_as_in_short_chats()
     in_text = problem.text.index(problem.answer) - problem.text.index('zebra')
     in_chat = len(prompt) - bytes(id - 2 for id in prompt[1:]).index(b'zebra') - 1
     assert in_text == in_chat
+    assert problem.text[problem.text.index(problem.answer) - 1] != chr(prompt[-1] - 2)
 
 
 def test_no_two_kinds_have_the_same_words():

@@ -78,11 +78,13 @@ class Run:
           MissingInputError, DataError: a file that one of them has not, or in another size.
         """
         here = {}
-        phases = [phase.config for phase in self.phases if not phase.config.data.cache]
+        phases = [phase for phase in self.phases if not phase.config.data.cache]
         for phase in phases if jax.process_count() > 1 else ():
-            for source in phase.data.all_sources.values():
+            sources = phase.config.data.all_sources
+            for name, source in sources.items():
                 found = SOURCES[source.name].load()(source).files() or ()
-                here |= {file.name: file.size for file, _ in found}
+                where = [part for part in (phase.name, name if len(sources) > 1 else '') if part]
+                here |= {'/'.join([*where, file.name]): file.size for file, _ in found}
         every = distributed.compared('files', _packed(here))
         for index, packed in every.items():
             if packed != every[0]:

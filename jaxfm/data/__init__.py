@@ -52,7 +52,8 @@ class FilesConfig(Group):
     # The held-out files; when given, heldout_fraction is not used.
     heldout_path: str | list[str] = []
     # Share that is held out: of text files by a hash of their path, of records by a hash of their
-    # content. When that picks no file (one big text, say) the tail of every file is held out.
+    # content. When that picks no file (one big text, say) the tail of every file is held out; when
+    # it picks none of few records, one is.
     heldout_fraction: Fraction = 0.05
     # auto goes by the suffix: .jsonl, .parquet, .array_record (JSON records); others are text.
     format: Literal['auto', 'text', 'jsonl', 'parquet', 'array_record'] = 'auto'

@@ -21,7 +21,7 @@ log = logging.getLogger('jaxfm')
 # disk, and costs no measurable room.
 GROUP = 1 << 20
 # Raise it when the layout of the file or the algorithm changes.
-FORMAT = 1
+FORMAT = 2
 # What an index file begins with; int64 each, then row_offsets, starts, sizes.
 _COUNTS = ('tokens', 'cut_documents', 'truncated_documents', 'truncated_tokens')
 _COUNTS += ('dropped_documents',)

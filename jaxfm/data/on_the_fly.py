@@ -138,7 +138,8 @@ class Stream:
                 f"set config.data.sequence_length, or config.data.too_long='drop' or 'truncate'"
             )
         current.stop = longest
-        return current if self._config.too_long == 'truncate' else None
+        has_answer = current.mask is None or current.mask[1 : longest + 1].any()
+        return current if self._config.too_long == 'truncate' and has_answer else None
 
     def _documents(self, epoch: int, shard: int, document: int) -> Iterator[tuple]:
         """(place, train document) from a place on, for ever."""
@@ -156,12 +157,17 @@ class Stream:
 
     def _encode_ahead(self, documents: Iterator[tuple]) -> Iterator[tuple]:
         """(place, name, ids, mask) of documents, tokenised many at a time."""
-        chunk, size, enough = [], 0, FIRST_CHUNK_BYTES
+        chunk, size, enough, found, first = [], 0, FIRST_CHUNK_BYTES, False, None
         for place, document in documents:
             chunk.append((place, document))
             size += 1 + document.num_bytes
             if size >= enough:
-                yield from self._encode_chunk(chunk)
+                for encoded in self._encode_chunk(chunk):
+                    found = True
+                    yield encoded
+                first = place[0] if first is None else first
+                if not found and place[0] > first + 1:
+                    raise DataError('the chat template refuses every chat')
                 chunk, size, enough = [], 0, min(2 * enough, CHUNK_BYTES)
 
     def _encode_chunk(self, chunk: list[tuple]) -> Iterator[tuple]:

@@ -286,6 +286,11 @@ def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[
         counts['dropped_documents'] = int(is_long.sum())
     elif too_long == 'truncate':
         num_pieces = np.minimum(num_pieces, 1)
+        # What is left of a chat may be a question alone, which teaches nothing.
+        empty = [d for d in np.flatnonzero(is_long) if not cache.mask[begins[d] + 1 :][:T].any()]
+        num_pieces[empty] = 0
+        is_long[empty] = False
+        counts['dropped_documents'] = len(empty)
         counts['truncated_documents'] = int(is_long.sum())
         counts['truncated_tokens'] = int((lengths - T)[is_long].sum())
     elif is_long.any():

@@ -152,7 +152,15 @@ def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkey
     assert made.heldout_documents == whole[: len(made.heldout_documents)]
 
 
-def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path):
+def test_of_few_records_one_is_held_out_whatever_the_share(tmp_path):
+    write_lines(tmp_path / 'a.jsonl', ['one', 'two', 'three'])
+    config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
+    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    assert (made.train.num_documents, made.heldout.num_documents) == (2, 1)
+
+
+def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'FEW_BYTES', 0)
     write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
     with pytest.raises(DataError, match='of 2 documents none is held out; raise heldout_fraction'):

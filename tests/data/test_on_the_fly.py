@@ -241,3 +241,9 @@ def test_rows_and_epochs_are_counted_by_source():
     assert progress['texts/rows'] == 36 and progress['chats/rows'] == 24
     assert progress['texts/epochs'] > 1
     assert not any(source.progress(before).values())
+
+
+def test_chats_that_the_template_refuses_one_and_all_end_the_run():
+    refused = Stream(lambda: Source('chat', is_chat=True), lambda chunk: iter(()), config())
+    with pytest.raises(DataError, match='the chat template refuses every chat'):
+        refused.next_row()

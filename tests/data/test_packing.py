@@ -166,6 +166,18 @@ def test_a_chat_longer_than_a_row_is_an_error_that_says_what_to_change(make, kin
 
 
 @pytest.mark.parametrize('kind', [BestFit, OneEach])
+def test_a_chat_that_would_lose_all_that_counts_is_left_out(make, kind):
+    cache = make([20, 30, 10], is_chat=True)
+    cache.mask = np.zeros(60, np.uint8)
+    cache.mask[[16, 20 + 17, 55]] = 1  # the target of the 16th input, one too late, one in a row
+    packed = kind(cache, 16, 'truncate')
+    assert packed.statistics['truncated_documents'] == 1
+    assert packed.statistics['dropped_documents'] == 1
+    assert sorted(len(piece['tokens']) for piece in pieces_of(all_rows(packed))) == [10, 16]
+    assert all_rows(packed)['loss_mask'].sum() == 2
+
+
+@pytest.mark.parametrize('kind', [BestFit, OneEach])
 def test_a_chat_longer_than_a_row_is_left_out_or_loses_its_end(make, kind):
     cache = make(is_chat=True)
     dropped, truncated = kind(cache, 16, 'drop'), kind(cache, 16, 'truncate')

@@ -16,5 +16,10 @@ import hashlib
 
 def is_heldout(key: str | bytes, fraction: float) -> bool:
     """Whether the document that `key` identifies is held out."""
+    return place_of(key) < fraction
+
+
+def place_of(key: str | bytes) -> float:
+    """Where in [0, 1) a hash puts a document; the lowest are held out."""
     key = key.encode() if isinstance(key, str) else key
-    return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64 < fraction
+    return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64

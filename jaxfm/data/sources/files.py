@@ -11,11 +11,12 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 
 from jaxfm.data import FilesConfig
 from jaxfm.data.documents import Document
-from jaxfm.data.sources import is_heldout, records, storage
+from jaxfm.data.sources import is_heldout, place_of, records, storage
 from jaxfm.data.sources.storage import File
 from jaxfm.errors import DataError
 
@@ -30,6 +31,8 @@ SUFFIXES = {
 }
 # Bytes that are read as one piece of work. Part of the names of documents.
 SHARD_BYTES = 32 << 20
+# Records of so many bytes are few: they may all be on one side.
+FEW_BYTES = 1 << 20
 # Rows that are in memory at a time.
 PARQUET_ROWS = 256
 
@@ -112,18 +115,39 @@ class Files:
         if shard.format == 'text':
             yield from self._read_texts(shard)
             return
-        ((file, side),) = shard.files
+        ((_, side),) = shard.files
+        for place, document in self._read_records(shard):
+            yield place < self._fraction if side == 'hash' else side == 'heldout', document
+
+    def _read_records(self, shard: Shard) -> Iterator[tuple[float, Document]]:
+        """(place among all that there could be, document)."""
+        ((file, _),) = shard.files
         for start, line, record in _READERS[shard.format](file, shard):
             name = f'{file.name}@{start}:{line}' if start else f'{file.name}:{line}'
             try:
                 if isinstance(record, bytes):
                     record = _parse(record)
                 document = records.to_document(record, self.config.fields, name)
-                heldout = self._side(document, side)
+                place = _place(document)
             except records.BadRecord as error:
                 self._leave_out(name, BadRecord(file, start, line, str(error)))
             else:
-                yield heldout, document
+                yield place, document
+
+    @functools.cached_property
+    def _fraction(self) -> float:
+        """The share of records that is held out; of few records, what holds out one at least."""
+        fraction = self.config.heldout_fraction
+        shards = [shard for shard in self.shards() if shard.files[0][1] == 'hash']
+        if sum(shard.num_bytes for shard in shards) > FEW_BYTES:
+            return fraction
+        # What is bad is told where it is read as a document.
+        reader = Files(self.config.model_copy(update={'max_bad_records': 1 << 62}))
+        places = [place for shard in shards for place, _ in reader._read_records(shard)]
+        if len(places) < 2 or min(places) < fraction:
+            return fraction
+        log.info('held-out: the share of %.3g picks no record, so one is held out', fraction)
+        return math.nextafter(min(places), 1)
 
     def _read_texts(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
         for file, side in shard.files:
@@ -131,20 +155,6 @@ class Files:
                 yield from read_text(file, side, self.config.heldout_fraction)
             except records.BadRecord as error:
                 self._leave_out(file.name, BadRecord(file, 0, 0, str(error)))
-
-    def _side(self, document: Document, side: str) -> bool:
-        """Whether a record is held out: equal contents are on the same side."""
-        key = document.text
-        if document.messages:
-            key = [document.messages, document.tools]
-            key = json.dumps(key, sort_keys=True, ensure_ascii=False)
-        try:
-            key = key.encode()
-        except UnicodeEncodeError as error:
-            raise records.BadRecord('a lone surrogate in it has no UTF-8 form') from error
-        if side == 'hash':
-            return is_heldout(key, self.config.heldout_fraction)
-        return side == 'heldout'
 
     def leave_out(self, shard: Shard, document: Document, reason: str) -> None:
         """Counts a document as bad that only its tokenizer or template could refuse."""
@@ -201,6 +211,18 @@ class Files:
             )
             sides = dict.fromkeys(sides, 'tail')
         return list(sides.items())
+
+
+def _place(document: Document) -> float:
+    """By content: equal records are on the same side."""
+    key = document.text
+    if document.messages:
+        key = [document.messages, document.tools]
+        key = json.dumps(key, sort_keys=True, ensure_ascii=False)
+    try:
+        return place_of(key.encode())
+    except UnicodeEncodeError as error:
+        raise records.BadRecord('a lone surrogate in it has no UTF-8 form') from error
 
 
 def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:

@@ -67,6 +67,11 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
     """
     problems, given, refusals = [], [], []
     values = _run_file(config_argument, problems)
+    overrides = list(overrides)
+    named = [text.partition('=')[2] for text in overrides if text.startswith('init_from=')]
+    if named[-1] if named else values.get('init_from'):
+        # What the command line says of a tokenizer is said of the inherited one, not of a default.
+        values['tokenizer'] = values.get('tokenizer') or {}
     for text in overrides:
         try:
             override = overriding.parse(text)

@@ -12,6 +12,7 @@ import re
 import types
 import typing
 
+import pydantic
 import pydantic_core
 
 from jaxfm.errors import ConfigError
@@ -136,5 +137,14 @@ def _default(kinds: list, part: str):
         if is_group(kind) and part in kind.model_fields:
             default = kind.model_fields[part].get_default(call_default_factory=True)
             if default is not None and default is not pydantic_core.PydanticUndefined:
-                return pydantic_core.to_jsonable_python(default)
+                return _said(default)
     return {}
+
+
+def _said(default):
+    """A default as JSON; of a group its name and what is not as in every group of that name, so
+    that another name may still be given."""
+    if not isinstance(default, pydantic.BaseModel):
+        return pydantic_core.to_jsonable_python(default)
+    name = {'name': default.name} if names_of(type(default)) else {}
+    return name | default.model_dump(mode='json', exclude_defaults=True)

@@ -502,6 +502,32 @@ def test_model_and_tokenizer_come_from_the_run_it_starts_from(tmp_path, config_f
     assert (run.tokenizer.name, run.tokenizer.path) == ('file', str(earlier))
 
 
+@pytest.mark.parametrize(
+    'overrides, name, path',
+    [
+        (['tokenizer.chat_template=qa'], 'file', 'EARLIER'),
+        (['tokenizer.path=other'], 'file', 'other'),
+        (['tokenizer.name=file', 'tokenizer.path=other'], 'file', 'other'),
+        (['tokenizer.name=bytes'], 'bytes', None),
+        (['init_from=', 'tokenizer.chat_template=qa'], 'bpe', None),
+    ],
+)
+def test_what_is_said_of_a_tokenizer_is_said_of_the_inherited_one(
+    overrides, name, path, tmp_path, config_file, load_run
+):
+    config.write(load_run(), tmp_path / 'config.json')
+    keys = run_keys(init_from=str(tmp_path))
+    tokenizer = config.load(config_file(f'return {keys!r}'), overrides).tokenizer
+    assert tokenizer.name == name
+    assert getattr(tokenizer, 'path', None) == (str(tmp_path) if path == 'EARLIER' else path)
+
+
+def test_another_name_may_be_given_where_the_file_says_nothing(config_file):
+    file = config_file(f'return {run_keys()!r}')
+    run = config.load(file, ['tokenizer.chat_template=qa', 'tokenizer.name=bytes'])
+    assert (run.tokenizer.name, run.tokenizer.chat_template) == ('bytes', 'qa')
+
+
 def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file, load_run):
     (tmp_path / 'earlier').mkdir()
     config.write(load_run(), tmp_path / 'earlier' / 'config.json')

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from jaxfm import config as configs
 from jaxfm.data import corpus
-from jaxfm.data.dataset import Dataset, make_tokenizer, open_dataset
+from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.errors import MissingInputError, RunError, UsageError
 from jaxfm.run import cache_directory
@@ -65,13 +65,25 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     build_.add_argument('--rebuild', action='store_true', help='replace what is in --output')
     inspect_.add_argument('directory', type=Path, nargs='?', help='a cache, in place of --config')
     inspect_.add_argument('--verify', action='store_true', help='read every file of it')
-    decode_.add_argument('--rows', type=int, default=4, help='how many rows of the batch')
-    decode_.add_argument('--step', type=int, default=0, help='of the phase')
+    decode_.add_argument('--rows', type=_whole(1), default=4, help='how many rows of the batch')
+    decode_.add_argument('--step', type=_whole(0), default=0, help='of the phase')
     flags = parser.parse_args(rest)
     flags.config = argument
     if argument is None and not getattr(flags, 'directory', None):
         raise UsageError('which data? --config=FILE says it as for a run')
     return flags, overrides
+
+
+def _whole(least: int):
+    """A whole number of at least `least`, for argparse."""
+
+    def read(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f'must be at least {least}, got {text}')
+        return int(text)
+
+    read.__name__ = 'int'  # argparse names it when the text is no number at all
+    return read
 
 
 def build(flags, overrides: list[str]) -> None:
@@ -178,7 +190,7 @@ def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
-    return make_tokenizer(config.tokenizer, config.all_phases[0].data, _cache())
+    return corpus.make_tokenizer(config.tokenizer, config.all_phases[0].data, _cache())
 
 
 def _open(config: RunConfig, phase: PhaseConfig) -> Dataset:

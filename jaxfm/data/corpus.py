@@ -93,6 +93,7 @@ def build_at(config, opened: Tokenizer, directory: Path, rebuild: bool = False) 
     recipe = _recipe(config, opened)
     partial = directory.with_name(f'{directory.name}.partial')
     if directory.exists() and rebuild:
+        _check_is_cache(directory)  # never anything else that somebody keeps there
         _remove(directory)
     if directory.exists():
         _check_given(directory, config, opened)
@@ -266,8 +267,14 @@ def _differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
     return differences
 
 
+def _check_is_cache(directory: Path) -> None:
+    if not (directory / INDEX).is_file():
+        raise DataError(f'{directory} is no cache of tokens: it has no {INDEX}; name another one')
+
+
 def _read_index(directory: Path) -> dict:
     """The index; DataError when a file is not there or has not its length."""
+    _check_is_cache(directory)
     remedy = _remedy(directory)
     try:
         index = json.loads((directory / INDEX).read_text())

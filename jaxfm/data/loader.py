@@ -41,7 +41,8 @@ class Batches:
             if state.get(key) != here.get(key):
                 raise ConfigError(
                     f'the data changed since the checkpoint: {key} is {here.get(key)}, '
-                    f'was {state.get(key)}'
+                    f'was {state.get(key)}; bring the old data back, or start a new run in another '
+                    '--workdir from these weights with --config.init_from'
                 )
         self.next_row = state['next_row']
 

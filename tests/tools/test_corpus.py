@@ -97,6 +97,17 @@ def test_a_cache_of_other_data_is_replaced_only_when_asked(config, tmp_path, cap
     assert corpus.main(build) == 65
 
 
+def test_only_a_cache_is_ever_replaced(config, tmp_path, capsys):
+    mine = tmp_path / 'mine'
+    mine.mkdir()
+    (mine / 'thesis.txt').write_text('the only copy')
+    assert corpus.main(['build', config, '--output', str(mine), '--rebuild']) == 65
+    assert corpus.main(['inspect', str(mine)]) == 65
+    said = capsys.readouterr().err
+    assert said.count(f'{mine} is no cache of tokens') == 2 and 'remove' not in said
+    assert (mine / 'thesis.txt').read_text() == 'the only copy'
+
+
 def test_a_damaged_file_is_named_by_verify_alone(config, tmp_path, capsys):
     cache = tmp_path / 'made'
     assert corpus.main(['build', config, '--output', str(cache)]) == 0
@@ -117,6 +128,8 @@ def test_a_damaged_file_is_named_by_verify_alone(config, tmp_path, capsys):
         (['decode', 'CONFIG', '--phase', 'sft'], 64, '--phase sft: this run has one phase'),
         (['build', 'CONFIG', '--rebuild'], 64, '--rebuild needs --output'),
         (['inspect', 'nowhere'], 66, 'nowhere'),
+        (['decode', 'CONFIG', '--rows', '0'], 64, '--rows: must be at least 1, got 0'),
+        (['decode', 'CONFIG', '--step', '-1'], 64, '--step: must be at least 0, got -1'),
         (['decode', 'CONFIG', '--config.data.pth=x'], 78, 'did you mean path?'),
         (['decode', 'CONFIG', '--config.data.path=gone.jsonl'], 66, 'gone.jsonl'),
     ],

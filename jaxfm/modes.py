@@ -75,18 +75,11 @@ def train(flags, config: RunConfig) -> int:
             log.info('resumed at step %d', step)
         console.show_tables(plan.tables(config, run.phases, run.mesh, wanted[0]))
         console.show_parameters(plan.parameter_rows(run.phases, run.mesh))
-        for index, phase in enumerate(run.phases[current:], start=current):
-            is_resumed = index == current and step is not None
-            if index > current:
-                state = phase.begin(state.params, before=state)
-            recorder.phase = phase.name
-            if not is_resumed:
-                _record_data(recorder, phase)
-            clock.flops_per_step = phase.flops_per_step(config.model)
-            loop = Loop(
+        loops = [
+            Loop(
                 last=phase.last,
                 train_step=phase.train_step(),
-                source=sources[index],
+                source=source,
                 evaluators=evaluators,
                 checkpointer=checkpointer,
                 checkpoint_every=config.checkpoint.every,
@@ -96,16 +89,35 @@ def train(flags, config: RunConfig) -> int:
                 preemption=preemption,
                 tokens_per_step=phase.tokens_per_step,
             )
-            start = step if is_resumed else phase.first
-            # The first weights of a later phase were evaluated and saved by the one before it.
-            state = run_loop(loop, state, start, done=is_resumed or index > 0)
-            sources[index].close()
+            for phase, source in zip(run.phases, sources)
+        ]
+        state = _run_phases(run, loops, current, state, step)
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
         _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
         _record_contamination(recorder, run, evaluators)
         _report(run)
     return 0
+
+
+def _run_phases(
+    run: Run, loops: list[Loop], current: int, state: TrainState, step: int | None
+) -> TrainState:
+    """One phase after the other, from step `step` of the current one; None is a new run."""
+    for index in range(current, len(run.phases)):
+        phase, loop = run.phases[index], loops[index]
+        is_resumed = index == current and step is not None
+        if index > current:
+            state = phase.begin(state.params, before=state)
+        loop.recorder.phase = phase.name
+        if not is_resumed:
+            _record_data(loop.recorder, phase)
+        loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
+        start = step if is_resumed else phase.first
+        # The first weights of a later phase were evaluated and saved by the one before it.
+        state = run_loop(loop, state, start, done=is_resumed or index > 0)
+        loop.source.close()
+    return state
 
 
 def evaluate(flags, config: RunConfig) -> int:

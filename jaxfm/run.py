@@ -16,7 +16,8 @@ from jaxfm import config as configs
 from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.data import SOURCES
-from jaxfm.data.dataset import make_tokenizer, open_dataset
+from jaxfm.data.corpus import make_tokenizer
+from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context

@@ -15,7 +15,7 @@ from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
-from jaxfm.evals.base import Cadence
+from jaxfm.evals.base import Evaluator
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.models import TransformerConfig
@@ -167,7 +167,7 @@ class Noting:
 # The other parts of a loop
 
 
-class Probe(Cadence):
+class Probe(Evaluator):
     """An evaluator: one number that depends on every bit of the weights."""
 
     def __init__(self, every, events):

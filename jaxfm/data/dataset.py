@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data import SOURCES, DataConfig, TokenizerConfig, corpus
+from jaxfm.data import SOURCES, DataConfig, corpus
 from jaxfm.data.chat import Chat
 from jaxfm.data.corpus import Corpus
 from jaxfm.data.documents import Document
@@ -146,11 +146,6 @@ def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> D
         else:
             sources[name] = open_heldout(each, tokenizer, cache_dir)
     return Dataset(config, tokenizer, sources)
-
-
-def make_tokenizer(config: TokenizerConfig, data: DataConfig, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a run whose first phase has this data, which a BPE is trained on."""
-    return corpus.make_tokenizer(config, data, cache_dir)
 
 
 def _read(config: Group) -> Iterator[str]:

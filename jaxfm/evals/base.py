@@ -20,18 +20,17 @@ class Context:
     samples_directory: Path | None  # None where this process writes nothing
 
 
-class Cadence:
-    """When an evaluator runs: every so many steps, at the start if asked, when a phase ends."""
+class Evaluator:
+    """What every evaluator has: when it runs, and what nobody need say of it."""
 
     def __init__(self, config):
         self._every, self._at_start = config.every, config.at_start
 
     def is_due(self, step: int, last: int) -> bool:
-        """Whether to run on the weights of `step` in a phase that ends at `last`."""
+        """Every so many steps, at the start of the run if asked, when a phase ends (at `last`)."""
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0
-
 
     def contamination(self, dataset) -> dict[str, float]:
         """How much of what it asks stands in the training text of a phase; {} is not known."""

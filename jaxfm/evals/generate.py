@@ -6,7 +6,7 @@ import logging
 from jaxfm.data.contamination import contamination
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Cadence, Context, wilson_interval
+from jaxfm.evals.base import Context, Evaluator, wilson_interval
 from jaxfm.sampling.sampler import Request, complete
 from jaxfm.tasks import TASKS
 
@@ -17,7 +17,7 @@ def _text_of(prompt) -> str:
     return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
 
 
-class Generate(Cadence):
+class Generate(Evaluator):
     """pass@1 from one sample a prompt, with its 95 % interval; also by group of prompts.
 
     Chats are put into the chat template. Other prompts are continued as they stand, without a BOS:

@@ -11,11 +11,11 @@ from jaxfm import sharding
 from jaxfm.data.corpus import xz_bits_per_byte
 from jaxfm.data.loader import evaluation_batches
 from jaxfm.evals import LossConfig
-from jaxfm.evals.base import Cadence, Context
+from jaxfm.evals.base import Context, Evaluator
 from jaxfm.ops.logprobs import token_logprobs
 
 
-class HeldOutLoss(Cadence):
+class HeldOutLoss(Evaluator):
     """Of the phase's held-out documents, each source of a mixture on its own and all together.
 
     Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text. Chats

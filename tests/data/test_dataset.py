@@ -14,7 +14,6 @@ from jaxfm.data import (
     corpus,
     tokenizer,
 )
-from jaxfm.data import dataset as datasets
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.packing import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
@@ -199,13 +198,13 @@ def test_the_caches_of_a_mixture_are_below_the_one_given(open_data, bytes_tokeni
 def test_a_bpe_learns_from_every_source_of_a_mixture(open_data, tmp_path):
     data = open_data('mixture')
     config = data.config
-    made = datasets.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
+    made = corpus.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
     assert made.vocab_size == 600
     documents = {document.name.split('/')[0]: document for document in data.heldout_documents}
     for text in (documents['texts'].text, documents['sums'].messages[0]['content']):
         assert len(made.encode(text)) < 0.7 * len(text)
     (kept,) = (tmp_path / 'tokenizers').iterdir()
-    again = datasets.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
+    again = corpus.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
     assert again.fingerprint == made.fingerprint == tokenizer.load(kept).fingerprint
 
 

@@ -4,11 +4,11 @@ import types
 
 import pytest
 
-from jaxfm.evals.base import Cadence, wilson_interval
+from jaxfm.evals.base import Evaluator, wilson_interval
 
 
 def due(every, at_start, last):
-    cadence = Cadence(types.SimpleNamespace(every=every, at_start=at_start))
+    cadence = Evaluator(types.SimpleNamespace(every=every, at_start=at_start))
     return [step for step in range(last + 1) if cadence.is_due(step, last)]
 
 

@@ -90,7 +90,8 @@ def _inherit(values: dict) -> None:
     directory = Path(values['init_from'])
     if not (directory / 'config.json').is_file():
         raise MissingInputError(
-            f'config.init_from: {directory} holds no run (it has no config.json)'
+            f'config.init_from: {directory} holds no run (it has no config.json): '
+            'train it first, or name another one'
             + validation.nearest(directory.name, _runs_beside(directory))
         )
     earlier = _read_json(directory / 'config.json')

@@ -64,7 +64,8 @@ def train(flags, config: RunConfig) -> int:
             state, position = run.initial_state(), 0
         else:
             parts = run.phases[current], wanted[current], sources[current]
-            state, position = _restore(checkpointer, step, *parts, clock)
+            may_change = bool({'data', 'phases', 'tokenizer'} & set(flags.allow_change))
+            state, position = _restore(checkpointer, step, *parts, clock, may_change)
         # Only now is anything of an earlier run in this directory changed.
         recorder = _open_records(run, console, stack, is_new=step is None)
         recorder.jsonl.truncate(position)
@@ -242,8 +243,13 @@ def _record_contamination(recorder: Recorder, run: Run, evaluators: dict) -> Non
                 recorder.write(run.config.total_steps, 'event', values)
 
 
-def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainState, int]:
-    """The state of a step and the end of its metrics; refuses data that is not the run's."""
+def _restore(
+    checkpointer, step, phase, wanted, source, clock, may_change: bool
+) -> tuple[TrainState, int]:
+    """The state of a step and the end of its metrics.
+
+    may_change: data that is not that of the checkpoint begins at its first row, else it is refused.
+    """
     with clock.aside('checkpoint_restore'):
         extra = checkpointer.read_extra(step)
         if extra['phase'] != phase.name:
@@ -253,7 +259,12 @@ def _restore(checkpointer, step, phase, wanted, source, clock) -> tuple[TrainSta
             )
         tree, extra = checkpointer.restore(step, wanted.to_tree())
         _check_first(int(jax.device_get(tree['step'])), step, phase)
-    source.set_state(extra['source'])
+    try:
+        source.set_state(extra['source'])
+    except ConfigError:
+        if not may_change:
+            raise
+        log.warning('the data is not that of the checkpoint: it is read from its first row on')
     clock.set_state(extra['clock'])
     return wanted.with_tree(tree), extra['metrics_position']
 

@@ -147,3 +147,15 @@ def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole, nu
     assert 'the steps of phases that have ended' in said
     assert (workdir / 'config.json').read_bytes() == before
     assert json.loads(before)['phases'][0]['steps'] == 12
+
+
+def test_other_data_is_refused_or_when_allowed_read_from_its_first_row(tiny, config, whole):
+    workdir = tiny.root / 'other'
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '22')
+    change = '--config.phases[0].data.heldout_fraction=0.3'
+    finish(tiny.start(workdir, change, config=config), code=78)
+    finish(tiny.start(workdir, change, '--allow_change=phases', config=config))
+    errors = (tiny.root / 'other.stderr').read_text()
+    assert '--allow_change=phases' in errors
+    assert 'the data is not that of the checkpoint: it is read from its first row on' in errors

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from jaxfm.data.packing import Packing, make_packing
 from jaxfm.data.token_cache import TokenCache
 from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.schema import Group
+
+log = logging.getLogger('jaxfm')
 
 
 class Dataset:
@@ -46,6 +49,8 @@ class Dataset:
         self.packings: dict[str, Packing] = {}
         if config.tokenize == 'cached':
             self.packings = {n: make_packing(source.train, config) for n, source in sources.items()}
+        for packing in self.packings.values():
+            _warn_of_lost(packing)
         self.batches(seed=0)  # what cannot be made is known before anything else is done
 
     def batches(self, seed: int, rows: np.ndarray | None = None) -> Batches:
@@ -129,6 +134,19 @@ class Dataset:
             for document in range(0, cache.num_documents, every):
                 start, stop = cache.offsets[document : document + 2]
                 yield self.tokenizer.decode(cache.tokens[start:stop].tolist())
+
+
+def _warn_of_lost(packing: Packing) -> None:
+    """What is left out must not be found in a table alone."""
+    lost = packing.statistics['dropped_documents']
+    if lost:
+        lengths = np.diff(packing.cache.offsets)
+        enough = int(np.quantile(lengths, 0.95, method='higher'))
+        log.warning(
+            'config.data.too_long: %d of %d chats do not fit a row of %d tokens and are left out; '
+            'config.data.sequence_length=%d would keep 95 %%',
+            *(lost, len(lengths), packing.sequence_length, enough),
+        )
 
 
 def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Dataset:

@@ -305,7 +305,7 @@ def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[
 
 def _too_long(cache: TokenCache, T: int, number: int, longest: int) -> str:
     return (
-        f'{cache.path}: {number:,} of {cache.num_documents:,} chats are longer than a row of {T} '
-        f'tokens, the longest has {longest:,}. Chats are never cut: set '
-        f"config.data.sequence_length={longest}, or config.data.too_long='drop' or 'truncate'"
+        f'config.data: {number:,} of {cache.num_documents:,} chats are longer than a row of {T} '
+        f'tokens, the longest has {longest:,}: set config.data.sequence_length={longest}, '
+        "or config.data.too_long='drop' or 'truncate'"
     )

@@ -105,7 +105,7 @@ def _by_source(values: Mapping[str, Any], what: str) -> str:
     """A table of {'<source>/<name>': value}: a row for a name, a column for a source."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        if HISTOGRAM not in name and not name.startswith(CONTAMINATION):
+        if '_length_histogram/' not in name and not name.startswith(CONTAMINATION):
             source, _, statistic = name.rpartition('/')
             rows.setdefault(statistic, {})[source] = value
     sources = list(dict.fromkeys(source for row in rows.values() for source in row))

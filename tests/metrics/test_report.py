@@ -20,6 +20,7 @@ def record_run(workdir, steps=200):
         recorder.write(step, 'perf', speed | {'perf/total_tokens': step * 2048, 'perf/mfu': 0.4})
     recorder.phase = 'sft'
     data = {'web/train_tokens': 1234, 'code/train_tokens': 99, 'web/train_length_histogram/64': 7}
+    data['web/heldout_length_histogram/64'] = 1
     recorder.write(0, 'event', {f'data/{name}': value for name, value in data.items()})
     recorder.write(steps, 'perf', {'data/web/epochs': 0.25, 'data/code/epochs': 1.5})
     recorder.write(steps, 'event', {'data/contamination/functions/contaminated_share': 0.125})

@@ -43,9 +43,19 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
     group = _optional_text(record, fields.group)
     messages = _messages(record, fields)
     if messages is None:
+        _check_text(record, fields)
         return Document(name, text=_text(record, fields.text or 'text', 'text'), group=group)
     tools = tuple(_tools(_find(record, fields.tools)))
     return Document(name, messages=tuple(messages), tools=tools, group=group)
+
+
+def _check_text(record: dict, fields: FieldsConfig) -> None:
+    """Nothing that is usual is there: it may be a chat, or a text, under other names."""
+    if not fields.text and _find(record, 'text') is _ABSENT:
+        raise BadRecord(
+            'no text, no messages, no conversations, no prompt with completion; it has: '
+            f'{", ".join(map(str, record)) or "nothing"}; config.data.fields says where they are'
+        )
 
 
 def _messages(record: dict, fields: FieldsConfig) -> list[dict] | None:

@@ -119,7 +119,8 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
         (
             {'body': 'x', 'id': 1},
             {},
-            'no field text; it has: body, id; set config.data.fields.text',
+            'no text, no messages, no conversations, no prompt with completion; it has: body, id; '
+            'config.data.fields says where they are',
         ),
         ({'text': 'x'}, {'text': 'a.0.b'}, 'no field a.0.b; it has: text'),
         ({'text': 3}, {}, 'field text is 3, not a text'),

@@ -9,8 +9,8 @@ assistant answers with the result alone. A sum has a number of 6 digits and one 
 or 6 letters, so that minutes are enough. pass@1 is over 240 problems, as many of each kind, that
 are held out of both phases; only the whole answer and its end count.
 
-Hardware: 2 CPU cores, three to four minutes. Expect a pass@1 of 0 at the start and after pre-training (the
-form is unknown, and no answer ends), and of 0.99 after SFT.
+Hardware: 2 CPU cores, three to four minutes. Expect a pass@1 of 0 at the start and after
+pre-training (the form is unknown, and no answer ends), and of 0.99 after SFT.
 """
 
 from ml_collections import ConfigDict

@@ -116,6 +116,9 @@ def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, step, process)
+    # Steps are quick: what was saved at step 5 may not be committed yet.
+    committed = (workdir / 'checkpoints').glob
+    wait_until(lambda: [path for path in committed('*') if path.name.isdigit()], process)
     process.kill()
     finish(process, -signal.SIGKILL)
     finish(start(workdir))

@@ -1,10 +1,12 @@
 """Checkpoints of arrays on a disk: bit for bit, on any mesh, committed whole or invisible."""
 
+import gc
 import json
 import logging
 import resource
 import shutil
 import threading
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,15 @@ def assert_bitwise_equal(tree, expected):
         got, want = np.asarray(got), np.asarray(want)
         assert got.dtype == want.dtype
         assert got.tobytes() == want.tobytes()
+
+
+@pytest.fixture(autouse=True)
+def _late_complaints():
+    """Writes of a save that failed are never awaited: their complaints are no other test's."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        gc.collect()
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ or 6 letters, so that minutes are enough. pass@1 is over 240 problems, as many o
 are held out of both phases; only the whole answer and its end count.
 
 Hardware: 2 CPU cores, three to four minutes. Expect a pass@1 of 0 at the start and after
-pre-training (the form is unknown, and no answer ends), and of 0.99 after SFT.
+pre-training (the form is unknown, and no answer ends), and of 0.99 after SFT. Of three seeds, one
+did not learn addition in this time.
 """
 
 from ml_collections import ConfigDict

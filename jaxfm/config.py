@@ -239,7 +239,12 @@ def read(path: str | os.PathLike, schema: type[Group] = RunConfig):
         DataError: the file is not JSON.
         ConfigError: it says something that this version does not know.
     """
-    return _resolve(schema, _read_json(path), [], [], [], str(path))
+    return from_json(_read_json(path), str(path), schema)
+
+
+def from_json(values: dict, where: str, schema: type[Group] = RunConfig):
+    """The config whose JSON was kept somewhere. Raises ConfigError as `read` does."""
+    return _resolve(schema, values, [], [], [], where)
 
 
 def _read_json(path: str | os.PathLike) -> dict:

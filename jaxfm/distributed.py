@@ -5,6 +5,7 @@ be checked is checked before it starts, and it starts in a thread that we can st
 """
 
 import ctypes
+import json
 import logging
 import os
 import signal
@@ -12,11 +13,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax._src.distributed import global_state  # the only way to a barrier without devices
 from jax.experimental import multihost_utils
 
+from jaxfm import errors
 from jaxfm.errors import UnavailableError, UsageError
 
 log = logging.getLogger('jaxfm')
@@ -107,6 +111,85 @@ def compared(name: str, value: str) -> dict[int, str]:
         index: client.blocking_key_value_get(f'jaxfm/{name}/{index}', _NEVER * 1000)
         for index in wanted
     }
+
+
+def publish(name: str, value: str) -> None:
+    """Tells the other processes a value under a name, which is used once. Any thread may."""
+    if global_state.client is not None:
+        global_state.client.key_value_set(f'jaxfm/{name}', value)
+
+
+def awaited(name: str, timeout_seconds: float = _NEVER) -> str:
+    """What some process publishes under a name. Raises UnavailableError when nobody does."""
+    try:
+        return global_state.client.blocking_key_value_get(
+            f'jaxfm/{name}', max(int(timeout_seconds * 1000), 1)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if 'DEADLINE_EXCEEDED' not in str(error):
+            raise
+        raise UnavailableError(
+            f'no process said {name} within {timeout_seconds:.0f} s; they may have died'
+        ) from error
+
+
+def from_primary(
+    name: str, compute: Callable[[], Any], timeout_seconds: float = _NEVER
+) -> Any:
+    """What `compute` gives on the primary process, alone, or its RunError: the same on all.
+
+    The value is JSON. The name is used once. Raises UnavailableError where nothing is heard.
+    """
+    if global_state.client is None:
+        return compute()
+    if not is_primary():
+        answer = json.loads(awaited(name, timeout_seconds))
+        if 'error' in answer:
+            raise getattr(errors, answer['error'])(answer['message'])
+        return answer['value']
+    try:
+        value = compute()
+    except errors.RunError as error:
+        publish(name, json.dumps({'error': type(error).__name__, 'message': str(error)}))
+        raise
+    publish(name, json.dumps({'value': value}))
+    return value
+
+
+def first_error(
+    name: str, error: errors.RunError | None, timeout_seconds: float = _NEVER
+) -> None:
+    """Raises, on all processes, the RunError that the first of them has met, if one has."""
+    if global_state.client is None:
+        if error is not None:
+            raise error
+        return
+
+    def look(met: list):
+        for kind, message in filter(None, met):
+            raise getattr(errors, kind)(message)
+
+    _from_all(name, error and [type(error).__name__, str(error)], look, timeout_seconds)
+
+
+def common(name: str, values: list[str]) -> list[str]:
+    """Those of the values that every process has, in the order of the primary one."""
+    if global_state.client is None:
+        return values
+    return _from_all(
+        name, values, lambda every: [v for v in every[0] if all(v in one for one in every)]
+    )
+
+
+def _from_all(name: str, mine: Any, combine: Callable, timeout_seconds: float = _NEVER) -> Any:
+    """What `combine` makes, on the primary process, of what every process brings: on all."""
+    publish(f'{name}/{jax.process_index()}', json.dumps(mine))
+
+    def gather():
+        names = [f'{name}/{index}' for index in range(jax.process_count())]
+        return combine([json.loads(awaited(one, timeout_seconds)) for one in names])
+
+    return from_primary(name, gather, timeout_seconds + 10)
 
 
 def end_after_error(code: int) -> None:

@@ -23,6 +23,10 @@ class DataError(RunError):
     exit_code = 65
 
 
+class DamagedError(DataError):
+    """A checkpoint that was committed and is not what was saved."""
+
+
 class MissingInputError(RunError):
     """An input (a config file included) is not there."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxfm import config as configs
 from jaxfm import resume
+from jaxfm.checkpoint.storage import open_storage
 from jaxfm.data import SOURCES
 from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
 
@@ -90,6 +91,8 @@ def main(argv: list[str]) -> int:
         _check_workdir(flags, config)
         if flags.mode != 'sample':
             _check_files(config)
+        if config.checkpoint.directory:
+            open_storage(config.checkpoint.directory).check_readable()
         from jaxfm import modes  # jax only now: a mistake in the config costs no start-up time
 
         return modes.MODES[flags.mode](flags, config)

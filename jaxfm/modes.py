@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 
 from jaxfm import config as configs
-from jaxfm import distributed, plan, sharding
+from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.storage import S3
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
@@ -46,6 +47,7 @@ def train(flags, config: RunConfig) -> int:
         wanted = [phase.abstract_state() for phase in run.phases]
         sharding.check_replication(wanted[0].to_tree(), run.mesh)
         checkpointer = _open_checkpoints(run, wanted, stack)
+        _check_config(run, checkpointer, flags)
         step = checkpointer.latest_step()
         if step is not None and step >= config.total_steps:
             log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(config))
@@ -59,13 +61,9 @@ def train(flags, config: RunConfig) -> int:
         prompts, requests = _last_samples(config, run.tokenizer)
         for request in requests:
             sampler.check(request)
+        restored = _resume(run, checkpointer, wanted, sources, clock, flags)
+        state, step, position = restored or (run.initial_state(), None, 0)
         current = run.phases.index(run.phase_at(step or 0))
-        if step is None:
-            state, position = run.initial_state(), 0
-        else:
-            parts = run.phases[current], wanted[current], sources[current]
-            may_change = bool({'data', 'phases', 'tokenizer'} & set(flags.allow_change))
-            state, position = _restore(checkpointer, step, *parts, clock, may_change)
         # Only now is anything of an earlier run in this directory changed.
         recorder = _open_records(run, console, stack, is_new=step is None)
         recorder.jsonl.truncate(position)
@@ -83,7 +81,6 @@ def train(flags, config: RunConfig) -> int:
                 source=source,
                 evaluators=evaluators,
                 checkpointer=checkpointer,
-                checkpoint_every=config.checkpoint.every,
                 recorder=recorder,
                 log_every=config.metrics.log_every,
                 clock=clock,
@@ -130,7 +127,7 @@ def evaluate(flags, config: RunConfig) -> int:
         stack.callback(checkpointer.close)
         params, step = run.restore_params(checkpointer)
         run.open_data()
-        run.phase_at(step).batches().set_state(checkpointer.read_extra(step)['source'])
+        run.phase_at(step).batches().set_state(checkpointer.read_manifest(step)['extra']['source'])
         scores = {}
         for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
             values = evaluator.run(params, step)
@@ -164,9 +161,11 @@ MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
     """The run's checkpoints, when there is room for them; else nothing of the run is left."""
-    directory = Path(run.config.checkpoint.directory or run.workdir / 'checkpoints')
-    known = (directory, *directory.parents, run.workdir, *run.workdir.parents)
-    created = [d for d in dict.fromkeys(known) if not d.exists()]
+    places = [run.workdir]
+    if not run.config.checkpoint.directory.startswith(S3):
+        places.insert(0, Path(run.config.checkpoint.directory or run.workdir / 'checkpoints'))
+    known = dict.fromkeys(one for place in places for one in (place, *place.parents))
+    created = [one for one in known if not one.exists()]
     checkpointer = None
     try:
         checkpointer = run.checkpointer(read_only=False)
@@ -186,7 +185,8 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
         configs.write(run.config, run.workdir / 'config.json')
-        if is_new:  # a checkpoint belongs to the tokenizer it was trained with
+        # A checkpoint belongs to the tokenizer it was trained with.
+        if is_new or not (run.workdir / 'tokenizer').exists():
             with _explained(run.workdir / 'tokenizer') as path:
                 run.tokenizer.save(path)
     console.log_to(run.workdir / 'log.txt')
@@ -243,15 +243,26 @@ def _record_contamination(recorder: Recorder, run: Run, evaluators: dict) -> Non
                 recorder.write(run.config.total_steps, 'event', values)
 
 
-def _restore(
-    checkpointer, step, phase, wanted, source, clock, may_change: bool
-) -> tuple[TrainState, int]:
-    """The state of a step and the end of its metrics.
+def _resume(
+    run: Run, checkpointer: Checkpointer, wanted, sources, clock, flags
+) -> tuple[TrainState, int, int] | None:
+    """The state of the newest whole checkpoint, its step and the end of its metrics, if any."""
+    may_change = bool({'data', 'phases', 'tokenizer'} & set(flags.allow_change))
 
-    may_change: data that is not that of the checkpoint begins at its first row, else it is refused.
-    """
+    def restore(step: int):
+        index = run.phases.index(run.phase_at(step))
+        state, extra = _restore(checkpointer, step, run.phases[index], wanted[index], clock)
+        _set_position(sources[index], extra['source'], may_change)
+        clock.set_state(extra['clock'])
+        return state, step, extra['metrics_position']
+
+    return checkpointer.newest_whole(restore)
+
+
+def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
+    """The state of a step, which has to be of this phase, and its extra."""
     with clock.aside('checkpoint_restore'):
-        extra = checkpointer.read_extra(step)
+        extra = checkpointer.read_manifest(step)['extra']
         if extra['phase'] != phase.name:
             raise ConfigError(
                 f'checkpoint {step} is of phase {extra["phase"]}, which in this config is over by '
@@ -259,14 +270,27 @@ def _restore(
             )
         tree, extra = checkpointer.restore(step, wanted.to_tree())
         _check_first(int(jax.device_get(tree['step'])), step, phase)
+    return wanted.with_tree(tree), extra
+
+
+def _check_config(run: Run, checkpointer: Checkpointer, flags) -> None:
+    """In a new work directory the checkpoints alone know which run they are of."""
+    if (run.workdir / 'config.json').exists():
+        return
+    manifest = checkpointer.newest_whole(checkpointer.read_manifest)
+    if manifest is not None:
+        saved = configs.from_json(manifest['config'], f'the run in {checkpointer.root}')
+        flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
+
+
+def _set_position(source, position: dict, may_change: bool) -> None:
+    """may_change: data that is not that of the checkpoint begins at its first row."""
     try:
-        source.set_state(extra['source'])
+        source.set_state(position)
     except ConfigError:
         if not may_change:
             raise
         log.warning('the data is not that of the checkpoint: it is read from its first row on')
-    clock.set_state(extra['clock'])
-    return wanted.with_tree(tree), extra['metrics_position']
 
 
 def _check_first(steps: int, step: int, phase: Phase) -> None:

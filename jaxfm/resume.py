@@ -18,6 +18,10 @@ FREE_ON_RESUME = (
     'metrics',
     'checkpoint.every',
     'checkpoint.keep',
+    'checkpoint.timeout_seconds',
+    'checkpoint.max_failures',
+    'checkpoint.lease_seconds',
+    'checkpoint.local',
     'model.remat',  # recomputation: memory and time only
 )
 FIXED = 'model'

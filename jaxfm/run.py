@@ -106,7 +106,8 @@ class Run:
         """The checkpoints of this run."""
         directory = self.workdir / 'checkpoints'
         ends = [phase.last for phase in self.phases]
-        return Checkpointer(self.config.checkpoint, directory, read_only, milestones=ends[:-1])
+        about = {'config': json.loads(configs.to_json(self.config))}
+        return Checkpointer(self.config.checkpoint, directory, read_only, ends[:-1], about)
 
     def sampler(self, params, slots: int | None = None) -> Sampler:
         """An engine for these weights."""
@@ -135,12 +136,14 @@ class Run:
         }
 
     def restore_params(self, checkpointer: Checkpointer) -> tuple[dict, int]:
-        """The weights of the newest checkpoint alone, and its step."""
-        step = checkpointer.latest_step()
-        if step is None:
-            raise MissingInputError(f'{checkpointer.directory} holds no checkpoint yet')
+        """The weights of the newest whole checkpoint alone, and its step."""
         wanted = self.phases[0].abstract_state().params
-        return checkpointer.restore_params(step, wanted), step
+        restored = checkpointer.newest_whole(
+            lambda step: (checkpointer.restore_params(step, wanted), step)
+        )
+        if restored is None:
+            raise MissingInputError(f'{checkpointer.root} holds no checkpoint yet')
+        return restored
 
     def initial_state(self) -> TrainState:
         """The state at step 0: fresh weights, or those of the run that `init_from` names."""

@@ -62,7 +62,6 @@ class Loop:
     source: Source
     evaluators: dict[str, Evaluator]
     checkpointer: Checkpointer
-    checkpoint_every: int  # 0 saves at the end only
     recorder: Recorder
     log_every: int
     clock: StepClock
@@ -79,6 +78,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
     Raises:
       Preempted: a signal asked to stop; the state is saved.
       NumericsError: loss or gradient have not been finite for PATIENCE steps.
+      StorageError, LockedError: the run can no longer be saved.
     """
     first, before = step, None
     progress = (step, -1)
@@ -86,13 +86,12 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         if not done:
             evaluate(loop, state, step)
         stopping = step < loop.last and loop.preemption.should_stop(step)
-        if not done and (stopping or _save_is_due(loop, step)):
-            save(loop, state, step)
+        leaving = stopping or step >= loop.last
+        if not done and (leaving or loop.checkpointer.is_due(step)):
+            save(loop, state, step, must=leaving)
         if stopping:
-            loop.checkpointer.wait()
             raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
-        if step >= loop.last:
-            loop.checkpointer.wait()
+        if leaving:
             return state
 
         # Nothing in a step may move data between host and device without saying so.
@@ -122,8 +121,11 @@ def evaluate(loop: Loop, state: TrainState, step: int) -> None:
             loop.recorder.write(step, 'eval', named)
 
 
-def save(loop: Loop, state: TrainState, step: int) -> None:
-    """Starts a checkpoint: weights, optimizer, position in the data, clocks, end of the records."""
+def save(loop: Loop, state: TrainState, step: int, must: bool) -> None:
+    """Starts a checkpoint: weights, optimizer, position in the data, clocks, end of the records.
+
+    must: the loop ends here, so it is waited for and a failure is an error.
+    """
     with loop.clock.aside('checkpoint_save'):
         extra = {
             'source': loop.source.get_state(),
@@ -131,7 +133,8 @@ def save(loop: Loop, state: TrainState, step: int) -> None:
             'metrics_position': loop.recorder.jsonl.position(),
             'phase': loop.recorder.phase,
         }
-        loop.checkpointer.save(step, state.to_tree(), extra)
+        loop.checkpointer.save(step, state.to_tree(), extra, must)
+    _record_saves(loop, step)
 
 
 def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
@@ -140,7 +143,14 @@ def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, fl
     progress = {f'data/{name}': value for name, value in loop.source.progress().items()}
     loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
+    _record_saves(loop, step)
     return values
+
+
+def _record_saves(loop: Loop, step: int) -> None:
+    """What became of earlier saves, which end in the background."""
+    for values in loop.checkpointer.events():
+        loop.recorder.write(step, 'event', values)
 
 
 def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[int, int]:
@@ -154,9 +164,3 @@ def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[i
             'was never finite; checkpoints before that are good'
         )
     return before
-
-
-def _save_is_due(loop: Loop, step: int) -> bool:
-    if step == loop.last:
-        return True
-    return bool(loop.checkpoint_every) and step > 0 and step % loop.checkpoint_every == 0

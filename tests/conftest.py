@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.checkpointer import Checkpointer
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
@@ -182,11 +184,15 @@ class TinyRuns:
     @staticmethod
     def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint: {its name: array}."""
-        directory = workdir / 'checkpoints' / str(step) / 'state'
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(directory).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(directory, restore_args=as_numpy)
+        reader = Checkpointer(CheckpointConfig(), workdir / 'checkpoints', read_only=True)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(
+                tuple(entry['shape']), jnp.dtype(entry['dtype']), sharding=here
+            )
+            for name, entry in reader.read_manifest(step)['arrays'].items()
+        }
+        return jax.device_get(reader.restore(step, wanted)[0])
 
     def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
         """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""

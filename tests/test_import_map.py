@@ -40,7 +40,7 @@ def _below(layer):
 
 # room -> what it may import, beside itself and the foundations.
 ARROWS = {
-    'main': {'modes', 'data'} | CONFIG,
+    'main': {'modes', 'data', 'checkpoint'} | CONFIG,
     'modes': {'run', 'phase'}.union(*LAYERS, SIDE),
     'run': {'phase'}.union(*LAYERS, SIDE),
     'phase': _below(1) | {'run_config', 'plan', 'state'},

@@ -179,7 +179,7 @@ def _source(path):
         (['--config.mesh.fsdp=1', '--config.mesh.tensor=-1'], 78, ['2 = 0 x 8 + 2', 'mesh.tensor']),
         (['--config.model.vocab_size=200'], 65, ['258 tokens', 'vocab_size is 200']),
         (['--config.optimizer.frozen=["trunc/*"]'], 78, ['trunc/*', 'final_norm/scale']),
-        (['--config.checkpoint.directory=s3://bucket/run'], 78, ['s3://bucket/run']),
+        (['--config.checkpoint.directory=gs://bucket/run'], 78, ['gs://bucket/run']),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )

@@ -181,17 +181,12 @@ class Probe(Evaluator):
 
 class NotingCheckpointer(Checkpointer):
     def __init__(self, directory, events):
-        super().__init__(CheckpointConfig(keep=3), directory)
-        self.events, self.is_settled = events, True
+        super().__init__(CheckpointConfig(every=4, keep=3), directory)
+        self.notes = events
 
-    def save(self, step, state, extra):
-        self.events.append(('save', step))
-        super().save(step, state, extra)
-        self.is_settled = False
-
-    def wait(self):
-        super().wait()
-        self.is_settled = True
+    def save(self, step, state, extra, must):
+        self.notes.append(('save', step))
+        super().save(step, state, extra, must)
 
 
 class StopAt:
@@ -226,7 +221,6 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
             source=Noting(source, events, before),
             evaluators={'probe': Probe(2, events)},
             checkpointer=checkpointer,
-            checkpoint_every=4,
             recorder=recorder,
             log_every=3,
             clock=clock,
@@ -246,10 +240,9 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
             clock.set_state(extra['clock'])
             recorder.jsonl.truncate(extra['metrics_position'])
         state = train(loop, state, step or 0, done=step is not None)
-        assert checkpointer.is_settled
+        assert checkpointer.latest_step() == steps
         return state, events
     except Preempted as error:
-        assert checkpointer.is_settled
         error.events = events
         raise
     finally:
@@ -303,7 +296,7 @@ def test_a_step_evaluates_then_saves_then_asks_the_source(straight):
 def test_a_checkpoint_holds_the_position_before_its_next_batch(straight):
     _, directory, _, _ = straight
     reader = Checkpointer(CheckpointConfig(), directory / 'checkpoints', read_only=True)
-    extra = {step: reader.read_extra(step) for step in reader.steps()}
+    extra = {step: reader.read_manifest(step)['extra'] for step in reader.steps()}
     reader.close()
     assert {step: values['source'] for step, values in extra.items()} == {
         4: {'number': 4},
@@ -402,7 +395,7 @@ def test_a_signal_saves_and_raises_preempted(kit, tmp_path):
             run(kit, tmp_path, prefetched, before=send, preemption=preemption)
     reader = Checkpointer(CheckpointConfig(), tmp_path / 'checkpoints', read_only=True)
     assert reader.steps() == [3]
-    assert reader.read_extra(3)['source'] == {'number': 3}
+    assert reader.read_manifest(3)['extra']['source'] == {'number': 3}
     reader.close()
 
 

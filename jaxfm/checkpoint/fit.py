@@ -1,7 +1,7 @@
 """Whether the state a run wants fits the state a checkpoint holds.
 
-Orbax casts silently when only the dtype differs, so names, shapes and dtypes are compared before it
-reads.
+Names, shapes and dtypes are compared with those of the manifest before anything is read: the bits of
+another dtype or shape would be other weights.
 """
 
 import difflib

@@ -1,12 +1,11 @@
 """Checkpoints of arrays on a disk: bit for bit, on any mesh, committed whole or invisible."""
 
-import gc
-import json
-import logging
+import contextlib
 import resource
 import shutil
 import threading
-import warnings
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.errors import (
     ConfigError,
+    DamagedError,
     DataError,
     MissingInputError,
     PermissionDeniedError,
@@ -61,8 +61,10 @@ def host_state(seed=0):
     return {
         'step': np.int32(seed),
         'rng': random.integers(0, 2**32, 2, dtype=np.uint32),
-        'params': {'w': weights, 'scale': weights[1].astype(jnp.bfloat16)},
-        'opt_state': ({'mu': weights * 2}, [np.int32(3)]),
+        'params/w': weights,
+        'params/scale': weights[1].astype(jnp.bfloat16),
+        'opt_state/0/mu': weights * 2,
+        'opt_state/1/count': np.int32(3),
     }
 
 
@@ -72,15 +74,6 @@ def assert_bitwise_equal(tree, expected):
         got, want = np.asarray(got), np.asarray(want)
         assert got.dtype == want.dtype
         assert got.tobytes() == want.tobytes()
-
-
-@pytest.fixture(autouse=True)
-def _late_complaints():
-    """Writes of a save that failed are never awaited: their complaints are no other test's."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        gc.collect()
 
 
 @pytest.fixture
@@ -99,7 +92,9 @@ def saved(checkpointer):
 
 
 def step_directory(checkpointer, step=7):
-    return checkpointer.directory / str(step)
+    """Where the attempt that counts is."""
+    (manifest,) = Path(checkpointer.root, str(step)).glob('*/manifest.json')
+    return manifest.parent
 
 
 def test_a_new_directory_has_no_step(checkpointer):
@@ -122,7 +117,7 @@ def test_restore_on_another_mesh_is_bit_equal(saved, shape):
 
 
 def test_another_process_finds_the_step(saved):
-    fresh = Checkpointer(CheckpointConfig(), saved.directory)
+    fresh = Checkpointer(CheckpointConfig(), saved.root)
     assert fresh.latest_step() == 7
     state, _ = fresh.restore(7, abstract_of(host_state(), make_mesh(1)))
     assert_bitwise_equal(state, host_state())
@@ -159,7 +154,7 @@ def test_extra_may_change_as_soon_as_save_returns(checkpointer):
     checkpointer.save(1, place({'w': np.zeros((512, 8))}, make_mesh(1)), extra)
     extra['next_row'] = 6
     checkpointer.wait()
-    assert checkpointer.read_extra(1) == {'next_row': 5}
+    assert checkpointer.read_manifest(1)['extra'] == {'next_row': 5}
     assert extra.readers == {threading.get_ident()}, 'read by a thread that save leaves behind'
 
 
@@ -191,8 +186,7 @@ def test_an_older_step_is_saved_and_not_skipped_in_silence(saved):
 
 
 def test_parameters_are_restored_without_the_rest(saved):
-    weights = host_state()['params']
-    w, scale = weights['w'], weights['scale']
+    w, scale = host_state()['params/w'], host_state()['params/scale']
     state = {'trainable/a/w': w, 'frozen/b': scale, 'opt_state/mu': w}
     saved.save(8, place(state, make_mesh(8)), {})
     saved.wait()
@@ -213,7 +207,7 @@ def test_milestones_stay_whatever_is_saved_after_them(tmp_path):
 
 def test_milestones_to_come_need_room(tmp_path, monkeypatch):
     made = Checkpointer(CheckpointConfig(), tmp_path, milestones=(3, 9))
-    monkeypatch.setattr(made._storage, 'free_bytes', lambda: 39 * 2**30)
+    monkeypatch.setattr(made._store.storage, 'free_bytes', lambda: 39 * 2**30)
     with pytest.raises(StorageError, match='need 40 GiB .4 of 10 GiB., have 39 GiB'):
         made.check_room(10 * 2**30)
     made.save(3, place(host_state(), make_mesh(1)), {})
@@ -223,9 +217,10 @@ def test_milestones_to_come_need_room(tmp_path, monkeypatch):
 
 
 def test_a_reader_sees_new_steps_and_sweeps_nothing(saved, tmp_path):
-    unfinished = saved.directory / '9.orbax-checkpoint-tmp'
-    unfinished.mkdir()
-    reader = Checkpointer(CheckpointConfig(), saved.directory, read_only=True)
+    torn = Path(saved.root, '9', 'attempt', 'state')
+    torn.mkdir(parents=True)
+    (torn / 'd').write_text('half')
+    reader = Checkpointer(CheckpointConfig(), saved.root, read_only=True)
     saved.save(8, place(host_state(8), make_mesh(1)), {})
     saved.wait()
     assert reader.latest_step() == 8
@@ -233,25 +228,49 @@ def test_a_reader_sees_new_steps_and_sweeps_nothing(saved, tmp_path):
         reader.restore(8, abstract_of(host_state(), make_mesh(1)))[0], host_state(8)
     )
     reader.close()
-    assert unfinished.is_dir()
+    assert torn.is_dir()
     nowhere = Checkpointer(CheckpointConfig(), tmp_path / 'nowhere', read_only=True)
     assert nowhere.latest_step() is None
     nowhere.close()
     assert not (tmp_path / 'nowhere').exists()
 
 
+def files_below(root):
+    return {path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()}
+
+
+def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
+    saved.close()
+    root = Path(saved.root)
+    for name in ('9/attempt/state/d', '7/attempt/state/d', '7/.commit.json.abc.tmp', '11/manifest'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('half')
+    for name in ('notes.txt', 'other/9/attempt'):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('mine')
+    before = files_below(root)
+    fresh = Checkpointer(CheckpointConfig(), saved.root)
+    gone = {'9/attempt/state/d', '7/attempt/state/d', '7/.commit.json.abc.tmp', '11/manifest'}
+    assert before - files_below(root) == gone | {'lease/00000001.json'}
+    assert files_below(root) - before == {'lease/00000002.json'}
+    assert not (root / '9').exists() and not (root / '7' / 'attempt').exists()
+    state, _ = fresh.restore(7, abstract_of(host_state(), make_mesh(1)))
+    assert_bitwise_equal(state, host_state())
+    fresh.close()
+
+
 def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
     wanted = host_state()
-    wanted['params']['w'] = wanted['params']['w'].astype(np.float16)
-    wanted['params']['scales'] = wanted['params'].pop('scale')
+    wanted['params/w'] = wanted['params/w'].astype(np.float16)
+    wanted['params/scales'] = wanted.pop('params/scale')
     wanted['rng'] = np.zeros(4, np.uint32)
     with pytest.raises(ConfigError) as caught:
         saved.restore(7, abstract_of(wanted, make_mesh(8)))
     message = str(caught.value)
-    assert 'params.w: float32 [512, 128] in the checkpoint, float16 [512, 128] in' in message
+    assert 'params/w: float32 [512, 128] in the checkpoint, float16 [512, 128] in' in message
     assert 'rng: uint32 [2] in the checkpoint, uint32 [4] in the run' in message
-    assert 'params.scales: not in the checkpoint (nearest: params.scale)' in message
-    assert 'params.scale: only in the checkpoint' in message
+    assert 'params/scales: not in the checkpoint (nearest: params/scale)' in message
+    assert 'params/scale: only in the checkpoint' in message
 
 
 def test_a_subset_may_not_ask_for_what_is_not_there(saved):
@@ -261,13 +280,20 @@ def test_a_subset_may_not_ask_for_what_is_not_there(saved):
 
 
 def cut_the_largest_file(step):
-    largest = max(step.glob('state/**/d/*'), key=lambda path: path.stat().st_size)
+    largest = max(step.glob('state/d/*'), key=lambda path: path.stat().st_size)
     with largest.open('r+b') as file:
         file.truncate(largest.stat().st_size // 2)
 
 
+def flip_a_bit_of_the_largest_file(step):
+    largest = max(step.glob('state/d/*'), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+
+
 def remove_the_data(step):
-    for path in step.glob('state/**/d/*'):
+    for path in step.glob('state/d/*'):
         path.unlink()
 
 
@@ -275,19 +301,20 @@ def remove_the_data(step):
     'damage',
     [
         cut_the_largest_file,
+        flip_a_bit_of_the_largest_file,
         remove_the_data,
         lambda step: (step / 'state' / 'manifest.ocdbt').unlink(),
-        lambda step: (step / 'state' / '_METADATA').unlink(),
-        lambda step: (step / 'state' / '_METADATA').write_text('{'),
-        lambda step: (step / 'extra' / 'metadata').write_text('{'),
-        lambda step: shutil.rmtree(step / 'state'),
-        lambda step: shutil.rmtree(step / 'extra'),
+        lambda step: (step / 'state' / 'manifest.ocdbt').write_text('{'),
+        lambda step: (step / 'manifest.json').write_text('{'),
+        lambda step: (step / 'manifest.json').unlink(),
+        lambda step: (step.parent / 'commit.json').write_text('{'),
+        lambda step: shutil.rmtree(step),
     ],
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(saved, damage, capfd):
     damage(step_directory(saved))
-    fresh = Checkpointer(CheckpointConfig(), saved.directory)
-    with pytest.raises(DataError, match='checkpoint 7 in .* cannot be read: ') as caught:
+    fresh = Checkpointer(CheckpointConfig(), saved.root, read_only=True)
+    with pytest.raises(DamagedError, match='checkpoint 7 in .*: digest mismatch: ') as caught:
         fresh.restore(7, abstract_of(host_state(), make_mesh(8)))
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
@@ -295,44 +322,135 @@ def test_a_damaged_checkpoint_is_named_in_one_line(saved, damage, capfd):
     assert 'Traceback' not in capfd.readouterr().err
 
 
+def restore_newest(checkpointer):
+    wanted = abstract_of(host_state(), make_mesh(8))
+    return checkpointer.newest_whole(lambda step: (step, checkpointer.restore(step, wanted)[0]))
+
+
+def test_behind_a_damaged_checkpoint_the_one_before_is_used_and_counted(saved, caplog):
+    saved.save(8, place(host_state(8), make_mesh(8)), {})
+    saved.wait()
+    flip_a_bit_of_the_largest_file(step_directory(saved, 8))
+    saved.events()
+    step, state = restore_newest(saved)
+    assert step == 7
+    assert_bitwise_equal(state, host_state())
+    assert saved.events() == [{'checkpoint/fallbacks': 1}]
+    assert 'checkpoint 8 in' in caplog.text and 'digest mismatch: ' in caplog.text
+    # The run comes by step 8 again and saves it anew.
+    saved.save(8, place(host_state(80), make_mesh(8)), {})
+    saved.wait()
+    step, state = restore_newest(saved)
+    assert step == 8
+    assert_bitwise_equal(state, host_state(80))
+
+
+def test_when_every_checkpoint_is_damaged_that_is_an_error_and_no_fresh_start(saved):
+    saved.save(8, place(host_state(8), make_mesh(8)), {})
+    saved.wait()
+    for step in (7, 8):
+        flip_a_bit_of_the_largest_file(step_directory(saved, step))
+    with pytest.raises(DataError, match='no checkpoint is whole') as caught:
+        restore_newest(saved)
+    assert 'checkpoint 7 in' in str(caught.value) and 'checkpoint 8 in' in str(caught.value)
+
+
 def test_a_step_under_way_is_invisible(checkpointer):
     checkpointer.save(1, place(host_state(), make_mesh(1)), {})
     assert checkpointer.latest_step() in (None, 1)
-    (checkpointer.directory / '2.orbax-checkpoint-tmp').mkdir()
+    torn = Path(checkpointer.root, '2', 'attempt')
+    torn.mkdir(parents=True)
+    (torn / 'manifest.json').write_text('{}')
     checkpointer.wait()
     assert checkpointer.latest_step() == 1
 
 
-def test_a_failed_background_save_is_told_once_and_the_next_one_works(saved):
+@contextlib.contextmanager
+def a_full_disk():
+    """No file may grow beyond a page."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        saved.save(8, place(host_state(8), make_mesh(8)), {})
-        with pytest.raises(StorageError, match='checkpoint 8 could not be saved.*File too large'):
-            saved.wait()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    saved.wait()
+
+
+def test_a_failed_save_is_told_and_counted_and_the_next_one_works(saved, caplog):
+    saved.events()
+    with a_full_disk():
+        saved.save(8, place(host_state(8), make_mesh(8)), {})
+        saved.wait()
+    assert 'checkpoint 8 was not saved (1 of 3 in a row)' in caplog.text
+    assert 'File too large' in caplog.text
+    assert saved.events() == [{'checkpoint/lost': 1}]
     assert saved.steps() == [7]
-    saved.save(8, place(host_state(8), make_mesh(8)), {})
+    saved.save(9, place(host_state(9), make_mesh(8)), {})
     saved.wait()
     assert_bitwise_equal(
-        saved.restore(8, abstract_of(host_state(), make_mesh(8)))[0], host_state(8)
+        saved.restore(9, abstract_of(host_state(), make_mesh(8)))[0], host_state(9)
     )
 
 
-def test_the_next_save_tells_which_one_failed(saved):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        saved.save(8, place(host_state(8), make_mesh(8)), {})
-        with pytest.raises(StorageError, match='checkpoint 8 could not be saved'):
-            saved.save(9, place(host_state(9), make_mesh(8)), {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    saved.save(9, place(host_state(9), make_mesh(8)), {})
+def test_several_failed_saves_in_a_row_end_the_run(saved):
+    with a_full_disk():
+        for step in (8, 9, 10):
+            saved.save(step, place(host_state(8), make_mesh(8)), {})
+        with pytest.raises(StorageError, match='3 checkpoints in a row .* the newest one .* is 7'):
+            saved.save(11, place(host_state(8), make_mesh(8)), {})
+
+
+def test_a_save_that_must_succeed_tries_again_and_then_ends_the_run(saved, monkeypatch):
+    state = place(host_state(8), make_mesh(8))
+    write, calls = arrays.write, []
+
+    def failing_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ValueError('UNAVAILABLE: once')
+        write(*arguments)
+
+    monkeypatch.setattr(arrays, 'write', failing_once)
+    saved.save(8, state, {}, must=True)
+    assert saved.steps() == [7, 8] and len(calls) == 2
+    with a_full_disk(), pytest.raises(StorageError, match='3 checkpoints in a row'):
+        saved.save(9, state, {}, must=True)
+
+
+def test_a_save_is_dropped_while_the_one_before_is_stuck(saved, monkeypatch, caplog):
+    state = place(host_state(8), make_mesh(8))
+    monkeypatch.setattr('jaxfm.checkpoint.checkpointer.PATIENCE_SECONDS', 0.1)
+    go_on, write = threading.Event(), arrays.write
+
+    def stuck(*arguments):
+        go_on.wait()
+        write(*arguments)
+
+    monkeypatch.setattr(arrays, 'write', stuck)
+    saved.save(8, state, {})
+    saved.save(9, state, {})
+    assert 'checkpoint 9 was not saved' in caplog.text and '8 is still being' in caplog.text
+    go_on.set()
     saved.wait()
-    assert saved.steps() == [7, 9]
+    saved.save(10, state, {})
+    saved.wait()
+    assert saved.steps() == [8, 10]
+
+
+def test_a_save_that_takes_too_long_has_failed_and_never_commits(tmp_path, monkeypatch, caplog):
+    made = Checkpointer(CheckpointConfig(timeout_seconds=0.3), tmp_path)
+    write = arrays.write
+
+    def slow(*arguments):
+        write(*arguments)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(arrays, 'write', slow)
+    made.save(1, place(host_state(), make_mesh(1)), {})
+    made.wait()
+    assert 'longer than checkpoint.timeout_seconds' in caplog.text
+    assert made.steps() == []
+    made.close()
 
 
 def test_saving_is_an_allowed_transfer_inside_the_training_loop(saved):
@@ -349,7 +467,7 @@ def test_no_room_is_refused_with_the_numbers(saved, tmp_path):
     empty.check_room(free // 4)
     with pytest.raises(StorageError, match=r'need \d+ GiB \(2 of \d+ GiB\), have [\d.]+ GiB') as e:
         empty.check_room(free // 4 * 3 + 2**38)
-    assert str(empty.directory) in str(e.value)
+    assert empty.root in str(e.value)
     saved.check_room(free // 4 * 3)
     empty.close()
 
@@ -361,23 +479,23 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
         with pytest.raises(ConfigError, match='is not a directory'):
             Checkpointer(CheckpointConfig(), path)
-    with pytest.raises(ConfigError, match='only paths of a file system'):
-        Checkpointer(CheckpointConfig(directory='s3://bucket/run'), tmp_path)
+    with pytest.raises(ConfigError, match='want a path of a file system or s3://'):
+        Checkpointer(CheckpointConfig(directory='gs://bucket/run'), tmp_path)
 
 
 def test_the_config_may_name_another_directory(tmp_path):
     config = CheckpointConfig(directory=str(tmp_path / 'elsewhere'))
     made = Checkpointer(config, tmp_path / 'here')
-    assert made.directory == tmp_path / 'elsewhere'
+    assert made.root == str(tmp_path / 'elsewhere')
     made.close()
 
 
 def test_a_step_that_was_being_deleted_hinders_nobody(saved):
     saved.save(8, place(host_state(8), make_mesh(1)), {})
     saved.wait()
-    for name in ('_CHECKPOINT_METADATA', 'commit_success.txt', 'state/_METADATA'):
-        (step_directory(saved) / name).unlink()
-    fresh = Checkpointer(CheckpointConfig(keep=1), saved.directory)
+    Path(saved.root, '7', 'commit.json').unlink()
+    fresh = Checkpointer(CheckpointConfig(keep=1), saved.root)
+    assert not Path(saved.root, '7').exists()
     state, _ = fresh.restore(fresh.latest_step(), abstract_of(host_state(), make_mesh(1)))
     assert_bitwise_equal(state, host_state(8))
     fresh.save(9, place(host_state(9), make_mesh(1)), {})
@@ -385,16 +503,32 @@ def test_a_step_that_was_being_deleted_hinders_nobody(saved):
     assert fresh.steps() == [9]
 
 
-def test_arrays_are_stored_with_ocdbt(saved):
-    metadata = json.loads((step_directory(saved) / 'state' / '_METADATA').read_text())
-    assert metadata['use_ocdbt']
+def test_the_manifest_tells_what_a_checkpoint_is(tmp_path):
+    made = Checkpointer(CheckpointConfig(), tmp_path, about={'config': {'seed': 3}})
+    made.save(7, place(host_state(7), make_mesh(2, 4)), EXTRA)
+    made.wait()
+    manifest = made.read_manifest(7)
+    made.close()
+    assert manifest['step'] == 7 and manifest['config'] == {'seed': 3}
+    assert manifest['extra'] == EXTRA
+    assert manifest['mesh'] == {'fsdp': 2, 'tensor': 4} and manifest['processes'] == 1
+    entry = manifest['arrays']['params/w']
+    assert entry['shape'] == [512, 128] and entry['dtype'] == 'float32'
+    assert manifest['arrays']['step']['value'] == 7
+    assert len(manifest['arrays']['rng']['value']) == 2
+    assert all('size' in file for file in manifest['files'].values())
+    assert 'sha256' in manifest['files']['state/manifest.ocdbt']
 
 
-def test_orbax_says_nothing(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
-        made = Checkpointer(CheckpointConfig(), tmp_path)
-        made.save(1, place(host_state(), make_mesh(8)), EXTRA)
-        made.wait()
-        made.restore(1, abstract_of(host_state(), make_mesh(1)))
-        made.close()
-    assert caplog.text == ''
+def test_large_arrays_are_cut_into_chunks_that_no_two_shards_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, 'CHUNK_BYTES', 1000)
+    for part, itemsize in (((512, 128), 4), ((7, 11), 4), ((1, 997), 2), ((6, 5, 4), 8), ((), 4)):
+        chunk = arrays._chunk(part, itemsize)
+        assert np.prod(chunk) * itemsize <= 1000 or chunk == (1, 1)
+        assert all(size % piece == 0 for size, piece in zip(part, chunk, strict=True))
+    made = Checkpointer(CheckpointConfig(), tmp_path)
+    made.save(7, place(host_state(), make_mesh(2, 4)), {})
+    made.wait()
+    state, _ = made.restore(7, abstract_of(host_state(), make_mesh(8)))
+    assert_bitwise_equal(state, host_state())
+    made.close()

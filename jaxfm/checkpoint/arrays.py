@@ -1,0 +1,225 @@
+"""Sharded arrays to and from TensorStore: one zarr3 array a name, in an OCDBT database.
+
+OCDBT packs small arrays into few files, has one manifest that appears last, and makes a lost chunk
+an error where bare zarr reads zeros. Each process writes what it owns into a database of its own;
+`merge` makes one of them all, which any mesh can read.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+# Of a chunk, the unit of a read: a restore on another mesh reads whole chunks.
+CHUNK_BYTES = 32 << 20
+# Of a data file or object; a fraction of what S3 takes in one request.
+FILE_BYTES = 256 << 20
+# Read ahead of the devices, at most, while a state is restored.
+BYTES_IN_FLIGHT = 2 << 30
+_CONTEXT = {
+    'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
+    'cache_pool#index': {'total_bytes_limit': 100 << 20},
+    'file_io_concurrency': {'limit': 32},
+    's3_request_concurrency': {'limit': 32},
+}
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The part of a global array that this process writes, copied to the host."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    pieces: list[tuple[Index, np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for _, piece in self.pieces)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadline:
+    """A moment of the monotonic clock; a wait beyond it raises TimeoutError."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float) -> 'Deadline':
+        return cls(time.monotonic() + seconds)
+
+    @property
+    def left(self) -> float:
+        return max(self.at - time.monotonic(), 0.001)
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() > self.at
+
+    def result(self, future) -> Any:
+        """What a future of TensorStore gives."""
+        return future.result(timeout=self.left)
+
+
+def snapshot(arrays: dict[str, jax.Array], every_local: bool = False) -> dict[str, Snapshot]:
+    """Copies of what this process writes; the arrays may be donated as soon as it returns.
+
+    every_local: each distinct part that this process holds, also where another process holds the
+    same: for a directory of its own.
+    """
+    chosen = {name: _shards(array, every_local) for name, array in arrays.items()}
+    for shards in chosen.values():
+        for shard in shards:
+            shard.data.copy_to_host_async()
+    return {name: _copied(arrays[name], shards) for name, shards in chosen.items()}
+
+
+def _shards(array: jax.Array, every_local: bool) -> list:
+    if not every_local:
+        return [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    distinct = {_key(shard.index): shard for shard in array.addressable_shards}
+    return list(distinct.values())
+
+
+def _copied(array: jax.Array, shards: list) -> Snapshot:
+    # On CPU the host sees the very memory of the device, which the next step overwrites.
+    shared = next(iter(array.sharding.device_set)).platform == 'cpu'
+    pieces = [(shard.index, np.array(shard.data, copy=shared or None)) for shard in shards]
+    part = array.sharding.shard_shape(array.shape)
+    return Snapshot(array.shape, array.dtype, _chunk(part, array.dtype.itemsize), pieces)
+
+
+def _chunk(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of chunks: divides a shard evenly, so that no chunk has two writers."""
+    chunk = list(part)
+    for axis, size in enumerate(part):
+        excess = math.prod(chunk) * itemsize / CHUNK_BYTES
+        if excess > 1:
+            pieces = next(n for n in range(1, size + 1) if size % n == 0 and n >= min(excess, size))
+            chunk[axis] = size // pieces
+    return tuple(chunk)
+
+
+def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
+    """Writes a new database at `base`, durable on return.
+
+    Raises ValueError (TensorStore's) or TimeoutError; what was written by then is no database.
+    """
+    context = ts.Context(_CONTEXT)
+    transaction = ts.Transaction(atomic=True)
+    stores = {
+        name: ts.open(
+            _spec(base, name),
+            create=True,
+            open=True,
+            dtype=ts.dtype(part.dtype),
+            shape=part.shape,
+            chunk_layout=ts.ChunkLayout(write_chunk_shape=part.chunk, read_chunk_shape=part.chunk),
+            context=context,
+            transaction=transaction,
+        )
+        for name, part in arrays.items()
+    }
+    writes = []
+    try:
+        for name, part in arrays.items():
+            store = deadline.result(stores[name])
+            for index, piece in part.pieces:
+                # Nobody changes the copies: TensorStore need not make its own.
+                writes.append(
+                    store[index].write(piece, can_reference_source_data_indefinitely=True)
+                )
+        for one in writes:
+            deadline.result(one)
+        deadline.result(transaction.commit_async())
+    except BaseException:
+        transaction.abort()
+        raise
+
+
+def merge(base: dict, parts: Iterable[dict], deadline: Deadline) -> None:
+    """Makes one database at `base` of those of the processes below it; they stay, as its data."""
+    context = ts.Context(_CONTEXT)
+    whole = deadline.result(ts.KvStore.open(_database(base), context=context))
+    transaction = ts.Transaction(atomic=True)
+    copies = []
+    for part in parts:
+        child = deadline.result(ts.KvStore.open(_database(part), context=context))
+        copies.append(child.experimental_copy_range_to(whole.with_transaction(transaction)))
+    for copy in copies:
+        deadline.result(copy)
+    deadline.result(transaction.commit_async())
+
+
+def read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct], deadline: Deadline) -> dict:
+    """{name: array} on the shardings of `wanted`, whatever mesh wrote them.
+
+    Raises ValueError (TensorStore's): something is missing, cut off or cannot be reached.
+    """
+    context = ts.Context(_CONTEXT)
+    stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
+    on_devices: dict[str, list] = {name: [] for name in wanted}
+    for name, devices, piece in _pieces(stores, wanted, deadline):
+        on_devices[name] += [jax.device_put(piece, device) for device in devices]
+    return {
+        name: jax.make_array_from_single_device_arrays(
+            leaf.shape, leaf.sharding, on_devices[name], dtype=leaf.dtype
+        )
+        for name, leaf in wanted.items()
+    }
+
+
+def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
+    """(name, devices, the part of the array they hold), read ahead by BYTES_IN_FLIGHT."""
+    waiting, nbytes = collections.deque(), 0
+    for name, leaf in wanted.items():
+        store = deadline.result(stores[name])
+        if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
+            raise ValueError(f'{name} is {store.dtype.name} {list(store.shape)} in the data')
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for index, devices in _holders(leaf):
+            while waiting and nbytes + size > BYTES_IN_FLIGHT:
+                nbytes -= waiting[0][-1]
+                yield _arrived(waiting.popleft(), deadline)
+            waiting.append((name, devices, store[index].read(order='C'), size))
+            nbytes += size
+    while waiting:
+        yield _arrived(waiting.popleft(), deadline)
+
+
+def _arrived(read: tuple, deadline: Deadline) -> tuple[str, list, np.ndarray]:
+    name, devices, future, _ = read
+    return name, devices, deadline.result(future)
+
+
+def _holders(leaf: jax.ShapeDtypeStruct) -> list[tuple[Index, list]]:
+    """Every distinct part that devices of this process hold, with the devices."""
+    holders: dict[tuple, tuple[Index, list]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(_key(index), (index, []))[1].append(device)
+    return list(holders.values())
+
+
+def _key(index: Index) -> tuple:
+    return tuple((one.start, one.stop) for one in index)
+
+
+def _spec(base: dict, name: str) -> dict:
+    return {'driver': 'zarr3', 'kvstore': _database(base) | {'path': f'{name}/'}}
+
+
+def _database(base: dict) -> dict:
+    return {
+        'driver': 'ocdbt',
+        'base': base,
+        'target_data_file_size': FILE_BYTES,
+        'cache_pool': 'cache_pool#index',  # the tree of chunks, apart from their data
+    }

@@ -1,0 +1,95 @@
+"""A fingerprint of an array's contents that does not depend on where the array lives.
+
+The sum, modulo 2^32, of a hash of every element's bits and its index in the whole array. A sum has
+no order, so every mesh gives the same number, exactly; it is computed where the array is, from live
+arrays at a save and from what was read at a restore. Nothing is read from storage for it.
+
+For one index the hash is a bijection of the bits: a change of one element always changes the sum,
+and a change of several goes unseen once in 2^32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Odd numbers and shifts of the 32-bit finalizer of MurmurHash3 (Appleby, 2011); the golden ratio
+# spreads the indices.
+_SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
+# XLA's CPU backend adds up one number at a time, unless it adds whole slices.
+_SLICES = 8
+_MANY, _FEW = 1 << 20, 1 << 12  # worth the slices, and where they end
+
+
+def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it.
+
+    One after the other: arrays of a shape share a program, and a program for all of them would take
+    seconds to compile.
+    """
+    with jax.transfer_guard('allow'):
+        return {name: int(_fingerprint(array)) for name, array in arrays.items()}
+
+
+@jax.jit
+def _fingerprint(array: jax.Array) -> jax.Array:
+    sharding = jax.typeof(array).sharding
+    if sharding.mesh.empty:  # an array of a single device
+        return _sum(_hash(array, array.shape, {}))
+    # A dimension may be split along several axes of the mesh, and an array over none.
+    axes = {
+        dim: name if isinstance(name, tuple) else (name,)
+        for dim, name in enumerate(sharding.spec)
+        if name is not None
+    }
+
+    @jax.shard_map(in_specs=sharding.spec, out_specs=jax.P(), mesh=sharding.mesh)
+    def add_up(part):
+        total = _sum(_hash(part, array.shape, axes))
+        return lax.psum(total, sum(axes.values(), ())) if axes else total
+
+    return add_up(array)
+
+
+def _hash(part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple]) -> jax.Array:
+    """uint32 of every element of a shard of an array of this shape, split along these axes."""
+    words = _bits(part)
+    index = jnp.zeros((), jnp.uint32)
+    stride = words.size // part.size if part.size else 1  # words of an element
+    if words.ndim > part.ndim:
+        index = lax.broadcasted_iota(jnp.uint32, words.shape, part.ndim)
+    for dim in reversed(range(part.ndim)):
+        along = lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+        if dim in axes:
+            along += lax.axis_index(axes[dim]).astype(jnp.uint32) * jnp.uint32(part.shape[dim])
+        index = index + along * jnp.uint32(stride % 2**32)
+        stride *= shape[dim]
+    word = words + index * jnp.uint32(_SPREAD)
+    word = (word ^ (word >> 16)) * jnp.uint32(_FIRST)
+    word = (word ^ (word >> 13)) * jnp.uint32(_SECOND)
+    return word ^ (word >> 16)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """The bits as uint32; what is wider has its words along one more axis."""
+    if array.dtype == jnp.bool:
+        array = array.astype(jnp.uint8)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    width = jnp.dtype(array.dtype).itemsize
+    words = lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
+    return words.astype(jnp.uint32)
+
+
+def _sum(words: jax.Array) -> jax.Array:
+    is_sliced = False
+    while words.size > (_FEW if is_sliced else _MANY):
+        is_sliced = True
+        dim = next((d for d, size in enumerate(words.shape) if size % _SLICES == 0), None)
+        if dim is None:
+            break
+        size = words.shape[dim] // _SLICES
+        words = sum(
+            lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
+            for first in range(_SLICES)
+        )
+    return jnp.sum(words, dtype=jnp.uint32)

@@ -1,0 +1,228 @@
+"""One writer a run: a lease beside the checkpoints, with a holder, an epoch and a heartbeat.
+
+Each holder makes `lease/<epoch>.json`, which cannot be made twice (If-None-Match on S3, a link on
+disk): of two who take over, one wins. The highest epoch holds. While it runs, the holder renews a
+number in its file; whoever sees that number stand still for the time of a lease, on its own
+monotonic clock, may take the next epoch. No clock of another machine is ever compared.
+
+A holder that was only asleep cannot commit behind its successor's back: a commit carries its epoch,
+and counts if that is the newest, or if the newest holder saw the commit when it took over.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from jaxfm.checkpoint.storage import Storage
+from jaxfm.errors import LockedError, RunError
+
+log = logging.getLogger('jaxfm')
+
+_NAME = re.compile(r'lease/(\d{8})\.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who writes: enough for a person to find the process, and for this host to see it gone."""
+
+    host: str
+    pid: int
+    started: str  # of the process, since the boot of the host; pids come again
+    boot: str  # changes with every boot
+
+    @classmethod
+    def here(cls) -> 'Holder':
+        pid = os.getpid()
+        return cls(socket.gethostname(), pid, _start_of(pid) or '', _boot_id())
+
+    def __str__(self):
+        return f'process {self.pid} on {self.host}'
+
+    def is_gone(self) -> bool:
+        """Whether it has ended for sure, which only its own host can know."""
+        if not self.boot or self.boot != _boot_id() or self.host != socket.gethostname():
+            return False
+        return _start_of(self.pid) != self.started
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a lease file says; None of holder: it cannot be read."""
+
+    epoch: int
+    holder: Holder | None
+    renewals: int = 0
+    released: bool = False
+    inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    def admits(self, commit: str, epoch: int) -> bool:
+        """Whether a commit made in some epoch counts in this one."""
+        return epoch == self.epoch or commit in self.inherited
+
+
+def current(storage: Storage, names: Iterable[str]) -> Record | None:
+    """The lease in force, among the names of a listing; None when nobody has ever held one."""
+    epochs = [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
+    return _read(storage, max(epochs)) if epochs else None
+
+
+class Lease:
+    """The right to write checkpoints to a storage, once `acquire` has returned.
+
+    seconds: after so long without a renewal others may take it over. It is renewed three times as
+    often, by a thread. `lost` tells that somebody did take it.
+    """
+
+    def __init__(self, storage: Storage, seconds: float):
+        self._storage, self._seconds = storage, seconds
+        self._record: Record | None = None
+        self._taken_by: Holder | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def epoch(self) -> int:
+        return self._record.epoch
+
+    def acquire(self, commits: Callable[[], Iterable[str]]) -> None:
+        """Takes the lease; `commits` lists those that count, asked when nobody else may commit.
+
+        Raises:
+          LockedError: somebody else holds it, with the name of the holder.
+        """
+        before = current(self._storage, self._storage.list('lease'))
+        if before is not None and not before.released:
+            self._outwait(before)
+        epoch = before.epoch + 1 if before else 1
+        record = Record(epoch, Holder.here(), inherited=tuple(commits()))
+        try:
+            self._storage.write(_name(epoch), record.to_json(), exclusive=True)
+        except FileExistsError:
+            self._refuse(_read(self._storage, epoch))
+        self._record = record
+        for name in self._storage.list('lease'):
+            if (found := _NAME.fullmatch(name)) and int(found[1]) < epoch:
+                self._storage.remove(name)
+        self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises LockedError when somebody else has taken the lease."""
+        if self._taken_by is not None:
+            raise LockedError(
+                f'{self._storage.root} was taken over by {self._taken_by}: '
+                'this run may no longer write there'
+            )
+
+    def confirm(self) -> None:
+        """As `check`, after a look at the storage: before a commit."""
+        self._look()
+        self.check()
+
+    def release(self, is_empty: bool = False) -> None:
+        """Gives it back, so that the next run need not wait; quietly where that fails.
+
+        Where nothing has ever been committed nothing is left, as if nobody had been there.
+        """
+        if self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        self._thread = None
+        if self._taken_by is not None:
+            return
+        try:
+            if is_empty:
+                self._storage.remove(_name(self.epoch))
+            else:
+                record = dataclasses.replace(self._record, released=True)
+                self._storage.write(_name(self.epoch), record.to_json())
+        except (RunError, OSError) as error:
+            log.debug('the lease could not be released: %s', error)
+
+    def _outwait(self, record: Record) -> None:
+        """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
+        if record.holder is not None and record.holder.is_gone():
+            return
+        if record.holder == Holder.here():  # an earlier attempt of this very process
+            return
+        log.warning(
+            '%s may be in use by %s: waiting %g s for a sign of life',
+            self._storage.root,
+            record.holder or 'somebody',
+            self._seconds,
+        )
+        deadline = time.monotonic() + self._seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._seconds / 10))
+            now = _read(self._storage, record.epoch)
+            if now.released or (now.holder is not None and now.holder.is_gone()):
+                return
+            if now != record:
+                self._refuse(now)
+
+    def _refuse(self, record: Record) -> None:
+        raise LockedError(
+            f'{self._storage.root} is written by {record.holder or "somebody else"}; '
+            'end that run first, or give this one another place'
+        )
+
+    def _renew(self) -> None:
+        while not self._stopped.wait(self._seconds / 3):
+            try:
+                self._look()
+                if self._taken_by is not None:
+                    return
+                self._record = dataclasses.replace(
+                    self._record, renewals=self._record.renewals + 1
+                )
+                self._storage.write(_name(self.epoch), self._record.to_json())
+            except (RunError, OSError) as error:
+                # An outage is no reason to stop: nobody else can take it over meanwhile, either.
+                log.debug('the lease could not be renewed: %s', error)
+
+    def _look(self) -> None:
+        newest = current(self._storage, self._storage.list('lease'))
+        if newest is not None and newest.epoch > self.epoch:
+            self._taken_by = newest.holder or 'somebody'
+
+
+def _name(epoch: int) -> str:
+    return f'lease/{epoch:08d}.json'
+
+
+def _read(storage: Storage, epoch: int) -> Record:
+    """A file that is torn or just gone says nothing: its holder has to be waited for."""
+    try:
+        fields = json.loads(storage.read(_name(epoch)))
+        holder = Holder(**fields['holder'])
+        inherited = tuple(fields['inherited'])
+        return Record(epoch, holder, fields['renewals'], fields['released'], inherited)
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return Record(epoch, None)
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this host started, in ticks since boot; None when there is none."""
+    try:
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in 'ZX' else fields[19]  # a zombie has ended
+
+
+def _boot_id() -> str:
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    except OSError:
+        return ''

@@ -1,0 +1,199 @@
+"""A prefix of an S3 bucket as a storage: small objects by botocore, arrays by TensorStore.
+
+Credentials, region and endpoint come from the usual AWS variables and files. Nothing waits for
+ever: a silent connection is dropped after STALL_SECONDS, a request is sent TRIES times at most.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from jaxfm.checkpoint.storage import S3, Stored
+from jaxfm.errors import (
+    ConfigError,
+    MissingInputError,
+    PermissionDeniedError,
+    StorageError,
+    UnavailableError,
+)
+
+CONNECT_SECONDS, STALL_SECONDS, TRIES = 5, 20, 5
+_DENIED = {
+    '401', '403', 'AccessDenied', 'AllAccessDisabled', 'ExpiredToken', 'Forbidden',
+    'InvalidAccessKeyId', 'InvalidToken', 'SignatureDoesNotMatch', 'TokenRefreshRequired',
+}  # fmt: skip
+_FULL = {'507', 'InsufficientStorage', 'QuotaExceeded', 'EntityTooLarge'}
+_LOST_RACE = {'412', 'PreconditionFailed', 'ConditionalRequestConflict'}
+_MISSING = {'404', 'NoSuchKey', 'NotFound'}
+_MOST_DELETED = 1000  # objects a request, by the protocol
+
+
+class S3Storage:
+    """`s3://bucket/prefix`. See `Storage` for what the methods promise."""
+
+    def __init__(self, url: str):
+        self.root = url.rstrip('/')
+        self._bucket, _, prefix = self.root.removeprefix(S3).partition('/')
+        if not self._bucket:
+            raise ConfigError(f'checkpoint.directory = {url!r}: want s3://bucket/prefix')
+        self._prefix = f'{prefix}/' if prefix else ''
+        self._retries = 0
+        # TensorStore's transport reads these once: below a byte a second counts as silence.
+        os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(STALL_SECONDS))
+        os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
+        self._client = self._make_client()
+
+    def prepare(self) -> None:
+        self.write('probe', b'')
+        self.remove('probe')
+
+    def check_readable(self) -> None:
+        self._call('list_objects_v2', Prefix=self._prefix, MaxKeys=1)
+
+    def free_bytes(self) -> None:
+        return None
+
+    def read(self, name: str) -> bytes:
+        # The body is read inside: its connection may break as well.
+        return self._call('get_object', lambda got: got['Body'].read(), Key=self._prefix + name)
+
+    def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
+        condition = {'IfNoneMatch': '*'} if exclusive else {}
+        try:
+            self._call('put_object', Key=self._prefix + name, Body=data, **condition)
+        except FileExistsError:
+            # It may be ours: written, the reply lost, and sent once more.
+            if self.read(name) != data:
+                raise
+
+    def list(self, prefix: str = '') -> dict[str, Stored]:
+        where = self._prefix + (f'{prefix}/' if prefix else '')
+        found, token = {}, {}
+        while token is not None:
+            page = self._call('list_objects_v2', Prefix=where, **token)
+            for entry in page.get('Contents', ()):
+                name = entry['Key'].removeprefix(self._prefix)
+                found[name] = Stored(entry['Size'], entry['LastModified'].timestamp())
+            following = page.get('NextContinuationToken')
+            token = {'ContinuationToken': following} if following else None
+        return found
+
+    def remove(self, name: str) -> None:
+        names = [*self.list(name), name]
+        for first in range(0, len(names), _MOST_DELETED):
+            keys = [{'Key': self._prefix + one} for one in names[first : first + _MOST_DELETED]]
+            answer = self._call('delete_objects', Delete={'Objects': keys, 'Quiet': True})
+            for error in answer.get('Errors', ()):
+                if error.get('Code') not in _MISSING:
+                    raise StorageError(f'{S3}{self._bucket}/{error["Key"]} cannot be deleted: '
+                                       f'{error.get("Message") or error.get("Code")}')
+
+    def kvstore(self, prefix: str) -> dict:
+        spec = {
+            'driver': 's3',
+            'bucket': self._bucket,
+            'path': f'{self._prefix}{prefix}/',
+            'aws_region': self._client.meta.region_name or 'us-east-1',
+            's3_request_retries': {
+                'max_retries': TRIES,
+                'initial_delay': '500ms',
+                'max_delay': '8s',
+            },
+        }
+        # TensorStore knows the hosts of AWS, and no other endpoint from the environment.
+        if 'amazonaws.com' not in self._client.meta.endpoint_url:
+            spec['endpoint'] = self._client.meta.endpoint_url
+        if 'AWS_ACCESS_KEY_ID' in os.environ:
+            # The other providers complain on stderr about each file that is not there.
+            spec['aws_credentials'] = {'type': 'environment'}
+        return spec
+
+    def retries(self) -> int:
+        import tensorstore
+
+        name = '/tensorstore/kvstore/s3/retries'
+        counters = tensorstore.experimental_collect_matching_metrics(name)
+        return self._retries + sum(v['value'] for c in counters for v in c.get('values', ()))
+
+    def _make_client(self):
+        try:
+            import botocore.config
+            import botocore.session
+        except ImportError as error:
+            raise MissingInputError(
+                f"{self.root} needs the package botocore: pip install 'jaxfm[s3]'"
+            ) from error
+        config = botocore.config.Config(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=STALL_SECONDS,
+            retries={'total_max_attempts': TRIES, 'mode': 'standard'},
+            # Newer checksums of uploads are not understood by every server that speaks S3.
+            request_checksum_calculation='when_required',
+            response_checksum_validation='when_required',
+        )
+        with self._explained():
+            session = botocore.session.get_session()
+            region = session.get_config_variable('region') or 'us-east-1'
+            return session.create_client('s3', region_name=region, config=config)
+
+    def _call(self, operation: str, finish=lambda answer: answer, **arguments):
+        with self._explained():
+            answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
+            self._retries += answer['ResponseMetadata'].get('RetryAttempts', 0)
+            return finish(answer)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what botocore raises into ours: one line, the right exit code."""
+        from botocore import exceptions as boto
+
+        try:
+            yield
+        except boto.ClientError as error:
+            self._retries += error.response['ResponseMetadata'].get('RetryAttempts', 0)
+            raise self._explain_answer(error) from error
+        except (
+            boto.NoCredentialsError,
+            boto.PartialCredentialsError,
+            boto.CredentialRetrievalError,
+            boto.TokenRetrievalError,
+        ) as error:
+            raise PermissionDeniedError(
+                f'no credentials for {self._place}: {error}; set AWS_ACCESS_KEY_ID and '
+                'AWS_SECRET_ACCESS_KEY, or a profile'
+            ) from error
+        except (
+            boto.ProfileNotFound,
+            boto.ParamValidationError,
+            boto.InvalidRegionError,
+            boto.ConfigParseError,
+            ValueError,  # an endpoint that is no address
+        ) as error:
+            raise ConfigError(f'{self.root}: {_line(error)}') from error
+        except (boto.BotoCoreError, OSError) as error:
+            raise UnavailableError(f'{self._place} cannot be reached: {_line(error)}') from error
+
+    def _explain_answer(self, error) -> Exception:
+        code = error.response.get('Error', {}).get('Code', '')
+        status = str(error.response['ResponseMetadata'].get('HTTPStatusCode', ''))
+        codes = {code, status}
+        if code == 'NoSuchBucket':
+            return MissingInputError(f'there is no {self._place}')
+        if codes & _LOST_RACE:
+            return FileExistsError(code)
+        if codes & _MISSING:
+            return FileNotFoundError(code)
+        if codes & _DENIED:
+            return PermissionDeniedError(f'{self._place} may not be used: {_line(error)}')
+        if codes & _FULL:
+            return StorageError(f'{self._place} is full: {_line(error)}')
+        return UnavailableError(f'{self._place} does not serve: {_line(error)}')
+
+    @property
+    def _place(self) -> str:
+        endpoint = self._client.meta.endpoint_url
+        return f'bucket {self._bucket} at {endpoint}'
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:400]

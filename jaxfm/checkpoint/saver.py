@@ -1,0 +1,148 @@
+"""One save in the background: a thread on every process writes, the primary one commits.
+
+The thread owns the network: the training loop gives it copies of the arrays and never waits for an
+answer of a server. What goes wrong is an outcome, not an exception.
+"""
+
+import dataclasses
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxfm import distributed
+from jaxfm.checkpoint import arrays
+from jaxfm.checkpoint.lease import Lease
+from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.errors import LockedError, RunError, StorageError
+
+log = logging.getLogger('jaxfm')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one save is to do. private: the store is of this process alone."""
+
+    store: Store
+    step: int
+    attempt: str
+    parts: dict[str, arrays.Snapshot]
+    manifest: dict[str, Any]
+    keep: int
+    milestones: frozenset[int]
+    damaged: frozenset[int]  # steps that a restore has found bad
+    private: bool
+    deadline: arrays.Deadline
+    lease: Lease | None  # of the primary process
+
+    @property
+    def state(self) -> str:
+        return f'{self.step}/{self.attempt}/state'
+
+
+class Save:
+    """A save on its way. `error` is None once it is committed, a sentence once it has failed."""
+
+    def __init__(self, job: Job):
+        self.step, self.private = job.step, job.private
+        self.nbytes = sum(part.nbytes for part in job.parts.values())
+        self.error: str | None = None
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        self._thread = threading.Thread(
+            target=self._run, args=(job,), name='checkpoint', daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, after so long at most."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self, job: Job) -> None:
+        try:
+            _write(job)
+            _finish(job)
+        except Exception as error:  # a save may fail in any way and must not end the run
+            self.error = explain(error, job.store)
+            log.debug('checkpoint %d', job.step, exc_info=True)
+        self.seconds = time.monotonic() - self._started
+
+
+def _write(job: Job) -> None:
+    """The arrays of every process are in the store when it returns, or it raises on all."""
+    part = job.state if job.private else _part(job.state, jax.process_index())
+    error = None
+    try:
+        arrays.write(job.store.storage.kvstore(part), job.parts, job.deadline)
+    except Exception as raised:
+        error = StorageError(explain(raised, job.store))
+    distributed.first_error(f'{job.attempt}/written', error, job.deadline.left)
+
+
+def _finish(job: Job) -> None:
+    if job.private:
+        _commit(job)
+    else:
+        name = f'{job.attempt}/committed'
+        distributed.from_primary(name, lambda: _commit_shared(job), job.deadline.left + 60)
+
+
+def _commit_shared(job: Job) -> None:
+    try:
+        if jax.process_count() > 1:
+            storage = job.store.storage
+            parts = [_part(job.state, index) for index in range(jax.process_count())]
+            arrays.merge(storage.kvstore(job.state), map(storage.kvstore, parts), job.deadline)
+        _commit(job)
+    except LockedError:
+        raise
+    except Exception as error:
+        raise StorageError(explain(error, job.store)) from error
+
+
+def _commit(job: Job) -> None:
+    digest = job.store.write_manifest(job.step, job.attempt, job.manifest)
+    if job.deadline.passed:
+        raise TimeoutError
+    if job.lease is not None:
+        job.lease.confirm()
+    job.store.commit(Commit(job.step, job.attempt, job.manifest['epoch'], digest))
+    _clean(job)
+
+
+def _clean(job: Job) -> None:
+    """Deletes what need not stay; what cannot be deleted now will be after the next save."""
+    try:
+        listing = job.store.storage.list()
+        commits = job.store.commits(listing)
+        for step in outdated(commits, job):
+            job.store.remove(step)
+    except RunError as error:
+        log.warning('old checkpoints could not be deleted: %s', error)
+
+
+def outdated(steps: Iterable[int], job: Job) -> list[int]:
+    """The steps that are neither among the newest nor to be kept whatever comes, and bad ones."""
+    damaged = job.damaged - {job.step}
+    good = sorted(set(steps) - damaged)
+    return sorted(set(good[: -job.keep]) - job.milestones | damaged & set(steps))
+
+
+def explain(error: Exception, store: Store) -> str:
+    """One line a person can read: TensorStore appends its whole specification."""
+    if isinstance(error, TimeoutError):
+        return 'it took longer than checkpoint.timeout_seconds'
+    if isinstance(error, RunError):
+        return str(error)
+    text = re.sub(r'\[(tensorstore_spec|os_error|source|http_).*', '', str(error), flags=re.DOTALL)
+    text = ' '.join(text.replace(f'{store.storage.root}/', '').split())
+    return text[:400] or type(error).__name__
+
+
+def _part(state: str, process: int) -> str:
+    return f'{state}/process_{process}' if jax.process_count() > 1 else state

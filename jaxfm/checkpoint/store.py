@@ -1,0 +1,185 @@
+"""How checkpoints lie on a storage, which of them count, and whether one is whole.
+
+    <step>/<attempt>/state/...       arrays, one OCDBT database
+    <step>/<attempt>/manifest.json   what belongs to it: every array, every file, position, config
+    <step>/commit.json               written last: which attempt counts, and the manifest's digest
+    lease/<epoch>.json               who may write
+
+Every save has a directory of its own, so a torn one, or one of a writer that was replaced, never
+mixes with another. The commit vouches for the manifest, the manifest for everything else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from jaxfm.checkpoint import lease as leases
+from jaxfm.checkpoint.storage import Storage, Stored
+from jaxfm.errors import DamagedError, MissingInputError
+
+VERSION = 1
+# Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
+SMALL_BYTES = 1 << 20
+_COMMIT = re.compile(r'(\d+)/commit\.json')
+
+Listing = dict[str, Stored]
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """One committed step. epoch: of the lease it was made under."""
+
+    step: int
+    attempt: str
+    epoch: int
+    digest: str  # of the manifest
+
+    @property
+    def directory(self) -> str:
+        return f'{self.step}/{self.attempt}'
+
+
+def new_attempt() -> str:
+    """The name of a save, used by no other."""
+    return uuid.uuid4().hex[:12]
+
+
+class Store:
+    """The checkpoints on a storage, for their writer and for everybody who reads them."""
+
+    def __init__(self, storage: Storage):
+        self.storage = storage
+
+    def commits(self, listing: Listing | None = None) -> dict[int, Commit]:
+        """The commits that count, in the order of their steps; none has been verified."""
+        listing = self.storage.list() if listing is None else listing
+        found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]
+        commits = [self._read_commit(step) for step in sorted(found)]
+        lease = leases.current(self.storage, listing)
+        return {
+            commit.step: commit
+            for commit in commits
+            if commit is not None
+            and (lease is None or lease.holder is None or _counts(commit, lease))
+        }
+
+    def check(self, commit: Commit) -> dict[str, Any]:
+        """The manifest of a commit, once all but the contents of arrays has been compared with it.
+
+        Raises:
+          DamagedError: "digest mismatch" and what differs.
+        """
+        name = f'{commit.directory}/manifest.json'
+        try:
+            content = self.storage.read(name)
+        except FileNotFoundError:
+            raise self.damaged(commit.step, f'{name} is missing') from None
+        if hashlib.sha256(content).hexdigest() != commit.digest:
+            raise self.damaged(commit.step, name if commit.attempt else 'commit.json')
+        manifest = json.loads(content)
+        self._check_files(commit, manifest['files'])
+        return manifest
+
+    def damaged(self, step: int, what: str) -> DamagedError:
+        """The error about something of a step that is not as it was saved."""
+        return DamagedError(f'checkpoint {step} in {self.storage.root}: digest mismatch: {what}')
+
+    def missing(self, step: int, steps: Iterable[int]) -> MissingInputError:
+        """The error about a step that is not there."""
+        there = ', '.join(map(str, steps)) or 'none'
+        return MissingInputError(f'no checkpoint {step} in {self.storage.root}; there are: {there}')
+
+    def write_manifest(self, step: int, attempt: str, manifest: dict[str, Any]) -> str:
+        """Adds the files of the attempt to the manifest and writes it; returns its digest."""
+        directory = f'{step}/{attempt}/'
+        files = {
+            name.removeprefix(directory): self._describe(name, stored)
+            for name, stored in self.storage.list(directory.rstrip('/')).items()
+        }
+        head = {'version': VERSION, 'step': step, 'attempt': attempt}
+        content = json.dumps(head | manifest | {'files': files}, indent=1).encode()
+        self.storage.write(f'{directory}manifest.json', content)
+        return hashlib.sha256(content).hexdigest()
+
+    def commit(self, commit: Commit) -> None:
+        """From here on the step counts. What stands in its place does not: it is replaced."""
+        name = f'{commit.step}/commit.json'
+        content = json.dumps(dataclasses.asdict(commit)).encode()
+        try:
+            self.storage.write(name, content, exclusive=True)
+        except FileExistsError:
+            self.storage.remove(name)
+            self.storage.write(name, content, exclusive=True)
+
+    def remove(self, step: int) -> None:
+        """Deletes a step; first it stops to count, so that half of one is never seen."""
+        self.storage.remove(f'{step}/commit.json')
+        self.storage.remove(str(step))
+
+    def sweep(self) -> dict[str, int]:
+        """Deletes the orphans and returns them. Only for who holds the lease."""
+        listing = self.storage.list()
+        orphans = self.orphans(listing, self.commits(listing))
+        for name in orphans:
+            self.storage.remove(name)
+        return orphans
+
+    def orphans(self, listing: Listing, commits: dict[int, Commit]) -> dict[str, int]:
+        """{directory or file: bytes} of what saves left behind that never counted, or no longer do.
+
+        Only names that a save gives are looked at: anything else here is somebody else's.
+        """
+        kept = {commit.directory for commit in commits.values()}
+        orphans: dict[str, int] = {}
+        for name, stored in listing.items():
+            parts = name.split('/')
+            if not parts[0].isdecimal() or len(parts) < 2:
+                continue
+            step, attempt = int(parts[0]), '/'.join(parts[:2])
+            is_commit = parts[1] == 'commit.json' and step in commits
+            if attempt not in kept and not is_commit:
+                orphans[attempt] = orphans.get(attempt, 0) + stored.size
+        return orphans
+
+    def _read_commit(self, step: int) -> Commit | None:
+        try:
+            fields = json.loads(self.storage.read(f'{step}/commit.json'))
+            commit = Commit(**fields)
+            if commit.step != step or not isinstance(commit.epoch, int):
+                raise ValueError('of another step')
+            return commit
+        except FileNotFoundError:
+            return None  # deleted since the listing
+        except (ValueError, TypeError):
+            # Damaged: it stands for a step that was there, and `check` will say so.
+            return Commit(step, '', -1, '')
+
+    def _describe(self, name: str, stored: Stored) -> dict[str, Any]:
+        if stored.size > SMALL_BYTES:
+            return {'size': stored.size}
+        return {
+            'size': stored.size,
+            'sha256': hashlib.sha256(self.storage.read(name)).hexdigest(),
+        }
+
+    def _check_files(self, commit: Commit, files: dict[str, dict]) -> None:
+        listing = self.storage.list(commit.directory)
+        for name, expected in files.items():
+            path = f'{commit.directory}/{name}'
+            if path not in listing:
+                raise self.damaged(commit.step, f'{name} is missing')
+            if listing[path].size != expected['size']:
+                raise self.damaged(
+                    commit.step,
+                    f'{name} has {listing[path].size} bytes, not {expected["size"]}',
+                )
+            if 'sha256' in expected and self._describe(path, listing[path]) != expected:
+                raise self.damaged(commit.step, name)
+
+
+def _counts(commit: Commit, lease: leases.Record) -> bool:
+    return not commit.attempt or lease.admits(commit.directory, commit.epoch)

@@ -60,7 +60,13 @@ class Record:
     holder: Holder | None
     renewals: int = 0
     released: bool = False
+    seconds: float = 0.0  # how long others have to wait for a sign of life
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody may be writing, as far as can be seen without waiting."""
+        return not (self.released or self.holder is not None and self.holder.is_gone())
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()
@@ -79,8 +85,8 @@ def current(storage: Storage, names: Iterable[str]) -> Record | None:
 class Lease:
     """The right to write checkpoints to a storage, once `acquire` has returned.
 
-    seconds: after so long without a renewal others may take it over. It is renewed three times as
-    often, by a thread. `lost` tells that somebody did take it.
+    seconds: after so long without a renewal others may take it over, or after what the holder says
+    if that is longer. It is renewed three times as often, by a thread.
     """
 
     def __init__(self, storage: Storage, seconds: float):
@@ -101,10 +107,12 @@ class Lease:
           LockedError: somebody else holds it, with the name of the holder.
         """
         before = current(self._storage, self._storage.list('lease'))
-        if before is not None and not before.released:
+        if before is not None and before.is_held:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), inherited=tuple(commits()))
+        record = Record(
+            epoch, Holder.here(), seconds=self._seconds, inherited=tuple(commits())
+        )
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -152,21 +160,20 @@ class Lease:
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
-        if record.holder is not None and record.holder.is_gone():
-            return
         if record.holder == Holder.here():  # an earlier attempt of this very process
             return
+        seconds = max(self._seconds, record.seconds)
         log.warning(
             '%s may be in use by %s: waiting %g s for a sign of life',
             self._storage.root,
             record.holder or 'somebody',
-            self._seconds,
+            seconds,
         )
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._seconds / 10))
+            time.sleep(min(1.0, seconds / 10))
             now = _read(self._storage, record.epoch)
-            if now.released or (now.holder is not None and now.holder.is_gone()):
+            if not now.is_held:
                 return
             if now != record:
                 self._refuse(now)
@@ -207,7 +214,8 @@ def _read(storage: Storage, epoch: int) -> Record:
         fields = json.loads(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
-        return Record(epoch, holder, fields['renewals'], fields['released'], inherited)
+        counted = fields['renewals'], fields['released'], fields['seconds']
+        return Record(epoch, holder, *counted, inherited)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return Record(epoch, None)
 

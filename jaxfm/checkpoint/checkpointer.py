@@ -25,17 +25,11 @@ from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
 from jaxfm.checkpoint.lease import Lease
-from jaxfm.checkpoint.saver import Job, Save, explain
+from jaxfm.checkpoint.saver import Job, Save
 from jaxfm.checkpoint.storage import PosixStorage, open_storage
 from jaxfm.checkpoint.store import Commit, Store, new_attempt
-from jaxfm.errors import (
-    DamagedError,
-    DataError,
-    PermissionDeniedError,
-    RunError,
-    StorageError,
-    UnavailableError,
-)
+from jaxfm.checkpoint.verify import explained, leaves_of
+from jaxfm.errors import DamagedError, DataError, RunError, StorageError
 
 log = logging.getLogger('jaxfm')
 
@@ -45,9 +39,6 @@ Arrays = dict[str, jax.Array]
 PATIENCE_SECONDS = 10
 # The values of integers no larger than this are in the manifest: steps, counters, the key.
 _SMALL = 8
-# How TensorStore says that a server, and not the data, is the matter.
-_OUT_OF_REACH = ('UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED', 'CURL')
-_FORBIDDEN = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
 _serial = itertools.count()  # of what the processes agree on: a name is used once
 
 
@@ -210,13 +201,13 @@ class Checkpointer:
           MissingInputError: there is no such step.
         """
         found, manifest = self._verified(step)
-        check_fit(abstract_state, _stored(manifest), self._name(step))
+        check_fit(abstract_state, leaves_of(manifest), self._name(step))
         return self._read(found, manifest, abstract_state), manifest['extra']
 
     def restore_params(self, step: int, abstract_params: dict) -> Arrays:
         """The parameters alone, {path: array}, whichever of them that phase trained or froze."""
         found, manifest = self._verified(step)
-        stored = _stored(manifest)
+        stored = leaves_of(manifest)
         names = {path: _name_of_param(path, stored) for path in abstract_params}
         wanted = {names[path]: leaf for path, leaf in abstract_params.items()}
         check_fit(wanted, stored, self._name(step), partial=True)
@@ -403,7 +394,7 @@ class Checkpointer:
         try:
             restored = arrays.read(found.store.storage.kvstore(found.state), wanted, deadline)
         except Exception as raised:
-            error = _explained(raised, found)
+            error = explained(raised, found.store, found.commit.step)
         distributed.first_error(_name_of_decision(), error)
         prints = fingerprints(restored)
         differ = [
@@ -439,13 +430,6 @@ def _described(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dic
     return described
 
 
-def _stored(manifest: dict) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(tuple(entry['shape']), jax.numpy.dtype(entry['dtype']))
-        for name, entry in manifest['arrays'].items()
-    }
-
-
 def _mesh_of(leaves: dict) -> dict[str, int]:
     """The axes of the mesh, for people and for the local tier; {} for single devices."""
     shardings = [leaf.sharding for leaf in leaves.values()]
@@ -463,17 +447,6 @@ def _local_storage(config: CheckpointConfig, root: str) -> PosixStorage:
 def _name_of_param(path: str, stored: dict) -> str:
     names = [f'{kind}/{path}' for kind in ('trainable', 'frozen', 'buffers')]
     return next((name for name in names if name in stored), names[0])
-
-
-def _explained(error: Exception, found: Found) -> RunError:
-    """Whether what could not be read is damaged, or only out of reach."""
-    step, root = found.commit.step, found.store.storage.root
-    text = explain(error, found.store)
-    if isinstance(error, TimeoutError) or any(word in text for word in _OUT_OF_REACH):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    if any(word in text for word in _FORBIDDEN):
-        return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
-    return found.store.damaged(step, f'it cannot be read: {text}')
 
 
 def _check_room(store: Store, nbytes: int, count: int) -> None:

@@ -18,7 +18,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
-from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.report import write_report
@@ -53,7 +53,7 @@ def train(flags, config: RunConfig) -> int:
                 _report(run)
             return 0
         sources = [_prefetch(phase, stack) for phase in run.phases]
-        clock = StepClock(config.total_steps, _peak_flops(config))
+        clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(params=None)
         evaluators = run.evaluators(sampler, write=run.primary)
         prompts, requests = _last_samples(config, run.tokenizer)
@@ -96,6 +96,7 @@ def train(flags, config: RunConfig) -> int:
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
         _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, evaluators)
         _report(run)
     return 0
@@ -115,8 +116,9 @@ def _run_phases(
             _record_data(loop.recorder, phase)
         loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
         start = step if is_resumed else phase.first
-        # The first weights of a later phase were evaluated and saved by the one before it.
-        state = run_loop(loop, state, start, done=is_resumed or index > 0)
+        with loop.clock.training():
+            # The first weights of a later phase were evaluated and saved by the one before it.
+            state = run_loop(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
     return state
 

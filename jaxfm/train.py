@@ -88,16 +88,18 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         stopping = step < loop.last and loop.preemption.should_stop(step)
         if not done and (stopping or _save_is_due(loop, step)):
             save(loop, state, step)
+        if stopping or step >= loop.last:
+            with loop.clock.aside('checkpoint_save'):
+                loop.checkpointer.wait()
         if stopping:
-            loop.checkpointer.wait()
             raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
         if step >= loop.last:
-            loop.checkpointer.wait()
             return state
 
         # Nothing in a step may move data between host and device without saying so.
         with jax.transfer_guard('disallow'):
-            batch = loop.source.next(state.params, step)
+            with loop.clock.aside('data_wait'):
+                batch = loop.source.next(state.params, step)
             with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
                 state, metrics = loop.train_step(state, batch)
         if step == first:

@@ -1,7 +1,8 @@
 """What a run measures: its records, clocks, console and report.
 
-`writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time; `console` tells a person;
-`report` draws the finished run from the files alone. This room imports nothing of ours but errors.
+`writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time, `goodput` says what for;
+`console` tells a person; `report` draws the finished run from the files alone. This room imports
+nothing of ours but errors.
 """
 
 from pydantic import Field

@@ -18,6 +18,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
+from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
@@ -68,7 +69,8 @@ def train(flags, config: RunConfig) -> int:
             state, position = _restore(checkpointer, step, *parts, clock, may_change)
         # Only now is anything of an earlier run in this directory changed.
         recorder = _open_records(run, console, stack, is_new=step is None)
-        recorder.jsonl.truncate(position)
+        if run.primary:
+            _cut_records(recorder.jsonl, clock, position, step or 0)
         for change in flags.changes:
             log.warning('config.%s: %s -> %s', *change)
         log.info('work directory: %s', run.workdir)
@@ -116,6 +118,8 @@ def _run_phases(
             _record_data(loop.recorder, phase)
         loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
         start = step if is_resumed else phase.first
+        # Told at once, or what is wasted would be forgotten when this process dies early, too.
+        loop.recorder.write(start, 'perf', loop.clock.log(start))
         with loop.clock.training():
             # The first weights of a later phase were evaluated and saved by the one before it.
             state = run_loop(loop, state, start, done=is_resumed or index > 0)
@@ -197,6 +201,16 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     stack.callback(recorder.close)
     stack.push(_log_refusal)
     return recorder
+
+
+def _cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
+    """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
+    lost = clock.waste(goodput.last_elapsed(jsonl.path, position))
+    if lost > 1:
+        log.warning(
+            '%.0f s of work after step %d were lost with the process before this one', lost, step
+        )
+    jsonl.truncate(position)
 
 
 def _log_refusal(kind, error, traceback) -> bool:

@@ -4,7 +4,12 @@ Every second of every process of a run is in one bucket, so the buckets add up t
 run. The clock keeps them, checkpoints carry them, `perf` records tell them.
 """
 
+import contextlib
 from collections.abc import Mapping
+from pathlib import Path
+
+from jaxfm.errors import DataError
+from jaxfm.metrics.writers import read_records
 
 BUCKETS = (
     'init',  # from the start of a process to its loop
@@ -30,3 +35,17 @@ def values(account: Mapping[str, float]) -> dict[str, float]:
     elapsed = sum(account.values())
     ratio = account['step'] / elapsed if elapsed else 0.0
     return {name_of(bucket): account[bucket] for bucket in BUCKETS} | {f'{PREFIX}ratio': ratio}
+
+
+def last_elapsed(path: str | Path, position: int) -> float:
+    """The seconds of the run in the last `perf` record after a position of metrics.jsonl; else 0.
+
+    A process that ends in order writes none after its last checkpoint.
+    """
+    elapsed = 0.0
+    # What no checkpoint vouches for may be broken, and is cut off after this.
+    with contextlib.suppress(DataError):
+        for record in read_records(path, position):
+            if record['kind'] == 'perf':
+                elapsed = record.get('perf/elapsed_seconds', elapsed)
+    return elapsed

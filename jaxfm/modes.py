@@ -19,7 +19,8 @@ from jaxfm.checkpoint.storage import S3
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
-from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics import goodput
+from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.report import write_report
@@ -50,7 +51,7 @@ def train(flags, config: RunConfig) -> int:
             return 0
         checkpointer = _open_checkpoints(run, wanted, stack)
         sources = [_prefetch(phase, stack) for phase in run.phases]
-        clock = StepClock(config.total_steps, _peak_flops(config))
+        clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(params=None)
         evaluators = run.evaluators(sampler, write=run.primary)
         prompts, requests = _last_samples(config, run.tokenizer)
@@ -61,7 +62,8 @@ def train(flags, config: RunConfig) -> int:
         current = run.phases.index(run.phase_at(step or 0))
         # Only now is anything of an earlier run in this directory changed.
         recorder = _open_records(run, console, stack, is_new=step is None)
-        recorder.jsonl.truncate(position)
+        if run.primary:
+            _cut_records(recorder.jsonl, clock, position, step or 0)
         for change in flags.changes:
             log.warning('config.%s: %s -> %s', *change)
         log.info('work directory: %s', run.workdir)
@@ -88,6 +90,7 @@ def train(flags, config: RunConfig) -> int:
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
         _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, evaluators)
         _report(run)
     return 0
@@ -107,8 +110,11 @@ def _run_phases(
             _record_data(loop.recorder, phase)
         loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
         start = step if is_resumed else phase.first
-        # The first weights of a later phase were evaluated and saved by the one before it.
-        state = run_loop(loop, state, start, done=is_resumed or index > 0)
+        # Told at once, or what is wasted would be forgotten when this process dies early, too.
+        loop.recorder.write(start, 'perf', loop.clock.log(start))
+        with loop.clock.training():
+            # The first weights of a later phase were evaluated and saved by the one before it.
+            state = run_loop(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
     return state
 
@@ -212,6 +218,16 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     stack.callback(recorder.close)
     stack.push(_log_refusal)
     return recorder
+
+
+def _cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
+    """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
+    lost = clock.waste(goodput.last_elapsed(jsonl.path, position))
+    if lost > 1:
+        log.warning(
+            '%.0f s of work after step %d were lost with the process before this one', lost, step
+        )
+    jsonl.truncate(position)
 
 
 def _log_refusal(kind, error, traceback) -> bool:

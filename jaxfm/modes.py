@@ -15,6 +15,7 @@ import jax
 from jaxfm import config as configs
 from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.checkpoint.storage import S3
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
@@ -124,11 +125,10 @@ def evaluate(flags, config: RunConfig) -> int:
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        checkpointer = run.checkpointer(read_only=True)
-        stack.callback(checkpointer.close)
-        params, step = run.restore_params(checkpointer)
+        checkpoints = run.reader()
+        params, step = run.restore_params(checkpoints)
         run.open_data()
-        run.phase_at(step).batches().set_state(checkpointer.read_manifest(step)['extra']['source'])
+        run.phase_at(step).batches().set_state(checkpoints.read_manifest(step)['extra']['source'])
         scores = {}
         for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
             values = evaluator.run(params, step)
@@ -146,9 +146,8 @@ def sample(flags, config: RunConfig) -> int:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
         tokenizer = tokenizers.load(run.workdir / 'tokenizer')
-        checkpointer = run.checkpointer(read_only=True)
-        stack.callback(checkpointer.close)
-        params, step = run.restore_params(checkpointer)
+        checkpoints = run.reader()
+        params, step = run.restore_params(checkpoints)
         prompts = flags.prompt or list(config.sampling.prompts) or ['']
         sampler = run.sampler(params, slots=len(prompts))
         requests = _requests(config, tokenizer, prompts, flags)
@@ -162,10 +161,10 @@ MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 def _is_finished(run: Run, flags) -> bool:
     """Whether the checkpoints there are of this run and at its end; a look that changes nothing."""
-    with contextlib.closing(run.checkpointer(read_only=True)) as checkpointer:
-        if not (run.workdir / 'config.json').exists():
-            _check_config(run, checkpointer, flags)
-        step = checkpointer.latest_step()
+    checkpoints = run.reader()
+    if not (run.workdir / 'config.json').exists():
+        _check_config(run, checkpoints, flags)
+    step = checkpoints.latest_step()
     if step is None or step < run.config.total_steps:
         return False
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
@@ -174,11 +173,11 @@ def _is_finished(run: Run, flags) -> bool:
     return True
 
 
-def _check_config(run: Run, checkpointer: Checkpointer, flags) -> None:
+def _check_config(run: Run, checkpoints: Reader, flags) -> None:
     """In a new work directory the checkpoints alone know which run they are of."""
-    manifest = checkpointer.newest_whole(checkpointer.read_manifest)
+    manifest = checkpoints.newest_whole(checkpoints.read_manifest)
     if manifest is not None:
-        saved = configs.from_json(manifest['config'], f'the run in {checkpointer.root}')
+        saved = configs.from_json(manifest['config'], f'the run in {checkpoints.root}')
         flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
 
 
@@ -191,7 +190,7 @@ def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer
     created = [one for one in known if not one.exists()]
     checkpointer = None
     try:
-        checkpointer = run.checkpointer(read_only=False)
+        checkpointer = run.checkpointer()
         checkpointer.check_room(max(map(plan.bytes_total, wanted)))
     except RunError:
         if checkpointer:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
@@ -207,7 +207,7 @@ class TinyRuns:
     @staticmethod
     def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint: {its name: array}."""
-        reader = Checkpointer(CheckpointConfig(), workdir / 'checkpoints', read_only=True)
+        reader = Reader(CheckpointConfig(), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(

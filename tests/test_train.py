@@ -14,6 +14,7 @@ from flax import nnx
 from jaxfm import optimizer, sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Evaluator
@@ -312,9 +313,8 @@ def test_a_step_evaluates_then_saves_then_asks_the_source(straight):
 
 def test_a_checkpoint_holds_the_position_before_its_next_batch(straight):
     _, directory, _, _ = straight
-    reader = Checkpointer(CheckpointConfig(), directory / 'checkpoints', read_only=True)
+    reader = Reader(CheckpointConfig(), directory / 'checkpoints')
     extra = {step: reader.read_manifest(step)['extra'] for step in reader.steps()}
-    reader.close()
     assert {step: values['source'] for step, values in extra.items()} == {
         4: {'number': 4},
         8: {'number': 8},
@@ -430,10 +430,9 @@ def test_a_signal_saves_and_raises_preempted(kit, tmp_path):
 
         with pytest.raises(Preempted, match='saved at step 3; run it again'):
             run(kit, tmp_path, prefetched, before=send, preemption=preemption)
-    reader = Checkpointer(CheckpointConfig(), tmp_path / 'checkpoints', read_only=True)
+    reader = Reader(CheckpointConfig(), tmp_path / 'checkpoints')
     assert reader.steps() == [3]
     assert reader.read_manifest(3)['extra']['source'] == {'number': 3}
-    reader.close()
 
 
 def test_a_stop_right_after_resuming_saves_nothing_again(kit, tmp_path):

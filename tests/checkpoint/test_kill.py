@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 
 SAVE_FOR_EVER = """
 import itertools, sys
@@ -56,9 +57,8 @@ def test_the_newest_committed_step_survives_kills_during_saves(tmp_path):
             time.sleep(moment.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)
         # A save starts only when the one before it is committed.
-        reader = Checkpointer(CheckpointConfig(), tmp_path, read_only=True)
+        reader = Reader(CheckpointConfig(), tmp_path)
         committed = assert_newest_step_is_whole(reader, max(committed, started - 1))
-        reader.close()
 
     checkpointer = Checkpointer(CheckpointConfig(keep=2), tmp_path)
     checkpointer.save(committed + 2, {'w': jax.numpy.zeros(3)}, {})

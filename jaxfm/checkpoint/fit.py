@@ -1,7 +1,7 @@
 """Whether the state a run wants fits the state a checkpoint holds.
 
-Names, shapes and dtypes are compared with those of the manifest before anything is read: the bits
-of another dtype or shape would be other weights.
+Names, shapes and dtypes are compared with those of the manifest before anything is read: bits of
+another dtype or shape would be other weights.
 """
 
 import difflib

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -77,7 +78,7 @@ def open_storage(place: str | Path) -> Storage:
         from jaxfm.checkpoint.s3 import S3Storage
 
         return S3Storage(str(place))
-    if '://' in str(place):
+    if re.match(r'\w+:/', str(place)):
         raise ConfigError(
             f'checkpoint.directory = {str(place)!r}: want a path of a file system or '
             's3://bucket/prefix'

@@ -58,6 +58,7 @@ class Record:
 
     epoch: int
     holder: Holder | None
+    seconds: float = 0  # without a renewal, after which the holder agrees to be replaced
     renewals: int = 0
     released: bool = False
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
@@ -104,7 +105,7 @@ class Lease:
         if before is not None and not before.released:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), inherited=tuple(commits()))
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -156,13 +157,14 @@ class Lease:
             return
         if record.holder == Holder.here():  # an earlier attempt of this very process
             return
+        seconds = max(self._seconds, record.seconds)
         log.warning(
             '%s may be in use by %s: waiting %g s for a sign of life',
             self._storage.root,
             record.holder or 'somebody',
-            self._seconds,
+            seconds,
         )
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._seconds / 10))
             now = _read(self._storage, record.epoch)
@@ -207,7 +209,8 @@ def _read(storage: Storage, epoch: int) -> Record:
         fields = json.loads(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
-        return Record(epoch, holder, fields['renewals'], fields['released'], inherited)
+        rest = fields['seconds'], fields['renewals'], fields['released']
+        return Record(epoch, holder, *rest, inherited)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return Record(epoch, None)
 

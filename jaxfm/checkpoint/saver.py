@@ -120,6 +120,8 @@ def _clean(job: Job) -> None:
     try:
         listing = job.store.storage.list()
         commits = job.store.commits(listing)
+        if job.step not in commits or commits[job.step].attempt != job.attempt:
+            return  # replaced since it looked: what is here is no longer this run's to delete
         for step in outdated(commits, job):
             job.store.remove(step)
     except RunError as error:

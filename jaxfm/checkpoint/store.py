@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxfm.checkpoint import lease as leases
 from jaxfm.checkpoint.storage import Storage, Stored
-from jaxfm.errors import DamagedError, MissingInputError
+from jaxfm.errors import DamagedError, LockedError, MissingInputError
 
 VERSION = 1
 # Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
@@ -106,12 +106,22 @@ class Store:
         return hashlib.sha256(content).hexdigest()
 
     def commit(self, commit: Commit) -> None:
-        """From here on the step counts. What stands in its place does not: it is replaced."""
+        """From here on the step counts. What stands in its place does not: it is replaced.
+
+        Raises:
+          LockedError: it does, because a run that took over has come to this step before.
+        """
         name = f'{commit.step}/commit.json'
         content = json.dumps(dataclasses.asdict(commit)).encode()
         try:
             self.storage.write(name, content, exclusive=True)
         except FileExistsError:
+            standing = self._read_commit(commit.step)
+            if standing is not None and standing.epoch > commit.epoch:
+                raise LockedError(
+                    f'step {commit.step} in {self.storage.root} was committed by a run that took '
+                    'over: this one may no longer write there'
+                ) from None
             self.storage.remove(name)
             self.storage.write(name, content, exclusive=True)
 

@@ -46,14 +46,9 @@ def train(flags, config: RunConfig) -> int:
         run.open_data()
         wanted = [phase.abstract_state() for phase in run.phases]
         sharding.check_replication(wanted[0].to_tree(), run.mesh)
-        checkpointer = _open_checkpoints(run, wanted, stack)
-        _check_config(run, checkpointer, flags)
-        step = checkpointer.latest_step()
-        if step is not None and step >= config.total_steps:
-            log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(config))
-            if not (run.workdir / 'report.html').exists():
-                _report(run)
+        if _is_finished(run, flags):
             return 0
+        checkpointer = _open_checkpoints(run, wanted, stack)
         sources = [_prefetch(phase, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config))
         sampler = run.sampler(params=None)
@@ -157,6 +152,28 @@ def sample(flags, config: RunConfig) -> int:
 
 
 MODES = {'train': train, 'eval': evaluate, 'sample': sample}
+
+
+def _is_finished(run: Run, flags) -> bool:
+    """Whether the checkpoints there are of this run and at its end; a look that changes nothing."""
+    with contextlib.closing(run.checkpointer(read_only=True)) as checkpointer:
+        if not (run.workdir / 'config.json').exists():
+            _check_config(run, checkpointer, flags)
+        step = checkpointer.latest_step()
+    if step is None or step < run.config.total_steps:
+        return False
+    log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
+    if not (run.workdir / 'report.html').exists():
+        _report(run)
+    return True
+
+
+def _check_config(run: Run, checkpointer: Checkpointer, flags) -> None:
+    """In a new work directory the checkpoints alone know which run they are of."""
+    manifest = checkpointer.newest_whole(checkpointer.read_manifest)
+    if manifest is not None:
+        saved = configs.from_json(manifest['config'], f'the run in {checkpointer.root}')
+        flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
 
 
 def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
@@ -271,16 +288,6 @@ def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
         tree, extra = checkpointer.restore(step, wanted.to_tree())
         _check_first(int(jax.device_get(tree['step'])), step, phase)
     return wanted.with_tree(tree), extra
-
-
-def _check_config(run: Run, checkpointer: Checkpointer, flags) -> None:
-    """In a new work directory the checkpoints alone know which run they are of."""
-    if (run.workdir / 'config.json').exists():
-        return
-    manifest = checkpointer.newest_whole(checkpointer.read_manifest)
-    if manifest is not None:
-        saved = configs.from_json(manifest['config'], f'the run in {checkpointer.root}')
-        flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
 
 
 def _set_position(source, position: dict, may_change: bool) -> None:

@@ -182,6 +182,12 @@ class TinyRuns:
         return path
 
     @staticmethod
+    def committed(workdir: Path) -> list[int]:
+        """The steps whose checkpoints are committed."""
+        found = (workdir / 'checkpoints').glob('*/commit.json')
+        return sorted(int(path.parent.name) for path in found)
+
+    @staticmethod
     def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint: {its name: array}."""
         reader = Checkpointer(CheckpointConfig(), workdir / 'checkpoints', read_only=True)

@@ -35,19 +35,19 @@ class Holder:
     host: str
     pid: int
     started: str  # of the process, since the boot of the host; pids come again
-    boot: str  # changes with every boot
+    space: str  # of pids: the boot of the host, and the container's own numbers
 
     @classmethod
     def here(cls) -> 'Holder':
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _start_of(pid) or '', _boot_id())
+        return cls(socket.gethostname(), pid, _start_of(pid) or '', _pid_space())
 
     def __str__(self):
         return f'process {self.pid} on {self.host}'
 
     def is_gone(self) -> bool:
         """Whether it has ended for sure, which only its own host can know."""
-        if not self.boot or self.boot != _boot_id() or self.host != socket.gethostname():
+        if not self.space or self.space != _pid_space() or self.host != socket.gethostname():
             return False
         return _start_of(self.pid) != self.started
 
@@ -224,8 +224,9 @@ def _start_of(pid: int) -> str | None:
     return None if fields[0] in 'ZX' else fields[19]  # a zombie has ended
 
 
-def _boot_id() -> str:
+def _pid_space() -> str:
     try:
-        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        return f'{boot} {os.readlink("/proc/self/ns/pid")}'
     except OSError:
         return ''

@@ -25,6 +25,8 @@ from jaxfm.errors import LockedError, RunError
 
 log = logging.getLogger('jaxfm')
 
+# A run that ends waits no longer than this for a storage that does not answer.
+PATIENCE_SECONDS = 10
 _NAME = re.compile(r'lease/(\d{8})\.json')
 
 
@@ -89,6 +91,7 @@ class Lease:
         self._record: Record | None = None
         self._taken_by: Holder | None = None
         self._stopped = threading.Event()
+        self._is_empty = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -114,7 +117,7 @@ class Lease:
         for name in self._storage.list('lease'):
             if (found := _NAME.fullmatch(name)) and int(found[1]) < epoch:
                 self._storage.remove(name)
-        self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
+        self._thread = threading.Thread(target=self._hold, name='lease', daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -137,19 +140,10 @@ class Lease:
         """
         if self._thread is None:
             return
+        self._is_empty = is_empty
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)
         self._thread = None
-        if self._taken_by is not None:
-            return
-        try:
-            if is_empty:
-                self._storage.remove(_name(self.epoch))
-            else:
-                record = dataclasses.replace(self._record, released=True)
-                self._storage.write(_name(self.epoch), record.to_json())
-        except (RunError, OSError) as error:
-            log.debug('the lease could not be released: %s', error)
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
@@ -179,19 +173,32 @@ class Lease:
             'end that run first, or give this one another place'
         )
 
-    def _renew(self) -> None:
+    def _hold(self) -> None:
+        """Renews it until it is released or lost: a thread, which alone waits for the storage."""
         while not self._stopped.wait(self._seconds / 3):
             try:
                 self._look()
                 if self._taken_by is not None:
                     return
-                self._record = dataclasses.replace(
-                    self._record, renewals=self._record.renewals + 1
-                )
+                renewals = self._record.renewals + 1
+                self._record = dataclasses.replace(self._record, renewals=renewals)
                 self._storage.write(_name(self.epoch), self._record.to_json())
             except (RunError, OSError) as error:
                 # An outage is no reason to stop: nobody else can take it over meanwhile, either.
                 log.debug('the lease could not be renewed: %s', error)
+        try:
+            self._give_back()
+        except (RunError, OSError) as error:
+            log.debug('the lease could not be released: %s', error)
+
+    def _give_back(self) -> None:
+        if self._taken_by is not None:
+            return
+        if self._is_empty:
+            self._storage.remove(_name(self.epoch))
+        else:
+            record = dataclasses.replace(self._record, released=True)
+            self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
         newest = current(self._storage, self._storage.list('lease'))

@@ -84,9 +84,11 @@ def take(monkeypatch):
 
 
 def fall_asleep(lease):
-    """It renews no more."""
-    lease._stopped.set()
-    lease._thread.join()
+    """It renews no more, and says nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, '_give_back', lambda: None)
+        lease._stopped.set()
+        lease._thread.join()
 
 
 class Other:
@@ -180,19 +182,21 @@ def test_how_long_a_holder_may_be_silent_is_for_the_holder_to_say(disk, take):
         take(disk, SHORT / 3)
 
 
-def test_a_killed_process_of_this_host_is_replaced_at_once(storage, take, other):
+def test_a_killed_process_of_this_host_is_replaced_at_once(storage, take, other, caplog):
     killed = other(storage)
     assert [killed.hear(), killed.do('acquire')] == ['ready', 'done']
     killed.process.send_signal(signal.SIGKILL)  # and nobody reaps it: it stays as a zombie
     os.waitid(os.P_PID, killed.process.pid, os.WEXITED | os.WNOWAIT)
     assert take(storage).epoch == 2
+    assert 'waiting' not in caplog.text
 
 
-def test_a_process_that_only_has_the_number_of_the_holder_is_not_the_holder(disk, take):
+def test_a_process_that_only_has_the_number_of_the_holder_is_not_it(disk, take, caplog):
     here = Holder.here()
     before = Holder(here.host, here.pid, 'at another time', *list(vars(here).values())[3:])
     fall_asleep(take(disk, holder=before))
     assert take(disk).epoch == 2
+    assert 'waiting' not in caplog.text
 
 
 @pytest.mark.parametrize('field', ['host', list(vars(ELSEWHERE))[-1]])
@@ -202,12 +206,13 @@ def test_of_another_host_nobody_knows_whether_the_process_is_gone(disk, take, fi
         take(disk, SHORT)
 
 
-def test_a_released_lease_is_free_at_once_and_its_commits_count(storage, take):
+def test_a_released_lease_is_free_at_once_and_its_commits_count(storage, take, caplog):
     first = take(storage, holder=ELSEWHERE)
     Store(storage).commit(STEP)
     first.release()
     second = take(storage, holder=THIRD, commits=[STEP.directory])
     assert second.epoch == 2
+    assert 'waiting' not in caplog.text
     assert Store(storage).commits() == {3: STEP}
     assert list(storage.list('lease')) == ['lease/00000002.json']
 
@@ -230,6 +235,7 @@ def test_a_process_that_slept_through_its_lease_learns_of_it_before_a_commit(sto
     assert '3/commit.json' in storage.list()
     assert Store(storage).commits() == {}
     assert sleeper.do('release') == 'done'
+    assert list(storage.list('lease')) == ['lease/00000002.json']
     mine.confirm()
 
 
@@ -320,11 +326,18 @@ def test_a_holder_that_cannot_renew_for_a_while_stays_the_holder(disk, take, mon
         time.sleep(0.01)
 
 
-def test_a_release_that_fails_is_no_error(disk, take, monkeypatch):
-    lease = take(disk)
+@pytest.mark.parametrize('error', [UnavailableError('an outage'), None])
+def test_a_release_that_fails_or_hangs_is_no_error(disk, take, monkeypatch, error):
+    lease, over = take(disk), threading.Event()
+    monkeypatch.setattr(leases, 'PATIENCE_SECONDS', 0.1)
 
-    def refuse(*arguments, **options):
-        raise UnavailableError('an outage')
+    def fail(*arguments, **options):
+        if error is not None:
+            raise error
+        over.wait()
 
-    monkeypatch.setattr(disk, 'write', refuse)
+    monkeypatch.setattr(disk, 'write', fail)
+    thread = lease._thread
     lease.release()
+    over.set()
+    thread.join()

@@ -134,7 +134,8 @@ class Store:
         """Deletes the orphans and returns them. Only for who holds the lease."""
         listing = self.storage.list()
         orphans = self.orphans(listing, self.commits(listing))
-        for name in orphans:
+        empty = [name for name in self.storage.empty_directories() if _is_step(name)]
+        for name in [*orphans, *empty]:
             self.storage.remove(name)
         return orphans
 
@@ -147,7 +148,7 @@ class Store:
         orphans: dict[str, int] = {}
         for name, stored in listing.items():
             parts = name.split('/')
-            if not parts[0].isdecimal() or len(parts) < 2:
+            if not _is_step(name) or len(parts) < 2:
                 continue
             step, attempt = int(parts[0]), '/'.join(parts[:2])
             is_commit = parts[1] == 'commit.json' and step in commits
@@ -187,8 +188,15 @@ class Store:
                     commit.step,
                     f'{name} has {listing[path].size} bytes, not {expected["size"]}',
                 )
-            if 'sha256' in expected and self._describe(path, listing[path]) != expected:
-                raise self.damaged(commit.step, name)
+            try:
+                if 'sha256' in expected and self._describe(path, listing[path]) != expected:
+                    raise self.damaged(commit.step, name)
+            except FileNotFoundError:  # its run deletes it just now
+                raise self.damaged(commit.step, f'{name} is missing') from None
+
+
+def _is_step(name: str) -> bool:
+    return name.split('/')[0].isdecimal()
 
 
 def _counts(commit: Commit, lease: leases.Record) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,9 +46,14 @@ Arrays = dict[str, jax.Array]
 PATIENCE_SECONDS = 10
 # The values of integers no larger than this are in the manifest: steps, counters, the key.
 _SMALL = 8
-# How TensorStore says that a server, and not the data, is the matter.
-_OUT_OF_REACH = ('UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED', 'CURL')
-_FORBIDDEN = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
+# How TensorStore says that a server, and not the data, is the matter. It notes the status of an
+# answer, except where that means that an object or a part of it is not there.
+_OUT_OF_REACH = re.compile(
+    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|CURL error|http_response_code'
+)
+_FORBIDDEN = re.compile(
+    '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
+)
 _serial = itertools.count()  # of what the processes agree on: a name is used once
 
 
@@ -469,10 +475,10 @@ def _explained(error: Exception, found: Found) -> RunError:
     """Whether what could not be read is damaged, or only out of reach."""
     step, root = found.commit.step, found.store.storage.root
     text = explain(error, found.store)
-    if isinstance(error, TimeoutError) or any(word in text for word in _OUT_OF_REACH):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    if any(word in text for word in _FORBIDDEN):
+    if _FORBIDDEN.search(str(error)):
         return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
+    if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
+        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
     return found.store.damaged(step, f'it cannot be read: {text}')
 
 

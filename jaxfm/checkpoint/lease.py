@@ -25,6 +25,8 @@ from jaxfm.errors import LockedError, RunError
 
 log = logging.getLogger('jaxfm')
 
+# A run that ends waits no longer than this for a storage that does not answer.
+PATIENCE_SECONDS = 10
 _NAME = re.compile(r'lease/(\d{8})\.json')
 
 
@@ -58,6 +60,7 @@ class Record:
 
     epoch: int
     holder: Holder | None
+    seconds: float = 0  # without a renewal, after which the holder agrees to be replaced
     renewals: int = 0
     released: bool = False
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
@@ -88,6 +91,7 @@ class Lease:
         self._record: Record | None = None
         self._taken_by: Holder | None = None
         self._stopped = threading.Event()
+        self._is_empty = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -104,7 +108,7 @@ class Lease:
         if before is not None and not before.released:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), inherited=tuple(commits()))
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -113,7 +117,7 @@ class Lease:
         for name in self._storage.list('lease'):
             if (found := _NAME.fullmatch(name)) and int(found[1]) < epoch:
                 self._storage.remove(name)
-        self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
+        self._thread = threading.Thread(target=self._hold, name='lease', daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -136,19 +140,10 @@ class Lease:
         """
         if self._thread is None:
             return
+        self._is_empty = is_empty
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)
         self._thread = None
-        if self._taken_by is not None:
-            return
-        try:
-            if is_empty:
-                self._storage.remove(_name(self.epoch))
-            else:
-                record = dataclasses.replace(self._record, released=True)
-                self._storage.write(_name(self.epoch), record.to_json())
-        except (RunError, OSError) as error:
-            log.debug('the lease could not be released: %s', error)
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
@@ -156,13 +151,14 @@ class Lease:
             return
         if record.holder == Holder.here():  # an earlier attempt of this very process
             return
+        seconds = max(self._seconds, record.seconds)
         log.warning(
             '%s may be in use by %s: waiting %g s for a sign of life',
             self._storage.root,
             record.holder or 'somebody',
-            self._seconds,
+            seconds,
         )
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self._seconds / 10))
             now = _read(self._storage, record.epoch)
@@ -177,19 +173,32 @@ class Lease:
             'end that run first, or give this one another place'
         )
 
-    def _renew(self) -> None:
+    def _hold(self) -> None:
+        """Renews it until it is released or lost: a thread, which alone waits for the storage."""
         while not self._stopped.wait(self._seconds / 3):
             try:
                 self._look()
                 if self._taken_by is not None:
                     return
-                self._record = dataclasses.replace(
-                    self._record, renewals=self._record.renewals + 1
-                )
+                renewals = self._record.renewals + 1
+                self._record = dataclasses.replace(self._record, renewals=renewals)
                 self._storage.write(_name(self.epoch), self._record.to_json())
             except (RunError, OSError) as error:
                 # An outage is no reason to stop: nobody else can take it over meanwhile, either.
                 log.debug('the lease could not be renewed: %s', error)
+        try:
+            self._give_back()
+        except (RunError, OSError) as error:
+            log.debug('the lease could not be released: %s', error)
+
+    def _give_back(self) -> None:
+        if self._taken_by is not None:
+            return
+        if self._is_empty:
+            self._storage.remove(_name(self.epoch))
+        else:
+            record = dataclasses.replace(self._record, released=True)
+            self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
         newest = current(self._storage, self._storage.list('lease'))
@@ -207,7 +216,8 @@ def _read(storage: Storage, epoch: int) -> Record:
         fields = json.loads(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
-        return Record(epoch, holder, fields['renewals'], fields['released'], inherited)
+        rest = fields['seconds'], fields['renewals'], fields['released']
+        return Record(epoch, holder, *rest, inherited)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return Record(epoch, None)
 

@@ -8,6 +8,7 @@ and what one of them finds, all of them find.
 import dataclasses
 import hashlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ log = logging.getLogger('jaxfm')
 
 Arrays = dict[str, jax.Array]
 
-# How TensorStore says that a server, and not the data, is the matter.
-_OUT_OF_REACH = ('UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED', 'CURL')
-_FORBIDDEN = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
+# How TensorStore says that a server, and not the data, is the matter. It notes the status of an
+# answer, except where that means that an object or a part of it is not there.
+_OUT_OF_REACH = re.compile(
+    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|CURL error|http_response_code'
+)
+_FORBIDDEN = re.compile(
+    '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +244,10 @@ def _explained(error: Exception, found: Found) -> RunError:
     """Whether what could not be read is damaged, or only out of reach."""
     step, root = found.commit.step, found.store.storage.root
     text = explain(error, found.store)
-    if isinstance(error, TimeoutError) or any(word in text for word in _OUT_OF_REACH):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    if any(word in text for word in _FORBIDDEN):
+    if _FORBIDDEN.search(str(error)):
         return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
+    if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
+        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
     return found.store.damaged(step, f'it cannot be read: {text}')
 
 

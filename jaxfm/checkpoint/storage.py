@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +56,9 @@ class Storage(Protocol):
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
         """Every file whose path has this directory in front; {} when there is none."""
+
+    def empty_directories(self) -> Iterable[str]:
+        """Those without a file below them: a deletion that was killed leaves some."""
 
     def remove(self, name: str) -> None:
         """A file, or a directory with all that is in it; no error when it is gone."""
@@ -140,6 +143,11 @@ class PosixStorage:
                     key = path.relative_to(self.directory).as_posix()
                     found[key] = Stored(status.st_size, status.st_mtime)
         return found
+
+    def empty_directories(self) -> Iterable[str]:
+        directories = {path for path, *_ in os.walk(self.directory)} - {self.root}
+        filled = {str(parent) for name in self.list() for parent in (self.directory / name).parents}
+        return [os.path.relpath(path, self.directory) for path in sorted(directories - filled)]
 
     def remove(self, name: str) -> None:
         path = self.directory / name

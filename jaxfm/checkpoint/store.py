@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxfm.checkpoint import lease as leases
 from jaxfm.checkpoint.storage import Storage, Stored
-from jaxfm.errors import DamagedError, MissingInputError
+from jaxfm.errors import DamagedError, LockedError, MissingInputError
 
 VERSION = 1
 # Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
@@ -106,12 +106,22 @@ class Store:
         return hashlib.sha256(content).hexdigest()
 
     def commit(self, commit: Commit) -> None:
-        """From here on the step counts. What stands in its place does not: it is replaced."""
+        """From here on the step counts. What stands in its place does not: it is replaced.
+
+        Raises:
+          LockedError: it does, because a run that took over has come to this step before.
+        """
         name = f'{commit.step}/commit.json'
         content = json.dumps(dataclasses.asdict(commit)).encode()
         try:
             self.storage.write(name, content, exclusive=True)
         except FileExistsError:
+            standing = self._read_commit(commit.step)
+            if standing is not None and standing.epoch > commit.epoch:
+                raise LockedError(
+                    f'step {commit.step} in {self.storage.root} was committed by a run that took '
+                    'over: this one may no longer write there'
+                ) from None
             self.storage.remove(name)
             self.storage.write(name, content, exclusive=True)
 
@@ -124,7 +134,8 @@ class Store:
         """Deletes the orphans and returns them. Only for who holds the lease."""
         listing = self.storage.list()
         orphans = self.orphans(listing, self.commits(listing))
-        for name in orphans:
+        empty = [name for name in self.storage.empty_directories() if _is_step(name)]
+        for name in [*orphans, *empty]:
             self.storage.remove(name)
         return orphans
 
@@ -137,7 +148,7 @@ class Store:
         orphans: dict[str, int] = {}
         for name, stored in listing.items():
             parts = name.split('/')
-            if not parts[0].isdecimal() or len(parts) < 2:
+            if not _is_step(name) or len(parts) < 2:
                 continue
             step, attempt = int(parts[0]), '/'.join(parts[:2])
             is_commit = parts[1] == 'commit.json' and step in commits
@@ -177,8 +188,15 @@ class Store:
                     commit.step,
                     f'{name} has {listing[path].size} bytes, not {expected["size"]}',
                 )
-            if 'sha256' in expected and self._describe(path, listing[path]) != expected:
-                raise self.damaged(commit.step, name)
+            try:
+                if 'sha256' in expected and self._describe(path, listing[path]) != expected:
+                    raise self.damaged(commit.step, name)
+            except FileNotFoundError:  # its run deletes it just now
+                raise self.damaged(commit.step, f'{name} is missing') from None
+
+
+def _is_step(name: str) -> bool:
+    return name.split('/')[0].isdecimal()
 
 
 def _counts(commit: Commit, lease: leases.Record) -> bool:

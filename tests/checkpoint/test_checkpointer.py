@@ -258,6 +258,16 @@ def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
     fresh.close()
 
 
+def test_what_a_killed_deletion_leaves_is_swept_when_nothing_but_directories_is_left(saved):
+    saved.close()
+    root = Path(saved.root)
+    for name in ('5/attempt/state/d', '6', 'other/9'):
+        (root / name).mkdir(parents=True)
+    Checkpointer(CheckpointConfig(), saved.root).close()
+    assert {path.name for path in root.iterdir()} == {'7', 'lease', 'other'}
+    assert (root / 'other' / '9').is_dir()
+
+
 def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
     wanted = host_state()
     wanted['params/w'] = wanted['params/w'].astype(np.float16)

@@ -403,6 +403,7 @@ def test_a_failed_save_is_told_and_counted_and_the_next_one_works(saved, caplog)
     assert 'File too large' in caplog.text
     assert saved.events() == [{'checkpoint/lost': 1}]
     assert saved.steps() == [7]
+    assert not Path(saved.root, '8').exists(), 'a full disk gets fuller'
     saved.save(9, place(host_state(9), make_mesh(8)), {})
     saved.wait()
     assert_bitwise_equal(

@@ -122,7 +122,9 @@ def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
         name: ts.open(
             _spec(base, name),
             create=True,
-            open=True,
+            # Nothing is there. If the reply to the last write is lost, TensorStore makes all of it
+            # again, and must not find its own work in the way.
+            delete_existing=True,
             dtype=ts.dtype(part.dtype),
             shape=part.shape,
             chunk_layout=ts.ChunkLayout(write_chunk_shape=part.chunk, read_chunk_shape=part.chunk),

@@ -25,6 +25,8 @@ from jaxfm.errors import LockedError, RunError
 
 log = logging.getLogger('jaxfm')
 
+# A run that ends waits no longer than this for a storage that does not answer.
+PATIENCE_SECONDS = 10
 _NAME = re.compile(r'lease/(\d{8})\.json')
 
 
@@ -58,9 +60,9 @@ class Record:
 
     epoch: int
     holder: Holder | None
+    seconds: float = 0  # without a renewal, after which the holder agrees to be replaced
     renewals: int = 0
     released: bool = False
-    seconds: float = 0.0  # how long others have to wait for a sign of life
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
 
     @property
@@ -94,6 +96,7 @@ class Lease:
         self._record: Record | None = None
         self._taken_by: Holder | None = None
         self._stopped = threading.Event()
+        self._is_empty = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -110,9 +113,7 @@ class Lease:
         if before is not None and before.is_held:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
-        record = Record(
-            epoch, Holder.here(), seconds=self._seconds, inherited=tuple(commits())
-        )
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -121,7 +122,7 @@ class Lease:
         for name in self._storage.list('lease'):
             if (found := _NAME.fullmatch(name)) and int(found[1]) < epoch:
                 self._storage.remove(name)
-        self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
+        self._thread = threading.Thread(target=self._hold, name='lease', daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -144,19 +145,10 @@ class Lease:
         """
         if self._thread is None:
             return
+        self._is_empty = is_empty
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)
         self._thread = None
-        if self._taken_by is not None:
-            return
-        try:
-            if is_empty:
-                self._storage.remove(_name(self.epoch))
-            else:
-                record = dataclasses.replace(self._record, released=True)
-                self._storage.write(_name(self.epoch), record.to_json())
-        except (RunError, OSError) as error:
-            log.debug('the lease could not be released: %s', error)
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
@@ -184,19 +176,32 @@ class Lease:
             'end that run first, or give this one another place'
         )
 
-    def _renew(self) -> None:
+    def _hold(self) -> None:
+        """Renews it until it is released or lost: a thread, which alone waits for the storage."""
         while not self._stopped.wait(self._seconds / 3):
             try:
                 self._look()
                 if self._taken_by is not None:
                     return
-                self._record = dataclasses.replace(
-                    self._record, renewals=self._record.renewals + 1
-                )
+                renewals = self._record.renewals + 1
+                self._record = dataclasses.replace(self._record, renewals=renewals)
                 self._storage.write(_name(self.epoch), self._record.to_json())
             except (RunError, OSError) as error:
                 # An outage is no reason to stop: nobody else can take it over meanwhile, either.
                 log.debug('the lease could not be renewed: %s', error)
+        try:
+            self._give_back()
+        except (RunError, OSError) as error:
+            log.debug('the lease could not be released: %s', error)
+
+    def _give_back(self) -> None:
+        if self._taken_by is not None:
+            return
+        if self._is_empty:
+            self._storage.remove(_name(self.epoch))
+        else:
+            record = dataclasses.replace(self._record, released=True)
+            self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
         newest = current(self._storage, self._storage.list('lease'))
@@ -214,8 +219,8 @@ def _read(storage: Storage, epoch: int) -> Record:
         fields = json.loads(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
-        counted = fields['renewals'], fields['released'], fields['seconds']
-        return Record(epoch, holder, *counted, inherited)
+        rest = fields['seconds'], fields['renewals'], fields['released']
+        return Record(epoch, holder, *rest, inherited)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return Record(epoch, None)
 

@@ -9,10 +9,11 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +57,9 @@ class Storage(Protocol):
     def list(self, prefix: str = '') -> dict[str, Stored]:
         """Every file whose path has this directory in front; {} when there is none."""
 
+    def empty_directories(self) -> Iterable[str]:
+        """Those without a file below them: a deletion that was killed leaves some."""
+
     def remove(self, name: str) -> None:
         """A file, or a directory with all that is in it; no error when it is gone."""
 
@@ -77,7 +81,7 @@ def open_storage(place: str | Path) -> Storage:
         from jaxfm.checkpoint.s3 import S3Storage
 
         return S3Storage(str(place))
-    if '://' in str(place):
+    if re.match(r'\w+:/', str(place)):
         raise ConfigError(
             f'checkpoint.directory = {str(place)!r}: want a path of a file system or '
             's3://bucket/prefix'
@@ -140,6 +144,11 @@ class PosixStorage:
                         key = path.relative_to(self.directory).as_posix()
                         found[key] = Stored(status.st_size, status.st_mtime)
         return found
+
+    def empty_directories(self) -> Iterable[str]:
+        directories = {path for path, *_ in os.walk(self.directory)} - {self.root}
+        filled = {str(parent) for name in self.list() for parent in (self.directory / name).parents}
+        return [os.path.relpath(path, self.directory) for path in sorted(directories - filled)]
 
     def remove(self, name: str) -> None:
         path = self.directory / name

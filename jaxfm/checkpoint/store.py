@@ -19,13 +19,14 @@ from typing import Any
 
 from jaxfm.checkpoint import lease as leases
 from jaxfm.checkpoint.storage import Storage, Stored
-from jaxfm.errors import DamagedError, MissingInputError
+from jaxfm.errors import DamagedError, LockedError, MissingInputError
 
 VERSION = 1
 # Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
 _COMMIT = re.compile(r'(\d+)/commit\.json')
-# What a save makes: the directory of an attempt, a commit, a commit half written.
+# What a save makes: the directory of an attempt, a commit, a commit half written; empty ones.
+_EMPTY = re.compile(r'\d+(/[0-9a-f]{12}(/|$)|$)')
 _SAVED = re.compile(r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$)')
 
 Listing = dict[str, Stored]
@@ -98,12 +99,15 @@ class Store:
         listing = self.storage.list(commit.directory)
         for name, expected in manifest['files'].items():
             stored = listing.get(f'{commit.directory}/{name}')
-            if stored is None:
+            try:
+                if stored is None:
+                    yield f'{name} is missing'
+                elif stored.size != expected['size']:
+                    yield f'{name} has {stored.size} bytes, not {expected["size"]}'
+                elif self._describe(f'{commit.directory}/{name}', stored) != expected:
+                    yield name
+            except FileNotFoundError:  # its run deletes it just now
                 yield f'{name} is missing'
-            elif stored.size != expected['size']:
-                yield f'{name} has {stored.size} bytes, not {expected["size"]}'
-            elif self._describe(f'{commit.directory}/{name}', stored) != expected:
-                yield name
 
     def damaged(self, step: int, what: str) -> DamagedError:
         """The error about something of a step that is not as it was saved."""
@@ -127,12 +131,22 @@ class Store:
         return hashlib.sha256(content).hexdigest()
 
     def commit(self, commit: Commit) -> None:
-        """From here on the step counts. What stands in its place does not: it is replaced."""
+        """From here on the step counts. What stands in its place does not: it is replaced.
+
+        Raises:
+          LockedError: it does, because a run that took over has come to this step before.
+        """
         name = f'{commit.step}/commit.json'
         content = json.dumps(dataclasses.asdict(commit)).encode()
         try:
             self.storage.write(name, content, exclusive=True)
         except FileExistsError:
+            standing = self._read_commit(commit.step)
+            if standing is not None and standing.epoch > commit.epoch:
+                raise LockedError(
+                    f'step {commit.step} in {self.storage.root} was committed by a run that took '
+                    'over: this one may no longer write there'
+                ) from None
             self.storage.remove(name)
             self.storage.write(name, content, exclusive=True)
 
@@ -145,7 +159,8 @@ class Store:
         """Deletes the orphans and returns them. Only for who holds the lease."""
         listing = self.storage.list()
         orphans = self.orphans(listing, self.commits(listing))
-        for name in orphans:
+        empty = [name for name in self.storage.empty_directories() if _EMPTY.match(name)]
+        for name in [*orphans, *empty]:
             self.storage.remove(name)
         return orphans
 

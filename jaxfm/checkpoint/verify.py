@@ -5,6 +5,7 @@ is read, chunk by chunk on one device whatever mesh wrote it, and all that is wr
 """
 
 import collections
+import re
 from typing import Any
 
 import jax
@@ -15,9 +16,14 @@ from jaxfm.checkpoint.saver import explain
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import DamagedError, PermissionDeniedError, RunError, UnavailableError
 
-# How TensorStore says that a server, and not the data, is the matter.
-_OUT_OF_REACH = ('UNAVAILABLE', 'ABORTED', 'DEADLINE_EXCEEDED', 'CURL')
-_FORBIDDEN = ('PERMISSION_DENIED', 'UNAUTHENTICATED')
+# How TensorStore says that a server, and not the data, is the matter. It notes the status of an
+# answer, except where that means that an object or a part of it is not there.
+_OUT_OF_REACH = re.compile(
+    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|CURL error|http_response_code'
+)
+_FORBIDDEN = re.compile(
+    '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
+)
 # Patience with one chunk: longer than all tries of the requests it needs.
 CHUNK_SECONDS = 300
 
@@ -47,10 +53,10 @@ def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 def explained(error: Exception, store: Store, step: int, what: str = 'it') -> RunError:
     """Whether what could not be read of a step is damaged, or only out of reach."""
     root, text = store.storage.root, explain(error, store)
-    if isinstance(error, TimeoutError) or any(word in text for word in _OUT_OF_REACH):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    if any(word in text for word in _FORBIDDEN):
+    if _FORBIDDEN.search(str(error)):
         return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
+    if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
+        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
     return store.damaged(step, f'{what} cannot be read: {text}')
 
 

@@ -259,6 +259,16 @@ def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
     fresh.close()
 
 
+def test_what_a_killed_deletion_leaves_is_swept_when_nothing_but_directories_is_left(saved):
+    saved.close()
+    root = Path(saved.root)
+    for name in ('5/0123456789ab/state/d', '6', 'other/9'):
+        (root / name).mkdir(parents=True)
+    Checkpointer(CheckpointConfig(), saved.root).close()
+    assert {path.name for path in root.iterdir()} == {'7', 'lease', 'other'}
+    assert (root / 'other' / '9').is_dir()
+
+
 def test_under_a_damaged_commit_nothing_is_swept(saved):
     saved.close()
     state = step_directory(saved)
@@ -393,6 +403,7 @@ def test_a_failed_save_is_told_and_counted_and_the_next_one_works(saved, caplog)
     assert 'File too large' in caplog.text
     assert saved.events() == [{'checkpoint/lost': 1}]
     assert saved.steps() == [7]
+    assert not Path(saved.root, '8').exists(), 'a full disk gets fuller'
     saved.save(9, place(host_state(9), make_mesh(8)), {})
     saved.wait()
     assert_bitwise_equal(

@@ -115,4 +115,6 @@ def _sum(words: jax.Array) -> jax.Array:
             lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
             for first in range(_SLICES)
         )
+        # Else XLA may fuse this with the next round, and write the hash of every element to memory.
+        words = lax.optimization_barrier(words)
     return jnp.sum(words, dtype=jnp.uint32)

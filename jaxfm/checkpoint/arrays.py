@@ -25,7 +25,7 @@ FILE_BYTES = 256 << 20
 # Read ahead of the devices, at most, while a state is restored.
 BYTES_IN_FLIGHT = 2 << 30
 # Read ahead where arrays are read chunk by chunk.
-CHUNKS_IN_FLIGHT = 16
+CHUNKS_IN_FLIGHT = 8
 _CONTEXT = {
     'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
     'cache_pool#index': {'total_bytes_limit': 100 << 20},
@@ -201,7 +201,7 @@ def read_chunks(
 
     wanted: {name: leaf with a shape and a dtype}. seconds: the patience with one chunk.
     """
-    context = ts.Context(_CONTEXT)
+    context = ts.Context(_CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # each is read once
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
     waiting = collections.deque()
     for chunk in _chunks(stores, wanted, seconds):

@@ -5,6 +5,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 `-m slow`.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -119,6 +120,22 @@ def fault_proxy(s3_server):
     """A proxy before the S3 server, which may be told to fail."""
     with FaultProxy(s3_server.endpoint) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope='session')
+def moto_server():
+    """The endpoint of a quick S3 server in memory, with a bucket, that believes any key."""
+    server = pytest.importorskip('moto.server').ThreadedMotoServer('127.0.0.1', 0, verbose=False)
+    client = pytest.importorskip('botocore.session').get_session().create_client
+    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # it tells of every request
+    server.start()
+    endpoint = 'http://{}:{}'.format(*server.get_host_and_port())
+    keys = dict(aws_access_key_id='key', aws_secret_access_key='secret')
+    s3 = client('s3', region_name='us-east-1', endpoint_url=endpoint, **keys)
+    s3.create_bucket(Bucket='bucket')
+    s3.close()
+    yield endpoint
+    server.stop()
 
 
 TINY = """

@@ -37,7 +37,9 @@ class Head:
 
     @property
     def expects_continue(self) -> bool:
-        return self.headers.get('expect', '').lower() == '100-continue'
+        """Before there is a body; some clients say so though there is none, and get no word."""
+        has_body = self.headers.get('content-length') != '0'
+        return has_body and self.headers.get('expect', '').lower() == '100-continue'
 
     @property
     def keeps_alive(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
@@ -199,9 +199,15 @@ class TinyRuns:
         return path
 
     @staticmethod
+    def committed(workdir: Path) -> list[int]:
+        """The steps whose checkpoints are committed."""
+        found = (workdir / 'checkpoints').glob('*/commit.json')
+        return sorted(int(path.parent.name) for path in found)
+
+    @staticmethod
     def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint: {its name: array}."""
-        reader = Checkpointer(CheckpointConfig(), workdir / 'checkpoints', read_only=True)
+        reader = Reader(CheckpointConfig(), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(

@@ -14,9 +14,9 @@ class Head:
 
     def __init__(self, raw: bytes):
         self.raw = raw
-        first, *lines = raw.decode('latin-1').splitlines()
-        self._words = first.split(' ')
-        pairs = (line.partition(':') for line in lines if line)
+        first, *lines = raw.decode('latin-1').split('\n')
+        self._words = first.split()
+        pairs = (line.partition(':') for line in lines)
         self.headers = {name.lower(): value.strip() for name, _, value in pairs}
 
     @property

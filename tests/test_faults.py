@@ -16,7 +16,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxfm.metrics.writers import read_records
+from jaxfm.metrics import goodput
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 
 STEPS = 40
 NO_SAMPLES = '--config.sampling.num_samples=0'  # nothing here looks at them
@@ -105,6 +106,34 @@ def straight(tiny, tmp_path_factory):
     return workdir
 
 
+def perf(workdir) -> list[dict]:
+    return [r for r in read_records(workdir / 'metrics.jsonl') if r['kind'] == 'perf']
+
+
+def work_on(workdir, seconds):
+    """A record as if the process that was killed had gone on for so long."""
+    last = perf(workdir)[-1]
+    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
+    elapsed = last['perf/elapsed_seconds'] + seconds
+    recorder.write(last['step'] + 1, 'perf', {'perf/elapsed_seconds': elapsed})
+    recorder.close()
+
+
+def seconds_after_checkpoint(workdir) -> float:
+    """What passed between the newest checkpoint and the last record, or somewhat less."""
+    saved = max(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+    records = perf(workdir)
+    first = next(record for record in records if record['step'] >= saved)
+    return records[-1]['perf/elapsed_seconds'] - first['perf/elapsed_seconds']
+
+
+def assert_times_add_up(workdir):
+    """The buckets are the time of the run, told by every record."""
+    for record in perf(workdir):
+        account = sum(record[goodput.name_of(bucket)] for bucket in goodput.BUCKETS)
+        assert account == pytest.approx(record['perf/elapsed_seconds'])
+
+
 def stderr_of(workdir) -> str:
     return workdir.with_name(workdir.name + '.stderr').read_text()
 
@@ -117,8 +146,7 @@ def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight
     process = start(workdir)
     wait_for_step(workdir, step, process)
     # Steps are quick: what was saved at step 5 may not be committed yet.
-    committed = (workdir / 'checkpoints').glob
-    wait_until(lambda: [path for path in committed('*') if path.name.isdigit()], process)
+    wait_until(lambda: tiny.committed(workdir), process)
     process.kill()
     finish(process, -signal.SIGKILL)
     finish(start(workdir))
@@ -126,19 +154,32 @@ def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight
     assert_same_run(tiny, workdir, straight)
 
 
+def torn_steps(workdir) -> list[str]:
+    steps = (workdir / 'checkpoints').glob('[0-9]*')
+    return [step.name for step in steps if not (step / 'commit.json').exists()]
+
+
 def test_killed_during_a_save_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, 12, process)
-    # Orbax writes a step under a temporary name and renames it last.
-    torn = wait_until(lambda: list(workdir.glob('checkpoints/*tmp*')), process)
+    # A step is there before its commit is.
+    torn = wait_until(lambda: torn_steps(workdir), process)
     process.kill()
     finish(process, -signal.SIGKILL)
-    print(f'killed while {[path.name for path in torn]} was written')
+    print(f'killed while {torn} was written')
+    work_on(workdir, seconds=100)
+    lost = seconds_after_checkpoint(workdir)
     finish(start(workdir))
     assert_same_run(tiny, workdir, straight)
-    left = {path.name for path in (workdir / 'checkpoints').iterdir()}
-    assert left == {str(STEPS - 5), str(STEPS)}
+    assert_times_add_up(workdir)
+    wasteful = [record for record in perf(workdir) if record['goodput/wasted_seconds']]
+    assert lost <= wasteful[-1]['goodput/wasted_seconds'] < lost + PATIENCE
+    assert 'perf/step_seconds' not in wasteful[0]  # told before the next step
+    told = re.findall(r'warning: (\d+) s of work after step \d+ were lost', stderr_of(workdir))
+    assert len(told) == 1 and int(told[0]) >= 99
+    assert tiny.committed(workdir) == [STEPS - 5, STEPS]
+    assert not torn_steps(workdir)
 
 
 def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
@@ -151,7 +192,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp
     assert 'SIGINT: saving' in stderr_of(workdir)
     assert 'saved at step 0;' in stderr_of(workdir)
     assert list(measured(workdir)) == [(0, 'eval')]
-    assert [path.name for path in workdir.glob('checkpoints/*')] == ['0']
+    assert tiny.committed(workdir) == [0]
 
     process = start(workdir)
     wait_for_step(workdir, 13, process)
@@ -167,7 +208,7 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp
     assert 'Traceback' not in stderr_of(workdir)
 
 
-def test_a_second_interrupt_exits_at_once(start, tmp_path):
+def test_a_second_interrupt_exits_at_once(tiny, start, tmp_path):
     process = start(tmp_path / 'run')
     # Start-up takes seconds, so that the second signal comes before the first is acted upon.
     wait_until(lambda: (tmp_path / 'run' / 'checkpoints').exists(), process)
@@ -175,7 +216,7 @@ def test_a_second_interrupt_exits_at_once(start, tmp_path):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait(2) == 130
-    assert not list(tmp_path.glob('run/checkpoints/*'))
+    assert not tiny.committed(tmp_path / 'run')
 
 
 def test_before_the_run_has_begun_a_signal_leaves_nothing(start, tmp_path):

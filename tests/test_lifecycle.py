@@ -76,7 +76,7 @@ def test_pre_training_teaches_the_skills_and_fine_tuning_when_to_use_them(life):
 def test_a_mask_that_is_shifted_by_one_teaches_no_answer(life, shift, tmp_path):
     workdir = tmp_path / 'shifted'
     shutil.copytree(life, workdir)
-    for step in (life / 'checkpoints').iterdir():
+    for step in (life / 'checkpoints').glob('[0-9]*'):
         if int(step.name) > end_of_pretraining(life):
             shutil.rmtree(workdir / 'checkpoints' / step.name)
     run(workdir, '-c', SHIFTED.replace('SHIFT', str(shift)))

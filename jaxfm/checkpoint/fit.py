@@ -1,6 +1,6 @@
 """Whether the state a run wants fits the state a checkpoint holds.
 
-Names, shapes and dtypes are compared with those of the manifest before anything is read: the bits of
+Names, shapes and dtypes are compared with those of the manifest before anything is read: bits of
 another dtype or shape would be other weights.
 """
 

@@ -25,6 +25,8 @@ from jaxfm.errors import LockedError, RunError
 
 log = logging.getLogger('jaxfm')
 
+# A run that ends waits no longer than this for a storage that does not answer.
+PATIENCE_SECONDS = 10
 _NAME = re.compile(r'lease/(\d{8})\.json')
 
 
@@ -35,19 +37,19 @@ class Holder:
     host: str
     pid: int
     started: str  # of the process, since the boot of the host; pids come again
-    boot: str  # changes with every boot
+    space: str  # of pids: the boot of the host, and the container's own numbers
 
     @classmethod
     def here(cls) -> 'Holder':
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _start_of(pid) or '', _boot_id())
+        return cls(socket.gethostname(), pid, _start_of(pid) or '', _pid_space())
 
     def __str__(self):
         return f'process {self.pid} on {self.host}'
 
     def is_gone(self) -> bool:
         """Whether it has ended for sure, which only its own host can know."""
-        if not self.boot or self.boot != _boot_id() or self.host != socket.gethostname():
+        if not self.space or self.space != _pid_space() or self.host != socket.gethostname():
             return False
         return _start_of(self.pid) != self.started
 
@@ -58,9 +60,15 @@ class Record:
 
     epoch: int
     holder: Holder | None
+    seconds: float = 0  # without a renewal, after which the holder agrees to be replaced
     renewals: int = 0
     released: bool = False
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody may be writing, as far as can be seen without waiting."""
+        return not (self.released or self.holder is not None and self.holder.is_gone())
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()
@@ -79,8 +87,8 @@ def current(storage: Storage, names: Iterable[str]) -> Record | None:
 class Lease:
     """The right to write checkpoints to a storage, once `acquire` has returned.
 
-    seconds: after so long without a renewal others may take it over. It is renewed three times as
-    often, by a thread. `lost` tells that somebody did take it.
+    seconds: after so long without a renewal others may take it over, or after what the holder says
+    if that is longer. It is renewed three times as often, by a thread.
     """
 
     def __init__(self, storage: Storage, seconds: float):
@@ -88,6 +96,7 @@ class Lease:
         self._record: Record | None = None
         self._taken_by: Holder | None = None
         self._stopped = threading.Event()
+        self._is_empty = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -101,10 +110,10 @@ class Lease:
           LockedError: somebody else holds it, with the name of the holder.
         """
         before = current(self._storage, self._storage.list('lease'))
-        if before is not None and not before.released:
+        if before is not None and before.is_held:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), inherited=tuple(commits()))
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -113,7 +122,7 @@ class Lease:
         for name in self._storage.list('lease'):
             if (found := _NAME.fullmatch(name)) and int(found[1]) < epoch:
                 self._storage.remove(name)
-        self._thread = threading.Thread(target=self._renew, name='lease', daemon=True)
+        self._thread = threading.Thread(target=self._hold, name='lease', daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -136,37 +145,27 @@ class Lease:
         """
         if self._thread is None:
             return
+        self._is_empty = is_empty
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(PATIENCE_SECONDS)
         self._thread = None
-        if self._taken_by is not None:
-            return
-        try:
-            if is_empty:
-                self._storage.remove(_name(self.epoch))
-            else:
-                record = dataclasses.replace(self._record, released=True)
-                self._storage.write(_name(self.epoch), record.to_json())
-        except (RunError, OSError) as error:
-            log.debug('the lease could not be released: %s', error)
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
-        if record.holder is not None and record.holder.is_gone():
-            return
         if record.holder == Holder.here():  # an earlier attempt of this very process
             return
+        seconds = max(self._seconds, record.seconds)
         log.warning(
             '%s may be in use by %s: waiting %g s for a sign of life',
             self._storage.root,
             record.holder or 'somebody',
-            self._seconds,
+            seconds,
         )
-        deadline = time.monotonic() + self._seconds
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._seconds / 10))
+            time.sleep(min(1.0, seconds / 10))
             now = _read(self._storage, record.epoch)
-            if now.released or (now.holder is not None and now.holder.is_gone()):
+            if not now.is_held:
                 return
             if now != record:
                 self._refuse(now)
@@ -177,19 +176,32 @@ class Lease:
             'end that run first, or give this one another place'
         )
 
-    def _renew(self) -> None:
+    def _hold(self) -> None:
+        """Renews it until it is released or lost: a thread, which alone waits for the storage."""
         while not self._stopped.wait(self._seconds / 3):
             try:
                 self._look()
                 if self._taken_by is not None:
                     return
-                self._record = dataclasses.replace(
-                    self._record, renewals=self._record.renewals + 1
-                )
+                renewals = self._record.renewals + 1
+                self._record = dataclasses.replace(self._record, renewals=renewals)
                 self._storage.write(_name(self.epoch), self._record.to_json())
             except (RunError, OSError) as error:
                 # An outage is no reason to stop: nobody else can take it over meanwhile, either.
                 log.debug('the lease could not be renewed: %s', error)
+        try:
+            self._give_back()
+        except (RunError, OSError) as error:
+            log.debug('the lease could not be released: %s', error)
+
+    def _give_back(self) -> None:
+        if self._taken_by is not None:
+            return
+        if self._is_empty:
+            self._storage.remove(_name(self.epoch))
+        else:
+            record = dataclasses.replace(self._record, released=True)
+            self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
         newest = current(self._storage, self._storage.list('lease'))
@@ -207,7 +219,8 @@ def _read(storage: Storage, epoch: int) -> Record:
         fields = json.loads(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
-        return Record(epoch, holder, fields['renewals'], fields['released'], inherited)
+        rest = fields['seconds'], fields['renewals'], fields['released']
+        return Record(epoch, holder, *rest, inherited)
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return Record(epoch, None)
 
@@ -221,8 +234,9 @@ def _start_of(pid: int) -> str | None:
     return None if fields[0] in 'ZX' else fields[19]  # a zombie has ended
 
 
-def _boot_id() -> str:
+def _pid_space() -> str:
     try:
-        return Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        return f'{boot} {os.readlink("/proc/self/ns/pid")}'
     except OSError:
         return ''

@@ -6,7 +6,7 @@ ever: a silent connection is dropped after STALL_SECONDS, a request is sent TRIE
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jaxfm.checkpoint.storage import S3, Stored
 from jaxfm.errors import (
@@ -32,10 +32,10 @@ class S3Storage:
     """`s3://bucket/prefix`. See `Storage` for what the methods promise."""
 
     def __init__(self, url: str):
-        self.root = url.rstrip('/')
-        self._bucket, _, prefix = self.root.removeprefix(S3).partition('/')
+        self._bucket, _, prefix = url.removeprefix(S3).strip('/').partition('/')
         if not self._bucket:
             raise ConfigError(f'checkpoint.directory = {url!r}: want s3://bucket/prefix')
+        self.root = S3 + (f'{self._bucket}/{prefix}' if prefix else self._bucket)
         self._prefix = f'{prefix}/' if prefix else ''
         self._retries = 0
         # TensorStore's transport reads these once: below a byte a second counts as silence.
@@ -54,8 +54,15 @@ class S3Storage:
         return None
 
     def read(self, name: str) -> bytes:
-        # The body is read inside: its connection may break as well.
-        return self._call('get_object', lambda got: got['Body'].read(), Key=self._prefix + name)
+        for left in reversed(range(TRIES)):
+            body = self._call('get_object', Key=self._prefix + name)['Body']
+            try:
+                with self._explained():
+                    return body.read()
+            except UnavailableError:  # in the middle of the answer, where botocore does not retry
+                if not left:
+                    raise
+            self._retries += 1
 
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
         condition = {'IfNoneMatch': '*'} if exclusive else {}
@@ -63,8 +70,12 @@ class S3Storage:
             self._call('put_object', Key=self._prefix + name, Body=data, **condition)
         except FileExistsError:
             # It may be ours: written, the reply lost, and sent once more.
-            if self.read(name) != data:
-                raise
+            try:
+                if self.read(name) == data:
+                    return
+            except FileNotFoundError:
+                raise UnavailableError(f'{self._place}: {name} is just being written') from None
+            raise
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
         where = self._prefix + (f'{prefix}/' if prefix else '')
@@ -77,6 +88,9 @@ class S3Storage:
             following = page.get('NextContinuationToken')
             token = {'ContinuationToken': following} if following else None
         return found
+
+    def empty_directories(self) -> Iterable[str]:
+        return ()
 
     def remove(self, name: str) -> None:
         names = [*self.list(name), name]
@@ -136,11 +150,11 @@ class S3Storage:
             region = session.get_config_variable('region') or 'us-east-1'
             return session.create_client('s3', region_name=region, config=config)
 
-    def _call(self, operation: str, finish=lambda answer: answer, **arguments):
+    def _call(self, operation: str, **arguments) -> dict:
         with self._explained():
             answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
             self._retries += answer['ResponseMetadata'].get('RetryAttempts', 0)
-            return finish(answer)
+            return answer
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -179,9 +193,9 @@ class S3Storage:
         codes = {code, status}
         if code == 'NoSuchBucket':
             return MissingInputError(f'there is no {self._place}')
-        if codes & _LOST_RACE:
+        if codes & _LOST_RACE and error.operation_name == 'PutObject':
             return FileExistsError(code)
-        if codes & _MISSING:
+        if codes & _MISSING and error.operation_name == 'GetObject':
             return FileNotFoundError(code)
         if codes & _DENIED:
             return PermissionDeniedError(f'{self._place} may not be used: {_line(error)}')

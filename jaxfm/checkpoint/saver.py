@@ -22,6 +22,8 @@ from jaxfm.errors import LockedError, RunError, StorageError
 
 log = logging.getLogger('jaxfm')
 
+_NOTES = re.compile(r'\[(tensorstore_spec|os_error|source|http_|curl_|x-amzn)')
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -70,6 +72,7 @@ class Save:
         except Exception as error:  # a save may fail in any way and must not end the run
             self.error = explain(error, job.store)
             log.debug('checkpoint %d', job.step, exc_info=True)
+            _discard(job)
         self.seconds = time.monotonic() - self._started
 
 
@@ -81,7 +84,7 @@ def _write(job: Job) -> None:
         arrays.write(job.store.storage.kvstore(part), job.parts, job.deadline)
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
-    distributed.first_error(f'{job.attempt}/written', error, job.deadline.left)
+    distributed.first_error(error, f'{job.attempt}/written', job.deadline.left)
 
 
 def _finish(job: Job) -> None:
@@ -89,7 +92,7 @@ def _finish(job: Job) -> None:
         _commit(job)
     else:
         name = f'{job.attempt}/committed'
-        distributed.from_primary(name, lambda: _commit_shared(job), job.deadline.left + 60)
+        distributed.from_primary(lambda: _commit_shared(job), name, job.deadline.left + 60)
 
 
 def _commit_shared(job: Job) -> None:
@@ -120,10 +123,22 @@ def _clean(job: Job) -> None:
     try:
         listing = job.store.storage.list()
         commits = job.store.commits(listing)
+        if job.step not in commits or commits[job.step].attempt != job.attempt:
+            return  # replaced since it looked: what is here is no longer this run's to delete
         for step in outdated(commits, job):
             job.store.remove(step)
     except RunError as error:
         log.warning('old checkpoints could not be deleted: %s', error)
+
+
+def _discard(job: Job) -> None:
+    """Deletes what a failed save has written: a full disk gets no fuller."""
+    if not (job.private or distributed.is_primary()):
+        return
+    try:
+        job.store.storage.remove(f'{job.step}/{job.attempt}')
+    except (RunError, OSError) as error:
+        log.debug('the sweep of the next run will delete checkpoint %d: %s', job.step, error)
 
 
 def outdated(steps: Iterable[int], job: Job) -> list[int]:
@@ -134,12 +149,12 @@ def outdated(steps: Iterable[int], job: Job) -> list[int]:
 
 
 def explain(error: Exception, store: Store) -> str:
-    """One line a person can read: TensorStore appends its whole specification."""
+    """One line a person can read: TensorStore appends notes, its whole specification too."""
     if isinstance(error, TimeoutError):
         return 'it took longer than checkpoint.timeout_seconds'
     if isinstance(error, RunError):
         return str(error)
-    text = re.sub(r'\[(tensorstore_spec|os_error|source|http_).*', '', str(error), flags=re.DOTALL)
+    text = _NOTES.split(str(error))[0]
     text = ' '.join(text.replace(f'{store.storage.root}/', '').split())
     return text[:400] or type(error).__name__
 

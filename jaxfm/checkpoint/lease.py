@@ -10,7 +10,6 @@ and counts if that is the newest, or if the newest holder saw the commit when it
 """
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from jaxfm.checkpoint.seal import seal, unseal
 from jaxfm.checkpoint.storage import Storage
 from jaxfm.errors import LockedError, RunError
 
@@ -71,7 +71,7 @@ class Record:
         return not (self.released or self.holder is not None and self.holder.is_gone())
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return seal(dataclasses.asdict(self))
 
     def admits(self, commit: str, epoch: int) -> bool:
         """Whether a commit made in some epoch counts in this one."""
@@ -214,9 +214,9 @@ def _name(epoch: int) -> str:
 
 
 def _read(storage: Storage, epoch: int) -> Record:
-    """A file that is torn or just gone says nothing: its holder has to be waited for."""
+    """A file that is damaged or just gone says nothing: its holder has to be waited for."""
     try:
-        fields = json.loads(storage.read(_name(epoch)))
+        fields = unseal(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
         rest = fields['seconds'], fields['renewals'], fields['released']

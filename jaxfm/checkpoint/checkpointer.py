@@ -113,9 +113,7 @@ class Checkpointer(Reader):
     def _open(self) -> list[int]:
         """Takes the lease and deletes what nobody will use; the steps that are there."""
         self._store.storage.prepare()
-        self._lease.acquire(
-            lambda: [commit.directory for commit in self._store.commits().values()]
-        )
+        self._lease.acquire(self._store.epochs)
         try:
             self._store.sweep()
             return list(self._store.commits())

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
-from jaxfm.checkpoint.fingerprint import fingerprints
+from jaxfm.checkpoint.fingerprint import start_fingerprints
 from jaxfm.checkpoint.lease import Lease
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
@@ -162,11 +162,11 @@ class Checkpointer(Reader):
         private = not (must or self._is_durable(step) or self._local is None)
         # The one transfer from the device that the training loop means to make.
         with jax.transfer_guard('allow'):
-            prints = fingerprints(state)
+            prints = start_fingerprints(state)
             parts = arrays.snapshot(state, every_local=private)
         manifest = {
             'epoch': epoch,
-            'arrays': {name: _described(state[name], parts[name], prints[name]) for name in state},
+            'arrays': {name: _described(state[name], parts[name]) for name in state},
             'mesh': mesh_of(state),
             'processes': jax.process_count(),
             'extra': extra,
@@ -177,6 +177,7 @@ class Checkpointer(Reader):
                 step=step,
                 attempt=attempt,
                 parts=parts,
+                prints=prints,
                 manifest=manifest | self._about,
                 keep=self._config.local.keep if private else self._config.keep,
                 milestones=self._milestones,
@@ -236,12 +237,8 @@ class Checkpointer(Reader):
     def _is_local(self, step: int) -> bool:
         return self._local is not None and step % self._config.local.every == 0
 
-def _described(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dict[str, Any]:
-    described = {
-        'shape': list(array.shape),
-        'dtype': array.dtype.name,
-        'fingerprint': fingerprint,
-    }
+def _described(array: jax.Array, part: arrays.Snapshot) -> dict[str, Any]:
+    described = {'shape': list(array.shape), 'dtype': array.dtype.name}
     whole = len(part.pieces) == 1 and part.pieces[0][1].shape == array.shape
     if whole and array.size <= _SMALL and np.issubdtype(array.dtype, np.integer):
         described['value'] = part.pieces[0][1].tolist()

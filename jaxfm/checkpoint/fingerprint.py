@@ -24,13 +24,19 @@ _MANY, _FEW = 1 << 20, 1 << 12  # worth the slices, and where they end
 
 
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it.
+    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it."""
+    with jax.transfer_guard('allow'):
+        return {name: int(started) for name, started in start_fingerprints(arrays).items()}
+
+
+def start_fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same, while the caller goes on: `int` of one waits for it. Arrays may be donated.
 
     One after the other: arrays of a shape share a program, and a program for all of them would take
     seconds to compile.
     """
     with jax.transfer_guard('allow'):
-        return {name: int(_fingerprint(array)) for name, array in arrays.items()}
+        return {name: _fingerprint(array) for name, array in arrays.items()}
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -115,4 +121,6 @@ def _sum(words: jax.Array) -> jax.Array:
             lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
             for first in range(_SLICES)
         )
+        # Else XLA may fuse this with the next round, and write the hash of every element to memory.
+        words = lax.optimization_barrier(words)
     return jnp.sum(words, dtype=jnp.uint32)

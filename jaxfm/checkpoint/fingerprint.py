@@ -24,19 +24,13 @@ _MANY, _FEW = 1 << 20, 1 << 12  # worth the slices, and where they end
 
 
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it."""
-    with jax.transfer_guard('allow'):
-        return {name: int(started) for name, started in start_fingerprints(arrays).items()}
-
-
-def start_fingerprints(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The same, while the caller goes on: `int` of one waits for it. Arrays may be donated.
+    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it.
 
     One after the other: arrays of a shape share a program, and a program for all of them would take
     seconds to compile.
     """
     with jax.transfer_guard('allow'):
-        return {name: _fingerprint(array) for name, array in arrays.items()}
+        return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -55,7 +49,11 @@ def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Arr
 
 
 @jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
+def start_fingerprint(array: jax.Array) -> jax.Array:
+    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
+
+    One at a time: several CPU devices abort when more than a few programs are under way.
+    """
     sharding = jax.typeof(array).sharding
     if sharding.mesh.empty:  # an array of a single device
         return _sum(_hash(array, array.shape, {}))

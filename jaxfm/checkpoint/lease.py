@@ -169,7 +169,7 @@ class Lease:
             now = _read(self._storage, record.epoch)
             if not now.is_held:
                 return
-            if now != record:
+            if now != record and now.holder is not None:  # or it is just gone, or torn
                 self._refuse(now)
 
     def _refuse(self, record: Record) -> None:
@@ -206,8 +206,11 @@ class Lease:
             self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
+        """Whether somebody else holds it: by a later epoch, or this one after the file was lost."""
         newest = current(self._storage, self._storage.list('lease'))
-        if newest is not None and newest.epoch > self.epoch:
+        if newest is None or newest.epoch < self.epoch:
+            return
+        if newest.epoch > self.epoch or newest.holder not in (None, self._record.holder):
             self._taken_by = newest.holder or 'somebody'
 
 

@@ -6,6 +6,8 @@ ever: a silent connection is dropped after STALL_SECONDS, a request is sent TRIE
 
 import contextlib
 import os
+import re
+import uuid
 from collections.abc import Iterable, Iterator
 
 from jaxfm.checkpoint.storage import S3, Stored
@@ -25,6 +27,7 @@ _DENIED = {
 _FULL = {'507', 'InsufficientStorage', 'QuotaExceeded', 'EntityTooLarge'}
 _LOST_RACE = {'412', 'PreconditionFailed', 'ConditionalRequestConflict'}
 _MISSING = {'404', 'NoSuchKey', 'NotFound'}
+_USUAL_HOST = re.compile(r'https://s3([.-][a-z]+(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?')
 _MOST_DELETED = 1000  # objects a request, by the protocol
 
 
@@ -44,8 +47,36 @@ class S3Storage:
         self._client = self._make_client()
 
     def prepare(self) -> None:
-        self.write('probe', b'')
-        self.remove('probe')
+        name = f'probe-{uuid.uuid4().hex[:8]}'
+        try:
+            self._probe_conditions(name)
+            self._probe_tensorstore(name)
+        finally:
+            self.remove(name)
+
+    def _probe_conditions(self, name: str) -> None:
+        """A lease and a commit hang on a name that cannot be given twice."""
+        self.write(name, b'first', exclusive=True)
+        try:
+            self.write(name, b'second', exclusive=True)
+        except FileExistsError:
+            return
+        raise StorageError(
+            f'{self._place} ignores conditions (If-None-Match): two runs could write one checkpoint'
+        )
+
+    def _probe_tensorstore(self, name: str) -> None:
+        """It finds endpoint and credentials in ways of its own."""
+        import tensorstore
+
+        try:
+            store = tensorstore.KvStore.open(self.kvstore(name)).result(timeout=STALL_SECONDS)
+            store.write('tensorstore', b'').result(timeout=TRIES * STALL_SECONDS)
+        except (ValueError, TimeoutError) as error:
+            said = _line(error).split(' [')[0] or 'no answer'
+            text = f'arrays cannot be written to {self._place}: {said}'
+            kind = PermissionDeniedError if 'PERMISSION_DENIED' in text else UnavailableError
+            raise kind(text) from error
 
     def check_readable(self) -> None:
         self._call('list_objects_v2', Prefix=self._prefix, MaxKeys=1)
@@ -114,8 +145,8 @@ class S3Storage:
                 'max_delay': '8s',
             },
         }
-        # TensorStore knows the hosts of AWS, and no other endpoint from the environment.
-        if 'amazonaws.com' not in self._client.meta.endpoint_url:
+        # TensorStore knows the usual hosts of AWS, and no other endpoint from the environment.
+        if not _USUAL_HOST.fullmatch(self._client.meta.endpoint_url):
             spec['endpoint'] = self._client.meta.endpoint_url
         if 'AWS_ACCESS_KEY_ID' in os.environ:
             # The other providers complain on stderr about each file that is not there.

@@ -31,7 +31,17 @@ def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     seconds to compile.
     """
     with jax.transfer_guard('allow'):
-        return {name: _fingerprint_where_it_is(array) for name, array in arrays.items()}
+        return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
+
+
+def start_fingerprint(array: jax.Array) -> jax.Array:
+    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
+
+    One at a time: several CPU devices abort when more than a few programs are under way.
+    """
+    # A caller may be at work on another mesh.
+    with jax.set_mesh(getattr(array.sharding, 'mesh', _NO_MESH)):
+        return _fingerprint(array)
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -42,12 +52,6 @@ def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[i
     with jax.enable_x64(part.dtype.itemsize > 4):  # or its elements lose half of their bits
         words = max(part.dtype.itemsize // 4, 1)
         return int(_fingerprint_of_part(part, shape, np.uint32(first * words % 2**32)))
-
-
-def _fingerprint_where_it_is(array: jax.Array) -> int:
-    # A caller may be at work on another mesh.
-    with jax.set_mesh(getattr(array.sharding, 'mesh', _NO_MESH)):
-        return int(_fingerprint(array))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -124,4 +128,6 @@ def _sum(words: jax.Array) -> jax.Array:
             lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
             for first in range(_SLICES)
         )
+        # Else XLA may fuse this with the next round, and write the hash of every element to memory.
+        words = lax.optimization_barrier(words)
     return jnp.sum(words, dtype=jnp.uint32)

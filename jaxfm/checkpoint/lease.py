@@ -103,8 +103,8 @@ class Lease:
     def epoch(self) -> int:
         return self._record.epoch
 
-    def acquire(self, commits: Callable[[], Iterable[str]]) -> None:
-        """Takes the lease; `commits` lists those that count, asked when nobody else may commit.
+    def acquire(self, commits: Callable[[], dict[str, int]]) -> None:
+        """Takes the lease; `commits` gives those that count, with their epochs, once it is free.
 
         Raises:
           LockedError: somebody else holds it, with the name of the holder.
@@ -112,8 +112,10 @@ class Lease:
         before = current(self._storage, self._storage.list('lease'))
         if before is not None and before.is_held:
             self._outwait(before)
-        epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
+        inherited = commits()
+        # A lease that was lost does not make the commits under it younger.
+        epoch = max([before.epoch if before else 0, *inherited.values()]) + 1
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(inherited))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:

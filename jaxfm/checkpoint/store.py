@@ -68,6 +68,10 @@ class Store:
             return written
         return {step: commit for step, commit in written.items() if _counts(commit, lease)}
 
+    def epochs(self) -> dict[str, int]:
+        """{attempt: epoch} of the commits that count, for who takes the lease."""
+        return {commit.directory: commit.epoch for commit in self.commits().values()}
+
     def written(self, listing: Listing) -> dict[int, Commit]:
         """Every commit, also of writers that had been replaced when they made it."""
         found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]

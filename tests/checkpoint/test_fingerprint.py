@@ -186,3 +186,10 @@ def test_arrays_without_elements_have_one_too():
             values = np.zeros(shape, dtype)
             assert of(values) == of(values, NamedSharding(mesh, jax.P())) == 0
     assert of(np.zeros((16, 0)), NamedSharding(mesh, jax.P('fsdp'))) == 0
+
+
+@pytest.mark.parametrize('shape', [(12, 768, 1536), (6, 768, 3072), (32768, 768), (12, 768, 768)])
+def test_the_hashes_of_an_array_are_never_in_memory(shape):
+    leaf = jax.ShapeDtypeStruct(shape, np.float32)
+    memory = fingerprint._fingerprint.lower(leaf).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 4 * np.prod(shape) // 7

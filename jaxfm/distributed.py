@@ -5,6 +5,7 @@ be checked is checked before it starts, and it starts in a thread that we can st
 """
 
 import ctypes
+import itertools
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ log = logging.getLogger('jaxfm')
 
 # JAX aborts the whole process at its own time-out; ours must always come first.
 _NEVER = 7 * 24 * 3600
+_decisions = itertools.count()  # that the processes have taken together
 
 
 def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bool:
@@ -134,14 +136,19 @@ def awaited(name: str, timeout_seconds: float = _NEVER) -> str:
 
 
 def from_primary(
-    name: str, compute: Callable[[], Any], timeout_seconds: float = _NEVER
+    compute: Callable[[], Any], name: str = '', timeout_seconds: float = _NEVER
 ) -> Any:
     """What `compute` gives on the primary process, alone, or its RunError: the same on all.
 
-    The value is JSON. The name is used once. Raises UnavailableError where nothing is heard.
+    The value is JSON. A name is used once; calls without one meet in the order in which each
+    process makes them, which must be that of a single thread.
+
+    Raises:
+      UnavailableError: the primary process does not say anything.
     """
     if global_state.client is None:
         return compute()
+    name = name or f'decision/{next(_decisions)}'
     if not is_primary():
         answer = json.loads(awaited(name, timeout_seconds))
         if 'error' in answer:
@@ -157,9 +164,12 @@ def from_primary(
 
 
 def first_error(
-    name: str, error: errors.RunError | None, timeout_seconds: float = _NEVER
+    error: errors.RunError | None, name: str = '', timeout_seconds: float = _NEVER
 ) -> None:
-    """Raises, on all processes, the RunError that the first of them has met, if one has."""
+    """Raises, on all processes, the RunError that the first of them has met, if one has.
+
+    As `from_primary` for the rest.
+    """
     if global_state.client is None:
         if error is not None:
             raise error
@@ -169,27 +179,26 @@ def first_error(
         for kind, message in filter(None, met):
             raise getattr(errors, kind)(message)
 
-    _from_all(name, error and [type(error).__name__, str(error)], look, timeout_seconds)
+    _from_all(error and [type(error).__name__, str(error)], look, name, timeout_seconds)
 
 
-def common(name: str, values: list[str]) -> list[str]:
+def common(values: list[str]) -> list[str]:
     """Those of the values that every process has, in the order of the primary one."""
     if global_state.client is None:
         return values
-    return _from_all(
-        name, values, lambda every: [v for v in every[0] if all(v in one for one in every)]
-    )
+    return _from_all(values, lambda all_: [v for v in all_[0] if all(v in one for one in all_)])
 
 
-def _from_all(name: str, mine: Any, combine: Callable, timeout_seconds: float = _NEVER) -> Any:
+def _from_all(mine: Any, combine: Callable, name: str = '', timeout_seconds=_NEVER) -> Any:
     """What `combine` makes, on the primary process, of what every process brings: on all."""
+    name = name or f'decision/{next(_decisions)}'
     publish(f'{name}/{jax.process_index()}', json.dumps(mine))
 
     def gather():
         names = [f'{name}/{index}' for index in range(jax.process_count())]
         return combine([json.loads(awaited(one, timeout_seconds)) for one in names])
 
-    return from_primary(name, gather, timeout_seconds + 10)
+    return from_primary(gather, f'{name}/all', timeout_seconds + 10)
 
 
 def end_after_error(code: int) -> None:

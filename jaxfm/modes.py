@@ -15,11 +15,13 @@ import jax
 from jaxfm import config as configs
 from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.checkpoint.storage import S3
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
-from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics import goodput
+from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.report import write_report
@@ -50,7 +52,7 @@ def train(flags, config: RunConfig) -> int:
             return 0
         checkpointer = _open_checkpoints(run, wanted, stack)
         sources = [_prefetch(phase, stack) for phase in run.phases]
-        clock = StepClock(config.total_steps, _peak_flops(config))
+        clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(params=None)
         evaluators = run.evaluators(sampler, write=run.primary)
         prompts, requests = _last_samples(config, run.tokenizer)
@@ -61,7 +63,8 @@ def train(flags, config: RunConfig) -> int:
         current = run.phases.index(run.phase_at(step or 0))
         # Only now is anything of an earlier run in this directory changed.
         recorder = _open_records(run, console, stack, is_new=step is None)
-        recorder.jsonl.truncate(position)
+        if run.primary:
+            _cut_records(recorder.jsonl, clock, position, step or 0)
         for change in flags.changes:
             log.warning('config.%s: %s -> %s', *change)
         log.info('work directory: %s', run.workdir)
@@ -88,6 +91,7 @@ def train(flags, config: RunConfig) -> int:
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
         _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, evaluators)
         _report(run)
     return 0
@@ -107,8 +111,11 @@ def _run_phases(
             _record_data(loop.recorder, phase)
         loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
         start = step if is_resumed else phase.first
-        # The first weights of a later phase were evaluated and saved by the one before it.
-        state = run_loop(loop, state, start, done=is_resumed or index > 0)
+        # Told at once, or what is wasted would be forgotten when this process dies early, too.
+        loop.recorder.write(start, 'perf', loop.clock.log(start))
+        with loop.clock.training():
+            # The first weights of a later phase were evaluated and saved by the one before it.
+            state = run_loop(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
     return state
 
@@ -118,11 +125,10 @@ def evaluate(flags, config: RunConfig) -> int:
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        checkpointer = run.checkpointer(read_only=True)
-        stack.callback(checkpointer.close)
-        params, step = run.restore_params(checkpointer)
+        checkpoints = run.reader()
+        params, step = run.restore_params(checkpoints)
         run.open_data()
-        run.phase_at(step).batches().set_state(checkpointer.read_manifest(step)['extra']['source'])
+        run.phase_at(step).batches().set_state(checkpoints.read_manifest(step)['extra']['source'])
         scores = {}
         for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
             values = evaluator.run(params, step)
@@ -140,9 +146,8 @@ def sample(flags, config: RunConfig) -> int:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
         tokenizer = tokenizers.load(run.workdir / 'tokenizer')
-        checkpointer = run.checkpointer(read_only=True)
-        stack.callback(checkpointer.close)
-        params, step = run.restore_params(checkpointer)
+        checkpoints = run.reader()
+        params, step = run.restore_params(checkpoints)
         prompts = flags.prompt or list(config.sampling.prompts) or ['']
         sampler = run.sampler(params, slots=len(prompts))
         requests = _requests(config, tokenizer, prompts, flags)
@@ -156,10 +161,10 @@ MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 def _is_finished(run: Run, flags) -> bool:
     """Whether the checkpoints there are of this run and at its end; a look that changes nothing."""
-    with contextlib.closing(run.checkpointer(read_only=True)) as checkpointer:
-        if not (run.workdir / 'config.json').exists():
-            _check_config(run, checkpointer, flags)
-        step = checkpointer.latest_step()
+    checkpoints = run.reader()
+    if not (run.workdir / 'config.json').exists():
+        _check_config(run, checkpoints, flags)
+    step = checkpoints.latest_step()
     if step is None or step < run.config.total_steps:
         return False
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
@@ -168,11 +173,11 @@ def _is_finished(run: Run, flags) -> bool:
     return True
 
 
-def _check_config(run: Run, checkpointer: Checkpointer, flags) -> None:
+def _check_config(run: Run, checkpoints: Reader, flags) -> None:
     """In a new work directory the checkpoints alone know which run they are of."""
-    manifest = checkpointer.newest_whole(checkpointer.read_manifest)
+    manifest = checkpoints.newest_whole(checkpoints.read_manifest)
     if manifest is not None:
-        saved = configs.from_json(manifest['config'], f'the run in {checkpointer.root}')
+        saved = configs.from_json(manifest['config'], f'the run in {checkpoints.root}')
         flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
 
 
@@ -185,7 +190,7 @@ def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer
     created = [one for one in known if not one.exists()]
     checkpointer = None
     try:
-        checkpointer = run.checkpointer(read_only=False)
+        checkpointer = run.checkpointer()
         checkpointer.check_room(max(map(plan.bytes_total, wanted)))
     except RunError:
         if checkpointer:
@@ -212,6 +217,16 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     stack.callback(recorder.close)
     stack.push(_log_refusal)
     return recorder
+
+
+def _cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
+    """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
+    lost = clock.waste(goodput.last_elapsed(jsonl.path, position))
+    if lost > 1:
+        log.warning(
+            '%.0f s of work after step %d were lost with the process before this one', lost, step
+        )
+    jsonl.truncate(position)
 
 
 def _log_refusal(kind, error, traceback) -> bool:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxfm import config as configs
 from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
@@ -102,12 +103,16 @@ class Run:
                     'files have the same names and sizes: copy the files once more'
                 )
 
-    def checkpointer(self, read_only: bool) -> Checkpointer:
-        """The checkpoints of this run."""
-        directory = self.workdir / 'checkpoints'
+    def reader(self) -> Reader:
+        """The checkpoints of this run, to be read."""
+        return Reader(self.config.checkpoint, self.workdir / 'checkpoints')
+
+    def checkpointer(self) -> Checkpointer:
+        """The checkpoints of this run, and the right to write them."""
         ends = [phase.last for phase in self.phases]
         about = {'config': json.loads(configs.to_json(self.config))}
-        return Checkpointer(self.config.checkpoint, directory, read_only, ends[:-1], about)
+        directory = self.workdir / 'checkpoints'
+        return Checkpointer(self.config.checkpoint, directory, ends[:-1], about)
 
     def sampler(self, params, slots: int | None = None) -> Sampler:
         """An engine for these weights."""
@@ -135,14 +140,14 @@ class Run:
             for name, group in self.config.evals.items()
         }
 
-    def restore_params(self, checkpointer: Checkpointer) -> tuple[dict, int]:
+    def restore_params(self, checkpoints: Reader) -> tuple[dict, int]:
         """The weights of the newest whole checkpoint alone, and its step."""
         wanted = self.phases[0].abstract_state().params
-        restored = checkpointer.newest_whole(
-            lambda step: (checkpointer.restore_params(step, wanted), step)
+        restored = checkpoints.newest_whole(
+            lambda step: (checkpoints.restore_params(step, wanted), step)
         )
         if restored is None:
-            raise MissingInputError(f'{checkpointer.root} holds no checkpoint yet')
+            raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet')
         return restored
 
     def initial_state(self) -> TrainState:
@@ -152,9 +157,7 @@ class Run:
             return first.init_state()
         directory = Path(self.config.init_from)
         earlier = configs.read(directory / 'config.json')
-        checkpoints = Checkpointer(earlier.checkpoint, directory / 'checkpoints', read_only=True)
-        with contextlib.closing(checkpoints):
-            params, step = self.restore_params(checkpoints)
+        params, step = self.restore_params(Reader(earlier.checkpoint, directory / 'checkpoints'))
         log.info('weights of %s at step %d', directory, step)
         return first.begin(params)
 

@@ -96,7 +96,8 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
 
         # Nothing in a step may move data between host and device without saying so.
         with jax.transfer_guard('disallow'):
-            batch = loop.source.next(state.params, step)
+            with loop.clock.aside('data_wait'):
+                batch = loop.source.next(state.params, step)
             with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
                 state, metrics = loop.train_step(state, batch)
         if step == first:

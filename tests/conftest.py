@@ -5,6 +5,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 `-m slow`.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
@@ -121,6 +122,22 @@ def fault_proxy(s3_server):
         yield proxy
 
 
+@pytest.fixture(scope='session')
+def moto_server():
+    """The endpoint of a quick S3 server in memory, with a bucket, that believes any key."""
+    server = pytest.importorskip('moto.server').ThreadedMotoServer('127.0.0.1', 0, verbose=False)
+    client = pytest.importorskip('botocore.session').get_session().create_client
+    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # it tells of every request
+    server.start()
+    endpoint = 'http://{}:{}'.format(*server.get_host_and_port())
+    keys = dict(aws_access_key_id='key', aws_secret_access_key='secret')
+    s3 = client('s3', region_name='us-east-1', endpoint_url=endpoint, **keys)
+    s3.create_bucket(Bucket='bucket')
+    s3.close()
+    yield endpoint
+    server.stop()
+
+
 TINY = """
 from ml_collections import ConfigDict
 
@@ -190,7 +207,7 @@ class TinyRuns:
     @staticmethod
     def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint: {its name: array}."""
-        reader = Checkpointer(CheckpointConfig(), workdir / 'checkpoints', read_only=True)
+        reader = Reader(CheckpointConfig(), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(

@@ -139,7 +139,8 @@ class FaultProxy:
     @property
     def log(self) -> list[tuple[str, str, int | str]]:
         """(method, path, status) of each request so far; without a reply the status is 'reset',
-        'stalled' or 'lost', or 'unanswered' where client or server left in the middle."""
+        'stalled' or 'lost', or 'unanswered' where client or server left in the middle. One that
+        stalled and then passed is there twice."""
         with self._lock:
             return list(self._log)
 
@@ -196,11 +197,11 @@ class FaultProxy:
             with self._lock:
                 del self._connections[connection]
 
-    def _fault_for(self, request: 'Head') -> Fault | None:
+    def _fault_for(self, request: Head) -> Fault | None:
         with self._lock:
             return next((f for f in self._faults if f._hits(request.method, request.path)), None)
 
-    def _note(self, request: 'Head', status: int | str) -> None:
+    def _note(self, request: Head, status: int | str) -> None:
         """Called before the client can know, so that it finds its request in the log."""
         with self._lock:
             self._log.append((request.method, request.path, status))
@@ -254,7 +255,7 @@ class _Connection:
             if stream:
                 stream.wake()
 
-    def _exchange(self, request: 'Head') -> bool:
+    def _exchange(self, request: Head) -> bool:
         """One request and its reply; whether another may follow."""
         fault = self.proxy._fault_for(request)
         match fault and fault.action:
@@ -270,7 +271,7 @@ class _Connection:
             case action:
                 return self._pass(request, action)
 
-    def _refuse(self, request: 'Head', action: Status) -> bool:
+    def _refuse(self, request: Head, action: Status) -> bool:
         """The body is read first, or else the client may miss the answer while it still sends."""
         if not request.expects_continue:
             for _ in self.client.body(request):
@@ -292,7 +293,7 @@ class _Connection:
             if self.client.is_gone():
                 raise ConnectionAbortedError
 
-    def _pass(self, request: 'Head', action: Reset | LoseReply | None = None) -> bool:
+    def _pass(self, request: Head, action: Reset | LoseReply | None = None) -> bool:
         try:
             is_sent, reply = self._ask(request)
         except OSError:
@@ -312,7 +313,7 @@ class _Connection:
             raise ConnectionResetError
         return is_sent and request.keeps_alive and reply.keeps_alive
 
-    def _ask(self, request: 'Head') -> tuple[bool, 'Head']:
+    def _ask(self, request: Head) -> tuple[bool, Head]:
         """Whether the whole request was sent, and the head of the reply."""
         if self.server is None or self.server.is_readable():  # that is, closed by the server
             self._connect()

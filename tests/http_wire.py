@@ -14,9 +14,9 @@ class Head:
 
     def __init__(self, raw: bytes):
         self.raw = raw
-        first, *lines = raw.decode('latin-1').splitlines()
-        self._words = first.split(' ')
-        pairs = (line.partition(':') for line in lines if line)
+        first, *lines = raw.decode('latin-1').split('\n')
+        self._words = first.split()
+        pairs = (line.partition(':') for line in lines)
         self.headers = {name.lower(): value.strip() for name, _, value in pairs}
 
     @property
@@ -37,7 +37,9 @@ class Head:
 
     @property
     def expects_continue(self) -> bool:
-        return self.headers.get('expect', '').lower() == '100-continue'
+        """Before there is a body; some clients say so though there is none, and get no word."""
+        has_body = self.headers.get('content-length') != '0'
+        return has_body and self.headers.get('expect', '').lower() == '100-continue'
 
     @property
     def keeps_alive(self) -> bool:

@@ -170,6 +170,41 @@ def test_one_rank_is_primary_and_barriers_hold_under_an_explicit_mesh():
         assert read_until(processes[1], 'rank') == 'rank 1 False True\n'
 
 
+def test_what_one_rank_decides_or_meets_is_that_of_all():
+    program = """
+        import jax
+        from jaxfm import distributed
+        from jaxfm.errors import DamagedError, LockedError, StorageError, UnavailableError
+        distributed.initialize(timeout_seconds=40)
+        rank = jax.process_index()
+
+        def outcome(function, *arguments, **options):
+            try:
+                return function(*arguments, **options)
+            except Exception as error:
+                return f'{type(error).__name__}: {error}'
+
+        def lock():
+            raise LockedError('held')
+
+        print('said', [
+            outcome(distributed.from_primary, lambda: [rank, 'value']),
+            outcome(distributed.from_primary, lock),
+            outcome(distributed.first_error, DamagedError('bad') if rank == 1 else None),
+            outcome(distributed.first_error, None),
+            outcome(distributed.common, ['a', 'b', 'c'] if rank == 0 else ['c', 'x', 'b']),
+        ], flush=True)
+        late = outcome(distributed.awaited, 'never', 0.2)
+        print('late', late.startswith('UnavailableError'), flush=True)
+        distributed.barrier('end')
+    """
+    said = [[0, 'value'], 'LockedError: held', 'DamagedError: bad', None, ['b', 'c']]
+    with started(program, ranks(2)) as processes:
+        for process in processes:
+            assert read_until(process, 'said') == f'said {said}\n'
+            assert read_until(process, 'late') == 'late True\n'
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """Sets the variables that describe a run, after removing those of a surrounding one."""

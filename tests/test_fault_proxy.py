@@ -1,6 +1,7 @@
 """Each fault as clients see it: botocore and the s3 driver of TensorStore."""
 
 import contextlib
+import http.client
 import os
 import socket
 import threading
@@ -100,6 +101,16 @@ def test_what_tensorstore_writes_is_what_the_server_has(fault_proxy, store, clie
     assert store.list().result() == [b'a']
     store.delete_range(store.KeyRange()).result()
     assert store.read('a').result().state == 'missing'
+
+
+def test_a_connection_stays_after_an_empty_body_that_waits_to_be_asked_for(fault_proxy):
+    connection = http.client.HTTPConnection(*fault_proxy.address)
+    headers = {'Expect': '100-continue', 'Content-Length': '0'}
+    for _ in range(3):  # would raise if it was closed
+        connection.request('PUT', '/bucket/unsigned', headers=headers)
+        assert connection.getresponse().read()
+    assert fault_proxy.counts == {('PUT', 403): 3}
+    connection.close()
 
 
 def test_conditions_pass(client):

@@ -16,7 +16,8 @@ import time
 import numpy as np
 import pytest
 
-from jaxfm.metrics.writers import read_records
+from jaxfm.metrics import goodput
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 
 STEPS = 40
 NO_SAMPLES = '--config.sampling.num_samples=0'  # nothing here looks at them
@@ -105,6 +106,34 @@ def straight(tiny, tmp_path_factory):
     return workdir
 
 
+def perf(workdir) -> list[dict]:
+    return [r for r in read_records(workdir / 'metrics.jsonl') if r['kind'] == 'perf']
+
+
+def work_on(workdir, seconds):
+    """A record as if the process that was killed had gone on for so long."""
+    last = perf(workdir)[-1]
+    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
+    elapsed = last['perf/elapsed_seconds'] + seconds
+    recorder.write(last['step'] + 1, 'perf', {'perf/elapsed_seconds': elapsed})
+    recorder.close()
+
+
+def seconds_after_checkpoint(workdir) -> float:
+    """What passed between the newest checkpoint and the last record, or somewhat less."""
+    saved = max(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+    records = perf(workdir)
+    first = next(record for record in records if record['step'] >= saved)
+    return records[-1]['perf/elapsed_seconds'] - first['perf/elapsed_seconds']
+
+
+def assert_times_add_up(workdir):
+    """The buckets are the time of the run, told by every record."""
+    for record in perf(workdir):
+        account = sum(record[goodput.name_of(bucket)] for bucket in goodput.BUCKETS)
+        assert account == pytest.approx(record['perf/elapsed_seconds'])
+
+
 def stderr_of(workdir) -> str:
     return workdir.with_name(workdir.name + '.stderr').read_text()
 
@@ -139,8 +168,16 @@ def test_killed_during_a_save_a_run_resumes_bit_for_bit(tiny, start, straight, t
     process.kill()
     finish(process, -signal.SIGKILL)
     print(f'killed while {torn} was written')
+    work_on(workdir, seconds=100)
+    lost = seconds_after_checkpoint(workdir)
     finish(start(workdir))
     assert_same_run(tiny, workdir, straight)
+    assert_times_add_up(workdir)
+    wasteful = [record for record in perf(workdir) if record['goodput/wasted_seconds']]
+    assert lost <= wasteful[-1]['goodput/wasted_seconds'] < lost + PATIENCE
+    assert 'perf/step_seconds' not in wasteful[0]  # told before the next step
+    told = re.findall(r'warning: (\d+) s of work after step \d+ were lost', stderr_of(workdir))
+    assert len(told) == 1 and int(told[0]) >= 99
     assert tiny.committed(workdir) == [STEPS - 5, STEPS]
     assert not torn_steps(workdir)
 

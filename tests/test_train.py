@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 import types
 
 import jax
@@ -13,9 +14,11 @@ from flax import nnx
 from jaxfm import optimizer, sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Evaluator
+from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.models import TransformerConfig
@@ -180,6 +183,8 @@ class Probe(Evaluator):
 
 
 class NotingCheckpointer(Checkpointer):
+    settle_seconds = 0.0  # of storage that is slow
+
     def __init__(self, directory, events):
         super().__init__(CheckpointConfig(every=4, keep=3), directory)
         self.notes = events
@@ -187,6 +192,8 @@ class NotingCheckpointer(Checkpointer):
     def save(self, step, state, extra, must):
         self.notes.append(('save', step))
         super().save(step, state, extra, must)
+        if must:
+            time.sleep(self.settle_seconds)
 
 
 class StopAt:
@@ -199,7 +206,17 @@ class StopAt:
         return step == self.step
 
 
-def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda step: None, **options):
+def run(
+    kit,
+    directory,
+    make_source,
+    *,
+    steps=8,
+    stop_at=None,
+    before=lambda step: None,
+    clock=None,
+    **options,
+):
     """The loop in `directory` as `jaxfm.modes` builds it, resumed if there is a checkpoint.
 
     -> (final state, events)
@@ -208,7 +225,7 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
     source = make_source(kit)
     checkpointer = NotingCheckpointer(directory / 'checkpoints', events)
     recorder = Recorder(JsonlWriter(directory / 'metrics.jsonl'))
-    clock = StepClock(steps)
+    clock = clock or StepClock(steps)
 
     def step_with_a_note(state, batch):
         events.append(('step',))
@@ -239,7 +256,8 @@ def run(kit, directory, make_source, *, steps=8, stop_at=None, before=lambda ste
             source.set_state(extra['source'])
             clock.set_state(extra['clock'])
             recorder.jsonl.truncate(extra['metrics_position'])
-        state = train(loop, state, step or 0, done=step is not None)
+        with clock.training():
+            state = train(loop, state, step or 0, done=step is not None)
         assert checkpointer.latest_step() == steps
         return state, events
     except Preempted as error:
@@ -295,9 +313,8 @@ def test_a_step_evaluates_then_saves_then_asks_the_source(straight):
 
 def test_a_checkpoint_holds_the_position_before_its_next_batch(straight):
     _, directory, _, _ = straight
-    reader = Checkpointer(CheckpointConfig(), directory / 'checkpoints', read_only=True)
+    reader = Reader(CheckpointConfig(), directory / 'checkpoints')
     extra = {step: reader.read_manifest(step)['extra'] for step in reader.steps()}
-    reader.close()
     assert {step: values['source'] for step, values in extra.items()} == {
         4: {'number': 4},
         8: {'number': 8},
@@ -324,6 +341,26 @@ def test_records_tell_what_was_delivered_and_not_what_is_made_ahead(straight):
     records = read_records(straight[1] / 'metrics.jsonl')
     batches = {r['step']: r['data/batches'] for r in records if r['kind'] == 'perf'}
     assert batches == {step: step for step in (1, 3, 6, 8)}
+
+
+def test_every_second_of_the_loop_has_a_bucket(kit, tmp_path):
+    def slow(step):
+        time.sleep(0.02)
+
+    run(kit, tmp_path, prefetched, before=slow)
+    perf = [r for r in read_records(tmp_path / 'metrics.jsonl') if r['kind'] == 'perf'][-1]
+    account = {bucket: perf[goodput.name_of(bucket)] for bucket in goodput.BUCKETS}
+    assert sum(account.values()) == pytest.approx(perf['perf/elapsed_seconds'])
+    assert account['data_wait'] >= 8 * 0.02
+    assert min(account[bucket] for bucket in ('init', 'step', 'eval', 'checkpoint_save')) > 0
+    assert account['wasted'] == account['other'] == 0
+
+
+def test_waiting_for_the_last_save_is_time_of_saving(kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(NotingCheckpointer, 'settle_seconds', 0.3)
+    clock = StepClock(2)
+    run(kit, tmp_path, prefetched, steps=2, clock=clock)
+    assert clock.seconds['checkpoint_save'] >= 0.3
 
 
 def test_the_step_is_compiled_once_for_fresh_and_restored_states(straight, kit, tmp_path):
@@ -393,10 +430,9 @@ def test_a_signal_saves_and_raises_preempted(kit, tmp_path):
 
         with pytest.raises(Preempted, match='saved at step 3; run it again'):
             run(kit, tmp_path, prefetched, before=send, preemption=preemption)
-    reader = Checkpointer(CheckpointConfig(), tmp_path / 'checkpoints', read_only=True)
+    reader = Reader(CheckpointConfig(), tmp_path / 'checkpoints')
     assert reader.steps() == [3]
     assert reader.read_manifest(3)['extra']['source'] == {'number': 3}
-    reader.close()
 
 
 def test_a_stop_right_after_resuming_saves_nothing_again(kit, tmp_path):

@@ -83,7 +83,7 @@ def _write(job: Job) -> None:
         arrays.write(job.store.storage.kvstore(part), job.parts, job.deadline)
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
-    distributed.first_error(f'{job.attempt}/written', error, job.deadline.left)
+    distributed.first_error(error, f'{job.attempt}/written', job.deadline.left)
 
 
 def _finish(job: Job) -> None:
@@ -91,7 +91,7 @@ def _finish(job: Job) -> None:
         _commit(job)
     else:
         name = f'{job.attempt}/committed'
-        distributed.from_primary(name, lambda: _commit_shared(job), job.deadline.left + 60)
+        distributed.from_primary(lambda: _commit_shared(job), name, job.deadline.left + 60)
 
 
 def _commit_shared(job: Job) -> None:

@@ -1,7 +1,8 @@
 """What a run measures: its records, clocks, console and report.
 
-`writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time; `console` tells a person;
-`report` draws the finished run from the files alone. This room imports nothing of ours but errors.
+`writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time, `goodput` says what for;
+`console` tells a person; `report` draws the finished run from the files alone. This room imports
+nothing of ours but errors.
 """
 
 from pydantic import Field
@@ -14,3 +15,6 @@ class MetricsConfig(Group):
 
     # Steps between two train records; the first and the last step are always logged.
     log_every: int = Field(default=10, ge=1)
+    # Failures of the whole job a day, all hosts together: for these the report recommends a
+    # checkpoint.every, once saves were measured; 0 is no recommendation.
+    failures_per_day: float = Field(default=1.0, ge=0)

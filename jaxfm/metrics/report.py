@@ -7,10 +7,12 @@ there: a run that has just begun, or died, has a report too.
 import base64
 import html
 import json
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxfm.metrics import goodput
 from jaxfm.metrics.console import format_seconds
 from jaxfm.metrics.writers import read_records
 
@@ -20,6 +22,8 @@ XZ_SUFFIX = '/xz_bits_per_byte'
 _BOUNDS = ('_low', '_high')
 CONTAMINATION = 'contamination/'  # before the name of an evaluator
 HISTOGRAM = 'train_length_histogram/'  # before a bucket: tokens of a document, at most
+# Steps are green, what is wasted is red.
+_COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -74,14 +78,17 @@ def _data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _page(name: str, series: Series, data: dict, config: Any, pictures: list[Path]) -> str:
     title = html.escape(name)
-    images = ''.join(_image(picture) for picture in pictures)
+    images = {picture.stem: _image(picture) for picture in pictures}
+    goodput_picture = images.pop('goodput', '')
     given = html.escape(json.dumps(config, indent=2, ensure_ascii=False)) if config else 'none'
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<style>{_STYLE}</style></head><body><h1>{title}</h1>'
         f'<h2>Run</h2>{_table(("", ""), _run_rows(series, config))}'
         f'<h2>Evaluation</h2>{_table(("", "last", "first"), _eval_rows(series))}'
-        f'{images}{_data_tables(data)}<h2>Config</h2><pre>{given}</pre></body></html>\n'
+        f'{"".join(images.values())}{_goodput_section(series, config, goodput_picture)}'
+        f'{_data_tables(data)}'
+        f'<h2>Config</h2><pre>{given}</pre></body></html>\n'
     )
 
 
@@ -157,6 +164,51 @@ def _eval_rows(series: Series) -> list[tuple[str, ...]]:
     return [(name, _score(name, series, -1), _score(name, series, 0)) for name in names]
 
 
+def _goodput_section(series: Series, config: Any, picture: str) -> str:
+    """Where the time of the run went, and the checkpoint interval for it; '' without records."""
+    account = _account(series)
+    elapsed = sum(account.values())
+    if not elapsed:
+        return ''
+    rows = [
+        (bucket, format_seconds(seconds), f'{seconds / elapsed:.1%}')
+        for bucket, seconds in account.items()
+    ]
+    tables = _table(('', 'time', 'share'), rows)
+    if advice := _checkpoint_rows(series, config):
+        tables += _table(('', ''), advice)
+    return f'<h2>Where the time went</h2>{tables}{picture}'
+
+
+def _account(series: Series) -> dict[str, float]:
+    """{bucket: seconds} as recorded last."""
+    names = {bucket: goodput.name_of(bucket) for bucket in goodput.BUCKETS}
+    return {bucket: series[name][-1][1] for bucket, name in names.items() if name in series}
+
+
+def _checkpoint_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
+    """The recommended checkpoint.every, as far as saves and steps were measured."""
+    measured = ('checkpoint/blocking_seconds', 'checkpoint/save_seconds', 'perf/step_seconds')
+    failures = _value(config, 'metrics', 'failures_per_day')
+    if not failures or not all(name in series for name in measured):
+        return []
+    blocks, takes, step = (statistics.median(v for _, v in series[name]) for name in measured)
+    steps = goodput.checkpoint_every(blocks, takes, step, failures)
+    now = _value(config, 'checkpoint', 'every') or 'only at the end'
+    text = (
+        f'{steps} steps ({format_seconds(steps * step)}) at {failures:g} '
+        f'failure{"" if failures == 1 else "s"} a day; a save blocks {format_seconds(blocks)} '
+        f'and takes {format_seconds(takes)}; now {now}'
+    )
+    return [('recommended checkpoint.every', text)]
+
+
+def _value(config: Any, group: str, name: str) -> Any:
+    """A word of the config; None where there is no such word, or no config."""
+    found = config.get(group) if isinstance(config, dict) else None
+    return found.get(name) if isinstance(found, dict) else None
+
+
 def _is_bound(name: str, series: Series) -> bool:
     return any(name.endswith(end) and name.removesuffix(end) in series for end in _BOUNDS)
 
@@ -189,7 +241,7 @@ def _image(path: Path) -> str:
 
 
 def _draw(series: Series, data: dict, directory: Path) -> list[Path]:
-    """loss.png, eval.png, throughput.png, lengths.png, as far as there is something to draw."""
+    """{loss,eval,throughput,goodput,lengths}.png, as far as there is something to draw."""
     panels = {
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
         'eval': _eval_panels(series),
@@ -200,6 +252,9 @@ def _draw(series: Series, data: dict, directory: Path) -> list[Path]:
         if panel:
             directory.mkdir(parents=True, exist_ok=True)
             drawn.append(_plot(panel, series, directory / f'{name}.png'))
+    if account := _account(series):
+        directory.mkdir(parents=True, exist_ok=True)
+        drawn.append(_plot_goodput(account, directory / 'goodput.png'))
     histograms = _histograms(data)
     if histograms:
         directory.mkdir(parents=True, exist_ok=True)
@@ -230,6 +285,24 @@ def _eval_panels(series: Series) -> list[list[str]]:
         beside = [xz] if name.endswith('/bits_per_byte') and xz in series else []
         panels.append([name, *beside])
     return panels
+
+
+def _plot_goodput(account: dict[str, float], path: Path) -> Path:
+    """One bar, a piece for every bucket that took time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.8), dpi=90, layout='constrained')
+    axes = figure.add_subplot(xlabel='seconds', yticks=[])
+    axes.set_title('where the time went', fontsize=10)
+    begin = 0.0
+    for bucket, seconds in account.items():
+        if seconds > 0:
+            axes.barh(0, seconds, left=begin, color=_COLORS[bucket], label=bucket)
+            begin += seconds
+    axes.set_xlim(0, begin)
+    figure.legend(loc='outside right upper', fontsize=8)
+    figure.savefig(path)
+    return path
 
 
 def _plot_lengths(histograms: dict[str, dict[str, int]], path: Path) -> Path:

@@ -146,12 +146,13 @@ class JsonlWriter:
         self._position = position
 
 
-def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, without a torn last line; a file that is not there has none."""
+def read_records(path: str | Path, position: int = 0) -> Iterator[dict[str, Any]]:
+    """The records of a file from a position on, without a torn last line; no file, no records."""
     path = Path(path)
     if not path.exists():
         return
     with open(path, 'rb') as file:
+        file.seek(position)
         for number, line in enumerate(file, start=1):
             if not line.endswith(b'\n'):
                 return

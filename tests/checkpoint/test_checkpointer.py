@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.errors import (
     ConfigError,
     DamagedError,
@@ -220,18 +221,16 @@ def test_a_reader_sees_new_steps_and_sweeps_nothing(saved, tmp_path):
     torn = Path(saved.root, '9', 'attempt', 'state')
     torn.mkdir(parents=True)
     (torn / 'd').write_text('half')
-    reader = Checkpointer(CheckpointConfig(), saved.root, read_only=True)
+    reader = Reader(CheckpointConfig(), saved.root)
     saved.save(8, place(host_state(8), make_mesh(1)), {})
     saved.wait()
     assert reader.latest_step() == 8
     assert_bitwise_equal(
         reader.restore(8, abstract_of(host_state(), make_mesh(1)))[0], host_state(8)
     )
-    reader.close()
     assert torn.is_dir()
-    nowhere = Checkpointer(CheckpointConfig(), tmp_path / 'nowhere', read_only=True)
+    nowhere = Reader(CheckpointConfig(), tmp_path / 'nowhere')
     assert nowhere.latest_step() is None
-    nowhere.close()
     assert not (tmp_path / 'nowhere').exists()
 
 
@@ -323,12 +322,11 @@ def remove_the_data(step):
 )
 def test_a_damaged_checkpoint_is_named_in_one_line(saved, damage, capfd):
     damage(step_directory(saved))
-    fresh = Checkpointer(CheckpointConfig(), saved.root, read_only=True)
+    fresh = Reader(CheckpointConfig(), saved.root)
     with pytest.raises(DamagedError, match='checkpoint 7 in .*: digest mismatch: ') as caught:
         fresh.restore(7, abstract_of(host_state(), make_mesh(8)))
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 600
-    fresh.close()
     assert 'Traceback' not in capfd.readouterr().err
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 
 ONE_OF_TWO = """
 import sys
@@ -57,9 +57,8 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], '\n'.join(errors)
 
-    reader = Checkpointer(CheckpointConfig(), tmp_path, read_only=True)
+    reader = Reader(CheckpointConfig(), tmp_path)
     assert reader.steps() == [3, 4]
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state, _ = reader.restore(4, {'w': jax.ShapeDtypeStruct((8, 10), np.float32, sharding=whole)})
     np.testing.assert_array_equal(state['w'], np.arange(80).reshape(8, 10))
-    reader.close()

@@ -1,9 +1,14 @@
-"""Throughput over training time alone, MFU, the time to come; peaks of devices."""
+"""Throughput over training time alone, MFU, the time to come, where it went; peaks of devices."""
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
+from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.devices import peak_flops
 
@@ -22,14 +27,32 @@ def hands():
     return Hands()
 
 
+@pytest.fixture
+def in_loop(hands):
+    """Makes clocks of a loop of 100 steps that runs."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options):
+            clock = StepClock(100, now=hands, **options)
+            stack.enter_context(clock.training())
+            return clock
+
+        yield make
+
+
 def run_steps(clock, hands, count, tokens=1000, seconds=0.5):
     for _ in range(count):
         clock.step(tokens)
         hands.seconds += seconds
 
 
-def test_throughput_leaves_out_what_is_no_training(hands):
-    clock = StepClock(100, now=hands)
+def spent(clock):
+    """The account without empty buckets."""
+    return {bucket: seconds for bucket, seconds in clock.account().items() if seconds}
+
+
+def test_throughput_leaves_out_what_is_no_training(hands, in_loop):
+    clock = in_loop()
     with clock.aside('compile'):
         hands.seconds += 30
     run_steps(clock, hands, 4)
@@ -43,26 +66,30 @@ def test_throughput_leaves_out_what_is_no_training(hands):
     assert values['perf/total_tokens'] == 4000
     assert values['perf/elapsed_seconds'] == 40
     assert 'perf/mfu' not in values
-    assert clock.seconds == {'compile': 30, 'eval': 7, 'checkpoint_save': 1, 'step': 2}
+    assert spent(clock) == {'compile': 30, 'eval': 7, 'checkpoint_save': 1, 'step': 2}
 
 
-def test_each_log_begins_a_new_window(hands):
-    clock = StepClock(100, now=hands)
+def test_each_log_begins_a_new_window(hands, in_loop):
+    clock = in_loop()
     run_steps(clock, hands, 4)
     clock.log(4)
     run_steps(clock, hands, 2, seconds=2)
     assert clock.log(6)['perf/step_seconds'] == 2
 
 
-def test_a_window_without_steps_has_no_speed(hands):
-    clock = StepClock(100, now=hands)
+def test_a_window_without_steps_has_no_speed(hands, in_loop):
+    clock = in_loop()
     hands.seconds += 1
-    assert clock.log(0) == {'perf/elapsed_seconds': 1, 'perf/total_tokens': 0}
+    values = clock.log(0)
+    assert {name for name in values if name.startswith('perf/')} == {
+        'perf/elapsed_seconds',
+        'perf/total_tokens',
+    }
     assert clock.eta(0) is None
 
 
-def test_time_inside_time_is_counted_once(hands):
-    clock = StepClock(100, now=hands)
+def test_time_inside_time_is_counted_once(hands, in_loop):
+    clock = in_loop()
     with clock.aside('eval'), clock.aside('compile'):
         hands.seconds += 3
     run_steps(clock, hands, 1)
@@ -70,23 +97,23 @@ def test_time_inside_time_is_counted_once(hands):
     assert clock.seconds['eval'] == 3 and clock.seconds['compile'] == 0
 
 
-def test_time_aside_counts_when_it_ends_in_an_error(hands):
-    clock = StepClock(100, now=hands)
+def test_time_aside_counts_when_it_ends_in_an_error(hands, in_loop):
+    clock = in_loop()
     with pytest.raises(OSError), clock.aside('checkpoint_save'):
         hands.seconds += 3
         raise OSError
     assert clock.seconds['checkpoint_save'] == 3
 
 
-def test_mfu_is_the_share_of_the_peak(hands):
-    clock = StepClock(100, peak_flops=8e12, now=hands)
+def test_mfu_is_the_share_of_the_peak(hands, in_loop):
+    clock = in_loop(peak_flops=8e12)
     clock.flops_per_step = 1e12
     run_steps(clock, hands, 4)
     assert clock.log(4)['perf/mfu'] == 0.25
 
 
-def test_the_time_to_come_includes_evaluation_but_not_compilation(hands):
-    clock = StepClock(100, now=hands)
+def test_the_time_to_come_includes_evaluation_but_not_compilation(hands, in_loop):
+    clock = in_loop()
     with clock.aside('compile'):
         hands.seconds += 50
     with clock.aside('eval'):
@@ -99,23 +126,159 @@ def test_the_time_to_come_includes_evaluation_but_not_compilation(hands):
     assert clock.eta(100) == 0
 
 
-def test_the_very_first_step_alone_foretells_nothing(hands):
-    clock = StepClock(100, now=hands)
+def test_the_very_first_step_alone_foretells_nothing(hands, in_loop):
+    clock = in_loop()
     run_steps(clock, hands, 1)
     assert 'perf/eta_seconds' not in clock.log(1)
 
 
-def test_a_resumed_clock_goes_on_without_the_pause(hands):
+# The account
+
+
+def test_every_second_is_in_one_bucket(hands):
+    clock = StepClock(100, now=hands, started=hands.seconds - 8)
+    with clock.aside('checkpoint_restore'):
+        hands.seconds += 2
+    hands.seconds += 1
+    with clock.training():
+        with clock.aside('data_wait'):
+            hands.seconds += 4
+        with clock.aside('compile'):
+            hands.seconds += 30
+        run_steps(clock, hands, 4)
+        with clock.aside('eval'):
+            hands.seconds += 7
+    hands.seconds += 5
+    wanted = dict(init=9, checkpoint_restore=2, data_wait=4, compile=30, step=2, eval=7, other=5)
+    assert spent(clock) == wanted
+    assert clock.elapsed == sum(wanted.values())
+
+
+def test_a_log_tells_the_account_of_the_run_so_far(hands, in_loop):
+    clock = in_loop()
+    for step in (4, 8):
+        run_steps(clock, hands, 4)
+        with clock.aside('eval'):
+            hands.seconds += 3
+        values = clock.log(step)
+    assert {name: values[name] for name in values if name.startswith('goodput/')} == {
+        **{goodput.name_of(bucket): 0 for bucket in goodput.BUCKETS},
+        'goodput/step_seconds': 4,
+        'goodput/eval_seconds': 6,
+        'goodput/ratio': 0.4,
+    }
+    assert values['perf/elapsed_seconds'] == 10
+
+
+def test_time_between_two_loops_is_that_of_no_step(hands):
     clock = StepClock(100, now=hands)
+    with clock.training():
+        run_steps(clock, hands, 2)
+        clock.log(2)
+    hands.seconds += 20
+    with clock.training():
+        run_steps(clock, hands, 2)
+        assert clock.log(4)['perf/step_seconds'] == 0.5
+    assert spent(clock) == {'step': 2, 'other': 20}
+
+
+def test_a_run_that_waits_for_data_does_not_look_fast(hands, in_loop):
+    clock = in_loop(peak_flops=8e12)
+    clock.flops_per_step = 1e12
+    for _ in range(4):
+        with clock.aside('data_wait'):
+            hands.seconds += 1.5
+        run_steps(clock, hands, 1)
+    values = clock.log(4)
+    assert values['perf/step_seconds'] == 2
+    assert values['perf/tokens_per_second'] == 500
+    assert values['perf/mfu'] == 1 / 16
+    assert values['perf/eta_seconds'] == 96 * 2
+    assert values['goodput/data_wait_seconds'] == 6 and values['goodput/step_seconds'] == 2
+
+
+def saved(clock):
+    """The state as the loop saves it and a checkpoint gives it back."""
+    with clock.aside('checkpoint_save'):
+        return json.loads(json.dumps(clock.get_state()))
+
+
+def test_a_resumed_clock_goes_on_without_the_pause(hands, in_loop):
+    clock = in_loop()
     run_steps(clock, hands, 10)
-    state = json.loads(json.dumps(clock.get_state()))
+    state = saved(clock)
     hands.seconds += 10_000
     resumed = StepClock(100, now=hands)
     hands.seconds += 3
     resumed.set_state(state)
-    run_steps(resumed, hands, 2)
+    with resumed.training():
+        run_steps(resumed, hands, 2)
+        assert resumed.log(12)['perf/step_seconds'] == 0.5
     assert resumed.total_tokens == 12_000
-    assert resumed.elapsed == 6
+    assert resumed.elapsed == 9
+    assert spent(resumed) == {'init': 3, 'step': 6}
+
+
+def test_what_a_process_did_after_its_checkpoint_is_wasted_time_of_the_run(hands, in_loop):
+    clock = in_loop()
+    run_steps(clock, hands, 10)
+    state = saved(clock)
+    run_steps(clock, hands, 8)
+    with clock.aside('eval'):
+        hands.seconds += 6
+    died = clock.log(18)['perf/elapsed_seconds']
+    resumed = StepClock(100, now=hands)
+    resumed.set_state(state)
+    hands.seconds += 3
+    assert resumed.waste(died) == 10
+    assert resumed.elapsed == died + 3
+    assert spent(resumed) == {'step': 5, 'wasted': 10, 'init': 3}
+
+
+def test_a_process_that_died_before_any_checkpoint_wasted_everything(in_loop):
+    clock = in_loop()
+    assert clock.waste(40.0) == 40
+    assert spent(clock) == {'wasted': 40}
+
+
+def test_without_records_after_the_checkpoint_nothing_is_wasted(hands, in_loop):
+    clock = in_loop()
+    run_steps(clock, hands, 10)
+    resumed = in_loop()
+    resumed.set_state(saved(clock))
+    assert resumed.waste(0.0) == 0
+    assert spent(resumed) == {'step': 5}
+
+
+def test_the_time_to_come_does_not_pay_again_for_what_was_before_a_resume(hands, in_loop):
+    clock = in_loop()
+    run_steps(clock, hands, 5)
+    for bucket in ('eval', 'checkpoint_save'):
+        with clock.aside(bucket):
+            hands.seconds += 500
+    run_steps(clock, hands, 5)
+    resumed = in_loop()
+    resumed.set_state(saved(clock))
+    run_steps(resumed, hands, 5)
+    with resumed.aside('eval'):
+        hands.seconds += 5
+    run_steps(resumed, hands, 5)
+    assert resumed.log(20)['perf/eta_seconds'] == pytest.approx(80 * (0.5 + 0.5))
+
+
+def test_the_start_of_a_process_is_before_its_imports_and_before_an_exec():
+    program = (
+        'import time; from jaxfm.metrics.clock import process_start;'
+        'print(time.monotonic() - process_start())'
+    )
+    command = ['sh', '-c', 'sleep 0.5; exec "$@"', 'sh', sys.executable, '-c', program]
+    started = time.monotonic()
+    age = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    tick = 0.02  # the kernel tells starts in hundredths of a second
+    assert 0.5 <= age <= time.monotonic() - started + tick
+
+
+# Peaks
 
 
 @pytest.mark.parametrize(

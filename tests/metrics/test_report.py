@@ -7,17 +7,21 @@ import time
 
 import pytest
 
+from jaxfm.metrics import goodput
 from jaxfm.metrics.report import write_report
 from jaxfm.metrics.writers import JsonlWriter, Recorder
 
 
-def record_run(workdir, steps=200):
-    (workdir / 'config.json').write_text(json.dumps({'steps': steps, 'note': '<script>x</script>'}))
+def record_run(workdir, steps=200, failures_per_day=1.0):
+    config = {'steps': steps, 'note': '<script>x</script>', 'checkpoint': {'every': 1000}}
+    config |= {'metrics': {'failures_per_day': failures_per_day}}
+    (workdir / 'config.json').write_text(json.dumps(config))
     recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
     for step in range(0, steps + 1, 10):
         recorder.write(step, 'train', {'train/loss': 8 / (1 + step)})
         speed = {'perf/tokens_per_second': 11_000.0 + step, 'perf/elapsed_seconds': float(step)}
         recorder.write(step, 'perf', speed | {'perf/total_tokens': step * 2048, 'perf/mfu': 0.4})
+        recorder.write(step, 'perf', goodput.values(account(step=step, wasted=step / 10)))
     recorder.phase = 'sft'
     data = {'web/train_tokens': 1234, 'code/train_tokens': 99, 'web/train_length_histogram/64': 7}
     data['web/heldout_length_histogram/64'] = 1
@@ -29,6 +33,20 @@ def record_run(workdir, steps=200):
         recorder.write(step, 'eval', {f'eval/functions/{n}': v for n, v in scores.items()})
         loss = {'bits_per_byte': 8 - share * 8, 'xz_bits_per_byte': 1.64}
         recorder.write(step, 'eval', {f'eval/held_out/{n}': v for n, v in loss.items()})
+    recorder.close()
+
+
+def account(**seconds):
+    return dict.fromkeys(goodput.BUCKETS, 0.0) | {'init': 30.0} | seconds
+
+
+def record_saves(workdir, *seconds, blocking=0.5):
+    """Events of committed checkpoints that took so long."""
+    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
+    for save in seconds:
+        times = {'checkpoint/save_seconds': save, 'checkpoint/blocking_seconds': blocking}
+        recorder.write(200, 'event', times | {'checkpoint/bytes': 10**9})
+        recorder.write(200, 'perf', {'perf/step_seconds': 2.0})
     recorder.close()
 
 
@@ -50,6 +68,9 @@ def test_the_report_shows_scores_with_intervals_beside_the_first_ones(tmp_path):
         'eval/functions/pass@1 0.75 (0.65 to 0.85) at step 200 0 (-0.1 to 0.1) at step 0',
         'eval/held_out/bits_per_byte 2 at step 200 8 at step 0',
         'eval/held_out/xz_bits_per_byte 1.64',
+        'Where the time went time share init 30s 12.0% compile 0.0s 0.0%',
+        'step 3m20s 80.0%',
+        'wasted 20s 8.0%',
         'Data of sft source web code',
         'train_tokens 1,234 99',
         'epochs 0.25 1.5',
@@ -58,8 +79,32 @@ def test_the_report_shows_scores_with_intervals_beside_the_first_ones(tmp_path):
         assert part in text, part
     assert 'pass@1_low' not in text
     pictures = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-    assert pictures == ['eval.png', 'lengths.png', 'loss.png', 'throughput.png']
+    assert pictures == ['eval.png', 'goodput.png', 'lengths.png', 'loss.png', 'throughput.png']
     assert all((tmp_path / 'plots' / name).read_bytes().startswith(b'\x89PNG') for name in pictures)
+
+
+def test_the_report_recommends_an_interval_from_the_saves_that_were_measured(tmp_path):
+    record_run(tmp_path)
+    record_saves(tmp_path, 11.0, 100.0, 12.0)
+    assert (
+        'recommended checkpoint.every 147 steps (4m54s) at 1 failure a day; '
+        'a save blocks 0.5s and takes 12s; now 1000'
+    ) in text_of(write_report(tmp_path).read_text())
+
+
+def test_more_failures_recommend_a_shorter_interval(tmp_path):
+    record_run(tmp_path, failures_per_day=4.0)
+    record_saves(tmp_path, 12.0)
+    text = text_of(write_report(tmp_path).read_text())
+    assert 'checkpoint.every 73 steps (2m26s) at 4 failures a day' in text
+
+
+@pytest.mark.parametrize(('saves', 'failures_per_day'), [((), 1.0), ((12.0,), 0.0)])
+def test_without_saves_or_failures_no_interval_is_recommended(tmp_path, saves, failures_per_day):
+    record_run(tmp_path, failures_per_day=failures_per_day)
+    record_saves(tmp_path, *saves)
+    text = text_of(write_report(tmp_path).read_text())
+    assert 'Where the time went' in text and 'recommended' not in text
 
 
 def test_the_report_is_one_file_and_escapes_what_it_quotes(tmp_path):
@@ -67,7 +112,7 @@ def test_the_report_is_one_file_and_escapes_what_it_quotes(tmp_path):
     workdir.mkdir()
     record_run(workdir)
     page = write_report(workdir).read_text()
-    assert page.count('src="data:image/png;base64,') == page.count('src=') == 4
+    assert page.count('src="data:image/png;base64,') == page.count('src=') == 5
     assert 'http' not in page and '<link' not in page and '<script' not in page
     assert '<b>' not in page and '&lt;script&gt;' in page
 

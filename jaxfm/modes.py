@@ -178,7 +178,8 @@ def _check_config(run: Run, checkpoints: Reader, flags) -> None:
     manifest = checkpoints.newest_whole(checkpoints.read_manifest)
     if manifest is not None:
         saved = configs.from_json(manifest['config'], f'the run in {checkpoints.root}')
-        flags.changes = resume.check_resume(saved, run.config, flags.allow_change)
+        allowed = flags.allow_change
+        flags.changes = resume.check_resume(saved, run.config, allowed, checkpoints.root)
 
 
 def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
@@ -206,6 +207,8 @@ def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer
 def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
+        with _explained(run.workdir):
+            run.workdir.mkdir(parents=True, exist_ok=True)
         configs.write(run.config, run.workdir / 'config.json')
         # A checkpoint belongs to the tokenizer it was trained with.
         if is_new or not (run.workdir / 'tokenizer').exists():

@@ -38,11 +38,14 @@ def difference(old: Group, new: Group) -> list[Change]:
     return [(dotted(path), before, after) for path, before, after in pairs if before != after]
 
 
-def check_resume(old: Group, new: Group, allow: Iterable[str] = ()) -> list[Change]:
+def check_resume(
+    old: Group, new: Group, allow: Iterable[str] = (), place: str = 'this work directory'
+) -> list[Change]:
     """Whether a run of `old` may go on as `new`; returns what differs, for the log.
 
     Args:
         allow: top-level names of the config that may change (`--allow_change=optimizer,data`).
+        place: what holds the run of `old`.
 
     Raises:
         UsageError: `allow` has a name that nobody may allow, or that is none.
@@ -58,17 +61,18 @@ def check_resume(old: Group, new: Group, allow: Iterable[str] = ()) -> list[Chan
         return changes
     lines = [f'  config.{path}: {shown(a)} -> {shown(b)}' for path, a, b in refused]
     raise ConfigError(
-        '\n'.join(['this work directory holds a run of another config:', *lines, _advice(bound)])
+        '\n'.join([f'{place} holds a run of another config:', *lines, _advice(bound, place)])
     )
 
 
-def _advice(changes: list[Change]) -> str:
+def _advice(changes: list[Change], place: str) -> str:
     groups = sorted({_group(path) for path, *_ in changes})
+    elsewhere = '--workdir' if 'work directory' in place else '--config.checkpoint.directory'
     if FIXED in groups:
-        return f'the {FIXED} of a run cannot change; for a new run give another --workdir'
+        return f'the {FIXED} of a run cannot change; for a new run give another {elsewhere}'
     return (
         f'to go on with this change give --allow_change={",".join(groups)}; '
-        'for a new run give another --workdir'
+        f'for a new run give another {elsewhere}'
     )
 
 

@@ -7,6 +7,7 @@ an error where bare zarr reads zeros. Each process writes what it owns into a da
 
 import collections
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,8 @@ CHUNK_BYTES = 32 << 20
 FILE_BYTES = 256 << 20
 # Read ahead of the devices, at most, while a state is restored.
 BYTES_IN_FLIGHT = 2 << 30
+# Read ahead where arrays are read chunk by chunk.
+CHUNKS_IN_FLIGHT = 16
 _CONTEXT = {
     'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
     'cache_pool#index': {'total_bytes_limit': 100 << 20},
@@ -179,13 +182,54 @@ def read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct], deadline: Deadline
     }
 
 
+def read_chunks(
+    base: dict, wanted: dict[str, Any], seconds: float
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray | Exception]]:
+    """(name, where it begins, itself) of every chunk of every array, in order, a few read ahead.
+
+    What cannot be read is an exception in place of a chunk, as the others may be whole.
+
+    wanted: {name: leaf with a shape and a dtype}. seconds: the patience with one chunk.
+    """
+    context = ts.Context(_CONTEXT)
+    stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
+    waiting = collections.deque()
+    for chunk in _chunks(stores, wanted, seconds):
+        waiting.append(chunk)
+        if len(waiting) > CHUNKS_IN_FLIGHT:
+            yield _outcome(*waiting.popleft(), seconds)
+    while waiting:
+        yield _outcome(*waiting.popleft(), seconds)
+
+
+def _chunks(stores, wanted, seconds: float) -> Iterator[tuple[str, tuple[int, ...], ts.Future]]:
+    for name, leaf in wanted.items():
+        try:
+            store = _opened(stores[name], name, leaf, Deadline.after(seconds))
+        except Exception as error:
+            promise, future = ts.Promise.new()
+            promise.set_exception(error)
+            yield name, (0,) * len(leaf.shape), future
+            continue
+        parts = store.chunk_layout.read_chunk.shape or ()
+        steps = [range(0, size, part or 1) for size, part in zip(store.shape, parts)]
+        for start in itertools.product(*steps):
+            ends = [min(at + part, size) for at, part, size in zip(start, parts, store.shape)]
+            yield name, start, store[tuple(map(slice, start, ends))].read(order='C')
+
+
+def _outcome(name: str, start: tuple[int, ...], future, seconds: float) -> tuple:
+    try:
+        return name, start, Deadline.after(seconds).result(future)
+    except Exception as error:
+        return name, start, error
+
+
 def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
     """(name, devices, the part of the array they hold), read ahead by BYTES_IN_FLIGHT."""
     waiting, nbytes = collections.deque(), 0
     for name, leaf in wanted.items():
-        store = deadline.result(stores[name])
-        if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
-            raise ValueError(f'{name} is {store.dtype.name} {list(store.shape)} in the data')
+        store = _opened(stores[name], name, leaf, deadline)
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for index, devices in _holders(leaf):
             while waiting and nbytes + size > BYTES_IN_FLIGHT:
@@ -195,6 +239,13 @@ def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
             nbytes += size
     while waiting:
         yield _arrived(waiting.popleft(), deadline)
+
+
+def _opened(opening, name: str, leaf, deadline: Deadline):
+    store = deadline.result(opening)
+    if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
+        raise ValueError(f'{name} is {store.dtype.name} {list(store.shape)} in the data')
+    return store
 
 
 def _arrived(read: tuple, deadline: Deadline) -> tuple[str, list, np.ndarray]:

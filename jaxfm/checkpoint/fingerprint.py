@@ -8,8 +8,11 @@ For one index the hash is a bijection of the bits: a change of one element alway
 and a change of several goes unseen once in 2^32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 # Odd numbers and shifts of the 32-bit finalizer of MurmurHash3 (Appleby, 2011); the golden ratio
@@ -28,6 +31,21 @@ def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """
     with jax.transfer_guard('allow'):
         return {name: int(_fingerprint(array)) for name, array in arrays.items()}
+
+
+def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
+    """What the part that begins at `start` adds, modulo 2^32, to the fingerprint of an array."""
+    first = 0
+    for size, begin in zip(shape, start):
+        first = first * size + begin
+    with jax.enable_x64(part.dtype.itemsize > 4):  # or its elements lose half of their bits
+        words = max(part.dtype.itemsize // 4, 1)
+        return int(_fingerprint_of_part(part, shape, np.uint32(first * words % 2**32)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Array) -> jax.Array:
+    return _sum(_hash(part, shape, {}, first))
 
 
 @jax.jit
@@ -50,13 +68,18 @@ def _fingerprint(array: jax.Array) -> jax.Array:
     return add_up(array)
 
 
-def _hash(part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple]) -> jax.Array:
-    """uint32 of every element of a shard of an array of this shape, split along these axes."""
+def _hash(
+    part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple], first=0
+) -> jax.Array:
+    """uint32 of every element of a shard of an array of this shape, split along these axes.
+
+    first: the index of its first element, where that is not for the axes to say.
+    """
     words = _bits(part)
-    index = jnp.zeros((), jnp.uint32)
+    index = jnp.asarray(first, jnp.uint32)
     stride = words.size // part.size if part.size else 1  # words of an element
     if words.ndim > part.ndim:
-        index = lax.broadcasted_iota(jnp.uint32, words.shape, part.ndim)
+        index = index + lax.broadcasted_iota(jnp.uint32, words.shape, part.ndim)
     for dim in reversed(range(part.ndim)):
         along = lax.broadcasted_iota(jnp.uint32, words.shape, dim)
         if dim in axes:

@@ -65,6 +65,11 @@ class Record:
     released: bool = False
     inherited: tuple[str, ...] = ()  # commits that were there when this epoch began
 
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody may be writing, as far as can be seen without waiting."""
+        return not (self.released or self.holder is not None and self.holder.is_gone())
+
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()
 
@@ -82,8 +87,8 @@ def current(storage: Storage, names: Iterable[str]) -> Record | None:
 class Lease:
     """The right to write checkpoints to a storage, once `acquire` has returned.
 
-    seconds: after so long without a renewal others may take it over. It is renewed three times as
-    often, by a thread. `lost` tells that somebody did take it.
+    seconds: after so long without a renewal others may take it over, or after what the holder says
+    if that is longer. It is renewed three times as often, by a thread.
     """
 
     def __init__(self, storage: Storage, seconds: float):
@@ -105,7 +110,7 @@ class Lease:
           LockedError: somebody else holds it, with the name of the holder.
         """
         before = current(self._storage, self._storage.list('lease'))
-        if before is not None and not before.released:
+        if before is not None and before.is_held:
             self._outwait(before)
         epoch = before.epoch + 1 if before else 1
         record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
@@ -147,8 +152,6 @@ class Lease:
 
     def _outwait(self, record: Record) -> None:
         """Returns when the holder has ended, or has not renewed for as long as a lease lasts."""
-        if record.holder is not None and record.holder.is_gone():
-            return
         if record.holder == Holder.here():  # an earlier attempt of this very process
             return
         seconds = max(self._seconds, record.seconds)
@@ -160,9 +163,9 @@ class Lease:
         )
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._seconds / 10))
+            time.sleep(min(1.0, seconds / 10))
             now = _read(self._storage, record.epoch)
-            if now.released or (now.holder is not None and now.holder.is_gone()):
+            if not now.is_held:
                 return
             if now != record:
                 self._refuse(now)

@@ -8,7 +8,6 @@ and what one of them finds, all of them find.
 import dataclasses
 import hashlib
 import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,14 @@ from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
-from jaxfm.checkpoint.saver import explain
 from jaxfm.checkpoint.storage import PosixStorage, open_storage
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.errors import (
-    DamagedError,
-    DataError,
-    PermissionDeniedError,
-    RunError,
-    UnavailableError,
-)
+from jaxfm.checkpoint.verify import explained, leaves_of
+from jaxfm.errors import DamagedError, DataError, RunError
 
 log = logging.getLogger('jaxfm')
 
 Arrays = dict[str, jax.Array]
-
-# How TensorStore says that a server, and not the data, is the matter. It notes the status of an
-# answer, except where that means that an object or a part of it is not there.
-_OUT_OF_REACH = re.compile(
-    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|CURL error|http_response_code'
-)
-_FORBIDDEN = re.compile(
-    '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,13 +113,13 @@ class Reader:
           MissingInputError: there is no such step.
         """
         found, manifest = self._verified(step)
-        check_fit(abstract_state, _stored(manifest), self._name(step))
+        check_fit(abstract_state, leaves_of(manifest), self._name(step))
         return self._read(found, manifest, abstract_state), manifest['extra']
 
     def restore_params(self, step: int, abstract_params: dict) -> Arrays:
         """The parameters alone, {path: array}, whichever of them that phase trained or froze."""
         found, manifest = self._verified(step)
-        stored = _stored(manifest)
+        stored = leaves_of(manifest)
         names = {path: _name_of_param(path, stored) for path in abstract_params}
         wanted = {names[path]: leaf for path, leaf in abstract_params.items()}
         check_fit(wanted, stored, self._name(step), partial=True)
@@ -198,7 +182,7 @@ class Reader:
         try:
             restored = arrays.read(found.store.storage.kvstore(found.state), wanted, deadline)
         except Exception as raised:
-            error = _explained(raised, found)
+            error = explained(raised, found.store, found.commit.step)
         distributed.first_error(error)
         prints = fingerprints(restored)
         differ = [
@@ -212,13 +196,6 @@ class Reader:
 
     def _name(self, step: int) -> str:
         return f'checkpoint {step} in {self.root}'
-
-
-def _stored(manifest: dict) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(tuple(entry['shape']), jax.numpy.dtype(entry['dtype']))
-        for name, entry in manifest['arrays'].items()
-    }
 
 
 def mesh_of(leaves: dict) -> dict[str, int]:
@@ -238,16 +215,3 @@ def _local_storage(config: CheckpointConfig, root: str) -> PosixStorage:
 def _name_of_param(path: str, stored: dict) -> str:
     names = [f'{kind}/{path}' for kind in ('trainable', 'frozen', 'buffers')]
     return next((name for name in names if name in stored), names[0])
-
-
-def _explained(error: Exception, found: Found) -> RunError:
-    """Whether what could not be read is damaged, or only out of reach."""
-    step, root = found.commit.step, found.store.storage.root
-    text = explain(error, found.store)
-    if _FORBIDDEN.search(str(error)):
-        return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
-    if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    return found.store.damaged(step, f'it cannot be read: {text}')
-
-

@@ -32,10 +32,10 @@ class S3Storage:
     """`s3://bucket/prefix`. See `Storage` for what the methods promise."""
 
     def __init__(self, url: str):
-        self.root = url.rstrip('/')
-        self._bucket, _, prefix = self.root.removeprefix(S3).partition('/')
+        self._bucket, _, prefix = url.removeprefix(S3).strip('/').partition('/')
         if not self._bucket:
             raise ConfigError(f'checkpoint.directory = {url!r}: want s3://bucket/prefix')
+        self.root = S3 + (f'{self._bucket}/{prefix}' if prefix else self._bucket)
         self._prefix = f'{prefix}/' if prefix else ''
         self._retries = 0
         # TensorStore's transport reads these once: below a byte a second counts as silence.

@@ -72,6 +72,7 @@ class Save:
         except Exception as error:  # a save may fail in any way and must not end the run
             self.error = explain(error, job.store)
             log.debug('checkpoint %d', job.step, exc_info=True)
+            _discard(job)
         self.seconds = time.monotonic() - self._started
 
 
@@ -128,6 +129,16 @@ def _clean(job: Job) -> None:
             job.store.remove(step)
     except RunError as error:
         log.warning('old checkpoints could not be deleted: %s', error)
+
+
+def _discard(job: Job) -> None:
+    """Deletes what a failed save has written: a full disk gets no fuller."""
+    if not (job.private or distributed.is_primary()):
+        return
+    try:
+        job.store.storage.remove(f'{job.step}/{job.attempt}')
+    except (RunError, OSError) as error:
+        log.debug('the sweep of the next run will delete checkpoint %d: %s', job.step, error)
 
 
 def outdated(steps: Iterable[int], job: Job) -> list[int]:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -80,7 +81,7 @@ def open_storage(place: str | Path) -> Storage:
         from jaxfm.checkpoint.s3 import S3Storage
 
         return S3Storage(str(place))
-    if '://' in str(place):
+    if re.match(r'\w+:/', str(place)):
         raise ConfigError(
             f'checkpoint.directory = {str(place)!r}: want a path of a file system or '
             's3://bucket/prefix'
@@ -102,7 +103,7 @@ class PosixStorage:
                 probe.write(b'room for one checkpoint?')
 
     def check_readable(self) -> None:
-        with self._explained(), contextlib.suppress(FileNotFoundError):
+        with self._explained(done='read'), contextlib.suppress(FileNotFoundError):
             next(os.scandir(self.directory), None)
 
     def free_bytes(self) -> int:
@@ -112,7 +113,7 @@ class PosixStorage:
         return shutil.disk_usage(place).free
 
     def read(self, name: str) -> bytes:
-        with self._explained(name):
+        with self._explained(name, done='read'):
             return (self.directory / name).read_bytes()
 
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
@@ -134,13 +135,14 @@ class PosixStorage:
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
         found = {}
-        for directory, _, names in os.walk(self.directory / prefix):
-            for name in names:
-                path = Path(directory, name)
-                with contextlib.suppress(FileNotFoundError):  # deleted since
-                    status = path.stat()
-                    key = path.relative_to(self.directory).as_posix()
-                    found[key] = Stored(status.st_size, status.st_mtime)
+        with self._explained(done='read'):
+            for directory, _, names in os.walk(self.directory / prefix, onerror=_unless_gone):
+                for name in names:
+                    path = Path(directory, name)
+                    with contextlib.suppress(FileNotFoundError):  # deleted since
+                        status = path.stat()
+                        key = path.relative_to(self.directory).as_posix()
+                        found[key] = Stored(status.st_size, status.st_mtime)
         return found
 
     def empty_directories(self) -> Iterable[str]:
@@ -166,7 +168,7 @@ class PosixStorage:
         return 0
 
     @contextlib.contextmanager
-    def _explained(self, name: str = '') -> Iterator[None]:
+    def _explained(self, name: str = '', done: str = 'written') -> Iterator[None]:
         """Turns errors of the file system into ours: one line, the right exit code."""
         what = f'checkpoint directory {self.root}'
         try:
@@ -174,7 +176,7 @@ class PosixStorage:
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             if error.errno in _DENIED:
-                raise PermissionDeniedError(f'{what} cannot be written: {reason}') from error
+                raise PermissionDeniedError(f'{what} cannot be {done}: {reason}') from error
             if error.errno in _FULL:
                 raise StorageError(f'{what} is full: {reason}') from error
             if name and isinstance(error, (FileNotFoundError, FileExistsError)):
@@ -182,6 +184,12 @@ class PosixStorage:
             if isinstance(error, (FileExistsError, NotADirectoryError)):
                 raise ConfigError(f'{what} is not a directory') from error
             raise StorageError(f'{what} cannot be used: {reason}') from error
+
+
+def _unless_gone(error: OSError) -> None:
+    """What cannot be listed is not empty: a run would begin anew, beside all that is there."""
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def _sync_directory(directory: Path) -> None:

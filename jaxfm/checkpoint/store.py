@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxfm.checkpoint import lease as leases
@@ -25,6 +25,9 @@ VERSION = 1
 # Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
 _COMMIT = re.compile(r'(\d+)/commit\.json')
+# What a save makes: the directory of an attempt, a commit, a commit half written; empty ones.
+_EMPTY = re.compile(r'\d+(/[0-9a-f]{12}(/|$)|$)')
+_SAVED = re.compile(r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$)')
 
 Listing = dict[str, Stored]
 
@@ -57,15 +60,17 @@ class Store:
     def commits(self, listing: Listing | None = None) -> dict[int, Commit]:
         """The commits that count, in the order of their steps; none has been verified."""
         listing = self.storage.list() if listing is None else listing
+        written = self.written(listing)
+        lease = leases.current(self.storage, listing)
+        if lease is None or lease.holder is None:
+            return written
+        return {step: commit for step, commit in written.items() if _counts(commit, lease)}
+
+    def written(self, listing: Listing) -> dict[int, Commit]:
+        """Every commit, also of writers that had been replaced when they made it."""
         found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]
         commits = [self._read_commit(step) for step in sorted(found)]
-        lease = leases.current(self.storage, listing)
-        return {
-            commit.step: commit
-            for commit in commits
-            if commit is not None
-            and (lease is None or lease.holder is None or _counts(commit, lease))
-        }
+        return {commit.step: commit for commit in commits if commit is not None}
 
     def check(self, commit: Commit) -> dict[str, Any]:
         """The manifest of a commit, once all but the contents of arrays has been compared with it.
@@ -73,6 +78,13 @@ class Store:
         Raises:
           DamagedError: "digest mismatch" and what differs.
         """
+        manifest = self.manifest(commit)
+        for what in self.differences(commit, manifest):
+            raise self.damaged(commit.step, what)
+        return manifest
+
+    def manifest(self, commit: Commit) -> dict[str, Any]:
+        """The manifest of a commit, compared with its digest. Raises DamagedError."""
         name = f'{commit.directory}/manifest.json'
         try:
             content = self.storage.read(name)
@@ -80,9 +92,22 @@ class Store:
             raise self.damaged(commit.step, f'{name} is missing') from None
         if hashlib.sha256(content).hexdigest() != commit.digest:
             raise self.damaged(commit.step, name if commit.attempt else 'commit.json')
-        manifest = json.loads(content)
-        self._check_files(commit, manifest['files'])
-        return manifest
+        return json.loads(content)
+
+    def differences(self, commit: Commit, manifest: dict[str, Any]) -> Iterator[str]:
+        """What differs between the files of a step and its manifest, file by file."""
+        listing = self.storage.list(commit.directory)
+        for name, expected in manifest['files'].items():
+            stored = listing.get(f'{commit.directory}/{name}')
+            try:
+                if stored is None:
+                    yield f'{name} is missing'
+                elif stored.size != expected['size']:
+                    yield f'{name} has {stored.size} bytes, not {expected["size"]}'
+                elif self._describe(f'{commit.directory}/{name}', stored) != expected:
+                    yield name
+            except FileNotFoundError:  # its run deletes it just now
+                yield f'{name} is missing'
 
     def damaged(self, step: int, what: str) -> DamagedError:
         """The error about something of a step that is not as it was saved."""
@@ -134,7 +159,7 @@ class Store:
         """Deletes the orphans and returns them. Only for who holds the lease."""
         listing = self.storage.list()
         orphans = self.orphans(listing, self.commits(listing))
-        empty = [name for name in self.storage.empty_directories() if _is_step(name)]
+        empty = [name for name in self.storage.empty_directories() if _EMPTY.match(name)]
         for name in [*orphans, *empty]:
             self.storage.remove(name)
         return orphans
@@ -145,14 +170,15 @@ class Store:
         Only names that a save gives are looked at: anything else here is somebody else's.
         """
         kept = {commit.directory for commit in commits.values()}
+        # Which attempt a damaged commit meant is not known: it might be the last good one.
+        unknown = {commit.step for commit in commits.values() if not commit.attempt}
         orphans: dict[str, int] = {}
         for name, stored in listing.items():
-            parts = name.split('/')
-            if not _is_step(name) or len(parts) < 2:
+            if not (saved := _SAVED.match(name)):
                 continue
-            step, attempt = int(parts[0]), '/'.join(parts[:2])
-            is_commit = parts[1] == 'commit.json' and step in commits
-            if attempt not in kept and not is_commit:
+            step, attempt = int(saved[1]), saved[0]
+            is_commit = saved[2] == 'commit.json' and step in commits
+            if attempt not in kept and not is_commit and step not in unknown:
                 orphans[attempt] = orphans.get(attempt, 0) + stored.size
         return orphans
 
@@ -176,27 +202,6 @@ class Store:
             'size': stored.size,
             'sha256': hashlib.sha256(self.storage.read(name)).hexdigest(),
         }
-
-    def _check_files(self, commit: Commit, files: dict[str, dict]) -> None:
-        listing = self.storage.list(commit.directory)
-        for name, expected in files.items():
-            path = f'{commit.directory}/{name}'
-            if path not in listing:
-                raise self.damaged(commit.step, f'{name} is missing')
-            if listing[path].size != expected['size']:
-                raise self.damaged(
-                    commit.step,
-                    f'{name} has {listing[path].size} bytes, not {expected["size"]}',
-                )
-            try:
-                if 'sha256' in expected and self._describe(path, listing[path]) != expected:
-                    raise self.damaged(commit.step, name)
-            except FileNotFoundError:  # its run deletes it just now
-                raise self.damaged(commit.step, f'{name} is missing') from None
-
-
-def _is_step(name: str) -> bool:
-    return name.split('/')[0].isdecimal()
 
 
 def _counts(commit: Commit, lease: leases.Record) -> bool:

@@ -241,18 +241,19 @@ def files_below(root):
 def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
     saved.close()
     root = Path(saved.root)
-    for name in ('9/attempt/state/d', '7/attempt/state/d', '7/.commit.json.abc.tmp', '11/manifest'):
+    gone = {
+        '9/0123456789ab/state/d', '9/0123456789ab/manifest.json', '7/0123456789ab/state/d',
+        '7/.commit.json.0123abcd.tmp', '11/.commit.json.0123abcd.tmp',
+    }  # fmt: skip
+    mine = {'notes.txt', 'other/9/attempt', '7/notes.txt', '2026/thesis.txt', '2026/jan/a.txt'}
+    for name in gone | mine:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text('half')
-    for name in ('notes.txt', 'other/9/attempt'):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text('mine')
     before = files_below(root)
     fresh = Checkpointer(CheckpointConfig(), saved.root)
-    gone = {'9/attempt/state/d', '7/attempt/state/d', '7/.commit.json.abc.tmp', '11/manifest'}
     assert before - files_below(root) == gone | {'lease/00000001.json'}
     assert files_below(root) - before == {'lease/00000002.json'}
-    assert not (root / '9').exists() and not (root / '7' / 'attempt').exists()
+    assert not (root / '9').exists() and not (root / '7' / '0123456789ab').exists()
     state, _ = fresh.restore(7, abstract_of(host_state(), make_mesh(1)))
     assert_bitwise_equal(state, host_state())
     fresh.close()
@@ -261,11 +262,20 @@ def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
 def test_what_a_killed_deletion_leaves_is_swept_when_nothing_but_directories_is_left(saved):
     saved.close()
     root = Path(saved.root)
-    for name in ('5/attempt/state/d', '6', 'other/9'):
+    for name in ('5/0123456789ab/state/d', '6', 'other/9'):
         (root / name).mkdir(parents=True)
     Checkpointer(CheckpointConfig(), saved.root).close()
     assert {path.name for path in root.iterdir()} == {'7', 'lease', 'other'}
     assert (root / 'other' / '9').is_dir()
+
+
+def test_under_a_damaged_commit_nothing_is_swept(saved):
+    saved.close()
+    state = step_directory(saved)
+    (state.parent / 'commit.json').write_text('{')
+    before = files_below(state)
+    Checkpointer(CheckpointConfig(), saved.root).close()
+    assert files_below(state) == before
 
 
 def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
@@ -393,6 +403,7 @@ def test_a_failed_save_is_told_and_counted_and_the_next_one_works(saved, caplog)
     assert 'File too large' in caplog.text
     assert saved.events() == [{'checkpoint/lost': 1}]
     assert saved.steps() == [7]
+    assert not Path(saved.root, '8').exists(), 'a full disk gets fuller'
     saved.save(9, place(host_state(9), make_mesh(8)), {})
     saved.wait()
     assert_bitwise_equal(

@@ -1,0 +1,92 @@
+"""What lies where checkpoints are kept, for people: every attempt to save, and its outcome."""
+
+import collections
+import dataclasses
+import json
+from typing import Any
+
+from jaxfm.checkpoint import lease as leases
+from jaxfm.checkpoint.store import Commit, Listing, Store
+from jaxfm.errors import DamagedError
+
+COMMITTED = 'committed'
+FENCED_OFF = 'fenced off'  # committed by a writer that had been replaced: it does not count
+DAMAGED = 'damaged'  # committed, and commit or manifest are not what they were
+TORN = 'torn'  # never committed
+UNFINISHED = 'unfinished'  # not committed, and its writer may be at work
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One save of a step. manifest: {} when there is none that can be read."""
+
+    step: int
+    name: str
+    state: str
+    size: int  # bytes
+    modified: float  # seconds since 1970, by the clock of the storage
+    manifest: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Everything in the order of steps, and who may write."""
+
+    attempts: list[Attempt]
+    lease: leases.Record | None
+
+
+def survey(store: Store) -> Survey:
+    """Looks at names, commits and manifests: at nothing that is large."""
+    listing = store.storage.list()
+    lease = leases.current(store.storage, listing)
+    counted, written = store.commits(listing), store.written(listing)
+    unfinished = UNFINISHED if lease is not None and lease.is_held else TORN
+    attempts = []
+    for step, name in sorted(_names(listing, written)):
+        commit = written.get(step)
+        if commit is None or commit.attempt not in ('', name):
+            commit, state = Commit(step, name, -1, ''), unfinished
+        elif not commit.attempt:
+            commit, state = Commit(step, name, -1, ''), DAMAGED
+        else:
+            state = COMMITTED if step in counted else FENCED_OFF
+        manifest, is_whole = _manifest(store, commit)
+        files = [listing[one] for one in listing if one.startswith(f'{commit.directory}/')]
+        attempts.append(
+            Attempt(
+                step=step,
+                name=name,
+                state=state if is_whole or state != COMMITTED else DAMAGED,
+                size=sum(file.size for file in files),
+                modified=max((file.modified for file in files), default=0.0),
+                manifest=manifest,
+            )
+        )
+    return Survey(attempts, lease)
+
+
+def _names(listing: Listing, written: dict[int, Commit]) -> set[tuple[int, str]]:
+    """(step, attempt) of all that is there, and of what a commit promises."""
+    there = collections.defaultdict(set)
+    for name in listing:
+        parts = name.split('/')
+        if len(parts) > 2 and parts[0].isdecimal():
+            there[int(parts[0])].add(parts[1])
+    for step, commit in written.items():
+        if commit.attempt or not there[step]:
+            there[step].add(commit.attempt)
+    return {(step, name) for step, names in there.items() for name in names}
+
+
+def _manifest(store: Store, commit: Commit) -> tuple[dict[str, Any], bool]:
+    """The manifest, as far as it can be read, and whether it is what was committed."""
+    try:
+        return store.manifest(commit), True
+    except DamagedError:
+        pass
+    try:
+        manifest = json.loads(store.storage.read(f'{commit.directory}/manifest.json'))
+    except (FileNotFoundError, ValueError):
+        return {}, False
+    return manifest if isinstance(manifest, dict) else {}, False

@@ -1,0 +1,229 @@
+"""Shows checkpoints, reads them back to see whether they are whole, and clears away what was torn.
+
+    python -m tools.checkpoint ls PATH                  # every save, and who may write
+    python -m tools.checkpoint verify PATH [--step N]   # all files and arrays of committed steps
+    python -m tools.checkpoint sweep PATH [--dry_run]   # delete what no run will ever use
+
+PATH is a directory of checkpoints, the work directory of a run, or s3://bucket/prefix. `verify`
+needs no accelerator and little memory, whatever mesh wrote the arrays.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxfm import config as configs
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.lease import Lease, Record, current
+from jaxfm.checkpoint.storage import S3, open_storage
+from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.checkpoint.survey import Attempt, survey
+from jaxfm.errors import (
+    DataError,
+    MissingInputError,
+    PermissionDeniedError,
+    RunError,
+    UsageError,
+)
+
+COLUMNS = ('step', 'state', 'attempt', 'size', 'age', 'arrays', 'mesh', 'processes', 'phase')
+
+log = logging.getLogger('jaxfm')
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns its exit code."""
+    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
+    try:
+        flags = parse(argv)
+        COMMANDS[flags.command](flags)
+    except RunError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Command line -> flags."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f'{message}\n{self.format_usage().strip()}')
+
+    parser = Parser(prog='python -m tools.checkpoint', description=__doc__.partition('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    _, verify_, sweep_ = (
+        commands.add_parser(name, help=function.__doc__.partition('\n')[0])
+        for name, function in COMMANDS.items()
+    )
+    for each in commands.choices.values():
+        each.add_argument('path', metavar='PATH', help='of checkpoints or a run, or s3://...')
+    verify_.add_argument('--step', type=int, help='this one alone')
+    sweep_.add_argument('--dry_run', action='store_true', help='only show what would go')
+    return parser.parse_args(argv)
+
+
+def ls(flags) -> None:
+    """Every save that left something, and who may write."""
+    store = _open(flags.path)
+    found = survey(store)
+    if not found.attempts and found.lease is None:
+        raise _nothing_in(store)
+    table = Table(box=None)
+    for title in COLUMNS:
+        table.add_column(title, justify='right' if title in ('step', 'size', 'age') else 'left')
+    for attempt in found.attempts:
+        table.add_row(*_row(attempt))
+    print(store.storage.root)
+    if found.attempts:
+        Console(width=1000, soft_wrap=True, highlight=False).print(table)  # names stay whole
+    print(_said_of(found.lease))
+
+
+def verify(flags) -> None:
+    """Reads back every file and every array of the committed steps."""
+    store = _open(flags.path)
+    commits = store.commits()
+    if not commits:
+        raise _nothing_in(store)
+    if flags.step is not None:
+        if flags.step not in commits:
+            raise store.missing(flags.step, commits)
+        commits = {flags.step: commits[flags.step]}
+    damaged = [step for step, commit in commits.items() if not _is_whole(store, commit)]
+    if damaged:
+        raise DataError(
+            f'{len(damaged)} of {len(commits)} checkpoints in {store.storage.root} are damaged: '
+            f'{", ".join(map(str, damaged))}'
+        )
+
+
+def sweep(flags) -> None:
+    """Deletes what saves left behind that never counted, or no longer do."""
+    store = _open(flags.path)
+    listing = store.storage.list()
+    if not survey(store).attempts and not store.orphans(listing, {}):
+        raise _nothing_in(store)
+    if flags.dry_run:
+        lease = current(store.storage, listing)
+        if lease is not None and lease.is_held:
+            log.warning('%s; what it is writing may be among these', _said_of(lease))
+        orphans = store.orphans(listing, store.commits(listing))
+    else:
+        orphans = _swept(store)
+    for name, size in orphans.items():
+        print(f'{name}  {_bytes(size)}')
+    verb = 'would be deleted' if flags.dry_run else 'deleted'
+    print(f'{len(orphans)} orphans, {_bytes(sum(orphans.values()))}: {verb}')
+
+
+COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep}
+
+
+def _open(path: str) -> Store:
+    """The checkpoints at a path, in the place that its run has given them."""
+    if '://' in path:
+        if not path.startswith(S3) or not path.removeprefix(S3).strip('/'):
+            raise UsageError(f'{path}: want a directory or s3://bucket/prefix')
+        return Store(open_storage(path))
+    directory = Path(path).expanduser()
+    try:
+        is_directory = directory.is_dir()
+    except PermissionError:
+        raise PermissionDeniedError(f'{path} may not be looked at') from None
+    if not is_directory:
+        nearest = next(parent for parent in directory.absolute().parents if parent.is_dir())
+        raise MissingInputError(f'{path}: there is no such directory; the nearest is {nearest}')
+    place: str | Path = directory
+    if (directory / 'config.json').is_file():
+        config = configs.read(directory / 'config.json')
+        place = config.checkpoint.directory or directory / 'checkpoints'
+    return Store(open_storage(place))
+
+
+def _nothing_in(store: Store) -> MissingInputError:
+    return MissingInputError(f'{store.storage.root} holds no checkpoints')
+
+
+def _row(attempt: Attempt) -> list[str]:
+    manifest = attempt.manifest
+    mesh = ' '.join(f'{axis}={size}' for axis, size in manifest.get('mesh', {}).items() if size > 1)
+    return [
+        str(attempt.step),
+        attempt.state,
+        attempt.name,
+        _bytes(attempt.size),
+        _age(time.time() - attempt.modified) if attempt.modified else '',
+        str(len(manifest['arrays'])) if 'arrays' in manifest else '',
+        mesh or ('one device' if manifest else ''),
+        str(manifest.get('processes', '')),
+        str(manifest.get('extra', {}).get('phase', '')),
+    ]
+
+
+def _said_of(lease: Record | None) -> str:
+    if lease is None:
+        return 'lease: nobody has it'
+    who = f'lease {lease.epoch}: {lease.holder or "somebody, its file cannot be read"}'
+    if lease.released:
+        return f'{who}, which gave it back'
+    return f'{who}, which {"holds it" if lease.is_held else "ended without giving it back"}'
+
+
+def _is_whole(store: Store, commit: Commit) -> bool:
+    import jax  # only now: the other commands need none of it
+
+    from jaxfm.checkpoint.verify import damages
+
+    jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use by the run
+    began = time.monotonic()
+    found = damages(store, commit)
+    if found and store.commits().get(commit.step) != commit:
+        print(f'step {commit.step}: deleted by its run meanwhile', flush=True)
+        return True
+    state = 'damaged' if found else 'whole'
+    print(f'step {commit.step}: {state} ({time.monotonic() - began:.1f} s)', flush=True)
+    for damage in found:
+        print(f'  {str(damage).partition(f"{store.storage.root}: ")[2]}', flush=True)
+    return not found
+
+
+def _swept(store: Store) -> dict[str, int]:
+    """Sweeps as a run does that begins: nobody else may write meanwhile."""
+    lease = Lease(store.storage, CheckpointConfig().lease_seconds)
+    lease.acquire(lambda: [commit.directory for commit in store.commits().values()])
+    is_empty = False
+    try:
+        orphans = store.sweep()
+        is_empty = not store.commits()
+        return orphans
+    finally:
+        lease.release(is_empty)
+
+
+def _bytes(size: float) -> str:
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if size < 1000:
+            return f'{size:.3g} {unit}'
+        size /= 1000
+    return f'{size:.3g} TB'
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.0f} {unit}'
+    return f'{max(seconds, 0):.0f} s'
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

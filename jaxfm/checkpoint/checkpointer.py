@@ -106,8 +106,11 @@ class Checkpointer(Reader):
 
     def close(self) -> None:
         """Lets the save under way end, within PATIENCE_SECONDS, and gives the lease back."""
-        if self._save is not None and self._save.wait(PATIENCE_SECONDS):
-            self._settle()
+        if self._save is not None:
+            if self._save.wait(PATIENCE_SECONDS):
+                self._settle()
+            else:
+                self._save.abandon()
         self._lease.release(is_empty=not self._steps)
 
     def _open(self) -> list[int]:

@@ -51,6 +51,7 @@ class Save:
 
     def __init__(self, job: Job):
         self.step, self.private = job.step, job.private
+        self._deadline = job.deadline
         self.nbytes = sum(part.nbytes for part in job.parts.values())
         self.error: str | None = None
         self.seconds = 0.0
@@ -64,6 +65,11 @@ class Save:
         """Whether it has ended, after so long at most."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Stops waiting for it. A thread inside TensorStore would abort a process that exits."""
+        self._deadline.expire()
+        self._thread.join(10 * arrays.POLL_SECONDS)
 
     def _run(self, job: Job) -> None:
         try:

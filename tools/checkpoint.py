@@ -200,7 +200,7 @@ def _is_whole(store: Store, commit: Commit) -> bool:
 def _swept(store: Store) -> dict[str, int]:
     """Sweeps as a run does that begins: nobody else may write meanwhile."""
     lease = Lease(store.storage, CheckpointConfig().lease_seconds)
-    lease.acquire(lambda: [commit.directory for commit in store.commits().values()])
+    lease.acquire(store.epochs)
     is_empty = False
     try:
         orphans = store.sweep()

@@ -2,7 +2,8 @@
 
 `checkpointer` saves and restores the train state with the position of its source and its clocks;
 `store` says how checkpoints lie on a `storage` (a directory, or `s3`); `arrays` writes and reads
-them with TensorStore; `fingerprint` recognises them on any mesh; `lease` lets one run write.
+them with TensorStore; `fingerprint` recognises them on any mesh; `lease` lets one run write; `seal`
+shows damage of what no manifest covers.
 """
 
 from pydantic import Field

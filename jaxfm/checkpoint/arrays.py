@@ -82,8 +82,12 @@ class Deadline:
                     raise
 
 
-def snapshot(arrays: dict[str, jax.Array], every_local: bool = False) -> dict[str, Snapshot]:
-    """Copies of what this process writes; the arrays may be donated as soon as it returns.
+def snapshots(
+    arrays: dict[str, jax.Array], every_local: bool = False
+) -> Iterator[Snapshot]:
+    """Copies of what this process writes of the arrays, in their order, made one by one.
+
+    An array may be donated once its copy is there.
 
     every_local: each distinct part that this process holds, also where another process holds the
     same: for a directory of its own.
@@ -92,7 +96,8 @@ def snapshot(arrays: dict[str, jax.Array], every_local: bool = False) -> dict[st
     for shards in chosen.values():
         for shard in shards:
             shard.data.copy_to_host_async()
-    return {name: _copied(arrays[name], shards) for name, shards in chosen.items()}
+    for name, shards in chosen.items():
+        yield _copied(arrays[name], shards)
 
 
 def _shards(array: jax.Array, every_local: bool) -> list:

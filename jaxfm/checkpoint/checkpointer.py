@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
-from jaxfm.checkpoint.fingerprint import fingerprints
+from jaxfm.checkpoint.fingerprint import start_fingerprint
 from jaxfm.checkpoint.lease import Lease
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
@@ -116,9 +116,7 @@ class Checkpointer(Reader):
     def _open(self) -> list[int]:
         """Takes the lease and deletes what nobody will use; the steps that are there."""
         self._store.storage.prepare()
-        self._lease.acquire(
-            lambda: [commit.directory for commit in self._store.commits().values()]
-        )
+        self._lease.acquire(self._store.epochs)
         try:
             self._store.sweep()
             return list(self._store.commits())
@@ -167,8 +165,7 @@ class Checkpointer(Reader):
         private = not (must or self._is_durable(step) or self._local is None)
         # The one transfer from the device that the training loop means to make.
         with jax.transfer_guard('allow'):
-            prints = fingerprints(state)
-            parts = arrays.snapshot(state, every_local=private)
+            parts, prints = _copy(state, every_local=private)
         manifest = {
             'epoch': epoch,
             'arrays': {name: _described(state[name], parts[name], prints[name]) for name in state},
@@ -240,6 +237,18 @@ class Checkpointer(Reader):
 
     def _is_local(self, step: int) -> bool:
         return self._local is not None and step % self._config.local.every == 0
+
+
+def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:
+    """Copies on the host, and fingerprints, which the devices compute while the host copies."""
+    parts, prints = {}, {}
+    copies = arrays.snapshots(state, every_local)
+    for name, array in state.items():
+        started = start_fingerprint(array)
+        parts[name] = next(copies)
+        prints[name] = int(started)
+    return parts, prints
+
 
 def _described(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dict[str, Any]:
     described = {

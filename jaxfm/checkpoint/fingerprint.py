@@ -30,7 +30,7 @@ def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     seconds to compile.
     """
     with jax.transfer_guard('allow'):
-        return {name: int(_fingerprint(array)) for name, array in arrays.items()}
+        return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -49,7 +49,11 @@ def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Arr
 
 
 @jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
+def start_fingerprint(array: jax.Array) -> jax.Array:
+    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
+
+    One at a time: several CPU devices abort when more than a few programs are under way.
+    """
     sharding = jax.typeof(array).sharding
     if sharding.mesh.empty:  # an array of a single device
         return _sum(_hash(array, array.shape, {}))
@@ -115,4 +119,6 @@ def _sum(words: jax.Array) -> jax.Array:
             lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
             for first in range(_SLICES)
         )
+        # Else XLA may fuse this with the next round, and write the hash of every element to memory.
+        words = lax.optimization_barrier(words)
     return jnp.sum(words, dtype=jnp.uint32)

@@ -10,7 +10,6 @@ and counts if that is the newest, or if the newest holder saw the commit when it
 """
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from jaxfm.checkpoint.seal import seal, unseal
 from jaxfm.checkpoint.storage import Storage
 from jaxfm.errors import LockedError, RunError
 
@@ -71,7 +71,7 @@ class Record:
         return not (self.released or self.holder is not None and self.holder.is_gone())
 
     def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return seal(dataclasses.asdict(self))
 
     def admits(self, commit: str, epoch: int) -> bool:
         """Whether a commit made in some epoch counts in this one."""
@@ -103,8 +103,8 @@ class Lease:
     def epoch(self) -> int:
         return self._record.epoch
 
-    def acquire(self, commits: Callable[[], Iterable[str]]) -> None:
-        """Takes the lease; `commits` lists those that count, asked when nobody else may commit.
+    def acquire(self, commits: Callable[[], dict[str, int]]) -> None:
+        """Takes the lease; `commits` gives those that count, with their epochs, once it is free.
 
         Raises:
           LockedError: somebody else holds it, with the name of the holder.
@@ -112,8 +112,10 @@ class Lease:
         before = current(self._storage, self._storage.list('lease'))
         if before is not None and before.is_held:
             self._outwait(before)
-        epoch = before.epoch + 1 if before else 1
-        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(commits()))
+        inherited = commits()
+        # A lease that was lost does not make the commits under it younger.
+        epoch = max([before.epoch if before else 0, *inherited.values()]) + 1
+        record = Record(epoch, Holder.here(), self._seconds, inherited=tuple(inherited))
         try:
             self._storage.write(_name(epoch), record.to_json(), exclusive=True)
         except FileExistsError:
@@ -214,9 +216,9 @@ def _name(epoch: int) -> str:
 
 
 def _read(storage: Storage, epoch: int) -> Record:
-    """A file that is torn or just gone says nothing: its holder has to be waited for."""
+    """A file that is damaged or just gone says nothing: its holder has to be waited for."""
     try:
-        fields = json.loads(storage.read(_name(epoch)))
+        fields = unseal(storage.read(_name(epoch)))
         holder = Holder(**fields['holder'])
         inherited = tuple(fields['inherited'])
         rest = fields['seconds'], fields['renewals'], fields['released']

@@ -6,7 +6,8 @@
     lease/<epoch>.json               who may write
 
 Every save has a directory of its own, so a torn one, or one of a writer that was replaced, never
-mixes with another. The commit vouches for the manifest, the manifest for everything else.
+mixes with another. The commit vouches for the manifest, the manifest for everything else; commits
+and leases are sealed (`seal`).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxfm.checkpoint import lease as leases
+from jaxfm.checkpoint.seal import seal, unseal
 from jaxfm.checkpoint.storage import Storage, Stored
 from jaxfm.errors import DamagedError, LockedError, MissingInputError
 
@@ -66,6 +68,10 @@ class Store:
             return written
         return {step: commit for step, commit in written.items() if _counts(commit, lease)}
 
+    def epochs(self) -> dict[str, int]:
+        """{attempt: epoch} of the commits that count, for who takes the lease."""
+        return {commit.directory: commit.epoch for commit in self.commits().values()}
+
     def written(self, listing: Listing) -> dict[int, Commit]:
         """Every commit, also of writers that had been replaced when they made it."""
         found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]
@@ -85,13 +91,15 @@ class Store:
 
     def manifest(self, commit: Commit) -> dict[str, Any]:
         """The manifest of a commit, compared with its digest. Raises DamagedError."""
+        if not commit.attempt:
+            raise self.damaged(commit.step, 'commit.json')
         name = f'{commit.directory}/manifest.json'
         try:
             content = self.storage.read(name)
         except FileNotFoundError:
             raise self.damaged(commit.step, f'{name} is missing') from None
         if hashlib.sha256(content).hexdigest() != commit.digest:
-            raise self.damaged(commit.step, name if commit.attempt else 'commit.json')
+            raise self.damaged(commit.step, name)
         return json.loads(content)
 
     def differences(self, commit: Commit, manifest: dict[str, Any]) -> Iterator[str]:
@@ -137,7 +145,7 @@ class Store:
           LockedError: it does, because a run that took over has come to this step before.
         """
         name = f'{commit.step}/commit.json'
-        content = json.dumps(dataclasses.asdict(commit)).encode()
+        content = seal(dataclasses.asdict(commit))
         try:
             self.storage.write(name, content, exclusive=True)
         except FileExistsError:
@@ -184,9 +192,8 @@ class Store:
 
     def _read_commit(self, step: int) -> Commit | None:
         try:
-            fields = json.loads(self.storage.read(f'{step}/commit.json'))
-            commit = Commit(**fields)
-            if commit.step != step or not isinstance(commit.epoch, int):
+            commit = Commit(**unseal(self.storage.read(f'{step}/commit.json')))
+            if commit.step != step:
                 raise ValueError('of another step')
             return commit
         except FileNotFoundError:

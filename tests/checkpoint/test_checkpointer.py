@@ -363,6 +363,20 @@ def test_behind_a_damaged_checkpoint_the_one_before_is_used_and_counted(saved, c
     assert_bitwise_equal(state, host_state(80))
 
 
+def test_a_lease_that_was_lost_does_not_make_older_commits_newer_than_the_next(saved):
+    saved.close()
+    again = Checkpointer(CheckpointConfig(), saved.root)
+    again.save(8, place(host_state(8), make_mesh(8)), {}, must=True)
+    again.close()
+    shutil.rmtree(Path(saved.root, 'lease'))
+    flip_a_bit_of_the_largest_file(step_directory(saved, 8))
+    fresh = Checkpointer(CheckpointConfig(), saved.root)
+    assert restore_newest(fresh)[0] == 7
+    fresh.save(8, place(host_state(80), make_mesh(8)), {}, must=True)
+    assert_bitwise_equal(restore_newest(fresh)[1], host_state(80))
+    fresh.close()
+
+
 def test_when_every_checkpoint_is_damaged_that_is_an_error_and_no_fresh_start(saved):
     saved.save(8, place(host_state(8), make_mesh(8)), {})
     saved.wait()

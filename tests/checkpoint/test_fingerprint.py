@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from jaxfm.checkpoint import fingerprint
 from jaxfm.checkpoint.fingerprint import fingerprint_of_part, fingerprints
 
 
@@ -39,3 +40,10 @@ def test_elements_of_eight_bytes_keep_all_their_bits():
     assert of_parts(values, (2, 4)) == whole
     values[3, 3] ^= 1 << 62
     assert of_parts(values, (2, 4)) != whole
+
+
+@pytest.mark.parametrize('shape', [(12, 768, 1536), (6, 768, 3072), (32768, 768), (12, 768, 768)])
+def test_the_hashes_of_an_array_are_never_in_memory(shape):
+    leaf = jax.ShapeDtypeStruct(shape, np.float32)
+    memory = fingerprint.start_fingerprint.lower(leaf).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 4 * np.prod(shape) // 7

@@ -38,7 +38,7 @@ from jaxfm.errors import LockedError
 store = Store(open_storage(sys.argv[1]))
 lease = Lease(store.storage, float(sys.argv[2]))
 todo = {
-    'acquire': lambda: lease.acquire(lambda: []),
+    'acquire': lambda: lease.acquire(dict),
     'confirm': lease.confirm,
     'commit': lambda: store.commit(Commit(3, 'late', 1, 'digest')),
     'release': lease.release,
@@ -76,7 +76,7 @@ def take(monkeypatch):
             with monkeypatch.context() as patch:
                 if holder is not None:
                     patch.setattr(Holder, 'here', lambda: holder)
-                lease.acquire(commits if callable(commits) else lambda: commits)
+                lease.acquire(lambda: dict.fromkeys(commits() if callable(commits) else commits, 0))
             stack.callback(lease.release)
             return lease
 

@@ -24,7 +24,7 @@ import sys, time
 from jaxfm.checkpoint.lease import Lease
 from jaxfm.checkpoint.storage import open_storage
 
-Lease(open_storage(sys.argv[1]), seconds=1).acquire(lambda: [])
+Lease(open_storage(sys.argv[1]), seconds=1).acquire(dict)
 print('held', flush=True)
 time.sleep(600)
 """

@@ -10,14 +10,10 @@ tokenizers: GPT-2 and Qwen3 of shared/data, else a BPE trained on the spot. Ever
 
 import argparse
 import dataclasses
-import datetime
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import multiprocessing
-import os
-import platform
 import re
 import resource
 import statistics
@@ -33,6 +29,7 @@ from jaxfm.data import BPEConfig, FilesConfig, FilesData, TokenizerFileConfig, c
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing import BestFit, Concat
+from tools.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('numpy', 'tokenizers', 'grain')
@@ -85,11 +82,7 @@ def measure(directory: Path, repeats: int, megabytes: int) -> dict:
         results += _tokenising(name, opened, path, directory, repeats)
         results += _reading(name, opened, path, directory, repeats)
     return {
-        'date': datetime.date.today().isoformat(),
-        'cpu': _cpu(),
-        'cores': len(os.sched_getaffinity(0)),
-        'python': platform.python_version(),
-        'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+        **machine.about(PACKAGES),
         'corpus_sha256': digest,
         'corpus_bytes': path.stat().st_size if path.exists() else 0,
         'corpus_documents': len(documents),
@@ -225,14 +218,6 @@ def _tokenizers(directory: Path, path: Path) -> dict[str, tokenizer.Tokenizer]:
         config, source = BPEConfig(vocab_size=16384), FilesConfig(path=str(path))
         found['bpe16384'] = corpus.make_tokenizer(config, source, directory)
     return found
-
-
-def _cpu() -> str:
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), '')
 
 
 if __name__ == '__main__':

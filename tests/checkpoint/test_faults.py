@@ -120,6 +120,25 @@ def two_saved(saved, place):
     return Reader(CheckpointConfig(directory=place), '')
 
 
+@pytest.fixture(scope='module')
+def two_steps(s3_server):
+    """Where two committed steps are, 1 and 2, for tests that change nothing there."""
+    place = f's3://bucket/{uuid.uuid4().hex}'
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        checkpointer = Checkpointer(CheckpointConfig(directory=place), '')
+        assert committed(checkpointer, 1) and committed(checkpointer, 2)
+        checkpointer.close()
+    return place
+
+
+@pytest.fixture
+def reader(two_steps, place):
+    """A reader of two committed steps, 1 and 2, through the proxy."""
+    return Reader(CheckpointConfig(directory=two_steps), '')
+
+
 @pytest.mark.parametrize(
     'action, probability',
     [(Status(503), 0.3), (Status(500), 0.3), (Reset(), 0.2), (Reset(after_bytes=9), 0.2)],
@@ -170,6 +189,18 @@ def test_a_reply_that_is_lost_after_the_write_costs_nothing(
     assert not any('checkpoint/lost' in event for event in checkpointer.events())
     assert checkpointer.steps() == [2]
     assert restore_newest(Reader(CheckpointConfig(directory=place), '')) == 2
+
+
+def test_a_commit_of_which_nobody_knows_is_whole(saved, fault_proxy, caplog):
+    """Every answer to it is lost: the save failed, as far as its run can know."""
+    fault = fault_proxy.add(Fault(LoseReply(), when=paths(r'/commit\.json', 'PUT')))
+    assert committed(saved, 2)
+    assert fault.hits == s3.TRIES and 'checkpoint 2 was not saved' in caplog.text
+    fault_proxy.clear()
+    assert restore_newest(saved) == 2
+    assert committed(saved, 3)
+    assert saved.steps() == [2, 3]
+    assert restore_newest(saved) == 3
 
 
 def test_an_outage_before_a_save_costs_that_save_and_no_other(saved, fault_proxy, caplog):
@@ -254,7 +285,7 @@ def test_a_refusal_in_the_middle_of_a_run_is_told_and_not_asked_for_again(
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_what_cannot_be_reached_is_not_damaged(two_saved, fault_proxy, action, error, pattern):
+def test_what_cannot_be_reached_is_not_damaged(reader, fault_proxy, action, error, pattern):
     """No older step is used in its place, and no run starts from its beginning."""
     if action is not None:
         fault_proxy.add(Fault(action, when=paths(pattern)))
@@ -263,12 +294,12 @@ def test_what_cannot_be_reached_is_not_damaged(two_saved, fault_proxy, action, e
     else:
         fault_proxy.down()
     with pytest.raises(error) as caught:
-        restore_newest(two_saved)
+        restore_newest(reader)
     assert 'bucket' in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    assert two_saved.events() == []
+    assert reader.events() == []
     fault_proxy.clear()
     fault_proxy.up()
-    assert restore_newest(two_saved) == 2
+    assert restore_newest(reader) == 2
 
 
 @pytest.mark.parametrize('pattern', ['commit.json', 'manifest.json', 'manifest.ocdbt', 'state/d/'])
@@ -284,12 +315,10 @@ def test_what_is_gone_is_damaged_and_the_step_before_is_used(two_saved, s3_serve
     assert two_saved.events() == [{'checkpoint/fallbacks': 1}]
 
 
-def test_an_answer_that_is_always_cut_off_is_asked_for_so_often_and_no_more(
-    two_saved, fault_proxy
-):
+def test_an_answer_that_is_always_cut_off_is_asked_for_so_often_and_no_more(reader, fault_proxy):
     fault = fault_proxy.add(Fault(Reset(after_bytes=9), when=paths(r'/manifest\.json')))
     with pytest.raises(UnavailableError, match='cannot be reached'):
-        restore_newest(two_saved)
+        restore_newest(reader)
     assert fault.hits == s3.TRIES
 
 
@@ -354,8 +383,6 @@ for line in sys.stdin:
             case ['wait']:
                 made.wait()
                 said = [list(event)[:1] for event in made.events()]
-            case ['steps']:
-                said = made.steps()
             case ['restore']:
                 said = restore_newest(made)
             case ['close']:
@@ -414,10 +441,10 @@ def assert_stall_is_borne(stalled, fault_proxy, when, seconds):
     said, took = stalled('wait')
     assert said == LOST and fault.hits and took < seconds
     fault_proxy.clear()
-    assert stalled('restore')[0] == 1
+    assert stalled('restore')[0] in (1, 2)  # a commit that was given up may arrive late
     stalled('save 3')
     assert stalled('wait')[0] == SAVED
-    assert stalled('steps')[0] == [1, 3]
+    assert stalled('restore')[0] == 3
 
 
 def test_what_a_server_that_says_nothing_has_is_not_damaged(stalled, fault_proxy):

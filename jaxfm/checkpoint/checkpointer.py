@@ -147,6 +147,7 @@ class Checkpointer(Reader):
         stuck = False
         for tier in self._tiers:
             if tier.under_way is not None and not tier.under_way.wait(PATIENCE_SECONDS):
+                tier.under_way.abandon()
                 stuck = True
             else:
                 self._settle(tier)

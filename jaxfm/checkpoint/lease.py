@@ -166,8 +166,8 @@ class Lease:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, seconds / 10))
-            now = _read(self._storage, record.epoch)
-            if not now.is_held:
+            now = current(self._storage, self._storage.list('lease'))
+            if now is None or not now.is_held:  # it has ended, without a checkpoint or with
                 return
             if now != record and now.holder is not None:  # or it is just gone, or torn
                 self._refuse(now)

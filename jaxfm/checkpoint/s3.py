@@ -45,6 +45,7 @@ class S3Storage:
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(STALL_SECONDS))
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
         self._client = self._make_client()
+        self._passed_on: int | None = None  # a file in memory, for TensorStore
 
     def prepare(self) -> None:
         name = f'probe-{uuid.uuid4().hex[:8]}'
@@ -139,6 +140,7 @@ class S3Storage:
             'bucket': self._bucket,
             'path': f'{self._prefix}{prefix}/',
             'aws_region': self._client.meta.region_name or 'us-east-1',
+            'aws_credentials': self._credentials(),
             's3_request_retries': {
                 'max_retries': TRIES,
                 'initial_delay': '500ms',
@@ -148,9 +150,6 @@ class S3Storage:
         # TensorStore knows the usual hosts of AWS, and no other endpoint from the environment.
         if not _USUAL_HOST.fullmatch(self._client.meta.endpoint_url):
             spec['endpoint'] = self._client.meta.endpoint_url
-        if 'AWS_ACCESS_KEY_ID' in os.environ:
-            # The other providers complain on stderr about each file that is not there.
-            spec['aws_credentials'] = {'type': 'environment'}
         return spec
 
     def retries(self) -> int:
@@ -159,6 +158,30 @@ class S3Storage:
         name = '/tensorstore/kvstore/s3/retries'
         counters = tensorstore.experimental_collect_matching_metrics(name)
         return self._retries + sum(v['value'] for c in counters for v in c.get('values', ()))
+
+    def _credentials(self) -> dict:
+        """For TensorStore, whose own search finds no files of AWS: what botocore has found, which
+        knows every way to credentials and renews them."""
+        with self._explained():
+            found = self._session.get_credentials()
+            if found is None or found.method == 'env':
+                return {'type': 'environment'}
+            keys = found.get_frozen_credentials()
+        lines = ['[default]', f'aws_access_key_id = {keys.access_key}']
+        lines += [f'aws_secret_access_key = {keys.secret_key}']
+        lines += [f'aws_session_token = {keys.token}'] if keys.token else []
+        if self._passed_on is None:
+            self._passed_on = os.memfd_create('credentials')
+        content = '\n'.join([*lines, '']).encode()
+        os.pwrite(self._passed_on, content, 0)
+        os.ftruncate(self._passed_on, len(content))
+        path = f'/proc/{os.getpid()}/fd/{self._passed_on}'
+        return {
+            'type': 'profile',
+            'profile': 'default',
+            'config_file': path,
+            'credentials_file': path,
+        }
 
     def _make_client(self):
         try:
@@ -177,9 +200,9 @@ class S3Storage:
             response_checksum_validation='when_required',
         )
         with self._explained():
-            session = botocore.session.get_session()
-            region = session.get_config_variable('region') or 'us-east-1'
-            return session.create_client('s3', region_name=region, config=config)
+            self._session = botocore.session.get_session()
+            region = self._session.get_config_variable('region') or 'us-east-1'
+            return self._session.create_client('s3', region_name=region, config=config)
 
     def _call(self, operation: str, **arguments) -> dict:
         with self._explained():

@@ -55,9 +55,11 @@ class Save:
 
     def __init__(self, job: Job):
         self.step, self.private = job.step, job.private
+        self._deadline = job.deadline
         self.error: str | None = None
         self.seconds = 0.0
-        self._may_count = False  # a commit was sent
+        # A commit was sent: if only its answer was lost, it must keep its data.
+        self._may_count = False
         self._started = time.monotonic()
         self._thread = threading.Thread(
             target=self._run, args=(job,), name='checkpoint', daemon=True
@@ -68,6 +70,11 @@ class Save:
         """Whether it has ended, after so long at most."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Stops waiting for it. A thread inside TensorStore would abort a process that exits."""
+        self._deadline.expire()
+        self._thread.join(10 * arrays.POLL_SECONDS)
 
     def _run(self, job: Job) -> None:
         try:

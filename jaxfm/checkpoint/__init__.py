@@ -3,7 +3,7 @@
 `checkpointer` saves and restores the train state with the position of its source and its clocks;
 `store` says how checkpoints lie on a `storage` (a directory, or `s3`); `arrays` writes and reads
 them with TensorStore; `fingerprint` recognises them on any mesh; `lease` lets one run write; `seal`
-shows damage of what no manifest covers.
+shows damage of what no manifest covers; `verify` reads a step back; `survey` shows what is there.
 """
 
 from pydantic import Field

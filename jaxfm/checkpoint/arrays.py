@@ -19,12 +19,14 @@ import tensorstore as ts
 
 # Of a chunk, the unit of a read: a restore on another mesh reads whole chunks.
 CHUNK_BYTES = 32 << 20
+_CRUMBS = 8  # chunks may be so many times smaller than they should
 # Of a data file or object; a fraction of what S3 takes in one request.
 FILE_BYTES = 256 << 20
 # Read ahead of the devices, at most, while a state is restored.
 BYTES_IN_FLIGHT = 2 << 30
 # Read ahead where arrays are read chunk by chunk.
-CHUNKS_IN_FLIGHT = 16
+CHUNKS_IN_FLIGHT = 8
+# How long a wait takes to notice that its deadline was moved.
 POLL_SECONDS = 0.2
 _CONTEXT = {
     'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
@@ -112,17 +114,26 @@ def _copied(array: jax.Array, shards: list) -> Snapshot:
     shared = next(iter(array.sharding.device_set)).platform == 'cpu'
     pieces = [(shard.index, np.array(shard.data, copy=shared or None)) for shard in shards]
     part = array.sharding.shard_shape(array.shape)
-    return Snapshot(array.shape, array.dtype, _chunk(part, array.dtype.itemsize), pieces)
+    chunk = _chunk(part, array.shape, array.dtype.itemsize)
+    return Snapshot(array.shape, array.dtype, chunk, pieces)
 
 
-def _chunk(part: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of chunks: divides a shard evenly, so that no chunk has two writers."""
+def _chunk(part: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """The shape of chunks of an array whose shards have the shape `part`: none has two writers.
+
+    An axis that is split is cut evenly; where that gives crumbs, as a prime number does, the next
+    axis is cut instead. The last chunk along an axis that is not split may be smaller.
+    """
     chunk = list(part)
-    for axis, size in enumerate(part):
-        excess = math.prod(chunk) * itemsize / CHUNK_BYTES
-        if excess > 1:
-            pieces = next(n for n in range(1, size + 1) if size % n == 0 and n >= min(excess, size))
-            chunk[axis] = size // pieces
+    for axis, (size, whole) in enumerate(zip(part, shape)):
+        pieces = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
+        if size > 1 and pieces > 1:
+            least = min(pieces, size)
+            even = next(n for n in range(least, size + 1) if size % n == 0)
+            if size == whole:
+                chunk[axis] = math.ceil(size / least)
+            elif even <= _CRUMBS * least:
+                chunk[axis] = size // even
     return tuple(chunk)
 
 
@@ -206,7 +217,7 @@ def read_chunks(
 
     wanted: {name: leaf with a shape and a dtype}. seconds: the patience with one chunk.
     """
-    context = ts.Context(_CONTEXT)
+    context = ts.Context(_CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # each is read once
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
     waiting = collections.deque()
     for chunk in _chunks(stores, wanted, seconds):

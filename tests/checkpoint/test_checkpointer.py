@@ -601,9 +601,11 @@ def test_the_manifest_tells_what_a_checkpoint_is(tmp_path):
 def test_large_arrays_are_cut_into_chunks_that_no_two_shards_share(tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, 'CHUNK_BYTES', 1000)
     for part, itemsize in (((512, 128), 4), ((7, 11), 4), ((1, 997), 2), ((6, 5, 4), 8), ((), 4)):
-        chunk = arrays._chunk(part, itemsize)
-        assert np.prod(chunk) * itemsize <= 1000 or chunk == (1, 1)
-        assert all(size % piece == 0 for size, piece in zip(part, chunk, strict=True))
+        for split in (1, 2):
+            chunk = arrays._chunk(part, tuple(split * size for size in part), itemsize)
+            assert np.prod(chunk) * itemsize <= 1000 or (split == 2 and 997 in part)
+            assert split == 1 or all(size % n == 0 for size, n in zip(part, chunk, strict=True))
+            assert np.prod(chunk) * itemsize >= min(1000 // 8, np.prod(part) * itemsize)
     made = Checkpointer(CheckpointConfig(), tmp_path)
     made.save(7, place(host_state(), make_mesh(2, 4)), {})
     made.wait()

@@ -15,17 +15,16 @@ import jax
 from jaxfm import config as configs
 from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.checkpoint.reader import Reader
 from jaxfm.checkpoint.storage import S3
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
-from jaxfm.errors import ConfigError, PermissionDeniedError, RunError, StorageError
+from jaxfm.errors import ConfigError, DataError, PermissionDeniedError, RunError, StorageError
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.report import write_report
-from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.phase import Phase
 from jaxfm.run import Run, started
@@ -160,12 +159,20 @@ MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 
 def _is_finished(run: Run, flags) -> bool:
-    """Whether the checkpoints there are of this run and at its end; a look that changes nothing."""
+    """Whether the checkpoints there are of this run and at its end; a look that changes nothing.
+
+    Raises:
+      DataError: the run has saved something, and nothing is there any more.
+    """
     checkpoints = run.reader()
-    if not (run.workdir / 'config.json').exists():
-        _check_config(run, checkpoints, flags)
-    step = checkpoints.latest_step()
-    if step is None or step < run.config.total_steps:
+    newest = checkpoints.newest_whole(lambda step: (step, checkpoints.read_manifest(step)))
+    if newest is None:
+        distributed.from_primary(lambda: _check_never_saved(run, checkpoints.root))
+        return False
+    step, manifest = newest
+    if not distributed.from_primary((run.workdir / 'config.json').exists):
+        _check_config(run, manifest['config'], checkpoints.root, flags)
+    if step < run.config.total_steps:
         return False
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
     if not (run.workdir / 'report.html').exists():
@@ -173,13 +180,21 @@ def _is_finished(run: Run, flags) -> bool:
     return True
 
 
-def _check_config(run: Run, checkpoints: Reader, flags) -> None:
+def _check_never_saved(run: Run, root: str) -> None:
+    """Checkpoints that are gone are no reason to begin at step 0 without a word."""
+    records = read_records(run.workdir / 'metrics.jsonl')
+    saved = [record['checkpoint/step'] for record in records if 'checkpoint/step' in record]
+    if saved:
+        raise DataError(
+            f'{root} holds no checkpoint, but this run has saved step {saved[-1]} there; '
+            f'to begin anew remove {run.workdir} or give another --workdir'
+        )
+
+
+def _check_config(run: Run, saved: dict, root: str, flags) -> None:
     """In a new work directory the checkpoints alone know which run they are of."""
-    manifest = checkpoints.newest_whole(checkpoints.read_manifest)
-    if manifest is not None:
-        saved = configs.from_json(manifest['config'], f'the run in {checkpoints.root}')
-        allowed = flags.allow_change
-        flags.changes = resume.check_resume(saved, run.config, allowed, checkpoints.root)
+    config = configs.from_json(saved, f'the run in {root}')
+    flags.changes = resume.check_resume(config, run.config, flags.allow_change, root)
 
 
 def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:

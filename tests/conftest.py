@@ -5,6 +5,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 `-m slow`.
 """
 
+import contextlib
 import logging
 import os
 import random
@@ -169,6 +170,9 @@ def get_config():
 """
 
 
+NO_SAMPLES = '--config.sampling.num_samples=0'
+
+
 class TinyRuns:
     """Runs of a tiny model on generated text; compiled programs and tokens are shared by all."""
 
@@ -205,9 +209,9 @@ class TinyRuns:
         return sorted(int(path.parent.name) for path in found)
 
     @staticmethod
-    def saved_state(workdir: Path, step: int) -> dict[str, np.ndarray]:
-        """Every array of a checkpoint: {its name: array}."""
-        reader = Reader(CheckpointConfig(), workdir / 'checkpoints')
+    def saved_state(workdir: Path, step: int, place: str = '') -> dict[str, np.ndarray]:
+        """Every array of a checkpoint, of the place if it is not in workdir: {its name: array}."""
+        reader = Reader(CheckpointConfig(directory=place), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
             name: jax.ShapeDtypeStruct(
@@ -237,6 +241,30 @@ class TinyRuns:
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory) -> TinyRuns:
     return TinyRuns(tmp_path_factory.mktemp('tiny'))
+
+
+@pytest.fixture
+def start(tiny):
+    """`TinyRuns.start` without samples at the end; every process is gone after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start_process(*arguments, **options):
+            process = tiny.start(*arguments, NO_SAMPLES, **options)
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        yield start_process
+
+
+@pytest.fixture(scope='session')
+def straight(tiny, tmp_path_factory):
+    """The work directory of the run that nobody stops, on one device."""
+    workdir = tmp_path_factory.mktemp('straight') / 'run'
+    process = tiny.start(workdir, NO_SAMPLES)
+    process.communicate(timeout=120)
+    assert process.returncode == 0, (workdir.parent / 'run.stderr').read_text()
+    return workdir
 
 
 @pytest.fixture(scope='module')

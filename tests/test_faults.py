@@ -5,12 +5,10 @@ with a run that nobody stopped. A process under `jax.distributed` survives SIGTE
 left is ended with SIGKILL.
 """
 
-import contextlib
 import os
 import random
 import re
 import signal
-import socket
 import time
 
 import numpy as np
@@ -18,92 +16,18 @@ import pytest
 
 from jaxfm.metrics import goodput
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
-
-STEPS = 40
-NO_SAMPLES = '--config.sampling.num_samples=0'  # nothing here looks at them
-PATIENCE = 120  # seconds until something that must happen counts as missing
-
-
-@pytest.fixture
-def start(tiny):
-    """`TinyRuns.start`, every process of which is gone after the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start_process(*arguments, **options):
-            process = tiny.start(*arguments, NO_SAMPLES, **options)
-            stack.callback(process.communicate)
-            stack.callback(process.kill)
-            return process
-
-        yield start_process
-
-
-def measured(workdir) -> dict:
-    """{(step, kind): values} of all train and eval records."""
-    found = {}
-    for record in read_records(workdir / 'metrics.jsonl'):
-        if record['kind'] in ('train', 'eval'):
-            key = record['step'], record['kind']
-            assert key not in found, f'{key} is there twice'
-            found[key] = {k: v for k, v in record.items() if k not in ('time', 'phase')}
-    return found
-
-
-def losses(workdir) -> np.ndarray:
-    return np.array([v['train/loss'] for (_, k), v in measured(workdir).items() if k == 'train'])
-
-
-def assert_same_state(one, other):
-    assert one.keys() == other.keys() and len(one) > 20
-    for path, value in one.items():
-        np.testing.assert_array_equal(value, other[path], err_msg=path)
-
-
-def assert_same_run(tiny, workdir, reference):
-    """The same records, the same final state with optimizer and counters."""
-    expected = measured(reference)
-    assert measured(workdir) == expected
-    assert list(measured(workdir)) == list(expected)
-    assert_same_state(*(tiny.saved_state(run, STEPS) for run in (workdir, reference)))
-
-
-def wait_until(condition, process):
-    """Polls until the condition gives something, and gives that; the process must live so long."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        if process.poll() is not None:
-            raise AssertionError(f'the process ended with {process.returncode} before that')
-        time.sleep(0.001)
-    raise AssertionError('that never happened')
-
-
-def wait_for_step(workdir, step, process):
-    """Returns once a train record of at least this step is in metrics.jsonl."""
-
-    def newest():
-        path = workdir / 'metrics.jsonl'
-        steps = (
-            re.findall(r'"step": (\d+).*"kind": "train"', path.read_text()) if path.exists() else []
-        )
-        return steps and int(steps[-1]) >= step
-
-    wait_until(newest, process)
-
-
-def finish(process, code=0):
-    assert process.wait(PATIENCE) == code
-
-
-@pytest.fixture(scope='module')
-def straight(tiny, tmp_path_factory):
-    """The run that nobody stops, on one device."""
-    workdir = tmp_path_factory.mktemp('straight') / 'run'
-    process = tiny.start(workdir, NO_SAMPLES)
-    process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, (workdir.parent / 'run.stderr').read_text()
-    return workdir
+from tests.runs import (
+    PATIENCE,
+    STEPS,
+    assert_same_run,
+    finish,
+    losses,
+    measured,
+    start_ranks,
+    stderr_of,
+    wait_for_step,
+    wait_until,
+)
 
 
 def perf(workdir) -> list[dict]:
@@ -132,10 +56,6 @@ def assert_times_add_up(workdir):
     for record in perf(workdir):
         account = sum(record[goodput.name_of(bucket)] for bucket in goodput.BUCKETS)
         assert account == pytest.approx(record['perf/elapsed_seconds'])
-
-
-def stderr_of(workdir) -> str:
-    return workdir.with_name(workdir.name + '.stderr').read_text()
 
 
 def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
@@ -239,22 +159,6 @@ def test_a_run_goes_on_with_the_same_numbers_on_another_mesh(start, straight, ti
     expected = measured(straight)
     assert list(measured(workdir)) == list(expected)
     np.testing.assert_allclose(losses(workdir), losses(straight), rtol=2e-6)
-
-
-def start_ranks(start, workdir, *more, count=2, homes=None):
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        address = f'127.0.0.1:{server.getsockname()[1]}'
-    return [
-        start(
-            workdir,
-            *more,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES=str(count),
-            JAX_PROCESS_ID=str(rank),
-            **({'HOME': str(homes[rank])} if homes else {}),
-        )
-        for rank in range(count)
-    ]
 
 
 def test_two_processes_train_as_one_and_stop_and_resume_together(start, tmp_path):

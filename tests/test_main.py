@@ -445,8 +445,8 @@ exit $code
     'options, fill, code, words',
     [
         ('ro', '', 77, ['checkpoints cannot be written: Read-only']),
-        # Less than two checkpoints of half a MiB each.
-        ('size=900k', '', 74, ['no room for checkpoints', '(2 of ']),
+        # Less than three checkpoints of half a MiB each.
+        ('size=900k', '', 74, ['no room for checkpoints', '(3 of ']),
         # Directories can still be made, but not a byte be written.
         (
             'size=64k',
@@ -455,7 +455,7 @@ exit $code
             ['checkpoints is full: No space left'],
         ),
     ],
-    ids=['read-only', 'no room for two checkpoints', 'full'],
+    ids=['read-only', 'no room for the checkpoints', 'full'],
 )
 def test_storage_that_refuses_is_told_at_the_start(
     mounting, tiny, tmp_path, options, fill, code, words

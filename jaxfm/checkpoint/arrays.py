@@ -26,6 +26,8 @@ FILE_BYTES = 256 << 20
 BYTES_IN_FLIGHT = 2 << 30
 # Read ahead where arrays are read chunk by chunk.
 CHUNKS_IN_FLIGHT = 8
+# How long a wait takes to notice that its deadline was moved.
+POLL_SECONDS = 0.2
 _CONTEXT = {
     'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
     'cache_pool#index': {'total_bytes_limit': 100 << 20},
@@ -50,9 +52,9 @@ class Snapshot:
         return sum(piece.nbytes for _, piece in self.pieces)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Deadline:
-    """A moment of the monotonic clock; a wait beyond it raises TimeoutError."""
+    """A moment of the monotonic clock; a wait beyond it raises TimeoutError, in any thread."""
 
     at: float
 
@@ -68,9 +70,18 @@ class Deadline:
     def passed(self) -> bool:
         return time.monotonic() > self.at
 
+    def expire(self) -> None:
+        """Ends the waits that there are, within POLL_SECONDS."""
+        self.at = -math.inf
+
     def result(self, future) -> Any:
         """What a future of TensorStore gives."""
-        return future.result(timeout=self.left)
+        while True:
+            try:
+                return future.result(timeout=min(self.left, POLL_SECONDS))
+            except TimeoutError:
+                if self.passed:
+                    raise
 
 
 def snapshots(

@@ -4,6 +4,7 @@ With several processes every method is called by all of them. What one of them f
 that a save has failed, the primary process decides for all.
 """
 
+import dataclasses
 import json
 import logging
 import time
@@ -31,6 +32,31 @@ PATIENCE_SECONDS = 10
 _SMALL = 8
 
 
+@dataclasses.dataclass
+class Tier:
+    """A place for saves, their cadence, and what the primary process knows of them.
+
+    private: every process has a store of its own.
+    """
+
+    store: Store
+    every: int
+    keep: int
+    private: bool
+    under_way: Save | None = None
+    failures: int = 0  # in a row
+    blocking: float = 0.0  # seconds that training stood for the save under way
+    nbytes: int = 0  # of all processes together
+
+    @property
+    def name(self) -> str:
+        """In records."""
+        return 'checkpoint/local' if self.private else 'checkpoint'
+
+    def is_due(self, step: int) -> bool:
+        return bool(self.every) and step % self.every == 0
+
+
 class Checkpointer(Reader):
     """The checkpoints of one run, and the right to write them until `close`.
 
@@ -54,27 +80,36 @@ class Checkpointer(Reader):
         self._about = about or {}
         self._milestones = frozenset(milestones)
         self._lease = Lease(self._store.storage, config.lease_seconds)
-        # What follows is known to the primary process alone, which decides for all.
-        self._save: Save | None = None
-        self._failures = 0  # saves that were lost in a row
-        self._lost = 0  # in all
-        self._blocking = 0.0  # seconds that training stood for the save under way
-        self._steps = set(distributed.from_primary(self._open))
+        self._durable = Tier(self._store, config.every, config.keep, private=False)
+        self._tiers = [self._durable]
+        if config.local:
+            local = Tier(self._local, config.local.every, config.local.keep, private=True)
+            self._tiers.append(local)
+        self._lost = 0
+        self._steps = set(distributed.from_primary(self._open))  # of the durable tier
         self._open_local()
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint of this step, on some tier, is wanted on the way."""
-        return step > 0 and (self._is_durable(step) or self._is_local(step))
+        return step > 0 and any(tier.is_due(step) for tier in self._tiers)
 
     def check_room(self, nbytes: int) -> None:
-        """Raises StorageError unless two checkpoints of `nbytes` fit, or one beside those here.
+        """Raises StorageError unless there is room for all that will be there at once.
 
-        Two, because the last good one stays while the next is written; and the milestones to come.
+        One more than are kept, because the next one is written before the oldest goes; and the
+        milestones to come.
         """
         to_come = sum(step > max(self._steps, default=0) for step in self._milestones)
-        _check_room(self._store, nbytes, to_come + (1 if self._steps else 2))
-        if self._local:
-            _check_room(self._local, nbytes // jax.process_count(), self._config.local.keep + 1)
+        error = None
+        try:
+            missing = max(self._config.keep + 1 - len(self._steps), 1)
+            distributed.from_primary(lambda: _check_room(self._store, nbytes, missing + to_come))
+            if self._local:
+                missing = self._config.local.keep + 1 - len(self._local.commits())
+                _check_room(self._local, nbytes // jax.process_count(), max(missing, 1))
+        except StorageError as raised:
+            error = raised
+        distributed.first_error(error)
 
     def save(self, step: int, state: Arrays, extra: dict[str, Any], must: bool = False) -> None:
         """Starts a save and returns once the state is copied: the caller may donate it right away.
@@ -86,29 +121,37 @@ class Checkpointer(Reader):
         tries where they help.
 
         Raises:
-          StorageError: `max_failures` saves in a row were lost.
+          StorageError: `max_failures` saves in a row, on the durable tier, have failed.
           LockedError: another run has taken the place over.
         """
         extra = json.loads(json.dumps(extra))  # the source goes on moving while this is written
+        tier = next((t for t in self._tiers if t.is_due(step)), self._durable)
+        tier = self._durable if must else tier
         while True:
             started = time.monotonic()
-            attempt, epoch = distributed.from_primary(lambda: self._decide(step, must))
-            if attempt == 'skip' or (attempt == 'drop' and not must):
+            attempt, epoch = distributed.from_primary(lambda: self._decide(tier, step, must))
+            if attempt in ('skip', 'drop'):
                 return
-            self._start(step, attempt, epoch, state, extra, must)
-            self._blocking = time.monotonic() - started
-            if not must or self._settled():
+            self._start(tier, step, attempt, epoch, state, extra)
+            tier.blocking = time.monotonic() - started
+            if not must or self._settled(tier):
                 return
 
     def wait(self) -> None:
-        """Blocks until the save under way has ended, well or not."""
-        self._settled()
+        """Blocks until the saves under way have ended, well or not."""
+        for tier in self._tiers:
+            self._settled(tier)
 
     def close(self) -> None:
-        """Lets the save under way end, within PATIENCE_SECONDS, and gives the lease back."""
-        if self._save is not None and self._save.wait(PATIENCE_SECONDS):
-            self._settle()
-        self._lease.release(is_empty=not self._steps)
+        """Lets the saves under way end, within PATIENCE_SECONDS, and gives the lease back."""
+        stuck = False
+        for tier in self._tiers:
+            if tier.under_way is not None and not tier.under_way.wait(PATIENCE_SECONDS):
+                tier.under_way.abandon()
+                stuck = True
+            else:
+                self._settle(tier)
+        self._lease.release(is_empty=not (self._steps or stuck))
 
     def _open(self) -> list[int]:
         """Takes the lease and deletes what nobody will use; the steps that are there."""
@@ -135,34 +178,31 @@ class Checkpointer(Reader):
             self._lease.release()
             raise
 
-    def _decide(self, step: int, must: bool) -> tuple[str, int]:
+    def _decide(self, tier: Tier, step: int, must: bool) -> tuple[str, int]:
         """'skip', 'drop' or the name of the save to start, and the epoch of the lease."""
         self._lease.check()
-        if self._save is not None and not self._save.wait(None if must else PATIENCE_SECONDS):
-            self._lose(step, f'checkpoint {self._save.step} is still being written')
-            self._check_failures()
+        before = tier.under_way
+        if before is not None and not before.wait(None if must else PATIENCE_SECONDS):
+            # No failure: that one has a time-out of its own.
+            self._lose(step, f'checkpoint {before.step} is still being written')
             return 'drop', 0
-        self._settle()
-        self._check_failures()
+        self._settle(tier)
+        if tier is self._durable and tier.failures >= self._config.max_failures:
+            raise StorageError(
+                f'{tier.failures} checkpoints in a row could not be stored in {self.root}; '
+                f'the newest one there is {max(self._steps, default="none")}'
+            )
         is_there = step in self._steps and (self.root, step) not in self._damaged
         return 'skip' if is_there else new_attempt(), self._lease.epoch
 
-    def _check_failures(self) -> None:
-        if self._failures >= self._config.max_failures:
-            raise StorageError(
-                f'{self._failures} checkpoints in a row could not be stored in {self.root}; '
-                f'the newest one there is {max(self._steps, default="none")}'
-            )
-
     def _start(
-        self, step: int, attempt: str, epoch: int, state: Arrays, extra: dict, must: bool
+        self, tier: Tier, step: int, attempt: str, epoch: int, state: Arrays, extra: dict
     ) -> None:
-        if self._save is not None:  # not on the primary process, which has settled it
-            self._save.wait()
-        private = not (must or self._is_durable(step) or self._local is None)
+        if tier.under_way is not None:  # not on the primary process, which has settled it
+            tier.under_way.wait()
         # The one transfer from the device that the training loop means to make.
         with jax.transfer_guard('allow'):
-            parts, prints = _copy(state, every_local=private)
+            parts, prints = _copy(state, every_local=tier.private)
         manifest = {
             'epoch': epoch,
             'arrays': {name: _described(state[name], parts[name], prints[name]) for name in state},
@@ -170,70 +210,61 @@ class Checkpointer(Reader):
             'processes': jax.process_count(),
             'extra': extra,
         }
-        self._save = Save(
+        root = tier.store.storage.root
+        tier.nbytes = sum(array.nbytes for array in state.values())
+        tier.under_way = Save(
             Job(
-                store=self._local if private else self._store,
+                store=tier.store,
                 step=step,
                 attempt=attempt,
                 parts=parts,
                 manifest=manifest | self._about,
-                keep=self._config.local.keep if private else self._config.keep,
-                milestones=self._milestones,
-                damaged=frozenset(bad for root, bad in self._damaged if root == self.root),
-                private=private,
+                keep=tier.keep,
+                milestones=frozenset() if tier.private else self._milestones,
+                damaged=frozenset(bad for place, bad in self._damaged if place == root),
+                private=tier.private,
                 deadline=arrays.Deadline.after(self._config.timeout_seconds),
                 lease=self._lease if distributed.is_primary() else None,
             )
         )
 
-    def _settled(self) -> bool:
+    def _settled(self, tier: Tier) -> bool:
         """Waits for the save under way; whether it is committed: the same on all processes."""
-        if self._save is not None:
-            self._save.wait()
-        committed = distributed.from_primary(self._settle)
-        self._save = None
+        if tier.under_way is not None:
+            tier.under_way.wait()
+        committed = distributed.from_primary(lambda: self._settle(tier))
+        tier.under_way = None
         return committed
 
-    def _settle(self) -> bool:
+    def _settle(self, tier: Tier) -> bool:
         """Takes note of how the save ended, if there was one."""
-        save, self._save = self._save, None
+        save, tier.under_way = tier.under_way, None
         if save is None:
             return True
         if save.error is not None:
-            self._lose(save.step, save.error)
+            tier.failures += 1
+            limit = '' if tier.private else f' of {self._config.max_failures}'
+            self._lose(save.step, save.error, f' ({tier.failures}{limit} in a row)')
             return False
-        self._failures = 0
-        if not save.private:
+        tier.failures = 0
+        if not tier.private:
             self._steps.add(save.step)
-            self._damaged.discard((self.root, save.step))
+        self._damaged.discard((tier.store.storage.root, save.step))
         self._events.append(
             {
-                'checkpoint/step': save.step,
-                'checkpoint/save_seconds': save.seconds,
-                'checkpoint/blocking_seconds': self._blocking,
-                'checkpoint/bytes': save.nbytes,
+                f'{tier.name}/step': save.step,
+                f'{tier.name}/save_seconds': save.seconds,
+                f'{tier.name}/blocking_seconds': tier.blocking,
+                f'{tier.name}/bytes': tier.nbytes,
                 'storage/retries': self._store.storage.retries(),
             }
         )
         return True
 
-    def _lose(self, step: int, reason: str) -> None:
-        self._failures += 1
+    def _lose(self, step: int, reason: str, count: str = '') -> None:
         self._lost += 1
         self._events.append({'checkpoint/lost': self._lost})
-        log.warning(
-            'checkpoint %d was not saved (%d of %d in a row): %s',
-            step,
-            self._failures,
-            self._config.max_failures,
-            reason,
-        )
-
-    def _is_durable(self, step: int) -> bool:
-        return bool(self._config.every) and step % self._config.every == 0
-
-    def _is_local(self, step: int) -> bool:
-        return self._local is not None and step % self._config.local.every == 0
+        log.warning('checkpoint %d was not saved%s: %s', step, count, reason)
 
 
 def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:

@@ -21,6 +21,7 @@ _SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
 # XLA's CPU backend adds up one number at a time, unless it adds whole slices.
 _SLICES = 8
 _MANY, _FEW = 1 << 20, 1 << 12  # worth the slices, and where they end
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())  # of arrays of a single device
 
 
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
@@ -31,6 +32,16 @@ def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """
     with jax.transfer_guard('allow'):
         return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
+
+
+def start_fingerprint(array: jax.Array) -> jax.Array:
+    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
+
+    One at a time: several CPU devices abort when more than a few programs are under way.
+    """
+    # A caller may be at work on another mesh.
+    with jax.set_mesh(getattr(array.sharding, 'mesh', _NO_MESH)):
+        return _fingerprint(array)
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -49,11 +60,7 @@ def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Arr
 
 
 @jax.jit
-def start_fingerprint(array: jax.Array) -> jax.Array:
-    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
-
-    One at a time: several CPU devices abort when more than a few programs are under way.
-    """
+def _fingerprint(array: jax.Array) -> jax.Array:
     sharding = jax.typeof(array).sharding
     if sharding.mesh.empty:  # an array of a single device
         return _sum(_hash(array, array.shape, {}))
@@ -98,13 +105,15 @@ def _hash(
 
 def _bits(array: jax.Array) -> jax.Array:
     """The bits as uint32; what is wider has its words along one more axis."""
+    size = array.dtype.itemsize
+    shape = array.shape + ((size // 4,) if size > 4 else ())
     if array.dtype == jnp.bool:
         array = array.astype(jnp.uint8)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag], axis=-1)
-    width = jnp.dtype(array.dtype).itemsize
-    words = lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16}.get(width, jnp.uint32))
-    return words.astype(jnp.uint32)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
+    words = lax.bitcast_convert_type(array, word)
+    return words.astype(jnp.uint32).reshape(shape)
 
 
 def _sum(words: jax.Array) -> jax.Array:

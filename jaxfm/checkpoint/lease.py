@@ -166,10 +166,10 @@ class Lease:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, seconds / 10))
-            now = _read(self._storage, record.epoch)
-            if not now.is_held:
+            now = current(self._storage, self._storage.list('lease'))
+            if now is None or not now.is_held:  # it has ended, without a checkpoint or with
                 return
-            if now != record:
+            if now != record and now.holder is not None:  # or it is just gone, or torn
                 self._refuse(now)
 
     def _refuse(self, record: Record) -> None:
@@ -206,8 +206,11 @@ class Lease:
             self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
+        """Whether somebody else holds it: by a later epoch, or this one after the file was lost."""
         newest = current(self._storage, self._storage.list('lease'))
-        if newest is not None and newest.epoch > self.epoch:
+        if newest is None or newest.epoch < self.epoch:
+            return
+        if newest.epoch > self.epoch or newest.holder not in (None, self._record.holder):
             self._taken_by = newest.holder or 'somebody'
 
 

@@ -60,6 +60,7 @@ class Reader:
         self._store = Store(open_storage(config.directory or directory))
         self._local = Store(_local_storage(config, self.root)) if config.local else None
         self._damaged: set[tuple[str, int]] = set()  # keys of what was found
+        self._manifests: dict[Commit, dict[str, Any]] = {}  # verified
         self._fallbacks = 0
         self._events: list[dict[str, float]] = []
 
@@ -160,15 +161,20 @@ class Reader:
         found = next((one for one in self._candidates() if one.commit.step == step), None)
         if found is None:
             raise self._store.missing(step, self.steps())
+        if found.commit not in self._manifests:
+            self._manifests[found.commit] = self._check(found)
+        return found, self._manifests[found.commit]
+
+    def _check(self, found: Found) -> dict[str, Any]:
         if not found.private:
-            return found, distributed.from_primary(lambda: found.store.check(found.commit))
+            return distributed.from_primary(lambda: found.store.check(found.commit))
         manifest, error = None, None
         try:
             manifest = found.store.check(found.commit)
         except RunError as raised:
             error = raised
         distributed.first_error(error)
-        return found, manifest
+        return manifest
 
     def _read(self, found: Found, manifest: dict, wanted: dict) -> Arrays:
         """The arrays, compared with their fingerprints."""
@@ -183,6 +189,8 @@ class Reader:
             restored = arrays.read(found.store.storage.kvstore(found.state), wanted, deadline)
         except Exception as raised:
             error = explained(raised, found.store, found.commit.step)
+            if not isinstance(error, RunError):
+                raise
         distributed.first_error(error)
         prints = fingerprints(restored)
         differ = [

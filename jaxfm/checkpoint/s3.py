@@ -6,6 +6,8 @@ ever: a silent connection is dropped after STALL_SECONDS, a request is sent TRIE
 
 import contextlib
 import os
+import re
+import uuid
 from collections.abc import Iterable, Iterator
 
 from jaxfm.checkpoint.storage import S3, Stored
@@ -13,6 +15,7 @@ from jaxfm.errors import (
     ConfigError,
     MissingInputError,
     PermissionDeniedError,
+    RunError,
     StorageError,
     UnavailableError,
 )
@@ -25,6 +28,7 @@ _DENIED = {
 _FULL = {'507', 'InsufficientStorage', 'QuotaExceeded', 'EntityTooLarge'}
 _LOST_RACE = {'412', 'PreconditionFailed', 'ConditionalRequestConflict'}
 _MISSING = {'404', 'NoSuchKey', 'NotFound'}
+_USUAL_HOST = re.compile(r'https://s3([.-][a-z]+(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?')
 _MOST_DELETED = 1000  # objects a request, by the protocol
 
 
@@ -42,10 +46,40 @@ class S3Storage:
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(STALL_SECONDS))
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
         self._client = self._make_client()
+        self._passed_on: int | None = None  # a file in memory, for TensorStore
 
     def prepare(self) -> None:
-        self.write('probe', b'')
-        self.remove('probe')
+        name = f'probe-{uuid.uuid4().hex[:8]}'
+        try:
+            self._probe_conditions(name)
+            self._probe_tensorstore(name)
+        finally:
+            with contextlib.suppress(RunError):  # who may not write may not delete, either
+                self.remove(name)
+
+    def _probe_conditions(self, name: str) -> None:
+        """A lease and a commit hang on a name that cannot be given twice."""
+        self.write(name, b'first', exclusive=True)
+        try:
+            self.write(name, b'second', exclusive=True)
+        except FileExistsError:
+            return
+        raise StorageError(
+            f'{self._place} ignores conditions (If-None-Match): two runs could write one checkpoint'
+        )
+
+    def _probe_tensorstore(self, name: str) -> None:
+        """It finds endpoint and credentials in ways of its own."""
+        import tensorstore
+
+        try:
+            store = tensorstore.KvStore.open(self.kvstore(name)).result(timeout=STALL_SECONDS)
+            store.write('tensorstore', b'').result(timeout=TRIES * STALL_SECONDS)
+        except (ValueError, TimeoutError) as error:
+            said = _line(error).split(' [')[0] or 'no answer'
+            text = f'arrays cannot be written to {self._place}: {said}'
+            kind = PermissionDeniedError if 'PERMISSION_DENIED' in text else UnavailableError
+            raise kind(text) from error
 
     def check_readable(self) -> None:
         self._call('list_objects_v2', Prefix=self._prefix, MaxKeys=1)
@@ -108,18 +142,16 @@ class S3Storage:
             'bucket': self._bucket,
             'path': f'{self._prefix}{prefix}/',
             'aws_region': self._client.meta.region_name or 'us-east-1',
+            'aws_credentials': self._credentials(),
             's3_request_retries': {
                 'max_retries': TRIES,
                 'initial_delay': '500ms',
                 'max_delay': '8s',
             },
         }
-        # TensorStore knows the hosts of AWS, and no other endpoint from the environment.
-        if 'amazonaws.com' not in self._client.meta.endpoint_url:
+        # TensorStore knows the usual hosts of AWS, and no other endpoint from the environment.
+        if not _USUAL_HOST.fullmatch(self._client.meta.endpoint_url):
             spec['endpoint'] = self._client.meta.endpoint_url
-        if 'AWS_ACCESS_KEY_ID' in os.environ:
-            # The other providers complain on stderr about each file that is not there.
-            spec['aws_credentials'] = {'type': 'environment'}
         return spec
 
     def retries(self) -> int:
@@ -128,6 +160,30 @@ class S3Storage:
         name = '/tensorstore/kvstore/s3/retries'
         counters = tensorstore.experimental_collect_matching_metrics(name)
         return self._retries + sum(v['value'] for c in counters for v in c.get('values', ()))
+
+    def _credentials(self) -> dict:
+        """For TensorStore, whose own search finds no files of AWS: what botocore has found, which
+        knows every way to credentials and renews them."""
+        with self._explained():
+            found = self._session.get_credentials()
+            if found is None or found.method == 'env':
+                return {'type': 'environment'}
+            keys = found.get_frozen_credentials()
+        lines = ['[default]', f'aws_access_key_id = {keys.access_key}']
+        lines += [f'aws_secret_access_key = {keys.secret_key}']
+        lines += [f'aws_session_token = {keys.token}'] if keys.token else []
+        if self._passed_on is None:
+            self._passed_on = os.memfd_create('credentials')
+        content = '\n'.join([*lines, '']).encode()
+        os.pwrite(self._passed_on, content, 0)
+        os.ftruncate(self._passed_on, len(content))
+        path = f'/proc/{os.getpid()}/fd/{self._passed_on}'
+        return {
+            'type': 'profile',
+            'profile': 'default',
+            'config_file': path,
+            'credentials_file': path,
+        }
 
     def _make_client(self):
         try:
@@ -146,9 +202,9 @@ class S3Storage:
             response_checksum_validation='when_required',
         )
         with self._explained():
-            session = botocore.session.get_session()
-            region = session.get_config_variable('region') or 'us-east-1'
-            return session.create_client('s3', region_name=region, config=config)
+            self._session = botocore.session.get_session()
+            region = self._session.get_config_variable('region') or 'us-east-1'
+            return self._session.create_client('s3', region_name=region, config=config)
 
     def _call(self, operation: str, **arguments) -> dict:
         with self._explained():

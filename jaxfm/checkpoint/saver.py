@@ -9,7 +9,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,14 +36,18 @@ class Job:
     manifest: dict[str, Any]
     keep: int
     milestones: frozenset[int]
-    damaged: frozenset[int]  # steps that a restore has found bad
+    damaged: frozenset[int]  # steps there that a restore has found bad
     private: bool
     deadline: arrays.Deadline
     lease: Lease | None  # of the primary process
 
     @property
+    def directory(self) -> str:
+        return f'{self.step}/{self.attempt}'
+
+    @property
     def state(self) -> str:
-        return f'{self.step}/{self.attempt}/state'
+        return f'{self.directory}/state'
 
 
 class Save:
@@ -51,9 +55,11 @@ class Save:
 
     def __init__(self, job: Job):
         self.step, self.private = job.step, job.private
-        self.nbytes = sum(part.nbytes for part in job.parts.values())
+        self._deadline = job.deadline
         self.error: str | None = None
         self.seconds = 0.0
+        # A commit was sent: if only its answer was lost, it must keep its data.
+        self._may_count = False
         self._started = time.monotonic()
         self._thread = threading.Thread(
             target=self._run, args=(job,), name='checkpoint', daemon=True
@@ -65,15 +71,48 @@ class Save:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
+    def abandon(self) -> None:
+        """Stops waiting for it. A thread inside TensorStore would abort a process that exits."""
+        self._deadline.expire()
+        self._thread.join(10 * arrays.POLL_SECONDS)
+
     def _run(self, job: Job) -> None:
         try:
             _write(job)
-            _finish(job)
+            self._commit(job)
         except Exception as error:  # a save may fail in any way and must not end the run
             self.error = explain(error, job.store)
             log.debug('checkpoint %d', job.step, exc_info=True)
-            _discard(job)
+            if not self._may_count:
+                _discard(job)
         self.seconds = time.monotonic() - self._started
+        if self.error is None:
+            _clean(job)
+
+    def _commit(self, job: Job) -> None:
+        """The save counts when it returns, on every process, or it raises on all."""
+        name = f'{job.attempt}/committed'
+        if not job.private:
+            patience = job.deadline.left + 60
+            distributed.from_primary(lambda: self._try(_merged, job), name, patience)
+            return
+        error = None
+        try:
+            self._try(_described, job)
+        except RunError as raised:
+            error = raised
+        # Nothing older is deleted before every process has this step.
+        distributed.first_error(error, name, job.deadline.left + 60)
+
+    def _try(self, prepare: Callable[[Job], Commit], job: Job) -> None:
+        try:
+            ready = prepare(job)
+            self._may_count = True
+            job.store.commit(ready)
+        except LockedError:
+            raise
+        except Exception as error:
+            raise StorageError(explain(error, job.store)) from error
 
 
 def _write(job: Job) -> None:
@@ -87,39 +126,28 @@ def _write(job: Job) -> None:
     distributed.first_error(error, f'{job.attempt}/written', job.deadline.left)
 
 
-def _finish(job: Job) -> None:
-    if job.private:
-        _commit(job)
-    else:
-        name = f'{job.attempt}/committed'
-        distributed.from_primary(lambda: _commit_shared(job), name, job.deadline.left + 60)
+def _merged(job: Job) -> Commit:
+    if jax.process_count() > 1:
+        storage = job.store.storage
+        parts = [_part(job.state, index) for index in range(jax.process_count())]
+        arrays.merge(storage.kvstore(job.state), map(storage.kvstore, parts), job.deadline)
+    return _described(job)
 
 
-def _commit_shared(job: Job) -> None:
-    try:
-        if jax.process_count() > 1:
-            storage = job.store.storage
-            parts = [_part(job.state, index) for index in range(jax.process_count())]
-            arrays.merge(storage.kvstore(job.state), map(storage.kvstore, parts), job.deadline)
-        _commit(job)
-    except LockedError:
-        raise
-    except Exception as error:
-        raise StorageError(explain(error, job.store)) from error
-
-
-def _commit(job: Job) -> None:
+def _described(job: Job) -> Commit:
+    """Everything but the commit itself, which is returned."""
     digest = job.store.write_manifest(job.step, job.attempt, job.manifest)
     if job.deadline.passed:
         raise TimeoutError
     if job.lease is not None:
         job.lease.confirm()
-    job.store.commit(Commit(job.step, job.attempt, job.manifest['epoch'], digest))
-    _clean(job)
+    return Commit(job.step, job.attempt, job.manifest['epoch'], digest)
 
 
 def _clean(job: Job) -> None:
     """Deletes what need not stay; what cannot be deleted now will be after the next save."""
+    if not (job.private or distributed.is_primary()):
+        return
     try:
         listing = job.store.storage.list()
         commits = job.store.commits(listing)
@@ -127,8 +155,8 @@ def _clean(job: Job) -> None:
             return  # replaced since it looked: what is here is no longer this run's to delete
         for step in outdated(commits, job):
             job.store.remove(step)
-    except RunError as error:
-        log.warning('old checkpoints could not be deleted: %s', error)
+    except Exception as error:
+        log.warning('old checkpoints could not be deleted: %s', explain(error, job.store))
 
 
 def _discard(job: Job) -> None:
@@ -136,16 +164,25 @@ def _discard(job: Job) -> None:
     if not (job.private or distributed.is_primary()):
         return
     try:
-        job.store.storage.remove(f'{job.step}/{job.attempt}')
+        job.store.storage.remove(job.directory)
     except (RunError, OSError) as error:
         log.debug('the sweep of the next run will delete checkpoint %d: %s', job.step, error)
 
 
-def outdated(steps: Iterable[int], job: Job) -> list[int]:
-    """The steps that are neither among the newest nor to be kept whatever comes, and bad ones."""
-    damaged = job.damaged - {job.step}
-    good = sorted(set(steps) - damaged)
-    return sorted(set(good[: -job.keep]) - job.milestones | damaged & set(steps))
+def outdated(commits: dict[int, Commit], job: Job) -> list[int]:
+    """The steps that are neither among the newest nor to be kept whatever comes, and bad ones.
+
+    On a local tier the newer steps of earlier writers too: what could not be restored from there,
+    because a host was away or the mesh was another one, is of a time that did not happen.
+    """
+    bad = {
+        step
+        for step, commit in commits.items()
+        if step in job.damaged
+        or (job.private and step > job.step and commit.epoch < job.manifest['epoch'])
+    }
+    good = sorted(set(commits) - bad)
+    return sorted((set(good[: -job.keep]) - job.milestones | bad) - {job.step})
 
 
 def explain(error: Exception, store: Store) -> str:

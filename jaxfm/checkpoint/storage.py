@@ -104,23 +104,31 @@ class PosixStorage:
 
     def check_readable(self) -> None:
         with self._explained(done='read'), contextlib.suppress(FileNotFoundError):
-            next(os.scandir(self.directory), None)
+            os.listdir(self.directory)
 
     def free_bytes(self) -> int:
-        place = self.directory
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        with self._explained(done='read'):
+            place = self.directory
+            while not place.exists():
+                place = place.parent
+            return shutil.disk_usage(place).free
 
     def read(self, name: str) -> bytes:
         with self._explained(name, done='read'):
             return (self.directory / name).read_bytes()
 
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
+        try:
+            self._write(name, data, exclusive)
+        except FileNotFoundError:  # another process found the directory empty and removed it
+            self._write(name, data, exclusive)
+
+    def _write(self, name: str, data: bytes, exclusive: bool) -> None:
         path = self.directory / name
         written = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
-        with self._explained(name):
+        with self._explained():  # a file in its place is not the one that exclusive means
             path.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained(name):
             try:
                 with open(written, 'xb') as file:
                     file.write(data)
@@ -182,7 +190,8 @@ class PosixStorage:
             if name and isinstance(error, (FileNotFoundError, FileExistsError)):
                 raise
             if isinstance(error, (FileExistsError, NotADirectoryError)):
-                raise ConfigError(f'{what} is not a directory') from error
+                place = error.filename if isinstance(error, FileExistsError) else self.root
+                raise ConfigError(f'checkpoint directory {place} is not a directory') from error
             raise StorageError(f'{what} cannot be used: {reason}') from error
 
 

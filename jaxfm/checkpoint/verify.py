@@ -14,12 +14,13 @@ from jaxfm.checkpoint import arrays
 from jaxfm.checkpoint.fingerprint import fingerprint_of_part
 from jaxfm.checkpoint.saver import explain
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.errors import DamagedError, PermissionDeniedError, RunError, UnavailableError
+from jaxfm.errors import DamagedError, PermissionDeniedError, UnavailableError
 
 # How TensorStore says that a server, and not the data, is the matter. It notes the status of an
 # answer, except where that means that an object or a part of it is not there.
 _OUT_OF_REACH = re.compile(
-    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED):|CURL error|http_response_code'
+    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED):'
+    '|CURL error|http_response_code'
 )
 _FORBIDDEN = re.compile(
     '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
@@ -50,8 +51,13 @@ def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def explained(error: Exception, store: Store, step: int, what: str = 'it') -> RunError:
-    """Whether what could not be read of a step is damaged, or only out of reach."""
+def explained(error: Exception, store: Store, step: int, what: str = 'it') -> Exception:
+    """Whether what could not be read of a step is damaged, or only out of reach.
+
+    What TensorStore did not raise, such as a device that is out of memory, stays what it is.
+    """
+    if not isinstance(error, TimeoutError | ValueError | LookupError | NotImplementedError):
+        return error
     root, text = store.storage.root, explain(error, store)
     if _FORBIDDEN.search(str(error)):
         return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')

@@ -20,7 +20,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.lease import Holder, Lease
 from jaxfm.checkpoint.storage import open_storage
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.errors import LockedError, UnavailableError
+from jaxfm.errors import LockedError, StorageError, UnavailableError
 
 LONG = 60  # seconds that no test waits for
 SHORT = 0.9
@@ -341,3 +341,37 @@ def test_a_release_that_fails_or_hangs_is_no_error(disk, take, monkeypatch, erro
     lease.release()
     over.set()
     thread.join()
+
+
+def test_a_holder_whose_file_was_lost_learns_of_another_one_in_the_same_epoch(disk, take):
+    first = take(disk)
+    disk.remove('lease')
+    first.confirm()  # nobody else is there
+    second = take(disk, holder=ELSEWHERE)
+    assert second.epoch == first.epoch
+    with pytest.raises(LockedError, match='process 17 on elsewhere'):
+        first.confirm()
+    second.confirm()
+
+
+def test_a_lease_that_vanishes_while_it_is_waited_for_is_free(disk, take):
+    waited_for = Lease(disk, SHORT)
+    disk.write('lease/00000001.json', leases.Record(1, ELSEWHERE, seconds=LONG).to_json())
+    threading.Timer(0.3, disk.remove, ('lease',)).start()
+    started = time.monotonic()
+    waited_for.acquire(dict)
+    assert time.monotonic() - started < LONG / 2
+    waited_for.release()
+
+
+def test_a_server_that_ignores_conditions_can_hold_no_lease(s3_environment, monkeypatch):
+    storage = open_storage(f's3://bucket/{uuid.uuid4().hex}')
+    call = storage._call
+
+    def without_conditions(operation, IfNoneMatch=None, **arguments):
+        return call(operation, **arguments)
+
+    monkeypatch.setattr(storage, '_call', without_conditions)
+    with pytest.raises(StorageError, match='ignores conditions'):
+        storage.prepare()
+    assert storage.list() == {}

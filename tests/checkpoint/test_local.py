@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxfm.checkpoint import CheckpointConfig, LocalConfig
+from jaxfm.checkpoint import CheckpointConfig, LocalConfig, arrays
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
+from jaxfm.errors import StorageError
 
 
 def mesh_of(count):
@@ -122,6 +124,65 @@ def test_a_host_that_was_away_does_not_bring_back_its_old_time(config):
     back = Checkpointer(config, '')
     assert newest(back)[0] == 9
     back.close()
+
+
+def test_after_a_fallback_the_local_tier_keeps_what_is_new(config):
+    save_until(config, 10).close()
+    (data,) = Path(config.local.directory).rglob('state/d/*')
+    data.write_bytes(b'')
+    fresh = Checkpointer(config, '')
+    assert_newest_is(fresh, 6)
+    fresh.save(8, state_at(8), {'step': 8})
+    fresh.wait()
+    assert steps_below(config.local.directory) == [8]
+    fresh.close()
+    assert_newest_is(Reader(config, ''), 8)
+
+
+def test_steps_of_another_mesh_make_room_for_new_ones(config):
+    save_until(config, 10).close()
+    fresh = Checkpointer(config, '')
+    assert_newest_is(fresh, 6, count=2)
+    fresh.save(8, state_at(8, count=2), {'step': 8})
+    fresh.wait()
+    assert steps_below(config.local.directory) == [8]
+    fresh.close()
+
+
+def test_local_saves_hide_no_durable_ones_that_fail_and_wait_for_none(config, monkeypatch):
+    durable = Path(config.directory)
+    checkpointer = Checkpointer(config, '')
+    write = arrays.write
+
+    def failing(base, *rest):
+        if base['path'].startswith(str(durable)):
+            raise ValueError('UNAVAILABLE: no answer')
+        write(base, *rest)
+
+    monkeypatch.setattr(arrays, 'write', failing)
+    with pytest.raises(StorageError, match='3 checkpoints in a row'):
+        for step in range(2, 40, 2):
+            checkpointer.save(step, state_at(step), {'step': step})
+    assert step == 24
+    checkpointer.close()
+
+
+def test_a_local_disk_that_fails_ends_no_run(config, monkeypatch, caplog):
+    checkpointer = Checkpointer(config, '')
+    write = arrays.write
+
+    def failing(base, *rest):
+        if base['path'].startswith(config.local.directory):
+            raise ValueError('INTERNAL: bad disk')
+        write(base, *rest)
+
+    monkeypatch.setattr(arrays, 'write', failing)
+    for step in range(2, 26, 2):
+        checkpointer.save(step, state_at(step), {'step': step})
+    checkpointer.wait()
+    assert checkpointer.steps() == [18, 24]
+    assert 'checkpoint 22 was not saved (8 in a row): INTERNAL: bad disk' in caplog.text
+    checkpointer.close()
 
 
 def test_runs_share_a_local_directory(config, tmp_path):

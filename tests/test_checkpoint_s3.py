@@ -149,7 +149,9 @@ def test_whatever_is_wrong_with_the_place_ends_a_run_before_training(start, plac
     for name, (_, _, code, words) in cases.items():
         finish(processes[name], code)
         said = stderr_of(tmp_path / name)
-        assert words in said and len(said.splitlines()) == 1, said
+        [message] = said.split('error: ')[1:]
+        assert words in message and len(message.splitlines()) == 1, said
+        assert 'Traceback' not in said
         assert not (tmp_path / name).exists()
     assert committed(place) == []
 

@@ -30,7 +30,8 @@ class CheckpointConfig(Group):
     every: int = Field(default=1000, ge=0)
     # The newest committed checkpoints that stay; older ones are deleted.
     keep: int = Field(default=2, ge=1)
-    # A save that takes longer has failed. A request that gets no answer gives up much earlier.
+    # A save or a restore that takes longer has failed. A request that gets no answer gives up much
+    # earlier.
     timeout_seconds: float = Field(default=1800, gt=0)
     # Saves in a row that may fail before the run stops; each of them is told and counted.
     max_failures: int = Field(default=3, ge=1)

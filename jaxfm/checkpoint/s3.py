@@ -15,6 +15,7 @@ from jaxfm.errors import (
     ConfigError,
     MissingInputError,
     PermissionDeniedError,
+    RunError,
     StorageError,
     UnavailableError,
 )
@@ -53,7 +54,8 @@ class S3Storage:
             self._probe_conditions(name)
             self._probe_tensorstore(name)
         finally:
-            self.remove(name)
+            with contextlib.suppress(RunError):  # who may not write may not delete, either
+                self.remove(name)
 
     def _probe_conditions(self, name: str) -> None:
         """A lease and a commit hang on a name that cannot be given twice."""

@@ -34,6 +34,7 @@ from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.storage import S3, open_storage
+from jaxfm.main import HUGE_PAGES
 from tools.bench import machine
 
 PACKAGES = ('jax', 'tensorstore', 'numpy', 'botocore')
@@ -79,6 +80,7 @@ def measure(places: list[str], repeats: int, megabytes: int) -> dict[str, Any]:
     return {
         **machine.about(PACKAGES),
         'load': os.getloadavg()[0],  # before anything was measured
+        'malloc': os.environ.get('GLIBC_TUNABLES', ''),
         'bytes': sum(array.nbytes for array in state.values()),
         'arrays': len(state),
         'repeats': repeats,
@@ -311,4 +313,7 @@ def local_s3() -> Iterator[str]:
 
 
 if __name__ == '__main__':
+    if 'GLIBC_TUNABLES' not in os.environ:  # on CPU a run starts over like this, too
+        os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, '-m', 'tools.bench.checkpoint', *sys.argv[1:]])
     main()

@@ -274,7 +274,7 @@ def test_a_refusal_in_the_middle_of_a_run_is_told_and_not_asked_for_again(
     assert committed(saved, 3)
 
 
-@pytest.mark.parametrize('pattern', ['', '/state/'], ids=['everything', 'the arrays'])
+@pytest.mark.parametrize('pattern', ['', '/state/d/'], ids=['everything', 'the arrays'])
 @pytest.mark.parametrize(
     'action, error',
     [
@@ -466,6 +466,15 @@ def test_what_a_server_that_says_nothing_has_is_not_damaged(stalled, fault_proxy
         fault_proxy.add(Fault(Stall(), when=paths(pattern, 'GET')))
         assert stalled('restore')[0] == 'UnavailableError'
         fault_proxy.clear()
+
+
+def test_the_end_of_a_run_leaves_no_thread_inside_tensorstore(saved, fault_proxy, monkeypatch):
+    monkeypatch.setattr('jaxfm.checkpoint.checkpointer.PATIENCE_SECONDS', 0.1)
+    fault = fault_proxy.add(Fault(Stall(), when=BY_TENSORSTORE))
+    save(saved, 2)
+    assert fault.happened.wait(20)
+    saved.close()
+    assert 'checkpoint' not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_run_ends_while_the_server_says_nothing(stalled, fault_proxy):

@@ -239,12 +239,13 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
 
 def _cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
     """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
-    lost = clock.waste(goodput.last_elapsed(jsonl.path, position))
+    end = jsonl.end_of(step, position)
+    lost = clock.waste(goodput.last_elapsed(jsonl.path, end))
     if lost > 1:
         log.warning(
             '%.0f s of work after step %d were lost with the process before this one', lost, step
         )
-    jsonl.truncate(position)
+    jsonl.truncate(end)
 
 
 def _log_refusal(kind, error, traceback) -> bool:

@@ -96,15 +96,28 @@ class JsonlWriter:
             self._warned = True
 
     def position(self) -> int:
-        """Bytes of whole lines so far; a checkpoint keeps it for `truncate`."""
+        """Bytes of whole lines so far; a checkpoint keeps it for `end_of`."""
         return self._position
 
-    def truncate(self, position: int) -> None:
-        """Cuts back to the position in a checkpoint; a shorter file stays as it is."""
-        if self._file is None:
-            return
+    def end_of(self, step: int, position: int) -> int:
+        """Bytes of the records up to a step that are before the position in its checkpoint.
+
+        That position is of the work directory where the checkpoint was made. In another one, where
+        a run went on from it and was killed before its own first checkpoint, steps alone tell.
+        """
         if position > self._position:
             log.warning('%s is shorter than at the checkpoint: records are missing', self.path)
+        end = 0
+        with open(self.path, 'rb') as file:
+            for line in file:
+                if end + len(line) > position or not _is_up_to(step, line):
+                    break
+                end += len(line)
+        return end
+
+    def truncate(self, position: int) -> None:
+        """Cuts back to an earlier position, that of a checkpoint."""
+        if self._file is None:
             return
         self._cut(position)
         self._begin()
@@ -161,6 +174,14 @@ def read_records(path: str | Path, position: int = 0) -> Iterator[dict[str, Any]
             except ValueError as error:
                 raise DataError(f'{path}, line {number}, is no record: {error}') from error
             yield {name: float(v) if v in _NOT_JSON else v for name, v in record.items()}
+
+
+def _is_up_to(step: int, line: bytes) -> bool:
+    """Whether a line is a record, of this step or an earlier one."""
+    try:
+        return json.loads(line)['step'] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _end_of_last_line(path: Path) -> int:

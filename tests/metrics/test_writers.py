@@ -127,10 +127,35 @@ def test_a_torn_last_line_is_removed(path, torn):
 def test_a_file_shorter_than_the_checkpoint_says_is_never_padded(path, caplog):
     writer = JsonlWriter(path)
     position = writer.position()
-    writer.truncate(10_000)
+    writer.truncate(writer.end_of(5, 10_000))
     assert writer.position() == position == os.path.getsize(path)
     assert 'records are missing' in caplog.text
     writer.close()
+
+
+@pytest.mark.parametrize('extra', [0, 1, 10_000])
+def test_in_another_work_directory_steps_tell_what_comes_after_a_checkpoint(path, extra):
+    """Its position is of another file, and may be anywhere in this one."""
+    writer = JsonlWriter(path)
+    for step in (10, 10):
+        writer.write({'step': step, 'kind': 'perf'})
+    end = writer.position()
+    for step in (12, 14):
+        writer.write({'step': step, 'kind': 'train'})
+    writer.truncate(writer.end_of(10, end + extra))
+    writer.close()
+    assert [record['step'] for record in read_records(path)] == [0, 10, 10]
+
+
+def test_a_position_in_the_middle_of_a_line_leaves_no_half_of_it(path):
+    writer = JsonlWriter(path)
+    writer.write({'step': 1})
+    end = writer.position()
+    writer.write({'step': 1, 'kind': 'event'})
+    writer.truncate(writer.end_of(1, end + 3))
+    writer.write({'step': 2})
+    writer.close()
+    assert [record['step'] for record in read_records(path)] == [0, 1, 2]
 
 
 def test_cutting_back_to_the_beginning_keeps_the_schema(path):

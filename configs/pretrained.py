@@ -14,13 +14,16 @@ Hardware: what the weights need, in --config.model.param_dtype=float32 or bfloat
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(arg: str = '') -> ConfigDict:
+    """`smoke` is for small models and short prompts."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
     config = ConfigDict()
     config.init_from = ''  # given on the command line
     config.sampling = dict(
         slots=8,
-        max_length=2048,  # prompt and completion; it costs memory for every slot
-        max_tokens=256,
+        max_length=256 if arg else 2048,  # prompt and completion; it costs memory for every slot
+        max_tokens=64 if arg else 256,
         temperature=0.7,
     )
     return config

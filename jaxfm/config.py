@@ -23,7 +23,6 @@ from jaxfm.errors import (
     StorageError,
     UsageError,
 )
-from jaxfm.pretrained import locate
 from jaxfm.run_config import RunConfig
 from jaxfm.schema import Group
 from jaxfm.validation import Problem, dotted, shown
@@ -106,6 +105,8 @@ def _inherit(values: dict) -> None:
 
 def _said_by(init_from: str) -> dict:
     """{group: values} of a model that exists: of a run of ours, or from outside."""
+    from jaxfm.pretrained import locate  # numpy and safetensors, for those alone who need them
+
     directory = Path(init_from)
     if not locate.is_run(directory):
         return locate.values_of(locate.open_pretrained(init_from))

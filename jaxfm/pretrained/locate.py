@@ -40,11 +40,14 @@ def open_pretrained(name: str) -> Pretrained:
             names = ', '.join(file.name for file in ggufs)
             raise DataError(f'{path} has several models, name the file of one: {names}')
         raise MissingInputError(f'{path} holds no model: no config.json and no .gguf file')
-    if _HUB_ID.fullmatch(name) and not path.parent.is_dir():
+    is_run = path.parts[:1] == ('runs',)  # where runs are unless told otherwise
+    if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_run:
         from jaxfm.pretrained.hub import download
 
         return directory.open_directory(download(name))
-    raise MissingInputError(f'there is no {path}' + _nearest(path))
+    raise MissingInputError(
+        f'there is no {path}: train it first, or name another model' + _nearest(path)
+    )
 
 
 def _open_file(path: Path) -> Pretrained:
@@ -69,7 +72,7 @@ def _nearest(path: Path) -> str:
     near = difflib.get_close_matches(path.name, models, 1)
     if near:
         return f'; do you mean {path.parent / near[0]}?'
-    return f'; there is {", ".join(sorted(models)[:6])}' if models else ''
+    return f'; there is {directory.listed(sorted(models))}' if models else ''
 
 
 def values_of(pretrained: Pretrained) -> dict:

@@ -53,7 +53,9 @@ ARROWS = {
     'sampling': _below(2) | {'data.tokenizer'},
     'tasks': set(),
     'objectives': _below(2),
-    'data': set(),
+    # A .gguf file has the tokenizer inside.
+    'data': {'pretrained.gguf_file'},
+    'pretrained': set(),
     'models': _below(3),
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},

@@ -12,11 +12,19 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
+from jaxfm.errors import PermissionDeniedError, StorageError
 from jaxfm.models import TransformerConfig, convert
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained.directory import CONFIG, DTYPES, GENERATION, INDEX, WEIGHTS
+from jaxfm.pretrained.directory import (
+    CONFIG,
+    DTYPES,
+    GENERATION,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    read_json,
+)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -60,17 +68,8 @@ class Exporter:
     def _size(self, name: str) -> int:
         return int(np.prod(self._layout.shapes[name])) * self._dtype.itemsize
 
-    def check(self, directory: Path) -> None:
-        """Whether there is nothing yet where a model is to be written.
-
-        Raises:
-          ConfigError: something is.
-        """
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ConfigError(f'{directory} is not empty: give --output another name')
-
     def write(self, params: Mapping[str, jax.Array], directory: Path) -> None:
-        """Writes the model of these weights; called by all processes.
+        """Writes the model of these weights in place of what is there; called by all processes.
 
         Raises:
           StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
@@ -83,9 +82,7 @@ class Exporter:
             self._write_weights(params, partial)
             if self._primary:
                 self._write_configs(partial)
-                self._tokenizer.save(partial)
-                if directory.exists():
-                    directory.rmdir()
+                shutil.rmtree(directory, ignore_errors=True)
                 partial.rename(directory)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -142,6 +139,10 @@ class Exporter:
         first = {'eos_token_id': self._tokenizer.eos_id}
         _write_json(directory / CONFIG, self._hf_config | ids | first | dtype)
         _write_json(directory / GENERATION, ids)
+        self._tokenizer.save(directory)
+        # What transformers needs to know to take tokenizer.json as it is.
+        said = read_json(directory / TOKENIZER) | {'tokenizer_class': 'PreTrainedTokenizerFast'}
+        _write_json(directory / TOKENIZER, said)
 
 
 def write_safetensors(

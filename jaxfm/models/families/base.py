@@ -63,7 +63,6 @@ NEUTRAL = {
     'clip_qkv': (None,),
     'use_bidirectional_attention': (None, False),
     'quantization_config': (None,),
-    'pretraining_tp': (None, 0, 1),
     'num_local_experts': (None, 0, 1),
     'num_experts': (None, 0, 1),
 }

@@ -8,6 +8,7 @@ of Mistral 7B v0.1 is in no such file: llama.cpp does without, and so do we.
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -107,21 +108,24 @@ ARCHITECTURES = {
     'phi3': Architecture('phi3', 'Phi3ForCausalLM', _FUSED | _PRE_NORM),
 }
 
-# Words of config.json by llama.cpp's keys, behind the name of the architecture.
-_REQUIRED = {
+# Words of config.json by llama.cpp's keys behind the architecture's name: what every file has,
+_COUNTS = {
     'block_count': 'num_hidden_layers',
     'embedding_length': 'hidden_size',
     'feed_forward_length': 'intermediate_size',
     'attention.head_count': 'num_attention_heads',
     'context_length': 'max_position_embeddings',
-    'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
 }
-_OPTIONAL = {
+_NUMBERS = {'attention.layer_norm_rms_epsilon': 'rms_norm_eps'}
+# and what some have.
+_SOME_COUNTS = {
     'attention.head_count_kv': 'num_key_value_heads',
     'attention.key_length': 'head_dim',
+    'attention.sliding_window': 'sliding_window',
+}
+_SOME_NUMBERS = {
     'rope.freq_base': 'rope_theta',
     'rope.freq_base_swa': 'rope_local_base_freq',
-    'attention.sliding_window': 'sliding_window',
     'attn_logit_softcapping': 'attn_logit_softcapping',
     'final_logit_softcapping': 'final_logit_softcapping',
 }
@@ -134,6 +138,7 @@ _SCALING = {
     'yarn_beta_fast': 'beta_fast',
     'yarn_beta_slow': 'beta_slow',
 }
+_LLAMA3_CONTEXT = 8192
 _TOKENS = {'bos_token_id': 'bos', 'eos_token_id': 'eos', 'pad_token_id': 'padding'}
 
 
@@ -183,7 +188,7 @@ def open_gguf(path) -> Pretrained:
     path = Path(path).expanduser()
     metadata, stored = gguf_file.read(path)
     name = metadata.get('general.architecture')
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise DataError(
             f'{path} has the architecture {name!r}; read are {", ".join(ARCHITECTURES)}'
         )
@@ -191,16 +196,16 @@ def open_gguf(path) -> Pretrained:
     try:
         config = _config(architecture, Keys(metadata, name), stored)
         weights = _weights(architecture, config, stored)
+        tokens = _token_ids(metadata)
     except DataError as error:
         raise DataError(f'{path} {error}') from error
-    tokens = _token_ids(metadata)
     has_tokenizer = 'tokenizer.ggml.tokens' in metadata
     tokenizer = str(path) if has_tokenizer else ''
     return Pretrained(path, config | tokens, GgufTensors(weights), tokenizer, tokens)
 
 
 class Keys:
-    """The metadata of an architecture; DataError for values that are no number."""
+    """The metadata of an architecture; DataError for what is no number, or none that can be."""
 
     def __init__(self, metadata: dict, architecture: str):
         self.metadata, self._architecture = metadata, architecture
@@ -215,18 +220,29 @@ class Keys:
         if len(values) > 1:
             raise DataError(f'has layers that differ in {self._architecture}.{key}: {value}')
         value = values.pop() if values else None
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise DataError(f'has {self._architecture}.{key} {value!r}, which is no number')
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < math.inf):
+            raise DataError(f'has {self._architecture}.{key} {value!r}, which cannot be')
         return value
 
-    def required(self, keys: dict[str, str]) -> dict:
-        found = {key: self.number(key) for key in keys}
-        if missing := [f'{self._architecture}.{key}' for key in keys if not found[key]]:
-            raise DataError(f'does not say {", ".join(missing)}')
-        return {name: found[key] for key, name in keys.items()}
+    def count(self, key: str) -> int | None:
+        value = self.number(key)
+        if isinstance(value, float):
+            raise DataError(f'has {self._architecture}.{key} {value}, which is no whole number')
+        return value
 
-    def optional(self, keys: dict[str, str]) -> dict:
-        found = {name: self.number(key) for key, name in keys.items()}
+    def required(self) -> dict:
+        """What every model has, by the words of config.json."""
+        found = {name: self.count(key) for key, name in _COUNTS.items()}
+        found |= {name: self.number(key) for key, name in _NUMBERS.items()}
+        keys = {name: f'{self._architecture}.{key}' for key, name in (_COUNTS | _NUMBERS).items()}
+        if missing := [keys[name] for name, value in found.items() if not value]:
+            raise DataError(f'does not say {", ".join(missing)}')
+        return found
+
+    def optional(self, keys: dict[str, str], read) -> dict:
+        """What is there of `keys`, each read by `read`, by the words of config.json."""
+        found = {name: read(key) for key, name in keys.items()}
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -235,8 +251,10 @@ def _config(architecture: Architecture, keys: Keys, stored: dict[str, gguf_file.
     if keys.number('expert_count'):
         raise DataError('is a mixture of experts, which is not read')
     config = {'model_type': architecture.model_type, 'architectures': [architecture.class_name]}
-    config |= keys.required(_REQUIRED)
-    heads = config['num_attention_heads']
+    config |= keys.required()
+    heads, layers = config['num_attention_heads'], config['num_hidden_layers']
+    if layers > len(stored):
+        raise DataError(f'has {len(stored)} tensors for {layers} layers')
     config |= {
         'head_dim': config['hidden_size'] // heads,
         'num_key_value_heads': heads,
@@ -245,8 +263,11 @@ def _config(architecture: Architecture, keys: Keys, stored: dict[str, gguf_file.
         'attention_bias': 'blk.0.attn_q.bias' in stored,
         'mlp_bias': 'blk.0.ffn_up.bias' in stored,
         **architecture.config,
-        **keys.optional(_OPTIONAL),
+        **keys.optional(_SOME_COUNTS, keys.count),
+        **keys.optional(_SOME_NUMBERS, keys.number),
     }
+    if not (config['head_dim'] and config['num_key_value_heads'] and config['rope_theta']):
+        raise DataError('has heads of no size, no heads of keys, or RoPE of no wavelength')
     if keys.number('attention.value_length') not in (None, config['head_dim']):
         raise DataError('has heads whose values have another size than their keys, not read')
     config['vocab_size'] = _vocabulary_size(keys, stored)
@@ -277,37 +298,38 @@ def _window(architecture: Architecture, config: dict, keys: Keys) -> dict:
     if architecture.model_type == 'olmo2':  # llama.cpp has one name for both
         said = {'model_type': 'olmo3', 'architectures': ['Olmo3ForCausalLM']}
     layers = range(config['num_hidden_layers'])
-    if isinstance(pattern, list):
-        has_window = [bool(layer) for layer in pattern]
-    else:
-        has_window = [bool((i + 1) % pattern) if pattern else True for i in layers]
-    if len(has_window) != len(layers):
-        raise DataError(f'has windows for {len(has_window)} layers of {len(layers)}')
+    if isinstance(pattern, int):
+        pattern = pattern and [(i + 1) % pattern for i in layers]
     if pattern:
+        if not isinstance(pattern, list) or len(pattern) != len(layers):
+            raise DataError(f'has windows {pattern!r} for {len(layers)} layers')
         kinds = ('full_attention', 'sliding_attention')
-        said['layer_types'] = [kinds[is_sliding] for is_sliding in has_window]
+        said['layer_types'] = [kinds[bool(has_window)] for has_window in pattern]
     return said
 
 
 def _rope(config: dict, keys: Keys, stored: dict[str, gguf_file.Tensor]) -> dict:
     """How the wavelengths are scaled, and what part of a head turns."""
     said = {}
-    turned = keys.number('rope.dimension_count') or config['head_dim']
-    if turned != config['head_dim']:
+    turned = keys.count('rope.dimension_count') or config['head_dim']
+    if turned > config['head_dim']:
+        raise DataError(f'turns {turned} numbers of heads of {config["head_dim"]}')
+    if turned < config['head_dim']:
         said['partial_rotary_factor'] = turned / config['head_dim']
-    scaling = keys.optional({f'rope.scaling.{key}': name for key, name in _SCALING.items()})
+    scaling_keys = {f'rope.scaling.{key}': name for key, name in _SCALING.items()}
+    scaling = keys.optional(scaling_keys, keys.number)
     if context := scaling.get('original_max_position_embeddings'):
         said['original_max_position_embeddings'] = context
     kind = keys.get('rope.scaling.type') or ('linear' if scaling.get('factor', 1) != 1 else 'none')
     long, short = (stored.get(f'rope_factors_{which}.weight') for which in ('long', 'short'))
     if 'rope_freqs.weight' in stored:
-        factors = stored['rope_freqs.weight'].read()
+        factors = stored['rope_freqs.weight'].read().ravel()
         said['rope_scaling'] = _llama3_scaling(factors, config['rope_theta'], turned)
     elif long and short:
         said['rope_scaling'] = {
             'rope_type': 'longrope',
-            'long_factor': [gguf_file.shortest(value) for value in long.read()],
-            'short_factor': [gguf_file.shortest(value) for value in short.read()],
+            'long_factor': [gguf_file.shortest(value) for value in long.read().ravel()],
+            'short_factor': [gguf_file.shortest(value) for value in short.read().ravel()],
         }
     elif kind != 'none':
         said['rope_scaling'] = {'rope_type': kind, **scaling}
@@ -317,33 +339,38 @@ def _rope(config: dict, keys: Keys, stored: dict[str, gguf_file.Tensor]) -> dict
 def _llama3_scaling(factors: np.ndarray, theta: float, turned: int) -> dict | None:
     """The words of Llama 3.1 for factors of its wavelengths; None where nothing is stretched.
 
-    A wavelength of less than context / high goes unchanged, one of more than context / low is
-    stretched by `factor`, and 1 / stretch is linear in 1 / wavelength in between. Only the ratios
-    of the three are in the factors; the context is taken to be that of Llama 3, 8192.
+    A wave that turns more than `high` times within the context goes unchanged, one that turns less
+    than `low` times is stretched by `factor`, and 1 / stretch is linear in the turns in between.
+    Only the ratios of the three are in the factors: the context is taken to be that of Llama 3.
     """
     if np.all(factors == 1):
         return None
-    context, factor = 8192, gguf_file.shortest(factors.max())
-    waves = context * theta ** (-np.arange(0, turned, 2) / turned) / (2 * np.pi)
-    candidates = [(1.0, 4.0)]  # of all Llama 3
-    between = (factors > 1) & (factors < factors.max())
-    if len(waves) == len(factors) and between.sum() > 1:
-        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
-        slope, start = np.polyfit(waves[between], smooth, 1)
-        low = float(-start / slope)
-        candidates.append((round(low, 3), round(low + 1 / float(slope), 3)))
-    for low, high in candidates:
-        smooth = np.clip((waves - low) / (high - low), 0, 1) if high > low else np.zeros(1)
-        stretch = 1 / ((1 - smooth) / factor + smooth)
-        if stretch.shape == factors.shape and np.allclose(stretch, factors, rtol=1e-4):
-            return {
-                'rope_type': 'llama3',
-                'factor': factor,
-                'low_freq_factor': low,
-                'high_freq_factor': high,
-                'original_max_position_embeddings': context,
-            }
+    factor = gguf_file.shortest(factors.max()) if len(factors) else 0
+    if factor > 1 and 2 * len(factors) == turned:
+        turns = _LLAMA3_CONTEXT * theta ** (-np.arange(0, turned, 2) / turned) / (2 * np.pi)
+        for low, high in ((1.0, 4.0), *_fitted(factors, turns)):  # the first are those of Llama 3
+            part = np.clip((turns - low) / (high - low), 0, 1)
+            if np.allclose(1 / ((1 - part) / factor + part), factors, rtol=1e-4):
+                return {
+                    'rope_type': 'llama3',
+                    'factor': factor,
+                    'low_freq_factor': low,
+                    'high_freq_factor': high,
+                    'original_max_position_embeddings': _LLAMA3_CONTEXT,
+                }
     raise DataError('has rope_freqs.weight that are not those of Llama 3, not read')
+
+
+def _fitted(factors: np.ndarray, turns: np.ndarray) -> list[tuple[float, float]]:
+    """`low` and `high` of the line through two factors that are in between, if there are two."""
+    between = np.flatnonzero((factors > 1) & (factors < factors.max()))
+    if len(set(factors[between])) < 2 or len(set(turns)) < len(turns):
+        return []
+    (part, last_part), (turn, last_turn) = 1 / factors[between[[0, -1]]], turns[between[[0, -1]]]
+    scale = 1 / factors.max()
+    slope = (last_part - part) / (last_turn - turn) / (1 - scale)
+    low = turn - (part - scale) / (1 - scale) / slope
+    return [(round(float(low), 3), round(float(low + 1 / slope), 3))]
 
 
 def _known_of_family(config: dict) -> dict:
@@ -367,6 +394,9 @@ def _token_ids(metadata: dict) -> dict:
     """The ids of tokens; where another token ends a turn, both end a text."""
     found = {name: metadata.get(f'tokenizer.ggml.{key}_token_id') for name, key in _TOKENS.items()}
     turn = metadata.get('tokenizer.ggml.eot_token_id')
+    for name, i in (*found.items(), ('eot_token_id', turn)):
+        if i is not None and not isinstance(i, int):
+            raise DataError(f'has {name} {i!r}, which is no token')
     if turn is not None and found['eos_token_id'] not in (None, turn):
         found['eos_token_id'] = [found['eos_token_id'], turn]
     return {name: i for name, i in found.items() if i is not None}
@@ -378,7 +408,7 @@ def _weights(
     """The weights by their Hugging Face names; DataError unless they are just what should be."""
     names = _names(architecture, config['num_hidden_layers'])
     optional = {name for name in names if name.endswith('.bias')} | {'output.weight'}
-    factors = {f'{name}.weight' for name in _ROPE_FACTORS}
+    factors = {f'{name}.weight' for name in _ROPE_FACTORS}  # read already
     for what, found in (
         ('lacks the tensors', [name for name in names if name not in stored.keys() | optional]),
         ('has unknown tensors', [name for name in stored if name not in names.keys() | factors]),

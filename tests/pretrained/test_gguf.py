@@ -14,7 +14,8 @@ import pytest
 
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
 from jaxfm.pretrained import gguf_file
-from jaxfm.pretrained.gguf import ARCHITECTURES, open_gguf
+from jaxfm.pretrained.gguf import open_gguf
+from jaxfm.pretrained.gguf_architectures import ARCHITECTURES
 from tests import gguf_files
 
 HF = {

@@ -197,11 +197,11 @@ def test_the_config_of_the_real_model_is_that_of_its_hugging_face_repository(rea
 
 
 def test_the_real_model_is_read_in_seconds(smollm2_gguf):
-    started_at = time.perf_counter()
+    started_at = time.process_time()  # the clock on the wall is that of a machine shared by others
     model = open_gguf(smollm2_gguf)
     for name in model.tensors.shapes:
         model.tensors.read(name)
-    assert time.perf_counter() - started_at < 5
+    assert time.process_time() - started_at < 3
 
 
 PARTS = [
@@ -505,9 +505,16 @@ def test_a_tensor_that_is_there_twice_is_named(path):
 
 
 def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
-    content = make(path, kinds={'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}).read_bytes()
+    kinds = {'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}
+    content = make(path, kinds=kinds, names=['a', 'word', 'and another']).read_bytes()
+    texts = content.index(b'llama.names')
     draw = random.Random(0)
-    for length in [*range(1, 400, 7), *draw.sample(range(len(content)), 100), len(content) - 1]:
+    for length in [
+        *range(1, 40),
+        *range(texts, texts + 100),
+        *draw.sample(range(len(content)), 100),
+        len(content) - 1,
+    ]:
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match='is damaged|is truncated') as caught:
             open_gguf(path)

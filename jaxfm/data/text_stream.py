@@ -55,6 +55,6 @@ class TextStream:
         if len(self._ids) - self._cut < self._size:
             return
         context = self._tokenizer.decode(self._ids[self._cut :])
-        if context.strip():  # a space at the head of a window is dropped: it must not be the next
+        if context:  # a space at the head of a window is dropped: it must not be one yet to come
             del self._ids[: self._cut]
             self._cut, self._given = len(self._ids), len(context)

@@ -15,24 +15,27 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
     Raises:
       DataError: a prompt that the tokenizer or the chat template refuses.
     """
-    sampling = config.sampling
-    temperature, max_tokens = sampling.temperature, sampling.max_tokens
-    chat = Chat(tokenizer)
-    if flags is not None:
-        temperature = temperature if flags.temperature is None else flags.temperature
-        max_tokens = flags.max_tokens or max_tokens
+    chat, options = Chat(tokenizer), request_options(config, flags)
     return [
         Request(
             id=str(index),
             tokens=_prompt_ids(config, tokenizer, chat, prompt),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=flags.seed if flags is not None else config.seed,
             sample_index=index,
             stop_ids=chat.stop_ids,
+            **options,
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def request_options(config, flags=None) -> dict:
+    """temperature, max_tokens and seed of requests: of the flags, or else of the config."""
+    sampling = config.sampling
+    temperature, max_tokens, seed = sampling.temperature, sampling.max_tokens, config.seed
+    if flags is not None:
+        temperature = temperature if flags.temperature is None else flags.temperature
+        max_tokens, seed = flags.max_tokens or max_tokens, flags.seed
+    return dict(temperature=temperature, max_tokens=max_tokens, seed=seed)
 
 
 def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 from jaxfm.data import BytesConfig, tokenizer
 from jaxfm.data.chat import Chat
 from jaxfm.errors import DataError
+from jaxfm.modes import chat
 from jaxfm.modes.chat import Assistant
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Event
@@ -62,20 +64,19 @@ def user(content):
     return {'role': 'user', 'content': content}
 
 
-def test_a_turn_begins_with_the_ids_of_those_before_it(coder):
-    sampler = Answers([*coder.encode('hi!'), coder.eos_id], [coder.eos_id])
-    assistant = Assistant(sampler, coder, OPTIONS)
-    asked = [user('hello')]
-    text, reason, _ = ask(assistant, asked)
-    assert (text, reason) == ('hi!', 'stop')
-    ask(assistant, [*asked, {'role': 'assistant', 'content': text}, user('more')])
-    first, second = sampler.requests
-    assert first.tokens == Chat(coder).prompt(asked)
+def test_a_turn_begins_with_the_ids_of_those_before_it(coder, capsys):
+    said = ['hello', 'more', '/reset', 'hello']
+    sampler = Answers([*coder.encode('hi!'), coder.eos_id], [coder.eos_id], [coder.eos_id])
+    assert chat._talk(Assistant(sampler, coder, OPTIONS), said, None, chat._no_hint) == 0
+    assert capsys.readouterr() == ('hi!\n\n\n', '')
+    first, second, third = sampler.requests
+    assert first.tokens == Chat(coder).prompt([user('hello')])
     before = [*first.tokens, *coder.encode('hi!'), coder.eos_id]
     assert second.tokens[: len(before)] == before
     assert coder.decode(second.tokens[len(before) :]) == '\nQ: more\nA: '
+    assert third.tokens == first.tokens
     assert first.temperature == 0 and first.max_tokens == 20 and first.seed == 3
-    assert first.sample_index != second.sample_index
+    assert len({request.sample_index for request in sampler.requests}) == 3
 
 
 def test_a_character_is_shown_whole_and_the_stop_token_not(coder):
@@ -93,6 +94,35 @@ def test_an_answer_that_is_stopped_is_what_was_shown_and_leaves_the_sampler(code
         'a lo', 'interrupted'
     )  # fmt: skip
     assert sampler.cancelled == [sampler.requests[0].id]
+
+
+def test_a_mark_that_is_no_special_token_ends_an_answer_unseen(tmp_path):
+    mark = '<|im_end|>'
+    config = BytesConfig(chat_template='chatml', special_tokens=['<|im_start|>', mark])
+    tokenizer.build(config, ()).save(tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    content = json.loads(path.read_text())
+    for token in content['added_tokens']:
+        token['special'] = token['special'] and token['content'] != mark
+    path.write_text(json.dumps(content))
+    coder = tokenizer.load(tmp_path)
+    end = coder.special_tokens[mark]
+    assert coder.decode([end]) == mark
+    sampler = Answers([*coder.encode('yes'), end])
+    assert ask(Assistant(sampler, coder, OPTIONS), [user('x')])[:2] == ('yes', 'stop')
+
+
+def test_a_turn_that_is_stopped_before_any_text_is_forgotten(coder):
+    class Hasty(Answers):
+        def add(self, request):
+            super().add(request)
+            signal.raise_signal(signal.SIGINT)
+
+    messages = [user('hello'), {'role': 'assistant', 'content': 'hi'}]
+    handler = signal.getsignal(signal.SIGINT)
+    assistant = Assistant(Hasty(coder.encode('long')), coder, OPTIONS)
+    assert chat._turn(assistant, messages, 'more', chat._no_hint) == messages
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_what_to_do(coder):
@@ -291,36 +321,36 @@ def terminal(tiny, chatty):
 def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(terminal, tmp_path):
     output = tmp_path / 'chats.jsonl'
     room = ['--config.sampling.max_length=60000', '--max_tokens=29000']
-    chat = terminal('--temperature=1', *room, '--output', output)
-    chat.wait_for(lambda: chat.screen.endswith('> '))
-    assert '/reset' in chat.screen and chat.out == ''
-    chat.type('hello\n')
-    chat.wait_for(lambda: len(chat.out) > 20)  # long before the end of the answer
-    assert chat.process.poll() is None
-    chat.type('\x03')
-    chat.wait_for(lambda: chat.screen.endswith('(stopped)\r\n> '))
-    first = chat.out
+    talk = terminal('--temperature=1', *room, '--output', output)
+    talk.wait_for(lambda: talk.screen.endswith('> '))
+    assert '/reset' in talk.screen and talk.out == ''
+    talk.type('hello\n')
+    talk.wait_for(lambda: len(talk.out) > 20)  # long before the end of the answer
+    assert talk.process.poll() is None
+    talk.type('\x03')
+    talk.wait_for(lambda: talk.screen.endswith('(stopped)\r\n> '))
+    first = talk.out
     assert len(first) < 20_000
-    chat.type('go on\n')
-    chat.wait_for(lambda: len(chat.out) > len(first) + 20)
-    chat.type('\x03')
-    chat.wait_for(lambda: chat.screen.count('(stopped)') == 2 and chat.screen.endswith('> '))
-    chat.type('\x03')
-    assert chat.process.wait(PATIENCE) == 130
-    assert 'Traceback' not in chat.screen
+    talk.type('go on\n')
+    talk.wait_for(lambda: len(talk.out) > len(first) + 20)
+    talk.type('\x03')
+    talk.wait_for(lambda: talk.screen.count('(stopped)') == 2 and talk.screen.endswith('> '))
+    talk.type('\x03')
+    assert talk.process.wait(PATIENCE) == 130
+    assert 'Traceback' not in talk.screen
     chats = chats_in(output)
     assert said_in(chats) == [['hello', 'go on']]
-    assert answers_in(chats) == chat.out
+    assert answers_in(chats) == talk.out
 
 
 def test_at_a_terminal_prompts_come_first_and_a_refusal_is_no_failure(terminal):
-    chat = terminal(*GREEDY, '--config.sampling.max_length=64', '--prompt=hello')
-    chat.wait_for(lambda: chat.screen.endswith('> ') and chat.out)
-    assert '> hello\r\n' in chat.screen
-    chat.type(60 * 'x' + '\n')
-    chat.wait_for(lambda: 'exceed sampling.max_length 64' in chat.screen)
-    chat.type('/reset\n')
-    chat.wait_for(lambda: 'forgotten' in chat.screen)
-    chat.type('\x04')
-    assert chat.process.wait(PATIENCE) == 0
-    assert 'Traceback' not in chat.screen
+    talk = terminal(*GREEDY, '--config.sampling.max_length=64', '--prompt=hello')
+    talk.wait_for(lambda: talk.screen.endswith('> ') and talk.out)
+    assert '> hello\r\n' in talk.screen
+    talk.type(60 * 'x' + '\n')
+    talk.wait_for(lambda: 'exceed sampling.max_length 64' in talk.screen)
+    talk.type('/reset\n')
+    talk.wait_for(lambda: 'forgotten' in talk.screen)
+    talk.type('\x04')
+    assert talk.process.wait(PATIENCE) == 0
+    assert 'Traceback' not in talk.screen

@@ -8,6 +8,7 @@ MODES = {
     'eval': 'jaxfm.modes.evaluate:evaluate',
     'sample': 'jaxfm.modes.sample:sample',
     'chat': 'jaxfm.modes.chat:chat',
+    'export': 'jaxfm.modes.export:export',
 }
 
 

@@ -1,4 +1,4 @@
-"""--mode chat: a conversation in the terminal with the weights of the newest checkpoint.
+"""--mode chat: a conversation in the terminal with the newest weights.
 
 A line of stdin is what the user says. The text of the answer alone goes to stdout, as it is
 generated; what helps a person at a terminal goes to stderr. Every turn renders the whole
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 
-from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
 from jaxfm.data.text_stream import TextStream
 from jaxfm.errors import DataError, UsageError
@@ -51,13 +50,16 @@ def chat(flags, config: RunConfig) -> int:
             )
         console = Console()
         stack.callback(console.close)
-        tokenizer = tokenizers.load(run.workdir / 'tokenizer')
-        if not tokenizer.chat_template:
+        run.open_tokenizer()
+        if not run.tokenizer.chat_template:
             log.warning('the tokenizer has no chat template: `plain` takes its place')
-        params, step = run.restore_params(run.reader())
+        chat_format = Chat(run.tokenizer)
+        params, step = run.current_params()
         sampler = run.sampler(params, slots=1)
-        assistant = Assistant(sampler, tokenizer, request_options(config, flags))
-        log.info('talking to step %d', step)
+        options = request_options(config, chat_format, flags)
+        assistant = Assistant(sampler, run.tokenizer, chat_format, options)
+        if step is not None:
+            log.info('talking to step %d', step)
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
         hint = _hint if is_terminal else _no_hint
         hint(f'{HINTS}\n')
@@ -69,12 +71,12 @@ def chat(flags, config: RunConfig) -> int:
 class Assistant:
     """Answers conversations, one at a time.
 
-    options: of every request: temperature, max_tokens, seed.
+    options: of every request.
     """
 
-    def __init__(self, sampler, tokenizer, options: dict):
+    def __init__(self, sampler, tokenizer, chat_format: Chat, options: dict):
         self._sampler, self._tokenizer, self._options = sampler, tokenizer, options
-        self._chat = Chat(tokenizer)
+        self._format = chat_format
         self._num_answers = 0  # each draws noise of its own
 
     def answer(
@@ -103,14 +105,13 @@ class Assistant:
         return text, reason
 
     def _request(self, messages: Messages) -> Request:
-        ids = self._chat.prompt(messages)
+        ids = self._format.prompt(messages)
         self._check_length(len(ids))
         self._num_answers += 1
         return Request(
             id=str(self._num_answers),
             tokens=ids,
             sample_index=self._num_answers,
-            stop_ids=self._chat.stop_ids,
             **self._options,
         )
 

@@ -15,34 +15,36 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
     Raises:
       DataError: a prompt that the tokenizer or the chat template refuses.
     """
-    chat, options = Chat(tokenizer), request_options(config, flags)
+    chat = Chat(tokenizer)
+    options = request_options(config, chat, flags)
     return [
         Request(
             id=str(index),
             tokens=_prompt_ids(config, tokenizer, chat, prompt),
             sample_index=index,
-            stop_ids=chat.stop_ids,
             **options,
         )
         for index, prompt in enumerate(prompts)
     ]
 
 
-def request_options(config, flags=None) -> dict:
-    """temperature, max_tokens and seed of requests: of the flags, or else of the config."""
+def request_options(config, chat: Chat, flags=None) -> dict:
+    """What all requests have in common: of the flags, or else of the config."""
     sampling = config.sampling
     temperature, max_tokens, seed = sampling.temperature, sampling.max_tokens, config.seed
     if flags is not None:
         temperature = temperature if flags.temperature is None else flags.temperature
         max_tokens, seed = flags.max_tokens or max_tokens, flags.seed
-    return dict(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    stop_ids = chat.stop_ids | set(sampling.stop_ids)
+    return dict(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids)
 
 
 def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
     if config.sampling.chat:
         return chat.prompt([{'role': 'user', 'content': prompt}])
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return tokenizer.encode(prompt) or [begin]
+    # As documents begin in training: with bos, where there is one.
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return begin + tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
 def write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:

@@ -53,6 +53,12 @@ def coder():
     return tokenizer.build(BytesConfig(chat_template='qa'), ())
 
 
+def answering(sampler, coder) -> Assistant:
+    chat_format = Chat(coder)
+    options = dict(OPTIONS, stop_ids=chat_format.stop_ids)
+    return Assistant(sampler, coder, chat_format, options)
+
+
 def ask(assistant, messages, stop_after=None):
     """(text, reason, pieces) of the answer, stopped when so many pieces are there."""
     pieces = []
@@ -67,7 +73,7 @@ def user(content):
 def test_a_turn_begins_with_the_ids_of_those_before_it(coder, capsys):
     said = ['hello', 'more', '/reset', 'hello']
     sampler = Answers([*coder.encode('hi!'), coder.eos_id], [coder.eos_id], [coder.eos_id])
-    assert chat._talk(Assistant(sampler, coder, OPTIONS), said, None, chat._no_hint) == 0
+    assert chat._talk(answering(sampler, coder), said, None, chat._no_hint) == 0
     assert capsys.readouterr() == ('hi!\n\n\n', '')
     first, second, third = sampler.requests
     assert first.tokens == Chat(coder).prompt([user('hello')])
@@ -81,7 +87,7 @@ def test_a_turn_begins_with_the_ids_of_those_before_it(coder, capsys):
 
 def test_a_character_is_shown_whole_and_the_stop_token_not(coder):
     sampler = Answers([*coder.encode('a\U0001f600'), coder.eos_id], coder.encode('\U0001f600')[:2])
-    assistant = Assistant(sampler, coder, OPTIONS)
+    assistant = answering(sampler, coder)
     assert ask(assistant, [user('x')]) == (
         'a\U0001f600', 'stop', ['a', '', '', '', '\U0001f600', '']
     )  # fmt: skip
@@ -90,7 +96,7 @@ def test_a_character_is_shown_whole_and_the_stop_token_not(coder):
 
 def test_an_answer_that_is_stopped_is_what_was_shown_and_leaves_the_sampler(coder):
     sampler = Answers(coder.encode('a long answer'))
-    assert ask(Assistant(sampler, coder, OPTIONS), [user('x')], stop_after=4)[:2] == (
+    assert ask(answering(sampler, coder), [user('x')], stop_after=4)[:2] == (
         'a lo', 'interrupted'
     )  # fmt: skip
     assert sampler.cancelled == [sampler.requests[0].id]
@@ -109,7 +115,7 @@ def test_a_mark_that_is_no_special_token_ends_an_answer_unseen(tmp_path):
     end = coder.special_tokens[mark]
     assert coder.decode([end]) == mark
     sampler = Answers([*coder.encode('yes'), end])
-    assert ask(Assistant(sampler, coder, OPTIONS), [user('x')])[:2] == ('yes', 'stop')
+    assert ask(answering(sampler, coder), [user('x')])[:2] == ('yes', 'stop')
 
 
 def test_a_turn_that_is_stopped_before_any_text_is_forgotten(coder):
@@ -120,7 +126,7 @@ def test_a_turn_that_is_stopped_before_any_text_is_forgotten(coder):
 
     messages = [user('hello'), {'role': 'assistant', 'content': 'hi'}]
     handler = signal.getsignal(signal.SIGINT)
-    assistant = Assistant(Hasty(coder.encode('long')), coder, OPTIONS)
+    assistant = answering(Hasty(coder.encode('long')), coder)
     assert chat._turn(assistant, messages, 'more', chat._no_hint) == messages
     assert signal.getsignal(signal.SIGINT) is handler
 
@@ -128,7 +134,7 @@ def test_a_turn_that_is_stopped_before_any_text_is_forgotten(coder):
 def test_a_conversation_that_is_too_long_is_refused_with_what_to_do(coder):
     sampler = Answers()
     with pytest.raises(DataError) as error:
-        ask(Assistant(sampler, coder, OPTIONS), [user('x' * 180)])
+        ask(answering(sampler, coder), [user('x' * 180)])
     for words in (
         '188 tokens', '+ 20 of', '= 208', 'max_length 200', '/reset',
         '--config.sampling.max_length=400', '--max_tokens',

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from jaxfm import sharding
 from jaxfm.data.dataset import Dataset
 from jaxfm.objectives import OBJECTIVES
-from jaxfm.plan import model_flops_per_token
+from jaxfm.plan import frozen_matmul_params, model_flops_per_token
 from jaxfm.run_config import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.state import (
     TrainState,
     abstract_state,
     begin_phase,
+    fresh_params,
     init_state,
     make_train_step,
     split,
@@ -54,8 +55,8 @@ class Phase:
 
     def flops_per_step(self, model_config) -> float:
         """Model FLOPs of one global step, causal attention counted half."""
-        length = self.config.data.sequence_length
-        return model_flops_per_token(model_config, length) * self.tokens_per_step
+        length, frozen = self.config.data.sequence_length, frozen_matmul_params(self.parts)
+        return model_flops_per_token(model_config, length, frozen=frozen) * self.tokens_per_step
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the train state."""
@@ -64,6 +65,10 @@ class Phase:
     def init_state(self) -> TrainState:
         """A fresh train state."""
         return init_state(self.make_model, self.parts, self.optimizer, self.seed)
+
+    def fresh_adapters(self) -> dict:
+        """The adapters of `init_state`, for weights that have none."""
+        return fresh_params(self.make_model, self.parts, self.seed, self.parts.adapters)
 
     def begin(self, params: dict, before: TrainState | None = None) -> TrainState:
         """The state at the first step with these weights, which are donated."""

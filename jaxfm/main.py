@@ -13,12 +13,11 @@ import traceback
 from pathlib import Path
 
 from jaxfm import config as configs
-from jaxfm import resume
+from jaxfm import modes, resume
 from jaxfm.checkpoint.storage import open_storage
 from jaxfm.data import SOURCES
 from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
 
-MODES = ('train', 'eval', 'sample')
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
 # small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
 HUGE_PAGES = (
@@ -45,7 +44,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument('--config', metavar='FILE[:ARG]', help='a file of configs/')
-    parser.add_argument('--mode', choices=MODES, default='train')
+    parser.add_argument('--mode', choices=tuple(modes.MODES), default='train')
     parser.add_argument('--workdir', type=Path, help='default: runs/<config>[-<arg>]')
     parser.add_argument(
         '--allow_change',
@@ -93,9 +92,8 @@ def main(argv: list[str]) -> int:
             _check_files(config)
         if config.checkpoint.directory:
             open_storage(config.checkpoint.directory).check_readable()
-        from jaxfm import modes  # jax only now: a mistake in the config costs no start-up time
-
-        return modes.MODES[flags.mode](flags, config)
+        run_mode = modes.load(flags.mode)  # jax only now: a mistake costs no start-up time
+        return run_mode(flags, config)
     except RunError as error:
         return _report(error)
     except MemoryError as error:

@@ -120,7 +120,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
         'model': [
             ('name', f'{model.name}, {model.num_layers} layers'),
             ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
-            *_adapter_rows(model.lora),
+            *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
             ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
              'logits float32'),
         ],
@@ -141,13 +141,6 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
 
 def _origin(config) -> list[tuple]:
     return [('weights from', config.init_from)] if config.init_from else []
-
-
-def _adapter_rows(lora) -> list[tuple]:
-    if lora is None:
-        return []
-    where = ', '.join(lora.matrices)
-    return [('adapters', f'rank {lora.rank}, alpha {lora.alpha:g} on {where}, float32')]
 
 
 def _phase_rows(phase, model) -> list[tuple]:

@@ -19,10 +19,10 @@ from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
-from jaxfm.errors import DataError, MissingInputError
+from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
-from jaxfm.models import MODELS
+from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
@@ -44,8 +44,7 @@ class Run:
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         self.primary = distributed.is_primary()
-        model_class = MODELS[config.model.name].load()
-        self.make_model = lambda key: model_class(config.model, nnx.Rngs(key))
+        self.make_model = _maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
@@ -140,9 +139,12 @@ class Run:
             for name, group in self.config.evals.items()
         }
 
-    def restore_params(self, checkpoints: Reader) -> tuple[dict, int]:
-        """The weights of the newest whole checkpoint alone, and its step."""
-        wanted = self.phases[0].abstract_state().params
+    def restore_params(self, checkpoints: Reader, phase: Phase | None = None) -> tuple[dict, int]:
+        """The weights of the newest whole checkpoint alone, and its step.
+
+        phase: one with the model that is in the checkpoint, where it is not that of the run.
+        """
+        wanted = (phase or self.phases[0]).abstract_state().params
         restored = checkpoints.newest_whole(
             lambda step: (checkpoints.restore_params(step, wanted), step)
         )
@@ -157,9 +159,38 @@ class Run:
             return first.init_state()
         directory = Path(self.config.init_from)
         earlier = configs.read(directory / 'config.json')
-        params, step = self.restore_params(Reader(earlier.checkpoint, directory / 'checkpoints'))
+        checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
+        params, step = self._weights_of(earlier, checkpoints)
         log.info('weights of %s at step %d', directory, step)
-        return first.begin(params)
+        return first.begin(self._with_adapters(params))
+
+    def _weights_of(self, earlier: RunConfig, checkpoints: Reader) -> tuple[dict, int]:
+        """The newest weights of an earlier run, and their step.
+
+        Its adapters are merged into the weights where this run has none.
+
+        Raises:
+          ConfigError: both have adapters, and not the same kind.
+        """
+        ours, theirs = self.config.model.lora, earlier.model.lora
+        if ours and theirs and (ours.path or ours.described != theirs.described):
+            raise ConfigError(
+                f'config.model.lora: the model of {self.config.init_from} has adapters already '
+                f'({theirs.described}); leave it out to go on with them, '
+                'or give None to merge them into the weights'
+            )
+        model = self.config.model.model_copy(update={'lora': theirs})
+        phase = dataclasses.replace(self.phases[0], make_model=_maker(model))
+        params, step = self.restore_params(checkpoints, phase)
+        if theirs and not ours:
+            params = lora.merge(params, model)
+        return params, step
+
+    def _with_adapters(self, params: dict) -> dict:
+        """Weights with the adapters that the model has beside them: fresh where they lack."""
+        if self.parts.adapters <= params.keys():
+            return params
+        return params | self.phases[0].fresh_adapters()
 
 
 @contextlib.contextmanager
@@ -171,6 +202,12 @@ def started(flags, config: RunConfig):
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _maker(model: TransformerConfig):
+    """key -> the model with fresh weights."""
+    model_class = MODELS[model.name].load()
+    return lambda key: model_class(model, nnx.Rngs(key))
 
 
 def _packed(sizes: dict[str, int]) -> str:

@@ -87,6 +87,7 @@ class LoraConfig(Group):
     A matrix W becomes W + alpha / rank x A B.
     """
 
+    path: str = ''  # a directory that PEFT has written: its rank, alpha, targets and weights count
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
     # Names of matrices in a block, or 'all'.
@@ -100,6 +101,11 @@ class LoraConfig(Group):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def described(self) -> str:
+        """For people."""
+        return f'rank {self.rank}, alpha {self.alpha:g} on {", ".join(self.matrices)}'
 
 
 class TransformerConfig(Group):

@@ -36,13 +36,13 @@ class Lora(nnx.Module):
         self.a = nnx.Param(a, axes=(*axes[:outputs], 'lora'))
         self.b = nnx.Param(b, axes=(*axes[ways], 'lora', *axes[outputs:]))
 
-    def __call__(self, x):
+    def __call__(self, x, out_sharding=None):
         """x [B, T, *inputs] -> what is added to the product with the matrix."""
         # The inputs of `out` and `down` are split over devices; the rank is not.
         spec = activation('batch', 'position', *self.a.axes[self.num_inputs :])
         low = linear(x, self.a[...], contracted=self.num_inputs, out_sharding=spec) * self.scale
         if _WAYS not in self.a.axes:
-            return linear(low, self.b[...])
+            return linear(low, self.b[...], out_sharding=out_sharding)
         ways = range(self.b.shape[0])
         return jnp.stack([linear(low[:, :, way], self.b[way]) for way in ways], axis=2)
 
@@ -61,7 +61,7 @@ def adapter(config: LoraConfig | None, target: str, matrix: nnx.Param, rngs, num
 def project(x, matrix: nnx.Param, lora: Lora | None, *, contracted: int = 1, out_sharding=None):
     """`ops.linear` with a matrix, and what its adapter adds."""
     out = linear(x, matrix[...], contracted=contracted, out_sharding=out_sharding)
-    return out if lora is None else out + lora(x)
+    return out if lora is None else out + lora(x, out_sharding)
 
 
 # A B of every layer of a stack, by the target.

@@ -16,7 +16,14 @@ from jaxfm import config as configs
 from jaxfm import modes, resume
 from jaxfm.checkpoint.storage import open_storage
 from jaxfm.data import SOURCES
-from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
+from jaxfm.errors import (
+    ConfigError,
+    MissingInputError,
+    NumericsError,
+    Preempted,
+    RunError,
+    UsageError,
+)
 
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
 # small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
@@ -87,6 +94,7 @@ def main(argv: list[str]) -> int:
     try:
         flags, overrides = parse(argv)
         config = configs.load(flags.config, overrides)
+        _check_mode(flags, config)
         _check_workdir(flags, config)
         if flags.mode != 'sample':
             _check_files(config)
@@ -120,14 +128,24 @@ def _check_files(config) -> None:
             SOURCES[source.name].load()(source).files()
 
 
+def _check_mode(flags, config) -> None:
+    """Whether the config has what the mode needs."""
+    if flags.mode in ('train', 'eval') and not config.all_phases:
+        raise ConfigError(
+            f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
+            'config.data and config.optimizer, as configs/sft.py has'
+        )
+
+
 def _check_workdir(flags, config) -> None:
     """Whether the run that is in the work directory, if any, may go on with this config."""
     known, flags.changes = flags.workdir / 'config.json', []
     if known.exists():
         flags.changes = resume.check_resume(configs.read(known), config, flags.allow_change)
-    elif flags.mode != 'train':
+    elif flags.mode != 'train' and not config.init_from:
         raise MissingInputError(
-            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir'
+            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir '
+            'or a model by --config.init_from'
         )
 
 

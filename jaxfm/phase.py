@@ -17,7 +17,6 @@ from jaxfm.state import (
     TrainState,
     abstract_state,
     begin_phase,
-    fresh_params,
     init_state,
     make_train_step,
     split,
@@ -65,10 +64,6 @@ class Phase:
     def init_state(self) -> TrainState:
         """A fresh train state."""
         return init_state(self.make_model, self.parts, self.optimizer, self.seed)
-
-    def fresh_adapters(self) -> dict:
-        """The adapters of `init_state`, for weights that have none."""
-        return fresh_params(self.make_model, self.parts, self.seed, self.parts.adapters)
 
     def begin(self, params: dict, before: TrainState | None = None) -> TrainState:
         """The state at the first step with these weights, which are donated."""

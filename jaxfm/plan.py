@@ -154,8 +154,8 @@ def _phase_rows(phase, model) -> list[tuple]:
         ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
         ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
-        ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'
-         + (', without gradients of frozen weights' if frozen else '')),
+        ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+        *([('not counted', 'gradients of frozen weights: they are not computed')] if frozen else []),
     ]
 
 

@@ -17,16 +17,19 @@ from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
+from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
-from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
+from jaxfm.pretrained import locate
+from jaxfm.pretrained.load import load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
-from jaxfm.state import TrainState
+from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 
 log = logging.getLogger('jaxfm')
 
@@ -46,7 +49,7 @@ class Run:
         self.primary = distributed.is_primary()
         self.make_model = _maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
-        self.parts = self.phases[0].parts
+        self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
 
@@ -61,16 +64,28 @@ class Run:
         if not self.primary:
             distributed.barrier('corpus')
         self.tokenizer = make_tokenizer(self.config.tokenizer, self.phases[0].config.data, cache)
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
-            raise DataError(
-                f'the tokenizer has {self.tokenizer.vocab_size} tokens, '
-                f'config.model.vocab_size is {self.config.model.vocab_size}'
-            )
+        self._check_tokenizer()
         for phase in self.phases:
             phase.dataset = open_dataset(phase.config.data, self.tokenizer, cache)
         if self.primary and jax.process_count() > 1:
             distributed.barrier('corpus')
         self._check_tokens()
+
+    def open_tokenizer(self) -> None:
+        """The tokenizer alone: what the weights were trained with, or came with."""
+        saved = self.workdir / 'tokenizer'
+        if saved.exists():
+            self.tokenizer = tokenizers.load(saved)
+        else:
+            self.tokenizer = tokenizers.build(self.config.tokenizer, ())
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise DataError(
+                f'the tokenizer has {self.tokenizer.vocab_size} tokens, '
+                f'config.model.vocab_size is {self.config.model.vocab_size}'
+            )
 
     def _check_files(self) -> None:
         """Every process has the files of the first: else each would train on rows of its own.
@@ -139,12 +154,14 @@ class Run:
             for name, group in self.config.evals.items()
         }
 
-    def restore_params(self, checkpoints: Reader, phase: Phase | None = None) -> tuple[dict, int]:
+    def restore_params(
+        self, checkpoints: Reader, parts: Parts | None = None
+    ) -> tuple[dict, int]:
         """The weights of the newest whole checkpoint alone, and its step.
 
-        phase: one with the model that is in the checkpoint, where it is not that of the run.
+        parts: of the model in the checkpoint, where it is not that of the run.
         """
-        wanted = (phase or self.phases[0]).abstract_state().params
+        wanted = abstract_params(parts or self.parts)
         restored = checkpoints.newest_whole(
             lambda step: (checkpoints.restore_params(step, wanted), step)
         )
@@ -152,45 +169,52 @@ class Run:
             raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet')
         return restored
 
-    def initial_state(self) -> TrainState:
-        """The state at step 0: fresh weights, or those of the run that `init_from` names."""
-        first = self.phases[0]
-        if not self.config.init_from:
-            return first.init_state()
-        directory = Path(self.config.init_from)
-        earlier = configs.read(directory / 'config.json')
-        checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
-        params, step = self._weights_of(earlier, checkpoints)
-        log.info('weights of %s at step %d', directory, step)
-        return first.begin(self._with_adapters(params))
+    def current_params(self) -> tuple[dict, int | None]:
+        """The newest weights of this run and their step.
 
-    def _weights_of(self, earlier: RunConfig, checkpoints: Reader) -> tuple[dict, int]:
-        """The newest weights of an earlier run, and their step.
+        Of a run that has not begun: the weights that it would start from, and None.
+        """
+        has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
+        if has_begun or not self.config.init_from:
+            return self.restore_params(self.reader())
+        return self._earlier_params(), None
+
+    def initial_state(self) -> TrainState:
+        """The state at step 0: fresh weights, or those of the model that `init_from` names."""
+        first = self.phases[0]
+        return first.begin(self._earlier_params()) if self.config.init_from else first.init_state()
+
+    def _earlier_params(self) -> dict:
+        """The weights that `init_from` names: of a run of ours, or from outside.
+
+        Adapters that the model has and they have not are fresh.
+        """
+        name, adapters = self.config.init_from, self.parts.adapters
+        directory = Path(name)
+        if locate.is_run(directory):
+            earlier = configs.read(directory / 'config.json')
+            params, step = self._params_of(earlier, directory)
+            log.info('weights of %s at step %d', directory, step)
+        else:
+            pretrained = locate.open_pretrained(name)
+            axes = {path: axes for path, axes in self.parts.axes.items() if path not in adapters}
+            params = load_params(pretrained, self.config.model, axes, self.parts.shapes)
+            log.info('weights of %s', pretrained.path)
+        if adapters <= params.keys():
+            return params
+        return params | fresh_params(self.make_model, self.parts, self.config.seed, adapters)
+
+    def _params_of(self, earlier: RunConfig, directory: Path) -> tuple[dict, int]:
+        """The newest weights of an earlier run and their step.
 
         Its adapters are merged into the weights where this run has none.
-
-        Raises:
-          ConfigError: both have adapters, and not the same kind.
         """
-        ours, theirs = self.config.model.lora, earlier.model.lora
-        if ours and theirs and (ours.path or ours.described != theirs.described):
-            raise ConfigError(
-                f'config.model.lora: the model of {self.config.init_from} has adapters already '
-                f'({theirs.described}); leave it out to go on with them, '
-                'or give None to merge them into the weights'
-            )
-        model = self.config.model.model_copy(update={'lora': theirs})
-        phase = dataclasses.replace(self.phases[0], make_model=_maker(model))
-        params, step = self.restore_params(checkpoints, phase)
-        if theirs and not ours:
+        model = self.config.model.model_copy(update={'lora': earlier.model.lora})
+        checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
+        params, step = self.restore_params(checkpoints, split(_maker(model)))
+        if model.lora and not self.config.model.lora:
             params = lora.merge(params, model)
         return params, step
-
-    def _with_adapters(self, params: dict) -> dict:
-        """Weights with the adapters that the model has beside them: fresh where they lack."""
-        if self.parts.adapters <= params.keys():
-            return params
-        return params | self.phases[0].fresh_adapters()
 
 
 @contextlib.contextmanager

@@ -197,6 +197,16 @@ def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState
     return jax.tree.map(concrete, shapes)
 
 
+def abstract_params(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of all arrays of a model; needs a mesh."""
+    return {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding.stored_sharding(parts.axes[path])
+        )
+        for path, leaf in parts.shapes.items()
+    }
+
+
 def make_train_step(
     parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
 ):

@@ -16,10 +16,13 @@ def evaluate(flags, config: RunConfig) -> int:
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        checkpoints = run.reader()
-        params, step = run.restore_params(checkpoints)
+        params, step = run.current_params()
         run.open_data()
-        run.phase_at(step).batches().set_state(checkpoints.read_manifest(step)['extra']['source'])
+        if step is None:
+            step = 0
+        else:
+            position = run.reader().read_manifest(step)['extra']['source']
+            run.phase_at(step).batches().set_state(position)
         scores = {}
         for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
             values = evaluator.run(params, step)

@@ -29,7 +29,7 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
             temperature=temperature,
             seed=flags.seed if flags is not None else config.seed,
             sample_index=index,
-            stop_ids=chat.stop_ids,
+            stop_ids=chat.stop_ids | set(sampling.stop_ids),
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -38,8 +38,9 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
 def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
     if config.sampling.chat:
         return chat.prompt([{'role': 'user', 'content': prompt}])
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return tokenizer.encode(prompt) or [begin]
+    # As documents begin in training: with bos, where there is one.
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return begin + tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
 def write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:

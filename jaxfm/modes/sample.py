@@ -3,7 +3,6 @@
 import contextlib
 import logging
 
-from jaxfm.data import tokenizer as tokenizers
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import requests_for, write_samples
 from jaxfm.run import started
@@ -17,12 +16,12 @@ def sample(flags, config: RunConfig) -> int:
     with started(flags, config) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        tokenizer = tokenizers.load(run.workdir / 'tokenizer')
-        checkpoints = run.reader()
-        params, step = run.restore_params(checkpoints)
+        run.open_tokenizer()
+        params, step = run.current_params()
         prompts = flags.prompt or list(config.sampling.prompts) or ['']
         sampler = run.sampler(params, slots=len(prompts))
-        requests = requests_for(config, tokenizer, prompts, flags)
-        log.info('sampling from step %d', step)
-        write_samples(run, sampler, tokenizer, prompts, requests, flags.output)
+        requests = requests_for(config, run.tokenizer, prompts, flags)
+        if step is not None:
+            log.info('sampling from step %d', step)
+        write_samples(run, sampler, run.tokenizer, prompts, requests, flags.output)
     return 0

@@ -155,7 +155,7 @@ def _phase_rows(phase, model) -> list[tuple]:
         ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
         ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
-        *([('not counted', 'gradients of frozen weights: they are not computed')] if frozen else []),
+        *([('not counted', 'gradients of frozen weights: none are computed')] if frozen else []),
     ]
 
 

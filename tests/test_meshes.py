@@ -90,7 +90,9 @@ class Setup:
             if muon:
                 rule = optimizer.Muon(MuonConfig(learning_rate=0.01), STEPS, axes)
             else:
-                rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01), STEPS, axes)
+                # The smallest gradients of adapters are rounding: with a small eps, as large steps.
+                eps = 1e-4 if model.lora else 1e-8
+                rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01, eps=eps), STEPS, axes)
             yield cls(mesh, make_model, parts, rule)
 
     def state(self) -> TrainState:

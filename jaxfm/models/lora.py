@@ -28,10 +28,10 @@ class Lora(nnx.Module):
         outputs = num_inputs + (_WAYS in axes)
         ways = slice(num_inputs, outputs)
         self.num_inputs, self.scale = num_inputs, config.scale
-        # What PEFT draws (kaiming_uniform with a = sqrt(5)).
+        # What PEFT draws (kaiming_uniform with a = sqrt(5)). One rounding: the same on every mesh.
         bound = math.prod(shape[:num_inputs]) ** -0.5
         a_shape = (*shape[:outputs], config.rank)
-        a = jax.random.uniform(rngs.lora(), a_shape, jnp.float32, -bound, bound)
+        a = bound * jax.random.uniform(rngs.lora(), a_shape, jnp.float32, -1.0, 1.0)
         b = jnp.zeros((*shape[ways], config.rank, *shape[outputs:]), jnp.float32)
         self.a = nnx.Param(a, axes=(*axes[:outputs], 'lora'))
         self.b = nnx.Param(b, axes=(*axes[ways], 'lora', *axes[outputs:]))

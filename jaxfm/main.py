@@ -24,6 +24,7 @@ from jaxfm.errors import (
     RunError,
     UsageError,
 )
+from jaxfm.modes.output import check_absent
 
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
 # small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
@@ -64,7 +65,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     sampling.add_argument('--temperature', type=_number(float, 0), help='0 is greedy')
     sampling.add_argument('--max_tokens', type=_number(int, 1))
     sampling.add_argument('--seed', type=_number(int, 0, 2**32), default=0, help='of the noise')
-    parser.add_argument('--output', type=Path, help='a file for samples or scores, as JSON lines')
+    parser.add_argument(
+        '--output',
+        type=Path,
+        help='a file for samples or scores, as JSON lines; of export the directory',
+    )
     argument, overrides, rest = configs.split_arguments(argv)
     flags = parser.parse_args(rest)
     flags.config = argument
@@ -135,6 +140,10 @@ def _check_mode(flags, config) -> None:
             f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
             'config.data and config.optimizer, as configs/sft.py has'
         )
+    if flags.mode == 'export':
+        if flags.output is None:
+            raise UsageError('where to? --mode export needs --output=DIRECTORY')
+        check_absent(flags.output)
 
 
 def _check_workdir(flags, config) -> None:

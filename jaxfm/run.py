@@ -18,14 +18,17 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
 from jaxfm.data import tokenizer as tokenizers
+from jaxfm.data.chat import Chat
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
+from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
+from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
@@ -138,7 +141,7 @@ class Run:
     def evaluators(self, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""
         datasets = {phase.name: phase.dataset for phase in self.phases}
-        return {
+        evaluators = {
             name: EVALUATORS[group.name].load()(
                 group,
                 Context(
@@ -153,10 +156,27 @@ class Run:
             )
             for name, group in self.config.evals.items()
         }
+        if self.config.export.every:
+            directory = self.workdir / 'export'
+            every = self.config.export.every
+            evaluators['export'] = PeriodicExport(every, self.exporter(), directory)
+        return evaluators
 
-    def restore_params(
-        self, checkpoints: Reader, parts: Parts | None = None
-    ) -> tuple[dict, int]:
+    def exporter(self) -> Exporter:
+        """Writes weights of this run for other libraries; needs the tokenizer to be open."""
+        config, parts = self.config, self.parts
+        stop_ids = Chat(self.tokenizer).stop_ids | set(config.sampling.stop_ids)
+        return Exporter(
+            config.export,
+            config.model,
+            parts.axes,
+            parts.shapes,
+            self.tokenizer,
+            stop_ids,
+            self.primary,
+        )
+
+    def restore_params(self, checkpoints: Reader, parts: Parts | None = None) -> tuple[dict, int]:
         """The weights of the newest whole checkpoint alone, and its step.
 
         parts: of the model in the checkpoint, where it is not that of the run.

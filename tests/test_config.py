@@ -558,7 +558,7 @@ def test_adapters_of_the_run_it_starts_from_go_on_as_they_are(load_after, given)
 def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load_after):
     assert load_after(['model.lora.rank=8'], 'model.lora=None').model.lora is None
     for given in ('rank=4', 'alpha=3', "targets=['all']"):
-        with pytest.raises(errors.ConfigError, match='adapters already .rank 8, alpha 32') as caught:
+        with pytest.raises(errors.ConfigError, match='already .rank 8, alpha 32') as caught:
             load_after(['model.lora.rank=8'], f'model.lora.{given}')
         assert f'another {given.partition("=")[0]}' in str(caught.value)
         assert '--config.model.lora=None' in str(caught.value)

@@ -55,7 +55,8 @@ ARROWS = {
     'pretrained': _below(2),
     'tasks': set(),
     'objectives': _below(2),
-    'data': {'pretrained.gguf_file', 'pretrained.source'},
+    # A .gguf file has the tokenizer inside.
+    'data': {'pretrained.gguf_file'},
     'models': _below(3),
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},

@@ -89,6 +89,15 @@ def test_without_adapters_it_starts_from_the_merged_weights(tiny, adapted):
     assert not [name for name in names if '_lora/' in name or name.startswith('frozen/')]
 
 
+def test_an_export_has_the_merged_weights(tiny, straight, adapted):
+    exported = tiny.root / 'exported'
+    flags = [f'--config.init_from={straight}', *LORA, '--mode', 'export', '--output', str(exported)]
+    run(tiny, adapted, *flags)
+    workdir = run(tiny, tiny.root / 'from_export', f'--config.init_from={exported}')
+    np.testing.assert_allclose(heldout(workdir, 0), heldout(adapted, STEPS), rtol=1e-6)
+    assert not [name for name in tiny.saved_state(workdir, STEPS) if '_lora/' in name]
+
+
 def test_adapters_of_another_kind_are_refused(tiny, adapted):
     flags = [f'--config.init_from={adapted}', '--config.model.lora.rank=8']
     workdir = run(tiny, tiny.root / 'other_rank', *flags, code=78)

@@ -2,7 +2,8 @@
 
 Those are one with the vocabulary (tokenizer.json, tokenizer.model or ranks.tiktoken) and
 tokenizer_config.json, which names the special tokens and has the chat template: the layout of
-Hugging Face. Every file is found with .gz behind its name, too.
+Hugging Face. Every file is found with .gz behind its name, too. A model in a .gguf file has its
+tokenizer inside.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from jaxfm.data import gguf_tokenizer
 from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
 
 CONFIG = 'tokenizer_config.json'
@@ -43,7 +45,10 @@ ENCODINGS = {
 }
 
 # Vocabularies in the order in which a directory is searched for them.
-_VOCABULARIES = ('tokenizer.json', 'tokenizer.model', 'ranks.tiktoken', '*.tiktoken', '*.model')
+_VOCABULARIES = (
+    *('tokenizer.json', 'tokenizer.model', 'ranks.tiktoken'),
+    *('*.tiktoken', '*.model', '*.gguf'),
+)
 _PAIRS = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # the two of GPT-2
 
 
@@ -56,13 +61,18 @@ def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> d
         ConfigError: the path does not say which tokenizer, or tiktoken ranks come without pattern.
     """
     vocabulary = _locate(Path(path).expanduser())
-    config = _config_beside(vocabulary)
+    name = _plain_name(vocabulary)
+    if name.endswith('.gguf'):
+        inside, config = gguf_tokenizer.read(vocabulary)
+    else:
+        config = _config_beside(vocabulary)
     given = {'bos_token': bos_token, 'eos_token': eos_token, 'pattern': pattern}
     config |= {key: value for key, value in given.items() if value}
     if bos_token:
         config.pop('add_bos_token', None)
-    name = _plain_name(vocabulary)
-    if name.endswith('.tiktoken'):
+    if name.endswith('.gguf'):
+        content = {'tokenizer.json': inside}
+    elif name.endswith('.tiktoken'):
         content = {'ranks.tiktoken': read_bytes(vocabulary)}
         config = _tiktoken_config(config, vocabulary)
     elif name.endswith('.model'):
@@ -112,11 +122,13 @@ def _locate(path: Path) -> Path:
     if path.is_dir():
         return _search(path)
     if path.is_file():
-        known = _plain_name(path).endswith(('.json', '.model', '.tiktoken'))
+        known = _plain_name(path).endswith(('.json', '.model', '.tiktoken', '.gguf'))
         first = {second: first for first, second in _PAIRS}.get(_plain_name(path))
         if found := _existing(path.parent / first) if first else known and path:
             return found
-        raise ConfigError(f'{path} is no tokenizer by its name: give a .json, .model or .tiktoken')
+        raise ConfigError(
+            f'{path} is no tokenizer by its name: give a .json, .model, .tiktoken or .gguf'
+        )
     if found := _existing(path):
         return found
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -139,7 +151,7 @@ def _search(directory: Path) -> Path:
         if (found := _existing(directory / first)) and _existing(directory / second):
             return found
     raise MissingInputError(
-        f'{directory} has no tokenizer: no tokenizer.json, .model, .tiktoken, '
+        f'{directory} has no tokenizer: no tokenizer.json, .model, .tiktoken, .gguf, '
         'nor vocab.json with merges.txt'
     )
 

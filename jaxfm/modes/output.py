@@ -4,7 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from jaxfm.errors import PermissionDeniedError, StorageError
+from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -12,6 +12,16 @@ def write_lines(path: Path, records: list[dict]) -> None:
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+
+
+def check_absent(directory: Path) -> None:
+    """Whether there is nothing yet where a directory is to be written.
+
+    Raises:
+      ConfigError: something is.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f'{directory} is there already, and not empty: give another --output')
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
 from jaxfm.pretrained.source import Pretrained
 
 CONFIG, GENERATION = 'config.json', 'generation_config.json'
+TOKENIZER = 'tokenizer_config.json'
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 DTYPES = {

@@ -52,7 +52,7 @@ def open_pretrained(name: str) -> Pretrained:
 
 def _open_file(path: Path) -> Pretrained:
     if path.suffix == '.gguf':
-        from jaxfm.pretrained.gguf_file import open_gguf  # its library is needed for nothing else
+        from jaxfm.pretrained.gguf import open_gguf  # its library is needed for nothing else
 
         return open_gguf(path)
     if path.suffix == '.safetensors':

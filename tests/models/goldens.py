@@ -9,7 +9,14 @@ import numpy as np
 
 DIRECTORY = Path(__file__).resolve().parent.parent / 'goldens'
 FAMILIES = sorted(path.parent.name for path in DIRECTORY.glob('*/config_v4.json'))
-DTYPES = {'F32': np.float32, 'F64': np.float64, 'I32': np.int32, 'BOOL': np.bool_}
+DTYPES = {
+    'F32': np.float32,
+    'F64': np.float64,
+    'I32': np.int32,
+    'U16': np.uint16,
+    'U8': np.uint8,
+    'BOOL': np.bool_,
+}
 
 
 @dataclass(frozen=True)

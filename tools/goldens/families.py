@@ -1,6 +1,8 @@
 """Makes the goldens of tiny random models of every family (tests/goldens/README.md).
 
     ENV/bin/python -m tools.goldens.families --output tests/goldens [--only llama gemma3 ...]
+
+On one machine it writes the same bytes every time.
 """
 
 import argparse

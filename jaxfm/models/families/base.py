@@ -63,7 +63,6 @@ NEUTRAL = {
     'clip_qkv': (None,),
     'use_bidirectional_attention': (None, False),
     'quantization_config': (None,),
-    'pretraining_tp': (None, 0, 1),
     'num_local_experts': (None, 0, 1),
     'num_experts': (None, 0, 1),
 }
@@ -150,7 +149,8 @@ def _block(family: Family, hf: Mapping, layer: int) -> dict:
     heads = hf['num_attention_heads']
     activation = hf.get('hidden_activation') or hf.get('hidden_act') or 'silu'
     if activation not in ACTIVATIONS:
-        raise DataError(f'hidden_act {activation!r} is not supported, only {", ".join(ACTIVATIONS)}')
+        known = ', '.join(ACTIVATIONS)
+        raise DataError(f'hidden_act {activation!r} is not supported, only {known}')
     values = dict(
         num_heads=heads,
         num_kv_heads=hf.get('num_key_value_heads') or heads,
@@ -258,7 +258,7 @@ def _segments(blocks: list[dict]) -> dict:
 
 
 def _repetitions(blocks: list[dict]):
-    """(period, times) of patterns at the start: one block any number of times, longer ones twice."""
+    """(period, times) of patterns at the start; those of more than one block occur twice."""
     for period in range(1, len(blocks) // 2 + 1) or (1,):
         times = 1
         while blocks[times * period :][:period] == blocks[:period]:

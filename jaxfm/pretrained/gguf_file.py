@@ -1,0 +1,279 @@
+"""The container of GGUF: metadata by key, and tensors by name, in one file that is mapped.
+
+The format is that of ggml (docs/gguf.md there), versions 2 and 3, little-endian. The header is read
+here, because the package `gguf` takes three seconds for a vocabulary of 49k tokens (0.1 s here) and
+follows lengths that are damaged; what the quantised blocks mean is left to it.
+"""
+
+import dataclasses
+import functools
+import math
+import mmap
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+
+MAGIC, VERSIONS = b'GGUF', (2, 3)
+
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+# Formats of `struct` by the number of a type of metadata.
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, _FLOAT32, 7, 10, 11, 12), 'BbHhIif?Qqd'))
+_MOST_DIMENSIONS = 4  # of ggml
+# Types of tensors that are stored as they are, by their numbers in ggml.
+_PLAIN = {0: np.dtype('<f4'), 1: np.dtype('<f2'), 30: np.dtype(ml_dtypes.bfloat16)}
+# Values that are dequantised at once: what they need beside the result stays in the cache.
+_CHUNK = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor as stored: rows of blocks along the last axis; the bytes stay in the file.
+
+    Attributes:
+        kind: the number of its type in ggml.
+        blocks: [..., blocks of a row, bytes of a block], uint8.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    blocks: np.ndarray
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The file's for plain numbers, float32 for quantised ones."""
+        return _PLAIN.get(self.kind, np.dtype(np.float32))
+
+    def read(self, index: tuple = ()) -> np.ndarray:
+        """A part; of the leading axes an index is a slice or an array, of the last a slice
+        that does not go backwards."""
+        index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        leading, last = index[:-1], index[-1]
+        if self.kind in _PLAIN:
+            return self.blocks.view(self.dtype)[..., 0][leading][..., last]
+        size = _block_sizes()[self.kind][0]
+        start, stop, step = last.indices(self.shape[-1])
+        first = start // size
+        blocks = self.blocks[leading][..., first : -(-stop // size), :]
+        values = _dequantized(blocks, self.kind, size)
+        return values[..., start - first * size : stop - first * size : step]
+
+
+class Header:
+    """Reads one value after another; DataError where the file ends before the value does."""
+
+    def __init__(self, path: Path, content: mmap.mmap):
+        self.path, self.at = path, 0
+        self._content = content
+
+    def damaged(self, what: str) -> DataError:
+        return DataError(f'{self.path} is damaged: {what}')
+
+    def numbers(self, format: str, count: int = 1) -> tuple:
+        """`count` numbers of one type."""
+        self._check(count * struct.calcsize(f'<{format}'))
+        values = struct.unpack_from(f'<{count}{format}', self._content, self.at)
+        self.at += count * struct.calcsize(f'<{format}')
+        return values
+
+    def number(self, format: str):
+        return self.numbers(format)[0]
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        self._check(8 * count)
+        content, at, end = self._content, self.at, len(self._content)
+        length_of, found = struct.Struct('<Q').unpack_from, []
+        for _ in range(count):
+            if at + 8 > end or (stop := at + 8 + length_of(content, at)[0]) > end:
+                raise self.damaged(f'a text that starts at byte {at} does not end in the file')
+            found.append(content[at + 8 : stop])
+            at = stop
+        self.at = at
+        try:
+            return [text.decode() for text in found]
+        except UnicodeDecodeError as error:
+            raise self.damaged(f'a text of its header is not UTF-8: {error}') from error
+
+    def value(self):
+        """A value of metadata, with its type before it."""
+        kind = self.number('I')
+        if kind != _ARRAY:
+            return self.values(kind, 1)[0]
+        kind, count = self.number('I'), self.number('Q')
+        return self.values(kind, count)
+
+    def values(self, kind: int, count: int) -> list:
+        if kind == _STRING:
+            return self.strings(count)
+        if kind not in _SCALARS:
+            raise self.damaged(f'metadata has a value of type {kind} at byte {self.at}')
+        values = self.numbers(_SCALARS[kind], count)
+        return [shortest(value) for value in values] if kind == _FLOAT32 else list(values)
+
+    def _check(self, size: int) -> None:
+        if self.at + size > len(self._content):
+            raise self.damaged(
+                f'its header goes on behind the end of the file, {len(self._content)} bytes'
+            )
+
+
+def shortest(value: float) -> float:
+    """The decimal that a float32 was made of: 1e-5 instead of 9.99999975e-06."""
+    return float(str(np.float32(value)))
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Metadata and tensors of a file.
+
+    Raises:
+        MissingInputError, PermissionDeniedError: the file is not there, or closed to us.
+        DataError: it is no GGUF file, of another version, damaged or truncated, one of several
+            parts, or has tensors of a type that is not read.
+    """
+    content = _mapped(path)
+    header = Header(path, content)
+    _check_version(header)
+    tensor_count, key_count = header.numbers('Q', 2)
+    metadata = {}
+    for _ in range(key_count):
+        key = header.string()
+        if key in metadata:
+            raise header.damaged(f'{key} is there twice')
+        metadata[key] = header.value()
+    if (parts := metadata.get('split.count', 1)) != 1:
+        raise DataError(f'{path} is one of {parts} parts: join them with llama-gguf-split --merge')
+    infos = [_tensor_info(header) for _ in range(tensor_count)]
+    alignment = metadata.get('general.alignment', 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise header.damaged(f'general.alignment is {alignment!r}')
+    start = -(-header.at // alignment) * alignment
+    return metadata, _tensors(path, content, start, infos)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with open(path, 'rb') as file:
+            if not file.read(1):
+                raise DataError(f'{path} is no GGUF file: it is empty')
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except PermissionError as error:
+        raise PermissionDeniedError(f'{path} may not be read') from error
+    except OSError as error:
+        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from error
+
+
+def _check_version(header: Header) -> None:
+    magic = bytes(header.numbers('B', 4))
+    if magic != MAGIC:
+        raise DataError(f'{header.path} is no GGUF file: it starts with {magic!r}, not {MAGIC!r}')
+    version = header.number('I')
+    if version in VERSIONS:
+        return
+    if int.from_bytes(version.to_bytes(4, 'big'), 'little') in VERSIONS:
+        raise DataError(f'{header.path} is for big-endian machines, which is not read')
+    raise DataError(f'{header.path} is GGUF version {version}; versions 2 and 3 are read')
+
+
+def _tensor_info(header: Header) -> tuple[str, tuple[int, ...], int, int]:
+    """Name, shape, type and offset of a tensor."""
+    name, dimensions = header.string(), header.number('I')
+    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+        raise header.damaged(f'{name} has {dimensions} dimensions')
+    shape = header.numbers('Q', dimensions)[::-1]  # the file has the fastest first
+    return name, shape, header.number('I'), header.number('Q')
+
+
+def _tensors(path: Path, content: mmap.mmap, start: int, infos: list) -> dict[str, Tensor]:
+    """The tensors, whose data begin at `start`; DataError with the names of those that are bad."""
+    data = np.frombuffer(content, np.uint8)
+    tensors, twice, unread, ragged, beyond = {}, [], {}, [], []
+    for name, shape, kind, offset in infos:
+        if name in tensors:
+            twice.append(name)
+        elif not _is_read(kind):
+            unread.setdefault(_kind_name(kind), []).append(name)
+        else:
+            size, block_bytes = _block_sizes()[kind]
+            rows, begin = math.prod(shape[:-1]), start + offset
+            blocks = (*shape[:-1], shape[-1] // size, block_bytes)
+            end = begin + math.prod(blocks)
+            if shape[-1] % size or not rows:
+                ragged.append(f'{name} {list(shape)}')
+            elif end > len(data):
+                beyond.append(name)
+            else:
+                tensors[name] = Tensor(shape, kind, data[begin:end].reshape(blocks))
+    if unread:
+        found = ', '.join(f'{kind} ({some(names)})' for kind, names in unread.items())
+        raise DataError(
+            f'{path} has tensors of types that are not read: {found}; read are '
+            f'{", ".join(readable_kinds())}'
+        )
+    for names, what in (
+        (twice, 'is damaged: tensors are there twice'),
+        (ragged, 'is damaged: the shapes of tensors do not fit their types'),
+        (beyond, f'is truncated: tensors go on behind its end at {len(data)} bytes'),
+    ):
+        if names:
+            raise DataError(f'{path} {what}: {some(names)}')
+    return tensors
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
+
+
+def readable_kinds() -> list[str]:
+    """The names of all types of tensors that are read."""
+    return [_kind_name(int(kind)) for kind in _block_sizes() if _is_read(int(kind))]
+
+
+def _dequantized(blocks: np.ndarray, kind: int, size: int) -> np.ndarray:
+    """float32 values of [..., blocks, bytes], a chunk at a time."""
+    import gguf
+
+    type_of_blocks = gguf.GGMLQuantizationType(kind)
+    flat = blocks.reshape(-1, blocks.shape[-1])
+    values = np.empty((len(flat), size), np.float32)
+    step = max(_CHUNK // size, 1)
+    for i in range(0, len(flat), step):
+        chunk = flat[i : i + step]
+        row = chunk.reshape(1, -1)  # the package goes through rows, sixteen at a time
+        values[i : i + step] = gguf.dequantize(row, type_of_blocks).reshape(-1, size)
+    return values.reshape(*blocks.shape[:-2], blocks.shape[-2] * size)
+
+
+@functools.cache
+def _is_read(kind: int) -> bool:
+    if kind in _PLAIN:
+        return True
+    if kind not in _block_sizes():
+        return False
+    size, block_bytes = _block_sizes()[kind]
+    try:
+        _dequantized(np.zeros((1, block_bytes), np.uint8), kind, size)
+    except NotImplementedError:
+        return False
+    return True
+
+
+@functools.cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """By type: how many values a block has, and how many bytes."""
+    import gguf  # 0.1 s, and only models are read with it
+
+    return gguf.GGML_QUANT_SIZES
+
+
+def _kind_name(kind: int) -> str:
+    import gguf
+
+    return gguf.GGMLQuantizationType(kind).name if kind in _block_sizes() else f'number {kind}'

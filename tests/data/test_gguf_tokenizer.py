@@ -1,0 +1,295 @@
+"""Tokenizers inside .gguf files: a real one, and real ones written into one."""
+
+import gzip
+import json
+import shutil
+
+import pytest
+import tokenizers
+
+from jaxfm.data import tokenizer
+from jaxfm.data.chat import Chat
+from jaxfm.data.gguf_tokenizer import PRE_NAMES
+from jaxfm.errors import ConfigError, DataError, MissingInputError
+from tests import gguf_files
+from tests.data.test_real_tokenizers import random_texts
+
+GOLDEN = 'models_installable/smollm2_135m_instruct_q4_1.golden.json'
+TEXTS = [
+    "It's 12345 o'clock,  isn't IT?\n\n  naïve 漢字 🦙 don't\tx = f(y)\r\n",
+    'def f(x):\n    return x + 0.5  # "half"',
+    ' leading, trailing ',
+    'HTTPServer/path/to\n\n\nthe end\u00a0of e\u0301',
+]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'model.gguf'
+
+
+@pytest.fixture(scope='module')
+def real(smollm2_gguf):
+    return tokenizer.load(smollm2_gguf)
+
+
+@pytest.fixture(scope='module')
+def golden(shared_data):
+    return json.loads((shared_data / GOLDEN).read_text())['cases']
+
+
+def write(path, keys, architecture='llama', **changed):
+    """A file that is all tokenizer; `changed` keys are of tokenizer.ggml, None leaves one out."""
+    keys = keys | {f'tokenizer.ggml.{key}': value for key, value in changed.items()}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    return gguf_files.write(path, architecture, keys, {})
+
+
+def unpacked(path) -> dict:
+    with gzip.open(path, 'rt', encoding='utf-8') as file:
+        return json.load(file)
+
+
+def qwen3_keys(shared_data, **changed) -> dict:
+    directory = shared_data / 'tok_qwen3'
+    config = json.loads((directory / 'tokenizer_config.json').read_text())
+    return gguf_files.byte_level_keys(unpacked(directory / 'tokenizer.json.gz'), 'qwen2', config)
+
+
+def words_keys(pre='gpt-2', **changed) -> dict:
+    """A byte-level vocabulary of letters, and of a word whose merges do not reach it."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, 'he', 'll', 'hello', '<|end|>', '<think>']
+    kinds = [1] * (len(tokens) - 2) + [3, 4]
+    keys = {'model': 'gpt2', 'pre': pre, 'tokens': tokens, 'token_type': kinds}
+    keys |= {'merges': ['h e', 'l l'], 'eos_token_id': len(tokens) - 2} | changed
+    return {f'tokenizer.ggml.{key}': value for key, value in keys.items() if value is not None}
+
+
+def pieces_keys(pieces: dict[str, float], defined=(), special=('<unk>', '<s>', '</s>')) -> dict:
+    """A SentencePiece vocabulary."""
+    tokens = [*special, *pieces, *defined]
+    kinds = [2, *[3] * (len(special) - 1), *[1] * len(pieces), *[4] * len(defined)]
+    scores = [0.0] * len(special) + [float(score) for score in pieces.values()]
+    keys = {'model': 'llama', 'tokens': tokens, 'token_type': kinds}
+    keys |= {'scores': scores + [0.0] * len(defined), 'unknown_token_id': 0}
+    keys |= {'bos_token_id': 1, 'eos_token_id': 2}
+    return {f'tokenizer.ggml.{key}': value for key, value in keys.items()}
+
+
+def test_the_real_model_gets_the_prompts_of_the_goldens(real, golden):
+    chat = Chat(real)
+    for case in golden:
+        message = {'role': 'user', 'content': case['prompt']}
+        ids = chat.prompt([message]) if case['chat'] else real.encode(case['prompt'])
+        assert ids == case['prompt_ids']
+        assert real.decode(case['output_ids'], skip_special_tokens=False) == case['text']
+    assert len(golden) == 5
+    assert (real.bos_id, real.eos_id, real.vocab_size) == (None, 2, 49152)
+    assert real.template_variables['bos_token'] == '<|im_start|>'
+
+
+def test_byte_level_text_comes_back(real):
+    for text in TEXTS:
+        assert real.decode(real.encode(text)) == text
+
+
+def test_a_directory_with_one_gguf_file_has_its_tokenizer(real, smollm2_gguf, tmp_path):
+    (tmp_path / 'model.gguf').symlink_to(smollm2_gguf)
+    (tmp_path / 'notes.txt').write_text('x')
+    assert tokenizer.load(tmp_path).fingerprint == real.fingerprint
+    (tmp_path / 'other.gguf').symlink_to(smollm2_gguf)
+    with pytest.raises(ConfigError, match='several tokenizers, .* model.gguf, other.gguf'):
+        tokenizer.load(tmp_path)
+
+
+def test_a_saved_tokenizer_needs_no_gguf_any_more(real, tmp_path):
+    real.save(tmp_path)
+    again = tokenizer.load(tmp_path)
+    assert again.fingerprint == real.fingerprint
+    assert again.encode(TEXTS[0]) == real.encode(TEXTS[0])
+    assert again.chat_template == real.chat_template
+
+
+def test_qwen3_in_a_gguf_is_qwen3(path, shared_data):
+    write(path, qwen3_keys(shared_data), 'qwen3')
+    inside, original = tokenizer.load(path), tokenizer.load(shared_data / 'tok_qwen3')
+    for text in [*TEXTS, *random_texts(300)]:
+        assert inside.encode(text) == original.encode(text)
+    message = [{'role': 'user', 'content': 'Hello <|im_end|> <think>'}]
+    assert Chat(inside).prompt(message) == Chat(original).prompt(message)
+    assert inside.special_tokens == original.special_tokens
+    assert (inside.bos_id, inside.eos_id) == (original.bos_id, original.eos_id)
+    assert inside.tags == original.tags
+
+
+def test_gpt2_in_a_gguf_is_gpt2(path, shared_data):
+    original = tokenizer.load(shared_data / 'tok_gpt2')
+    saved = original._files
+    keys = gguf_files.byte_level_keys(
+        json.loads(saved['tokenizer.json']), 'gpt-2', json.loads(saved['tokenizer_config.json'])
+    )
+    write(path, keys, 'qwen2')
+    inside = tokenizer.load(path)
+    for text in [*TEXTS, *random_texts(300)]:
+        assert inside.encode(text) == original.encode(text)
+
+
+def test_a_sentencepiece_vocabulary_in_a_gguf_is_what_it_was(path, shared_data):
+    pytest.importorskip('sentencepiece')
+    directory = shared_data / 'stories260k_hf'
+    gguf_files.stories(path, directory)
+    inside, original = tokenizer.load(path), tokenizer.load(directory)
+    ours, theirs = (
+        json.loads(coder._files['tokenizer.json'])['model'] for coder in (inside, original)
+    )
+    for name in ('vocab', 'byte_fallback', 'unk_token', 'fuse_unk'):
+        assert ours[name] == theirs[name]
+    # Of two that make the same token, either may come first.
+    joined = [[''.join(pair) for pair in model['merges']] for model in (ours, theirs)]
+    assert joined[0] == joined[1]
+    assert set(map(tuple, ours['merges'])) == set(map(tuple, theirs['merges']))
+    cases = json.loads((directory / 'golden_greedy.json').read_text())['cases']
+    texts = [case['text'] for case in cases] + ['Lily\nsaid "Zoë 漢!"', 'x']
+    for text in filter(None, texts):
+        assert inside.encode(text) == original.encode(text)
+        assert inside.decode(inside.encode(text)) == text
+    assert (inside.bos_id, inside.eos_id) == (1, 2)
+    assert inside.special_tokens == original.special_tokens
+    first, second = inside.encode_parts(['Once upon', ' a time'])
+    assert inside.decode(first + second) == 'Once upon a time'
+
+
+def test_scores_decide_what_merges_first(path):
+    letters = {piece: -9.0 for piece in '▁abc'}
+    write(path, pieces_keys(letters | {'ab': -1.0, 'bc': -0.5}))
+    coder = tokenizer.load(path)
+    assert coder.decode(coder.encode('abc')) == 'abc'
+    assert [coder._token_id(piece) for piece in ('▁', 'a', 'bc')] == coder.encode('abc')
+    write(path, pieces_keys(letters | {'ab': -0.5, 'bc': -1.0}))
+    coder = tokenizer.load(path)
+    assert [coder._token_id(piece) for piece in ('▁', 'ab', 'c')] == coder.encode('abc')
+
+
+def test_a_space_is_put_before_a_text_unless_the_file_says_no(path):
+    keys = pieces_keys(dict.fromkeys('▁ab', -1.0))
+    coder = tokenizer.load(write(path, keys))
+    assert coder.encode('a b') == [3, 4, 3, 5] and coder.decode([3, 4, 3, 5]) == 'a b'
+    coder = tokenizer.load(write(path, keys, add_space_prefix=False))
+    assert coder.encode('a b') == [4, 3, 5] and coder.decode([3, 4]) == ' a'
+
+
+def test_gemma_merges_by_the_order_of_its_tokens_and_runs_of_spaces_too(path):
+    pieces = dict.fromkeys('▁abc', 0.0) | {'ab': -5.0, 'bc': -1.0}
+    keys = pieces_keys(pieces, defined=['\n\n', '  '])
+    coder = tokenizer.load(write(path, keys, 'gemma2', add_space_prefix=False))
+    named = {name: coder._token_id(name) for name in ('ab', 'c', '▁▁', 'a', '\n\n')}
+    assert coder.encode('abc  a\n\na') == [
+        named[name] for name in ('ab', 'c', '▁▁', 'a', '\n\n', 'a')
+    ]
+    assert coder.decode([named['▁▁'], named['a']]) == '  a'
+
+
+def test_phi3_takes_the_white_space_behind_its_special_tokens_along(path):
+    special = ('<unk>', '<s>', '</s>', '<|endoftext|>', '<|end|>')
+    keys = pieces_keys(dict.fromkeys('▁a\n', -1.0), special=special)
+    coder = tokenizer.load(write(path, keys, 'phi3'))
+    a = coder._token_id('a')
+    assert coder.encode_parts(['<|end|>\na'])[0][-1:] == [a]
+    assert coder._token_id('\n') not in coder.encode_parts(['<|end|>\na'])[0]
+    assert coder._token_id('\n') in coder.encode_parts(['<|endoftext|>\na'])[0]
+    coder = tokenizer.load(write(path, keys, 'llama'))
+    assert coder._token_id('\n') in coder.encode_parts(['<|end|>\na'])[0]
+
+
+TEXT = "x = 1234; it's HTTPServer\n\n end"
+CUTS = {
+    'gpt-2': "x| =| 1234|;| it|'s| HTTPServer|\n\n| end",
+    'smollm': "x| =| |1|2|3|4|;| it|'s| HTTPServer|\n\n| end",
+    'llama-bpe': "x| =| |123|4|;| it|'s| HTTPServer|\n\n| end",
+    'qwen2': "x| =| |1|2|3|4|;| it|'s| HTTPServer|\n\n| end",
+    'tekken': "x| =| |1|2|3|4|;| it|'s| HTTPServer|\n\n| end",
+    'gpt-4o': "x| =| |123|4|;| it's| HTTPServer|\n\n| end",
+    'default': "x| |=| |123|4|;| it|'|s| HTTPServer|\n\n| end",
+}
+
+
+@pytest.mark.parametrize('name', CUTS)
+def test_a_rule_cuts_text_as_its_models_do(name, path):
+    coder = tokenizer.load(write(path, words_keys(name)))
+    pieces = coder._backend.pre_tokenizer.pre_tokenize_str(TEXT)
+    assert '|'.join(TEXT[start:stop] for _, (start, stop) in pieces) == CUTS[name]
+
+
+@pytest.mark.parametrize('name', PRE_NAMES)
+def test_every_rule_gives_every_text_back(name, path):
+    coder = tokenizer.load(write(path, words_keys(name)))
+    for text in random_texts(40):
+        back = coder.decode(coder.encode(text))
+        assert back == text or PRE_NAMES[name].nfc
+
+
+def test_where_merges_are_ignored_a_piece_that_is_a_token_is_one(path):
+    coder = tokenizer.load(write(path, words_keys('llama-bpe')))
+    assert coder.encode('hello') == [258]
+    coder = tokenizer.load(write(path, words_keys('smaug-bpe')))
+    assert len(coder.encode('hello')) == 3
+
+
+def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
+    for pre, said, bos in (
+        ('llama-bpe', None, 259),
+        ('llama-bpe', False, None),
+        ('qwen2', None, None),
+        ('qwen2', True, 259),
+    ):
+        keys = words_keys(pre, bos_token_id=259, add_bos_token=said)
+        assert tokenizer.load(write(path, keys)).bos_id == bos
+
+
+def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
+    coder = tokenizer.load(write(path, words_keys(token_type=None)))
+    assert coder.special_tokens == {'<|end|>': 259}
+
+
+BAD = {
+    'rule': (
+        dict(pre='bloom'),
+        r"cuts text by the rule 'bloom' \(tokenizer.ggml.pre\); known are "
+        'default, gpt-2, smollm, ',
+    ),
+    'kind': (dict(model='rwkv'), "a tokenizer of the kind 'rwkv'; read are gpt2, llama"),
+    'no tokens': (dict(tokens=None), 'has no tokenizer: no tokenizer.ggml.tokens'),
+    'numbers': (dict(tokens=[1, 2]), 'tokenizer.ggml.tokens is no list of texts'),
+    'types': (dict(token_type=[1, 1]), 'its 261 tokens do not have a type each'),
+    'twice': (dict(tokens=['a', 'b', 'a'], token_type=[1] * 3), 'tokens are there twice: a'),
+    'merge': (dict(merges=['h e', 'hello']), 'tokenizer.ggml.merges is not a pair of tokens'),
+    'unknown merge': (dict(merges=['h zzz']), 'its tokens and merges do not fit: .*zzz'),
+    'eos': (dict(eos_token_id=261), 'tokenizer.ggml.eos_token_id is 261, of 261 tokens'),
+    'scores': (dict(model='llama'), 'its 261 tokens do not have a score each'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_a_bad_tokenizer_is_refused_with_the_file(case, path):
+    changed, message = BAD[case]
+    write(path, words_keys(), **changed)
+    with pytest.raises(DataError, match=f'model.gguf .*{message}'):
+        tokenizer.load(path)
+
+
+def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(path):
+    write(path, words_keys(eos_token_id=None))
+    with pytest.raises(DataError, match='set tokenizer.eos_token; its special tokens: <|end|>'):
+        tokenizer.load(path)
+
+
+def test_what_is_no_gguf_file_is_refused(path, tmp_path):
+    path.write_bytes(b'{"model": 1}')
+    with pytest.raises(DataError, match='model.gguf is no GGUF file'):
+        tokenizer.load(path)
+    with pytest.raises(MissingInputError, match='there is no .*other.gguf; there is model.gguf'):
+        tokenizer.load(tmp_path / 'other.gguf')
+    shutil.move(path, tmp_path / 'model.bin')
+    with pytest.raises(MissingInputError, match='no tokenizer.json, .model, .tiktoken, .gguf'):
+        tokenizer.load(tmp_path)

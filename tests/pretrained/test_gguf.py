@@ -1,0 +1,494 @@
+"""Models in .gguf files: real ones, ones of every architecture, and bad ones."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import gguf
+import numpy as np
+import pytest
+
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+from jaxfm.pretrained import gguf_file
+from jaxfm.pretrained.gguf import ARCHITECTURES, open_gguf
+from tests import gguf_files
+
+HF = {
+    'num_hidden_layers': 2,
+    'hidden_size': 32,
+    'intermediate_size': 96,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'head_dim': 16,
+    'max_position_embeddings': 256,
+    'rms_norm_eps': 1e-5,
+    'rope_theta': 5e5,
+}
+VOCAB = 40
+NORMS = {
+    'llama': ['input_layernorm', 'post_attention_layernorm'],
+    'gemma': [
+        'input_layernorm',
+        'post_attention_layernorm',
+        'pre_feedforward_layernorm',
+        'post_feedforward_layernorm',
+    ],
+    'olmo2': ['post_attention_layernorm', 'post_feedforward_layernorm'],
+}
+NORMS |= dict.fromkeys(('smollm3', 'qwen2', 'qwen3', 'phi3'), NORMS['llama'])
+NORMS |= dict.fromkeys(('gemma2', 'gemma3'), NORMS['gemma'])
+HF_TYPES = {'gemma3': ('gemma3_text', 'Gemma3ForCausalLM')} | {
+    name: (name, f'{cased}ForCausalLM')
+    for name, cased in {
+        'llama': 'Llama',
+        'smollm3': 'SmolLM3',
+        'qwen2': 'Qwen2',
+        'qwen3': 'Qwen3',
+        'gemma2': 'Gemma2',
+        'olmo2': 'Olmo2',
+        'phi3': 'Phi3',
+    }.items()
+}
+
+
+def shapes(architecture: str) -> dict[str, tuple[int, ...]]:
+    """The tensors that Hugging Face's model of HF has."""
+    width, inner = HF['hidden_size'], HF['intermediate_size']
+    q, kv = 4 * HF['head_dim'], 2 * HF['head_dim']
+    found = {'model.embed_tokens.weight': (VOCAB, width), 'model.norm.weight': (width,)}
+    for layer in range(HF['num_hidden_layers']):
+        inside = {f'{name}.weight': (width,) for name in NORMS[architecture]}
+        if architecture == 'phi3':
+            inside['self_attn.qkv_proj.weight'] = (q + 2 * kv, width)
+            inside['mlp.gate_up_proj.weight'] = (2 * inner, width)
+        else:
+            for name, rows in (('q', q), ('k', kv), ('v', kv)):
+                inside[f'self_attn.{name}_proj.weight'] = (rows, width)
+                if architecture == 'qwen2':
+                    inside[f'self_attn.{name}_proj.bias'] = (rows,)
+            inside['mlp.gate_proj.weight'] = inside['mlp.up_proj.weight'] = (inner, width)
+        inside['self_attn.o_proj.weight'] = (width, q)
+        inside['mlp.down_proj.weight'] = (width, inner)
+        if architecture in ('qwen3', 'gemma3'):
+            inside |= {f'self_attn.{name}_norm.weight': (HF['head_dim'],) for name in 'qk'}
+        if architecture == 'olmo2':
+            inside |= {'self_attn.q_norm.weight': (q,), 'self_attn.k_norm.weight': (kv,)}
+        found |= {f'model.layers.{layer}.{name}': shape for name, shape in inside.items()}
+    return found
+
+
+def random_tensors(wanted: dict, seed=0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    # Eighths: adding one to a norm loses nothing.
+    return {
+        name: (draw.integers(-64, 64, shape) / 8).astype(np.float32)
+        for name, shape in wanted.items()
+    }
+
+
+def converted(architecture: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What llama.cpp's converter makes of them, under the names that the package gguf gives."""
+    [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+    names = gguf.get_tensor_name_map(kind, HF['num_hidden_layers'])
+    found = {}
+    for name, tensor in tensors.items():
+        if architecture in ('llama', 'smollm3'):
+            for part, heads in (('q_proj', 4), ('k_proj', 2)):
+                tensor = gguf_files.interleaved(tensor, heads) if part in name else tensor
+        if architecture.startswith('gemma') and name.endswith('norm.weight'):
+            tensor = tensor + 1
+        found[names.get_name(name, try_suffixes=('.weight', '.bias'))] = tensor
+    return found
+
+
+def keys(**changed) -> dict:
+    found = gguf_files.shape_keys(HF) | {'.attention.key_length': HF['head_dim']}
+    found |= {f'.{key.replace("__", ".")}': value for key, value in changed.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def make(path, architecture='llama', extra=None, without=(), kinds=None, more=None, **changed):
+    """A small file of an architecture; `changed` are keys, with __ for a dot, None to leave out."""
+    tensors = converted(architecture, random_tensors(shapes(architecture) | (extra or {})))
+    tensors = {name: t for name, t in (tensors | (more or {})).items() if name not in without}
+    return gguf_files.write(path, architecture, keys(**changed), tensors, kinds)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / 'model.gguf'
+
+
+@pytest.fixture(scope='module')
+def real(smollm2_gguf):
+    return open_gguf(smollm2_gguf)
+
+
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_every_architecture_comes_back_with_the_names_and_rows_of_hugging_face(name, path):
+    model = open_gguf(make(path, name))
+    tensors = random_tensors(shapes(name))
+    assert model.tensors.shapes == {name: tensor.shape for name, tensor in tensors.items()}
+    for tensor_name, tensor in tensors.items():
+        np.testing.assert_array_equal(model.tensors.read(tensor_name), tensor, tensor_name)
+        assert model.tensors.dtypes[tensor_name] == np.float32
+    model_type, class_name = HF_TYPES[name]
+    expected = HF | {'vocab_size': VOCAB, 'tie_word_embeddings': True}
+    expected |= {'model_type': model_type, 'architectures': [class_name]}
+    assert expected.items() <= model.hf_config.items()
+    assert json.loads(json.dumps(model.hf_config)) == model.hf_config
+
+
+def test_a_real_llama_comes_back_bit_for_bit(path, shared_data):
+    directory = shared_data / 'stories260k_hf'
+    model = open_gguf(gguf_files.stories(path, directory))
+    tensors = gguf_files.read_safetensors(directory / 'model.safetensors')
+    assert model.tensors.shapes.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(model.tensors.read(name), tensor, name)
+    said = json.loads((directory / 'config.json').read_text())
+    for key in said.keys() & model.hf_config.keys() - {'pad_token_id'}:
+        assert model.hf_config[key] == said[key], key
+    assert model.generation == {'bos_token_id': 1, 'eos_token_id': 2}
+    assert (model.path, model.tokenizer) == (path, str(path))
+
+
+def test_the_real_quantised_model_is_dequantised_as_the_package_does(real, smollm2_gguf):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
+    by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_gguf).tensors}
+    assert len(by_name) == len(real.tensors.shapes) == 272
+    for name, shape in real.tensors.shapes.items():
+        stored = by_name[names.get_name(name, try_suffixes=('.weight',))]
+        values = gguf.dequantize(stored.data, stored.tensor_type)
+        for part, heads in (('q_proj', 9), ('k_proj', 3)):
+            if part in name:
+                values = values.reshape(heads, 32, 2, 576).swapaxes(1, 2).reshape(shape)
+        assert np.array_equal(real.tensors.read(name), values), name
+    assert sum(math.prod(shape) for shape in real.tensors.shapes.values()) == 134515008
+
+
+def test_the_config_of_the_real_model_is_that_of_its_hugging_face_repository(real):
+    expected = {
+        'architectures': ['LlamaForCausalLM'],
+        'attention_bias': False,
+        'bos_token_id': 1,
+        'eos_token_id': 2,
+        'pad_token_id': 2,
+        'hidden_act': 'silu',
+        'hidden_size': 576,
+        'intermediate_size': 1536,
+        'max_position_embeddings': 8192,
+        'mlp_bias': False,
+        'model_type': 'llama',
+        'num_attention_heads': 9,
+        'num_hidden_layers': 30,
+        'num_key_value_heads': 3,
+        'rms_norm_eps': 1e-05,
+        'rope_theta': 100000,
+        'tie_word_embeddings': True,
+        'vocab_size': 49152,
+    }
+    assert expected.items() <= real.hf_config.items()
+
+
+def test_the_real_model_is_read_in_seconds(smollm2_gguf):
+    started_at = time.perf_counter()
+    model = open_gguf(smollm2_gguf)
+    for name in model.tensors.shapes:
+        model.tensors.read(name)
+    assert time.perf_counter() - started_at < 5
+
+
+PARTS = [
+    (slice(3, 9),),
+    (slice(0, 20, 3), slice(None)),
+    (slice(None), slice(0, 32)),
+    (slice(5, 6), slice(33, 71)),
+    (slice(2, 2), slice(None)),
+    (slice(1, 30), slice(40, 40)),
+    (slice(-3, None), slice(1, 96, 5)),
+]
+
+
+@pytest.mark.parametrize('kind', [None, 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'BF16', 'F16'])
+def test_a_part_of_a_tensor_is_that_part_of_the_whole(kind, path):
+    name = 'blk.0.ffn_down.weight'
+    kinds = {f'blk.0.attn_{x}.weight': gguf_files.TYPES[kind] for x in 'qk'} if kind else {}
+    kinds |= {name: gguf_files.TYPES[kind]} if kind else {}
+    tensors = open_gguf(make(path, kinds=kinds)).tensors
+    for hf_name in tensors.shapes:
+        whole = tensors.read(hf_name)
+        assert whole.shape == tensors.shapes[hf_name] and whole.dtype == tensors.dtypes[hf_name]
+        for part in PARTS:
+            part = part[: whole.ndim]
+            np.testing.assert_array_equal(tensors.read(hf_name, part), whole[part], hf_name)
+
+
+def test_numbers_that_are_not_quantised_keep_their_type(path):
+    kinds = {
+        f'blk.0.ffn_{x}.weight': gguf_files.TYPES[k]
+        for x, k in (('up', 'BF16'), ('down', 'F16'), ('gate', 'Q8_0'))
+    }
+    tensors = open_gguf(make(path, kinds=kinds)).tensors
+    found = {
+        x: tensors.dtypes[f'model.layers.0.mlp.{x}_proj.weight'].name
+        for x in ('up', 'down', 'gate')
+    }
+    assert found == {'up': 'bfloat16', 'down': 'float16', 'gate': 'float32'}
+
+
+def test_only_what_is_asked_for_is_dequantised_and_held(real):
+    name = 'model.embed_tokens.weight'
+    real.tensors.read(name, (slice(0, 1),))
+    tracemalloc.start()
+    real.tensors.read(name, (slice(40000, 40064),))
+    few = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    whole = real.tensors.read(name)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert few < 2e6
+    assert most < whole.nbytes + 4e6
+
+
+def test_words_that_files_have_only_for_some_models(path):
+    said = open_gguf(make(path, extra={'lm_head.weight': (VOCAB, 32)})).hf_config
+    assert said['tie_word_embeddings'] is False
+    said = open_gguf(make(path, attention__sliding_window=64)).hf_config
+    assert (said['model_type'], said['sliding_window']) == ('mistral', 64)
+    assert said['architectures'] == ['MistralForCausalLM']
+    said = open_gguf(make(path, 'qwen2')).hf_config
+    assert said['attention_bias'] and not said['use_sliding_window']
+    said = open_gguf(make(path, 'qwen2', attention__key_length=None)).hf_config
+    assert said['head_dim'] == 8
+
+
+def test_windows_and_caps_of_gemma(path):
+    said = open_gguf(make(path, 'gemma2', attn_logit_softcapping=40.0)).hf_config
+    assert said['attn_logit_softcapping'] == 40 and said['final_logit_softcapping'] == 30
+    assert said['layer_types'] == ['sliding_attention', 'full_attention']
+    assert (said['sliding_window'], said['query_pre_attn_scalar']) == (4096, 16)
+    said = open_gguf(make(path, 'gemma3', attention__sliding_window=512)).hf_config
+    assert said['layer_types'] == ['sliding_attention'] * 2
+    assert (said['rope_local_base_freq'], said['query_pre_attn_scalar']) == (1e4, 16)
+    assert said['hidden_activation'] == 'gelu_pytorch_tanh'
+
+
+def test_olmo3_is_told_by_its_windows(path):
+    pattern = {'attention__sliding_window_pattern': [True, False]}
+    said = open_gguf(make(path, 'olmo2', attention__sliding_window=64, **pattern)).hf_config
+    assert (said['model_type'], said['architectures']) == ('olmo3', ['Olmo3ForCausalLM'])
+    assert said['layer_types'] == ['sliding_attention', 'full_attention']
+
+
+def test_smollm3_leaves_every_fourth_layer_without_rope(path):
+    assert open_gguf(make(path, 'smollm3')).hf_config['no_rope_layers'] == [1, 1]
+
+
+def test_scaled_rope(path):
+    scaling = {'rope__scaling__type': 'yarn', 'rope__scaling__factor': 4.0}
+    scaling |= {'rope__scaling__original_context_length': 64}
+    assert open_gguf(make(path, 'qwen2', **scaling)).hf_config['rope_scaling'] == {
+        'rope_type': 'yarn',
+        'factor': 4.0,
+        'original_max_position_embeddings': 64,
+    }
+    factors = {'long': np.linspace(1, 9, 6), 'short': np.linspace(1, 2, 6)}
+    more = {f'rope_factors_{which}.weight': f.astype('f4') for which, f in factors.items()}
+    context = {'rope__scaling__original_context_length': 64, 'rope__dimension_count': 12}
+    context['attention__sliding_window'] = 0
+    said = open_gguf(make(path, 'phi3', more=more, **context)).hf_config
+    assert said['rope_scaling']['rope_type'] == 'longrope'
+    np.testing.assert_allclose(said['rope_scaling']['long_factor'], factors['long'], 1e-6)
+    assert (said['original_max_position_embeddings'], said['sliding_window']) == (64, None)
+    assert said['partial_rotary_factor'] == 0.75
+
+
+def llama3_factors(theta, turned, factor, low=1.0, high=4.0, context=8192):
+    """`generate_extra_tensors` of llama.cpp's converter."""
+    found = []
+    for frequency in theta ** (-np.arange(0, turned, 2) / turned):
+        wave = 2 * math.pi / frequency
+        if wave < context / high:
+            found.append(1)
+        elif wave > context / low:
+            found.append(factor)
+        else:
+            smooth = (context / wave - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+@pytest.mark.parametrize(
+    'turned, factor, low, high', [(128, 8, 1, 4), (64, 32, 1, 4), (128, 4, 2, 6)]
+)
+def test_the_rope_scaling_of_llama3_is_recovered(turned, factor, low, high, path):
+    factors = {'rope_freqs.weight': llama3_factors(5e5, turned, factor, low, high)}
+    shape = {'blk.0.attn_q.weight': (4 * turned, 32), 'blk.0.attn_k.weight': (2 * turned, 32)}
+    more = factors | random_tensors(shape | {n.replace('0', '1'): s for n, s in shape.items()})
+    length = {'attention__key_length': turned, 'rope__dimension_count': turned}
+    model = open_gguf(make(path, more=more, **length))
+    assert model.hf_config['rope_scaling'] == {
+        'rope_type': 'llama3',
+        'factor': factor,
+        'low_freq_factor': pytest.approx(low),
+        'high_freq_factor': pytest.approx(high),
+        'original_max_position_embeddings': 8192,
+    }
+    assert 'rope_freqs.weight' not in model.tensors.shapes
+
+
+def test_factors_that_stretch_nothing_are_no_scaling(path):
+    ones = {'rope_freqs.weight': np.ones(8, np.float32)}
+    assert open_gguf(make(path, more=ones)).hf_config['rope_scaling'] is None
+
+
+BAD = {
+    'unknown architecture': (
+        dict(architecture='mamba'),
+        r"has the architecture 'mamba'; read are llama, smollm3, qwen2, qwen3, gemma2, gemma3",
+    ),
+    'mixture': (dict(expert_count=8), 'is a mixture of experts'),
+    'missing key': (
+        dict(block_count=None, context_length=None),
+        'does not say llama.block_count, llama.context_length',
+    ),
+    'key of text': (dict(embedding_length='many'), "has llama.embedding_length 'many'"),
+    'layers that differ': (
+        dict(attention__head_count_kv=[1, 2]),
+        'layers that differ in llama.attention.head_count_kv',
+    ),
+    'missing tensor': (
+        dict(without=('blk.1.ffn_up.weight', 'output_norm.weight')),
+        'lacks the tensors output_norm.weight, blk.1.ffn_up.weight',
+    ),
+    'no embeddings': (dict(without=('token_embd.weight',)), 'lacks the tensor token_embd.weight'),
+    'extra tensor': (
+        dict(more={'blk.0.attn_sinks.weight': np.ones(4, np.float32)}),
+        'has unknown tensors blk.0.attn_sinks.weight',
+    ),
+    'heads': (dict(attention__head_count=2), r'attn_q.weight of shape \[64, 32\], for 2 heads of'),
+    'values': (dict(attention__value_length=8), 'heads whose values have another size'),
+    'rope': (
+        dict(more={'rope_freqs.weight': np.linspace(1, 3, 8, dtype=np.float32)}),
+        'has rope_freqs.weight that are not those of Llama 3',
+    ),
+    'types': (
+        dict(
+            more={
+                'blk.0.ffn_up.weight': np.ones((96, 32), np.int8),
+                'output_norm.weight': np.ones(32),
+            }
+        ),
+        r'types that are not read: F64 \(output_norm.weight\), I8 \(blk.0.ffn_up.weight\); '
+        'read are F32, F16, Q4_0, ',
+    ),
+    'tokens': (dict(tokens=VOCAB + 1), 'tokenizer of 41 tokens and embeddings of 40'),
+    'parts': (dict(split=3), 'is one of 3 parts: join them'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_a_file_that_cannot_be_a_model_is_refused_with_the_names(case, path):
+    options, message = BAD[case]
+    options = dict(options)
+    architecture = options.pop('architecture', 'llama')
+    if case == 'unknown architecture':
+        gguf_files.write(path, architecture, keys(), random_tensors({'x.weight': (4, 4)}))
+    elif case in ('tokens', 'parts'):
+        other = {'tokenizer.ggml.tokens': [f'{i}' for i in range(options.get('tokens', 1))]}
+        other |= {'split.count': options['split']} if case == 'parts' else {}
+        tensors = converted('llama', random_tensors(shapes('llama')))
+        gguf_files.write(path, 'llama', keys() | other, tensors)
+    else:
+        make(path, architecture, **options)
+    with pytest.raises(DataError, match=message) as caught:
+        open_gguf(path)
+    assert str(path) in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_what_is_no_gguf_file_is_said_to_be_none(path):
+    with pytest.raises(MissingInputError, match='cannot be read: No such file'):
+        open_gguf(path)
+    for content, message in (
+        (b'', 'is no GGUF file: it is empty'),
+        (b'PK\x03\x04' * 10, "is no GGUF file: it starts with b'PK"),
+        (b'GGUF\x01\x00\x00\x00' + bytes(16), 'is GGUF version 1; versions 2 and 3 are read'),
+        (b'GGUF\x00\x00\x00\x03' + bytes(16), 'is for big-endian machines'),
+        (b'GG', 'is damaged: its header goes on behind the end of the file, 2 bytes'),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            open_gguf(path)
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_closed(path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(gguf_file, 'open', refuse, raising=False)
+    with pytest.raises(PermissionDeniedError, match='model.gguf may not be read'):
+        open_gguf(path)
+
+
+def test_a_tensor_that_is_there_twice_is_named(path):
+    content = make(path).read_bytes()
+    path.write_bytes(content.replace(b'blk.1.ffn_up.weight', b'blk.0.ffn_up.weight'))
+    with pytest.raises(DataError, match='tensors are there twice: blk.0.ffn_up.weight'):
+        open_gguf(path)
+    path.write_bytes(content.replace(b'llama.context_length', b'llama.rope.freq_base'))
+    with pytest.raises(DataError, match='llama.rope.freq_base is there twice'):
+        open_gguf(path)
+
+
+def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
+    content = make(path, kinds={'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}).read_bytes()
+    draw = random.Random(0)
+    for length in [*range(1, 400, 7), *draw.sample(range(len(content)), 100), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match='is damaged|is truncated') as caught:
+            open_gguf(path)
+        assert str(path) in str(caught.value)
+    assert 'tensors go on behind its end' in str(caught.value)
+
+
+def test_a_damaged_header_gives_an_error_of_ours_or_none(path):
+    content = make(path, kinds={'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}).read_bytes()
+    header = content.index(b'blk.1.') + 400
+    refused = 0
+    for seed in range(400):
+        draw = random.Random(seed)
+        damaged = bytearray(content)
+        for _ in range(draw.choice([1, 1, 8])):
+            damaged[draw.randrange(4, header)] = draw.choice([0, 255, draw.randrange(256)])
+        path.write_bytes(damaged)
+        try:
+            model = open_gguf(path)
+        except DataError as error:
+            refused += str(path) in str(error)
+        else:
+            for name in model.tensors.shapes:
+                model.tensors.read(name)
+    assert refused > 200
+
+
+def test_every_type_that_is_read_gives_its_number_of_values():
+    read = gguf_file.readable_kinds()
+    assert {'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K', 'IQ4_XS', 'MXFP4'} <= set(read)
+    for name in set(read) - {'F32', 'F16', 'BF16'}:
+        kind = gguf_files.TYPES[name]
+        size, length = gguf.GGML_QUANT_SIZES[kind]
+        blocks = np.zeros((3, 2, length), np.uint8)
+        stored = gguf_file.Tensor((3, 2 * size), int(kind), blocks)
+        assert stored.read((slice(1, 3), slice(size - 1, size + 2))).shape == (2, 3)
+
+
+def test_opening_a_file_imports_no_jax(path):
+    program = 'import sys; from jaxfm.pretrained.gguf import open_gguf; open_gguf(sys.argv[1]); '
+    program += "print('jax' in sys.modules)"
+    command = [sys.executable, '-c', program, str(make(path))]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == 'False\n'

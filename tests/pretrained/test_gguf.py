@@ -14,7 +14,8 @@ import pytest
 
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
 from jaxfm.pretrained import gguf_file
-from jaxfm.pretrained.gguf import ARCHITECTURES, open_gguf
+from jaxfm.pretrained.gguf import open_gguf
+from jaxfm.pretrained.gguf_architectures import ARCHITECTURES
 from tests import gguf_files
 
 HF = {
@@ -196,11 +197,11 @@ def test_the_config_of_the_real_model_is_that_of_its_hugging_face_repository(rea
 
 
 def test_the_real_model_is_read_in_seconds(smollm2_gguf):
-    started_at = time.perf_counter()
+    started_at = time.process_time()  # the clock on the wall is that of a machine shared by others
     model = open_gguf(smollm2_gguf)
     for name in model.tensors.shapes:
         model.tensors.read(name)
-    assert time.perf_counter() - started_at < 5
+    assert time.process_time() - started_at < 3
 
 
 PARTS = [
@@ -263,7 +264,9 @@ def test_words_that_files_have_only_for_some_models(path):
     assert said['architectures'] == ['MistralForCausalLM']
     said = open_gguf(make(path, 'qwen2')).hf_config
     assert said['attention_bias'] and not said['use_sliding_window']
-    said = open_gguf(make(path, 'qwen2', attention__key_length=None)).hf_config
+    said = open_gguf(
+        make(path, 'qwen2', attention__key_length=None, rope__dimension_count=None)
+    ).hf_config
     assert said['head_dim'] == 8
 
 
@@ -285,8 +288,55 @@ def test_olmo3_is_told_by_its_windows(path):
     assert said['layer_types'] == ['sliding_attention', 'full_attention']
 
 
-def test_smollm3_leaves_every_fourth_layer_without_rope(path):
-    assert open_gguf(make(path, 'smollm3')).hf_config['no_rope_layers'] == [1, 1]
+def test_smollm3_leaves_every_fourth_layer_without_rope(path, monkeypatch):
+    monkeypatch.setitem(HF, 'num_hidden_layers', 5)
+    said = open_gguf(make(path, 'smollm3')).hf_config
+    assert (said['no_rope_layers'], said['no_rope_layer_interval']) == ([1, 1, 1, 0, 1], 4)
+
+
+def test_every_sixth_layer_of_gemma3_sees_everything(path, monkeypatch):
+    monkeypatch.setitem(HF, 'num_hidden_layers', 7)
+    said = open_gguf(make(path, 'gemma3', attention__sliding_window=512)).hf_config
+    assert [kind.split('_')[0] for kind in said['layer_types']] == [
+        *['sliding'] * 5,
+        'full',
+        'sliding',
+    ]
+
+
+@pytest.mark.parametrize('name, layers', [('gemma2', 46), ('gemma3', 62)])
+def test_the_largest_gemma_scales_by_its_width(name, layers, path, monkeypatch):
+    monkeypatch.setitem(HF, 'num_hidden_layers', layers)
+    assert open_gguf(make(path, name)).hf_config['query_pre_attn_scalar'] == 8
+
+
+def test_a_text_ends_with_its_last_turn_as_well(path):
+    ids = {'tokenizer.ggml.eos_token_id': 3, 'tokenizer.ggml.eot_token_id': 7}
+    tensors = converted('llama', random_tensors(shapes('llama')))
+    gguf_files.write(path, 'llama', keys() | ids, tensors)
+    model = open_gguf(path)
+    assert model.generation == {'eos_token_id': [3, 7]}
+    assert (model.hf_config['eos_token_id'], model.tokenizer) == ([3, 7], '')
+
+
+def test_version_2_and_other_alignments_are_read(path):
+    tensors = converted('llama', random_tensors(shapes('llama')))
+    writer = gguf.GGUFWriter(path, 'llama')
+    writer.add_custom_alignment(256)
+    for key, value in keys().items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f'llama{key}', value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    content = path.read_bytes()
+    path.write_bytes(b'GGUF' + (2).to_bytes(4, 'little') + content[8:])
+    model = open_gguf(path).tensors
+    for name, tensor in random_tensors(shapes('llama')).items():
+        np.testing.assert_array_equal(model.read(name), tensor)
 
 
 def test_scaled_rope(path):
@@ -372,6 +422,15 @@ BAD = {
         'has unknown tensors blk.0.attn_sinks.weight',
     ),
     'heads': (dict(attention__head_count=2), r'attn_q.weight of shape \[64, 32\], for 2 heads of'),
+    'layers': (dict(block_count=1 << 31), 'has 20 tensors for 2147483648 layers'),
+    'size': (dict(attention__key_length=0), 'has heads of no size'),
+    'negative': (dict(rope__freq_base=-1.0), 'has llama.rope.freq_base -1.0, which cannot be'),
+    'fraction': (dict(block_count=1.5), 'block_count 1.5, which is no whole number'),
+    'turned': (dict(rope__dimension_count=32), 'turns 32 numbers of heads of 16'),
+    'windows': (
+        dict(attention__sliding_window=8, attention__sliding_window_pattern=[True]),
+        r'has windows \[True\] for 2 layers',
+    ),
     'values': (dict(attention__value_length=8), 'heads whose values have another size'),
     'rope': (
         dict(more={'rope_freqs.weight': np.linspace(1, 3, 8, dtype=np.float32)}),
@@ -446,9 +505,16 @@ def test_a_tensor_that_is_there_twice_is_named(path):
 
 
 def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
-    content = make(path, kinds={'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}).read_bytes()
+    kinds = {'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}
+    content = make(path, kinds=kinds, names=['a', 'word', 'and another']).read_bytes()
+    texts = content.index(b'llama.names')
     draw = random.Random(0)
-    for length in [*range(1, 400, 7), *draw.sample(range(len(content)), 100), len(content) - 1]:
+    for length in [
+        *range(1, 40),
+        *range(texts, texts + 100),
+        *draw.sample(range(len(content)), 100),
+        len(content) - 1,
+    ]:
         path.write_bytes(content[:length])
         with pytest.raises(DataError, match='is damaged|is truncated') as caught:
             open_gguf(path)
@@ -456,24 +522,24 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
     assert 'tensors go on behind its end' in str(caught.value)
 
 
-def test_a_damaged_header_gives_an_error_of_ours_or_none(path):
-    content = make(path, kinds={'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}).read_bytes()
-    header = content.index(b'blk.1.') + 400
-    refused = 0
-    for seed in range(400):
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_a_damaged_header_gives_an_error_of_ours_or_none(name, path):
+    content = make(path, name, rope__scaling__type='linear').read_bytes()
+    end, refused = content.index(b'blk.1.') + 400, 0
+    for seed in range(80):
         draw = random.Random(seed)
         damaged = bytearray(content)
         for _ in range(draw.choice([1, 1, 8])):
-            damaged[draw.randrange(4, header)] = draw.choice([0, 255, draw.randrange(256)])
+            damaged[draw.randrange(4, end)] = draw.choice([0, 255, draw.randrange(256)])
         path.write_bytes(damaged)
         try:
             model = open_gguf(path)
         except DataError as error:
             refused += str(path) in str(error)
         else:
-            for name in model.tensors.shapes:
-                model.tensors.read(name)
-    assert refused > 200
+            for tensor_name in model.tensors.shapes:
+                model.tensors.read(tensor_name)
+    assert refused > 40
 
 
 def test_every_type_that_is_read_gives_its_number_of_values():

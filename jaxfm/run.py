@@ -28,6 +28,7 @@ from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
+from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
@@ -166,7 +167,7 @@ class Run:
         """Writes weights of this run for other libraries; needs the tokenizer to be open."""
         config, parts = self.config, self.parts
         stop_ids = Chat(self.tokenizer).stop_ids | set(config.sampling.stop_ids)
-        return Exporter(
+        arguments = (
             config.export,
             config.model,
             parts.axes,
@@ -175,6 +176,9 @@ class Run:
             stop_ids,
             self.primary,
         )
+        if config.export.adapters == 'peft':
+            return AdapterExporter(*arguments, base=config.init_from)
+        return Exporter(*arguments)
 
     def restore_params(self, checkpoints: Reader, parts: Parts | None = None) -> tuple[dict, int]:
         """The weights of the newest whole checkpoint alone, and its step.
@@ -207,7 +211,7 @@ class Run:
     def _earlier_params(self) -> dict:
         """The weights that `init_from` names: of a run of ours, or from outside.
 
-        Adapters that the model has and they have not are fresh.
+        Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
         """
         name, adapters = self.config.init_from, self.parts.adapters
         directory = Path(name)
@@ -222,6 +226,8 @@ class Run:
             log.info('weights of %s', pretrained.path)
         if adapters <= params.keys():
             return params
+        if self.config.model.lora.path:
+            return params | load_adapters(self.config.model, self.parts.axes, self.parts.shapes)
         return params | fresh_params(self.make_model, self.parts, self.config.seed, adapters)
 
     def _params_of(self, earlier: RunConfig, directory: Path) -> tuple[dict, int]:

@@ -24,7 +24,7 @@ def params_of(tiny, workdir, step):
 
 def run(tiny, workdir, *more, code=0):
     process = tiny.start(workdir, *SHORT, '--config.sampling.num_samples=0', *more)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == code, stderr_of(workdir)
     return workdir
 
@@ -96,6 +96,23 @@ def test_an_export_has_the_merged_weights(tiny, straight, adapted):
     workdir = run(tiny, tiny.root / 'from_export', f'--config.init_from={exported}')
     np.testing.assert_allclose(heldout(workdir, 0), heldout(adapted, STEPS), rtol=1e-6)
     assert not [name for name in tiny.saved_state(workdir, STEPS) if '_lora/' in name]
+
+
+def test_adapters_go_out_alone_and_into_another_run(tiny, straight, adapted):
+    """`--mode export` of adapters, and `model.lora.path`."""
+    exported = tiny.root / 'adapter'
+    init = f'--config.init_from={straight}'
+    flags = ['--config.export.adapters=peft', '--mode', 'export', '--output', str(exported)]
+    run(tiny, adapted, init, *LORA, *flags)
+    assert sorted(path.name for path in exported.iterdir()) == [
+        'adapter_config.json',
+        'adapter_model.safetensors',
+    ]
+    workdir = run(tiny, tiny.root / 'from_adapter', init, f'--config.model.lora.path={exported}')
+    assert heldout(workdir, 0) == heldout(adapted, STEPS)
+    before, after = params_of(tiny, adapted, STEPS), params_of(tiny, workdir, STEPS)
+    assert before.keys() == after.keys()
+    assert all(('_lora/' in path) == (before[path] != after[path]).any() for path in before)
 
 
 def test_adapters_of_another_kind_are_refused(tiny, adapted):

@@ -79,8 +79,6 @@ class Exporter:
           StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
         """
         partial = directory.with_name(directory.name + '.partial')
-        if self._model.lora:
-            params = lora.merge(params, self._model)
         try:
             if self._primary:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +94,8 @@ class Exporter:
             raise kind(f'{directory}: cannot be written: {error.strerror}') from None
 
     def _write_weights(self, params, directory: Path) -> None:
+        if self._model.lora:
+            params = lora.merge(params, self._model)
         files, weight_map = self._files(), {}
         for number, names in enumerate(files, start=1):
             several = f'model-{number:05}-of-{len(files):05}.safetensors'

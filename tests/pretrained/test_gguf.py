@@ -504,6 +504,17 @@ def test_a_tensor_that_is_there_twice_is_named(path):
         open_gguf(path)
 
 
+def test_a_tensor_that_begins_elsewhere_is_named(path):
+    content = bytearray(make(path).read_bytes())
+    name = b'blk.0.ffn_up.weight'
+    at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+    assert int.from_bytes(content[at : at + 8], 'little') % 32 == 0
+    content[at : at + 8] = (64).to_bytes(8, 'little')
+    path.write_bytes(content)
+    with pytest.raises(DataError, match='do not begin where those before .*: blk.0.ffn_up.weight'):
+        open_gguf(path)
+
+
 def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
     kinds = {'blk.0.ffn_up.weight': gguf_files.TYPES.Q8_0}
     content = make(path, kinds=kinds, names=['a', 'word', 'and another']).read_bytes()

@@ -82,28 +82,41 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
     values = overriding.plain(values, (), problems)
     if isinstance(values.get('init_from'), str) and values['init_from']:
         _inherit(values)
+    elif 'init_from' in values and 'model' not in values:
+        raise ConfigError('config.init_from is empty: which model? --config.init_from=PATH')
     return _resolve(schema, values, problems, given, refusals, config_argument)
 
 
 def _inherit(values: dict) -> None:
-    """Fills in what the run that `init_from` names says of model and tokenizer."""
-    directory = Path(values['init_from'])
-    if not (directory / 'config.json').is_file():
-        raise MissingInputError(
-            f'config.init_from: {directory} holds no run (it has no config.json): '
-            'train it first, or name another one'
-            + validation.nearest(directory.name, _runs_beside(directory))
-        )
+    """Fills in what the model that `init_from` names says of itself, where `values` does not.
+
+    Raises:
+        MissingInputError, DataError: there is none, or it is not one that we read.
+    """
+    try:
+        earlier = _said_by(values['init_from'])
+    except (MissingInputError, DataError) as error:
+        raise type(error)(f'config.init_from: {error}') from None
+    for group, theirs in earlier.items():
+        ours = values.get(group) or {}
+        if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
+            values[group] = theirs | ours
+
+
+def _said_by(init_from: str) -> dict:
+    """{group: values} of a model that exists: of a run of ours, or from outside."""
+    from jaxfm.pretrained import locate  # numpy and safetensors, for those alone who need them
+
+    directory = Path(init_from)
+    if not locate.is_run(directory):
+        return locate.values_of(locate.open_pretrained(init_from))
     earlier = _read_json(directory / 'config.json')
-    model, tokenizer = values.get('model') or {}, values.get('tokenizer') or {}
-    if isinstance(model, dict) and model.get('name') in (None, earlier['model']['name']):
-        values['model'] = earlier['model'] | model
-    if isinstance(tokenizer, dict) and 'name' not in tokenizer:
-        values['tokenizer'] = {'name': 'file', 'path': str(directory)} | tokenizer
-
-
-def _runs_beside(directory: Path) -> list[str]:
-    return sorted(path.parent.name for path in directory.parent.glob('*/config.json'))
+    return {
+        'model': earlier['model'],
+        'tokenizer': {'name': 'file', 'path': str(directory)},
+        'sampling': {'stop_ids': earlier.get('sampling', {}).get('stop_ids', [])},
+        'export': {'dtype': earlier.get('export', {}).get('dtype', 'auto')},
+    }
 
 
 def _resolve(schema, values, problems, given, refusals, origin):

@@ -13,12 +13,19 @@ import traceback
 from pathlib import Path
 
 from jaxfm import config as configs
-from jaxfm import resume
+from jaxfm import modes, resume
 from jaxfm.checkpoint.storage import open_storage
 from jaxfm.data import SOURCES
-from jaxfm.errors import MissingInputError, NumericsError, Preempted, RunError, UsageError
+from jaxfm.errors import (
+    ConfigError,
+    MissingInputError,
+    NumericsError,
+    Preempted,
+    RunError,
+    UsageError,
+)
+from jaxfm.modes.output import check_absent
 
-MODES = ('train', 'eval', 'sample')
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
 # small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
 HUGE_PAGES = (
@@ -45,7 +52,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument('--config', metavar='FILE[:ARG]', help='a file of configs/')
-    parser.add_argument('--mode', choices=MODES, default='train')
+    parser.add_argument('--mode', choices=tuple(modes.MODES), default='train')
     parser.add_argument('--workdir', type=Path, help='default: runs/<config>[-<arg>]')
     parser.add_argument(
         '--allow_change',
@@ -58,7 +65,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     sampling.add_argument('--temperature', type=_number(float, 0), help='0 is greedy')
     sampling.add_argument('--max_tokens', type=_number(int, 1))
     sampling.add_argument('--seed', type=_number(int, 0, 2**32), default=0, help='of the noise')
-    parser.add_argument('--output', type=Path, help='a file for samples or scores, as JSON lines')
+    parser.add_argument(
+        '--output',
+        type=Path,
+        help='a file for samples or scores, as JSON lines; of export the directory',
+    )
     argument, overrides, rest = configs.split_arguments(argv)
     flags = parser.parse_args(rest)
     flags.config = argument
@@ -88,14 +99,14 @@ def main(argv: list[str]) -> int:
     try:
         flags, overrides = parse(argv)
         config = configs.load(flags.config, overrides)
+        _check_mode(flags, config)
         _check_workdir(flags, config)
         if flags.mode != 'sample':
             _check_files(config)
         if config.checkpoint.directory:
             open_storage(config.checkpoint.directory).check_readable()
-        from jaxfm import modes  # jax only now: a mistake in the config costs no start-up time
-
-        return modes.MODES[flags.mode](flags, config)
+        run_mode = modes.load(flags.mode)  # jax only now: a mistake costs no start-up time
+        return run_mode(flags, config)
     except RunError as error:
         return _report(error)
     except MemoryError as error:
@@ -122,14 +133,28 @@ def _check_files(config) -> None:
             SOURCES[source.name].load()(source).files()
 
 
+def _check_mode(flags, config) -> None:
+    """Whether the config has what the mode needs."""
+    if flags.mode in ('train', 'eval') and not config.all_phases:
+        raise ConfigError(
+            f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
+            'config.data and config.optimizer, as configs/sft.py has'
+        )
+    if flags.mode == 'export':
+        if flags.output is None:
+            raise UsageError('where to? --mode export needs --output=DIRECTORY')
+        check_absent(flags.output)
+
+
 def _check_workdir(flags, config) -> None:
     """Whether the run that is in the work directory, if any, may go on with this config."""
     known, flags.changes = flags.workdir / 'config.json', []
     if known.exists():
         flags.changes = resume.check_resume(configs.read(known), config, flags.allow_change)
-    elif flags.mode != 'train':
+    elif flags.mode != 'train' and not config.init_from:
         raise MissingInputError(
-            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir'
+            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir '
+            'or a model by --config.init_from'
         )
 
 

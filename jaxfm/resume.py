@@ -16,6 +16,7 @@ FREE_ON_RESUME = (
     'evals',
     'sampling',
     'metrics',
+    'export',
     'checkpoint.every',
     'checkpoint.keep',
     'checkpoint.timeout_seconds',

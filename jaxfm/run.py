@@ -17,16 +17,22 @@ from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
+from jaxfm.data import tokenizer as tokenizers
+from jaxfm.data.chat import Chat
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
+from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import MODELS
 from jaxfm.phase import Phase, make_phases, phase_at
+from jaxfm.pretrained import locate
+from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.load import load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
-from jaxfm.state import TrainState
+from jaxfm.state import TrainState, abstract_params, split
 
 log = logging.getLogger('jaxfm')
 
@@ -47,7 +53,7 @@ class Run:
         model_class = MODELS[config.model.name].load()
         self.make_model = lambda key: model_class(config.model, nnx.Rngs(key))
         self.phases = make_phases(config, self.make_model, self.mesh)
-        self.parts = self.phases[0].parts
+        self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
 
@@ -62,16 +68,28 @@ class Run:
         if not self.primary:
             distributed.barrier('corpus')
         self.tokenizer = make_tokenizer(self.config.tokenizer, self.phases[0].config.data, cache)
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
-            raise DataError(
-                f'the tokenizer has {self.tokenizer.vocab_size} tokens, '
-                f'config.model.vocab_size is {self.config.model.vocab_size}'
-            )
+        self._check_tokenizer()
         for phase in self.phases:
             phase.dataset = open_dataset(phase.config.data, self.tokenizer, cache)
         if self.primary and jax.process_count() > 1:
             distributed.barrier('corpus')
         self._check_tokens()
+
+    def open_tokenizer(self) -> None:
+        """The tokenizer alone: what the weights were trained with, or came with."""
+        saved = self.workdir / 'tokenizer'
+        if saved.exists():
+            self.tokenizer = tokenizers.load(saved)
+        else:
+            self.tokenizer = tokenizers.build(self.config.tokenizer, ())
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+            raise DataError(
+                f'the tokenizer has {self.tokenizer.vocab_size} tokens, '
+                f'config.model.vocab_size is {self.config.model.vocab_size}'
+            )
 
     def _check_files(self) -> None:
         """Every process has the files of the first: else each would train on rows of its own.
@@ -124,7 +142,7 @@ class Run:
     def evaluators(self, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""
         datasets = {phase.name: phase.dataset for phase in self.phases}
-        return {
+        evaluators = {
             name: EVALUATORS[group.name].load()(
                 group,
                 Context(
@@ -139,10 +157,29 @@ class Run:
             )
             for name, group in self.config.evals.items()
         }
+        if self.config.export.every:
+            directory = self.workdir / 'export'
+            every = self.config.export.every
+            evaluators['export'] = PeriodicExport(every, self.exporter(), directory)
+        return evaluators
+
+    def exporter(self) -> Exporter:
+        """Writes weights of this run for other libraries; needs the tokenizer to be open."""
+        config, parts = self.config, self.parts
+        stop_ids = Chat(self.tokenizer).stop_ids | set(config.sampling.stop_ids)
+        return Exporter(
+            config.export,
+            config.model,
+            parts.axes,
+            parts.shapes,
+            self.tokenizer,
+            stop_ids,
+            self.primary,
+        )
 
     def restore_params(self, checkpoints: Reader) -> tuple[dict, int]:
         """The weights of the newest whole checkpoint alone, and its step."""
-        wanted = self.phases[0].abstract_state().params
+        wanted = abstract_params(self.parts)
         restored = checkpoints.newest_whole(
             lambda step: (checkpoints.restore_params(step, wanted), step)
         )
@@ -150,16 +187,34 @@ class Run:
             raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet')
         return restored
 
+    def current_params(self) -> tuple[dict, int | None]:
+        """The newest weights of this run and their step.
+
+        Of a run that has not begun: the weights that it would start from, and None.
+        """
+        has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
+        if has_begun or not self.config.init_from:
+            return self.restore_params(self.reader())
+        return self._earlier_params(), None
+
     def initial_state(self) -> TrainState:
-        """The state at step 0: fresh weights, or those of the run that `init_from` names."""
+        """The state at step 0: fresh weights, or those of the model that `init_from` names."""
         first = self.phases[0]
-        if not self.config.init_from:
-            return first.init_state()
-        directory = Path(self.config.init_from)
+        return first.begin(self._earlier_params()) if self.config.init_from else first.init_state()
+
+    def _earlier_params(self) -> dict:
+        """The weights that `init_from` names: of a run of ours, or from outside."""
+        name = self.config.init_from
+        directory = Path(name)
+        if not locate.is_run(directory):
+            pretrained = locate.open_pretrained(name)
+            params = load_params(pretrained, self.config.model, self.parts.axes, self.parts.shapes)
+            log.info('weights of %s', pretrained.path)
+            return params
         earlier = configs.read(directory / 'config.json')
         params, step = self.restore_params(Reader(earlier.checkpoint, directory / 'checkpoints'))
         log.info('weights of %s at step %d', directory, step)
-        return first.begin(params)
+        return params
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from jaxfm.evals import EVALUATORS
 from jaxfm.metrics import MetricsConfig
 from jaxfm.models import MODELS
 from jaxfm.objectives import OBJECTIVES, NextTokenConfig
+from jaxfm.pretrained import ExportConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import Entry, Group, one_of
 from jaxfm.validation import shown
@@ -171,8 +172,10 @@ def _division(size: int, ways: int) -> str:
     return f'{size} = {size // ways} x {ways} + {size % ways}'
 
 
-def _phases_or_one(steps, data, optimizer, phases) -> list[str]:
+def _phases_or_one(init_from, steps, data, optimizer, phases) -> list[str]:
     own = {'steps': steps, 'data': data, 'optimizer': optimizer}
+    if init_from and not phases and all(value is None for value in own.values()):
+        return []  # a model to be used as it is
     if phases:
         given = [name for name, value in own.items() if value is not None]
         return [f'{name} belongs into a phase, because phases is given' for name in given]
@@ -234,12 +237,14 @@ class PhaseConfig(Group):
 class RunConfig(Group):
     """One run, resolved: every value that decides what it does.
 
-    Most runs have one phase, given by steps, data, objective and optimizer; others list phases.
+    Most runs have one phase, given by steps, data, objective and optimizer; others list phases. One
+    that has neither uses the model of `init_from` and cannot train.
     """
 
     seed: int = Field(0, ge=0, lt=2**32)
-    # The work directory of a run whose newest weights this one starts from. What `model` and
-    # `tokenizer` do not say is then as it was there.
+    # Whose weights this run starts from: the work directory of a run, a directory in Hugging Face's
+    # layout, a .gguf file, or a model on the hub. What `model`, `tokenizer`, `sampling.stop_ids` and
+    # `export.dtype` do not say is then as it is there.
     init_from: str = ''
     model: one_of(MODELS)
     tokenizer: one_of(TOKENIZERS) = BPEConfig()
@@ -253,6 +258,7 @@ class RunConfig(Group):
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    export: ExportConfig = ExportConfig()
 
     cross_checks: ClassVar = (
         _phases_or_one,
@@ -289,7 +295,9 @@ class RunConfig(Group):
 
     @property
     def all_phases(self) -> list[PhaseConfig]:
-        """The phases; those of a run that lists none are one, without a name."""
+        """The phases; those of a run that lists none are one, without a name, or none at all."""
+        if self.steps is None and not self.phases:
+            return []
         one = {name: getattr(self, name) for name in ('steps', 'data', 'objective', 'optimizer')}
         return self.phases or [PhaseConfig.model_construct(name='', **one)]
 

@@ -28,8 +28,13 @@ class Entry:
 
     def load(self):
         """Imports and returns the class; only now are jax or other heavy modules imported."""
-        module, name = self.target.split(':')
-        return getattr(importlib.import_module(module), name)
+        return load_target(self.target)
+
+
+def load_target(target: str):
+    """What "module:name" names; its module is imported only now."""
+    module, name = target.split(':')
+    return getattr(importlib.import_module(module), name)
 
 
 def one_of(registry: dict[str, Entry]):

@@ -89,6 +89,19 @@ def stored_spec(axes) -> P:
     return _spec(STORED, axes)
 
 
+def stored(axes) -> P | None:
+    """`stored_spec` for `out_sharding=`; None where no mesh is set (one device)."""
+    return None if jax.sharding.get_abstract_mesh().empty else stored_spec(axes)
+
+
+def stored_sharding(axes):
+    """The same as a sharding, on the mesh that is set or on one device."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return NamedSharding(mesh, stored_spec(axes))
+
+
 def used_spec(axes) -> P:
     """The sharding of a weight inside a block."""
     return _spec(USED, axes)
@@ -103,6 +116,11 @@ def place(x, *names):
     """An activation moved to the sharding of its logical axes; free where it is there already."""
     spec = activation(*names)
     return x if spec is None else jax.reshard(x, spec)
+
+
+def replicated(x):
+    """An array moved whole to every device."""
+    return place(x, *(None,) * x.ndim)
 
 
 def place_stored(weight, axes):

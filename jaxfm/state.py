@@ -175,6 +175,20 @@ def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState
     return jax.tree.map(concrete, shapes)
 
 
+def stored_shardings(parts: Parts) -> dict:
+    """Where every array of a model lives, on the mesh that is set."""
+    return {path: sharding.stored_sharding(axes) for path, axes in parts.axes.items()}
+
+
+def abstract_params(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of all arrays of a model; needs a mesh."""
+    places = stored_shardings(parts)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
+        for path, leaf in parts.shapes.items()
+    }
+
+
 def make_train_step(
     parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
 ):

@@ -532,7 +532,7 @@ def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file,
     (tmp_path / 'earlier').mkdir()
     config.write(load_run(), tmp_path / 'earlier' / 'config.json')
     keys = run_keys(init_from=str(tmp_path / 'earlyer'))
-    with pytest.raises(errors.MissingInputError, match='earlyer holds no run.*mean earlier?'):
+    with pytest.raises(errors.MissingInputError, match='there is no .*earlyer.*mean .*earlier?'):
         config.load(config_file(f'return {keys!r}'))
 
 

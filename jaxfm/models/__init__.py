@@ -14,10 +14,13 @@ class RopeConfig(Group):
     """Rotary position embedding and its extension to contexts longer than it was trained for."""
 
     theta: float = Field(10_000.0, gt=0)
-    scaling: Literal['none', 'linear', 'llama3'] = 'none'
+    scaling: Literal['none', 'linear', 'llama3', 'yarn'] = 'none'
     factor: float = Field(1.0, ge=1)  # how much longer than original_max_position the context is
     low_freq_factor: float = Field(1.0, gt=0)  # llama3: wavelengths above original / low are scaled
     high_freq_factor: float = Field(4.0, gt=0)  # llama3: wavelengths below original / high are kept
+    beta_slow: float = Field(1.0, gt=0)  # yarn: as low_freq_factor, in turns over the original
+    beta_fast: float = Field(32.0, gt=0)  # yarn: as high_freq_factor
+    attention_factor: float = Field(0.0, ge=0)  # yarn: of rotated q and k; 0: 0.1 ln(factor) + 1
     original_max_position: int = Field(8192, ge=1)
 
     @model_validator(mode='after')
@@ -27,6 +30,8 @@ class RopeConfig(Group):
                 f'high_freq_factor {self.high_freq_factor} must exceed low_freq_factor '
                 f'{self.low_freq_factor}'
             )
+        if self.scaling == 'yarn' and self.beta_fast <= self.beta_slow:
+            raise ValueError(f'beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}')
         return self
 
 
@@ -44,6 +49,7 @@ class BlockConfig(Group):
     query_scale: float = Field(0.0, ge=0)  # 0 is 1 / sqrt(head_dim)
     attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0 is off
     qk_norm: bool = False
+    joint_qk_norm: bool = False  # the norm goes over all heads together (OLMo 2), not over each
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -60,6 +66,8 @@ class BlockConfig(Group):
             )
         if not (self.pre_norm or self.post_norm):
             raise ValueError('pre_norm and post_norm are both off; a block needs one of them')
+        if self.joint_qk_norm and not self.qk_norm:
+            raise ValueError('joint_qk_norm says how qk_norm works, which is off')
         return self
 
 
@@ -74,6 +82,8 @@ class TransformerConfig(Group):
     """A decoder-only transformer."""
 
     name: Literal['transformer'] = 'transformer'
+    family: str = ''  # whose weight names an export uses; '' is the first that can express it
+    context_length: int = Field(0, ge=0)  # tokens of a document it was trained for; 0: not said
     vocab_size: int = Field(ge=2)
     vocab_multiple: int = Field(128, ge=1)  # tables are padded to it; padding gets probability 0
     embed_dim: int = Field(ge=1)

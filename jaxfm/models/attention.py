@@ -32,19 +32,20 @@ class Attention(nnx.Module):
         self.v_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
         self.out_bias = vector(0.0, (D,), ('norm',)) if config.output_bias else None
         norm = dict(epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
-        self.q_norm = RMSNorm(H, **norm) if config.qk_norm else None
-        self.k_norm = RMSNorm(H, **norm) if config.qk_norm else None
+        joint = config.joint_qk_norm
+        self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
+        self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
 
     def _project(self, x_BTD, weight, bias, norm, positions_BT):
         heads = linear(x_BTD, weight[...])
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
-            heads = norm(heads)
+            heads = norm(heads, last_axes=2 if self.config.joint_qk_norm else 1)
         rope = self.config.rope
         if positions_BT is None or rope is None:
             return heads
-        return apply_rope(heads, positions_BT, rope_frequencies(heads.shape[-1], **dict(rope)))
+        return apply_rope(heads, positions_BT, *rope_frequencies(heads.shape[-1], **dict(rope)))
 
     def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None, layer):
         """-> (out [B, T, D], updated cache). Without a cache the keys are those of x itself.

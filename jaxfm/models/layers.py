@@ -39,9 +39,10 @@ class RMSNorm(nnx.Module):
         self.epsilon, self.unit_offset = epsilon, unit_offset
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
-    def __call__(self, x):
+    def __call__(self, x, last_axes: int = 1):
+        """Over so many of the last axes of x together; their sizes multiply to that of the scale."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
-        return rms_norm(x, scale, epsilon=self.epsilon)
+        return rms_norm(x, scale.reshape(x.shape[-last_axes:]), epsilon=self.epsilon)
 
 
 class Embedding(nnx.Module):

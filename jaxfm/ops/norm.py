@@ -5,8 +5,9 @@ from jax import lax
 
 
 def rms_norm(x, scale, *, epsilon: float):
-    """x / rms(x) * scale over the last axis; computed in float32, returned in x's dtype."""
+    """x / rms(x) * scale over the axes of scale, the last ones of x; float32, returned in x's dtype."""
     x_32 = x.astype(jnp.float32)
-    inverse = lax.rsqrt(jnp.mean(x_32 * x_32, axis=-1, keepdims=True) + epsilon)
-    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+    inverse = lax.rsqrt(jnp.mean(x_32 * x_32, axis=axes, keepdims=True) + epsilon)
+    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
     return (x_32 * inverse * scale).astype(x.dtype)

@@ -15,4 +15,5 @@ class SamplingConfig(Group):
     max_tokens: int = Field(128, ge=1)
     num_samples: int = Field(3, ge=0)  # shown on the console at the end of a training run
     prompts: list[str] = []  # what those samples continue; the end of the list repeats
+    stop_ids: list[int] = []  # that end a completion, beside those of the tokenizer and its chats
     chat: bool = False  # a prompt is what a user says, and is put into the chat template

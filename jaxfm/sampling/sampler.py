@@ -201,7 +201,8 @@ class Sampler:
         is_last_BT = positions_BT == lengths_B[:, None] - 1
         last_BD = jnp.sum(jnp.where(is_last_BT[..., None], hidden_BTD, 0), axis=1)
         sampled = self._sample(model, last_BD, rows, lengths_B)
-        return extras['cache'], tuple(_replicated(x)[None] for x in sampled)
+        # Every process reads the sampled tokens, so that all of them schedule alike.
+        return extras['cache'], tuple(sharding.replicated(x)[None] for x in sampled)
 
     def _decode_slots(self, params, cache, rows):
         """`decode_steps` tokens for every slot; position -1 marks a slot without a request."""
@@ -219,17 +220,12 @@ class Sampler:
 
         carry = (cache, rows['last'], rows['positions'])
         (cache, *_), sampled = lax.scan(body, carry, length=self.config.decode_steps)
-        return cache, tuple(_replicated(x) for x in sampled)
+        return cache, tuple(sharding.replicated(x) for x in sampled)
 
     def _sample(self, model, hidden_BD, rows, positions_B):
         logits_B1V = logits(hidden_BD[:, None], model.unembed())
         logits_BV = sharding.place(logits_B1V, 'batch', None, None)[:, 0]
         return sample_tokens(logits_BV, rows['temperature'], rows['seeds'], positions_B)
-
-
-def _replicated(x):
-    """Every process reads the sampled tokens, so that all of them schedule alike."""
-    return sharding.place(x, *(None,) * x.ndim)
 
 
 def complete(sampler: Sampler, requests: Iterable[Request], stop=None) -> dict[str, list[Event]]:

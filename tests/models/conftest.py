@@ -50,10 +50,16 @@ def _configs() -> dict[str, TransformerConfig]:
         BLOCK, **biases, rope=llama3, pre_norm=False, post_norm=True, activation='relu_squared'
     )
     nope = changed(BLOCK, **biases, rope=None, num_kv_heads=4, window=6)
+    # The norms of queries and keys over all heads, and the YaRN extension, as OLMo 3 has them.
+    yarn = RopeConfig(scaling='yarn', factor=4.0, original_max_position=8, theta=100.0)
+    olmo = changed(BLOCK, qk_norm=True, joint_qk_norm=True, rope=yarn)
     mixed = changed(
         llama,
-        num_layers=4,
-        segments=[SegmentConfig(pattern=[rotary, nope], repeats=2)],
+        num_layers=5,
+        segments=[
+            SegmentConfig(pattern=[rotary, nope], repeats=2),
+            SegmentConfig(pattern=[olmo], repeats=1),
+        ],
         embedding_norm=True,
     )
     return {'llama': llama, 'gemma': gemma, 'mixed': mixed}

@@ -66,7 +66,10 @@ class Reference:
                 f'{name}_bias', 0
             )
             if block.qk_norm and name != 'v':
-                heads[name] = self.norm(heads[name], weights[f'{name}_norm/scale'], block)
+                # Over each head, or over all of them as one vector.
+                together = heads[name].reshape(T, -1) if block.joint_qk_norm else heads[name]
+                normed = self.norm(together, weights[f'{name}_norm/scale'], block)
+                heads[name] = normed.reshape(heads[name].shape)
             if block.rope and name != 'v':
                 heads[name] = self.rope(heads[name], block.rope)
         group = block.num_heads // block.num_kv_heads
@@ -91,7 +94,16 @@ class Reference:
             turns = rope.original_max_position * frequency / (2 * np.pi)
             keep = np.interp(turns, [rope.low_freq_factor, rope.high_freq_factor], [0, 1])
             frequency = keep * frequency + (1 - keep) * frequency / rope.factor
-        turn = np.exp(1j * np.arange(len(x))[:, None] * frequency)[:, None]
+        magnitude = 1.0
+        if rope.scaling == 'yarn':
+            first, last = (
+                np.interp(-turns, -rope.original_max_position * frequency / (2 * np.pi), range(half))
+                for turns in (rope.beta_fast, rope.beta_slow)
+            )
+            keep = np.interp(range(half), [np.floor(first), np.ceil(last)], [1, 0])
+            frequency = keep * frequency + (1 - keep) * frequency / rope.factor
+            magnitude = 0.1 * np.log(rope.factor) + 1
+        turn = magnitude * np.exp(1j * np.arange(len(x))[:, None] * frequency)[:, None]
         turned = (x[..., :half] + 1j * x[..., half:]) * turn
         return np.concatenate([turned.real, turned.imag], axis=-1)
 

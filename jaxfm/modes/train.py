@@ -1,13 +1,11 @@
-"""The modes of the command line: train, eval, sample. Each builds a run and uses its parts.
+"""--mode train: phase after phase, from the newest checkpoint if there is one.
 
 Nothing is written before everything that can be wrong has been looked at: config, mesh, data, the
 fit of model and mesh, the room for checkpoints.
 """
 
 import contextlib
-import json
 import logging
-import sys
 from pathlib import Path
 
 import jax
@@ -16,9 +14,7 @@ from jaxfm import config as configs
 from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.storage import S3
-from jaxfm.data import tokenizer as tokenizers
-from jaxfm.data.chat import Chat
-from jaxfm.errors import ConfigError, DataError, PermissionDeniedError, RunError, StorageError
+from jaxfm.errors import ConfigError, DataError, RunError
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
@@ -26,10 +22,12 @@ from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.report import write_report
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.models.transformer import compute_dtype
+from jaxfm.modes.generation import requests_for, write_samples
+from jaxfm.modes.output import explained
 from jaxfm.phase import Phase
 from jaxfm.run import Run, started
 from jaxfm.run_config import RunConfig
-from jaxfm.sampling.sampler import Request, complete
+from jaxfm.sampling.sampler import Request
 from jaxfm.state import TrainState
 from jaxfm.train import Loop
 from jaxfm.train import train as run_loop
@@ -89,7 +87,7 @@ def train(flags, config: RunConfig) -> int:
         state = _run_phases(run, loops, current, state, step)
         sampler.params = state.params
         path = run.workdir / 'samples' / 'final.jsonl'
-        _write_samples(run, sampler, run.tokenizer, prompts, requests, path)
+        write_samples(run, sampler, run.tokenizer, prompts, requests, path)
         recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, evaluators)
         _report(run)
@@ -117,45 +115,6 @@ def _run_phases(
             state = run_loop(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
     return state
-
-
-def evaluate(flags, config: RunConfig) -> int:
-    """Runs every evaluator on the newest checkpoint."""
-    with started(flags, config) as run, contextlib.ExitStack() as stack:
-        console = Console(enabled=run.primary)
-        stack.callback(console.close)
-        checkpoints = run.reader()
-        params, step = run.restore_params(checkpoints)
-        run.open_data()
-        run.phase_at(step).batches().set_state(checkpoints.read_manifest(step)['extra']['source'])
-        scores = {}
-        for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
-            values = evaluator.run(params, step)
-            scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
-        for name, value in scores.items():
-            log.info('step %d  %s %.6g', step, name, value)
-        if run.primary and flags.output:
-            _write_lines(flags.output, [{'step': step} | scores])
-    return 0
-
-
-def sample(flags, config: RunConfig) -> int:
-    """Continues the prompts with the weights of the newest checkpoint; text goes to stdout."""
-    with started(flags, config) as run, contextlib.ExitStack() as stack:
-        console = Console(enabled=run.primary)
-        stack.callback(console.close)
-        tokenizer = tokenizers.load(run.workdir / 'tokenizer')
-        checkpoints = run.reader()
-        params, step = run.restore_params(checkpoints)
-        prompts = flags.prompt or list(config.sampling.prompts) or ['']
-        sampler = run.sampler(params, slots=len(prompts))
-        requests = _requests(config, tokenizer, prompts, flags)
-        log.info('sampling from step %d', step)
-        _write_samples(run, sampler, tokenizer, prompts, requests, flags.output)
-    return 0
-
-
-MODES = {'train': train, 'eval': evaluate, 'sample': sample}
 
 
 def _is_finished(run: Run, flags) -> bool:
@@ -222,12 +181,12 @@ def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer
 def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
-        with _explained(run.workdir):
+        with explained(run.workdir):
             run.workdir.mkdir(parents=True, exist_ok=True)
         configs.write(run.config, run.workdir / 'config.json')
         # A checkpoint belongs to the tokenizer it was trained with.
         if is_new or not (run.workdir / 'tokenizer').exists():
-            with _explained(run.workdir / 'tokenizer') as path:
+            with explained(run.workdir / 'tokenizer') as path:
                 run.tokenizer.save(path)
     console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
@@ -343,6 +302,14 @@ def _check_first(steps: int, step: int, phase: Phase) -> None:
         )
 
 
+def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
+    """The samples at the end of a training run: prompts, and requests to continue them."""
+    sampling = config.sampling
+    known = list(sampling.prompts) or ['']
+    prompts = [known[index % len(known)] for index in range(sampling.num_samples)]
+    return prompts, requests_for(config, tokenizer, prompts)
+
+
 def _how_to_go_on(config) -> str:
     name, steps, group = 'steps', config.steps, 'steps'
     if config.phases:
@@ -352,72 +319,3 @@ def _how_to_go_on(config) -> str:
         f'to train on give --config.{name}={2 * steps} --allow_change={group}, '
         'for a new run another --workdir'
     )
-
-
-def _requests(config, tokenizer, prompts, flags=None) -> list[Request]:
-    sampling = config.sampling
-    temperature, max_tokens = sampling.temperature, sampling.max_tokens
-    chat = Chat(tokenizer)
-    if flags is not None:
-        temperature = temperature if flags.temperature is None else flags.temperature
-        max_tokens = flags.max_tokens or max_tokens
-    return [
-        Request(
-            id=str(index),
-            tokens=_prompt_ids(config, tokenizer, chat, prompt),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=flags.seed if flags is not None else config.seed,
-            sample_index=index,
-            stop_ids=chat.stop_ids,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-
-
-def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
-    if config.sampling.chat:
-        return chat.prompt([{'role': 'user', 'content': prompt}])
-    begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return tokenizer.encode(prompt) or [begin]
-
-
-def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
-    """The samples at the end of a training run: prompts, and requests to continue them."""
-    sampling = config.sampling
-    known = list(sampling.prompts) or ['']
-    prompts = [known[index % len(known)] for index in range(sampling.num_samples)]
-    return prompts, _requests(config, tokenizer, prompts)
-
-
-def _write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:
-    events = complete(sampler, requests)
-    if not run.primary:
-        return
-    records = []
-    for prompt, request in zip(prompts, requests, strict=True):
-        ids = [token for event in events[request.id] for token in event.tokens]
-        reason = events[request.id][-1].finish_reason
-        text = tokenizer.decode(ids[:-1] if reason == 'stop' else ids)
-        print(prompt + '\n' * run.config.sampling.chat + text, flush=True)
-        if len(prompts) > 1:
-            print('-' * 80, file=sys.stderr, flush=True)
-        records.append({'prompt': prompt, 'completion': text, 'finish_reason': reason})
-    if path:
-        _write_lines(path, records)
-
-
-def _write_lines(path: Path, records: list[dict]) -> None:
-    """JSON lines; a reason to stop when they cannot be written."""
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
-
-
-@contextlib.contextmanager
-def _explained(path: Path):
-    try:
-        yield path
-    except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-        raise kind(f'{path}: cannot be written: {error.strerror}') from None

@@ -1,0 +1,34 @@
+"""--mode eval: every evaluator of the config, on the newest checkpoint."""
+
+import contextlib
+import logging
+
+from jaxfm.metrics.console import Console
+from jaxfm.modes.output import write_lines
+from jaxfm.run import started
+from jaxfm.run_config import RunConfig
+
+log = logging.getLogger('jaxfm')
+
+
+def evaluate(flags, config: RunConfig) -> int:
+    """Runs every evaluator on the newest checkpoint."""
+    with started(flags, config) as run, contextlib.ExitStack() as stack:
+        console = Console(enabled=run.primary)
+        stack.callback(console.close)
+        params, step = run.current_params()
+        run.open_data()
+        if step is None:
+            step = 0
+        else:
+            position = run.reader().read_manifest(step)['extra']['source']
+            run.phase_at(step).batches().set_state(position)
+        scores = {}
+        for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
+            values = evaluator.run(params, step)
+            scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
+        for name, value in scores.items():
+            log.info('step %d  %s %.6g', step, name, value)
+        if run.primary and flags.output:
+            write_lines(flags.output, [{'step': step} | scores])
+    return 0

@@ -1,0 +1,34 @@
+"""Files that a mode writes, and a reason to stop when they cannot be written."""
+
+import contextlib
+import json
+from pathlib import Path
+
+from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Writes JSON lines; directories that lack are made."""
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
+
+
+def check_absent(directory: Path) -> None:
+    """Whether there is nothing yet where a directory is to be written.
+
+    Raises:
+      ConfigError: something is.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f'{directory} is there already, and not empty: give another --output')
+
+
+@contextlib.contextmanager
+def explained(path: Path):
+    """Inside it an OSError becomes the RunError that names the path."""
+    try:
+        yield path
+    except OSError as error:
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+        raise kind(f'{path}: cannot be written: {error.strerror}') from None

@@ -1,0 +1,144 @@
+"""A model in Hugging Face's layout: a directory with config.json and one or many .safetensors.
+
+Nothing in it is ever run: weights in pickle files and code of a model's own are refused.
+"""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+from jaxfm.pretrained.source import Pretrained
+
+CONFIG, GENERATION = 'config.json', 'generation_config.json'
+TOKENIZER = 'tokenizer_config.json'
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+
+DTYPES = {
+    'F64': np.dtype(np.float64),
+    'F32': np.dtype(np.float32),
+    'F16': np.dtype(np.float16),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+# A tokenizer is there if one of these is.
+_TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+_PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
+
+
+def open_directory(path: Path) -> Pretrained:
+    """The model in a directory; of its weights the headers are read.
+
+    Raises:
+        MissingInputError: it has no config.json or no weights.
+        DataError: a file is damaged, or the index and the files do not agree.
+    """
+    config = read_json(path / CONFIG)
+    has_tokenizer = any((path / name).is_file() for name in _TOKENIZERS)
+    generation = path / GENERATION
+    return Pretrained(
+        path=path,
+        hf_config=config,
+        tensors=SafetensorsFiles(_weight_files(path, config)),
+        tokenizer=str(path) if has_tokenizer else '',
+        generation=read_json(generation) if generation.is_file() else {},
+    )
+
+
+class SafetensorsFiles:
+    """The tensors of one or many files; parts of them are read on demand (`source.Tensors`).
+
+    Args:
+        files: {path: names that it must have, or None for whatever it has}.
+    """
+
+    def __init__(self, files: dict[Path, set[str] | None]):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._slices = {}
+        for path, names in files.items():
+            self._open(path, names)
+
+    def _open(self, path: Path, names: set[str] | None) -> None:
+        try:
+            file = safe_open(path, framework='np')
+        except FileNotFoundError:
+            raise MissingInputError(f'{path} is missing') from None
+        except PermissionError:
+            raise PermissionDeniedError(f'{path} may not be read') from None
+        except (SafetensorError, OSError) as error:
+            raise DataError(f'{path} is damaged: {error}') from None
+        missing = sorted((names or set()) - set(file.keys()))
+        if missing:
+            raise DataError(f'{path} lacks what {INDEX} says it has: {listed(missing)}')
+        for name in file.keys() if names is None else sorted(names):
+            part = file.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                known = ', '.join(DTYPES)
+                raise DataError(f'{path}: {name} is {part.get_dtype()}; what is read is {known}')
+            self.shapes[name] = tuple(part.get_shape())
+            self.dtypes[name] = DTYPES[part.get_dtype()]
+            self._slices[name] = part
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of a tensor, copied out of the file."""
+        return self._slices[name][index or (slice(None),)]
+
+
+def _weight_files(path: Path, config: dict) -> dict[Path, set[str] | None]:
+    if (path / INDEX).is_file():
+        return _indexed_files(path)
+    if (path / WEIGHTS).is_file():
+        return {path / WEIGHTS: None}
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise DataError(
+            f'{path} has its weights in {listed(pickles)}, which is never loaded: reading a pickle '
+            'runs whatever code it holds; save the model as safetensors'
+        )
+    if config.get('auto_map'):
+        raise DataError(f'{path} brings code of its own (auto_map), which is never run')
+    raise MissingInputError(f'{path} has no weights: neither {WEIGHTS} nor {INDEX}')
+
+
+def _indexed_files(path: Path) -> dict[Path, set[str]]:
+    """{file: names} of an index; no file outside of the directory."""
+    weight_map = read_json(path / INDEX).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f'{path / INDEX} is damaged: it has no weight_map')
+    files = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f'{path / INDEX}: {name} is said to be in {file!r}, no name of a file')
+        files.setdefault(path / file, set()).add(name)
+    missing = sorted(file.name for file in files if not file.is_file())
+    if missing:
+        raise DataError(f'{path / INDEX} names what is not there: {listed(missing)}')
+    return files
+
+
+def read_json(path: Path) -> dict:
+    """An object of JSON.
+
+    Raises:
+        MissingInputError, PermissionDeniedError, DataError: as their names say.
+    """
+    try:
+        value = json.loads(path.read_text('utf-8'))
+    except FileNotFoundError:
+        raise MissingInputError(f'{path} is missing') from None
+    except PermissionError:
+        raise PermissionDeniedError(f'{path} may not be read') from None
+    except (ValueError, OSError) as error:
+        raise DataError(f'{path} is damaged: {error}') from None
+    if not isinstance(value, dict):
+        raise DataError(f'{path} is damaged: an object is expected, not a {type(value).__name__}')
+    return value
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """Names for a message; of many, the first and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more

@@ -1,0 +1,175 @@
+"""A model of ours as a directory in Hugging Face's layout: weights, configs, tokenizer, template.
+
+It is written beside its place and renamed at the end: whoever finds a directory finds all of it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxfm.errors import PermissionDeniedError, StorageError
+from jaxfm.models import TransformerConfig, convert
+from jaxfm.models.families.base import find, write_config
+from jaxfm.pretrained import ExportConfig
+from jaxfm.pretrained.directory import (
+    CONFIG,
+    DTYPES,
+    GENERATION,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    read_json,
+)
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Exporter:
+    """Writes weights of one model; whether a family can express it is found when this is built.
+
+    Args:
+      axes, shapes: {path of a parameter: logical axes, ShapeDtypeStruct}.
+      stop_ids: what ends a text of this model.
+      primary: whether this process writes; all of them take part in bringing weights together.
+
+    Raises:
+      ConfigError: no family of the layout can express the model.
+    """
+
+    def __init__(
+        self,
+        config: ExportConfig,
+        model: TransformerConfig,
+        axes: Mapping[str, tuple[str, ...]],
+        shapes: Mapping[str, jax.ShapeDtypeStruct],
+        tokenizer,
+        stop_ids: frozenset[int],
+        primary: bool = True,
+    ):
+        self._config, self._axes, self._primary = config, axes, primary
+        self._tokenizer, self._stop_ids = tokenizer, stop_ids
+        self._hf_config = write_config(model)
+        family = find(self._hf_config['model_type'])
+        sizes = {path: leaf.shape for path, leaf in shapes.items()}
+        self._layout = convert.layout(family, model, axes, sizes)
+        name = model.param_dtype if config.dtype == 'auto' else config.dtype
+        self._dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights, as they are written."""
+        return sum(map(self._size, self._layout.shapes))
+
+    def _size(self, name: str) -> int:
+        return int(np.prod(self._layout.shapes[name])) * self._dtype.itemsize
+
+    def write(self, params: Mapping[str, jax.Array], directory: Path) -> None:
+        """Writes the model of these weights in place of what is there; called by all processes.
+
+        Raises:
+          StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
+        """
+        partial = directory.with_name(directory.name + '.partial')
+        try:
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self._write_weights(params, partial)
+            if self._primary:
+                self._write_configs(partial)
+                shutil.rmtree(directory, ignore_errors=True)
+                partial.rename(directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+            raise kind(f'{directory}: cannot be written: {error.strerror}') from None
+
+    def _write_weights(self, params, directory: Path) -> None:
+        files, weight_map = self._files(), {}
+        for number, names in enumerate(files, start=1):
+            several = f'model-{number:05}-of-{len(files):05}.safetensors'
+            file = several if len(files) > 1 else WEIGHTS
+            weight_map |= dict.fromkeys(names, file)
+            tensors = ((name, self.tensor(params, name)) for name in names)
+            if self._primary:
+                shapes = {name: self._layout.shapes[name] for name in names}
+                write_safetensors(directory / file, shapes, self._dtype, tensors)
+            else:
+                for _ in tensors:  # what brings weights together needs every process
+                    pass
+        if len(files) > 1 and self._primary:
+            index = {'metadata': {'total_size': self.num_bytes}, 'weight_map': weight_map}
+            _write_json(directory / INDEX, index)
+
+    def _files(self) -> list[list[str]]:
+        """The names of each file, none larger than `shard_gigabytes` but of a single tensor."""
+        most, files, size = self._config.shard_gigabytes * 1e9, [[]], 0
+        for name in self._layout.shapes:
+            if files[-1] and size + self._size(name) > most:
+                files.append([])
+                size = 0
+            files[-1].append(name)
+            size += self._size(name)
+        return files
+
+    def tensor(self, params: Mapping[str, jax.Array], name: str) -> np.ndarray:
+        """One tensor as it lies in a file."""
+        rows = [
+            convert.to_tensor(
+                params[part.path],
+                part.repeat,
+                part.way,
+                self._axes[part.path],
+                part.shape,
+                self._dtype,
+            )
+            for part in self._layout.parts_of(name)
+        ]
+        rows = [np.asarray(part) for part in rows]
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+    def _write_configs(self, directory: Path) -> None:
+        ids = {'bos_token_id': self._tokenizer.bos_id, 'eos_token_id': sorted(self._stop_ids)}
+        dtype = {'torch_dtype': self._dtype.name}
+        first = {'eos_token_id': self._tokenizer.eos_id}
+        _write_json(directory / CONFIG, self._hf_config | ids | first | dtype)
+        _write_json(directory / GENERATION, ids)
+        self._tokenizer.save(directory)
+        # What transformers needs to know to take tokenizer.json as it is.
+        said = read_json(directory / TOKENIZER) | {'tokenizer_class': 'PreTrainedTokenizerFast'}
+        _write_json(directory / TOKENIZER, said)
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """One file, tensor by tensor: the library would want all of them in memory at once.
+
+    The format: eight bytes with the length of a JSON header, the header, the tensors.
+    """
+    header, end = {'__metadata__': {'format': 'pt'}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+        header[name] = {
+            'dtype': _NAMES[dtype],
+            'shape': list(shape),
+            'data_offsets': [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # so that tensors are aligned
+    with path.open('wb') as file:
+        file.write(len(text).to_bytes(8, 'little') + text)
+        for _, tensor in tensors:
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', 'utf-8')

@@ -1,0 +1,116 @@
+"""The weights of a model from outside, streamed into arrays that are sharded as they are stored.
+
+A few tensors of the file are in the host's memory at a time, of each only what this process holds:
+the next ones are read while one is turned and put into its stack on the devices.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfm import sharding
+from jaxfm.errors import DataError
+from jaxfm.models import TransformerConfig, convert
+from jaxfm.models.families.base import find
+from jaxfm.pretrained.directory import listed
+from jaxfm.pretrained.source import Pretrained, Tensors
+
+READERS = 3  # tensors that are read ahead, each in a thread
+# What old files have beside the weights: the output projection once more where it is tied, and
+# what can be computed.
+_REDUNDANT = ('lm_head.weight', '.rotary_emb.inv_freq', '.self_attn.masked_bias')
+
+
+def load_params(
+    pretrained: Pretrained,
+    config: TransformerConfig,
+    axes: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """{path: array} of every parameter; needs the mesh to be set.
+
+    Raises:
+      DataError: tensors that are missing, superfluous, of another shape or not finite.
+    """
+    sizes = {path: leaf.shape for path, leaf in shapes.items()}
+    layout = convert.layout(find(config.family), config, axes, sizes)
+    check(pretrained, layout)
+    parts = list(itertools.chain(*layout.parts.values()))
+    places = {part: sharding.stored_sharding(part.axes) for part in parts}
+    tensors = pretrained.tensors
+
+    def read(part):  # in a thread, which does not know the mesh
+        return _read(tensors, part, shapes[part.path], places[part])
+
+    params = {}
+    for part, tensor in zip(parts, _ahead(read, parts)):
+        path = part.path
+        params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
+    return params
+
+
+def _ahead(function: Callable, items: Iterable) -> Iterator:
+    """Results of the function, in order, of which READERS are made ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        running = collections.deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > READERS:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def check(pretrained: Pretrained, layout: convert.Layout) -> None:
+    """Whether a model has exactly the tensors of its layout, in their shapes."""
+    there = pretrained.tensors.shapes
+    extra = [n for n in there.keys() - layout.shapes.keys() if not n.endswith(_REDUNDANT)]
+    wrong = [
+        f'{name} is {list(there[name])}, not {list(shape)}'
+        for name, shape in layout.shapes.items()
+        if name in there and there[name] != shape
+    ]
+    problems = {
+        'missing': sorted(layout.shapes.keys() - there.keys()),
+        'not of this model': sorted(extra),
+        'misshapen': wrong,
+    }
+    lines = [f'{what}: {listed(names)}' for what, names in problems.items() if names]
+    if lines:
+        raise DataError(
+            f'{pretrained.path}: the weights are not those of its config; ' + '; '.join(lines)
+        )
+
+
+def _put(stack: jax.Array | None, tensor: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
+    """The parameter with one more of its parts; None is one that has none yet."""
+    kept = [(name, n) for name, n in zip(axes, leaf.shape) if name not in ('layers', 'gate_up')]
+    part_axes, shape = (tuple(x) for x in zip(*kept))
+    value = convert.to_parameter(tensor, part_axes, shape, leaf.dtype)
+    if part_axes == axes:
+        return value
+    if stack is None:
+        stack = convert.zeros(leaf.shape, leaf.dtype, axes)
+    return convert.put_into(stack, value, part.repeat, part.way, axes)
+
+
+def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
+    """The part as a global array of which each process has read its own shards."""
+    shape = part.shape
+    if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
+        shape = (leaf.shape[0], shape[1])
+
+    def read(index):
+        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
+        end = min(rows.stop, part.shape[0])
+        here = slice(part.start + rows.start, part.start + max(end, rows.start))
+        values = tensors.read(part.tensor, (here, *columns))
+        padding = rows.stop - rows.start - values.shape[0]
+        return np.pad(values, [(0, padding), (0, 0)]) if padding else values
+
+    return jax.make_array_from_callback(shape, place, read)

@@ -1,0 +1,229 @@
+"""Every family against transformers: outputs, gradients, training, generation, and the way back."""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxfm import optimizer, sharding, state
+from jaxfm.models import TransformerConfig
+from jaxfm.models.families import FAMILIES
+from jaxfm.models.families.base import read_config, write_config
+from jaxfm.models.transformer import Transformer
+from jaxfm.objectives import NextTokenConfig
+from jaxfm.objectives.next_token import NextToken
+from jaxfm.ops.logprobs import logits
+from jaxfm.pretrained import ExportConfig
+from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.load import load_params
+from jaxfm.pretrained.locate import open_pretrained, values_of
+from jaxfm.run_config import AdamWConfig
+from jaxfm.sampling import SamplingConfig
+from jaxfm.sampling.sampler import Request, Sampler, complete
+from tests.models import goldens
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+STEPS = 3
+
+
+@dataclasses.dataclass
+class Model:
+    """A golden, loaded as a run would."""
+
+    golden: goldens.Golden
+
+    def __post_init__(self):
+        self.pretrained = open_pretrained(str(self.golden.path))
+        self.config = TransformerConfig.model_validate(values_of(self.pretrained)['model'])
+        self.parts = state.split(self.make)
+
+    def make(self, key):
+        return Transformer(self.config, nnx.Rngs(key))
+
+    @functools.cached_property
+    def params(self):
+        shapes = self.parts.shapes
+        return load_params(self.pretrained, self.config, self.parts.axes, shapes)
+
+    @functools.cached_property
+    def exporter(self):
+        return exporter_of(self)
+
+    def tensors(self, params) -> dict[str, np.ndarray]:
+        """By their names in the file."""
+        return {name: self.exporter.tensor(params, name) for name in self.pretrained.tensors.shapes}
+
+    @functools.cached_property
+    def _forward(self):
+        def forward(params, tokens, positions, segment_ids):
+            model = self.parts.merge(params)
+            hidden, _ = model(tokens, positions, segment_ids)
+            return logits(hidden, model.unembed())[..., : self.config.vocab_size]
+
+        return jax.jit(forward)
+
+    def logits(self, tokens, positions, segment_ids):
+        return np.asarray(self._forward(self.params, tokens, positions, segment_ids))
+
+
+def exporter_of(model, **config):
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, save=lambda directory: None)
+    parts = model.parts
+    return Exporter(
+        ExportConfig(**config), model.config, parts.axes, parts.shapes, tokenizer, frozenset([2])
+    )
+
+
+@pytest.fixture(scope='module', params=goldens.FAMILIES)
+def model(request) -> Model:
+    return Model(goldens.Golden(request.param))
+
+
+def batch_of(arrays, step):
+    mask = arrays['attention_mask'][step]
+    positions = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape)
+    return {
+        'tokens': arrays['inputs'][step].astype(np.int32),
+        'targets': arrays['targets'][step].astype(np.int32),
+        'positions': positions,
+        'segment_ids': mask.astype(np.int32),
+        'loss_mask': arrays['loss_mask'][step].astype(np.float32),
+    }
+
+
+def assert_close(result, expected, name=''):
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_logits_equal_those_of_transformers(model):
+    arrays = model.golden.arrays
+    batch = batch_of(arrays, 0)
+    mask = batch['segment_ids'] > 0
+    result = model.logits(batch['tokens'], batch['positions'], batch['segment_ids'])
+    assert_close(result[mask], arrays['logits'][mask])
+    assert np.std(result[mask]) > 1  # small ones would hide a mistake
+
+
+def test_padding_on_the_left_changes_nothing(model):
+    arrays = model.golden.arrays
+    mask = arrays['left_attention_mask']
+    result = model.logits(
+        arrays['left_inputs'].astype(np.int32),
+        arrays['left_positions'].astype(np.int32),
+        mask.astype(np.int32),
+    )
+    assert_close(result[mask > 0], arrays['left_logits'][mask > 0])
+
+
+def train_step(model, **options):
+    said = model.golden.about['optimizer']
+    b1, b2 = said['betas']
+    config = AdamWConfig(
+        learning_rate=said['lr'],
+        schedule='constant',
+        weight_decay=said['weight_decay_of_matrices'],
+        b1=b1,
+        b2=b2,
+        eps=said['eps'],
+        clip_norm=0.0,
+    )
+    rule = optimizer.AdamW(config, STEPS, model.parts.axes)
+    objective = NextToken(NextTokenConfig())
+    return rule, objective, state.make_train_step(model.parts, objective, rule, **options)
+
+
+def test_the_gradient_of_every_parameter_equals_that_of_torch(model):
+    _, objective, _ = train_step(model)
+    batch = batch_of(model.golden.arrays, 0)
+
+    def loss(params):
+        sums, _, _ = objective(model.parts.merge(params), batch, None)
+        return sums['next_token'] / jnp.sum(batch['loss_mask'])
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model.params)
+    assert_close(value, model.golden.arrays['losses'][0])
+    expected = model.golden.parameters('gradient')
+    found = model.tensors(gradient)
+    assert found.keys() == expected.keys()
+    for name, right in expected.items():
+        assert_close(found[name], right, name)
+        assert np.abs(right).max() > 1e-4, name
+
+
+def test_three_steps_of_adamw_lead_where_torch_comes_to(model):
+    rule, _, step = train_step(model)
+    params = jax.tree.map(jnp.copy, model.params)
+    current = state.begin_phase(params, model.parts, rule, seed=0)
+    for number in range(STEPS):
+        current, metrics = step(current, batch_of(model.golden.arrays, number))
+        assert_close(metrics['loss'], model.golden.arrays['losses'][number])
+    found, before = model.tensors(current.params), model.tensors(model.params)
+    for name, right in model.golden.parameters('after').items():
+        assert_close(found[name], right, name)
+        assert np.abs(right - before[name]).max() > 5e-3, name
+
+
+def test_greedy_generation_is_identical_and_has_the_logprobs_of_the_trainer(model):
+    greedy = model.golden.about['greedy']
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = jax.device_put(model.params, state.stored_shardings(model.parts))
+        config = SamplingConfig(slots=2, max_length=48, decode_steps=4)
+        sampler = Sampler(model.parts.merge, model.config, config, params, mesh)
+        requests = [
+            Request(str(i), prompt, max_tokens=16, temperature=0.0)
+            for i, prompt in enumerate(greedy['prompts'])
+        ]
+        events = complete(sampler, requests)
+    for i, (prompt, right) in enumerate(zip(greedy['prompts'], greedy['outputs'], strict=True)):
+        tokens = [token for event in events[str(i)] for token in event.tokens]
+        assert tokens == right
+        whole = np.array([prompt + tokens], np.int32)
+        positions = np.arange(whole.shape[1], dtype=np.int32)[None]
+        scores = model.logits(whole, positions, np.ones_like(whole))
+        logprobs = jax.nn.log_softmax(scores[0, len(prompt) - 1 : -1])
+        reported = [value for event in events[str(i)] for value in event.logprobs]
+        np.testing.assert_allclose(
+            reported, logprobs[np.arange(len(tokens)), tokens], rtol=0, atol=1e-4
+        )
+
+
+def test_a_packed_row_equals_its_documents_alone(model):
+    tokens = model.golden.arrays['inputs'][0][:1, :20].astype(np.int32)
+    positions = np.concatenate([np.arange(7), np.arange(13)]).astype(np.int32)[None]
+    segment_ids = np.repeat([1, 2], [7, 13]).astype(np.int32)[None]
+    packed = model.logits(tokens, positions, segment_ids)
+    for part in (slice(0, 7), slice(7, 20)):
+        alone = model.logits(tokens[:, part], positions[:, part], np.ones_like(tokens[:, part]))
+        np.testing.assert_allclose(packed[:, part], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_import_then_export_is_bit_equal(model, tmp_path):
+    model.exporter.write(model.params, tmp_path / 'out')
+    before = load_file(model.golden.path / 'model.safetensors')
+    after = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        np.testing.assert_array_equal(after[name], value, name)
+
+
+def test_both_layouts_of_a_config_and_the_one_that_is_written_say_the_same(model):
+    hf = json.loads((model.golden.path / 'config.json').read_text())
+    old = json.loads((model.golden.path / 'config_v4.json').read_text())
+    assert read_config(old) == read_config(hf)
+    again = read_config(write_config(model.config))
+    assert TransformerConfig.model_validate(again) == model.config
+
+
+def test_every_family_has_a_golden():
+    types = {json.loads((goldens.Golden(n).path / 'config.json').read_text())['model_type']
+             for n in goldens.FAMILIES}
+    assert types == FAMILIES.keys()

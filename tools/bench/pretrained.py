@@ -138,7 +138,7 @@ def _write_random(config, directory: Path) -> int:
         bits = random.integers(0, 1 << 16, shape, np.uint16) & 0x87FF | 0x3800
         return bits.view(bfloat16)
 
-    tensors = ((name, tensor(shape)) for name, shape in layout.shapes.items())
+    tensors = (tensor(shape) for shape in layout.shapes.values())
     write_safetensors(directory / 'model.safetensors', layout.shapes, bfloat16, tensors)
     (directory / 'config.json').write_text(json.dumps(write_config(config)))
     return (directory / 'model.safetensors').stat().st_size

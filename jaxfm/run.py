@@ -25,14 +25,15 @@ from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.evals.export import PeriodicExport
-from jaxfm.models import MODELS
+from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
+from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
-from jaxfm.state import TrainState, abstract_params, split
+from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 
 log = logging.getLogger('jaxfm')
 
@@ -50,8 +51,7 @@ class Run:
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         self.primary = distributed.is_primary()
-        model_class = MODELS[config.model.name].load()
-        self.make_model = lambda key: model_class(config.model, nnx.Rngs(key))
+        self.make_model = _maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
@@ -167,7 +167,7 @@ class Run:
         """Writes weights of this run for other libraries; needs the tokenizer to be open."""
         config, parts = self.config, self.parts
         stop_ids = Chat(self.tokenizer).stop_ids | set(config.sampling.stop_ids)
-        return Exporter(
+        arguments = (
             config.export,
             config.model,
             parts.axes,
@@ -176,10 +176,16 @@ class Run:
             stop_ids,
             self.primary,
         )
+        if config.export.adapters == 'peft':
+            return AdapterExporter(*arguments, base=config.init_from)
+        return Exporter(*arguments)
 
-    def restore_params(self, checkpoints: Reader) -> tuple[dict, int]:
-        """The weights of the newest whole checkpoint alone, and its step."""
-        wanted = abstract_params(self.parts)
+    def restore_params(self, checkpoints: Reader, parts: Parts | None = None) -> tuple[dict, int]:
+        """The weights of the newest whole checkpoint alone, and its step.
+
+        parts: of the model in the checkpoint, where it is not that of the run.
+        """
+        wanted = abstract_params(parts or self.parts)
         restored = checkpoints.newest_whole(
             lambda step: (checkpoints.restore_params(step, wanted), step)
         )
@@ -203,18 +209,38 @@ class Run:
         return first.begin(self._earlier_params()) if self.config.init_from else first.init_state()
 
     def _earlier_params(self) -> dict:
-        """The weights that `init_from` names: of a run of ours, or from outside."""
-        name = self.config.init_from
+        """The weights that `init_from` names: of a run of ours, or from outside.
+
+        Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
+        """
+        name, adapters = self.config.init_from, self.parts.adapters
         directory = Path(name)
-        if not locate.is_run(directory):
+        if locate.is_run(directory):
+            earlier = configs.read(directory / 'config.json')
+            params, step = self._params_of(earlier, directory)
+            log.info('weights of %s at step %d', directory, step)
+        else:
             pretrained = locate.open_pretrained(name)
-            params = load_params(pretrained, self.config.model, self.parts.axes, self.parts.shapes)
+            axes = {path: axes for path, axes in self.parts.axes.items() if path not in adapters}
+            params = load_params(pretrained, self.config.model, axes, self.parts.shapes)
             log.info('weights of %s', pretrained.path)
+        if adapters <= params.keys():
             return params
-        earlier = configs.read(directory / 'config.json')
-        params, step = self.restore_params(Reader(earlier.checkpoint, directory / 'checkpoints'))
-        log.info('weights of %s at step %d', directory, step)
-        return params
+        if self.config.model.lora.path:
+            return params | load_adapters(self.config.model, self.parts.axes, self.parts.shapes)
+        return params | fresh_params(self.make_model, self.parts, self.config.seed, adapters)
+
+    def _params_of(self, earlier: RunConfig, directory: Path) -> tuple[dict, int]:
+        """The newest weights of an earlier run and their step.
+
+        Its adapters are merged into the weights where this run has none.
+        """
+        model = self.config.model.model_copy(update={'lora': earlier.model.lora})
+        checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
+        params, step = self.restore_params(checkpoints, split(_maker(model)))
+        if model.lora and not self.config.model.lora:
+            params = lora.merge(params, model)
+        return params, step
 
 
 @contextlib.contextmanager
@@ -226,6 +252,12 @@ def started(flags, config: RunConfig):
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _maker(model: TransformerConfig):
+    """key -> the model with fresh weights."""
+    model_class = MODELS[model.name].load()
+    return lambda key: model_class(model, nnx.Rngs(key))
 
 
 def _packed(sizes: dict[str, int]) -> str:

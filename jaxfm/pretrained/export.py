@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxfm.errors import PermissionDeniedError, StorageError
-from jaxfm.models import TransformerConfig, convert
+from jaxfm.models import TransformerConfig, convert, lora
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.directory import (
@@ -31,6 +31,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 class Exporter:
     """Writes weights of one model; whether a family can express it is found when this is built.
+
+    Adapters are merged into the weights.
 
     Args:
       axes, shapes: {path of a parameter: logical axes, ShapeDtypeStruct}.
@@ -51,7 +53,9 @@ class Exporter:
         stop_ids: frozenset[int],
         primary: bool = True,
     ):
-        self._config, self._axes, self._primary = config, axes, primary
+        axes = {path: names for path, names in axes.items() if 'lora' not in names}
+        self._config, self._model = config, model
+        self._axes, self._primary = axes, primary
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
         self._hf_config = write_config(model)
         family = find(self._hf_config['model_type'])
@@ -90,6 +94,8 @@ class Exporter:
             raise kind(f'{directory}: cannot be written: {error.strerror}') from None
 
     def _write_weights(self, params, directory: Path) -> None:
+        if self._model.lora:
+            params = lora.merge(params, self._model)
         files, weight_map = self._files(), {}
         for number, names in enumerate(files, start=1):
             several = f'model-{number:05}-of-{len(files):05}.safetensors'

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import sharding
@@ -103,6 +102,7 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
         if part.is_turned:
             return convert.transposed(values)
         padding = rows.stop - rows.start - values.shape[0]
-        return np.pad(values, [(0, padding), (0, 0)]) if padding else values
+        # A copy in any case: on CPU an array may else go on living in the file.
+        return np.pad(values, [(0, padding), (0, 0)]) if padding else np.array(values)
 
     return jax.make_array_from_callback(_turned(part, shape), place, read)

@@ -264,8 +264,9 @@ def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
 
 
 def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
-    coder = tokenizer.load(write(path, words_keys(token_type=None)))
-    assert coder.special_tokens == {'<|end|>': 259}
+    coder = tokenizer.load(write(path, words_keys(token_type=None, padding_token_id=260)))
+    assert coder.special_tokens == {'<|end|>': 259, '<think>': 260}
+    assert 260 not in coder.encode('a<think>')
 
 
 BAD = {

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from jaxfm import optimizer, sharding, state
 from jaxfm.data import tokenizer as tokenizers
 from jaxfm.data.chat import Chat
-from jaxfm.errors import DataError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig

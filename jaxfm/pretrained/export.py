@@ -25,6 +25,7 @@ from jaxfm.pretrained.directory import (
     WEIGHTS,
     read_json,
 )
+from jaxfm.pretrained.pipeline import ahead
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -101,7 +102,8 @@ class Exporter:
             several = f'model-{number:05}-of-{len(files):05}.safetensors'
             file = several if len(files) > 1 else WEIGHTS
             weight_map |= dict.fromkeys(names, file)
-            tensors = ((name, self.tensor(params, name)) for name in names)
+            taken = ((name, self._take(params, name)) for name in names)
+            tensors = ahead(self._as_tensor, taken)
             if self._primary:
                 shapes = {name: self._layout.shapes[name] for name in names}
                 write_safetensors(directory / file, shapes, self._dtype, tensors)
@@ -125,18 +127,21 @@ class Exporter:
 
     def tensor(self, params: Mapping[str, jax.Array], name: str) -> np.ndarray:
         """One tensor as it lies in a file."""
-        rows = [
-            convert.to_tensor(
-                params[part.path],
-                part.repeat,
-                part.way,
-                self._axes[part.path],
-                part.shape,
-                self._dtype,
+        return self._as_tensor((name, self._take(params, name)))
+
+    def _take(self, params, name: str) -> list[jax.Array]:
+        """The parts of a tensor, whole on every device."""
+        return [
+            convert.take_from(
+                params[part.path], part.repeat, part.way, self._axes[part.path], self._dtype
             )
             for part in self._layout.parts_of(name)
         ]
-        rows = [np.asarray(part) for part in rows]
+
+    def _as_tensor(self, item: tuple[str, list[jax.Array]]) -> np.ndarray:
+        name, taken = item
+        parts = self._layout.parts_of(name)
+        rows = [convert.as_tensor(np.asarray(x), part) for x, part in zip(taken, parts)]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _write_configs(self, directory: Path) -> None:
@@ -155,7 +160,7 @@ def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    tensors: Iterator[tuple[str, np.ndarray]],
+    tensors: Iterator[np.ndarray],
 ) -> None:
     """One file, tensor by tensor: the library would want all of them in memory at once.
 
@@ -173,7 +178,7 @@ def write_safetensors(
     text += b' ' * (-len(text) % 8)  # so that tensors are aligned
     with path.open('wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for _, tensor in tensors:
+        for tensor in tensors:
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 

@@ -4,13 +4,10 @@ A few tensors of the file are in the host's memory at a time, of each only what 
 the next ones are read while one is turned and put into its stack on the devices.
 """
 
-import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import sharding
@@ -18,9 +15,9 @@ from jaxfm.errors import DataError
 from jaxfm.models import TransformerConfig, convert
 from jaxfm.models.families.base import find
 from jaxfm.pretrained.directory import listed
+from jaxfm.pretrained.pipeline import ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 
-READERS = 3  # tensors that are read ahead, each in a thread
 # What old files have beside the weights: the output projection once more where it is tied, and
 # what can be computed.
 _REDUNDANT = ('lm_head.weight', '.rotary_emb.inv_freq', '.self_attn.masked_bias')
@@ -41,29 +38,17 @@ def load_params(
     layout = convert.layout(find(config.family), config, axes, sizes)
     check(pretrained, layout)
     parts = list(itertools.chain(*layout.parts.values()))
-    places = {part: sharding.stored_sharding(part.axes) for part in parts}
+    places = {part: sharding.stored_sharding(_turned(part, part.axes)) for part in parts}
     tensors = pretrained.tensors
 
     def read(part):  # in a thread, which does not know the mesh
         return _read(tensors, part, shapes[part.path], places[part])
 
     params = {}
-    for part, tensor in zip(parts, _ahead(read, parts)):
+    for part, tensor in zip(parts, ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
     return params
-
-
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """Results of the function, in order, of which READERS are made ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        running = collections.deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > READERS:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
 
 def check(pretrained: Pretrained, layout: convert.Layout) -> None:
@@ -87,30 +72,37 @@ def check(pretrained: Pretrained, layout: convert.Layout) -> None:
         )
 
 
-def _put(stack: jax.Array | None, tensor: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
+def _turned(part: convert.Part, pair: tuple) -> tuple:
+    """Something of each dimension of a part, in the order of the parameter."""
+    return pair[::-1] if part.is_turned else pair
+
+
+def _put(stack: jax.Array | None, value: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
     """The parameter with one more of its parts; None is one that has none yet."""
-    kept = [(name, n) for name, n in zip(axes, leaf.shape) if name not in ('layers', 'gate_up')]
-    part_axes, shape = (tuple(x) for x in zip(*kept))
-    value = convert.to_parameter(tensor, part_axes, shape, leaf.dtype)
-    if part_axes == axes:
-        return value
+    if not {'layers', 'gate_up'} & set(axes):
+        return convert.as_parameter(value, axes, leaf.shape, leaf.dtype)
     if stack is None:
         stack = convert.zeros(leaf.shape, leaf.dtype, axes)
     return convert.put_into(stack, value, part.repeat, part.way, axes)
 
 
 def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
-    """The part as a global array of which each process has read its own shards."""
+    """The part, turned as the parameter has it; each process has read its own shards of it."""
     shape = part.shape
     if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
         shape = (leaf.shape[0], shape[1])
 
     def read(index):
-        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
+        rows, *columns = (
+            slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape)
+        )
         end = min(rows.stop, part.shape[0])
         here = slice(part.start + rows.start, part.start + max(end, rows.start))
         values = tensors.read(part.tensor, (here, *columns))
+        if part.is_turned:
+            return convert.transposed(values)
         padding = rows.stop - rows.start - values.shape[0]
-        return np.pad(values, [(0, padding), (0, 0)]) if padding else values
+        # A copy in any case: on CPU an array may else go on living in the file.
+        return np.pad(values, [(0, padding), (0, 0)]) if padding else np.array(values)
 
-    return jax.make_array_from_callback(shape, place, read)
+    return jax.make_array_from_callback(_turned(part, shape), place, read)

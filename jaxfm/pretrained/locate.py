@@ -1,4 +1,4 @@
-"""What `init_from` names: a run of ours, a directory, a .gguf file, or a model on the hub. No jax."""
+"""What `init_from` names: a run of ours, a directory, a .gguf file, a model on the hub. No jax."""
 
 import difflib
 import re

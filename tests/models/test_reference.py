@@ -107,8 +107,9 @@ class Reference:
             frequency = keep * frequency + (1 - keep) * frequency / rope.factor
         magnitude = 1.0
         if rope.scaling == 'yarn':
+            turned = rope.original_max_position * frequency / (2 * np.pi)
             first, last = (
-                np.interp(-turns, -rope.original_max_position * frequency / (2 * np.pi), range(half))
+                np.interp(-turns, -turned, range(half))
                 for turns in (rope.beta_fast, rope.beta_slow)
             )
             keep = np.interp(range(half), [np.floor(first), np.ceil(last)], [1, 0])

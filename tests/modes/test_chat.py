@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Event
 from tests.runs import PATIENCE, start_ranks, stderr_of
 
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = ['--temperature=0', '--max_tokens=8']
 OPTIONS = dict(temperature=0.0, max_tokens=20, seed=3)
 
@@ -163,21 +165,26 @@ def chatty(tiny):
     return config, workdir
 
 
+def talk_to(tiny, config, workdir, said: bytes, *more):
+    """Talks to a model by lines of stdin -> (code, stdout, stderr)."""
+    command = [sys.executable, '-m', 'jaxfm.main', '--config', str(config), '--mode=chat']
+    process = subprocess.run(
+        [*command, '--workdir', str(workdir), *map(str, more)],
+        input=said,
+        env=os.environ | tiny.environment,
+        capture_output=True,
+        timeout=3 * PATIENCE,
+    )
+    assert b'Traceback' not in process.stderr, process.stderr.decode()
+    return process.returncode, process.stdout.decode(), process.stderr.decode()
+
+
 @pytest.fixture(scope='module')
 def talk(tiny, chatty):
-    """Talks to the run by lines of stdin -> (code, stdout, stderr)."""
+    """`talk_to` the trained run, or a copy of it in another work directory."""
 
     def run(said: bytes, *more, workdir=chatty[1]):
-        command = [sys.executable, '-m', 'jaxfm.main', '--config', str(chatty[0]), '--mode=chat']
-        process = subprocess.run(
-            [*command, '--workdir', str(workdir), *map(str, more)],
-            input=said,
-            env=os.environ | tiny.environment,
-            capture_output=True,
-            timeout=PATIENCE,
-        )
-        assert b'Traceback' not in process.stderr, process.stderr.decode()
-        return process.returncode, process.stdout.decode(), process.stderr.decode()
+        return talk_to(tiny, chatty[0], workdir, said, *more)
 
     return run
 
@@ -252,6 +259,21 @@ def test_several_processes_are_refused(start, chatty):
         assert process.communicate(timeout=PATIENCE)[0] == ''
         assert process.returncode == 64
     assert '--mode chat is for one process, here are 2' in stderr_of(workdir)
+
+
+def test_a_real_model_answers_by_its_own_template(tiny, smollm2_gguf, shared_data, tmp_path):
+    golden = shared_data / 'models_installable' / 'smollm2_135m_instruct_q4_1.golden.json'
+    cases = [case for case in json.loads(golden.read_text())['cases'] if case['chat']]
+    said = '\n/reset\n'.join(case['prompt'] for case in cases)
+    model = [f'--config.init_from={smollm2_gguf}', '--temperature=0', '--max_tokens=60']
+    workdir = tmp_path / 'none'
+    code, out, error = talk_to(
+        tiny, ROOT / 'configs' / 'pretrained.py:smoke', workdir, said.encode(), *model
+    )
+    assert code == 0, error
+    assert out == ''.join(case['text'].removesuffix('<|im_end|>') + '\n' for case in cases)
+    assert 'template' not in error
+    assert not workdir.exists()
 
 
 # At a terminal

@@ -73,13 +73,13 @@ def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> d
     source = directory / 'source'
     size = _write_random(config, source)
     seconds = {'import': [], 'export': [], 'copy': []}
-    for repeat in range(repeats):
-        seconds['copy'].append(_timed(lambda: _copy(source, directory / f'copy-{repeat}')))
-        shutil.rmtree(directory / f'copy-{repeat}')
+    target = directory / 'target'
+    for _ in range(repeats):
+        seconds['copy'].append(_timed(_copy, source, target))
+        shutil.rmtree(target)
         params, took = _import(source, config)
         seconds['import'].append(took)
-        target = directory / f'export-{repeat}'
-        seconds['export'].append(_timed(lambda: _export(config, params, target)))
+        seconds['export'].append(_timed(_export, config, params, target))
         del params
         assert (target / 'model.safetensors').stat().st_size >= size
         shutil.rmtree(target)
@@ -87,7 +87,7 @@ def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> d
     record = {**machine.about(PACKAGES), 'bytes': size, 'layers': layers, 'seconds': seconds}
     record['copy_speed_ratio'] = statistics.median(seconds['copy']) / statistics.median(both)
     if model:
-        command = [sys.executable, '-m', 'tools.bench.pretrained', '--out', '.', '--load_once', model]
+        command = [sys.executable, '-m', 'tools.bench.pretrained', '--out=.', f'--load_once={model}']
         runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(repeats)]
         record['model'] = model.name
         record['loads'] = [json.loads(run.stdout) for run in runs]
@@ -110,9 +110,9 @@ def show(record: dict) -> None:
               f'{BARS["load_seconds"]}); with imports and start {record["loads"][0]["all"]:.1f} s')
 
 
-def _timed(function) -> float:
+def _timed(function, *arguments) -> float:
     start = time.monotonic()
-    function()
+    function(*arguments)
     return time.monotonic() - start
 
 
@@ -138,7 +138,7 @@ def _write_random(config, directory: Path) -> int:
         bits = random.integers(0, 1 << 16, shape, np.uint16) & 0x87FF | 0x3800
         return bits.view(bfloat16)
 
-    tensors = ((name, tensor(shape)) for name, shape in layout.shapes.items())
+    tensors = (tensor(shape) for shape in layout.shapes.values())
     write_safetensors(directory / 'model.safetensors', layout.shapes, bfloat16, tensors)
     (directory / 'config.json').write_text(json.dumps(write_config(config)))
     return (directory / 'model.safetensors').stat().st_size

@@ -29,7 +29,7 @@ from jaxfm.models import MODELS
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.export import Exporter
-from jaxfm.pretrained.load import load_params
+from jaxfm.pretrained.load import checked_layout, load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import TrainState, abstract_params, split
@@ -56,6 +56,14 @@ class Run:
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
+        self._check_pretrained()
+
+    def _check_pretrained(self) -> None:
+        """Whether a model from outside has the weights of this one, before anything is done."""
+        name = self.config.init_from
+        if name and not locate.is_run(Path(name).expanduser()):
+            pretrained = locate.open_pretrained(name)
+            checked_layout(pretrained, self.config.model, self.parts.axes, self.parts.shapes)
 
     def phase_at(self, step: int) -> Phase:
         """The phase whose state a checkpoint of this step holds."""
@@ -205,7 +213,7 @@ class Run:
     def _earlier_params(self) -> dict:
         """The weights that `init_from` names: of a run of ours, or from outside."""
         name = self.config.init_from
-        directory = Path(name)
+        directory = Path(name).expanduser()
         if not locate.is_run(directory):
             pretrained = locate.open_pretrained(name)
             params = load_params(pretrained, self.config.model, self.parts.axes, self.parts.shapes)

@@ -40,7 +40,7 @@ class RMSNorm(nnx.Module):
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
     def __call__(self, x, last_axes: int = 1):
-        """Over so many of the last axes of x together; their sizes multiply to that of the scale."""
+        """Over so many of the last axes of x together; their sizes multiply to the scale's."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
         return rms_norm(x, scale.reshape(x.shape[-last_axes:]), epsilon=self.epsilon)
 

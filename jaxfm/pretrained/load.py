@@ -5,12 +5,12 @@ the next ones are read while one is turned and put into its stack on the devices
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import sharding
@@ -32,14 +32,8 @@ def load_params(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """{path: array} of every parameter; needs the mesh to be set.
-
-    Raises:
-      DataError: tensors that are missing, superfluous, of another shape or not finite.
-    """
-    sizes = {path: leaf.shape for path, leaf in shapes.items()}
-    layout = convert.layout(find(config.family), config, axes, sizes)
-    check(pretrained, layout)
+    """{path: array} of every parameter; needs the mesh to be set. Raises as `checked_layout`."""
+    layout = checked_layout(pretrained, config, axes, shapes)
     parts = list(itertools.chain(*layout.parts.values()))
     places = {part: sharding.stored_sharding(part.axes) for part in parts}
     tensors = pretrained.tensors
@@ -66,8 +60,19 @@ def _ahead(function: Callable, items: Iterable) -> Iterator:
             yield running.popleft().result()
 
 
-def check(pretrained: Pretrained, layout: convert.Layout) -> None:
-    """Whether a model has exactly the tensors of its layout, in their shapes."""
+def checked_layout(
+    pretrained: Pretrained,
+    config: TransformerConfig,
+    axes: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> convert.Layout:
+    """Where the tensors of a model go, if they are those of its config; no weight is read.
+
+    Raises:
+      DataError: tensors that are missing, superfluous or of another shape.
+    """
+    sizes = {path: leaf.shape for path, leaf in shapes.items()}
+    layout = convert.layout(find(config.family), config, axes, sizes)
     there = pretrained.tensors.shapes
     extra = [n for n in there.keys() - layout.shapes.keys() if not n.endswith(_REDUNDANT)]
     wrong = [
@@ -85,6 +90,7 @@ def check(pretrained: Pretrained, layout: convert.Layout) -> None:
         raise DataError(
             f'{pretrained.path}: the weights are not those of its config; ' + '; '.join(lines)
         )
+    return layout
 
 
 def _put(stack: jax.Array | None, tensor: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
@@ -105,6 +111,7 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
     if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
         shape = (leaf.shape[0], shape[1])
 
+    @functools.cache  # JAX asks once more for every replica
     def read(index):
         rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
         end = min(rows.stop, part.shape[0])

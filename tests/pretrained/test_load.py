@@ -1,0 +1,230 @@
+"""Weights stream from the file to where they are stored: each process reads its own part of each
+tensor, once, and never holds more than a few of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfm.main import HUGE_PAGES
+from tests.hf_directories import LLAMA, random_tensors, write_model
+from tests.pretrained.loading import ROOT, Counted, Loading
+from tests.test_distributed_init import ranks, started
+
+MESHES = {
+    'fsdp': dict(fsdp=8),
+    'tensor': dict(fsdp=2, tensor=2),
+    'replicas': dict(replica=2, fsdp=2, tensor=2),
+}
+# Rows of the vocabulary: some devices have a few that are padding, or nothing else.
+VOCABULARIES = {'some padding': 300, 'shards of padding': 60}
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def fused(tensors: dict) -> dict:
+    """The same tensors as Phi-3 has them."""
+    rest, parts = {}, {}
+    places = {'q_proj': 'qkv_proj', 'k_proj': 'qkv_proj', 'v_proj': 'qkv_proj'}
+    places |= {'gate_proj': 'gate_up_proj', 'up_proj': 'gate_up_proj'}
+    for name, value in tensors.items():
+        kind = name.split('.')[-2]
+        if kind in places:
+            parts.setdefault(name.replace(kind, places[kind]), []).append(value)
+        else:
+            rest[name] = value
+    return rest | {name: np.concatenate(values) for name, values in parts.items()}
+
+
+@pytest.fixture(scope='module', params=VOCABULARIES)
+def vocabulary(request):
+    return VOCABULARIES[request.param]
+
+
+@pytest.fixture(scope='module')
+def models(vocabulary, tmp_path_factory):
+    """The same weights in two families -> {family: its directory}."""
+    directory = tmp_path_factory.mktemp('models')
+    tensors = random_tensors(LLAMA | {'vocab_size': vocabulary})
+    about = dict(vocab_size=vocabulary, tokenizer=False)
+    return {
+        'llama': write_model(directory / 'llama', tensors, **about),
+        'phi3': write_model(directory / 'phi3', fused(tensors), model_type='phi3', **about),
+    }
+
+
+@pytest.fixture(scope='module')
+def whole(models):
+    """{path: array} of the model on one device."""
+    return jax.device_get(Loading(models['llama']).load())
+
+
+@pytest.mark.parametrize('family', ['llama', 'phi3'])
+@pytest.mark.parametrize('mesh', MESHES)
+def test_weights_on_a_mesh_are_those_on_one_device_and_lie_where_a_state_has_them(
+    mesh, family, models, whole
+):
+    loading = Loading(models[family], MESHES[mesh])
+    loading.pretrained.tensors = Counted(loading.pretrained.tensors)
+    params, places = loading.load(), loading.places()
+    assert params.keys() == whole.keys() == places.keys()
+    for path, value in params.items():
+        assert value.sharding == places[path], path
+        np.testing.assert_array_equal(value, whole[path], path)
+    counted = loading.pretrained.tensors
+    assert counted.elements == counted.size  # of replicas, too, everything once
+    matrices = max(size / np.prod(counted.shapes[name]) for name, size in counted.largest.items()
+                   if len(counted.shapes[name]) == 2 and 'embed' not in name and 'head' not in name)
+    assert matrices == 1 / (loading.mesh.shape['fsdp'] * loading.mesh.shape['tensor'])
+
+
+def test_stacked_layers_are_those_of_the_file(models, whole, vocabulary):
+    tensors = random_tensors(LLAMA | {'vocab_size': vocabulary})
+    for layer in range(2):
+        prefix = f'model.layers.{layer}.'
+        gate, up = (tensors[f'{prefix}mlp.{name}_proj.weight'].T for name in ('gate', 'up'))
+        expected = np.stack([gate, up], 1)
+        np.testing.assert_array_equal(whole['trunk/0/0/mlp/gate_up'][layer], expected)
+        queries = tensors[f'{prefix}self_attn.q_proj.weight'].T.reshape(16, 4, 4)
+        np.testing.assert_array_equal(whole['trunk/0/0/attention/q'][layer], queries)
+    table = whole['head/table']
+    np.testing.assert_array_equal(table[:vocabulary], tensors['lm_head.weight'])
+    assert not table[vocabulary:].any() and len(table) % 128 == 0
+
+
+TWO = """
+    import json, sys
+    import jax, numpy as np
+    from jaxfm import distributed
+    from tests.pretrained.loading import Counted, Loading
+    path, saved, mesh = {path!r}, {saved!r}, {mesh!r}
+    distributed.initialize(timeout_seconds=60)
+    loading = Loading(path, mesh)
+    loading.pretrained.tensors = Counted(loading.pretrained.tensors)
+    params, whole = loading.load(), np.load(saved)
+    for name, value in params.items():
+        for shard in value.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[name.replace('/', '.')][shard.index])
+    counted = loading.pretrained.tensors
+    print('read', json.dumps([counted.elements, counted.matrices, counted.size]), flush=True)
+    distributed.barrier('end')
+"""
+
+
+def test_each_of_two_processes_reads_its_own_part(models, whole, tmp_path, vocabulary):
+    saved = tmp_path / 'whole.npz'
+    np.savez(saved, **{name.replace('/', '.'): value for name, value in whole.items()})
+    axis = {300: 'fsdp', 60: 'tensor'}[vocabulary]
+    program = TWO.format(path=str(models['llama']), saved=str(saved), mesh={axis: 2})
+    devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
+    with started(program, [environment | devices for environment in ranks(2)]) as processes:
+        told = [process.communicate(timeout=120) for process in processes]
+    read = []
+    for out, error in told:
+        lines = [line for line in out.splitlines() if line.startswith('read ')]
+        assert lines, error[-2000:]
+        read.append(json.loads(lines[0].removeprefix('read ')))
+    vectors = 16 * 5  # norms, which are whole everywhere
+    for elements, matrices, size in read:
+        assert matrices < elements <= matrices + vectors
+        if axis == 'fsdp':
+            assert matrices == (size - vectors) / 2
+    assert sum(matrices for _, matrices, _ in read) == read[0][2] - vectors
+
+
+# Memory
+
+# Tensors that may be in memory beside the weights that this process keeps: those read ahead
+# (READERS) and the one behind them, the one that is put into its stack, as it is and turned; and
+# what compilation and malloc keep.
+TENSORS = 8
+
+BIG = LLAMA | {
+    'vocab_size': 8192,
+    'hidden_size': 1024,
+    'intermediate_size': 4096,
+    'num_hidden_layers': 10,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 16,
+    'head_dim': 64,
+}
+
+MEASURE = """
+import json, re, sys, threading, time
+import jax
+from jaxfm.models import TransformerConfig
+from jaxfm.pretrained import load
+from tests.pretrained.loading import Loading
+
+def anonymous():
+    text = open('/proc/self/status').read()
+    return 1024 * int(re.search(r'RssAnon:\\s+(\\d+)', text)[1])
+
+def peak_of(function):
+    peak, done = [anonymous()], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    function()
+    done.set()
+    thread.join()
+    return peak[0]
+
+Loading(sys.argv[2]).load()  # what JAX itself takes
+loading = Loading(sys.argv[1])
+values = dict(loading.config) | {'param_dtype': 'bfloat16'}
+loading.config = TransformerConfig(**values)
+loading.split()
+sizes = [leaf.size * leaf.dtype.itemsize for leaf in loading.parts.shapes.values()]
+
+def run():
+    jax.block_until_ready(loading.load())
+
+before = anonymous()
+streamed = peak_of(run)
+load.READERS = 10**6
+print(json.dumps([before, streamed, peak_of(run), sum(sizes)]))
+"""
+
+
+@pytest.fixture(scope='module')
+def big_model(tmp_path_factory):
+    """Bytes of a model of more than 300 MB, written by our own writer, and its directory."""
+    import ml_dtypes
+
+    from jaxfm.pretrained.export import write_safetensors
+    from tests.hf_directories import shapes_of, write_json
+
+    path = tmp_path_factory.mktemp('big')
+    shapes = shapes_of(BIG)
+    block = np.random.default_rng(0).integers(0, 2**14, 2**24, np.uint16).view(ml_dtypes.bfloat16)
+    tensors = ((name, block[: np.prod(shape)].reshape(shape)) for name, shape in shapes.items())
+    file = path / 'model.safetensors'
+    write_safetensors(file, shapes, np.dtype(ml_dtypes.bfloat16), tensors)
+    write_json(path / 'config.json', BIG)
+    yield path
+    file.unlink()
+
+
+def test_peak_memory_is_the_local_shards_and_a_few_tensors(big_model, tmp_path):
+    small = write_model(tmp_path / 'small', tokenizer=False)
+    environment = {'GLIBC_TUNABLES': HUGE_PAGES, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run(
+        [sys.executable, '-c', MEASURE, str(big_model), str(small)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, streamed, all_first, shards = json.loads(done.stdout)
+    largest = 2 * BIG['vocab_size'] * BIG['hidden_size']
+    assert shards > 20 * largest
+    print({name: value // 2**20 for name, value in locals().items() if isinstance(value, int)})
+    assert streamed - before < shards + TENSORS * largest
+    assert all_first - before > shards + TENSORS * largest  # or nothing was measured

@@ -45,6 +45,8 @@ def load_params(
     for part, tensor in zip(parts, _ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
+        # JAX would take any number of tensors before it is done with the first of them.
+        params[path].block_until_ready()
     return params
 
 
@@ -115,9 +117,12 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
     def read(index):
         rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
         end = min(rows.stop, part.shape[0])
-        here = slice(part.start + rows.start, part.start + max(end, rows.start))
+        if end <= rows.start:  # padding alone
+            size = [i.stop - i.start for i in (rows, *columns)]
+            return np.zeros(size, tensors.dtypes[part.tensor])
+        here = slice(part.start + rows.start, part.start + end)
         values = tensors.read(part.tensor, (here, *columns))
-        padding = rows.stop - rows.start - values.shape[0]
+        padding = rows.stop - end
         return np.pad(values, [(0, padding), (0, 0)]) if padding else values
 
     return jax.make_array_from_callback(shape, place, read)

@@ -9,6 +9,12 @@ understood: ShareGPT's conversations, prompt and completion, and any other names
 
 It starts from the model in runs/quickstart; another one by --config.init_from=runs/NAME. Only what
 the assistant says is learned; the loss of the first step is what the model knows already.
+
+With --config.model.lora.rank=16 the weights stay as they are and adapters beside them are trained
+(LoRA): the state is hardly larger than the weights. Also --config.model.lora.alpha=32 and
+--config.model.lora.targets="['all']" (else q and v of the attention); the learning rate is usually
+about ten times as large, --config.optimizer.learning_rate=3e-3.
+
 Hardware: what the model needs; the quickstart's on 2 CPU cores, a minute.
 """
 

@@ -84,6 +84,7 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
         _inherit(values)
     elif 'init_from' in values and 'model' not in values:
         raise ConfigError('config.init_from is empty: which model? --config.init_from=PATH')
+    _take_adapter(values)
     return _resolve(schema, values, problems, given, refusals, config_argument)
 
 
@@ -101,6 +102,56 @@ def _inherit(values: dict) -> None:
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
             values[group] = theirs | ours
+    if earlier['model'].get('lora'):
+        _keep_adapters(values['model'], earlier['model']['lora'])
+
+
+def _take_adapter(values: dict) -> None:
+    """Fills in what the adapter that `model.lora.path` names says of itself.
+
+    Raises:
+        MissingInputError, DataError: there is none, or it is not one that we read.
+        ConfigError: the config says something else of it.
+    """
+    model = values.get('model')
+    lora = model.get('lora') if isinstance(model, dict) else None
+    path = lora.get('path') if isinstance(lora, dict) else None
+    if not path or not isinstance(path, str):
+        return
+    from jaxfm.pretrained import peft  # numpy and safetensors, for those alone who need them
+
+    try:
+        theirs = peft.describe(path)
+    except (MissingInputError, DataError) as error:
+        raise type(error)(f'config.model.lora.path: {error}') from None
+    for key, value in theirs.items():
+        if lora.get(key, value) != value:
+            raise ConfigError(
+                f'config.model.lora.{key}: is {shown(lora[key])}, but that of the adapter in '
+                f'{path} is {shown(value)}: leave it out'
+            )
+    model['lora'] = lora | theirs
+
+
+def _keep_adapters(model: dict, earlier: dict) -> None:
+    """Adapters that a run starts from stay as they are, unless it says None: then none are left.
+
+    Raises:
+        ConfigError: it wants others.
+    """
+    given = model.get('lora')
+    if not isinstance(given, dict):
+        return
+    kept = earlier | {'path': ''}  # where they came from once
+    differ = [key for key in given if given != earlier and given[key] != kept.get(key)]
+    if differ:
+        has = ', '.join(f'{key} {shown(value)}' for key, value in kept.items() if value)
+        raise ConfigError(
+            f'config.model.lora: the model of init_from has adapters already ({has}), which cannot '
+            f'have another {differ[0]}: leave it out to train them further, or give '
+            '--config.model.lora=None, which merges them into the weights'
+        )
+    model['lora'] = kept
 
 
 def _said_by(init_from: str) -> dict:

@@ -47,7 +47,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
     parser = Parser(
         prog='python -m jaxfm.main',
-        description='Trains, evaluates and samples foundation models.',
+        description='Trains, evaluates, samples and talks to foundation models.',
         epilog='Any value of the config can be given as --config.group.key=value.',
         allow_abbrev=False,
     )
@@ -60,15 +60,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar='GROUPS',
         help='what of the config may differ from the run in workdir, e.g. optimizer,data',
     )
-    sampling = parser.add_argument_group('sampling (--mode sample)')
-    sampling.add_argument('--prompt', action='append', help='text to continue; may be repeated')
+    sampling = parser.add_argument_group('sampling (--mode sample, chat)')
+    sampling.add_argument(
+        '--prompt', action='append', help='text to continue, or said in a chat; may be repeated'
+    )
     sampling.add_argument('--temperature', type=_number(float, 0), help='0 is greedy')
     sampling.add_argument('--max_tokens', type=_number(int, 1))
     sampling.add_argument('--seed', type=_number(int, 0, 2**32), default=0, help='of the noise')
     parser.add_argument(
         '--output',
         type=Path,
-        help='a file for samples or scores, as JSON lines; of export the directory',
+        help='a file for samples, scores or chats, as JSON lines; of export the directory',
     )
     argument, overrides, rest = configs.split_arguments(argv)
     flags = parser.parse_args(rest)
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
         config = configs.load(flags.config, overrides)
         _check_mode(flags, config)
         _check_workdir(flags, config)
-        if flags.mode != 'sample':
+        if flags.mode in ('train', 'eval'):
             _check_files(config)
         if config.checkpoint.directory:
             open_storage(config.checkpoint.directory).check_readable()

@@ -94,13 +94,13 @@ class Muon(AdamW):
 
 
 def is_vector(axes) -> bool:
-    """Norm scales and biases: what has no embed axis."""
-    return 'embed' not in axes
+    """Norm scales and biases: what has no embed axis and is no half of an adapter."""
+    return 'embed' not in axes and 'lora' not in axes
 
 
 def is_hidden_matrix(axes) -> bool:
-    """A matrix that maps between hidden activations: not a vector, embedding or head."""
-    return 'embed' in axes and 'vocab' not in axes
+    """A matrix that maps between hidden activations: not a vector, embedding, head or adapter."""
+    return 'embed' in axes and not {'vocab', 'lora'} & set(axes)
 
 
 def _decay(weight_decay: float, axes) -> optax.GradientTransformation:

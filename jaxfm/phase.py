@@ -11,7 +11,7 @@ from collections.abc import Callable
 from jaxfm import sharding
 from jaxfm.data.dataset import Dataset
 from jaxfm.objectives import OBJECTIVES
-from jaxfm.plan import model_flops_per_token
+from jaxfm.plan import frozen_matmul_params, model_flops_per_token
 from jaxfm.run_config import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.state import (
     TrainState,
@@ -54,8 +54,8 @@ class Phase:
 
     def flops_per_step(self, model_config) -> float:
         """Model FLOPs of one global step, causal attention counted half."""
-        length = self.config.data.sequence_length
-        return model_flops_per_token(model_config, length) * self.tokens_per_step
+        length, frozen = self.config.data.sequence_length, frozen_matmul_params(self.parts)
+        return model_flops_per_token(model_config, length, frozen=frozen) * self.tokens_per_step
 
     def abstract_state(self) -> TrainState:
         """Shapes and shardings of the train state."""

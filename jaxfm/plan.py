@@ -11,6 +11,7 @@ from jaxfm import sharding
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops import IMPLEMENTATIONS, choose
+from jaxfm.optimizer import is_vector
 
 
 def visible_keys(length: int, window: int, causal: bool) -> float:
@@ -26,27 +27,56 @@ def visible_keys(length: int, window: int, causal: bool) -> float:
     return reach - reach * reach / (2 * length)
 
 
-def _block_matmul_params(block: BlockConfig, embed_dim: int) -> int:
-    heads = 2 * block.num_heads + 2 * block.num_kv_heads
-    mlp = (3 if block.gated else 2) * block.mlp_dim
-    return embed_dim * (heads * block.head_dim + mlp)
+def _block_matmul_params(block: BlockConfig, config: TransformerConfig) -> int:
+    heads, kv_heads = (n * block.head_dim for n in (block.num_heads, block.num_kv_heads))
+    matrices = [  # the name that adapters know it by, inputs, outputs
+        ('attention/q', config.embed_dim, heads),
+        ('attention/k', config.embed_dim, kv_heads),
+        ('attention/v', config.embed_dim, kv_heads),
+        ('attention/out', heads, config.embed_dim),
+        *[('mlp/gate_up', config.embed_dim, block.mlp_dim)] * (2 if block.gated else 1),
+        ('mlp/down', block.mlp_dim, config.embed_dim),
+    ]
+    count = sum(inputs * outputs for _, inputs, outputs in matrices)
+    if config.lora is None:
+        return count
+    adapted = [sides for name, *sides in matrices if name in config.lora.matrices]
+    return count + config.lora.rank * sum(map(sum, adapted))
 
 
-def model_flops_per_token(config: TransformerConfig, length: int, causal: bool = True) -> float:
+def model_flops_per_token(
+    config: TransformerConfig, length: int, causal: bool = True, frozen: int = 0
+) -> float:
     """FLOPs of training on one token: forward and twice that backward, no recomputation.
 
     Counts matmuls alone: the weights that multiply (the output projection too, not the embedding
     look-up) and attention's two products over the visible keys of documents of `length` tokens.
+    The gradient of a frozen weight is not computed, that of every activation is.
+
+    Args:
+      frozen: elements of the weights that multiply and are not trained (`frozen_matmul_params`).
     """
     matmul_params = config.padded_vocab_size * config.embed_dim
     attention = 0.0
     for segment in config.trunk:
         for block in segment.pattern:
-            matmul_params += segment.repeats * _block_matmul_params(block, config.embed_dim)
+            matmul_params += segment.repeats * _block_matmul_params(block, config)
             width = block.num_heads * block.head_dim
             keys = visible_keys(length, block.window, causal)
             attention += segment.repeats * 4 * width * keys
-    return 3 * (2 * matmul_params + attention)
+    return 3 * (2 * matmul_params + attention) - 2 * frozen
+
+
+def frozen_matmul_params(parts) -> int:
+    """Elements of the weights that multiply and are not trained; a look-up is no product."""
+    tied = 'head/table' not in parts.shapes
+    return sum(
+        leaf.size
+        for path, leaf in parts.shapes.items()
+        if not is_vector(parts.axes[path])
+        and path not in parts.trainable
+        and (tied or path != 'embedding/table')
+    )
 
 
 def num_parameters(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
@@ -90,6 +120,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
         'model': [
             ('name', f'{model.name}, {model.num_layers} layers'),
             ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
+            *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
             ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
              'logits float32'),
         ],
@@ -116,13 +147,15 @@ def _phase_rows(phase, model) -> list[tuple]:
     optimizer, data = phase.config.optimizer, phase.config.data
     total = num_parameters(phase.parts.shapes)
     trained = num_parameters({path: phase.parts.shapes[path] for path in phase.parts.trainable})
-    flops = model_flops_per_token(model, data.sequence_length)
+    frozen = frozen_matmul_params(phase.parts)
+    flops = model_flops_per_token(model, data.sequence_length, frozen=frozen)
     tokens, steps = phase.tokens_per_step, phase.config.steps
     return [
         ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
         ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
         ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+        *([('not counted', 'gradients of frozen weights: none are computed')] if frozen else []),
     ]
 
 

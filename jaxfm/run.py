@@ -25,14 +25,15 @@ from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.evals.export import PeriodicExport
-from jaxfm.models import MODELS
+from jaxfm.models import MODELS, TransformerConfig, lora
 from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
+from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import checked_layout, load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
-from jaxfm.state import TrainState, abstract_params, split
+from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 
 log = logging.getLogger('jaxfm')
 
@@ -50,20 +51,20 @@ class Run:
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         self.primary = distributed.is_primary()
-        model_class = MODELS[config.model.name].load()
-        self.make_model = lambda key: model_class(config.model, nnx.Rngs(key))
+        self.make_model = _maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
-        self._check_pretrained()
+        name = config.init_from
+        if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
+            checked_layout(locate.open_pretrained(name), config.model, *self._outside_parts)
 
-    def _check_pretrained(self) -> None:
-        """Whether a model from outside has the weights of this one, before anything is done."""
-        name = self.config.init_from
-        if name and not locate.is_run(Path(name).expanduser()):
-            pretrained = locate.open_pretrained(name)
-            checked_layout(pretrained, self.config.model, self.parts.axes, self.parts.shapes)
+    @property
+    def _outside_parts(self) -> tuple[dict, dict]:
+        """Axes and shapes of what a model from outside has: all but adapters."""
+        axes, adapters = self.parts.axes, self.parts.adapters
+        return {path: axes[path] for path in axes if path not in adapters}, self.parts.shapes
 
     def phase_at(self, step: int) -> Phase:
         """The phase whose state a checkpoint of this step holds."""
@@ -150,7 +151,7 @@ class Run:
     def evaluators(self, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""
         datasets = {phase.name: phase.dataset for phase in self.phases}
-        evaluators = {
+        return {
             name: EVALUATORS[group.name].load()(
                 group,
                 Context(
@@ -165,17 +166,18 @@ class Run:
             )
             for name, group in self.config.evals.items()
         }
-        if self.config.export.every:
-            directory = self.workdir / 'export'
-            every = self.config.export.every
-            evaluators['export'] = PeriodicExport(every, self.exporter(), directory)
-        return evaluators
+
+    def exports(self) -> dict:
+        """The export of every so many steps, as an evaluator by its name, if it is asked for."""
+        every = self.config.export.every
+        directory = self.workdir / 'export'
+        return {'export': PeriodicExport(every, self.exporter(), directory)} if every else {}
 
     def exporter(self) -> Exporter:
         """Writes weights of this run for other libraries; needs the tokenizer to be open."""
         config, parts = self.config, self.parts
         stop_ids = Chat(self.tokenizer).stop_ids | set(config.sampling.stop_ids)
-        return Exporter(
+        arguments = (
             config.export,
             config.model,
             parts.axes,
@@ -184,10 +186,16 @@ class Run:
             stop_ids,
             self.primary,
         )
+        if config.export.adapters == 'peft':
+            return AdapterExporter(*arguments, base=config.init_from)
+        return Exporter(*arguments)
 
-    def restore_params(self, checkpoints: Reader) -> tuple[dict, int]:
-        """The weights of the newest whole checkpoint alone, and its step."""
-        wanted = abstract_params(self.parts)
+    def restore_params(self, checkpoints: Reader, parts: Parts | None = None) -> tuple[dict, int]:
+        """The weights of the newest whole checkpoint alone, and its step.
+
+        parts: of the model in the checkpoint, where it is not that of the run.
+        """
+        wanted = abstract_params(parts or self.parts)
         restored = checkpoints.newest_whole(
             lambda step: (checkpoints.restore_params(step, wanted), step)
         )
@@ -211,18 +219,37 @@ class Run:
         return first.begin(self._earlier_params()) if self.config.init_from else first.init_state()
 
     def _earlier_params(self) -> dict:
-        """The weights that `init_from` names: of a run of ours, or from outside."""
-        name = self.config.init_from
+        """The weights that `init_from` names: of a run of ours, or from outside.
+
+        Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
+        """
+        name, adapters = self.config.init_from, self.parts.adapters
         directory = Path(name).expanduser()
-        if not locate.is_run(directory):
+        if locate.is_run(directory):
+            earlier = configs.read(directory / 'config.json')
+            params, step = self._params_of(earlier, directory)
+            log.info('weights of %s at step %d', directory, step)
+        else:
             pretrained = locate.open_pretrained(name)
-            params = load_params(pretrained, self.config.model, self.parts.axes, self.parts.shapes)
+            params = load_params(pretrained, self.config.model, *self._outside_parts)
             log.info('weights of %s', pretrained.path)
+        if adapters <= params.keys():
             return params
-        earlier = configs.read(directory / 'config.json')
-        params, step = self.restore_params(Reader(earlier.checkpoint, directory / 'checkpoints'))
-        log.info('weights of %s at step %d', directory, step)
-        return params
+        if self.config.model.lora.path:
+            return params | load_adapters(self.config.model, self.parts.axes, self.parts.shapes)
+        return params | fresh_params(self.make_model, self.parts, self.config.seed, adapters)
+
+    def _params_of(self, earlier: RunConfig, directory: Path) -> tuple[dict, int]:
+        """The newest weights of an earlier run and their step.
+
+        Its adapters are merged into the weights where this run has none.
+        """
+        model = self.config.model.model_copy(update={'lora': earlier.model.lora})
+        checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
+        params, step = self.restore_params(checkpoints, split(_maker(model)))
+        if model.lora and not self.config.model.lora:
+            params = lora.merge(params, model)
+        return params, step
 
 
 @contextlib.contextmanager
@@ -234,6 +261,12 @@ def started(flags, config: RunConfig):
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _maker(model: TransformerConfig):
+    """key -> the model with fresh weights."""
+    model_class = MODELS[model.name].load()
+    return lambda key: model_class(model, nnx.Rngs(key))
 
 
 def _packed(sizes: dict[str, int]) -> str:

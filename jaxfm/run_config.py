@@ -147,6 +147,15 @@ def _model_divides(model, mesh) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
+def _adapters_fit(model, init_from, export) -> list[str]:
+    sentences = []
+    if model.lora and model.lora.path and not init_from:
+        sentences.append('model.lora.path is an adapter of a model: init_from must name that one')
+    if export.adapters == 'peft' and not model.lora:
+        sentences.append('export.adapters is peft, but model.lora gives the model no adapters')
+    return sentences
+
+
 def _warmup_fits(steps, optimizer) -> list[str]:
     if steps == 0 or optimizer.warmup_steps <= steps:
         return []
@@ -267,6 +276,7 @@ class RunConfig(Group):
         _evaluators_name_phases,
         _vocabulary_fits,
         _model_divides,
+        _adapters_fit,
         _completions_fit,
     )
     phase_checks: ClassVar = (_batch_divides, _warmup_fits)

@@ -31,6 +31,7 @@ STORED = {
     'mlp': 'tensor',
     'head_dim': None,
     'gate_up': None,
+    'lora': None,
     'norm': None,
     'layers': None,
 }
@@ -45,6 +46,8 @@ ACTIVATIONS = {
     'group': None,
     'head_dim': None,
     'mlp': 'tensor',
+    'gate_up': None,
+    'lora': None,
     'vocab': 'tensor',
     'layers': None,
     'microbatch': None,
@@ -264,6 +267,8 @@ def check_replication(arrays: dict[str, jax.ShapeDtypeStruct], mesh) -> None:
         f'{path}: {leaf.size:,} elements would be replicated on all {mesh.size} devices'
         for path, leaf in arrays.items()
         if leaf.size >= LARGE_PARAMETER and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
+        # An adapter is small beside its matrix, and half of it has no dimension to split.
+        and '_lora/' not in path
     ]
     if can_split > 1 and problems:
         axes = ', '.join(sorted(set(STORED.values()) - {None}))

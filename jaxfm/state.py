@@ -60,6 +60,11 @@ class Parts:
     trainable: frozenset[str]
     buffers: frozenset[str]
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The parameters that LoRA adds to a model."""
+        return frozenset(path for path, axes in self.axes.items() if 'lora' in axes)
+
     def merge(self, params: dict[str, jax.Array]) -> nnx.Module:
         """The model with these arrays, all of them."""
         nested = {_split_path(path): value for path, value in params.items()}
@@ -78,6 +83,8 @@ def _flatten(module: nnx.Module) -> dict[str, nnx.Variable]:
 def split(make_model, frozen: list[str] = (), where: str = 'config.optimizer.frozen') -> Parts:
     """The parts of the model that `make_model(key)` builds; nothing is allocated.
 
+    Trainable are all parameters, of a model with adapters these alone, but for the frozen ones.
+
     Args:
       frozen: glob patterns of the paths of parameters that stay as they are.
       where: what a person calls the patterns.
@@ -95,12 +102,13 @@ def split(make_model, frozen: list[str] = (), where: str = 'config.optimizer.fro
         raise ConfigError(
             f'{where}: {", ".join(unmatched)} matches no parameter of\n  {known}'
         )
+    adapters = {path for path in names if 'lora' in leaves[path].axes}
     held = {path for pattern in frozen for path in fnmatch.filter(names, pattern)}
     return Parts(
         graphdef=graphdef,
         axes={path: _axes(leaf) for path, leaf in leaves.items()},
         shapes={path: leaf.get_value() for path, leaf in leaves.items()},
-        trainable=frozenset(names) - held,
+        trainable=frozenset(adapters or names) - held,
         buffers=frozenset(leaves) - frozenset(names),
     )
 
@@ -123,13 +131,27 @@ def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
     return init(jax.random.key(seed))
 
 
+def fresh_params(make_model, parts: Parts, seed: int, paths) -> dict[str, jax.Array]:
+    """Some of the parameters of `init_state`, made where they are stored, and none of the others.
+
+    For a model that takes the rest from elsewhere.
+    """
+
+    def init(key):
+        values = _make_params(make_model, parts, jax.random.split(key)[0])
+        return {path: values[path] for path in paths}
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
 def _make_state(make_model, parts: Parts, optimizer, key) -> TrainState:
     model_key, phase_key = jax.random.split(key)
-    values = {path: leaf[...] for path, leaf in _flatten(make_model(model_key)).items()}
-    values = {
-        path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()
-    }
-    return _assemble(values, parts, optimizer, phase_key)
+    return _assemble(_make_params(make_model, parts, model_key), parts, optimizer, phase_key)
+
+
+def _make_params(make_model, parts: Parts, key) -> dict[str, jax.Array]:
+    values = {path: leaf[...] for path, leaf in _flatten(make_model(key)).items()}
+    return {path: sharding.place_stored(value, parts.axes[path]) for path, value in values.items()}
 
 
 def begin_phase(params: dict, parts: Parts, optimizer, seed: int) -> TrainState:

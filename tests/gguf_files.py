@@ -1,6 +1,7 @@
 """Writes .gguf files as llama.cpp's converter does, with the package `gguf`."""
 
 import json
+import math
 from pathlib import Path
 
 import gguf
@@ -26,6 +27,22 @@ def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     """q or k in the order of rows that llama.cpp wants; as `LlamaModel.permute` there."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama3_factors(theta: float, turned: int, scaling: dict) -> np.ndarray:
+    """`generate_extra_tensors` of the converter: by how much each wavelength is stretched."""
+    low, high = scaling['low_freq_factor'], scaling['high_freq_factor']
+    context, found = scaling['original_max_position_embeddings'], []
+    for frequency in theta ** (-np.arange(0, turned, 2) / turned):
+        wave = 2 * math.pi / frequency
+        if wave < context / high:
+            found.append(1)
+        elif wave > context / low:
+            found.append(scaling['factor'])
+        else:
+            smooth = (context / wave - low) / (high - low)
+            found.append(1 / ((1 - smooth) / scaling['factor'] + smooth))
+    return np.array(found, np.float32)
 
 
 def write(

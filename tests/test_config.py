@@ -405,6 +405,10 @@ def load_run(config_file):
         (['mesh.fsdp=0'], 'config.mesh.fsdp: must be at least 1, or -1 for all remaining'),
         (['mesh.tensor=-1'], 'config.mesh: fsdp and tensor are -1'),
         (['optimizer.name=adam'], 'did you mean adamw?'),
+        (["model.lora.targets=['attention/qq']"], 'did you mean attention/q?'),
+        (['model.lora.targets=[]'], 'config.model.lora.targets: must have at least 1 entries'),
+        (['model.lora.rank=0'], 'config.model.lora.rank: must be at least 1'),
+        (['model.lora.ranks=4'], 'did you mean rank?'),
     ],
 )
 def test_a_run_that_cannot_work_shows_the_arithmetic(load_run, overrides, expected):
@@ -520,6 +524,44 @@ def test_what_is_said_of_a_tokenizer_is_said_of_the_inherited_one(
     tokenizer = config.load(config_file(f'return {keys!r}'), overrides).tokenizer
     assert tokenizer.name == name
     assert getattr(tokenizer, 'path', None) == (str(tmp_path) if path == 'EARLIER' else path)
+
+
+@pytest.fixture
+def load_after(tmp_path, config_file, load_run):
+    """(overrides of a run, overrides of one that starts from it) -> the second one."""
+
+    def load(earlier, *overrides):
+        config.write(load_run(*earlier), tmp_path / 'config.json')
+        keys = run_keys(init_from=str(tmp_path))
+        del keys['model']
+        return config.load(config_file(f'return {keys!r}'), overrides)
+
+    return load
+
+
+def test_adapters_can_be_asked_for_by_one_value_of_them(load_run, load_after):
+    assert load_run().model.lora is None
+    assert load_run('model.lora.rank=8').model.lora.matrices == ('attention/q', 'attention/v')
+    assert load_run("model.lora.targets=['all']").model.lora.rank == 16
+    run = load_after([], 'model.lora.rank=8', 'model.lora.alpha=4')
+    assert (run.model.lora.rank, run.model.lora.alpha, run.model.embed_dim) == (8, 4.0, 64)
+    assert run.model.lora.scale == 0.5
+
+
+@pytest.mark.parametrize('given', [[], ['model.lora.rank=8'], ['model.remat=full']])
+def test_adapters_of_the_run_it_starts_from_go_on_as_they_are(load_after, given):
+    earlier = ['model.lora.rank=8', 'model.lora.alpha=4', "model.lora.targets=['mlp/down']"]
+    lora = load_after(earlier, *given).model.lora
+    assert (lora.rank, lora.alpha, lora.targets) == (8, 4.0, ['mlp/down'])
+
+
+def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load_after):
+    assert load_after(['model.lora.rank=8'], 'model.lora=None').model.lora is None
+    for given in ('rank=4', 'alpha=3', "targets=['all']"):
+        with pytest.raises(errors.ConfigError, match='already .rank 8, alpha 32') as caught:
+            load_after(['model.lora.rank=8'], f'model.lora.{given}')
+        assert f'another {given.partition("=")[0]}' in str(caught.value)
+        assert '--config.model.lora=None' in str(caught.value)
 
 
 def test_another_name_may_be_given_where_the_file_says_nothing(config_file):

@@ -40,6 +40,7 @@ FIRST_STAGE = {
     'no tokens wanted': (['--mode=sample', '--max_tokens=0'], 64, ['--max_tokens', '0']),
     'a temperature below zero': (['--mode=sample', '--temperature=-1'], 64, ['-1']),
     'nothing to sample from': (['--mode=sample'], 66, ['holds no run to sample']),
+    'nobody to talk to': (['--mode=chat'], 66, ['holds no run to chat']),
     'nothing to evaluate': (['--mode=eval'], 66, ['holds no run to eval']),
 }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxfm import optimizer, sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.models import TransformerConfig
+from jaxfm.models import LoraConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
@@ -20,6 +21,7 @@ from jaxfm.state import (
     Parts,
     TrainState,
     abstract_state,
+    fresh_params,
     init_state,
     make_train_step,
     split,
@@ -33,6 +35,7 @@ MODEL = TransformerConfig.model_validate(
         block=dict(num_heads=8, num_kv_heads=8, head_dim=4, mlp_dim=32, qk_norm=True),
     )
 )
+ADAPTED = MODEL.model_copy(update={'lora': LoraConfig(rank=3, targets=['all'])})
 ROWS, LENGTH, STEPS = 16, 16, 10
 MESHES = {
     'fsdp 8': dict(fsdp=8),
@@ -73,27 +76,30 @@ class Setup:
     """What a run on one mesh needs; inside `on` the mesh is set."""
 
     mesh: jax.sharding.Mesh
+    make_model: Callable
     parts: Parts
     optimizer: optimizer.AdamW
 
     @classmethod
     @contextlib.contextmanager
-    def on(cls, sizes, muon=False):
-        mesh = make_mesh(sizes)
+    def on(cls, sizes, muon=False, model=MODEL):
+        mesh, make_model = make_mesh(sizes), maker(model)
         with jax.set_mesh(mesh):
             parts = split(make_model)
             axes = {path: parts.axes[path] for path in sorted(parts.trainable)}
             if muon:
                 rule = optimizer.Muon(MuonConfig(learning_rate=0.01), STEPS, axes)
             else:
-                rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01), STEPS, axes)
-            yield cls(mesh, parts, rule)
+                # The smallest gradients of adapters are rounding: with a small eps, as large steps.
+                eps = 1e-4 if model.lora else 1e-8
+                rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01, eps=eps), STEPS, axes)
+            yield cls(mesh, make_model, parts, rule)
 
     def state(self) -> TrainState:
-        return init_state(make_model, self.parts, self.optimizer, seed=0)
+        return init_state(self.make_model, self.parts, self.optimizer, seed=0)
 
     def abstract(self) -> TrainState:
-        return abstract_state(make_model, self.parts, self.optimizer, seed=0)
+        return abstract_state(self.make_model, self.parts, self.optimizer, seed=0)
 
     def placed(self, tree) -> TrainState:
         """A state of host arrays on this mesh."""
@@ -106,8 +112,8 @@ class Setup:
         return make_train_step(self.parts, objective, self.optimizer, clip_norm=1.0, **options)
 
 
-def make_model(key):
-    return Transformer(MODEL, nnx.Rngs(key))
+def maker(model):
+    return lambda key: Transformer(model, nnx.Rngs(key))
 
 
 @dataclasses.dataclass
@@ -120,9 +126,9 @@ class Result:
     final: TrainState
 
 
-def run(sizes, muon=False, start=None, **options) -> Result:
+def run(sizes, muon=False, start=None, model=MODEL, **options) -> Result:
     """Ten steps from a fresh state, or from the host arrays `start`."""
-    with Setup.on(sizes, muon) as setup:
+    with Setup.on(sizes, muon, model) as setup:
         state = setup.state() if start is None else setup.placed(start)
         initial = jax.device_get(state.to_tree())
         step, losses, moments = setup.step(**options), [], None
@@ -186,7 +192,7 @@ def test_the_abstract_state_is_the_state_in_shape_dtype_and_place(sharded, reque
 
 def test_weights_and_moments_are_stored_in_shards(sharded):
     """On an Auto mesh `jax.jit(tx.init)` replicates the moments without a word."""
-    state, axes = sharded.final.to_tree(), split(make_model).axes
+    state, axes = sharded.final.to_tree(), split(maker(MODEL)).axes
     for path, weight in sharded.final.trainable.items():
         assert weight.sharding.spec == sharding.stored_spec(axes[path]), path
     pairs = [
@@ -229,3 +235,38 @@ def test_muon_agrees_on_meshes_without_xla_moving_whole_arrays(capfd):
     result = run(dict(replica=2, fsdp=2, tensor=2), muon=True, start=reference.initial)
     assert_same_run(result, reference)
     assert 'rematerialization' not in capfd.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def adapted() -> Result:
+    """A run of adapters that have moved already, on one device."""
+    with Setup.on({}, model=ADAPTED) as setup:
+        start = jax.device_get(setup.state().to_tree())
+    random = np.random.default_rng(0)
+    moved = {
+        name: 0.1 * random.normal(size=value.shape).astype(np.float32)
+        for name, value in start.items()
+        if name.startswith('trainable/') and name.endswith('_lora/b')
+    }
+    assert len(moved) == 6
+    return run({}, model=ADAPTED, start=start | moved)
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_adapters_train_alike_on_every_mesh(name, adapted):
+    result = run(MESHES[name], model=ADAPTED, start=adapted.initial)
+    assert len(result.moments) == 12
+    assert_same_gradients(result, adapted)
+    assert_same_run(result, adapted)
+
+
+@pytest.mark.parametrize('name', MESHES)
+def test_fresh_adapters_are_bit_equal_on_every_mesh_and_stored_in_shards(name, adapted):
+    with Setup.on(MESHES[name], model=ADAPTED) as setup:
+        parts = setup.parts
+        fresh = fresh_params(setup.make_model, parts, 0, parts.adapters)
+        assert fresh.keys() == parts.adapters
+    for path, value in fresh.items():
+        assert value.sharding.spec == sharding.stored_spec(parts.axes[path]), path
+        if path.endswith('a'):
+            np.testing.assert_array_equal(value, adapted.initial[f'trainable/{path}'], path)

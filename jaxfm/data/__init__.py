@@ -189,7 +189,7 @@ class BPEConfig(TokenizerConfig):
 
 class TokenizerFileConfig(TokenizerConfig):
     """A tokenizer that exists: from a Hugging Face tokenizer.json, SentencePiece .model, tiktoken
-    ranks (.tiktoken), or a directory or a run that has one of them."""
+    ranks (.tiktoken), the model in a .gguf, or a directory or a run that has one of them."""
 
     name: Literal['file'] = 'file'
     path: str = Field(min_length=1)

@@ -25,14 +25,12 @@ class Pre:
 
     Attributes:
         patterns: each cuts the pieces that the one before left, apart from what it matches.
-        then_as_gpt2: the pattern of GPT-2 cuts last.
         ignore_merges: a piece that is a token is not merged.
         add_bos: unless the file says otherwise.
         nfc: the text is normalized.
     """
 
-    patterns: tuple[str, ...] = ()
-    then_as_gpt2: bool = False
+    patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
     nfc: bool = False
@@ -51,8 +49,10 @@ _GPT4O = (
     rf'{_CASED}*{_LOWER}+{_CONTRACTIONS}?|{_CASED}+{_LOWER}*{_CONTRACTIONS}?'
     rf'|\p{{N}}{{1,3}}|{_PATHS}'
 )
-_GPT2 = Pre(then_as_gpt2=True)
-_DIGITS = Pre((r'\p{N}',), then_as_gpt2=True)
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut out one by one before GPT-2's pattern cuts the rest; here in one pattern, which is
+# encoded quickly (see word_encoder): white space before a digit is at the end of its piece.
+_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _LLAMA = Pre((_LLAMA3,), ignore_merges=True, add_bos=True)
 
 PRE_NAMES = {
@@ -65,9 +65,9 @@ PRE_NAMES = {
             r'[0-9][0-9][0-9]',
         )
     ),
-    'gpt-2': _GPT2,
-    'smollm': _DIGITS,
-    'starcoder': _DIGITS,
+    'gpt-2': Pre((_GPT2,)),
+    'smollm': Pre((_DIGITS,)),
+    'starcoder': Pre((_DIGITS,)),
     'llama3': _LLAMA,
     'llama-v3': _LLAMA,
     'llama-bpe': _LLAMA,
@@ -168,8 +168,8 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
         raise DataError('is damaged: one of tokenizer.ggml.merges is not a pair of tokens')
     backend = _bpe(vocabulary, merges, ignore_merges=pre.ignore_merges)
     cuts = [pre_tokenizers.Split(Regex(pattern), 'isolated') for pattern in pre.patterns]
-    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.then_as_gpt2))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts) if len(cuts) > 1 else cuts[0]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
     backend.decoder = decoders.ByteLevel()
     if pre.nfc:
         backend.normalizer = normalizers.NFC()

@@ -87,6 +87,11 @@ class Tokenizer:
         """Special tokens that a model writes into its own text, such as <think>."""
         return frozenset(token for token in self._visible if _TAG.fullmatch(token))
 
+    @functools.cached_property
+    def invalid_byte_id(self) -> int | None:
+        """The token of a byte that no UTF-8 has; None where single bytes are no tokens '<0xFF>'."""
+        return self._token_id('<0xFF>')
+
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens; DataError for a str that has a lone surrogate."""
         return self._plain([text], is_start=True)[0]

@@ -78,6 +78,36 @@ class SegmentConfig(Group):
     repeats: int = Field(ge=1)
 
 
+TARGETS = ('attention/q', 'attention/k', 'attention/v', 'attention/out', 'mlp/gate_up', 'mlp/down')
+
+
+class LoraConfig(Group):
+    """Low-rank adapters (Hu et al., 2021) beside matrices of every block; they alone are trained.
+
+    A matrix W becomes W + alpha / rank x A B.
+    """
+
+    path: str = ''  # a directory that PEFT has written: its rank, alpha, targets and weights count
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    # Names of matrices in a block, or 'all'.
+    targets: list[Literal[(*TARGETS, 'all')]] = Field(['attention/q', 'attention/v'], min_length=1)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices that have an adapter."""
+        return tuple(name for name in TARGETS if {name, 'all'} & set(self.targets))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def described(self) -> str:
+        """For people."""
+        return f'rank {self.rank}, alpha {self.alpha:g} on {", ".join(self.matrices)}'
+
+
 class TransformerConfig(Group):
     """A decoder-only transformer."""
 
@@ -102,6 +132,7 @@ class TransformerConfig(Group):
     param_dtype: Literal['float32', 'bfloat16'] = 'float32'
     compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # bfloat16, but float32 on CPU
     gradient_reduce_dtype: Literal['compute', 'float32'] = 'compute'
+    lora: LoraConfig | None = None
 
     @model_validator(mode='after')
     def _check(self):

@@ -8,8 +8,8 @@ from flax import nnx
 from jaxfm.models import BlockConfig
 from jaxfm.models.kv_cache import LayerCache
 from jaxfm.models.layers import RMSNorm, matrix, vector
+from jaxfm.models.lora import adapter, project
 from jaxfm.ops.attention import KeyValues, attention
-from jaxfm.ops.linear import linear
 from jaxfm.ops.rope import apply_rope, rope_frequencies
 from jaxfm.sharding import activation
 
@@ -17,7 +17,9 @@ from jaxfm.sharding import activation
 class Attention(nnx.Module):
     """Causal self-attention of one block."""
 
-    def __init__(self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, rngs):
+    def __init__(
+        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, rngs
+    ):
         D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
@@ -25,6 +27,10 @@ class Attention(nnx.Module):
         self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
         out_axes = ('heads', 'head_dim', 'embed')
         self.out = matrix(rngs, (N, H, D), out_axes, N * H, output_scale, dtype)
+        self.q_lora = adapter(lora, 'attention/q', self.q, rngs)
+        self.k_lora = adapter(lora, 'attention/k', self.k, rngs)
+        self.v_lora = adapter(lora, 'attention/v', self.v, rngs)
+        self.out_lora = adapter(lora, 'attention/out', self.out, rngs, num_inputs=2)
         # Each attribute is assigned once: nnx fixes at the first assignment whether it is data.
         heads, kv_heads = ('heads', 'head_dim'), ('kv_heads', 'head_dim')
         self.q_bias = vector(0.0, (N, H), heads) if config.qkv_bias else None
@@ -36,8 +42,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
 
-    def _project(self, x_BTD, weight, bias, norm, positions_BT):
-        heads = linear(x_BTD, weight[...])
+    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT):
+        heads = project(x_BTD, weight, lora)
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
@@ -54,9 +60,9 @@ class Attention(nnx.Module):
           layer: which of the cache's stack of layers this is.
         """
         config = self.config
-        q_BTNH = self._project(x_BTD, self.q, self.q_bias, self.q_norm, positions_BT)
-        k_BTKH = self._project(x_BTD, self.k, self.k_bias, self.k_norm, positions_BT)
-        v_BTKH = self._project(x_BTD, self.v, self.v_bias, None, None)
+        q_BTNH = self._project(x_BTD, self.q, self.q_lora, self.q_bias, self.q_norm, positions_BT)
+        k_BTKH = self._project(x_BTD, self.k, self.k_lora, self.k_bias, self.k_norm, positions_BT)
+        v_BTKH = self._project(x_BTD, self.v, self.v_lora, self.v_bias, None, None)
         if cache is None:
             keys = KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         else:
@@ -71,7 +77,7 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
         )
         spec = activation('batch', 'position', 'embed')
-        out_BTD = linear(heads_BTNH, self.out[...], contracted=2, out_sharding=spec)
+        out_BTD = project(heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec)
         if self.out_bias is not None:
             out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD, cache

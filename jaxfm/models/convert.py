@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfm import sharding
 from jaxfm.models import TransformerConfig
@@ -30,6 +31,11 @@ class Part:
     path: str
     repeat: int | None = None  # index in the stack of layers
     way: int | None = None  # index along gate_up
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether the parameter has it transposed: a matrix that is no table of tokens."""
+        return len(self.shape) == 2 and 'vocab' not in self.axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,44 +132,54 @@ def zeros(shape, dtype, axes):
 
 
 @functools.partial(jax.jit, static_argnames=('axes', 'shape', 'dtype'))
-def to_parameter(tensor, axes, shape, dtype):
-    """A part as it lies in a file -> [*shape] of our layout, sharded as it is stored.
-
-    axes, shape: of the parameter without its stack of layers and ways.
-    """
-    turned = tensor.T if tensor.ndim == 2 and 'vocab' not in axes else tensor
-    spec = sharding.stored(axes)
-    return jnp.reshape(turned.astype(dtype), shape, out_sharding=spec)
+def as_parameter(value, axes, shape, dtype):
+    """A parameter that is not stacked, of its only part."""
+    return jnp.reshape(value.astype(dtype), shape, out_sharding=sharding.stored(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes',), donate_argnums=0)
 def put_into(stack, value, repeat, way, axes):
     """A stacked parameter, which is donated, with one layer (and way) replaced.
 
-    axes: of the stack. way: None where it has no gate_up axis.
+    Args:
+      axes: of the stack. way: None where it has no gate_up axis.
     """
     shape = tuple(1 if name in ('layers', 'gate_up') else n for name, n in zip(axes, stack.shape))
     starts = [{'layers': repeat, 'gate_up': way}.get(name, 0) for name in axes]
-    value = jnp.reshape(value, shape, out_sharding=sharding.stored(axes))
+    value = jnp.reshape(value.astype(stack.dtype), shape, out_sharding=sharding.stored(axes))
     return jax.lax.dynamic_update_slice(stack, value, starts)
 
 
-@functools.partial(jax.jit, static_argnames=('axes', 'shape', 'dtype'))
-def to_tensor(parameter, repeat, way, axes, shape, dtype):
-    """A part of a parameter as it lies in a file, whole on every device.
+@functools.partial(jax.jit, static_argnames=('axes', 'dtype'))
+def take_from(parameter, repeat, way, axes, dtype):
+    """One layer (and way) of a parameter, whole on every device.
 
-    axes: of the parameter. shape: of the part, as in the file.
+    Args:
+      axes: of the parameter.
     """
     for name, index in (('layers', repeat), ('gate_up', way)):
         if name in axes:
             at = axes.index(name)
             parameter = jax.lax.dynamic_index_in_dim(parameter, index, at, keepdims=False)
             axes = axes[:at] + axes[at + 1 :]
-    whole = sharding.replicated(parameter)
-    if 'vocab' in axes:
-        return whole[: shape[0]].astype(dtype)
-    if axes[0] == 'embed':
-        whole = whole.reshape(whole.shape[0], -1).T
-    elif 'embed' in axes:
-        whole = whole.reshape(-1, whole.shape[-1]).T
-    return whole.reshape(shape).astype(dtype)
+    return sharding.replicated(parameter.astype(dtype))
+
+
+def as_tensor(value: np.ndarray, part: Part) -> np.ndarray:
+    """What `take_from` gives, as it lies in a file."""
+    if part.is_turned:
+        return transposed(value.reshape(part.shape[::-1]))
+    return value[: part.shape[0]] if 'vocab' in part.axes else value.reshape(part.shape)
+
+
+def transposed(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
+    """matrix.T as an array of its own.
+
+    Made of so many rows at a time, which stay in the cache: at once it takes four times as long.
+    """
+    # Integers of the same size: numpy copies foreign dtypes element by element.
+    bits = matrix.view(f'u{matrix.itemsize}')
+    turned = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), rows):
+        turned[:, start : start + rows] = bits[start : start + rows].T
+    return turned.view(matrix.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxfm.models import BlockConfig
-from jaxfm.ops.linear import linear
+from jaxfm.models.lora import adapter, project
 from jaxfm.ops.norm import rms_norm
 from jaxfm.sharding import activation
 
@@ -40,7 +40,7 @@ class RMSNorm(nnx.Module):
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
     def __call__(self, x, last_axes: int = 1):
-        """Over so many of the last axes of x together; their sizes multiply to the scale's."""
+        """Over so many of the last axes of x together, which have as many elements as the scale."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
         return rms_norm(x, scale.reshape(x.shape[-last_axes:]), epsilon=self.epsilon)
 
@@ -64,24 +64,28 @@ class Embedding(nnx.Module):
 class Mlp(nnx.Module):
     """(activation(x gate) * (x up)) down, gate and up in one matmul; or activation(x up) down."""
 
-    def __init__(self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, rngs):
+    def __init__(
+        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, rngs
+    ):
         D, F, ways = embed_dim, config.mlp_dim, 2 if config.gated else 1
         self.activation, self.gated = config.activation, config.gated
         self.gate_up = matrix(rngs, (D, ways, F), ('embed', 'gate_up', 'mlp'), D, scale, dtype)
         self.down = matrix(rngs, (F, D), ('mlp', 'embed'), F, output_scale, dtype)
+        self.gate_up_lora = adapter(lora, 'mlp/gate_up', self.gate_up, rngs)
+        self.down_lora = adapter(lora, 'mlp/down', self.down, rngs)
         gate_up = ('gate_up', 'mlp')
         self.gate_up_bias = vector(0.0, (ways, F), gate_up) if config.mlp_bias else None
         self.down_bias = vector(0.0, (D,), ('norm',)) if config.mlp_bias else None
 
     def __call__(self, x_BTD):
-        hidden = linear(x_BTD, self.gate_up[...])
+        hidden = project(x_BTD, self.gate_up, self.gate_up_lora)
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
         function = ACTIVATION_FUNCTIONS[self.activation]
         gate_BTF = function(hidden[:, :, 0])
         hidden_BTF = gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF
         spec = activation('batch', 'position', 'embed')
-        out_BTD = linear(hidden_BTF, self.down[...], out_sharding=spec)
+        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec)
         if self.down_bias is not None:
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD

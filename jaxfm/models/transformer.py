@@ -49,16 +49,17 @@ class Block(nnx.Module):
 
     def __init__(self, config: BlockConfig, model: TransformerConfig, rngs: nnx.Rngs):
         D = model.embed_dim
-        scales = dict(
+        shared = dict(
             scale=model.init_scale,
             output_scale=0.0 if model.zero_init_outputs else model.init_scale,
             dtype=jnp.dtype(model.param_dtype),
+            lora=model.lora,
         )
         norm = functools.partial(
             RMSNorm, D, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset
         )
-        self.attention = Attention(config, D, **scales, rngs=rngs)
-        self.mlp = Mlp(config, D, **scales, rngs=rngs)
+        self.attention = Attention(config, D, **shared, rngs=rngs)
+        self.mlp = Mlp(config, D, **shared, rngs=rngs)
         self.pre_attention = norm() if config.pre_norm else None
         self.post_attention = norm() if config.post_norm else None
         self.pre_mlp = norm() if config.pre_norm else None
@@ -76,8 +77,12 @@ class Block(nnx.Module):
 
 def _stack(block: BlockConfig, config: TransformerConfig, repeats: int, rngs: nnx.Rngs) -> Block:
     """`repeats` blocks as one, every weight with a leading layers axis."""
-    keys = jax.random.split(rngs.params(), repeats)
-    return nnx.vmap(lambda key: Block(block, config, nnx.Rngs(key)))(keys)
+
+    def make(key):
+        # Adapters draw from a stream of their own: with and without them the weights are the same.
+        return Block(block, config, nnx.Rngs(key, lora=jax.random.fold_in(key, 2**31)))
+
+    return nnx.vmap(make)(jax.random.split(rngs.params(), repeats))
 
 
 class Transformer(nnx.Module):

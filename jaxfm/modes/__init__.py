@@ -7,6 +7,7 @@ MODES = {
     'train': 'jaxfm.modes.train:train',
     'eval': 'jaxfm.modes.evaluate:evaluate',
     'sample': 'jaxfm.modes.sample:sample',
+    'chat': 'jaxfm.modes.chat:chat',
     'export': 'jaxfm.modes.export:export',
 }
 

@@ -15,24 +15,28 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
     Raises:
       DataError: a prompt that the tokenizer or the chat template refuses.
     """
-    sampling = config.sampling
-    temperature, max_tokens = sampling.temperature, sampling.max_tokens
     chat = Chat(tokenizer)
-    if flags is not None:
-        temperature = temperature if flags.temperature is None else flags.temperature
-        max_tokens = flags.max_tokens or max_tokens
+    options = request_options(config, chat, flags)
     return [
         Request(
             id=str(index),
             tokens=_prompt_ids(config, tokenizer, chat, prompt),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=flags.seed if flags is not None else config.seed,
             sample_index=index,
-            stop_ids=chat.stop_ids | set(sampling.stop_ids),
+            **options,
         )
         for index, prompt in enumerate(prompts)
     ]
+
+
+def request_options(config, chat: Chat, flags=None) -> dict:
+    """What all requests have in common: of the flags, or else of the config."""
+    sampling = config.sampling
+    temperature, max_tokens, seed = sampling.temperature, sampling.max_tokens, config.seed
+    if flags is not None:
+        temperature = temperature if flags.temperature is None else flags.temperature
+        max_tokens, seed = flags.max_tokens or max_tokens, flags.seed
+    stop_ids = chat.stop_ids | set(sampling.stop_ids)
+    return dict(temperature=temperature, max_tokens=max_tokens, seed=seed, stop_ids=stop_ids)
 
 
 def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:

@@ -51,7 +51,7 @@ def train(flags, config: RunConfig) -> int:
         sources = [_prefetch(phase, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(params=None)
-        evaluators = run.evaluators(sampler, write=run.primary)
+        evaluators = run.evaluators(sampler, write=run.primary) | run.exports()
         prompts, requests = _last_samples(config, run.tokenizer)
         for request in requests:
             sampler.check(request)

@@ -5,7 +5,7 @@ from jax import lax
 
 
 def rms_norm(x, scale, *, epsilon: float):
-    """x / rms(x) * scale over the axes of scale, the last of x; float32, returned in x's dtype."""
+    """x / rms(x) * scale over the last axes of x, those of scale; float32 inside, x's dtype out."""
     x_32 = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - scale.ndim, x.ndim))
     inverse = lax.rsqrt(jnp.mean(x_32 * x_32, axis=axes, keepdims=True) + epsilon)

@@ -17,4 +17,6 @@ class ExportConfig(Group):
 
     every: int = Field(0, ge=0)  # steps, into <workdir>/export/<step>; 0 is by --mode export alone
     dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: as weights are stored
+    # Of a model with adapters: merged into its weights, or they alone in the layout of PEFT.
+    adapters: Literal['merge', 'peft'] = 'merge'
     shard_gigabytes: float = Field(5.0, gt=0)  # of a file; of 10^9 bytes

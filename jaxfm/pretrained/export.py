@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxfm.errors import PermissionDeniedError, StorageError
-from jaxfm.models import TransformerConfig, convert
+from jaxfm.models import TransformerConfig, convert, lora
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.directory import (
@@ -25,12 +25,15 @@ from jaxfm.pretrained.directory import (
     WEIGHTS,
     read_json,
 )
+from jaxfm.pretrained.pipeline import ahead
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Exporter:
     """Writes weights of one model; whether a family can express it is found when this is built.
+
+    Adapters are merged into the weights.
 
     Args:
       axes, shapes: {path of a parameter: logical axes, ShapeDtypeStruct}.
@@ -51,7 +54,9 @@ class Exporter:
         stop_ids: frozenset[int],
         primary: bool = True,
     ):
-        self._config, self._axes, self._primary = config, axes, primary
+        axes = {path: names for path, names in axes.items() if 'lora' not in names}
+        self._config, self._model = config, model
+        self._axes, self._primary = axes, primary
         self._tokenizer, self._stop_ids = tokenizer, stop_ids
         self._hf_config = write_config(model)
         family = find(self._hf_config['model_type'])
@@ -74,6 +79,7 @@ class Exporter:
         Raises:
           StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
         """
+        directory = directory.absolute()
         partial = directory.with_name(directory.name + '.partial')
         try:
             if self._primary:
@@ -87,15 +93,18 @@ class Exporter:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-            raise kind(f'{directory}: cannot be written: {error.strerror}') from None
+            raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
 
     def _write_weights(self, params, directory: Path) -> None:
+        if self._model.lora:
+            params = lora.merge(params, self._model)
         files, weight_map = self._files(), {}
         for number, names in enumerate(files, start=1):
             several = f'model-{number:05}-of-{len(files):05}.safetensors'
             file = several if len(files) > 1 else WEIGHTS
             weight_map |= dict.fromkeys(names, file)
-            tensors = ((name, self.tensor(params, name)) for name in names)
+            taken = ((name, self._take(params, name)) for name in names)
+            tensors = ahead(self._as_tensor, taken)
             if self._primary:
                 shapes = {name: self._layout.shapes[name] for name in names}
                 write_safetensors(directory / file, shapes, self._dtype, tensors)
@@ -119,18 +128,21 @@ class Exporter:
 
     def tensor(self, params: Mapping[str, jax.Array], name: str) -> np.ndarray:
         """One tensor as it lies in a file."""
-        rows = [
-            convert.to_tensor(
-                params[part.path],
-                part.repeat,
-                part.way,
-                self._axes[part.path],
-                part.shape,
-                self._dtype,
+        return self._as_tensor((name, self._take(params, name)))
+
+    def _take(self, params, name: str) -> list[jax.Array]:
+        """The parts of a tensor, whole on every device."""
+        return [
+            convert.take_from(
+                params[part.path], part.repeat, part.way, self._axes[part.path], self._dtype
             )
             for part in self._layout.parts_of(name)
         ]
-        rows = [np.asarray(part) for part in rows]
+
+    def _as_tensor(self, item: tuple[str, list[jax.Array]]) -> np.ndarray:
+        name, taken = item
+        parts = self._layout.parts_of(name)
+        rows = [convert.as_tensor(np.asarray(x), part) for x, part in zip(taken, parts)]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _write_configs(self, directory: Path) -> None:
@@ -149,7 +161,7 @@ def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    tensors: Iterator[tuple[str, np.ndarray]],
+    tensors: Iterator[np.ndarray],
 ) -> None:
     """One file, tensor by tensor: the library would want all of them in memory at once.
 
@@ -167,7 +179,7 @@ def write_safetensors(
     text += b' ' * (-len(text) % 8)  # so that tensors are aligned
     with path.open('wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
-        for _, tensor in tensors:
+        for tensor in tensors:
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 

@@ -20,7 +20,7 @@ from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
 MAGIC, VERSIONS = b'GGUF', (2, 3)
 
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
-# Formats of `struct` by the number of a type of metadata.
+# Letters of `struct` by the number of a type of metadata.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, _FLOAT32, 7, 10, 11, 12), 'BbHhIif?Qqd'))
 _MOST_DIMENSIONS = 4  # of ggml
 # Types of tensors that are stored as they are, by their numbers in ggml.
@@ -72,15 +72,15 @@ class Header:
     def damaged(self, what: str) -> DataError:
         return DataError(f'{self.path} is damaged: {what}')
 
-    def numbers(self, format: str, count: int = 1) -> tuple:
-        """`count` numbers of one type."""
-        self._check(count * struct.calcsize(f'<{format}'))
-        values = struct.unpack_from(f'<{count}{format}', self._content, self.at)
-        self.at += count * struct.calcsize(f'<{format}')
+    def numbers(self, letter: str, count: int = 1) -> tuple:
+        """`count` numbers of the type that `struct` knows by a letter."""
+        self._check(count * struct.calcsize(f'<{letter}'))
+        values = struct.unpack_from(f'<{count}{letter}', self._content, self.at)
+        self.at += count * struct.calcsize(f'<{letter}')
         return values
 
-    def number(self, format: str):
-        return self.numbers(format)[0]
+    def number(self, letter: str):
+        return self.numbers(letter)[0]
 
     def string(self) -> str:
         return self.strings(1)[0]
@@ -104,7 +104,8 @@ class Header:
         """A value of metadata, with its type before it."""
         kind = self.number('I')
         if kind != _ARRAY:
-            return self.values(kind, 1)[0]
+            value = self.values(kind, 1)[0]
+            return shortest(value) if kind == _FLOAT32 else value
         kind, count = self.number('I'), self.number('Q')
         return self.values(kind, count)
 
@@ -113,8 +114,7 @@ class Header:
             return self.strings(count)
         if kind not in _SCALARS:
             raise self.damaged(f'metadata has a value of type {kind} at byte {self.at}')
-        values = self.numbers(_SCALARS[kind], count)
-        return [shortest(value) for value in values] if kind == _FLOAT32 else list(values)
+        return list(self.numbers(_SCALARS[kind], count))
 
     def _check(self, size: int) -> None:
         if self.at + size > len(self._content):
@@ -152,8 +152,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     alignment = metadata.get('general.alignment', 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise header.damaged(f'general.alignment is {alignment!r}')
-    start = -(-header.at // alignment) * alignment
-    return metadata, _tensors(path, content, start, infos)
+    return metadata, _tensors(header, content, alignment, infos)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -189,10 +188,11 @@ def _tensor_info(header: Header) -> tuple[str, tuple[int, ...], int, int]:
     return name, shape, header.number('I'), header.number('Q')
 
 
-def _tensors(path: Path, content: mmap.mmap, start: int, infos: list) -> dict[str, Tensor]:
-    """The tensors, whose data begin at `start`; DataError with the names of those that are bad."""
+def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) -> dict[str, Tensor]:
+    """The tensors, which lie behind the header; DataError with the names of those that are bad."""
     data = np.frombuffer(content, np.uint8)
-    tensors, twice, unread, ragged, beyond = {}, [], {}, [], []
+    start = next_at = _aligned(header.at, alignment)
+    tensors, twice, unread, ragged, misplaced, beyond = {}, [], {}, [], [], []
     for name, shape, kind, offset in infos:
         if name in tensors:
             twice.append(name)
@@ -203,6 +203,9 @@ def _tensors(path: Path, content: mmap.mmap, start: int, infos: list) -> dict[st
             rows, begin = math.prod(shape[:-1]), start + offset
             blocks = (*shape[:-1], shape[-1] // size, block_bytes)
             end = begin + math.prod(blocks)
+            if begin != next_at:
+                misplaced.append(name)
+            next_at = _aligned(end, alignment)
             if shape[-1] % size or not rows:
                 ragged.append(f'{name} {list(shape)}')
             elif end > len(data):
@@ -212,17 +215,22 @@ def _tensors(path: Path, content: mmap.mmap, start: int, infos: list) -> dict[st
     if unread:
         found = ', '.join(f'{kind} ({some(names)})' for kind, names in unread.items())
         raise DataError(
-            f'{path} has tensors of types that are not read: {found}; read are '
+            f'{header.path} has tensors of types that are not read: {found}; read are '
             f'{", ".join(readable_kinds())}'
         )
     for names, what in (
         (twice, 'is damaged: tensors are there twice'),
         (ragged, 'is damaged: the shapes of tensors do not fit their types'),
+        (misplaced, 'is damaged: tensors do not begin where those before them end'),
         (beyond, f'is truncated: tensors go on behind its end at {len(data)} bytes'),
     ):
         if names:
-            raise DataError(f'{path} {what}: {some(names)}')
+            raise DataError(f'{header.path} {what}: {some(names)}')
     return tensors
+
+
+def _aligned(at: int, alignment: int) -> int:
+    return -(-at // alignment) * alignment
 
 
 def some(names: list[str], most: int = 5) -> str:

@@ -4,11 +4,9 @@ A few tensors of the file are in the host's memory at a time, of each only what 
 the next ones are read while one is turned and put into its stack on the devices.
 """
 
-import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,9 +16,9 @@ from jaxfm.errors import DataError
 from jaxfm.models import TransformerConfig, convert
 from jaxfm.models.families.base import find
 from jaxfm.pretrained.directory import listed
+from jaxfm.pretrained.pipeline import ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 
-READERS = 3  # tensors that are read ahead, each in a thread
 # What old files have beside the weights: the output projection once more where it is tied, and
 # what can be computed.
 _REDUNDANT = ('lm_head.weight', '.rotary_emb.inv_freq', '.self_attn.masked_bias')
@@ -35,31 +33,19 @@ def load_params(
     """{path: array} of every parameter; needs the mesh to be set. Raises as `checked_layout`."""
     layout = checked_layout(pretrained, config, axes, shapes)
     parts = list(itertools.chain(*layout.parts.values()))
-    places = {part: sharding.stored_sharding(part.axes) for part in parts}
+    places = {part: sharding.stored_sharding(_turned(part, part.axes)) for part in parts}
     tensors = pretrained.tensors
 
     def read(part):  # in a thread, which does not know the mesh
         return _read(tensors, part, shapes[part.path], places[part])
 
     params = {}
-    for part, tensor in zip(parts, _ahead(read, parts)):
+    for part, tensor in zip(parts, ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
         # JAX would take any number of tensors before it is done with the first of them.
         params[path].block_until_ready()
     return params
-
-
-def _ahead(function: Callable, items: Iterable) -> Iterator:
-    """Results of the function, in order, of which READERS are made ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        running = collections.deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > READERS:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
 
 def checked_layout(
@@ -95,34 +81,41 @@ def checked_layout(
     return layout
 
 
-def _put(stack: jax.Array | None, tensor: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
+def _turned(part: convert.Part, pair: tuple) -> tuple:
+    """Something of each dimension of a part, in the order of the parameter."""
+    return pair[::-1] if part.is_turned else pair
+
+
+def _put(stack: jax.Array | None, value: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
     """The parameter with one more of its parts; None is one that has none yet."""
-    kept = [(name, n) for name, n in zip(axes, leaf.shape) if name not in ('layers', 'gate_up')]
-    part_axes, shape = (tuple(x) for x in zip(*kept))
-    value = convert.to_parameter(tensor, part_axes, shape, leaf.dtype)
-    if part_axes == axes:
-        return value
+    if not {'layers', 'gate_up'} & set(axes):
+        return convert.as_parameter(value, axes, leaf.shape, leaf.dtype)
     if stack is None:
         stack = convert.zeros(leaf.shape, leaf.dtype, axes)
     return convert.put_into(stack, value, part.repeat, part.way, axes)
 
 
 def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
-    """The part as a global array of which each process has read its own shards."""
+    """The part, turned as the parameter has it; each process has read its own shards of it."""
     shape = part.shape
     if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
         shape = (leaf.shape[0], shape[1])
 
     @functools.cache  # JAX asks once more for every replica
     def read(index):
-        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(index, shape))
+        rows, *columns = (
+            slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape)
+        )
         end = min(rows.stop, part.shape[0])
         if end <= rows.start:  # padding alone
             size = [i.stop - i.start for i in (rows, *columns)]
             return np.zeros(size, tensors.dtypes[part.tensor])
         here = slice(part.start + rows.start, part.start + end)
         values = tensors.read(part.tensor, (here, *columns))
+        if part.is_turned:
+            return convert.transposed(values)
         padding = rows.stop - end
-        return np.pad(values, [(0, padding), (0, 0)]) if padding else values
+        # A copy in any case: on CPU an array may else go on living in the file.
+        return np.pad(values, [(0, padding), (0, 0)]) if padding else np.array(values)
 
-    return jax.make_array_from_callback(shape, place, read)
+    return jax.make_array_from_callback(_turned(part, shape), place, read)

@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import random
 import shutil
 
 import pytest
-import tokenizers
+from tokenizers import pre_tokenizers
 
 from jaxfm.data import tokenizer
 from jaxfm.data.chat import Chat
@@ -58,7 +59,7 @@ def qwen3_keys(shared_data, **changed) -> dict:
 
 def words_keys(pre='gpt-2', **changed) -> dict:
     """A byte-level vocabulary of letters, and of a word whose merges do not reach it."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, 'he', 'll', 'hello', '<|end|>', '<think>']
     kinds = [1] * (len(tokens) - 2) + [3, 4]
     keys = {'model': 'gpt2', 'pre': pre, 'tokens': tokens, 'token_type': kinds}
@@ -221,6 +222,21 @@ def test_a_rule_cuts_text_as_its_models_do(name, path):
     assert '|'.join(TEXT[start:stop] for _, (start, stop) in pieces) == CUTS[name]
 
 
+def test_digits_are_cut_out_before_the_pattern_of_gpt2_cuts(path):
+    ours = tokenizer.load(write(path, words_keys('smollm')))._backend.pre_tokenizer
+    theirs = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    texts = random_texts(400)
+    draw = random.Random(1)
+    texts += [''.join(draw.choices("a \n\t1²'s.\u00a0", k=12)) for _ in range(2000)]
+    for text in texts:
+        assert ours.pre_tokenize_str(text) == theirs.pre_tokenize_str(text), text
+
+
 @pytest.mark.parametrize('name', PRE_NAMES)
 def test_every_rule_gives_every_text_back(name, path):
     coder = tokenizer.load(write(path, words_keys(name)))
@@ -248,8 +264,9 @@ def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
 
 
 def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
-    coder = tokenizer.load(write(path, words_keys(token_type=None)))
-    assert coder.special_tokens == {'<|end|>': 259}
+    coder = tokenizer.load(write(path, words_keys(token_type=None, padding_token_id=260)))
+    assert coder.special_tokens == {'<|end|>': 259, '<think>': 260}
+    assert 260 not in coder.encode('a<think>')
 
 
 BAD = {

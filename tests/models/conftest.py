@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxfm import state
-from jaxfm.models import BlockConfig, RopeConfig, SegmentConfig, TransformerConfig
+from jaxfm.models import BlockConfig, LoraConfig, RopeConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.kv_cache import init_cache
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import logits
@@ -43,7 +43,7 @@ def _configs() -> dict[str, TransformerConfig]:
         embedding_scale=4.0,
         logits_softcap=5.0,
     )
-    # Biases everywhere, norms after only, no gate, and every second block without positions.
+    # Biases and adapters everywhere, norms after only, no gate, every second block no positions.
     biases = dict(qkv_bias=True, output_bias=True, mlp_bias=True, gated=False)
     llama3 = RopeConfig(scaling='llama3', factor=4.0, original_max_position=16)
     rotary = changed(
@@ -61,6 +61,7 @@ def _configs() -> dict[str, TransformerConfig]:
             SegmentConfig(pattern=[olmo], repeats=1),
         ],
         embedding_norm=True,
+        lora=LoraConfig(rank=3, alpha=2.0, targets=['all']),
     )
     return {'llama': llama, 'gemma': gemma, 'mixed': mixed}
 

@@ -18,6 +18,11 @@ class Reference:
     def __init__(self, model):
         self.config = model.config
         self.params = {path: np.asarray(x, np.float64) for path, x in model.params.items()}
+        for path in [path for path in self.params if path.endswith('_lora/a')]:
+            adapted = path.removesuffix('_lora/a')
+            a, b = (self.params.pop(f'{adapted}_lora/{half}') for half in 'ab')
+            scale = self.config.lora.alpha / self.config.lora.rank
+            self.params[adapted] += scale * self.product(a, b, adapted)
 
     def __call__(self, tokens):
         """-> hidden [T, D], logits [T, V]."""
@@ -40,6 +45,12 @@ class Reference:
         logits = hidden @ table[: config.vocab_size].T
         cap = config.logits_softcap
         return hidden, cap * np.tanh(logits / cap) if cap else logits
+
+    def product(self, a, b, adapted):
+        """A B of every layer, and of every way of gate_up."""
+        if adapted.endswith('gate_up'):
+            return np.einsum('ldcr,lcrf->ldcf', a, b)
+        return np.stack([np.tensordot(*halves, 1) for halves in zip(a, b, strict=True)])
 
     def norm(self, x, scale, block):
         scale = scale + 1 if block.norm_unit_offset else scale
@@ -96,8 +107,9 @@ class Reference:
             frequency = keep * frequency + (1 - keep) * frequency / rope.factor
         magnitude = 1.0
         if rope.scaling == 'yarn':
+            turned = rope.original_max_position * frequency / (2 * np.pi)
             first, last = (
-                np.interp(-turns, -rope.original_max_position * frequency / (2 * np.pi), range(half))
+                np.interp(-turns, -turned, range(half))
                 for turns in (rope.beta_fast, rope.beta_slow)
             )
             keep = np.interp(range(half), [np.floor(first), np.ceil(last)], [1, 0])
@@ -132,3 +144,4 @@ def test_the_models_of_these_tests_use_every_option(configs):
         if len({repr(getattr(block, name)) for block in blocks}) == 1:
             single.add(name)
     assert single == {'num_heads', 'head_dim', 'norm_epsilon'}
+    assert {config.lora is None for config in configs.values()} == {True, False}

@@ -153,8 +153,8 @@ def test_hidden_states_are_in_the_compute_dtype_and_weights_stay_as_stored(confi
     hidden = jax.eval_shape(lambda params: parts.merge(params)(ids, ids, ids)[0], parts.shapes)
     assert hidden.dtype == jnp.bfloat16
     for path, leaf in parts.shapes.items():
-        is_vector = path.endswith(('scale', 'bias'))
-        assert leaf.dtype == (jnp.float32 if is_vector else jnp.bfloat16), path
+        is_float32 = path.endswith(('scale', 'bias')) or '_lora/' in path
+        assert leaf.dtype == (jnp.float32 if is_float32 else jnp.bfloat16), path
 
 
 @pytest.mark.parametrize(

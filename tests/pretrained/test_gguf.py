@@ -358,26 +358,13 @@ def test_scaled_rope(path):
     assert said['partial_rotary_factor'] == 0.75
 
 
-def llama3_factors(theta, turned, factor, low=1.0, high=4.0, context=8192):
-    """`generate_extra_tensors` of llama.cpp's converter."""
-    found = []
-    for frequency in theta ** (-np.arange(0, turned, 2) / turned):
-        wave = 2 * math.pi / frequency
-        if wave < context / high:
-            found.append(1)
-        elif wave > context / low:
-            found.append(factor)
-        else:
-            smooth = (context / wave - low) / (high - low)
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return np.array(found, np.float32)
-
-
 @pytest.mark.parametrize(
     'turned, factor, low, high', [(128, 8, 1, 4), (64, 32, 1, 4), (128, 4, 2, 6)]
 )
 def test_the_rope_scaling_of_llama3_is_recovered(turned, factor, low, high, path):
-    factors = {'rope_freqs.weight': llama3_factors(5e5, turned, factor, low, high)}
+    scaling = dict(factor=factor, low_freq_factor=low, high_freq_factor=high)
+    scaling['original_max_position_embeddings'] = 8192
+    factors = {'rope_freqs.weight': gguf_files.llama3_factors(5e5, turned, scaling)}
     shape = {'blk.0.attn_q.weight': (4 * turned, 32), 'blk.0.attn_k.weight': (2 * turned, 32)}
     more = factors | random_tensors(shape | {n.replace('0', '1'): s for n, s in shape.items()})
     length = {'attention__key_length': turned, 'rope__dimension_count': turned}
@@ -501,6 +488,17 @@ def test_a_tensor_that_is_there_twice_is_named(path):
         open_gguf(path)
     path.write_bytes(content.replace(b'llama.context_length', b'llama.rope.freq_base'))
     with pytest.raises(DataError, match='llama.rope.freq_base is there twice'):
+        open_gguf(path)
+
+
+def test_a_tensor_that_begins_elsewhere_is_named(path):
+    content = bytearray(make(path).read_bytes())
+    name = b'blk.0.ffn_up.weight'
+    at = content.index(name) + len(name) + 4 + 2 * 8 + 4
+    assert int.from_bytes(content[at : at + 8], 'little') % 32 == 0
+    content[at : at + 8] = (64).to_bytes(8, 'little')
+    path.write_bytes(content)
+    with pytest.raises(DataError, match='do not begin where those before .*: blk.0.ffn_up.weight'):
         open_gguf(path)
 
 

@@ -1,4 +1,4 @@
-"""One small model, and samplers over it that share their compiled functions by their shapes."""
+"""One small model with adapters, and samplers that share compiled functions by their shapes."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxfm import sharding, state
-from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
+from jaxfm.models import BlockConfig, LoraConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.sampling import SamplingConfig
@@ -26,6 +26,7 @@ CONFIG = TransformerConfig(
     segments=[
         SegmentConfig(pattern=[BlockConfig(**BLOCK, window=5), BlockConfig(**BLOCK)], repeats=1)
     ],
+    lora=LoraConfig(rank=2, alpha=2.0, targets=['all']),
 )
 PARTS = state.split(lambda key: Transformer(CONFIG, nnx.Rngs(key)))
 LENGTH = 40

@@ -312,8 +312,9 @@ def write_config(model: TransformerConfig) -> dict:
         if not different:
             return hf
         problems.append(f'  {name}: {", ".join(different)}')
+    which = f'family {model.family} cannot' if model.family else 'no family can'
     raise ConfigError(
-        'no family of the Hugging Face layout can express this model; what would be lost:\n'
+        f'{which} express this model in the layout of Hugging Face; what would be lost:\n'
         + '\n'.join(problems)
     )
 

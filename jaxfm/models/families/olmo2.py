@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team, 2024): norms behind attention and MLP only; one over all queries or keys."""
+"""OLMo 2 (OLMo Team, 2024): norms only behind attention and MLP; one over all heads."""
 
 from jaxfm.models.families.base import LLAMA_WEIGHTS, QK_NORM_WEIGHTS, Family, blocks_of
 

@@ -1,0 +1,214 @@
+"""--mode chat: a conversation in the terminal with the newest weights.
+
+A line of stdin is what the user says. The text of the answer alone goes to stdout, as it is
+generated; what helps a person at a terminal goes to stderr. Every turn renders the whole
+conversation by the chat template anew and prefills its ids, so it is what training would see.
+"""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+from jaxfm.data.chat import Chat
+from jaxfm.data.text_stream import TextStream
+from jaxfm.errors import DataError, UsageError
+from jaxfm.metrics.console import Console
+from jaxfm.modes.generation import request_options
+from jaxfm.modes.output import write_lines
+from jaxfm.run import started
+from jaxfm.run_config import RunConfig
+from jaxfm.sampling.sampler import Request
+
+log = logging.getLogger('jaxfm')
+
+HINTS = 'Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it'
+# Tokens a compiled call. More save nothing that one sequence would notice (2 CPU cores, 2026-11-26,
+# 1M parameters: 411 tokens/s by 1, 440 by 4, 475 by 16; 135M: 6, 4, 4), and text would come in
+# jerks, at 135M one every 4 s; Ctrl-C is seen between calls, too.
+DECODE_STEPS = 1
+
+Messages = list[dict[str, str]]
+
+
+def chat(flags, config: RunConfig) -> int:
+    """Answers until the input ends; 65 when nobody is at a terminal to see what had no answer.
+
+    Raises:
+      UsageError: several processes, which would need one keyboard.
+    """
+    with started(flags, _flowing(config)) as run, contextlib.ExitStack() as stack:
+        if jax.process_count() > 1:
+            raise UsageError(
+                f'--mode chat is for one process, here are {jax.process_count()}: start it '
+                'without srun and JAX_NUM_PROCESSES'
+            )
+        console = Console()
+        stack.callback(console.close)
+        run.open_tokenizer()
+        if not run.tokenizer.chat_template:
+            log.warning('the tokenizer has no chat template: `plain` takes its place')
+        chat_format = Chat(run.tokenizer)
+        params, step = run.current_params()
+        sampler = run.sampler(params, slots=1)
+        options = request_options(config, chat_format, flags)
+        assistant = Assistant(sampler, run.tokenizer, chat_format, options)
+        if step is not None:
+            log.info('talking to step %d', step)
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        hint = _hint if is_terminal else _no_hint
+        hint(f'{HINTS}\n')
+        turns = _turns(flags.prompt or [], is_terminal, hint)
+        num_refused = _talk(assistant, turns, flags.output, hint)
+    return DataError.exit_code if num_refused and not is_terminal else 0
+
+
+class Assistant:
+    """Answers conversations, one at a time.
+
+    options: of every request.
+    """
+
+    def __init__(self, sampler, tokenizer, chat_format: Chat, options: dict):
+        self._sampler, self._tokenizer, self._options = sampler, tokenizer, options
+        self._format = chat_format
+        self._num_answers = 0  # each draws noise of its own
+
+    def answer(
+        self, messages: Messages, show: Callable[[str], None], is_stopped: Callable[[], bool]
+    ) -> tuple[str, str]:
+        """Generates an answer, showing its text as it comes -> the text, and why it ended.
+
+        It ends by 'stop', 'length', or 'interrupted', when `is_stopped` says so.
+
+        Raises:
+          DataError: the template refuses the conversation, or it is too long; nothing was shown.
+        """
+        request = self._request(messages)
+        stream, text, reason = TextStream(self._tokenizer), '', None
+        self._sampler.add(request)
+        while reason is None:
+            if is_stopped():
+                self._sampler.cancel(request.id)
+                return text, 'interrupted'
+            [event] = self._sampler.step()
+            reason = event.finish_reason
+            piece = stream.push(event.tokens[:-1] if reason == 'stop' else event.tokens)
+            piece += stream.finish() if reason else ''
+            show(piece)
+            text += piece
+        return text, reason
+
+    def _request(self, messages: Messages) -> Request:
+        ids = self._format.prompt(messages)
+        self._check_length(len(ids))
+        self._num_answers += 1
+        return Request(
+            id=str(self._num_answers),
+            tokens=ids,
+            sample_index=self._num_answers,
+            **self._options,
+        )
+
+    def _check_length(self, num_ids: int) -> None:
+        max_tokens, max_length = self._options['max_tokens'], self._sampler.config.max_length
+        needed = num_ids + max_tokens
+        if needed > max_length:
+            raise DataError(
+                f'{num_ids} tokens of the conversation + {max_tokens} of an answer = {needed} '
+                f'exceed sampling.max_length {max_length}: /reset forgets the conversation; '
+                f'--config.sampling.max_length={max(needed, 2 * max_length)} at the start gives '
+                'more room, a smaller --max_tokens needs less'
+            )
+
+
+def _flowing(config: RunConfig) -> RunConfig:
+    """The config whose sampler gives text as soon as it is there."""
+    sampling = config.sampling.model_copy(update={'decode_steps': DECODE_STEPS})
+    return config.model_copy(update={'sampling': sampling})
+
+
+def _turns(prompts: list[str], is_terminal: bool, hint) -> Iterator[str]:
+    """What the user says: the prompts, then lines of stdin if a person is there or none was given.
+
+    Text that is not UTF-8 comes with surrogates, which the tokenizer refuses.
+    """
+    for prompt in prompts:
+        hint(f'> {prompt}\n')
+        yield prompt
+    if sys.stdin is None or (prompts and not is_terminal):
+        return
+    sys.stdin.reconfigure(encoding='utf-8', errors='surrogateescape')
+    hint('> ')
+    while line := sys.stdin.readline():
+        if line.strip():
+            yield line.rstrip('\r\n')
+        hint('> ')
+    hint('\n')
+
+
+def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint) -> int:
+    """Goes through the turns; how many had no answer because of what they are.
+
+    output: a chat a line after every turn, as training reads them; /reset begins another one.
+    """
+    chats, num_refused = [[]], 0
+    for said in turns:
+        command = said.strip()
+        if command == '/exit':
+            break
+        if command == '/reset':
+            chats.append([])
+            hint('(the conversation is forgotten)\n')
+            continue
+        try:
+            chats[-1] = _turn(assistant, chats[-1], said, hint)
+        except DataError as error:
+            log.error('%s', error)
+            num_refused += 1
+        if output:
+            write_lines(output, [{'messages': messages} for messages in chats if messages])
+    return num_refused
+
+
+def _turn(assistant: Assistant, messages: Messages, said: str, hint) -> Messages:
+    """The conversation with what was said and the answer; as it was if that was stopped at once."""
+    asked = [*messages, {'role': 'user', 'content': said}]
+    with _interrupt() as interrupted:
+        text, reason = assistant.answer(asked, _show, interrupted.is_set)
+        _show('\n')
+    if reason == 'interrupted':
+        hint('(stopped)\n')
+        if not text:
+            return messages
+    if reason == 'length':
+        hint('(cut off: a larger --max_tokens gives longer answers)\n')
+    return [*asked, {'role': 'assistant', 'content': text}]
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event. As an exception it could leave the sampler without its cache."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show(text: str) -> None:
+    print(text, end='', flush=True)
+
+
+def _hint(text: str) -> None:
+    print(text, end='', file=sys.stderr, flush=True)
+
+
+def _no_hint(text: str) -> None:
+    """Nobody sits at a terminal."""

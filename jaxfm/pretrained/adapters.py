@@ -1,0 +1,67 @@
+"""Adapters between a directory in the layout of PEFT and sharded arrays."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxfm import sharding
+from jaxfm.models import TransformerConfig, convert
+from jaxfm.models.families.base import find, write_config
+from jaxfm.pretrained import peft
+from jaxfm.pretrained.export import Exporter
+
+
+def load_adapters(
+    config: TransformerConfig,
+    axes: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """{path: array} of the adapters in `config.lora.path`; needs the mesh to be set.
+
+    Args:
+      axes, shapes: {path: logical axes, ShapeDtypeStruct} of every parameter of the model.
+
+    Raises:
+      DataError: they are not of this model.
+    """
+    family = find(config.family or write_config(config)['model_type'])
+    base = {path: names for path, names in axes.items() if 'lora' not in names}
+    sizes = {path: leaf.shape for path, leaf in shapes.items()}
+    layout = convert.layout(family, config, base, sizes)
+    wanted = {path: sizes[path] for path in axes.keys() - base.keys()}
+    arrays = peft.read(config.lora.path, config.lora, layout, wanted)
+    return {path: _put(array, axes[path]) for path, array in arrays.items()}
+
+
+def _put(array: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
+    place = sharding.stored_sharding(axes)
+    return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+
+class AdapterExporter(Exporter):
+    """Writes the adapters of a model alone, in the layout of PEFT.
+
+    Args:
+      base: the model that they adapt, as a person would name it.
+    """
+
+    def __init__(self, config, model, axes, shapes, *arguments, base: str):
+        super().__init__(config, model, axes, shapes, *arguments)
+        self._base = base
+        self._adapters = {path: shapes[path] for path in axes if 'lora' in axes[path]}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all adapters, as they are written: float32."""
+        return 4 * sum(leaf.size for leaf in self._adapters.values())
+
+    def _write_weights(self, params, directory: Path) -> None:
+        adapters = {path: params[path] for path in self._adapters}
+        whole = jax.device_get(jax.jit(lambda x: jax.tree.map(sharding.replicated, x))(adapters))
+        if self._primary:
+            peft.write(directory, whole, self._model.lora, self._layout, self._base)
+
+    def _write_configs(self, directory: Path) -> None:
+        """That of the adapters is written with them."""

@@ -1,0 +1,275 @@
+"""Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
+
+It names modules as Hugging Face does and has two matrices a module and layer, lora_A [r, inputs]
+and lora_B [outputs, r]. A fused module (Phi-3's qkv_proj) has one pair for several matrices of
+ours: they share A, and each takes its rows of B. No jax, so that a config can be checked with it.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxfm.errors import DataError
+from jaxfm.models import TARGETS, LoraConfig
+from jaxfm.models.families import FAMILIES
+from jaxfm.models.families.base import find
+from jaxfm.pretrained.directory import SafetensorsFiles, listed, read_json
+
+CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+_NAME = re.compile(r'base_model\.model\.(.+)\.lora_([AB])\.weight')
+
+# What would change the outputs and we do not have: refused unless it is empty or false.
+_REFUSED = (
+    *('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform'),
+    *('layer_replication', 'trainable_token_indices', 'target_parameters', 'fan_in_fan_out'),
+    *('use_dora', 'use_qalora', 'use_bdlora', 'lora_bias', 'alora_invocation_tokens'),
+    *('arrow_config', 'kasa_config', 'velora_config', 'monteclora_config'),
+)
+# Of the ways to begin, those that leave the weights of the model as they are.
+_BEGINNINGS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
+
+
+def describe(directory: str | Path) -> dict:
+    """rank, alpha and targets of an adapter, as `model.lora` has them; weights are not read.
+
+    Raises:
+        MissingInputError: there is none, or a file is missing.
+        DataError: it is damaged, or has what we cannot express: with the names.
+    """
+    directory = Path(directory)
+    config = read_json(directory / CONFIG)
+    rank, alpha = _checked(config, directory / CONFIG)
+    targets = {target for module in _modules(_open(directory)) for target in _targets(module)}
+    alone = {'mlp/gate_up/0', 'mlp/gate_up/1'} - targets
+    if len(alone) == 1:
+        raise DataError(f'{directory}: gate_proj and up_proj have adapters together or not at all')
+    names = {target.removesuffix('/0').removesuffix('/1') for target in targets}
+    return {
+        'rank': rank,
+        'alpha': alpha * math.sqrt(rank) if config.get('use_rslora') else float(alpha),
+        'targets': [name for name in TARGETS if name in names],
+    }
+
+
+def read(
+    directory: str | Path, lora: LoraConfig, layout, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """{path: float32 array} of every adapter of a model.
+
+    Args:
+        lora: as `describe` says.
+        layout: the `convert.Layout` of the model without adapters.
+        shapes: {path: shape} of the adapters.
+
+    Raises:
+        DataError: adapters that are missing, of other layers, of another shape or not finite.
+    """
+    directory = Path(directory)
+    tensors = _open(directory)
+    expected = _expected(layout, lora)
+    _check_tensors(tensors, expected, directory)
+    arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
+    for module, parts in expected.items():
+        a, b = (tensors.read(_tensor(module, half)).astype(np.float32) for half in 'AB')
+        for part in parts:
+            ours_a, ours_b = _halves(arrays, part)
+            rows = b[part.start : part.start + part.shape[0]]
+            ours_a[...] = a.T.reshape(ours_a.shape)
+            ours_b[...] = rows.T.reshape(ours_b.shape)
+    damaged = sorted(path for path, array in arrays.items() if not np.isfinite(array).all())
+    if damaged:
+        raise DataError(f'{directory / WEIGHTS} has values that are not finite: {listed(damaged)}')
+    return arrays
+
+
+def write(
+    directory: Path, params: Mapping[str, np.ndarray], lora: LoraConfig, layout, base: str
+) -> None:
+    """Writes the adapters of a model into a directory that exists.
+
+    A fused module has one pair of matrices: where the As of its parts differ, the parts stand one
+    below the other in A and as blocks in B, which is exact at a multiple of the rank.
+
+    Args:
+        params: {path: array} of the adapters, whole.
+        layout: the `convert.Layout` of the model without adapters.
+        base: the model that they adapt, as a person would name it.
+    """
+    expected = _expected(layout, lora)
+    ways = _blocks(expected, params)
+    tensors = {}
+    for module, parts in expected.items():
+        total = sum(part.shape[0] for part in layout.parts_of(f'{module}.weight'))
+        a, b = _pair(parts, params, total, is_shared=ways[_last(module)] == 1)
+        tensors |= {_tensor(module, 'A'): a, _tensor(module, 'B'): b}
+    save_file(tensors, directory / WEIGHTS, metadata={'format': 'pt'})
+    most = max(ways.values())
+    fewer = {name: count for name, count in sorted(ways.items()) if count != most}
+    config = {
+        'peft_type': 'LORA',
+        'task_type': 'CAUSAL_LM',
+        'base_model_name_or_path': base,
+        'r': most * lora.rank,
+        'lora_alpha': most * lora.alpha,
+        'rank_pattern': {name: count * lora.rank for name, count in fewer.items()},
+        'alpha_pattern': {name: count * lora.alpha for name, count in fewer.items()},
+        'target_modules': sorted(ways),
+        'lora_dropout': 0.0,
+        'bias': 'none',
+        'fan_in_fan_out': False,
+        'inference_mode': True,
+        'init_lora_weights': True,
+        'use_rslora': False,
+        'use_dora': False,
+        'modules_to_save': None,
+        'layers_to_transform': None,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
+
+
+def _checked(config: dict, where: Path) -> tuple[int, float]:
+    """Rank and alpha of an adapter_config.json that has nothing which we do not."""
+    if config.get('peft_type') != 'LORA':
+        raise DataError(f'{where}: peft_type is {config.get("peft_type")!r}, LORA is supported')
+    refused = [name for name in _REFUSED if config.get(name)]
+    refused += ['bias'] if config.get('bias', 'none') != 'none' else []
+    if config.get('init_lora_weights') not in _BEGINNINGS:  # PiSSA and the like change the weights
+        refused.append('init_lora_weights')
+    if refused:
+        named = listed([f'{name} {config[name]!r}' for name in refused])
+        raise DataError(f'{where}: {named} is not supported')
+    rank, alpha = config.get('r'), config.get('lora_alpha')
+    if type(rank) is not int or rank < 1:
+        raise DataError(f'{where}: r must be a whole number of at least 1, got {rank!r}')
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise DataError(f'{where}: lora_alpha must be a number above 0, got {alpha!r}')
+    return rank, alpha
+
+
+def _open(directory: Path) -> SafetensorsFiles:
+    if not (directory / WEIGHTS).exists() and (directory / 'adapter_model.bin').exists():
+        raise DataError(
+            f'{directory} has its weights in adapter_model.bin, which is never loaded: reading a '
+            'pickle runs whatever code it holds; save the adapter as safetensors'
+        )
+    return SafetensorsFiles({directory / WEIGHTS: None})
+
+
+def _tensor(module: str, half: str) -> str:
+    return f'base_model.model.{module}.lora_{half}.weight'
+
+
+def _modules(tensors: SafetensorsFiles) -> list[str]:
+    """The modules that have an adapter, one of a matrix that we can give one to."""
+    found = {name: _NAME.fullmatch(name) for name in tensors.shapes}
+    unknown = sorted(n for n, match in found.items() if not match or not _targets(match[1]))
+    if unknown:
+        raise DataError(
+            f'adapters of {listed(unknown)} are not supported; supported are those of the matrices '
+            'of attention and MLP'
+        )
+    if not found:
+        raise DataError(f'{WEIGHTS} has no adapters')
+    return sorted({match[1] for match in found.values()})
+
+
+def _last(module: str) -> str:
+    """What PEFT knows a module by, in every layer."""
+    return module.rpartition('.')[2]
+
+
+def _targets(module: str) -> tuple[str, ...]:
+    """Of a module of any family: the matrices of a block that it is, as in its table of weights."""
+    return _table().get(re.sub(r'\.\d+\.', '.{}.', module), ())
+
+
+@functools.cache
+def _table() -> dict[str, tuple[str, ...]]:
+    table = {}
+    for family in map(find, FAMILIES):
+        for template, target in family.weights.items():
+            targets = (target,) if isinstance(target, str) else target
+            if all(name.removesuffix('/0').removesuffix('/1') in TARGETS for name in targets):
+                table[template.removesuffix('.weight')] = targets
+    return table
+
+
+def _expected(layout, lora: LoraConfig) -> dict[str, list]:
+    """{module: its parts that have an adapter} of every layer."""
+    found = {}
+    for name in layout.shapes:
+        parts = [
+            part
+            for part in layout.parts_of(name)
+            if '/'.join(part.path.split('/')[-2:]) in lora.matrices
+        ]
+        if parts:
+            found[name.removesuffix('.weight')] = parts
+    return found
+
+
+def _check_tensors(tensors: SafetensorsFiles, expected: dict, directory: Path) -> None:
+    shapes = {}
+    for module, parts in expected.items():
+        shapes[_tensor(module, 'A')] = parts[0].shape[1]
+        shapes[_tensor(module, 'B')] = max(part.start + part.shape[0] for part in parts)
+    there = tensors.shapes
+    rank = {there[name][0] for name in there if '.lora_A.' in name}
+    wrong = [
+        f'{name} is {list(there[name])}'
+        for name, size in shapes.items()
+        if name in there and there[name] != _shape(name, size, min(rank))
+    ]
+    problems = {
+        'missing': sorted(shapes.keys() - there.keys()),
+        'not of this model': sorted(there.keys() - shapes.keys()),
+        'misshapen': wrong,
+    }
+    lines = [f'{what}: {listed(names)}' for what, names in problems.items() if names]
+    if lines:
+        raise DataError(f'{directory} is no adapter of this model; ' + '; '.join(lines))
+
+
+def _shape(name: str, size: int, rank: int) -> tuple[int, int]:
+    return (rank, size) if '.lora_A.' in name else (size, rank)
+
+
+def _halves(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:
+    """Views of A [*inputs, r] and B [r, *outputs] of one matrix of one layer."""
+    a, b = (arrays[f'{part.path}_lora/{half}'][part.repeat] for half in 'ab')
+    return (a, b) if part.way is None else (a[..., part.way, :], b[part.way])
+
+
+def _flat(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:
+    """A [r, inputs] and B [outputs, r] of one matrix, as PEFT has them."""
+    a, b = _halves(arrays, part)
+    return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
+
+
+def _blocks(expected: dict, params: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """How often the rank each module has, by its last name: once where all parts share their A."""
+    blocks = {}
+    for module, parts in expected.items():
+        first, *others = (_flat(params, part)[0] for part in parts)
+        is_shared = all(np.array_equal(first, other) for other in others)
+        count = 1 if is_shared else len(parts)
+        blocks[_last(module)] = max(count, blocks.get(_last(module), 1))
+    return blocks
+
+
+def _pair(parts: list, params, total: int, is_shared: bool) -> tuple[np.ndarray, np.ndarray]:
+    """lora_A and lora_B of a module with `total` outputs."""
+    pairs = [_flat(params, part) for part in parts]
+    rank = len(pairs[0][0])
+    a = pairs[0][0] if is_shared else np.concatenate([a for a, _ in pairs])
+    b = np.zeros((total, len(a)), np.float32)
+    for index, (part, (_, rows)) in enumerate(zip(parts, pairs, strict=True)):
+        columns = slice(0, rank) if is_shared else slice(index * rank, (index + 1) * rank)
+        b[part.start : part.start + part.shape[0], columns] = rows
+    return np.ascontiguousarray(a), b

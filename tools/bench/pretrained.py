@@ -1,0 +1,203 @@
+"""How fast a model from outside comes in and goes out, against the disk's own copying.
+
+    python -m tools.bench.pretrained --out tools/bench/results [--model PATH]
+
+A random model of the shape of Llama 3.2 1B in bfloat16 (--layers of 16; bytes grow with them) is
+imported and exported, and its file is copied, each --repeats times in turn; all of them read from
+the page cache and are told done when the bytes are on the disk. With --model (SmolLM2-135M as .gguf
+or directory) its loading is timed in new processes, as a run has it. Run it on a quiet machine.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from jaxfm import sharding, state
+from jaxfm.models import TransformerConfig, convert
+from jaxfm.models.families.base import find, write_config
+from jaxfm.models.transformer import Transformer
+from jaxfm.pretrained import ExportConfig
+from jaxfm.pretrained.export import Exporter, write_safetensors
+from jaxfm.pretrained.load import load_params
+from jaxfm.pretrained.locate import open_pretrained, values_of
+from tools.bench import machine
+
+PACKAGES = ('jax', 'numpy', 'safetensors', 'gguf')
+BARS = {'load_seconds': 5.0, 'copy_speed_ratio': 0.5}
+SHAPE = dict(num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--model', type=Path, help='a .gguf file or directory whose loading counts')
+    parser.add_argument('--layers', type=int, default=16)
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--load_once', type=Path, help=argparse.SUPPRESS)  # in a process of its own
+    arguments = parser.parse_args()
+    if arguments.load_once:
+        print(json.dumps(_load_once(arguments.load_once)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.out) as directory:
+        record = measure(Path(directory), arguments.layers, arguments.repeats, arguments.model)
+    path = arguments.out / f'pretrained-{record["date"]}.json'
+    path.write_text(json.dumps(record, indent=1) + '\n')
+    show(record)
+    print(path)
+
+
+def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> dict:
+    """Runs everything; `directory` is for what is made on the way, on the disk that counts."""
+    config = TransformerConfig(
+        vocab_size=128256,
+        embed_dim=2048,
+        num_layers=layers,
+        block=SHAPE,
+        tie_embeddings=True,
+        family='llama',
+        param_dtype='bfloat16',
+    )
+    source = directory / 'source'
+    size = _write_random(config, source)
+    seconds = {'import': [], 'export': [], 'copy': []}
+    target = directory / 'target'
+    for _ in range(repeats):
+        seconds['copy'].append(_timed(_copy, source, target))
+        shutil.rmtree(target)
+        params, took = _import(source, config)
+        seconds['import'].append(took)
+        seconds['export'].append(_timed(_export, config, params, target))
+        del params
+        assert (target / 'model.safetensors').stat().st_size >= size
+        shutil.rmtree(target)
+    both = [sum(pair) for pair in zip(seconds['import'], seconds['export'])]
+    record = {**machine.about(PACKAGES), 'bytes': size, 'layers': layers, 'seconds': seconds}
+    record['copy_speed_ratio'] = statistics.median(seconds['copy']) / statistics.median(both)
+    if model:
+        command = [sys.executable, '-m', 'tools.bench.pretrained', '--out=.', f'--load_once={model}']
+        runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(repeats)]
+        record['model'] = model.name
+        record['loads'] = [json.loads(run.stdout) for run in runs]
+        record['load_seconds'] = statistics.median(load['load'] for load in record['loads'])
+    return record
+
+
+def show(record: dict) -> None:
+    """The figures, and whether the bars are held."""
+    gigabytes = record['bytes'] / 1e9
+    for name, values in record['seconds'].items():
+        median = statistics.median(values)
+        print(f'{name:8} {median:6.2f} s ({min(values):.2f} .. {max(values):.2f}), '
+              f'{gigabytes / median:.2f} GB/s')
+    ratio = record['copy_speed_ratio']
+    print(f'import + export at {ratio:.2f} of the speed of copying (bar: at least '
+          f'{BARS["copy_speed_ratio"]})')
+    if 'load_seconds' in record:
+        print(f'{record["model"]} loads in {record["load_seconds"]:.2f} s (bar: at most '
+              f'{BARS["load_seconds"]}); with imports and start {record["loads"][0]["all"]:.1f} s')
+
+
+def _timed(function, *arguments) -> float:
+    start = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - start
+
+
+def _parts(config):
+    return state.split(lambda key: Transformer(config, nnx.Rngs(key)))
+
+
+def _mesh():
+    return jax.set_mesh(sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1]))
+
+
+def _write_random(config, directory: Path) -> int:
+    """A model of random bits of moderate size -> bytes of its weights."""
+    directory.mkdir()
+    parts = _parts(config)
+    shapes = {path: leaf.shape for path, leaf in parts.shapes.items()}
+    layout = convert.layout(find('llama'), config, parts.axes, shapes)
+    random = np.random.default_rng(0)
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+    def tensor(shape):
+        # The upper exponent bits fixed: all finite, between 2^-16 and 2^-1.
+        bits = random.integers(0, 1 << 16, shape, np.uint16) & 0x87FF | 0x3800
+        return bits.view(bfloat16)
+
+    tensors = (tensor(shape) for shape in layout.shapes.values())
+    write_safetensors(directory / 'model.safetensors', layout.shapes, bfloat16, tensors)
+    (directory / 'config.json').write_text(json.dumps(write_config(config)))
+    return (directory / 'model.safetensors').stat().st_size
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    for file in target.iterdir():
+        _sync(file)
+
+
+def _sync(path: Path) -> None:
+    with path.open('rb') as file:
+        os.fsync(file.fileno())
+
+
+def _import(source: Path, config):
+    with _mesh():
+        parts = _parts(config)
+        start = time.monotonic()
+        params = load_params(open_pretrained(str(source)), config, parts.axes, parts.shapes)
+        jax.block_until_ready(params)
+        return params, time.monotonic() - start
+
+
+def _export(config, params, target: Path) -> None:
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, save=_save_nothing)
+    with _mesh():
+        parts = _parts(config)
+        config_of = ExportConfig(shard_gigabytes=100.0)
+        exporter = Exporter(
+            config_of, config, parts.axes, parts.shapes, tokenizer, frozenset([2])
+        )
+        exporter.write(params, target)
+    for file in target.iterdir():
+        _sync(file)
+
+
+def _save_nothing(directory: Path) -> None:
+    (directory / 'tokenizer_config.json').write_text('{}')
+
+
+def _load_once(path: Path) -> dict[str, float]:
+    """Seconds of loading, as a run has it, and of all that this process did since its start."""
+    begun = time.monotonic()
+    pretrained = open_pretrained(str(path))
+    config = TransformerConfig.model_validate(values_of(pretrained)['model'])
+    with _mesh():
+        parts = _parts(config)
+        params = load_params(pretrained, config, parts.axes, parts.shapes)
+        jax.block_until_ready(params)
+    ended = time.monotonic()
+    return {'load': ended - begun, 'all': ended - _process_start()}
+
+
+def _process_start() -> float:
+    fields = Path('/proc/self/stat').read_text().rpartition(')')[2].split()
+    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since the boot, as the monotonic clock
+
+
+if __name__ == '__main__':
+    main()

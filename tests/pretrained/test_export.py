@@ -86,7 +86,8 @@ def test_many_files_are_one_model(source, tmp_path):
     assert index['metadata']['total_size'] == sum(value.nbytes for value in before.values())
     for file in files:
         tensors = load_file(path / file)
-        assert {name for name, where in index['weight_map'].items() if where == file} == set(tensors)
+        said = {name for name, where in index['weight_map'].items() if where == file}
+        assert said == set(tensors)
         assert len(tensors) == 1 or sum(value.nbytes for value in tensors.values()) <= 12_000
     assert_equal(weights(path), before)
     again = open_directory(path).tensors
@@ -206,8 +207,10 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     'refusal, kind',
-    [(OSError(28, 'No space left on device'), StorageError), (PermissionError(13, 'Permission denied'),
-     PermissionDeniedError)],
+    [
+        (OSError(28, 'No space left on device'), StorageError),
+        (PermissionError(13, 'Permission denied'), PermissionDeniedError),
+    ],
     ids=['full', 'closed'],
 )
 def test_of_an_export_that_fails_nothing_is_left(source, tmp_path, monkeypatch, refusal, kind):
@@ -258,11 +261,13 @@ def test_a_run_exports_every_so_many_steps_and_at_its_end(exporting, tiny):
     loading = Loading(workdir / 'export' / '6')
     params, saved = loading.load(), tiny.saved_state(workdir, 6)
     for path, value in params.items():
-        np.testing.assert_array_equal(value, saved[f'trainable/{path}'], path)
+        # Rows of tables that are no token are not written.
+        used = slice(loading.config.vocab_size if path.endswith('table') else None)
+        np.testing.assert_array_equal(value[used], saved[f'trainable/{path}'][used], path)
     earlier = weights(workdir / 'export' / '4')
     assert any((earlier[n] != v).any() for n, v in weights(workdir / 'export' / '6').items())
-    said = [record for record in read_records(workdir / 'metrics.jsonl') if record['kind'] == 'eval']
-    assert {r['step'] for r in said if 'eval/export/seconds' in r} == {4, 6}
+    records = read_records(workdir / 'metrics.jsonl')
+    assert {r['step'] for r in records if 'eval/export/seconds' in r} == {4, 6}
 
 
 def test_the_mode_exports_a_work_directory_a_run_and_a_directory_alike(cli, exporting, tmp_path):
@@ -283,10 +288,10 @@ def test_a_run_goes_on_from_an_export_as_from_the_run_itself(cli, exporting, tin
     _, workdir = exporting
     found = []
     for number, origin in enumerate((workdir, workdir / 'export' / '6')):
-        more = ['--config.steps=1', '--config.optimizer.warmup_steps=0', f'--config.init_from={origin}']
         new = tmp_path / str(number)
-        arguments = tiny.arguments(new, *more, '--config.sampling.num_samples=0')
-        assert cli(*arguments, '--config.metrics.log_every=1')[0] == 0
+        more = ['--config.steps=1', '--config.optimizer.warmup_steps=0']
+        more += ['--config.sampling.num_samples=0', '--config.metrics.log_every=1']
+        assert cli(*tiny.arguments(new, *more, f'--config.init_from={origin}'))[0] == 0
         records = [r for r in read_records(new / 'metrics.jsonl') if r['kind'] in ('train', 'eval')]
         found.append([{k: v for k, v in r.items() if k != 'time'} for r in records])
     assert found[0] == found[1]
@@ -304,7 +309,7 @@ def test_a_model_that_no_family_has_is_told_before_the_run_begins(cli, tiny, tmp
     more = ['--config.model.embedding_norm=true', '--config.export.every=4']
     code, error = cli(*tiny.arguments(tmp_path / 'new' / 'run', *more))
     assert code == 78
-    assert_one_message(error, ['no family', *(f'{name}: embedding_norm' for name in ('llama',))])
+    assert_one_message(error, ['no family can express'])
     for name in FAMILIES:
         assert re.search(rf'^  {name}: .*embedding_norm', error, re.MULTILINE), name
     assert list(tmp_path.iterdir()) == []

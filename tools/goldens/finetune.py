@@ -154,9 +154,11 @@ def set_lora(model) -> None:
 
 
 def load(flags):
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         flags.gguf.parent, gguf_file=flags.gguf.name, dtype=torch.float32
     )
+    model.is_quantized = False  # it is dequantised, but the Trainer refuses what came from a GGUF
+    return model
 
 
 def train(model, batches, rate: float) -> dict[str, list[float]]:

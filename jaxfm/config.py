@@ -158,7 +158,7 @@ def _said_by(init_from: str) -> dict:
     """{group: values} of a model that exists: of a run of ours, or from outside."""
     from jaxfm.pretrained import locate  # numpy and safetensors, for those alone who need them
 
-    directory = Path(init_from)
+    directory = Path(init_from).expanduser()
     if not locate.is_run(directory):
         return locate.values_of(locate.open_pretrained(init_from))
     earlier = _read_json(directory / 'config.json')

@@ -30,7 +30,7 @@ from jaxfm.phase import Phase, make_phases, phase_at
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
-from jaxfm.pretrained.load import load_params
+from jaxfm.pretrained.load import checked_layout, load_params
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
@@ -56,6 +56,15 @@ class Run:
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
+        name = config.init_from
+        if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
+            checked_layout(locate.open_pretrained(name), config.model, *self._outside_parts)
+
+    @property
+    def _outside_parts(self) -> tuple[dict, dict]:
+        """Axes and shapes of what a model from outside has: all but adapters."""
+        axes, adapters = self.parts.axes, self.parts.adapters
+        return {path: axes[path] for path in axes if path not in adapters}, self.parts.shapes
 
     def phase_at(self, step: int) -> Phase:
         """The phase whose state a checkpoint of this step holds."""
@@ -142,7 +151,7 @@ class Run:
     def evaluators(self, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""
         datasets = {phase.name: phase.dataset for phase in self.phases}
-        evaluators = {
+        return {
             name: EVALUATORS[group.name].load()(
                 group,
                 Context(
@@ -157,11 +166,12 @@ class Run:
             )
             for name, group in self.config.evals.items()
         }
-        if self.config.export.every:
-            directory = self.workdir / 'export'
-            every = self.config.export.every
-            evaluators['export'] = PeriodicExport(every, self.exporter(), directory)
-        return evaluators
+
+    def exports(self) -> dict:
+        """The export of every so many steps, as an evaluator by its name, if it is asked for."""
+        every = self.config.export.every
+        directory = self.workdir / 'export'
+        return {'export': PeriodicExport(every, self.exporter(), directory)} if every else {}
 
     def exporter(self) -> Exporter:
         """Writes weights of this run for other libraries; needs the tokenizer to be open."""
@@ -214,15 +224,14 @@ class Run:
         Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
         """
         name, adapters = self.config.init_from, self.parts.adapters
-        directory = Path(name)
+        directory = Path(name).expanduser()
         if locate.is_run(directory):
             earlier = configs.read(directory / 'config.json')
             params, step = self._params_of(earlier, directory)
             log.info('weights of %s at step %d', directory, step)
         else:
             pretrained = locate.open_pretrained(name)
-            axes = {path: axes for path, axes in self.parts.axes.items() if path not in adapters}
-            params = load_params(pretrained, self.config.model, axes, self.parts.shapes)
+            params = load_params(pretrained, self.config.model, *self._outside_parts)
             log.info('weights of %s', pretrained.path)
         if adapters <= params.keys():
             return params

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
@@ -15,13 +16,19 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 
 def check_absent(directory: Path) -> None:
-    """Whether there is nothing yet where a directory is to be written.
+    """Whether there is nothing yet where a directory is to be written, and there it can be.
 
     Raises:
       ConfigError: something is.
+      StorageError, PermissionDeniedError: the nearest directory above it is none, or closed to us.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f'{directory} is there already, and not empty: give another --output')
+    above = next(parent for parent in directory.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise StorageError(f'{directory}: cannot be written: {above} is no directory')
+    if not os.access(above, os.W_OK):
+        raise PermissionDeniedError(f'{directory}: cannot be written: {above} may not be changed')
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def train(flags, config: RunConfig) -> int:
         sources = [_prefetch(phase, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(params=None)
-        evaluators = run.evaluators(sampler, write=run.primary)
+        evaluators = run.evaluators(sampler, write=run.primary) | run.exports()
         prompts, requests = _last_samples(config, run.tokenizer)
         for request in requests:
             sampler.check(request)
@@ -157,24 +157,26 @@ def _check_config(run: Run, saved: dict, root: str, flags) -> None:
 
 
 def _open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
-    """The run's checkpoints, when there is room for them; else nothing of the run is left."""
+    """The run's checkpoints, when there is room for them.
+
+    Of a run that is refused, then or later but before its first file, nothing is left.
+    """
     places = [run.workdir]
     if not run.config.checkpoint.directory.startswith(S3):
         places.insert(0, Path(run.config.checkpoint.directory or run.workdir / 'checkpoints'))
     known = dict.fromkeys(one for place in places for one in (place, *place.parents))
     created = [one for one in known if not one.exists()]
-    checkpointer = None
-    try:
-        checkpointer = run.checkpointer()
-        checkpointer.check_room(max(map(plan.bytes_total, wanted)))
-    except RunError:
-        if checkpointer:
-            checkpointer.close()
-        for directory in created:
+
+    def remove_what_is_empty(kind, error, traceback) -> bool:
+        for directory in created if isinstance(error, RunError) else ():
             with contextlib.suppress(OSError):  # another process has removed it, or it is not empty
                 directory.rmdir()
-        raise
+        return False
+
+    stack.push(remove_what_is_empty)
+    checkpointer = run.checkpointer()
     stack.callback(checkpointer.close)
+    checkpointer.check_room(max(map(plan.bytes_total, wanted)))
     return checkpointer
 
 

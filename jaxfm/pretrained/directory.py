@@ -73,27 +73,28 @@ class SafetensorsFiles:
         missing = sorted((names or set()) - set(file.keys()))
         if missing:
             raise DataError(f'{path} lacks what {INDEX} says it has: {listed(missing)}')
-        for name in file.keys() if names is None else sorted(names):
+        names = set(file.keys()) if names is None else names
+        for name in sorted(names):
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
                 known = ', '.join(DTYPES)
                 raise DataError(f'{path}: {name} is {part.get_dtype()}; what is read is {known}')
             self.shapes[name] = tuple(part.get_shape())
             self.dtypes[name] = DTYPES[part.get_dtype()]
-        self._views |= _mapped(path, self.shapes, self.dtypes)
+        self._views |= _mapped(path, names, self.shapes, self.dtypes)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor: a view of the file, of which nothing is read before it is used."""
         return self._views[name][index]
 
 
-def _mapped(path: Path, shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
+def _mapped(path: Path, names: set[str], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
     """Views of the tensors of a file that is known to be whole; the library would copy them."""
     content = np.memmap(path, mode='r')
     start = 8 + int.from_bytes(content[:8].tobytes(), 'little')
     header = json.loads(content[8:start].tobytes())
     views = {}
-    for name in header.keys() & shapes.keys():
+    for name in names:
         first, last = (start + offset for offset in header[name]['data_offsets'])
         views[name] = content[first:last].view(dtypes[name]).reshape(shapes[name])
     return views

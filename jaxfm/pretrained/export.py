@@ -79,6 +79,7 @@ class Exporter:
         Raises:
           StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
         """
+        directory = directory.absolute()
         partial = directory.with_name(directory.name + '.partial')
         try:
             if self._primary:
@@ -92,7 +93,7 @@ class Exporter:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-            raise kind(f'{directory}: cannot be written: {error.strerror}') from None
+            raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
 
     def _write_weights(self, params, directory: Path) -> None:
         if self._model.lora:

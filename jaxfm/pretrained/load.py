@@ -4,6 +4,7 @@ A few tensors of the file are in the host's memory at a time, of each only what 
 the next ones are read while one is turned and put into its stack on the devices.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 
@@ -29,14 +30,8 @@ def load_params(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """{path: array} of every parameter; needs the mesh to be set.
-
-    Raises:
-      DataError: tensors that are missing, superfluous, of another shape or not finite.
-    """
-    sizes = {path: leaf.shape for path, leaf in shapes.items()}
-    layout = convert.layout(find(config.family), config, axes, sizes)
-    check(pretrained, layout)
+    """{path: array} of every parameter; needs the mesh to be set. Raises as `checked_layout`."""
+    layout = checked_layout(pretrained, config, axes, shapes)
     parts = list(itertools.chain(*layout.parts.values()))
     places = {part: sharding.stored_sharding(_turned(part, part.axes)) for part in parts}
     tensors = pretrained.tensors
@@ -48,11 +43,24 @@ def load_params(
     for part, tensor in zip(parts, ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
+        # JAX would take any number of tensors before it is done with the first of them.
+        params[path].block_until_ready()
     return params
 
 
-def check(pretrained: Pretrained, layout: convert.Layout) -> None:
-    """Whether a model has exactly the tensors of its layout, in their shapes."""
+def checked_layout(
+    pretrained: Pretrained,
+    config: TransformerConfig,
+    axes: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> convert.Layout:
+    """Where the tensors of a model go, if they are those of its config; no weight is read.
+
+    Raises:
+      DataError: tensors that are missing, superfluous or of another shape.
+    """
+    sizes = {path: leaf.shape for path, leaf in shapes.items()}
+    layout = convert.layout(find(config.family), config, axes, sizes)
     there = pretrained.tensors.shapes
     extra = [n for n in there.keys() - layout.shapes.keys() if not n.endswith(_REDUNDANT)]
     wrong = [
@@ -70,6 +78,7 @@ def check(pretrained: Pretrained, layout: convert.Layout) -> None:
         raise DataError(
             f'{pretrained.path}: the weights are not those of its config; ' + '; '.join(lines)
         )
+    return layout
 
 
 def _turned(part: convert.Part, pair: tuple) -> tuple:
@@ -92,16 +101,20 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
     if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
         shape = (leaf.shape[0], shape[1])
 
+    @functools.cache  # JAX asks once more for every replica
     def read(index):
         rows, *columns = (
             slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape)
         )
         end = min(rows.stop, part.shape[0])
-        here = slice(part.start + rows.start, part.start + max(end, rows.start))
+        if end <= rows.start:  # padding alone
+            size = [i.stop - i.start for i in (rows, *columns)]
+            return np.zeros(size, tensors.dtypes[part.tensor])
+        here = slice(part.start + rows.start, part.start + end)
         values = tensors.read(part.tensor, (here, *columns))
         if part.is_turned:
             return convert.transposed(values)
-        padding = rows.stop - rows.start - values.shape[0]
+        padding = rows.stop - end
         # A copy in any case: on CPU an array may else go on living in the file.
         return np.pad(values, [(0, padding), (0, 0)]) if padding else np.array(values)
 

@@ -32,7 +32,9 @@ def open_pretrained(name: str) -> Pretrained:
         return _open_file(path)
     if path.is_dir():
         ggufs = sorted(path.glob('*.gguf'))
-        if (path / directory.CONFIG).is_file():
+        # A config.json lies beside .gguf files, too.
+        is_gguf = ggufs and not any(path.glob('*.safetensors'))
+        if (path / directory.CONFIG).is_file() and not is_gguf:
             return directory.open_directory(path)
         if len(ggufs) == 1:
             return _open_file(ggufs[0])
@@ -40,8 +42,8 @@ def open_pretrained(name: str) -> Pretrained:
             names = ', '.join(file.name for file in ggufs)
             raise DataError(f'{path} has several models, name the file of one: {names}')
         raise MissingInputError(f'{path} holds no model: no config.json and no .gguf file')
-    is_run = path.parts[:1] == ('runs',)  # where runs are unless told otherwise
-    if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_run:
+    is_of_runs = path.parts[:1] == ('runs',)  # where runs are unless told otherwise
+    if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_of_runs:
         from jaxfm.pretrained.hub import download
 
         return directory.open_directory(download(name))

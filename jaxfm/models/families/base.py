@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping
 
 from pydantic import ValidationError
@@ -89,11 +89,9 @@ class Family:
 
 def find(model_type: str) -> Family:
     """A family by its name; DataError with the supported ones for any other."""
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type, FAMILIES, 1)
-        hint = f'; do you mean {near[0]}?' if near else ''
+    if model_type not in FAMILIES:  # The nearest name would mislead: mixtral is no mistral.
         raise DataError(
-            f'model_type {model_type!r} is not supported{hint}; supported are '
+            f'model_type {model_type!r} is not supported; supported are '
             f'{", ".join(FAMILIES)} (no mixture-of-experts models yet)'
         )
     module, name = FAMILIES[model_type].split(':')
@@ -111,6 +109,7 @@ def read_config(hf: Mapping) -> dict:
     for name, neutral in NEUTRAL.items():
         if hf.get(name) not in neutral:
             raise DataError(f'{name} {hf[name]!r} is not supported')
+    _check_values(hf)
     try:
         blocks = [_block(family, hf, layer) for layer in range(hf['num_hidden_layers'])]
         values = dict(
@@ -130,11 +129,41 @@ def read_config(hf: Mapping) -> dict:
     except ValidationError as error:
         first = error.errors()[0]
         where = '.'.join(map(str, first['loc']))
-        raise DataError(f'it does not describe a {family.model_type} model: {where}: '
-                        f'{first["msg"]}') from None
-    except (TypeError, IndexError, ZeroDivisionError) as error:
-        raise DataError(f'a value is of the wrong type: {error}') from None
+        raise DataError(
+            f'it does not describe a {family.model_type} model: {where}: {first["msg"]}'
+        ) from None
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise DataError(f'a value is of the wrong type or length: {error}') from None
     return values
+
+
+_SIZES = (
+    *('vocab_size', 'hidden_size', 'num_hidden_layers', 'intermediate_size'),
+    *('num_attention_heads', 'num_key_value_heads', 'head_dim', 'max_position_embeddings'),
+    *('sliding_window', 'no_rope_layer_interval'),
+)
+_NUMBERS = ('rms_norm_eps', 'rope_theta', 'rope_local_base_freq', 'query_pre_attn_scalar')
+_MOST_LAYERS = 10_000  # a config is built for each, so a damaged number would take for ever
+
+
+def _check_values(hf: Mapping) -> None:
+    """The values that most families have, where they are given, by their names in the file."""
+    given = {name: hf[name] for name in (*_SIZES, *_NUMBERS) if hf.get(name) is not None}
+    for name, value in given.items():
+        is_number = isinstance(value, int if name in _SIZES else int | float)
+        if not is_number or isinstance(value, bool) or not 0 < value < math.inf:
+            wanted = 'a whole number' if name in _SIZES else 'a number'
+            raise DataError(f'{name} must be {wanted} above 0, not {value!r}')
+    layers = given.get('num_hidden_layers', 0)
+    if layers > _MOST_LAYERS:
+        raise DataError(f'num_hidden_layers {layers} is more than {_MOST_LAYERS}')
+    for name in ('layer_types', 'no_rope_layers'):
+        entries = hf.get(name)
+        if entries and layers and not (isinstance(entries, list) and len(entries) == layers):
+            raise DataError(f'{name} must be a list of {layers} entries, one a layer: {entries!r}')
+    for name in ('rope_parameters', 'rope_scaling'):
+        if not isinstance(hf.get(name) or {}, Mapping):
+            raise DataError(f'{name} must be an object, not {hf[name]!r}')
 
 
 def _model_type(hf: Mapping) -> str:
@@ -171,6 +200,8 @@ def rope(hf: Mapping, layer_type: str = 'full_attention') -> dict:
     said = said.get(layer_type, said)
     kind = said.get('rope_type', said.get('type', 'default'))
     theta = float(said.get('rope_theta') or hf.get('rope_theta') or 10_000.0)
+    if said.get('partial_rotary_factor') not in NEUTRAL['partial_rotary_factor']:
+        raise DataError(f'partial_rotary_factor {said["partial_rotary_factor"]!r} is not supported')
     known = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3', 'yarn': 'yarn'}
     if kind not in known:
         raise DataError(f'RoPE scaling {kind!r} is not supported, only {", ".join(known)}')
@@ -218,10 +249,9 @@ def layer_types(hf: Mapping, period: int) -> list[str]:
     if said is None:
         count = hf['num_hidden_layers']
         return [_layer_type((layer + 1) % period != 0) for layer in range(count)]
-    wrong = sorted(set(said) - {'sliding_attention', 'full_attention'})
-    if wrong or len(said) != hf['num_hidden_layers']:
-        what = f'has {", ".join(wrong)}' if wrong else f'has {len(said)} entries'
-        raise DataError(f'layer_types {what} in a model of {hf["num_hidden_layers"]} layers')
+    wrong = [kind for kind in said if kind not in ('sliding_attention', 'full_attention')]
+    if wrong:
+        raise DataError(f'{wrong[0]!r} in layer_types is not supported')
     return said
 
 
@@ -282,8 +312,9 @@ def write_config(model: TransformerConfig) -> dict:
         if not different:
             return hf
         problems.append(f'  {name}: {", ".join(different)}')
+    which = f'family {model.family} cannot' if model.family else 'no family can'
     raise ConfigError(
-        'no family of the Hugging Face layout can express this model; what would be lost:\n'
+        f'{which} express this model in the layout of Hugging Face; what would be lost:\n'
         + '\n'.join(problems)
     )
 

@@ -1,15 +1,17 @@
 """Qwen 2 and 2.5 (Yang et al., 2024): biases on queries, keys and values."""
 
-from jaxfm.models.families.base import Family, layer_type_keys
+from jaxfm.models.families.base import Family, layer_type_keys, layer_types
 
 
 def window(hf, layer: int) -> int:
     """Of a layer: windows are used if asked for, from layer max_window_layers on."""
     if not hf.get('use_sliding_window'):
         return 0
-    types = hf.get('layer_types')
-    full = types[layer] == 'full_attention' if types else layer < hf.get('max_window_layers', 28)
-    return 0 if full else hf['sliding_window']
+    if hf.get('layer_types'):
+        is_full = layer_types(hf, period=1)[layer] == 'full_attention'
+    else:
+        is_full = layer < hf.get('max_window_layers', 28)
+    return 0 if is_full else hf['sliding_window']
 
 
 def window_keys(model) -> dict:

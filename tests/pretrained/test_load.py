@@ -1,0 +1,233 @@
+"""Weights stream from the file to where they are stored: each process reads its own part of each
+tensor, once, and never holds more than a few of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxfm.main import HUGE_PAGES
+from jaxfm.pretrained.export import write_safetensors
+from tests.hf_directories import LLAMA, random_tensors, shapes_of, write_json, write_model
+from tests.pretrained.loading import ROOT, Counted, Loading
+from tests.test_distributed_init import ranks, started
+
+MESHES = {
+    'fsdp': dict(fsdp=8),
+    'tensor': dict(fsdp=2, tensor=2),
+    'replicas': dict(replica=2, fsdp=2, tensor=2),
+}
+# Rows of the vocabulary: some devices have a few that are padding, or nothing else.
+VOCABULARIES = {'some padding': 300, 'shards of padding': 60}
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+
+def fused(tensors: dict) -> dict:
+    """The same tensors as Phi-3 has them."""
+    rest, parts = {}, {}
+    places = {'q_proj': 'qkv_proj', 'k_proj': 'qkv_proj', 'v_proj': 'qkv_proj'}
+    places |= {'gate_proj': 'gate_up_proj', 'up_proj': 'gate_up_proj'}
+    for name, value in tensors.items():
+        kind = name.split('.')[-2]
+        if kind in places:
+            parts.setdefault(name.replace(kind, places[kind]), []).append(value)
+        else:
+            rest[name] = value
+    return rest | {name: np.concatenate(values) for name, values in parts.items()}
+
+
+@pytest.fixture(scope='module', params=VOCABULARIES)
+def vocabulary(request):
+    return VOCABULARIES[request.param]
+
+
+@pytest.fixture(scope='module')
+def models(vocabulary, tmp_path_factory):
+    """The same weights in two families -> {family: its directory}."""
+    directory = tmp_path_factory.mktemp('models')
+    tensors = random_tensors(LLAMA | {'vocab_size': vocabulary})
+    about = dict(vocab_size=vocabulary, tokenizer=False)
+    return {
+        'llama': write_model(directory / 'llama', tensors, **about),
+        'phi3': write_model(directory / 'phi3', fused(tensors), model_type='phi3', **about),
+    }
+
+
+@pytest.fixture(scope='module')
+def whole(models):
+    """{path: array} of the model on one device."""
+    return jax.device_get(Loading(models['llama']).load())
+
+
+@pytest.mark.parametrize('family', ['llama', 'phi3'])
+@pytest.mark.parametrize('mesh', MESHES)
+def test_weights_on_a_mesh_are_those_on_one_device_and_lie_where_a_state_has_them(
+    mesh, family, models, whole
+):
+    loading = Loading(models[family], MESHES[mesh])
+    loading.pretrained.tensors = Counted(loading.pretrained.tensors)
+    params, places = loading.load(), loading.places()
+    assert params.keys() == whole.keys() == places.keys()
+    for path, value in params.items():
+        assert value.sharding == places[path], path
+        np.testing.assert_array_equal(value, whole[path], path)
+    counted = loading.pretrained.tensors
+    assert counted.elements == counted.size  # of replicas, too, everything once
+    ways = loading.mesh.shape['fsdp'] * loading.mesh.shape['tensor']
+    down = 'model.layers.0.mlp.down_proj.weight'
+    assert counted.largest[down] == np.prod(counted.shapes[down]) / ways
+
+
+def test_stacked_layers_are_those_of_the_file(models, whole, vocabulary):
+    tensors = random_tensors(LLAMA | {'vocab_size': vocabulary})
+    for layer in range(2):
+        prefix = f'model.layers.{layer}.'
+        gate, up = (tensors[f'{prefix}mlp.{name}_proj.weight'].T for name in ('gate', 'up'))
+        expected = np.stack([gate, up], 1)
+        np.testing.assert_array_equal(whole['trunk/0/0/mlp/gate_up'][layer], expected)
+        queries = tensors[f'{prefix}self_attn.q_proj.weight'].T.reshape(16, 4, 4)
+        np.testing.assert_array_equal(whole['trunk/0/0/attention/q'][layer], queries)
+    table = whole['head/table']
+    np.testing.assert_array_equal(table[:vocabulary], tensors['lm_head.weight'])
+    assert not table[vocabulary:].any() and len(table) % 128 == 0
+
+
+TWO = """
+    import json
+    import numpy as np
+    from jaxfm import distributed
+    from tests.pretrained.loading import Counted, Loading
+    distributed.initialize(timeout_seconds=60)
+    whole, read = np.load({saved!r}), []
+    for axis in ('fsdp', 'tensor'):
+        loading = Loading({path!r}, {{axis: 2}})
+        counted = loading.pretrained.tensors = Counted(loading.pretrained.tensors)
+        for name, value in loading.load().items():
+            for shard in value.addressable_shards:
+                expected = whole[name.replace('/', '.')][shard.index]
+                np.testing.assert_array_equal(shard.data, expected)
+        read.append([counted.elements, counted.matrices])
+    print('read', json.dumps(read), flush=True)
+    distributed.barrier('end')
+"""
+
+
+def test_each_of_two_processes_reads_its_own_part(tmp_path):
+    path = write_model(
+        tmp_path / 'model',
+        random_tensors(LLAMA | {'vocab_size': 60}),
+        vocab_size=60,
+        tokenizer=False,
+    )
+    whole, saved = Loading(path).load(), tmp_path / 'whole.npz'
+    np.savez(saved, **{name.replace('/', '.'): value for name, value in whole.items()})
+    program = TWO.format(path=str(path), saved=str(saved))
+    devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
+    with started(program, [environment | devices for environment in ranks(2)]) as processes:
+        told = [process.communicate(timeout=120) for process in processes]
+    read = []
+    for out, error in told:
+        lines = [line for line in out.splitlines() if line.startswith('read ')]
+        assert lines, error[-2000:]
+        read.append(json.loads(lines[0].removeprefix('read ')))
+    vectors = 16 * 5  # norms, which are whole everywhere
+    matrices = Counted(Loading(path).pretrained.tensors).size - vectors
+    tables = 2 * 60 * 16  # of the second of two processes on `tensor` padding alone
+    by_fsdp, by_tensor = zip(*read)
+    assert by_fsdp == ([matrices // 2 + vectors, matrices // 2],) * 2
+    layers = (matrices - tables) // 2
+    assert [found for _, found in by_tensor] == [layers + tables, layers]
+
+
+# Memory
+
+# Tensors that may be in memory beside the weights that this process keeps: those that are read
+# ahead, one behind them and one that is turned, each as the file has it and as JAX does, and what
+# malloc keeps of that for each thread; what compilation keeps is in it, too. 7.2 were seen.
+TENSORS = 10
+
+BIG = LLAMA | {
+    'vocab_size': 8192,
+    'hidden_size': 1024,
+    'intermediate_size': 4096,
+    'num_hidden_layers': 10,
+    'num_attention_heads': 16,
+    'num_key_value_heads': 16,
+    'head_dim': 64,
+}
+
+MEASURE = """
+import json, re, sys, threading, time
+import jax
+from jaxfm.models import TransformerConfig
+from jaxfm.pretrained import pipeline
+from tests.pretrained.loading import Loading
+
+def anonymous():
+    text = open('/proc/self/status').read()
+    return 1024 * int(re.search(r'RssAnon:\\s+(\\d+)', text)[1])
+
+def peak_of(function):
+    peak, done = [anonymous()], threading.Event()
+    def watch():
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    function()
+    done.set()
+    thread.join()
+    return peak[0]
+
+Loading(sys.argv[2]).load()  # what JAX itself takes
+loading = Loading(sys.argv[1])
+values = dict(loading.config) | {'param_dtype': 'bfloat16'}
+loading.config = TransformerConfig(**values)
+loading.split()
+sizes = [leaf.size * leaf.dtype.itemsize for leaf in loading.parts.shapes.values()]
+
+def run():
+    jax.block_until_ready(loading.load())
+
+before = anonymous()
+streamed = peak_of(run)
+pipeline.AHEAD = 10**6
+print(json.dumps([before, streamed, peak_of(run), sum(sizes)]))
+"""
+
+
+@pytest.fixture(scope='module')
+def big_model(tmp_path_factory):
+    """Bytes of a model of more than 300 MB, written by our own writer, and its directory."""
+    path = tmp_path_factory.mktemp('big')
+    shapes = shapes_of(BIG)
+    block = np.random.default_rng(0).integers(0, 2**14, 2**24, np.uint16).view(ml_dtypes.bfloat16)
+    tensors = (block[: np.prod(shape)].reshape(shape) for shape in shapes.values())
+    file = path / 'model.safetensors'
+    write_safetensors(file, shapes, np.dtype(ml_dtypes.bfloat16), tensors)
+    write_json(path / 'config.json', BIG)
+    yield path
+    file.unlink()
+
+
+def test_peak_memory_is_the_local_shards_and_a_few_tensors(big_model, tmp_path):
+    small = write_model(tmp_path / 'small', tokenizer=False)
+    environment = {'GLIBC_TUNABLES': HUGE_PAGES, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+    done = subprocess.run(
+        [sys.executable, '-c', MEASURE, str(big_model), str(small)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, streamed, all_first, shards = json.loads(done.stdout)
+    largest = 2 * BIG['vocab_size'] * BIG['hidden_size']
+    assert shards > 20 * largest
+    assert streamed - before < shards + TENSORS * largest
+    assert all_first - before > shards + TENSORS * largest  # or nothing was measured

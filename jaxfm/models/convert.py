@@ -179,7 +179,15 @@ def transposed(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
     """
     # Integers of the same size: numpy copies foreign dtypes element by element.
     bits = matrix.view(f'u{matrix.itemsize}')
-    turned = np.empty(bits.shape[::-1], bits.dtype)
+    turned = aligned(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), rows):
         turned[:, start : start + rows] = bits[start : start + rows].T
     return turned.view(matrix.dtype)
+
+
+def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array to be filled, which JAX on CPU takes over without copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)

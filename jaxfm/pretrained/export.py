@@ -148,7 +148,8 @@ class Exporter:
     def _write_configs(self, directory: Path) -> None:
         ids = {'bos_token_id': self._tokenizer.bos_id, 'eos_token_id': sorted(self._stop_ids)}
         dtype = {'torch_dtype': self._dtype.name}
-        first = {'eos_token_id': self._tokenizer.eos_id}
+        # One id here, for there may be several below; and none where a family has one by default.
+        first = {'eos_token_id': self._tokenizer.eos_id, 'pad_token_id': None}
         _write_json(directory / CONFIG, self._hf_config | ids | first | dtype)
         _write_json(directory / GENERATION, ids)
         self._tokenizer.save(directory)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
 from jaxfm import sharding
 from jaxfm.errors import DataError
@@ -106,16 +105,15 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
         rows, *columns = (
             slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape)
         )
-        end = min(rows.stop, part.shape[0])
-        if end <= rows.start:  # padding alone
-            size = [i.stop - i.start for i in (rows, *columns)]
-            return np.zeros(size, tensors.dtypes[part.tensor])
-        here = slice(part.start + rows.start, part.start + end)
-        values = tensors.read(part.tensor, (here, *columns))
+        count = max(0, min(rows.stop, part.shape[0]) - rows.start)  # the others are padding
+        here = slice(part.start + rows.start, part.start + rows.start + count)
         if part.is_turned:
-            return convert.transposed(values)
-        padding = rows.stop - end
+            return convert.transposed(tensors.read(part.tensor, (here, *columns)))
         # A copy in any case: on CPU an array may else go on living in the file.
-        return np.pad(values, [(0, padding), (0, 0)]) if padding else np.array(values)
+        size = tuple(i.stop - i.start for i in (rows, *columns))
+        values = convert.aligned(size, tensors.dtypes[part.tensor])
+        values[:count] = tensors.read(part.tensor, (here, *columns)) if count else 0
+        values[count:] = 0
+        return values
 
     return jax.make_array_from_callback(_turned(part, shape), place, read)

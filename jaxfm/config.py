@@ -70,8 +70,7 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
     overrides = list(overrides)
     named = [text.partition('=')[2] for text in overrides if text.startswith('init_from=')]
     if named[-1] if named else values.get('init_from'):
-        # What the command line says of a tokenizer is said of the inherited one, not of a default.
-        values['tokenizer'] = values.get('tokenizer') or {}
+        _yield_to_inherited(values)
     for text in overrides:
         try:
             override = overriding.parse(text)
@@ -88,6 +87,25 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
     return _resolve(schema, values, problems, given, refusals, config_argument)
 
 
+# What of `model` says how it is trained and run, not what it is.
+_NOT_INHERITED = (
+    *('name', 'scan', 'remat', 'param_dtype', 'compute_dtype', 'gradient_reduce_dtype', 'lora'),
+)
+
+
+def _yield_to_inherited(values: dict) -> None:
+    """Takes out of a file's values what the model of `init_from` decides: what the weights are.
+
+    So any config can start from any model. What the command line says later is said of the
+    inherited values, not of those of the file, nor of defaults.
+    """
+    model, tokenizer = values.get('model'), values.get('tokenizer') or {}
+    if isinstance(model, dict):
+        values['model'] = {key: model[key] for key in _NOT_INHERITED if key in model}
+    is_trained = isinstance(tokenizer, dict) and tokenizer.get('name', 'file') != 'file'
+    values['tokenizer'] = {} if is_trained else tokenizer
+
+
 def _inherit(values: dict) -> None:
     """Fills in what the model that `init_from` names says of itself, where `values` does not.
 
@@ -101,9 +119,18 @@ def _inherit(values: dict) -> None:
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
-            values[group] = theirs | ours
+            values[group] = _merged(theirs, ours)
     if earlier['model'].get('lora'):
         _keep_adapters(values['model'], earlier['model']['lora'])
+
+
+def _merged(theirs: dict, ours: dict) -> dict:
+    """Ours over theirs, group by group."""
+    merged = theirs | ours
+    for key in theirs.keys() & ours.keys():
+        if isinstance(theirs[key], dict) and isinstance(ours[key], dict) and key != 'lora':
+            merged[key] = _merged(theirs[key], ours[key])
+    return merged
 
 
 def _take_adapter(values: dict) -> None:

@@ -94,7 +94,10 @@ class Run:
         self._check_tokenizer()
 
     def _check_tokenizer(self) -> None:
-        if self.tokenizer.vocab_size > self.config.model.vocab_size:
+        # Gemma 3 has a special token, of images, that its text models have no weights for.
+        size = self.config.model.vocab_size
+        beyond = set(range(size, self.tokenizer.vocab_size))
+        if not beyond <= set(self.tokenizer.special_tokens.values()):
             raise DataError(
                 f'the tokenizer has {self.tokenizer.vocab_size} tokens, '
                 f'config.model.vocab_size is {self.config.model.vocab_size}'

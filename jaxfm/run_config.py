@@ -252,8 +252,9 @@ class RunConfig(Group):
 
     seed: int = Field(0, ge=0, lt=2**32)
     # Whose weights this run starts from: the work directory of a run, a directory in Hugging Face's
-    # layout, a .gguf file, or a model on the hub. What `model`, `tokenizer`, `sampling.stop_ids`
-    # and `export.dtype` do not say is then as it is there.
+    # layout, a .gguf file, or a model on the hub. The architecture and a tokenizer that would be
+    # trained come from there, whatever this file says; so do `sampling.stop_ids` and
+    # `export.dtype` unless it says them.
     init_from: str = ''
     model: one_of(MODELS)
     tokenizer: one_of(TOKENIZERS) = BPEConfig()

@@ -506,6 +506,17 @@ def test_model_and_tokenizer_come_from_the_run_it_starts_from(tmp_path, config_f
     assert (run.tokenizer.name, run.tokenizer.path) == ('file', str(earlier))
 
 
+def test_any_config_can_start_from_any_model(tmp_path, config_file, load_run):
+    """What the weights are comes from there; how they are trained, and the command line, count."""
+    config.write(load_run('model.embed_dim=32'), tmp_path / 'config.json')
+    keys = run_keys(init_from=str(tmp_path))
+    keys['model'] |= dict(embed_dim=64, scan=False)
+    run = config.load(config_file(f'return {keys!r}'), ['model.block.window=4'])
+    assert (run.model.embed_dim, run.model.scan) == (32, False)
+    assert run.model.block == load_run('model.block.window=4').model.block
+    assert run.tokenizer.name == 'file'
+
+
 @pytest.mark.parametrize(
     'overrides, name, path',
     [

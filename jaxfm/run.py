@@ -187,7 +187,7 @@ class Run:
             self.primary,
         )
         if config.export.adapters == 'peft':
-            return AdapterExporter(*arguments, base=config.init_from)
+            return AdapterExporter(*arguments, base=_base_of(config.init_from))
         return Exporter(*arguments)
 
     def restore_params(self, checkpoints: Reader, parts: Parts | None = None) -> tuple[dict, int]:
@@ -261,6 +261,16 @@ def started(flags, config: RunConfig):
     run = Run(config, flags.workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _base_of(init_from: str) -> str:
+    """The model that the adapters of a run stand beside: behind the runs that trained them, too."""
+    while init_from and locate.is_run(Path(init_from)):
+        earlier = configs.read(Path(init_from) / 'config.json')
+        if earlier.model.lora is None:
+            break
+        init_from = earlier.init_from
+    return init_from
 
 
 def _maker(model: TransformerConfig):

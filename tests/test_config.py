@@ -555,6 +555,18 @@ def test_adapters_of_the_run_it_starts_from_go_on_as_they_are(load_after, given)
     assert (lora.rank, lora.alpha, lora.targets) == (8, 4.0, ['mlp/down'])
 
 
+def test_adapters_that_came_from_a_directory_are_then_those_of_the_run(tmp_path, load_after):
+    load_after(['model.lora.rank=8'])
+    values = json.loads((tmp_path / 'config.json').read_text())
+    values['model']['lora']['path'] = 'long/gone'
+    (tmp_path / 'config.json').write_text(json.dumps(values))
+    keys = run_keys(init_from=str(tmp_path))
+    del keys['model']
+    (tmp_path / 'later.py').write_text(f'def get_config():\n    return {keys!r}\n')
+    lora = config.load(str(tmp_path / 'later.py')).model.lora
+    assert (lora.path, lora.rank) == ('', 8)
+
+
 def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load_after):
     assert load_after(['model.lora.rank=8'], 'model.lora=None').model.lora is None
     for given in ('rank=4', 'alpha=3', "targets=['all']"):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxfm import optimizer, sharding, state
 from jaxfm.data import tokenizer as tokenizers
@@ -18,6 +18,8 @@ from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
+from jaxfm.pretrained import peft
+from jaxfm.pretrained.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from jaxfm.run_config import AdamWConfig
@@ -109,6 +111,43 @@ def test_twenty_steps_on_real_chats_equal_those_of_torch(golden, rows, smollm2_g
         return load_params(pretrained, config, parts.axes, parts.shapes)
 
     right = golden['full']
+    losses, norms = train(config, params_of, right['learning_rate'], rows)
+    np.testing.assert_allclose(losses, right['losses'], rtol=1e-4)
+    np.testing.assert_allclose(norms, right['gradient_norms'], rtol=1e-4)
+
+
+def write_adapter(directory, golden):
+    """The adapters that PyTorch began with, as PEFT would have written them."""
+    block = dict(inputs=576, q_proj=576, v_proj=192)
+    rank = golden['config']['r']
+    modules = [f'layers.{i}.self_attn.{n}_proj' for i in range(30) for n in 'qv']
+    names = sorted(f'base_model.model.model.{module}.lora_A.weight' for module in modules)
+    tensors = {}
+    for i, name in enumerate(names):
+        drawn = np.random.default_rng([7, i]).standard_normal([rank, block['inputs']])
+        outputs = block[name.split('.')[-3]]
+        tensors[name] = (drawn * 0.02).astype(np.float32)
+        tensors[name.replace('lora_A', 'lora_B')] = np.zeros((outputs, rank), np.float32)
+    directory.mkdir()
+    save_file(tensors, directory / peft.WEIGHTS)
+    said = {'peft_type': 'LORA', **golden['config']}
+    (directory / peft.CONFIG).write_text(json.dumps(said))
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_adapters_equal_those_of_peft(golden, rows, smollm2_gguf, tmp_path):
+    right, directory = golden['lora'], tmp_path / 'adapter'
+    write_adapter(directory, right)
+    pretrained = open_pretrained(str(smollm2_gguf))
+    lora = peft.describe(directory) | {'path': str(directory)}
+    values = values_of(pretrained)['model'] | {'lora': lora}
+    config = TransformerConfig.model_validate(values)
+
+    def params_of(parts):
+        axes = {path: axes for path, axes in parts.axes.items() if path not in parts.adapters}
+        params = load_params(pretrained, config, axes, parts.shapes)
+        return params | load_adapters(config, parts.axes, parts.shapes)
+
     losses, norms = train(config, params_of, right['learning_rate'], rows)
     np.testing.assert_allclose(losses, right['losses'], rtol=1e-4)
     np.testing.assert_allclose(norms, right['gradient_norms'], rtol=1e-4)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from jaxfm.errors import DataError
 from jaxfm.models import TARGETS, LoraConfig
@@ -108,7 +108,7 @@ def write(
         total = sum(part.shape[0] for part in layout.parts_of(f'{module}.weight'))
         a, b = _pair(parts, params, total, is_shared=ways[_last(module)] == 1)
         tensors |= {_tensor(module, 'A'): a, _tensor(module, 'B'): b}
-    save_file(tensors, directory / WEIGHTS, metadata={'format': 'pt'})
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={'format': 'pt'}))
     most = max(ways.values())
     fewer = {name: count for name, count in sorted(ways.items()) if count != most}
     config = {

@@ -87,8 +87,7 @@ def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> d
     record = {**machine.about(PACKAGES), 'bytes': size, 'layers': layers, 'seconds': seconds}
     record['copy_speed_ratio'] = statistics.median(seconds['copy']) / statistics.median(both)
     if model:
-        command = [sys.executable, '-m', 'tools.bench.pretrained', '--out=.']
-        command.append(f'--load_once={model}')
+        command = [sys.executable, '-m', 'tools.bench.pretrained', '--out=.', '--load_once', model]
         runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(repeats)]
         record['model'] = model.name
         record['loads'] = [json.loads(run.stdout) for run in runs]

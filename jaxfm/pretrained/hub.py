@@ -16,7 +16,7 @@ def download(name: str) -> Path:
         UnavailableError: the hub does not answer, and nothing was fetched earlier.
     """
     try:
-        from httpx import HTTPError  # what it gets files by
+        from httpx2 import HTTPError  # what it gets files by
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise MissingInputError(

@@ -161,7 +161,7 @@ def test_each_refusal_of_the_hub_has_its_message(monkeypatch, refusal, kind, wor
 
 
 def test_a_connection_that_breaks_is_told(monkeypatch):
-    library, httpx = pytest.importorskip('huggingface_hub'), pytest.importorskip('httpx')
+    library, httpx = pytest.importorskip('huggingface_hub'), pytest.importorskip('httpx2')
 
     def refuse(*arguments, **options):
         raise httpx.ReadTimeout('slow')

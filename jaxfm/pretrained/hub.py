@@ -40,7 +40,7 @@ def download(name: str) -> Path:
         raise MissingInputError(
             f'there is no directory {name}, and no model of this name on the hub'
         ) from None
-    except (errors.LocalEntryNotFoundError, HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UnavailableError(
             f'{name}: the hub does not answer and the model was not fetched before ({error}); '
             'name a directory or a .gguf file instead'

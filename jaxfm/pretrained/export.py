@@ -91,9 +91,11 @@ class Exporter:
                 shutil.rmtree(directory, ignore_errors=True)
                 partial.rename(directory)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
             kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
             raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
+        finally:
+            if self._primary:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _write_weights(self, params, directory: Path) -> None:
         if self._model.lora:

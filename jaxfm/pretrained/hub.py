@@ -16,6 +16,7 @@ def download(name: str) -> Path:
         UnavailableError: the hub does not answer, and nothing was fetched earlier.
     """
     try:
+        from httpx2 import HTTPError  # what it gets files by
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise MissingInputError(
@@ -31,11 +32,15 @@ def download(name: str) -> Path:
         raise MissingInputError(
             f'{name}: the hub wants you to accept the licence of this model, and a token (HF_TOKEN)'
         ) from None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.HFValidationError,
+    ):
         raise MissingInputError(
             f'there is no directory {name}, and no model of this name on the hub'
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UnavailableError(
             f'{name}: the hub does not answer and the model was not fetched before ({error}); '
             'name a directory or a .gguf file instead'

@@ -206,19 +206,22 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    'refusal, kind',
+    'refusal, kind, words',
     [
-        (OSError(28, 'No space left on device'), StorageError),
-        (PermissionError(13, 'Permission denied'), PermissionDeniedError),
+        (OSError(28, 'No space left on device'), StorageError, 'out: cannot be written: No space'),
+        (PermissionError(13, 'Denied'), PermissionDeniedError, 'out: cannot be written: Denied'),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
-    ids=['full', 'closed'],
+    ids=['full', 'closed', 'interrupted'],
 )
-def test_of_an_export_that_fails_nothing_is_left(source, tmp_path, monkeypatch, refusal, kind):
+def test_of_an_export_that_fails_nothing_is_left(
+    source, tmp_path, monkeypatch, refusal, kind, words
+):
     def refuse(*arguments):
         raise refusal
 
     monkeypatch.setattr('jaxfm.pretrained.export._write_json', refuse)
-    with pytest.raises(kind, match=re.escape(f'{tmp_path / "out"}: cannot be written: ')):
+    with pytest.raises(kind, match=words):
         write(source, tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []
 

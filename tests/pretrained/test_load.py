@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxfm.main import HUGE_PAGES
 from jaxfm.pretrained.export import write_safetensors
@@ -100,25 +101,39 @@ def test_stacked_layers_are_those_of_the_file(models, whole, vocabulary):
 
 TWO = """
     import json
+    from pathlib import Path
+    import jax
     import numpy as np
     from jaxfm import distributed
+    from jaxfm.data import BytesConfig
+    from jaxfm.data.tokenizer import Bytes
+    from jaxfm.pretrained import ExportConfig
+    from jaxfm.pretrained.export import Exporter
     from tests.pretrained.loading import Counted, Loading
     distributed.initialize(timeout_seconds=60)
     whole, read = np.load({saved!r}), []
     for axis in ('fsdp', 'tensor'):
         loading = Loading({path!r}, {{axis: 2}})
         counted = loading.pretrained.tensors = Counted(loading.pretrained.tensors)
-        for name, value in loading.load().items():
+        params, parts = loading.load(), loading.parts
+        for name, value in params.items():
             for shard in value.addressable_shards:
                 expected = whole[name.replace('/', '.')][shard.index]
                 np.testing.assert_array_equal(shard.data, expected)
         read.append([counted.elements, counted.matrices])
+        exporter = Exporter(
+            ExportConfig(shard_gigabytes=1e-5),
+            *(loading.config, parts.axes, parts.shapes, Bytes(BytesConfig(), ()), {{1}}),
+            primary=distributed.is_primary(),
+        )
+        with jax.set_mesh(loading.mesh):
+            exporter.write(params, Path({output!r}) / axis)
     print('read', json.dumps(read), flush=True)
     distributed.barrier('end')
 """
 
 
-def test_each_of_two_processes_reads_its_own_part(tmp_path):
+def test_each_of_two_processes_reads_its_own_part_and_together_they_write(tmp_path):
     path = write_model(
         tmp_path / 'model',
         random_tensors(LLAMA | {'vocab_size': 60}),
@@ -127,7 +142,8 @@ def test_each_of_two_processes_reads_its_own_part(tmp_path):
     )
     whole, saved = Loading(path).load(), tmp_path / 'whole.npz'
     np.savez(saved, **{name.replace('/', '.'): value for name, value in whole.items()})
-    program = TWO.format(path=str(path), saved=str(saved))
+    output = tmp_path / 'output'
+    program = TWO.format(path=str(path), saved=str(saved), output=str(output))
     devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
     with started(program, [environment | devices for environment in ranks(2)]) as processes:
         told = [process.communicate(timeout=120) for process in processes]
@@ -143,6 +159,14 @@ def test_each_of_two_processes_reads_its_own_part(tmp_path):
     assert by_fsdp == ([matrices // 2 + vectors, matrices // 2],) * 2
     layers = (matrices - tables) // 2
     assert [found for _, found in by_tensor] == [layers + tables, layers]
+    before = load_file(path / 'model.safetensors')
+    for axis in ('fsdp', 'tensor'):
+        files = [load_file(file) for file in (output / axis).glob('*.safetensors')]
+        assert len(files) > 1
+        after = {name: value for file in files for name, value in file.items()}
+        assert after.keys() == before.keys()
+        for name, value in before.items():
+            np.testing.assert_array_equal(after[name], value, name)
 
 
 # Memory

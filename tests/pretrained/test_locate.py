@@ -1,0 +1,185 @@
+"""What `init_from` may name, and what is said when there is nothing of that name."""
+
+import importlib
+import sys
+
+import pytest
+
+from jaxfm import config as configs
+from jaxfm.errors import DataError, MissingInputError, UnavailableError
+from jaxfm.pretrained import hub, locate
+from tests.hf_directories import write_json, write_model
+from tests.pretrained.loading import ROOT
+
+PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    """A directory with models of several kinds."""
+    directory = tmp_path_factory.mktemp('models')
+    write_model(directory / 'smol')
+    (directory / 'one').mkdir()
+    (directory / 'one' / 'tiny.gguf').write_bytes(b'no GGUF')
+    (directory / 'two').mkdir()
+    for name in ('a.gguf', 'b.gguf'):
+        (directory / 'two' / name).write_bytes(b'')
+    (directory / 'empty').mkdir()
+    (directory / 'pytorch_model.bin').write_bytes(b'')
+    return directory
+
+
+@pytest.mark.parametrize(
+    'name, kind, words',
+    [
+        ('smoll', MissingInputError, r'there is no .*smoll.*do you mean .*models\d*/smol\?'),
+        ('other', MissingInputError, r'there is no .*other.*; there is .*smol'),
+        ('nowhere/else/model', MissingInputError, r'there is no .*nowhere/else/model'),
+        ('empty', MissingInputError, r'empty holds no model: no config.json and no .gguf'),
+        ('two', DataError, r'two has several models.*a.gguf, b.gguf'),
+        ('smol/model.safetensors', DataError, r'weights alone: name its directory'),
+        ('pytorch_model.bin', DataError, r'pytorch_model.bin is no model by its name'),
+        ('one', DataError, r'tiny.gguf'),
+    ],
+)
+def test_what_is_no_model_is_told_with_what_there_is(models, name, kind, words):
+    with pytest.raises(kind, match=f'config.init_from: .*{words}'):
+        configs.load(PRETRAINED, [f'init_from={models / name}'])
+
+
+def test_a_gguf_beside_a_config_is_the_model(models, tmp_path):
+    (tmp_path / 'model.gguf').write_bytes(b'no GGUF')
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    with pytest.raises(DataError, match='model.gguf'):
+        locate.open_pretrained(str(tmp_path))
+
+
+def test_a_home_directory_may_be_written_as_a_tilde(models, monkeypatch, tiny):
+    monkeypatch.setenv('HOME', str(models))
+    config = configs.load(PRETRAINED, ['init_from=~/smol'])
+    assert config.model.family == 'llama'
+    (models / 'run').mkdir()
+    configs.write(configs.load(str(tiny.config)), models / 'run' / 'config.json')
+    config = configs.load(PRETRAINED, ['init_from=~/run'])
+    assert (config.model.family, config.model.embed_dim) == ('', 32)
+
+
+@pytest.mark.parametrize(
+    'generation, config, stop_ids',
+    [
+        ({'eos_token_id': [3, 2]}, {}, [2, 3]),
+        ({'eos_token_id': 3}, {}, [3]),
+        ({}, {'eos_token_id': [5, 4]}, [4, 5]),
+        ({'eos_token_id': None}, {'eos_token_id': 6}, [6]),
+        ({}, {'eos_token_id': None}, []),
+    ],
+)
+def test_what_ends_a_text_is_taken_over(tmp_path, generation, config, stop_ids):
+    path = write_model(tmp_path / 'model', **config)
+    write_json(path / 'generation_config.json', generation)
+    assert configs.load(PRETRAINED, [f'init_from={path}']).sampling.stop_ids == stop_ids
+
+
+def test_what_the_config_says_goes_before_what_the_model_says(models):
+    said = ['model.param_dtype=bfloat16', 'sampling.stop_ids=[9]', 'export.dtype=float16']
+    config = configs.load(PRETRAINED, [f'init_from={models / "smol"}', *said])
+    assert config.model.param_dtype == 'bfloat16' and config.model.num_layers == 2
+    assert (config.sampling.stop_ids, config.export.dtype) == ([9], 'float16')
+    assert config.tokenizer.path == str(models / 'smol')
+
+
+# The hub
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The real library without a network -> the directory where it keeps what it has fetched."""
+    constants = pytest.importorskip('huggingface_hub.constants')
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'cache'
+
+
+@pytest.mark.parametrize('name', ['org/name', 'org/name@main'])
+def test_without_a_network_a_name_on_the_hub_is_told(offline, name):
+    with pytest.raises(UnavailableError, match=f'{name}: the hub does not answer(.|\n)*directory'):
+        configs.load(PRETRAINED, [f'init_from={name}'])
+
+
+def test_what_was_fetched_before_is_found_without_a_network(offline):
+    place = offline / 'models--org--name'
+    write_model(place / 'snapshots' / ('0' * 40))
+    (place / 'refs').mkdir()
+    (place / 'refs' / 'main').write_text('0' * 40)
+    config = configs.load(PRETRAINED, ['init_from=org/name'])
+    assert config.model.family == 'llama'
+    assert str(offline) in config.tokenizer.path
+
+
+@pytest.mark.parametrize('name', ['runs/mistake', 'orgname', '../org/name', '/org/name'])
+def test_what_is_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, 'download', None)
+    with pytest.raises(MissingInputError, match=f'there is no {name}'):
+        configs.load(PRETRAINED, [f'init_from={name}'])
+
+
+def test_a_name_that_the_hub_cannot_have_is_told(offline):
+    with pytest.raises(MissingInputError, match='org/na--me'):
+        configs.load(PRETRAINED, ['init_from=org/na--me'])
+
+
+def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(MissingInputError, match=r"org/name(.|\n)*pip install -e '.\[hub\]'"):
+        configs.load(PRETRAINED, ['init_from=org/name'])
+
+
+@pytest.mark.parametrize(
+    'refusal, kind, words',
+    [
+        ('GatedRepoError', MissingInputError, 'licence(.|\n)*HF_TOKEN'),
+        ('RepositoryNotFoundError', MissingInputError, 'no model of this name on the hub'),
+        ('RevisionNotFoundError', MissingInputError, 'no model of this name on the hub'),
+        ('OfflineModeIsEnabled', UnavailableError, 'does not answer'),
+        ('HfHubHTTPError', UnavailableError, 'does not answer'),
+    ],
+)
+def test_each_refusal_of_the_hub_has_its_message(monkeypatch, refusal, kind, words):
+    library = pytest.importorskip('huggingface_hub')
+    errors = importlib.import_module('huggingface_hub.errors')
+
+    def refuse(*arguments, **options):
+        error = getattr(errors, refusal)
+        raise error.__new__(error)
+
+    monkeypatch.setattr(library, 'snapshot_download', refuse)
+    with pytest.raises(kind, match=f'org/name(.|\n)*{words}'):
+        hub.download('org/name')
+
+
+def test_a_connection_that_breaks_is_told(monkeypatch):
+    library, httpx = pytest.importorskip('huggingface_hub'), pytest.importorskip('httpx2')
+
+    def refuse(*arguments, **options):
+        raise httpx.ReadTimeout('slow')
+
+    monkeypatch.setattr(library, 'snapshot_download', refuse)
+    with pytest.raises(UnavailableError, match='org/name: the hub does not answer.*slow'):
+        hub.download('org/name')
+
+
+def test_nothing_that_could_be_run_is_fetched(monkeypatch, tmp_path):
+    library, asked = pytest.importorskip('huggingface_hub'), {}
+
+    def fetch(name, **options):
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(library, 'snapshot_download', fetch)
+    assert hub.download('org/name@v1') == tmp_path
+    assert (asked['name'], asked['revision']) == ('org/name', 'v1')
+    assert not any(pattern.endswith(('*', '.py', '.bin', '.pt')) for pattern in
+                   asked['allow_patterns'])

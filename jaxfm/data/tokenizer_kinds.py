@@ -136,6 +136,11 @@ class Tokenizer:
         hidden = self._hidden_ids if skip_special_tokens else ()
         return self._decode([int(i) for i in ids if int(i) not in hidden])
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that ids add behind others; alone, SentencePiece would drop a first space."""
+        text, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(os.path.commonprefix([text, whole])) :]
+
     def save(self, directory: Path) -> None:
         """Writes the files of a saved tokenizer into a directory, which is made."""
         directory = Path(directory)

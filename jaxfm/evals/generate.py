@@ -31,6 +31,7 @@ class Generate(Evaluator):
         super().__init__(config)
         self._config, self._sampler, self._seed = config, context.sampler, context.seed
         self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
+        self._stop_ids = self._chat.stop_ids | set(self._sampler.config.stop_ids)
         documents = context.dataset.heldout_documents
         self._task = TASKS[config.task.name].load()(config.task, documents)
         self._name, self._directory = context.name, context.samples_directory
@@ -97,7 +98,7 @@ class Generate(Evaluator):
             max_tokens=self._config.max_tokens,
             temperature=self._config.temperature,
             seed=self._seed,
-            stop_ids=self._chat.stop_ids,
+            stop_ids=self._stop_ids,
         )
 
     def _prompt_ids(self, prompt) -> list[int]:
@@ -107,7 +108,7 @@ class Generate(Evaluator):
 
     def _text(self, events) -> str:
         ids = [token for event in events for token in event.tokens]
-        if ids and ids[-1] in self._chat.stop_ids:
+        if ids and ids[-1] in self._stop_ids:
             ids.pop()
         return self._tokenizer.decode(ids)
 

@@ -56,7 +56,10 @@ def write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | 
     for prompt, request in zip(prompts, requests, strict=True):
         ids = [token for event in events[request.id] for token in event.tokens]
         reason = events[request.id][-1].finish_reason
-        text = tokenizer.decode(ids[:-1] if reason == 'stop' else ids)
+        ids = ids[:-1] if reason == 'stop' else ids
+        # An answer begins a text of its own, what continues a prompt does not.
+        before = [] if run.config.sampling.chat else request.tokens
+        text = tokenizer.decode_after(before, ids)
         print(prompt + '\n' * run.config.sampling.chat + text, flush=True)
         if len(prompts) > 1:
             print('-' * 80, file=sys.stderr, flush=True)

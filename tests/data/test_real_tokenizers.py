@@ -276,3 +276,11 @@ def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_
     backend.save(str(tmp_path / 'tokenizer.json'))
     coder = read(tmp_path, eos_token='</s>')
     assert coder.encode('a</s>a') == [6, 2, 3, 4, 5, 6]
+
+
+def test_what_follows_on_a_prompt_keeps_its_first_space(shared_data):
+    stories = tokenizer.load(shared_data / 'stories260k_hf')
+    before, ids = stories.encode('Once upon'), stories.encode('a time')
+    assert stories.decode(ids) == 'a time'
+    assert stories.decode_after([1, *before], ids) == ' a time'
+    assert stories.decode_after([], ids) == 'a time'

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers as tokenizers_library
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
@@ -50,7 +51,7 @@ def source(tmp_path_factory):
 def write(source, output, mesh=None, **config):
     """Loads the model on a mesh and writes it."""
     loading = Loading(source, mesh or {})
-    tokenizer = SimpleNamespace(bos_id=0, eos_id=1, save=tokenizers.Bytes(CHATML, ()).save)
+    tokenizer = tokenizers.Bytes(CHATML, ())
     parts = loading.parts
     exporter = Exporter(
         ExportConfig(**config), loading.config, parts.axes, parts.shapes, tokenizer, {1, 7}
@@ -373,3 +374,10 @@ def test_what_each_family_would_lose_is_listed(name, config):
 def test_a_model_that_names_its_family_is_told_what_that_one_lacks():
     with pytest.raises(ConfigError, match=r'family llama cannot(.|\n)*llama: block\.qk_norm$'):
         write_config(model(dict(qk_norm=True), family='llama'))
+
+
+def test_others_put_bos_in_front_of_a_text_as_we_do(source, tmp_path):
+    written = write(source, tmp_path / 'out') / 'tokenizer.json'
+    assert tokenizers_library.Tokenizer.from_file(str(written)).encode('a').ids == [0, 99]
+    assert tokenizers.load(tmp_path / 'out').bos_id == 0
+    assert tokenizers.load(tmp_path / 'out').encode('a') == [99]

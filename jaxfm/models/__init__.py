@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from jaxfm.models.families import FAMILIES
 from jaxfm.schema import Entry, Group
 
 
@@ -112,7 +113,7 @@ class TransformerConfig(Group):
     """A decoder-only transformer."""
 
     name: Literal['transformer'] = 'transformer'
-    family: str = ''  # whose weight names an export uses; '' is the first that can express it
+    family: str = ''  # whose weight names its files have; '' is the first that can express it
     context_length: int = Field(0, ge=0)  # tokens of a document it was trained for; 0: not said
     vocab_size: int = Field(ge=2)
     vocab_multiple: int = Field(128, ge=1)  # tables are padded to it; padding gets probability 0
@@ -136,6 +137,8 @@ class TransformerConfig(Group):
 
     @model_validator(mode='after')
     def _check(self):
+        if self.family and self.family not in FAMILIES:
+            raise ValueError(f'family {self.family} is none of {", ".join(FAMILIES)}')
         layers = sum(len(s.pattern) * s.repeats for s in self.segments)
         if self.segments and layers != self.num_layers:
             terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)

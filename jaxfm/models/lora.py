@@ -6,6 +6,7 @@ rest whatever W is stored in, and are cast and gathered as every weight is. The 
 have an A and a B each, in one pair of arrays [D, 2, r] and [2, r, F].
 """
 
+import functools
 import math
 
 import jax
@@ -76,19 +77,25 @@ _PRODUCTS = {
 
 
 def merge(params: dict[str, jax.Array], config: TransformerConfig) -> dict[str, jax.Array]:
-    """The parameters of the same model without adapters: every matrix is W + scale A B.
+    """The parameters of the same model without adapters, each stored in the dtype that it has."""
+    return {
+        path: merged(params, path, config.lora).astype(value.dtype)
+        for path, value in params.items()
+        if '_lora/' not in path
+    }
 
-    Computed in float32 where the arrays live, and stored in the dtype of W.
+
+def merged(params: dict[str, jax.Array], path: str, config: LoraConfig) -> jax.Array:
+    """One parameter with what its adapter adds, W + scale A B in float32, sharded as W is.
+
+    What has no adapter comes as it is.
     """
-    return jax.jit(lambda params: _merge(params, config.lora))(params)
+    w, a, b = (params.get(name) for name in (path, f'{path}_lora/a', f'{path}_lora/b'))
+    target = '/'.join(path.split('/')[-2:])
+    return w if a is None else _sum(w, a, b, _PRODUCTS[target], config.scale)
 
 
-def _merge(params: dict, config: LoraConfig) -> dict:
-    merged = {path: value for path, value in params.items() if '_lora/' not in path}
-    for path, w in merged.items():
-        target = '/'.join(path.split('/')[-2:])
-        if f'{path}_lora/a' in params:
-            a, b = params[f'{path}_lora/a'], params[f'{path}_lora/b']
-            change = jnp.einsum(_PRODUCTS[target], a, b, precision=lax.Precision.HIGHEST)
-            merged[path] = (w.astype(jnp.float32) + config.scale * change).astype(w.dtype)
-    return merged
+@functools.partial(jax.jit, static_argnames=('product', 'scale'))
+def _sum(w, a, b, product: str, scale: float):
+    change = jnp.einsum(product, a, b, precision=lax.Precision.HIGHEST)
+    return w.astype(jnp.float32) + scale * change

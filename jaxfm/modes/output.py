@@ -22,7 +22,8 @@ def check_absent(directory: Path) -> None:
       ConfigError: something is.
       StorageError, PermissionDeniedError: the nearest directory above it is none, or closed to us.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    is_other = directory.is_symlink() or (directory.exists() and not directory.is_dir())
+    if is_other or (directory.is_dir() and any(directory.iterdir())):
         raise ConfigError(f'{directory} is there already, and not empty: give another --output')
     above = next(parent for parent in directory.absolute().parents if parent.exists())
     if not above.is_dir():

@@ -98,8 +98,7 @@ class Exporter:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _write_weights(self, params, directory: Path) -> None:
-        if self._model.lora:
-            params = lora.merge(params, self._model)
+        self._merged = '', None
         files, weight_map = self._files(), {}
         for number, names in enumerate(files, start=1):
             several = f'model-{number:05}-of-{len(files):05}.safetensors'
@@ -136,10 +135,22 @@ class Exporter:
         """The parts of a tensor, whole on every device."""
         return [
             convert.take_from(
-                params[part.path], part.repeat, part.way, self._axes[part.path], self._dtype
+                self._parameter(params, part.path),
+                part.repeat,
+                part.way,
+                self._axes[part.path],
+                self._dtype,
             )
             for part in self._layout.parts_of(name)
         ]
+
+    def _parameter(self, params, path: str) -> jax.Array:
+        """A parameter with its adapter merged: one at a time, since its layers are taken in a row."""
+        if not self._model.lora:
+            return params[path]
+        if self._merged[0] != path:
+            self._merged = path, lora.merged(params, path, self._model.lora)
+        return self._merged[1]
 
     def _as_tensor(self, item: tuple[str, list[jax.Array]]) -> np.ndarray:
         name, taken = item

@@ -26,7 +26,10 @@ def download(name: str) -> Path:
     repository, _, revision = name.partition('@')
     try:
         found = snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(_WANTED)
+            repository,
+            revision=revision or None,
+            allow_patterns=list(_WANTED),
+            ignore_patterns=['consolidated*', 'original/*'],  # the same weights once more
         )
     except errors.GatedRepoError:
         raise MissingInputError(

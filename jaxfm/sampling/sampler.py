@@ -65,6 +65,7 @@ class Sampler:
         self._slots = sharding.whole_rows(config.slots, mesh)
         self._merge = merge
         self._vocab_size = model_config.vocab_size
+        self._context_length = model_config.context_length
         self._new_cache = jax.jit(
             lambda: kv_cache.init_cache(
                 model_config, self._slots, config.max_length, compute_dtype(model_config)
@@ -107,6 +108,12 @@ class Sampler:
             raise DataError(
                 f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
                 f'{length} exceed sampling.max_length {self.config.max_length}'
+            )
+        if self._context_length and length > self._context_length:
+            raise DataError(
+                f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
+                f'{length} exceed the {self._context_length} that the model was trained for '
+                '(config.model.context_length)'
             )
 
     def cancel(self, request_id: str) -> None:

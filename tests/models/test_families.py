@@ -218,6 +218,14 @@ def test_both_layouts_of_a_config_and_the_one_that_is_written_say_the_same(model
     assert TransformerConfig.model_validate(again) == model.config
 
 
+def test_what_is_written_has_the_types_that_transformers_wants(model):
+    """It refuses 11.0 where it wants 11."""
+    hf = json.loads((model.golden.path / 'config.json').read_text())
+    written = json.loads(json.dumps(write_config(model.config)))
+    for name in hf.keys() & written.keys():
+        assert type(written[name]) is type(hf[name]) or None in (written[name], hf[name]), name
+
+
 def test_every_family_has_a_golden():
     types = {json.loads((goldens.Golden(n).path / 'config.json').read_text())['model_type']
              for n in goldens.FAMILIES}

@@ -43,12 +43,17 @@ def gemma_keys(model) -> dict:
     scale = block.query_scale or block.head_dim**-0.5
     return {
         'hidden_activation': 'gelu_pytorch_tanh',
-        'query_pre_attn_scalar': round(scale**-2, 6),
+        'query_pre_attn_scalar': _whole(scale**-2),
         'attn_logit_softcapping': block.attention_softcap or None,
         'final_logit_softcapping': model.logits_softcap or None,
         'attention_bias': block.output_bias,
         **layer_type_keys(model),
     }
+
+
+def _whole(value: float) -> int | float:
+    """transformers takes a whole number alone; our query_scale is its inverse square root."""
+    return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
 FAMILY = Family(

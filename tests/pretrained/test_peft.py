@@ -196,7 +196,7 @@ def test_a_fused_module_has_its_parts_as_blocks_once_they_are_trained(phi3, targ
     trained.parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
     random = np.random.default_rng(0)
     adapters = {
-        path: jnp.asarray(random.normal(size=trained.parts.shapes[path].shape), jnp.float32)
+        path: jnp.asarray(random.normal(0, 0.1, trained.parts.shapes[path].shape), jnp.float32)
         for path in trained.parts.adapters
     }
     trained.base, directory = phi3.base, tmp_path / 'out'

@@ -116,6 +116,10 @@ def _inherit(values: dict) -> None:
         earlier = _said_by(values['init_from'])
     except (MissingInputError, DataError) as error:
         raise type(error)(f'config.init_from: {error}') from None
+    except OSError as error:  # not even a name that the system can look for
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else MissingInputError
+        name = values['init_from']
+        raise kind(f'config.init_from: {name} cannot be read: {error.strerror}') from None
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
@@ -343,5 +347,5 @@ def _read_json(path: str | os.PathLike) -> dict:
         return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError:
         raise MissingInputError(f'{path}: no such file') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f'{path}: not a config in JSON: {error}') from None

@@ -5,6 +5,7 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 """
 
 import argparse
+import errno
 import glob
 import math
 import os
@@ -115,6 +116,10 @@ def main(argv: list[str]) -> int:
         return _report(NumericsError(f'out of memory on the host: {error}'))
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which any path of a command line may be
+            raise
+        return _report(MissingInputError(f'{error.filename}: {error.strerror}'))
     except Exception as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise

@@ -22,6 +22,7 @@ from jaxfm.pretrained import ExportConfig, peft
 from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
+from tests.hf_directories import DEEP
 from tests.models import goldens
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -377,6 +378,11 @@ def test_files_that_are_not_there_or_damaged_are_named(directory):
     (directory / peft.CONFIG).write_text('{')
     with pytest.raises(DataError, match='adapter_config.json'):
         peft.describe(directory)
+    (directory / peft.CONFIG).write_text(DEEP)
+    with pytest.raises(DataError, match='adapter_config.json is damaged: .*recursion'):
+        peft.describe(directory)
+    with pytest.raises(MissingInputError, match='cannot be read: File name too long'):
+        peft.describe('a' * 300)
 
 
 Q = 'base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight'

@@ -156,8 +156,14 @@ class Exporter:
         _write_json(directory / GENERATION, ids)
         self._tokenizer.save(directory)
         # What transformers needs to know to take tokenizer.json as it is.
-        said = read_json(directory / TOKENIZER) | {'tokenizer_class': 'PreTrainedTokenizerFast'}
+        said = read_json(directory / TOKENIZER) | {'tokenizer_class': _tokenizer_class(directory)}
         _write_json(directory / TOKENIZER, said)
+
+
+def _tokenizer_class(directory: Path) -> str:
+    """What in transformers reads the vocabulary of a directory: one of SentencePiece, or any."""
+    is_sentencepiece = (directory / 'tokenizer.model').exists()
+    return 'LlamaTokenizer' if is_sentencepiece else 'PreTrainedTokenizerFast'
 
 
 def write_safetensors(

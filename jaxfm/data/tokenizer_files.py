@@ -68,6 +68,7 @@ def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> d
         config = _config_beside(vocabulary)
     given = {'bos_token': bos_token, 'eos_token': eos_token, 'pattern': pattern}
     config |= {key: value for key, value in given.items() if value}
+    kind = str(config.pop('tokenizer_class', ''))
     if bos_token:
         config.pop('add_bos_token', None)
     if name.endswith('.gguf'):
@@ -82,6 +83,8 @@ def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> d
         config = {'eos_token': '<|endoftext|>'} | config
     else:
         content = {'tokenizer.json': read_bytes(vocabulary)}
+        if kind and not bos_token:
+            config.setdefault('add_bos_token', _adds_bos(content['tokenizer.json'], config, kind))
     return content | {CONFIG: to_json(config)}
 
 
@@ -178,10 +181,18 @@ def _config_beside(vocabulary: Path) -> dict:
         token = value.get('content') if isinstance(value, dict) else value
         if key.endswith('_token') and isinstance(token, str | bool):
             config[key] = token
-    config |= {key: said[key] for key in ('pattern', 'special_tokens') if key in said}
+    kept = ('pattern', 'special_tokens', 'tokenizer_class')
+    config |= {key: said[key] for key in kept if key in said}
     if template := _template(said.get('chat_template'), vocabulary):
         config['chat_template'] = template
     return config
+
+
+def _adds_bos(tokenizer_json: bytes, config: dict, kind: str) -> bool:
+    """Whether a class of transformers puts bos in front of a text: a file names one in any case."""
+    after = parse_json(tokenizer_json, 'tokenizer.json').get('post_processor')
+    named = json.dumps(config.get('bos_token', ''), ensure_ascii=False)
+    return kind.startswith(('Llama', 'Gemma')) or named in json.dumps(after, ensure_ascii=False)
 
 
 def _template(said, vocabulary: Path) -> str:

@@ -155,6 +155,7 @@ class Exporter:
         _write_json(directory / CONFIG, self._hf_config | ids | first | dtype)
         _write_json(directory / GENERATION, ids)
         self._tokenizer.save(directory)
+        _put_bos_in_front(directory / 'tokenizer.json', self._tokenizer)
         # What transformers needs to know to take tokenizer.json as it is.
         said = read_json(directory / TOKENIZER) | {'tokenizer_class': _tokenizer_class(directory)}
         _write_json(directory / TOKENIZER, said)
@@ -164,6 +165,29 @@ def _tokenizer_class(directory: Path) -> str:
     """What in transformers reads the vocabulary of a directory: one of SentencePiece, or any."""
     is_sentencepiece = (directory / 'tokenizer.model').exists()
     return 'LlamaTokenizer' if is_sentencepiece else 'PreTrainedTokenizerFast'
+
+
+def _put_bos_in_front(path: Path, tokenizer) -> None:
+    """Says to others what we know: that texts begin with bos, where they do."""
+    if tokenizer.bos_id is None or not path.is_file():
+        return
+    said = read_json(path)
+    bos = next(text for text, i in tokenizer.special_tokens.items() if i == tokenizer.bos_id)
+    if json.dumps(bos) in json.dumps(said.get('post_processor')):
+        return
+    ids = {bos: {'id': bos, 'ids': [tokenizer.bos_id], 'tokens': [bos]}}
+    first, texts = {'SpecialToken': {'id': bos, 'type_id': 0}}, ('A', 'B')
+    pair = [{'Sequence': {'id': name, 'type_id': kind}} for kind, name in enumerate(texts)]
+    template = {
+        'type': 'TemplateProcessing',
+        'single': [first, pair[0]],
+        'pair': [first, *pair],
+        'special_tokens': ids,
+    }
+    # Behind what it had: byte-level tokenizers correct offsets there.
+    before = [said['post_processor']] if said.get('post_processor') else []
+    said['post_processor'] = {'type': 'Sequence', 'processors': [*before, template]}
+    path.write_text(json.dumps(said, ensure_ascii=False), 'utf-8')
 
 
 def write_safetensors(

@@ -1,3 +1,4 @@
+import json
 import random
 import sys
 
@@ -144,3 +145,17 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
     path.write_text('{"version": ')
     with pytest.raises(DataError, match='tokenizer.json is not a tokenizer'):
         tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    'kind, added, bos_id',
+    [('GPT2Tokenizer', {}, None), ('LlamaTokenizerFast', {}, 0), ('', {}, 0),
+     ('GPT2Tokenizer', {'add_bos_token': True}, 0)],
+)
+def test_bos_stands_in_front_where_the_class_or_the_file_puts_it(tmp_path, kind, added, bos_id):
+    """transformers names a bos in most files and adds it in few: SmolLM2 is one that does not."""
+    tokenizer.build(BytesConfig(), ()).save(tmp_path)
+    path = tmp_path / 'tokenizer_config.json'
+    said = json.loads(path.read_text()) | added | ({'tokenizer_class': kind} if kind else {})
+    path.write_text(json.dumps(said))
+    assert tokenizer.load(tmp_path).bos_id == bos_id

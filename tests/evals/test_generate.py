@@ -9,6 +9,7 @@ from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig, generate
 from jaxfm.evals.base import Context, wilson_interval
 from jaxfm.evals.generate import Generate
+from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Event
 from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt
@@ -62,6 +63,7 @@ class Engine:
     script = {'abc': 'oxo\0', 'bc': 'oo.ooooox', 'c': 'oo'}
 
     def __init__(self):
+        self.config = SamplingConfig()
         self.params, self.checked, self.running, self.seen = None, [], {}, []
 
     def check(self, request):

@@ -460,6 +460,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
         ('tokenizer.json', '{"a": 1}', ['tokenizer']),
         ('tokenizer_config.json', '[]', ['tokenizer_config.json', 'object']),
         ('tokenizer_config.json', '{"eos_token": "<|nowhere|>"}', ['<|nowhere|>']),
+        ('tokenizer_config.json', '{"tokenizer_class": [1]}', ['eos_token']),
         ('tokenizer.json', DEEP, ['tokenizer.json']),
         ('tokenizer_config.json', DEEP, ['tokenizer_config.json is damaged', 'recursion']),
         *(

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers as tokenizers_library
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
@@ -47,10 +48,10 @@ def source(tmp_path_factory):
     return path
 
 
-def write(source, output, mesh=None, **config):
+def write(source, output, mesh=None, tokenizer=None, **config):
     """Loads the model on a mesh and writes it."""
     loading = Loading(source, mesh or {})
-    tokenizer = SimpleNamespace(bos_id=0, eos_id=1, save=tokenizers.Bytes(CHATML, ()).save)
+    tokenizer = tokenizer or tokenizers.Bytes(CHATML, ())
     parts = loading.parts
     exporter = Exporter(
         ExportConfig(**config), loading.config, parts.axes, parts.shapes, tokenizer, {1, 7}
@@ -173,6 +174,21 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
     assert set(after.sampling.stop_ids) == set(before.sampling.stop_ids) | {one.eos_id, end}
     generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
     assert generation['eos_token_id'] == sorted({1, 7, one.eos_id, end})
+
+
+@pytest.mark.parametrize(
+    'name, kind',
+    [('tokenizer.model', 'LlamaTokenizer'), ('tokenizer.json', 'PreTrainedTokenizerFast')],
+)
+def test_an_export_says_what_in_transformers_reads_its_tokenizer(source, tmp_path, name, kind):
+    def save(directory):
+        (directory / name).write_text('{}')
+        (directory / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+
+    tokenizer = SimpleNamespace(bos_id=None, eos_id=1, save=save)
+    path = write(source, tmp_path / 'out', tokenizer=tokenizer)
+    said = json.loads((path / 'tokenizer_config.json').read_text())
+    assert said == {'eos_token': '</s>', 'tokenizer_class': kind}
 
 
 def test_what_is_there_is_not_overwritten(cli, source, tmp_path, monkeypatch):
@@ -373,3 +389,10 @@ def test_what_each_family_would_lose_is_listed(name, config):
 def test_a_model_that_names_its_family_is_told_what_that_one_lacks():
     with pytest.raises(ConfigError, match=r'family llama cannot(.|\n)*llama: block\.qk_norm$'):
         write_config(model(dict(qk_norm=True), family='llama'))
+
+
+def test_others_put_bos_in_front_of_a_text_as_we_do(source, tmp_path):
+    written = write(source, tmp_path / 'out') / 'tokenizer.json'
+    assert tokenizers_library.Tokenizer.from_file(str(written)).encode('a').ids == [0, 99]
+    assert tokenizers.load(tmp_path / 'out').bos_id == 0
+    assert tokenizers.load(tmp_path / 'out').encode('a') == [99]

@@ -156,15 +156,16 @@ class Exporter:
         _write_json(directory / GENERATION, ids)
         self._tokenizer.save(directory)
         _put_bos_in_front(directory / 'tokenizer.json', self._tokenizer)
-        # What transformers needs to know to take tokenizer.json as it is.
-        said = read_json(directory / TOKENIZER) | {'tokenizer_class': _tokenizer_class(directory)}
+        said = read_json(directory / TOKENIZER) | _reader(directory, self._tokenizer)
         _write_json(directory / TOKENIZER, said)
 
 
-def _tokenizer_class(directory: Path) -> str:
-    """What in transformers reads the vocabulary of a directory: one of SentencePiece, or any."""
-    is_sentencepiece = (directory / 'tokenizer.model').exists()
-    return 'LlamaTokenizer' if is_sentencepiece else 'PreTrainedTokenizerFast'
+def _reader(directory: Path, tokenizer) -> dict:
+    """What transformers needs to know to take the vocabulary of a directory as it is."""
+    if not (directory / 'tokenizer.model').exists():
+        return {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    # One of SentencePiece does not say itself whether texts begin with bos.
+    return {'tokenizer_class': 'LlamaTokenizer', 'add_bos_token': tokenizer.bos_id is not None}
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:

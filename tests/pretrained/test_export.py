@@ -177,18 +177,24 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name, kind',
-    [('tokenizer.model', 'LlamaTokenizer'), ('tokenizer.json', 'PreTrainedTokenizerFast')],
+    'name, bos_id, expected',
+    [
+        ('tokenizer.model', None, dict(tokenizer_class='LlamaTokenizer', add_bos_token=False)),
+        ('tokenizer.model', 1, dict(tokenizer_class='LlamaTokenizer', add_bos_token=True)),
+        ('tokenizer.json', None, dict(tokenizer_class='PreTrainedTokenizerFast')),
+    ],
 )
-def test_an_export_says_what_in_transformers_reads_its_tokenizer(source, tmp_path, name, kind):
+def test_an_export_says_how_transformers_reads_its_tokenizer(
+    source, tmp_path, name, bos_id, expected
+):
     def save(directory):
         (directory / name).write_text('{}')
         (directory / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
 
-    tokenizer = SimpleNamespace(bos_id=None, eos_id=1, save=save)
+    tokenizer = SimpleNamespace(bos_id=bos_id, eos_id=1, save=save)
     path = write(source, tmp_path / 'out', tokenizer=tokenizer)
     said = json.loads((path / 'tokenizer_config.json').read_text())
-    assert said == {'eos_token': '</s>', 'tokenizer_class': kind}
+    assert said == {'eos_token': '</s>'} | expected
 
 
 def test_what_is_there_is_not_overwritten(cli, source, tmp_path, monkeypatch):

@@ -69,8 +69,9 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
     values = _run_file(config_argument, problems)
     overrides = list(overrides)
     named = [text.partition('=')[2] for text in overrides if text.startswith('init_from=')]
+    tokenizer = None
     if named[-1] if named else values.get('init_from'):
-        _yield_to_inherited(values)
+        tokenizer = _yield_to_inherited(values)
     for text in overrides:
         try:
             override = overriding.parse(text)
@@ -80,7 +81,7 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
             refusals.append(f'{error} (given by --config.{text})')
     values = overriding.plain(values, (), problems)
     if isinstance(values.get('init_from'), str) and values['init_from']:
-        _inherit(values)
+        _inherit(values, tokenizer)
     elif 'init_from' in values and 'model' not in values:
         raise ConfigError('config.init_from is empty: which model? --config.init_from=PATH')
     _take_adapter(values)
@@ -93,8 +94,8 @@ _NOT_INHERITED = (
 )
 
 
-def _yield_to_inherited(values: dict) -> None:
-    """Takes out of a file's values what the model of `init_from` decides: what the weights are.
+def _yield_to_inherited(values: dict) -> dict:
+    """Takes out of a file's values what the model of `init_from` decides -> its tokenizer.
 
     So any config can start from any model. What the command line says later is said of the
     inherited values, not of those of the file, nor of defaults.
@@ -104,10 +105,13 @@ def _yield_to_inherited(values: dict) -> None:
         values['model'] = {key: model[key] for key in _NOT_INHERITED if key in model}
     is_trained = isinstance(tokenizer, dict) and tokenizer.get('name', 'file') != 'file'
     values['tokenizer'] = {} if is_trained else tokenizer
+    return tokenizer
 
 
-def _inherit(values: dict) -> None:
+def _inherit(values: dict, tokenizer: dict) -> None:
     """Fills in what the model that `init_from` names says of itself, where `values` does not.
+
+    tokenizer: that of the file, for a model that brings none.
 
     Raises:
         MissingInputError, DataError: there is none, or it is not one that we read.
@@ -116,10 +120,20 @@ def _inherit(values: dict) -> None:
         earlier = _said_by(values['init_from'])
     except (MissingInputError, DataError) as error:
         raise type(error)(f'config.init_from: {error}') from None
+    except OSError as error:  # not even a name that the system can look for
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else MissingInputError
+        name = values['init_from']
+        raise kind(f'config.init_from: {name} cannot be read: {error.strerror}') from None
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
             values[group] = _merged(theirs, ours)
+    values['tokenizer'] = values['tokenizer'] or tokenizer
+    if not values['tokenizer']:
+        raise ConfigError(
+            'config.tokenizer is required: the model of init_from brings none; '
+            '--config.tokenizer.name=file --config.tokenizer.path=PATH'
+        )
     if earlier['model'].get('lora'):
         _keep_adapters(values['model'], earlier['model']['lora'])
 
@@ -343,5 +357,5 @@ def _read_json(path: str | os.PathLike) -> dict:
         return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError:
         raise MissingInputError(f'{path}: no such file') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f'{path}: not a config in JSON: {error}') from None

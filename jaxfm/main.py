@@ -5,6 +5,7 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 """
 
 import argparse
+import errno
 import glob
 import math
 import os
@@ -115,6 +116,10 @@ def main(argv: list[str]) -> int:
         return _report(NumericsError(f'out of memory on the host: {error}'))
     except KeyboardInterrupt:
         return 130
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which any path of a command line may be
+            raise
+        return _report(MissingInputError(f'{error.filename}: {error.strerror}'))
     except Exception as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -141,6 +146,10 @@ def _check_mode(flags, config) -> None:
         raise ConfigError(
             f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
             'config.data and config.optimizer, as configs/sft.py has'
+        )
+    if flags.mode == 'train' and config.model.lora and not config.init_from:
+        raise ConfigError(
+            'config.model.lora adapts a model that is trained already: config.init_from must name it'
         )
     if flags.mode == 'export':
         if flags.output is None:

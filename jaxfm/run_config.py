@@ -149,8 +149,8 @@ def _model_divides(model, mesh) -> list[str]:
 
 def _adapters_fit(model, init_from, export) -> list[str]:
     sentences = []
-    if model.lora and not init_from:
-        sentences.append('model.lora adapts a model that is trained already: init_from must name it')
+    if model.lora and model.lora.path and not init_from:
+        sentences.append('model.lora.path is an adapter of a model: init_from must name that one')
     if export.adapters == 'peft' and not model.lora:
         sentences.append('export.adapters is peft, but model.lora gives the model no adapters')
     return sentences

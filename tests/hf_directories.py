@@ -27,6 +27,8 @@ LLAMA = {
     'bos_token_id': 0,
     'eos_token_id': 1,
 }
+# JSON that no reader follows to its end.
+DEEP = '{"model":' * 100_000
 
 
 def shapes_of(hf: dict) -> dict[str, tuple[int, ...]]:

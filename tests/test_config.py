@@ -645,6 +645,9 @@ def test_a_record_that_is_missing_damaged_or_of_another_version_says_so(tmp_path
     path.write_text('{"steps": ')
     with pytest.raises(errors.DataError, match='not a config in JSON'):
         config.read(path)
+    path.write_text('[' * 100_000)
+    with pytest.raises(errors.DataError, match='not a config in JSON: .*recursion'):
+        config.read(path)
     path.write_text('[]')
     with pytest.raises(errors.ConfigError, match='must be a group of keys'):
         config.read(path)

@@ -42,6 +42,11 @@ FIRST_STAGE = {
     'nothing to sample from': (['--mode=sample'], 66, ['holds no run to sample']),
     'nobody to talk to': (['--mode=chat'], 66, ['holds no run to chat']),
     'nothing to evaluate': (['--mode=eval'], 66, ['holds no run to eval']),
+    'a work directory of too long a name': (
+        [f'--workdir={"a" * 300}'],
+        66,
+        ['config.json: File name too long'],
+    ),
 }
 
 

@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[bytes, dict]:
     try:
         vocabulary = _vocabulary(metadata)
         make = {'gpt2': _byte_level, 'llama': _sentencepiece}
-        kind = vocabulary.said.get('model')
+        kind = _text(vocabulary.said, 'model', '')
         if kind not in make:
             raise DataError(f'has a tokenizer of the kind {kind!r}; read are {", ".join(make)}')
         backend, add_bos = make[kind](vocabulary)
@@ -138,11 +138,10 @@ def _vocabulary(metadata: dict) -> Vocabulary:
         raise DataError('has no tokenizer: no tokenizer.ggml.tokens')
     kinds = said.get('token_type')
     if kinds is None:  # in old files
-        special = {said.get(role) for role in _ROLES.values()}
+        special = [said.get(role) for role in _ROLES.values()]
         kinds = [_CONTROL if i in special else _NORMAL for i in range(len(tokens))]
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise DataError(f'is damaged: its {len(tokens)} tokens do not have a type each')
-    architecture = metadata.get('general.architecture', '')
+    _check_numbers('token_type', kinds, len(tokens))
+    architecture = str(metadata.get('general.architecture', ''))
     if architecture.startswith('gemma'):
         # Runs of spaces are called user-defined and spelled as spaces, but merged like words.
         runs = [i for i, token in enumerate(tokens) if len(token) > 1 and not token.strip(' ')]
@@ -157,7 +156,7 @@ def _vocabulary(metadata: dict) -> Vocabulary:
 
 def _byte_level(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
     """A backend, and whether documents begin with a token for it."""
-    name = vocabulary.said.get('pre', 'default')
+    name = _text(vocabulary.said, 'pre', 'default')
     if name not in PRE_NAMES:
         raise DataError(
             f'cuts text by the rule {name!r} (tokenizer.ggml.pre); known are {", ".join(PRE_NAMES)}'
@@ -205,8 +204,7 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     scores = vocabulary.said.get('scores')
     if vocabulary.architecture.startswith('gemma'):
         scores = [-i for i in range(count)]
-    if not isinstance(scores, list) or len(scores) != count:
-        raise DataError(f'is damaged: its {count} tokens do not have a score each')
+    _check_numbers('scores', scores, count)
     ids = vocabulary.ids
     words = set(vocabulary.of_kind(_NORMAL))
     pairs = [
@@ -256,6 +254,22 @@ def _roles(vocabulary: Vocabulary) -> dict:
             )
         roles[role] = vocabulary.tokens[i]
     return roles
+
+
+def _check_numbers(key: str, values, count: int) -> None:
+    """DataError where values of a key are not a number for each of `count` tokens."""
+    is_right = isinstance(values, list) and len(values) == count
+    if not is_right or not all(isinstance(value, int | float) for value in values):
+        raise DataError(
+            f'is damaged: its {count} tokens do not have a number each in tokenizer.ggml.{key}'
+        )
+
+
+def _text(said: dict, key: str, default: str) -> str:
+    text = said.get(key, default)
+    if not isinstance(text, str):
+        raise DataError(f'is damaged: tokenizer.ggml.{key} is no text')
+    return text
 
 
 def _texts(said: dict, key: str) -> list[str]:

@@ -68,7 +68,7 @@ def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> d
         config = _config_beside(vocabulary)
     given = {'bos_token': bos_token, 'eos_token': eos_token, 'pattern': pattern}
     config |= {key: value for key, value in given.items() if value}
-    kind = config.pop('tokenizer_class', '')
+    kind = str(config.pop('tokenizer_class', ''))
     if bos_token:
         config.pop('add_bos_token', None)
     if name.endswith('.gguf'):
@@ -113,7 +113,7 @@ def parse_json(content: bytes, name) -> dict:
     """An object of JSON; DataError, with the name of the file, for anything else."""
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
         raise DataError(f'{name} is damaged: {error}') from error
     if not isinstance(value, dict):
         raise DataError(f'{name}: an object is expected, not a {type(value).__name__}')
@@ -199,10 +199,18 @@ def _template(said, vocabulary: Path) -> str:
     """The default one where there are several by name; a file of its own goes before."""
     if found := _existing(vocabulary.with_name('chat_template.jinja')):
         return read_bytes(found).decode('utf-8', 'replace')
-    if isinstance(said, list):
-        named = {entry['name']: entry['template'] for entry in said}
-        return named.get('default', next(iter(named.values()), ''))
-    return said or ''
+    entries = said if isinstance(said, list) else [{'name': 'default', 'template': said or ''}]
+    named = {}
+    for entry in entries:
+        match entry:
+            case {'name': str(name), 'template': str(template)}:
+                named[name] = template
+            case _:
+                raise DataError(
+                    f'{vocabulary.with_name(CONFIG)}: chat_template must be a text, or a list of '
+                    'objects that have a name and a template'
+                )
+    return named.get('default', next(iter(named.values()), ''))
 
 
 def _tiktoken_config(config: dict, path: Path) -> dict:

@@ -144,7 +144,9 @@ def read_json(path: Path) -> dict:
         raise MissingInputError(f'{path} is missing') from None
     except PermissionError:
         raise PermissionDeniedError(f'{path} may not be read') from None
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from None
+    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
         raise DataError(f'{path} is damaged: {error}') from None
     if not isinstance(value, dict):
         raise DataError(f'{path} is damaged: an object is expected, not a {type(value).__name__}')

@@ -167,9 +167,16 @@ class Exporter:
         _write_json(directory / GENERATION, ids)
         self._tokenizer.save(directory)
         _put_bos_in_front(directory / 'tokenizer.json', self._tokenizer)
-        # What transformers needs to know to take tokenizer.json as it is.
-        said = read_json(directory / TOKENIZER) | {'tokenizer_class': 'PreTrainedTokenizerFast'}
+        said = read_json(directory / TOKENIZER) | _reader(directory, self._tokenizer)
         _write_json(directory / TOKENIZER, said)
+
+
+def _reader(directory: Path, tokenizer) -> dict:
+    """What transformers needs to know to take the vocabulary of a directory as it is."""
+    if not (directory / 'tokenizer.model').exists():
+        return {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    # One of SentencePiece does not say itself whether texts begin with bos.
+    return {'tokenizer_class': 'LlamaTokenizer', 'add_bos_token': tokenizer.bos_id is not None}
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:

@@ -2,9 +2,12 @@
 
 It names modules as Hugging Face does and has two matrices a module and layer, lora_A [r, inputs]
 and lora_B [outputs, r]. A fused module (Phi-3's qkv_proj) has one pair for several matrices of
-ours: they share A, and each takes its rows of B. No jax, so that a config can be checked with it.
+ours: they share A, and each takes its rows of B. There modules may differ in rank and scale, ours
+have the largest rank and one scale: the rest of a smaller one is zeros, and what its scale differs
+by goes into B. No jax, so that a config can be checked with it.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,13 +29,46 @@ _NAME = re.compile(r'base_model\.model\.(.+)\.lora_([AB])\.weight')
 
 # What would change the outputs and we do not have: refused unless it is empty or false.
 _REFUSED = (
-    *('rank_pattern', 'alpha_pattern', 'modules_to_save', 'layers_to_transform'),
-    *('layer_replication', 'trainable_token_indices', 'target_parameters', 'fan_in_fan_out'),
+    *('modules_to_save', 'layers_to_transform', 'layer_replication'),
+    *('trainable_token_indices', 'target_parameters', 'fan_in_fan_out'),
     *('use_dora', 'use_qalora', 'use_bdlora', 'lora_bias', 'alora_invocation_tokens'),
     *('arrow_config', 'kasa_config', 'velora_config', 'monteclora_config'),
 )
 # Of the ways to begin, those that leave the weights of the model as they are.
 _BEGINNINGS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
+# Of rank_pattern and alpha_pattern, regular expressions of anybody's, those that are mere names.
+_MODULE = re.compile(r'\^?[\w.]+')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaling:
+    """Rank and scale of every module, as an adapter_config.json says them."""
+
+    rank: int
+    alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    by_root: bool  # rsLoRA: alpha / sqrt(rank)
+
+    def rank_of(self, module: str) -> int:
+        return self.rank_pattern.get(_key(self.rank_pattern, module), self.rank)
+
+    def scale_of(self, module: str) -> float:
+        alpha = self.alpha_pattern.get(_key(self.alpha_pattern, module), self.alpha)
+        return self._scale(alpha, self.rank_of(module))
+
+    def alpha_at(self, rank: int) -> float:
+        """That of ours, which at this rank gives modules without a pattern their scale."""
+        alpha = self.alpha * math.sqrt(self.rank) if self.by_root else float(self.alpha)
+        return alpha * (rank / self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _key(pattern: Mapping[str, float], module: str) -> str | None:
+    """The first key of a pattern that is a module or ends it, found as PEFT finds it."""
+    return next((key for key in pattern if re.match(rf'(.*\.)?({key})$', module)), None)
 
 
 def describe(directory: str | Path) -> dict:
@@ -43,16 +79,19 @@ def describe(directory: str | Path) -> dict:
         DataError: it is damaged, or has what we cannot express: with the names.
     """
     directory = Path(directory)
-    config = read_json(directory / CONFIG)
-    rank, alpha = _checked(config, directory / CONFIG)
-    targets = {target for module in _modules(_open(directory)) for target in _targets(module)}
+    scaling = _read_scaling(directory / CONFIG)
+    tensors = _open(directory)
+    modules = _modules(tensors)
+    _check_ranks(tensors, scaling, directory)
+    targets = {target for module in modules for target in _targets(module)}
     alone = {'mlp/gate_up/0', 'mlp/gate_up/1'} - targets
     if len(alone) == 1:
         raise DataError(f'{directory}: gate_proj and up_proj have adapters together or not at all')
     names = {target.removesuffix('/0').removesuffix('/1') for target in targets}
+    rank = max(map(scaling.rank_of, modules))
     return {
         'rank': rank,
-        'alpha': alpha * math.sqrt(rank) if config.get('use_rslora') else float(alpha),
+        'alpha': scaling.alpha_at(rank),
         'targets': [name for name in TARGETS if name in names],
     }
 
@@ -71,17 +110,20 @@ def read(
         DataError: adapters that are missing, of other layers, of another shape or not finite.
     """
     directory = Path(directory)
+    scaling = _read_scaling(directory / CONFIG)
     tensors = _open(directory)
     expected = _expected(layout, lora)
-    _check_tensors(tensors, expected, directory)
+    _check_tensors(tensors, expected, scaling, directory)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for module, parts in expected.items():
         a, b = (tensors.read(_tensor(module, half)).astype(np.float32) for half in 'AB')
+        b *= np.float32(scaling.scale_of(module) / lora.scale)
+        rank = len(a)
         for part in parts:
             ours_a, ours_b = _halves(arrays, part)
             rows = b[part.start : part.start + part.shape[0]]
-            ours_a[...] = a.T.reshape(ours_a.shape)
-            ours_b[...] = rows.T.reshape(ours_b.shape)
+            ours_a[..., :rank] = a.T.reshape(*ours_a.shape[:-1], rank)
+            ours_b[:rank] = rows.T.reshape(rank, *ours_b.shape[1:])
     damaged = sorted(path for path, array in arrays.items() if not np.isfinite(array).all())
     if damaged:
         raise DataError(f'{directory / WEIGHTS} has values that are not finite: {listed(damaged)}')
@@ -133,8 +175,9 @@ def write(
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + '\n', 'utf-8')
 
 
-def _checked(config: dict, where: Path) -> tuple[int, float]:
-    """Rank and alpha of an adapter_config.json that has nothing which we do not."""
+def _read_scaling(where: Path) -> _Scaling:
+    """What an adapter_config.json says, if it has nothing that we have not."""
+    config = read_json(where)
     if config.get('peft_type') != 'LORA':
         raise DataError(f'{where}: peft_type is {config.get("peft_type")!r}, LORA is supported')
     refused = [name for name in _REFUSED if config.get(name)]
@@ -145,11 +188,37 @@ def _checked(config: dict, where: Path) -> tuple[int, float]:
         named = listed([f'{name} {config[name]!r}' for name in refused])
         raise DataError(f'{where}: {named} is not supported')
     rank, alpha = config.get('r'), config.get('lora_alpha')
-    if type(rank) is not int or rank < 1:
+    if not _is_rank(rank):
         raise DataError(f'{where}: r must be a whole number of at least 1, got {rank!r}')
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if not _is_alpha(alpha):
         raise DataError(f'{where}: lora_alpha must be a number above 0, got {alpha!r}')
-    return rank, alpha
+    ranks, alphas = (config.get(name) or {} for name in ('rank_pattern', 'alpha_pattern'))
+    _check_pattern('rank_pattern', ranks, _is_rank, where)
+    _check_pattern('alpha_pattern', alphas, _is_alpha, where)
+    return _Scaling(rank, alpha, ranks, alphas, by_root=bool(config.get('use_rslora')))
+
+
+def _is_rank(value) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_alpha(value) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _check_pattern(name: str, pattern, is_right, where: Path) -> None:
+    if not isinstance(pattern, dict):
+        raise DataError(f'{where}: {name} must be an object, got {pattern!r}')
+    wrong = [
+        f'{key!r}: {value!r}'
+        for key, value in pattern.items()
+        if not (_MODULE.fullmatch(key) and is_right(value))
+    ]
+    if wrong:
+        raise DataError(
+            f'{where}: {name} {listed(wrong)} is not supported: give each module by its name, or '
+            'the end of it, and a number above 0'
+        )
 
 
 def _open(directory: Path) -> SafetensorsFiles:
@@ -214,17 +283,31 @@ def _expected(layout, lora: LoraConfig) -> dict[str, list]:
     return found
 
 
-def _check_tensors(tensors: SafetensorsFiles, expected: dict, directory: Path) -> None:
+def _check_ranks(tensors: SafetensorsFiles, scaling: _Scaling, directory: Path) -> None:
+    """Whether matrices are of the rank that the config says."""
+    wrong = []
+    for name, shape in sorted(tensors.shapes.items()):
+        module, half = _NAME.fullmatch(name).groups()
+        rank = scaling.rank_of(module)
+        if len(shape) != 2 or shape['AB'.index(half)] != rank:
+            wrong.append(f'{name} is {list(shape)}, of rank {rank}')
+    if wrong:
+        raise DataError(f'{directory / WEIGHTS} is not what {CONFIG} says: {listed(wrong)}')
+
+
+def _check_tensors(
+    tensors: SafetensorsFiles, expected: dict, scaling: _Scaling, directory: Path
+) -> None:
     shapes = {}
     for module, parts in expected.items():
-        shapes[_tensor(module, 'A')] = parts[0].shape[1]
-        shapes[_tensor(module, 'B')] = max(part.start + part.shape[0] for part in parts)
+        rank = scaling.rank_of(module)
+        shapes[_tensor(module, 'A')] = (rank, parts[0].shape[1])
+        shapes[_tensor(module, 'B')] = (max(part.start + part.shape[0] for part in parts), rank)
     there = tensors.shapes
-    rank = {there[name][0] for name in there if '.lora_A.' in name}
     wrong = [
-        f'{name} is {list(there[name])}'
-        for name, size in shapes.items()
-        if name in there and there[name] != _shape(name, size, min(rank))
+        f'{name} is {list(there[name])}, not {list(shape)}'
+        for name, shape in shapes.items()
+        if there.get(name, shape) != shape
     ]
     problems = {
         'missing': sorted(shapes.keys() - there.keys()),
@@ -234,10 +317,6 @@ def _check_tensors(tensors: SafetensorsFiles, expected: dict, directory: Path) -
     lines = [f'{what}: {listed(names)}' for what, names in problems.items() if names]
     if lines:
         raise DataError(f'{directory} is no adapter of this model; ' + '; '.join(lines))
-
-
-def _shape(name: str, size: int, rank: int) -> tuple[int, int]:
-    return (rank, size) if '.lora_A.' in name else (size, rank)
 
 
 def _halves(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:

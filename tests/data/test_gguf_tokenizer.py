@@ -278,12 +278,23 @@ BAD = {
     'kind': (dict(model='rwkv'), "a tokenizer of the kind 'rwkv'; read are gpt2, llama"),
     'no tokens': (dict(tokens=None), 'has no tokenizer: no tokenizer.ggml.tokens'),
     'numbers': (dict(tokens=[1, 2]), 'tokenizer.ggml.tokens is no list of texts'),
-    'types': (dict(token_type=[1, 1]), 'its 261 tokens do not have a type each'),
+    'types': (dict(token_type=[1, 1]), 'its 261 tokens do not have a number each in .*token_type'),
+    'types of text': (dict(token_type=['a'] * 261), r'a number each in tokenizer.ggml.token_type'),
     'twice': (dict(tokens=['a', 'b', 'a'], token_type=[1] * 3), 'tokens are there twice: a'),
     'merge': (dict(merges=['h e', 'hello']), 'tokenizer.ggml.merges is not a pair of tokens'),
     'unknown merge': (dict(merges=['h zzz']), 'its tokens and merges do not fit: .*zzz'),
     'eos': (dict(eos_token_id=261), 'tokenizer.ggml.eos_token_id is 261, of 261 tokens'),
-    'scores': (dict(model='llama'), 'its 261 tokens do not have a score each'),
+    'eos in an old file': (
+        dict(eos_token_id=[1, 2], token_type=None),
+        r'tokenizer.ggml.eos_token_id is \[1, 2\], of 261 tokens',
+    ),
+    'scores': (dict(model='llama'), 'its 261 tokens do not have a number each in .*ggml.scores'),
+    'scores of text': (
+        dict(model='llama', scores=['high'] * 261),
+        'its 261 tokens do not have a number each in tokenizer.ggml.scores',
+    ),
+    'several kinds': (dict(model=['gpt2', 'llama']), 'tokenizer.ggml.model is no text'),
+    'several rules': (dict(pre=['gpt-2']), 'tokenizer.ggml.pre is no text'),
 }
 
 

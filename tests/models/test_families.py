@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from jaxfm import optimizer, sharding, state
 from jaxfm.models import TransformerConfig
 from jaxfm.models.families import FAMILIES
-from jaxfm.models.families.base import read_config, write_config
+from jaxfm.models.families.base import blocks_of, read_config, write_config
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
@@ -224,6 +224,27 @@ def test_what_is_written_has_the_types_that_transformers_wants(model):
     written = json.loads(json.dumps(write_config(model.config)))
     for name in hf.keys() & written.keys():
         assert type(written[name]) is type(hf[name]) or None in (written[name], hf[name]), name
+
+
+@pytest.mark.parametrize(
+    'changes, with_window',
+    [
+        ({}, [3, 7]),
+        (dict(no_rope_layers=[1, 0, 1, 1, 0, 1, 1, 1]), [1, 4]),
+        (dict(no_rope_layer_interval=3), [2, 5]),
+        (dict(use_sliding_window=False), []),
+        (dict(sliding_window=None), []),
+        (dict(layer_types=['sliding_attention'] * 2 + ['full_attention'] * 6), [0, 1]),
+    ],
+    ids=str,
+)
+def test_the_window_of_smollm3_is_that_of_the_layers_without_rope(changes, with_window):
+    hf = json.loads((goldens.Golden('smollm3').path / 'config.json').read_text())
+    hf = {key: value for key, value in hf.items() if key not in ('layer_types', 'no_rope_layers')}
+    hf |= dict(num_hidden_layers=8, use_sliding_window=True, sliding_window=16, max_window_layers=2)
+    model = TransformerConfig.model_validate(read_config(hf | changes))
+    windows = [block.window for block in blocks_of(model)]
+    assert windows == [16 if layer in with_window else 0 for layer in range(8)]
 
 
 def test_every_family_has_a_golden():

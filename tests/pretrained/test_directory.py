@@ -21,7 +21,7 @@ from jaxfm import main
 from jaxfm.errors import DataError
 from jaxfm.pretrained.directory import open_directory
 from jaxfm.pretrained.locate import open_pretrained, values_of
-from tests.hf_directories import LLAMA, random_tensors, write_json, write_model
+from tests.hf_directories import DEEP, LLAMA, random_tensors, write_json, write_model
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
@@ -109,6 +109,16 @@ FIRST_STAGE = {
     'no config': (removed('config.json'), 66, ['no config.json']),
     'config is no JSON': (written('config.json', '{"a": '), 65, ['config.json', 'damaged']),
     'config is no UTF-8': (written('config.json', b'\xff\xfe'), 65, ['config.json', 'damaged']),
+    'config is nested without end': (
+        written('config.json', DEEP),
+        65,
+        ['config.json is damaged', 'recursion'],
+    ),
+    'config is a directory': (
+        lambda path: [removed('config.json')(path), (path / 'config.json').mkdir()],
+        66,
+        ['no config.json'],
+    ),
     'config is a list': (written('config.json', '[1]'), 65, ['config.json', 'not a list']),
     'generation config is damaged': (
         written('generation_config.json', '{'),
@@ -225,6 +235,7 @@ FIRST_STAGE = {
     'an index of nothing': (indexed({}), 65, [INDEX, 'weight_map']),
     'an index that is a list': (indexed([UP_PROJ]), 65, [INDEX, 'weight_map']),
     'an index that is no JSON': (written(INDEX, 'weights'), 65, [INDEX, 'damaged']),
+    'an index that is nested without end': (written(INDEX, DEEP), 65, [INDEX, 'damaged']),
     'weights in a pickle': (pickled, 65, ['pytorch_model.bin', 'never loaded']),
     'code of its own': (bringing_code, 65, ['never run', 'auto_map']),
 }
@@ -449,7 +460,15 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
         ('tokenizer.json', '{"a": 1}', ['tokenizer']),
         ('tokenizer_config.json', '[]', ['tokenizer_config.json', 'object']),
         ('tokenizer_config.json', '{"eos_token": "<|nowhere|>"}', ['<|nowhere|>']),
+        ('tokenizer_config.json', '{"tokenizer_class": [1]}', ['eos_token']),
+        ('tokenizer.json', DEEP, ['tokenizer.json']),
+        ('tokenizer_config.json', DEEP, ['tokenizer_config.json is damaged', 'recursion']),
+        *(
+            ('tokenizer_config.json', f'{{"chat_template": {said}}}', ['chat_template must be'])
+            for said in ('[{"name": "default"}]', '[{"template": "a"}]', '["a"]', '{"a": 1}', '3')
+        ),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_a_damaged_tokenizer_is_told(refused, name, content, words):
     code, out, error = refused(written(name, content))

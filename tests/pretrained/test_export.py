@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -47,10 +48,10 @@ def source(tmp_path_factory):
     return path
 
 
-def write(source, output, mesh=None, **config):
+def write(source, output, mesh=None, tokenizer=None, **config):
     """Loads the model on a mesh and writes it."""
     loading = Loading(source, mesh or {})
-    tokenizer = tokenizers.Bytes(CHATML, ())
+    tokenizer = tokenizer or tokenizers.Bytes(CHATML, ())
     parts = loading.parts
     exporter = Exporter(
         ExportConfig(**config), loading.config, parts.axes, parts.shapes, tokenizer, {1, 7}
@@ -173,6 +174,27 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
     assert set(after.sampling.stop_ids) == set(before.sampling.stop_ids) | {one.eos_id, end}
     generation = json.loads((tmp_path / 'out' / 'generation_config.json').read_text())
     assert generation['eos_token_id'] == sorted({1, 7, one.eos_id, end})
+
+
+@pytest.mark.parametrize(
+    'name, bos_id, expected',
+    [
+        ('tokenizer.model', None, dict(tokenizer_class='LlamaTokenizer', add_bos_token=False)),
+        ('tokenizer.model', 1, dict(tokenizer_class='LlamaTokenizer', add_bos_token=True)),
+        ('tokenizer.json', None, dict(tokenizer_class='PreTrainedTokenizerFast')),
+    ],
+)
+def test_an_export_says_how_transformers_reads_its_tokenizer(
+    source, tmp_path, name, bos_id, expected
+):
+    def save(directory):
+        (directory / name).write_text('{}')
+        (directory / 'tokenizer_config.json').write_text('{"eos_token": "</s>"}')
+
+    tokenizer = SimpleNamespace(bos_id=bos_id, eos_id=1, save=save)
+    path = write(source, tmp_path / 'out', tokenizer=tokenizer)
+    said = json.loads((path / 'tokenizer_config.json').read_text())
+    assert said == {'eos_token': '</s>'} | expected
 
 
 def test_what_is_there_is_not_overwritten(cli, source, tmp_path, monkeypatch):

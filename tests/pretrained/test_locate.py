@@ -47,6 +47,11 @@ def test_what_is_no_model_is_told_with_what_there_is(models, name, kind, words):
         configs.load(PRETRAINED, [f'init_from={models / name}'])
 
 
+def test_a_name_that_is_too_long_is_told():
+    with pytest.raises(MissingInputError, match='config.init_from: aaa.*: File name too long'):
+        configs.load(PRETRAINED, [f'init_from={"a" * 300}'])
+
+
 def test_a_gguf_beside_a_config_is_the_model(models, tmp_path):
     (tmp_path / 'model.gguf').write_bytes(b'no GGUF')
     (tmp_path / 'config.json').write_text('{"model_type": "llama"}')

@@ -22,6 +22,7 @@ from jaxfm.pretrained import ExportConfig, peft
 from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
+from tests.hf_directories import DEEP
 from tests.models import goldens
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -55,6 +56,19 @@ class Model:
     @functools.cached_property
     def adapters(self):
         return load_adapters(self.config, self.parts.axes, self.parts.shapes)
+
+    def logits(self, adapters):
+        """Of the tokens of the base's golden."""
+        tokens, mask = (self.base.arrays[name][0] for name in ('inputs', 'attention_mask'))
+        positions = np.broadcast_to(np.arange(mask.shape[1], dtype=np.int32), mask.shape)
+
+        @jax.jit
+        def forward(params):
+            merged = self.parts.merge(params)
+            hidden, _ = merged(tokens.astype(np.int32), positions, mask.astype(np.int32))
+            return logits(hidden, merged.unembed())[..., : self.config.vocab_size]
+
+        return np.asarray(forward(self.weights | adapters))[mask > 0]
 
     def export(self, adapters, directory):
         """Writes adapters as a run would."""
@@ -183,13 +197,11 @@ def test_a_fused_module_has_its_parts_as_blocks_once_they_are_trained(phi3, targ
     trained.parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
     random = np.random.default_rng(0)
     adapters = {
-        path: jnp.asarray(random.normal(size=trained.parts.shapes[path].shape), jnp.float32)
+        path: jnp.asarray(random.normal(0, 0.1, trained.parts.shapes[path].shape), jnp.float32)
         for path in trained.parts.adapters
     }
-    directory = tmp_path / 'out'
-    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, save=lambda directory: None)
-    rest = (config, trained.parts.axes, trained.parts.shapes, tokenizer, frozenset([2]))
-    AdapterExporter(ExportConfig(), *rest, base='').write(phi3.weights | adapters, directory)
+    trained.base, directory = phi3.base, tmp_path / 'out'
+    trained.export(adapters, directory)
     written = json.loads((directory / peft.CONFIG).read_text())
     found = deltas(load_file(directory / peft.WEIGHTS), written)
     rank = config.lora.rank
@@ -212,6 +224,56 @@ def test_a_fused_module_has_its_parts_as_blocks_once_they_are_trained(phi3, targ
             rows.append(config.lora.scale * np.einsum('dr,rnh->nhd', a, b).reshape(size, -1))
         result = found[f'model.layers.{layer}.self_attn.qkv_proj']
         np.testing.assert_allclose(result, np.concatenate(rows), rtol=1e-5, atol=1e-5)
+    again = Model('phi3_lora', directory)
+    assert again.config.lora.rank == written['r']
+    expected = trained.logits(adapters)
+    np.testing.assert_allclose(again.logits(again.adapters), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - phi3.logits(phi3.adapters)).max() > 0.1
+
+
+def test_modules_of_several_ranks_and_scales_compute_what_peft_says(directory):
+    path = directory / peft.CONFIG
+    patterns = {
+        'rank_pattern': {'^model.layers.0.self_attn.q_proj': 2, 'q_proj': 3, 'other': 9},
+        'alpha_pattern': {'1.self_attn.v_proj': 5, 'v_proj': 16.0},
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | patterns))
+    random = np.random.default_rng(0)
+    spoil(directory, lambda tensors: tensors.update(_of_ranks(tensors, patterns, random)))
+    model = Model('llama3_lora', directory)
+    lora = model.config.lora
+    assert (lora.rank, lora.scale) == (4, 2)
+    tensors = load_file(directory / peft.WEIGHTS)
+    for layer in range(model.config.num_layers):
+        for target, name in (('q', 'q_proj'), ('v', 'v_proj')):
+            module = f'model.layers.{layer}.self_attn.{name}'
+            a, b = (tensors[f'base_model.model.{module}.lora_{half}.weight'] for half in 'AB')
+            rank = 4 if target == 'v' else 2 if layer == 0 else 3
+            alpha = 8 if target == 'q' else 5 if layer == 1 else 16
+            assert a.shape[0] == rank
+            ours = [_layer_of(model, f'attention/{target}_lora/{half}', layer) for half in 'ab']
+            found = lora.scale * np.einsum('dr,rnh->nhd', *ours).reshape(len(b), -1)
+            np.testing.assert_allclose(found, alpha / rank * b @ a, rtol=1e-5, atol=1e-5)
+
+
+def _of_ranks(tensors, patterns, random):
+    """Random tensors, of the queries of other ranks."""
+    found = {}
+    for name, value in tensors.items():
+        rank = 4 if '.v_proj.' in name else 2 if '.0.' in name else 3
+        shape = (rank, value.shape[1]) if '.lora_A.' in name else (len(value), rank)
+        found[name] = random.normal(size=shape).astype(np.float32)
+    return found
+
+
+def _layer_of(model, name, layer):
+    found = layer
+    for number, segment in enumerate(model.config.trunk):
+        size = len(segment.pattern)
+        if found < size * segment.repeats:
+            path = f'trunk/{number}/{found % size}/{name}'
+            return np.asarray(model.adapters[path][found // size])
+        found -= size * segment.repeats
 
 
 # What a config says of an adapter
@@ -274,8 +336,14 @@ def spoil(directory, change):
     [
         (dict(peft_type='IA3'), "peft_type is 'IA3'"),
         (dict(use_dora=True), 'use_dora True is not supported'),
-        (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'),
-        (dict(alpha_pattern={'q_proj': 2}), 'alpha_pattern'),
+        (dict(rank_pattern={'q_proj': 4, '.*v_proj': 4}), r"rank_pattern '\.\*v_proj': 4 is not"),
+        (dict(rank_pattern={'q_proj': 4.0}), "rank_pattern 'q_proj': 4.0 is not supported"),
+        (dict(rank_pattern=['q_proj']), r"rank_pattern must be an object, got \['q_proj'\]"),
+        (dict(alpha_pattern={'v_proj': 0}), "alpha_pattern 'v_proj': 0 is not supported"),
+        (dict(alpha_pattern={'q|v': 2}), "alpha_pattern 'q|v': 2 is not supported"),
+        (dict(r=3), r'not what adapter_config.json says: .*lora_A.weight is \[4, 32\], of rank 3'),
+        (dict(r=10**12), r'lora_A.weight is \[4, 32\], of rank 1000000000000'),
+        (dict(rank_pattern={'q_proj': 2}), r'q_proj.lora_A.weight is \[4, 32\], of rank 2'),
         (dict(modules_to_save=['lm_head']), r"modules_to_save \['lm_head'\]"),
         (dict(bias='all'), "bias 'all'"),
         (dict(layers_to_transform=[0], use_dora=True), r'layers_to_transform \[0\], use_dora True'),
@@ -310,9 +378,18 @@ def test_files_that_are_not_there_or_damaged_are_named(directory):
     (directory / peft.CONFIG).write_text('{')
     with pytest.raises(DataError, match='adapter_config.json'):
         peft.describe(directory)
+    (directory / peft.CONFIG).write_text(DEEP)
+    with pytest.raises(DataError, match='adapter_config.json is damaged: .*recursion'):
+        peft.describe(directory)
+    with pytest.raises(MissingInputError, match='cannot be read: File name too long'):
+        peft.describe('a' * 300)
 
 
 Q = 'base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight'
+
+
+def ones(*shape):
+    return np.ones(shape, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +407,9 @@ Q = 'base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight'
             'gate_proj and up_proj',
         ),
         (lambda t: t.clear(), 'no adapters'),
+        (lambda t: t.update({Q.format(1, 'A'): ones(2, 32)}), r'is \[2, 32\], of rank 4'),
+        (lambda t: t.update({Q.format(1, 'A'): ones()}), r'lora_A.weight is \[\], of rank 4'),
+        (lambda t: t.update({Q.format(1, 'B'): ones(32)}), r'lora_B.weight is \[32\], of rank 4'),
     ],
 )
 def test_adapters_of_other_things_are_refused(directory, change, message):
@@ -338,17 +418,17 @@ def test_adapters_of_other_things_are_refused(directory, change, message):
         peft.describe(directory)
 
 
-def ones(*shape):
-    return np.ones(shape, np.float32)
-
-
 @pytest.mark.parametrize(
     'change, message',
     [
         (lambda t: t.pop(Q.format(1, 'B')), r'missing: .*layers\.1\.self_attn\.q_proj\.lora_B'),
         (lambda t: t.update({Q.format(9, 'A'): ones(4, 32)}), r'not of this model: .*\.9\.'),
         (lambda t: t.update({Q.format(0, 'B'): ones(3, 4)}), 'misshapen: .*lora_B'),
-        (lambda t: t.update({Q.format(1, 'A'): ones(2, 32)}), 'misshapen: .*lora_A'),
+        (lambda t: t.update({Q.format(1, 'A'): ones(4, 31)}), r'misshapen: .*lora_A.*\[4, 31\]'),
+        (
+            lambda t: [t.pop(name) for name in list(t) if '.lora_A.' in name],
+            r'missing: .*layers\.1\.self_attn\.q_proj\.lora_A',
+        ),
         (lambda t: t[Q.format(0, 'B')].fill(np.nan), 'not finite: trunk/0/0/attention/q_lora/b'),
     ],
 )

@@ -4,6 +4,14 @@ from jaxfm.models.families.base import Family, blocks_of, rope
 from jaxfm.models.families.qwen2 import window, window_keys
 
 
+def _window(hf, layer, has_rope):
+    """Unlike Qwen 2, where no layer_types say otherwise the layers without RoPE have it."""
+    if hf.get('layer_types'):
+        return window(hf, layer)
+    is_sliding = hf.get('use_sliding_window') and not has_rope
+    return (hf.get('sliding_window') or 0) if is_sliding else 0
+
+
 def _block(hf, layer):
     bias = bool(hf.get('attention_bias'))
     period = hf.get('no_rope_layer_interval') or 4
@@ -15,7 +23,7 @@ def _block(hf, layer):
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(hf.get('mlp_bias')),
-        window=window(hf, layer),
+        window=_window(hf, layer, has_rope),
     )
 
 

@@ -400,6 +400,10 @@ def load_run(config_file):
             ],
             'evals.code.max_tokens 512 leaves no room for a prompt in sampling.max_length 512',
         ),
+        (
+            ["evals.export={'name': 'loss'}", 'export.every=10'],
+            'evals.export has the name of the export of every export.every 10 steps',
+        ),
         (['mesh.context=2'], 'config.mesh.context: must be 1: nothing is split along this axis'),
         (['mesh.expert=-1'], 'config.mesh.expert: must be 1: nothing is split along this axis'),
         (['mesh.fsdp=0'], 'config.mesh.fsdp: must be at least 1, or -1 for all remaining'),

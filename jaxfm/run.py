@@ -187,7 +187,6 @@ class Run:
             parts.shapes,
             self.tokenizer,
             stop_ids,
-            self.primary,
         )
         if config.export.adapters == 'peft':
             return AdapterExporter(*arguments, base=_base_of(config.init_from))

@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
     try:
         flags, overrides = parse(argv)
-        config = configs.load(flags.config, overrides)
+        config = configs.load(flags.config, overrides, workdir=flags.workdir)
         _check_mode(flags, config)
         _check_workdir(flags, config)
         if flags.mode in ('train', 'eval'):

@@ -58,8 +58,15 @@ def split_arguments(argv: Iterable[str]) -> tuple[str | None, list[str], list[st
     return config_argument, overrides, rest
 
 
-def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group] = RunConfig):
+def load(
+    config_argument: str,
+    overrides: Iterable[str] = (),
+    schema: type[Group] = RunConfig,
+    workdir: Path | None = None,
+):
     """The resolved config of `FILE[:ARG]` and the overrides of `split_arguments`.
+
+    workdir: a run that has begun there inherits what it did then.
 
     Raises:
         MissingInputError: there is no such file.
@@ -80,11 +87,12 @@ def load(config_argument: str, overrides: Iterable[str] = (), schema: type[Group
         except ConfigError as error:
             refusals.append(f'{error} (given by --config.{text})')
     values = overriding.plain(values, (), problems)
+    inherited = _read_inherited(workdir)
     if isinstance(values.get('init_from'), str) and values['init_from']:
-        _inherit(values, tokenizer)
+        _inherit(values, inherited, tokenizer)
     elif 'init_from' in values and 'model' not in values:
         raise ConfigError('config.init_from is empty: which model? --config.init_from=PATH')
-    _take_adapter(values)
+    _take_adapter(values, inherited)
     return _resolve(schema, values, problems, given, refusals, config_argument)
 
 
@@ -108,22 +116,12 @@ def _yield_to_inherited(values: dict) -> dict:
     return tokenizer
 
 
-def _inherit(values: dict, tokenizer: dict) -> None:
+def _inherit(values: dict, inherited: dict, tokenizer: dict) -> None:
     """Fills in what the model that `init_from` names says of itself, where `values` does not.
 
     tokenizer: that of the file, for a model that brings none.
-
-    Raises:
-        MissingInputError, DataError: there is none, or it is not one that we read.
     """
-    try:
-        earlier = _said_by(values['init_from'])
-    except (MissingInputError, DataError) as error:
-        raise type(error)(f'config.init_from: {error}') from None
-    except OSError as error:  # not even a name that the system can look for
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else MissingInputError
-        name = values['init_from']
-        raise kind(f'config.init_from: {name} cannot be read: {error.strerror}') from None
+    earlier = _said('init_from', values['init_from'], inherited, values.get('checkpoint'))
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
@@ -147,11 +145,10 @@ def _merged(theirs: dict, ours: dict) -> dict:
     return merged
 
 
-def _take_adapter(values: dict) -> None:
+def _take_adapter(values: dict, inherited: dict) -> None:
     """Fills in what the adapter that `model.lora.path` names says of itself.
 
     Raises:
-        MissingInputError, DataError: there is none, or it is not one that we read.
         ConfigError: the config says something else of it.
     """
     model = values.get('model')
@@ -159,12 +156,7 @@ def _take_adapter(values: dict) -> None:
     path = lora.get('path') if isinstance(lora, dict) else None
     if not path or not isinstance(path, str):
         return
-    from jaxfm.pretrained import peft  # numpy and safetensors, for those alone who need them
-
-    try:
-        theirs = peft.describe(path)
-    except (MissingInputError, DataError) as error:
-        raise type(error)(f'config.model.lora.path: {error}') from None
+    theirs = _said('model.lora.path', path, inherited, values.get('checkpoint'))
     for key, value in theirs.items():
         if lora.get(key, value) != value:
             raise ConfigError(
@@ -195,7 +187,35 @@ def _keep_adapters(model: dict, earlier: dict) -> None:
     model['lora'] = kept
 
 
-def _said_by(init_from: str) -> dict:
+def _said(place: str, name: str, inherited: dict, checkpoint=None) -> dict:
+    """What that which `place` of a config names says of itself, or said when the run began.
+
+    Raises:
+        MissingInputError, DataError: there is none, or it is not one that we read.
+    """
+    if name in inherited.get(place, {}):
+        return inherited[place][name]
+    read = _said_by_model if place == 'init_from' else _said_by_adapter
+    try:
+        return read(name)
+    except MissingInputError as error:
+        elsewhere = checkpoint.get('directory') if isinstance(checkpoint, dict) else ''
+        hint = f'; a run in {elsewhere} goes on without it only in the work directory it began in'
+        raise MissingInputError(f'config.{place}: {error}{hint if elsewhere else ""}') from None
+    except DataError as error:
+        raise DataError(f'config.{place}: {error}') from None
+    except OSError as error:  # not even a name that the system can look for
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else MissingInputError
+        raise kind(f'config.{place}: {name} cannot be read: {error.strerror}') from None
+
+
+def _said_by_adapter(path: str) -> dict:
+    from jaxfm.pretrained import peft  # numpy and safetensors, for those alone who need them
+
+    return peft.describe(path)
+
+
+def _said_by_model(init_from: str) -> dict:
     """{group: values} of a model that exists: of a run of ours, or from outside."""
     from jaxfm.pretrained import locate  # numpy and safetensors, for those alone who need them
 
@@ -321,11 +341,38 @@ def write(config: Group, path: str | os.PathLike) -> None:
     Raises:
         StorageError, PermissionDeniedError: it cannot be written.
     """
-    path = Path(path)
+    _write_whole(Path(path), to_json(config))
+
+
+# {place in the config: {what it names: what that said of itself}}, in the work directory.
+INHERITED = 'inherited.json'
+
+
+def write_inherited(config: RunConfig, workdir: Path) -> None:
+    """Keeps what a run has inherited; call it before `write`, by which a run begins.
+
+    So a run that has begun does not need the others any more, and what becomes of them does not
+    matter to it.
+    """
+    known, lora = _read_inherited(workdir), config.model.lora
+    names = {'init_from': config.init_from, 'model.lora.path': lora.path if lora else ''}
+    inherited = {place: {name: _said(place, name, known)} for place, name in names.items() if name}
+    if inherited:
+        _write_whole(workdir / INHERITED, json.dumps(inherited, indent=2) + '\n')
+
+
+def _read_inherited(workdir: Path | None) -> dict:
+    """What the run in a work directory has inherited; nothing where none has begun."""
+    if workdir is None or not (workdir / 'config.json').exists():
+        return {}
+    return _read_json(workdir / INHERITED) if (workdir / INHERITED).exists() else {}
+
+
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + '.partial')
     try:
         with temporary.open('w') as file:
-            file.write(to_json(config))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
     try:
         flags, overrides = parse(argv)
-        config = configs.load(flags.config, overrides)
+        config = configs.load(flags.config, overrides, workdir=flags.workdir)
         _check_mode(flags, config)
         _check_workdir(flags, config)
         if flags.mode in ('train', 'eval'):
@@ -149,7 +149,7 @@ def _check_mode(flags, config) -> None:
         )
     if flags.mode == 'train' and config.model.lora and not config.init_from:
         raise ConfigError(
-            'config.model.lora adapts a model that is trained already: config.init_from must name it'
+            'config.model.lora adapts a trained model, which config.init_from must name'
         )
     if flags.mode == 'export':
         if flags.output is None:

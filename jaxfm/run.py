@@ -56,7 +56,8 @@ class Run:
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
-        name = config.init_from
+        self.has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
+        name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
             checked_layout(locate.open_pretrained(name), config.model, *self._outside_parts)
 
@@ -76,13 +77,25 @@ class Run:
         self._check_files()
         if not self.primary:
             distributed.barrier('corpus')
-        self.tokenizer = make_tokenizer(self.config.tokenizer, self.phases[0].config.data, cache)
+        self.tokenizer = self._make_tokenizer(cache)
         self._check_tokenizer()
         for phase in self.phases:
             phase.dataset = open_dataset(phase.config.data, self.tokenizer, cache)
         if self.primary and jax.process_count() > 1:
             distributed.barrier('corpus')
         self._check_tokens()
+
+    def _make_tokenizer(self, cache: Path):
+        """That of the config; where its files are gone the one that the run has saved."""
+        config, saved = self.config.tokenizer, self.workdir / 'tokenizer'
+        try:
+            return make_tokenizer(config, self.phases[0].config.data, cache)
+        except MissingInputError:
+            known = self.workdir / 'config.json'
+            is_there = known.exists() and saved.exists()
+            if not is_there or configs.read(known).tokenizer != config:
+                raise
+        return tokenizers.load(saved)
 
     def open_tokenizer(self) -> None:
         """The tokenizer alone: what the weights were trained with, or came with."""
@@ -187,7 +200,6 @@ class Run:
             parts.shapes,
             self.tokenizer,
             stop_ids,
-            self.primary,
         )
         if config.export.adapters == 'peft':
             return AdapterExporter(*arguments, base=_base_of(config.init_from))
@@ -211,8 +223,7 @@ class Run:
 
         Of a run that has not begun: the weights that it would start from, and None.
         """
-        has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
-        if has_begun or not self.config.init_from:
+        if self.has_begun or not self.config.init_from:
             return self.restore_params(self.reader())
         return self._earlier_params(), None
 

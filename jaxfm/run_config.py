@@ -177,6 +177,15 @@ def _completions_fit(evals, sampling) -> list[str]:
     ]
 
 
+def _export_has_its_name(evals, export) -> list[str]:
+    if not export.every or 'export' not in evals:
+        return []
+    return [
+        f'evals.export has the name of the export of every export.every {export.every} steps, '
+        'which is measured beside the evaluators: give it another one'
+    ]
+
+
 def _division(size: int, ways: int) -> str:
     return f'{size} = {size // ways} x {ways} + {size % ways}'
 
@@ -279,6 +288,7 @@ class RunConfig(Group):
         _model_divides,
         _adapters_fit,
         _completions_fit,
+        _export_has_its_name,
     )
     phase_checks: ClassVar = (_batch_divides, _warmup_fits)
 

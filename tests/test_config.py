@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -400,6 +401,10 @@ def load_run(config_file):
             ],
             'evals.code.max_tokens 512 leaves no room for a prompt in sampling.max_length 512',
         ),
+        (
+            ["evals.export={'name': 'loss'}", 'export.every=10'],
+            'evals.export has the name of the export of every export.every 10 steps',
+        ),
         (['mesh.context=2'], 'config.mesh.context: must be 1: nothing is split along this axis'),
         (['mesh.expert=-1'], 'config.mesh.expert: must be 1: nothing is split along this axis'),
         (['mesh.fsdp=0'], 'config.mesh.fsdp: must be at least 1, or -1 for all remaining'),
@@ -599,6 +604,75 @@ def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file,
     keys = run_keys(init_from=str(tmp_path / 'earlyer'))
     with pytest.raises(errors.MissingInputError, match='there is no .*earlyer.*mean .*earlier?'):
         config.load(config_file(f'return {keys!r}'))
+
+
+@pytest.fixture
+def begun(tmp_path, load_run):
+    """(earlier run, work directory of one that begins from it, overrides -> its config)."""
+    earlier, workdir = tmp_path / 'earlier', tmp_path / 'begun'
+    earlier.mkdir()
+    workdir.mkdir()
+    overrides = ['model.embed_dim=32', 'model.scan=False', 'sampling.stop_ids=[7]']
+    config.write(load_run(*overrides, 'export.dtype=bfloat16'), earlier / 'config.json')
+    keys = run_keys(init_from=str(earlier))
+    del keys['model']
+    file = tmp_path / 'later.py'
+    file.write_text(f'def get_config():\n    return {keys!r}\n')
+    return earlier, workdir, lambda *more: config.load(str(file), more, workdir=workdir)
+
+
+def begin(run, workdir):
+    config.write_inherited(run, workdir)
+    config.write(run, workdir / 'config.json')
+
+
+@pytest.mark.parametrize('change', ['gone', 'another', 'damaged'])
+def test_a_run_that_has_begun_does_not_ask_where_it_began_again(begun, load_run, change):
+    earlier, workdir, load = begun
+    run = load('model.lora.rank=8')
+    assert (run.model.embed_dim, run.sampling.stop_ids, run.export.dtype) == (32, [7], 'bfloat16')
+    begin(run, workdir)
+    if change == 'another':
+        config.write(load_run('model.embed_dim=128'), earlier / 'config.json')
+    elif change == 'damaged':
+        (earlier / 'config.json').write_text('{"model": ')
+    else:
+        shutil.rmtree(earlier)
+    assert load('model.lora.rank=8') == run
+    begin(run, workdir)  # and once more, as every resume does
+    assert load('model.lora.rank=8') == run
+
+
+def test_only_what_came_from_there_is_kept(begun):
+    """What a run said itself must be said again, or it differs."""
+    _, workdir, load = begun
+    plain = load()
+    begin(load('model.lora.rank=8', 'model.block.window=4', 'tokenizer.chat_template=qa'), workdir)
+    assert load() == plain
+
+
+def test_another_origin_and_a_run_that_has_not_begun_are_read(begun, load_run, tmp_path):
+    earlier, workdir, load = begun
+    config.write_inherited(load(), workdir)
+    config.write(load_run('model.embed_dim=128'), earlier / 'config.json')
+    assert load().model.embed_dim == 128
+    begin(load(), workdir)
+    (tmp_path / 'other').mkdir()
+    config.write(load_run('model.embed_dim=256'), tmp_path / 'other' / 'config.json')
+    assert load(f'init_from={tmp_path / "other"}').model.embed_dim == 256
+    assert load().model.embed_dim == 128
+
+
+def test_in_a_new_work_directory_the_origin_is_needed_and_told_to_be(begun):
+    earlier, _, load = begun
+    shutil.rmtree(earlier)
+    with pytest.raises(errors.MissingInputError, match='there is no .*earlier') as caught:
+        load()
+    assert 'work directory' not in str(caught.value)
+    with pytest.raises(errors.MissingInputError) as caught:
+        load('checkpoint.directory=s3://bucket/run')
+    assert 'there is no ' in str(caught.value)
+    assert 's3://bucket/run goes on without it only in the work directory' in str(caught.value)
 
 
 def test_warm_up_does_not_matter_to_a_run_that_only_evaluates(load_run):

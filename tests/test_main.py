@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfm import main
 from jaxfm.metrics.writers import read_records
+from tests.hf_directories import write_model
 
 # Mistakes that are found without jax: (arguments after those of the tiny run, code, words).
 FIRST_STAGE = {
@@ -221,6 +222,57 @@ def test_a_work_directory_that_is_a_file_is_told(cli, tmp_path):
     assert code == 78
     assert_one_clear_message(error, ['run', 'not a directory'])
     assert (tmp_path / 'run').read_text() == 'not a directory'
+
+
+# A run that has begun needs what it began from no more
+
+
+@pytest.fixture(scope='module')
+def adapter(tiny, tmp_path_factory):
+    """A model from outside and an adapter for it -> their directories."""
+    root = tmp_path_factory.mktemp('adapter')
+    model, adapter = write_model(root / 'model'), root / 'adapter'
+    more = [f'--config.init_from={model}', '--config.model.lora.rank=4', '--mode=export']
+    more += ['--config.export.adapters=peft', f'--output={adapter}']
+    process = tiny.start(root / 'unused', *more)
+    process.communicate(timeout=120)
+    assert process.returncode == 0, (root / 'unused.stderr').read_text()
+    return model, adapter
+
+
+@pytest.mark.parametrize('kind', ['adapter', 'run'])
+def test_a_run_goes_on_when_what_it_began_from_is_gone(cli, tmp_path, adapter, straight, kind):
+    origin, workdir = tmp_path / 'origin', tmp_path / 'run'
+    origin.mkdir()
+    shutil.copytree(straight if kind == 'run' else adapter[0], origin / 'model')
+    shutil.copytree(adapter[1], origin / 'adapter')
+    flags = [f'--config.init_from={origin / "model"}']
+    flags += [f'--config.model.lora.path={origin / "adapter"}'] if kind == 'adapter' else []
+    short = ['--config.optimizer.warmup_steps=0', '--config.sampling.num_samples=0']
+    code, _, error = cli(workdir, *flags, *short, '--config.steps=5')
+    assert code == 0, error
+    shutil.rmtree(origin)
+    flags += ['--config.optimizer.warmup_steps=0']
+    longer = [*flags, '--config.steps=6']
+    code, _, error = cli(workdir, *longer, *short[1:], '--allow_change=steps')
+    assert code == 0, error
+    assert 'resumed at step 5' in (workdir / 'log.txt').read_text()
+    for more in (
+        ['--mode=eval'],
+        ['--mode=sample', '--prompt=a'],
+        ['--mode=export', f'--output={tmp_path / "out"}'],
+    ):
+        code, _, error = cli(workdir, *longer, *more)
+        assert code == 0, error
+    code, _, error = cli(workdir, *longer, '--config.tokenizer.path=/nowhere', '--mode=eval')
+    assert code == 78  # a difference, as ever
+    code, _, error = cli(tmp_path / 'new', *longer)
+    assert code == 66
+    assert_one_clear_message(error, ['config.init_from: there is no', str(origin / 'model')])
+    more = ['--config.tokenizer.path=/nowhere', '--allow_change=tokenizer', '--config.steps=6']
+    code, _, error = cli(workdir, *flags, *more)
+    assert code == 66
+    assert_one_clear_message(error, ['tokenizer.path: there is no /nowhere'])
 
 
 # A finished run, and what can be done with it

@@ -129,7 +129,7 @@ def _is_finished(run: Run, flags) -> bool:
         distributed.from_primary(lambda: _check_never_saved(run, checkpoints.root))
         return False
     step, manifest = newest
-    if not distributed.from_primary((run.workdir / 'config.json').exists):
+    if not run.has_begun:
         _check_config(run, manifest['config'], checkpoints.root, flags)
     if step < run.config.total_steps:
         return False
@@ -185,6 +185,7 @@ def _open_records(run: Run, console: Console, stack, is_new: bool) -> Recorder:
     if run.primary:
         with explained(run.workdir):
             run.workdir.mkdir(parents=True, exist_ok=True)
+        configs.write_inherited(run.config, run.workdir)
         configs.write(run.config, run.workdir / 'config.json')
         # A checkpoint belongs to the tokenizer it was trained with.
         if is_new or not (run.workdir / 'tokenizer').exists():

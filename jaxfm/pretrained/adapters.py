@@ -1,6 +1,6 @@
 """Adapters between a directory in the layout of PEFT and sharded arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -57,11 +57,11 @@ class AdapterExporter(Exporter):
         """Of all adapters, as they are written: float32."""
         return 4 * sum(leaf.size for leaf in self._adapters.values())
 
-    def _write_weights(self, params, directory: Path) -> None:
+    def _write_weights(self, params, partial: Path, on_primary: Callable) -> None:
         adapters = {path: params[path] for path in self._adapters}
         whole = jax.device_get(jax.jit(lambda x: jax.tree.map(sharding.replicated, x))(adapters))
-        if self._primary:
-            peft.write(directory, whole, self._model.lora, self._layout, self._base)
+        lora, layout = self._model.lora, self._layout
+        on_primary(lambda: peft.write(partial, whole, lora, layout, self._base))
 
     def _write_configs(self, directory: Path) -> None:
         """That of the adapters is written with them."""

@@ -3,15 +3,17 @@
 It is written beside its place and renamed at the end: whoever finds a directory finds all of it.
 """
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from jaxfm import distributed
 from jaxfm.errors import PermissionDeniedError, StorageError
 from jaxfm.models import TransformerConfig, convert, lora
 from jaxfm.models.families.base import find, write_config
@@ -38,7 +40,6 @@ class Exporter:
     Args:
       axes, shapes: {path of a parameter: logical axes, ShapeDtypeStruct}.
       stop_ids: what ends a text of this model.
-      primary: whether this process writes; all of them take part in bringing weights together.
 
     Raises:
       ConfigError: no family of the layout can express the model.
@@ -52,12 +53,10 @@ class Exporter:
         shapes: Mapping[str, jax.ShapeDtypeStruct],
         tokenizer,
         stop_ids: frozenset[int],
-        primary: bool = True,
     ):
         axes = {path: names for path, names in axes.items() if 'lora' not in names}
         self._config, self._model = config, model
-        self._axes, self._primary = axes, primary
-        self._tokenizer, self._stop_ids = tokenizer, stop_ids
+        self._axes, self._tokenizer, self._stop_ids = axes, tokenizer, stop_ids
         self._hf_config = write_config(model)
         family = find(self._hf_config['model_type'])
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
@@ -81,40 +80,48 @@ class Exporter:
         """
         directory = directory.absolute()
         partial = directory.with_name(directory.name + '.partial')
+        on_primary = functools.partial(_on_primary, directory)
         try:
-            if self._primary:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self._write_weights(params, partial)
-            if self._primary:
-                self._write_configs(partial)
-                shutil.rmtree(directory, ignore_errors=True)
-                partial.rename(directory)
-        except OSError as error:
-            kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-            raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
+            on_primary(lambda: _make_anew(partial))
+            self._write_weights(params, partial, on_primary)
+            on_primary(lambda: self._finish(partial, directory))
         finally:
-            if self._primary:
+            if distributed.is_primary():
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def _write_weights(self, params, directory: Path) -> None:
+    def _finish(self, partial: Path, directory: Path) -> None:
+        """Adds what is not weights, and gives the directory its name."""
+        self._write_configs(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+
+    def _write_weights(self, params, partial: Path, on_primary: Callable) -> None:
         self._merged = '', None
         files, weight_map = self._files(), {}
         for number, names in enumerate(files, start=1):
             several = f'model-{number:05}-of-{len(files):05}.safetensors'
             file = several if len(files) > 1 else WEIGHTS
             weight_map |= dict.fromkeys(names, file)
-            taken = ((name, self._take(params, name)) for name in names)
-            tensors = ahead(self._as_tensor, taken)
-            if self._primary:
-                shapes = {name: self._layout.shapes[name] for name in names}
-                write_safetensors(directory / file, shapes, self._dtype, tensors)
-            else:
-                for _ in tensors:  # what brings weights together needs every process
-                    pass
-        if len(files) > 1 and self._primary:
+            self._write_file(params, partial / file, names, on_primary)
+        if len(files) > 1:
             index = {'metadata': {'total_size': self.num_bytes}, 'weight_map': weight_map}
-            _write_json(directory / INDEX, index)
+            on_primary(lambda: _write_json(partial / INDEX, index))
+
+    def _write_file(self, params, path: Path, names: list[str], on_primary: Callable) -> None:
+        """One file of weights. What brings them together needs every process, to the last one."""
+        shapes = {name: self._layout.shapes[name] for name in names}
+        tensors = ahead(self._as_tensor, ((name, self._take(params, name)) for name in names))
+
+        def write():
+            try:
+                write_safetensors(path, shapes, self._dtype, tensors)
+            except OSError:
+                _use_up(tensors)
+                raise
+
+        if not distributed.is_primary():
+            _use_up(tensors)
+        on_primary(write)
 
     def _files(self) -> list[list[str]]:
         """The names of each file, none larger than `shard_gigabytes` but of a single tensor."""
@@ -145,7 +152,7 @@ class Exporter:
         ]
 
     def _parameter(self, params, path: str) -> jax.Array:
-        """A parameter with its adapter merged: one at a time, since its layers are taken in a row."""
+        """A parameter with its adapter merged; the last one is kept, for its other layers."""
         if not self._model.lora:
             return params[path]
         if self._merged[0] != path:
@@ -177,6 +184,33 @@ def _reader(directory: Path, tokenizer) -> dict:
         return {'tokenizer_class': 'PreTrainedTokenizerFast'}
     # One of SentencePiece does not say itself whether texts begin with bos.
     return {'tokenizer_class': 'LlamaTokenizer', 'add_bos_token': tokenizer.bos_id is not None}
+
+
+def _make_anew(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _use_up(tensors: Iterator) -> None:
+    for _ in tensors:
+        pass
+
+
+def _on_primary(directory: Path, write: Callable[[], None]) -> None:
+    """Writes on the primary process; what it meets, all of them raise.
+
+    Raises:
+      StorageError, PermissionDeniedError: the directory cannot be written.
+    """
+
+    def explained():
+        try:
+            write()
+        except OSError as error:
+            kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+            raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
+
+    distributed.from_primary(explained)
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:

@@ -124,7 +124,6 @@ TWO = """
         exporter = Exporter(
             ExportConfig(shard_gigabytes=1e-5),
             *(loading.config, parts.axes, parts.shapes, Bytes(BytesConfig(), ()), {{1}}),
-            primary=distributed.is_primary(),
         )
         with jax.set_mesh(loading.mesh):
             exporter.write(params, Path({output!r}) / axis)
@@ -167,6 +166,71 @@ def test_each_of_two_processes_reads_its_own_part_and_together_they_write(tmp_pa
         assert after.keys() == before.keys()
         for name, value in before.items():
             np.testing.assert_array_equal(after[name], value, name)
+
+
+FAILING = """
+    import resource
+    from pathlib import Path
+    from types import SimpleNamespace
+    import jax
+    from jaxfm import distributed
+    from jaxfm.data import BytesConfig
+    from jaxfm.data.tokenizer import Bytes
+    from jaxfm.errors import RunError
+    from jaxfm.pretrained import ExportConfig
+    from jaxfm.pretrained.export import Exporter
+    from tests.pretrained.loading import Loading
+    distributed.initialize(timeout_seconds=60)
+    loading = Loading({path!r}, {{'fsdp': 2}})
+    params, parts = loading.load(), loading.parts
+    about = ExportConfig(shard_gigabytes=1e-5), loading.config, parts.axes, parts.shapes
+    good = Bytes(BytesConfig(), ())
+
+    def refuse(directory):
+        raise PermissionError(13, 'Denied')
+
+    closed = SimpleNamespace(bos_id=0, eos_id=1, save=refuse)
+
+    def export(name, tokenizer=good, limit=resource.RLIM_INFINITY):
+        if distributed.is_primary():  # the other one writes nothing and would see no limit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            Exporter(*about, tokenizer, {{1}}).write(params, Path({output!r}) / name)
+        except RunError as error:
+            print('met', error.exit_code, error, flush=True)
+
+    with jax.set_mesh(loading.mesh):
+        export('file/below')
+        export('full', limit=2000)
+        export('closed', closed)
+        export('good')
+    distributed.barrier('end')
+"""
+
+
+def test_what_keeps_one_of_two_processes_from_writing_both_of_them_tell(tmp_path):
+    path = write_model(
+        tmp_path / 'model',
+        random_tensors(LLAMA | {'vocab_size': 60}),
+        vocab_size=60,
+        tokenizer=False,
+    )
+    output = tmp_path / 'output'
+    output.mkdir()
+    (output / 'file').write_text('')
+    program = FAILING.format(path=str(path), output=str(output))
+    devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
+    with started(program, [environment | devices for environment in ranks(2)]) as processes:
+        told = [process.communicate(timeout=120) for process in processes]
+    expected = [
+        f'met 74 {output}/file/below: cannot be written: Not a directory',
+        f'met 74 {output}/full: cannot be written: File too large',
+        f'met 77 {output}/closed: cannot be written: Denied',
+    ]
+    for out, error in told:
+        assert [line for line in out.splitlines() if line.startswith('met')] == expected, error
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(entry.name for entry in output.iterdir()) == ['file', 'good']
 
 
 # Memory

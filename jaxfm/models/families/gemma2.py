@@ -56,6 +56,15 @@ def _whole(value: float) -> int | float:
     return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 
+GEMMA_DEFAULTS = {
+    'rms_norm_eps': 1e-6,
+    'head_dim': 256,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'query_pre_attn_scalar': 256,
+    'sliding_window': 4096,
+    'tie_word_embeddings': True,
+}
+
 FAMILY = Family(
     model_type='gemma2',
     architecture='Gemma2ForCausalLM',
@@ -63,14 +72,5 @@ FAMILY = Family(
     block=lambda hf, layer: gemma_block(hf, layer, period=2),
     model=gemma_model,
     keys=gemma_keys,
-    defaults={
-        'rms_norm_eps': 1e-6,
-        'head_dim': 256,
-        'hidden_activation': 'gelu_pytorch_tanh',
-        'query_pre_attn_scalar': 256,
-        'sliding_window': 4096,
-        'attn_logit_softcapping': 50.0,
-        'final_logit_softcapping': 30.0,
-        'tie_word_embeddings': True,
-    },
+    defaults=GEMMA_DEFAULTS | {'attn_logit_softcapping': 50.0, 'final_logit_softcapping': 30.0},
 )

@@ -1,12 +1,13 @@
 """Gemma 3 (Gemma Team, 2025), text: five local layers, one global, each kind with its own RoPE."""
 
-from jaxfm.models.families.base import (
-    QK_NORM_WEIGHTS,
-    Family,
-    blocks_of,
-    rope,
+from jaxfm.models.families.base import QK_NORM_WEIGHTS, Family, blocks_of, rope
+from jaxfm.models.families.gemma2 import (
+    GEMMA_DEFAULTS,
+    GEMMA_WEIGHTS,
+    gemma_block,
+    gemma_keys,
+    gemma_model,
 )
-from jaxfm.models.families.gemma2 import GEMMA_WEIGHTS, gemma_block, gemma_keys, gemma_model
 
 
 def _block(hf, layer):
@@ -33,14 +34,5 @@ FAMILY = Family(
     block=_block,
     model=gemma_model,
     keys=_keys,
-    defaults={
-        'rms_norm_eps': 1e-6,
-        'head_dim': 256,
-        'hidden_activation': 'gelu_pytorch_tanh',
-        'query_pre_attn_scalar': 256,
-        'sliding_window': 4096,
-        'rope_theta': 1_000_000.0,
-        'rope_local_base_freq': 10_000.0,
-        'tie_word_embeddings': True,
-    },
+    defaults=GEMMA_DEFAULTS | {'rope_theta': 1_000_000.0, 'rope_local_base_freq': 10_000.0},
 )

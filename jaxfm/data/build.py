@@ -237,7 +237,7 @@ def _in_processes(count: int, todo, config, saved: Path, ledger: Ledger) -> None
             _hand_out(ours, todo, busy, ledger)
         while busy:
             for pipe in wait(list(busy)):
-                if (message := _received(pipe))[0] == 'progress':
+                if (message := _spoken(pipe.recv))[0] == 'progress':
                     ledger.progress(*message[1:])
                     continue
                 ledger.add(busy.pop(pipe), message[1])
@@ -252,13 +252,14 @@ def _in_processes(count: int, todo, config, saved: Path, ledger: Ledger) -> None
 def _hand_out(pipe: Connection, todo: list, busy: dict, ledger: Ledger) -> None:
     if todo and ledger.may_start(todo[-1][0]):
         index, shard, part = todo.pop()
-        pipe.send((shard, part))
+        _spoken(pipe.send, (shard, part))
         busy[pipe] = index
 
 
-def _received(pipe: Connection) -> tuple:
+def _spoken(speak: Callable, *words):
+    """What a worker is told, or tells; StorageError when it is dead."""
     try:
-        return pipe.recv()
+        return speak(*words)
     except (EOFError, ConnectionError) as error:
         raise StorageError(
             'a process that tokenises has died (killed? out of memory?); '

@@ -481,14 +481,20 @@ def _is_alive(pid):
         return False
 
 
-def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch, many_shards):
+@pytest.mark.parametrize('are_gone', [False, True], ids=['soon', 'before they get more to do'])
+def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(
+    tmp_path, monkeypatch, many_shards, are_gone
+):
     monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(2))
     add = build.Ledger.add
 
     def kill_one(self, index, result):
-        for process in build.multiprocessing.active_children()[:1]:
+        children = build.multiprocessing.active_children()
+        for process in children if are_gone else children[:1]:
             os.kill(process.pid, signal.SIGKILL)
+            if are_gone:
+                process.join()
         add(self, index, result)
 
     monkeypatch.setattr(build.Ledger, 'add', kill_one)

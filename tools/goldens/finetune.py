@@ -158,6 +158,8 @@ def load(flags):
         flags.gguf.parent, gguf_file=flags.gguf.name, dtype=torch.float32
     )
     model.is_quantized = False  # it is dequantised, but the Trainer refuses what came from a GGUF
+    # Else torch drops the gradient of the look-ups of <|im_end|>, which is also the padding.
+    model.get_input_embeddings().padding_idx = None
     return model
 
 

@@ -73,3 +73,9 @@ class ConfigError(RunError):
     """The config, or a change of it on resume, cannot be run."""
 
     exit_code = 78
+
+
+def listed(names: list[str], most: int = 6) -> str:
+    """Names for a message; of many, the first and how many more there are."""
+    more = f' and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more

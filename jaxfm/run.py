@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from jaxfm.pretrained import locate
 from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import checked_layout, load_params
+from jaxfm.pretrained.source import Pretrained
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
@@ -59,7 +61,12 @@ class Run:
         self.has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
-            checked_layout(locate.open_pretrained(name), config.model, *self._outside_parts)
+            checked_layout(self._outside, config.model, *self._outside_parts)
+
+    @functools.cached_property
+    def _outside(self) -> Pretrained:
+        """The model from outside that `init_from` names: what is checked is what is loaded."""
+        return locate.open_pretrained(self.config.init_from)
 
     @property
     def _outside_parts(self) -> tuple[dict, dict]:
@@ -244,9 +251,8 @@ class Run:
             params, step = self._params_of(earlier, directory)
             log.info('weights of %s at step %d', directory, step)
         else:
-            pretrained = locate.open_pretrained(name)
-            params = load_params(pretrained, self.config.model, *self._outside_parts)
-            log.info('weights of %s', pretrained.path)
+            params = load_params(self._outside, self.config.model, *self._outside_parts)
+            log.info('weights of %s', self._outside.path)
         if adapters <= params.keys():
             return params
         if self.config.model.lora.path:

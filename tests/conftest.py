@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
@@ -296,6 +297,17 @@ def straight(tiny, tmp_path_factory):
     process.communicate(timeout=120)
     assert process.returncode == 0, (workdir.parent / 'run.stderr').read_text()
     return workdir
+
+
+@pytest.fixture(scope='module')
+def compilation_cache_as_before():
+    """The command line turns the cache on for the whole process; the session goes on without it."""
+    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')

@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfm import main
 from jaxfm.metrics.writers import read_records
 from tests.hf_directories import write_model
+
+pytestmark = pytest.mark.usefixtures('compilation_cache_as_before')
 
 # Mistakes that are found without jax: (arguments after those of the tiny run, code, words).
 FIRST_STAGE = {
@@ -144,17 +144,6 @@ def test_a_command_without_config_names_a_good_first_one(first_stage):
 
 
 # The second stage: jax is there, nothing is written yet
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _compilation_cache_as_before():
-    """The command line turns the cache on for the whole process; the session goes on without it."""
-    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

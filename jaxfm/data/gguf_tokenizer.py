@@ -11,7 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from jaxfm.errors import DataError
+from jaxfm.errors import DataError, listed
 from jaxfm.pretrained import gguf_file
 
 # Types of tokens.
@@ -150,7 +150,7 @@ def _vocabulary(metadata: dict) -> Vocabulary:
     vocabulary = Vocabulary(said, architecture, tokens, kinds)
     if len(vocabulary.ids) < len(tokens):
         twice = [token for i, token in enumerate(tokens) if vocabulary.ids[token] != i]
-        raise DataError(f'is damaged: tokens are there twice: {gguf_file.some(twice)}')
+        raise DataError(f'is damaged: tokens are there twice: {listed(twice)}')
     return vocabulary
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, listed
 from jaxfm.pretrained.source import Pretrained
 
 CONFIG, GENERATION = 'config.json', 'generation_config.json'
@@ -151,9 +151,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f'{path} is damaged: an object is expected, not a {type(value).__name__}')
     return value
-
-
-def listed(names: list[str], most: int = 6) -> str:
-    """Names for a message; of many, the first and how many more there are."""
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more

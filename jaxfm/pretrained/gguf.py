@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.errors import DataError
+from jaxfm.errors import DataError, listed
 from jaxfm.pretrained import gguf_config, gguf_file
 from jaxfm.pretrained.gguf_architectures import ARCHITECTURES, MATRICES, Architecture
 from jaxfm.pretrained.source import Pretrained
@@ -98,7 +98,7 @@ def _weights(
         ('has unknown tensors', [name for name in stored if name not in names.keys() | factors]),
     ):
         if found:
-            raise DataError(f'{what} {gguf_file.some(found)}')
+            raise DataError(f'{what} {listed(found)}')
     weights = {}
     for name in filter(stored.__contains__, names):
         heads = _interleaved_heads(name, config) if architecture.is_interleaved else 0

@@ -15,7 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
+from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, listed
 
 MAGIC, VERSIONS = b'GGUF', (2, 3)
 
@@ -213,7 +213,7 @@ def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) ->
             else:
                 tensors[name] = Tensor(shape, kind, data[begin:end].reshape(blocks))
     if unread:
-        found = ', '.join(f'{kind} ({some(names)})' for kind, names in unread.items())
+        found = ', '.join(f'{kind} ({listed(names)})' for kind, names in unread.items())
         raise DataError(
             f'{header.path} has tensors of types that are not read: {found}; read are '
             f'{", ".join(readable_kinds())}'
@@ -225,18 +225,12 @@ def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) ->
         (beyond, f'is truncated: tensors go on behind its end at {len(data)} bytes'),
     ):
         if names:
-            raise DataError(f'{header.path} {what}: {some(names)}')
+            raise DataError(f'{header.path} {what}: {listed(names)}')
     return tensors
 
 
 def _aligned(at: int, alignment: int) -> int:
     return -(-at // alignment) * alignment
-
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first of many names, and how many more there are."""
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
 
 
 def readable_kinds() -> list[str]:

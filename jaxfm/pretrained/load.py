@@ -11,10 +11,9 @@ from collections.abc import Mapping
 import jax
 
 from jaxfm import sharding
-from jaxfm.errors import DataError
+from jaxfm.errors import DataError, listed
 from jaxfm.models import TransformerConfig, convert
 from jaxfm.models.families.base import find
-from jaxfm.pretrained.directory import listed
 from jaxfm.pretrained.pipeline import ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 

@@ -4,7 +4,7 @@ import difflib
 import re
 from pathlib import Path
 
-from jaxfm.errors import DataError, MissingInputError
+from jaxfm.errors import DataError, MissingInputError, listed
 from jaxfm.models.families.base import read_config
 from jaxfm.pretrained import directory
 from jaxfm.pretrained.source import Pretrained
@@ -74,7 +74,7 @@ def _nearest(path: Path) -> str:
     near = difflib.get_close_matches(path.name, models, 1)
     if near:
         return f'; do you mean {path.parent / near[0]}?'
-    return f'; there is {directory.listed(sorted(models))}' if models else ''
+    return f'; there is {listed(sorted(models))}' if models else ''
 
 
 def values_of(pretrained: Pretrained) -> dict:

@@ -9,11 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import config as configs
@@ -27,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 UP_PROJ = 'model.layers.0.mlp.up_proj.weight'
+
+pytestmark = pytest.mark.usefixtures('compilation_cache_as_before')
 
 
 # Damages of the directory of a good model.
@@ -344,16 +344,6 @@ def test_an_index_names_what_is_read_and_a_tensor_beside_it_is_not(good, tmp_pat
 
 
 # The second stage: jax is there, nothing is written yet.
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _compilation_cache_as_before():
-    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

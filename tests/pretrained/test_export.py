@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers as tokenizers_library
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from jaxfm import config as configs
@@ -37,7 +36,7 @@ PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 CHATML = BytesConfig(special_tokens=['<|im_start|>', '<|im_end|>'], chat_template='chatml')
 
-pytestmark = pytest.mark.usefixtures('quick_compilation')
+pytestmark = pytest.mark.usefixtures('quick_compilation', 'compilation_cache_as_before')
 
 
 @pytest.fixture(scope='module')
@@ -118,16 +117,6 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(source, tmp_path, na
 
 
 # By the command line
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _compilation_cache_as_before():
-    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import math
 import jax
 
 from jaxfm import sharding
+from jaxfm.errors import ConfigError
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops import IMPLEMENTATIONS, choose
+from jaxfm.ops import IMPLEMENTATIONS
+from jaxfm.ops.choice import Choice, decide
 from jaxfm.optimizer import is_vector
 
 
@@ -106,6 +108,23 @@ def human_bytes(count: float) -> str:
     return f'{count:.4g} TiB'
 
 
+def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
+    """What every op of the model runs as on the mesh, and why.
+
+    Raises:
+      ConfigError: an implementation that the config names cannot run there.
+    """
+    named = dict(model.implementations)
+    chosen = {}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for op in IMPLEMENTATIONS:
+            try:
+                chosen[op] = decide(op, named.get(op))
+            except ValueError as error:
+                raise ConfigError(f'config.model.implementations.{op}: {error}') from error
+    return chosen
+
+
 def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     """What a run is, as {title: [(name, value), ...]}.
 
@@ -115,6 +134,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     """
     model = config.model
     split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
+    chosen = choices(model, mesh)
     sections = {
         'run': [('steps', f'{config.total_steps:,}'), *_origin(config)],
         'model': [
@@ -124,7 +144,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
             ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
              'logits float32'),
         ],
-        'ops': [(op, choose(op, None)) for op in IMPLEMENTATIONS],
+        'ops': [(op, f'{choice.name}: {choice.reason}') for op, choice in chosen.items()],
         'devices': [
             ('devices', f'{jax.device_count()} x {jax.devices()[0].device_kind}'),
             ('processes', jax.process_count()),

@@ -24,6 +24,7 @@ FREE_ON_RESUME = (
     'checkpoint.lease_seconds',
     'checkpoint.local',
     'model.remat',  # recomputation: memory and time only
+    'model.implementations',  # the same numbers but for rounding
 )
 FIXED = 'model'
 ABSENT = '(absent)'

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from jaxfm import config as configs
-from jaxfm import distributed, sharding
+from jaxfm import distributed, plan, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
@@ -52,6 +52,7 @@ class Run:
         sizes = sharding.mesh_shape(dict(config.mesh), jax.device_count())
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
+        plan.choices(config.model, self.mesh)  # an op that cannot run is told before anything is
         self.primary = distributed.is_primary()
         self.make_model = _maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)

@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
-__all__ = ['accumulate', 'interpreted_races', 'launch', 'matmul', 'pl', 'plgpu']
+__all__ = [
+    'accumulate',
+    'add_product',
+    'interpreted_races',
+    'launch',
+    'matmul',
+    'overlapped',
+    'pl',
+    'plgpu',
+    'read',
+]
 
 
 def launch(body, *, interpret: bool, approx_math: bool = False, **options):
@@ -33,17 +43,20 @@ def launch(body, *, interpret: bool, approx_math: bool = False, **options):
     )
 
 
-def matmul(a, b, *, interpret: bool):
+def matmul(a, b, *, interpret: bool, meanwhile=lambda: None):
     """a [M, K] b [K, N] -> [M, N] float32 in registers; waits for the result.
 
     a is in SMEM or registers, b in SMEM (`ref.transpose((1, 0))` for a transposed one).
+    `meanwhile` is called between the start of the product and the wait.
     """
     shape = (a.shape[0], b.shape[1])
     if interpret:
+        meanwhile()
         return _simulated(a, b)
 
     def product(acc_ref):
         plgpu.wgmma(acc_ref, a, b)
+        meanwhile()
         return acc_ref[...]
 
     return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
@@ -60,9 +73,58 @@ def accumulate(acc, a, b, *, interpret: bool):
     return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
+def overlapped(body, sums: tuple, shapes: tuple, *, interpret: bool) -> tuple:
+    """The sums after body(sums, products), in which matrix products run beside other work.
+
+    The body begins products by `add_product` and takes a result by `read`; all that it has begun
+    is done at the end. Operands in SMEM must not be given back before that.
+
+    Args:
+      sums: float32 in the layout of WGMMA; the body adds to them.
+      shapes: of products that begin at zero and do not outlive the body.
+    """
+    if interpret:
+        simulated = tuple(_Accumulator(x) for x in sums)
+        body(simulated, tuple(_Accumulator(jnp.zeros(shape)) for shape in shapes))
+        return tuple(x.value for x in simulated)
+
+    def outer(sum_refs):
+        pl.run_scoped(
+            lambda *products: body(sum_refs, products),
+            *(plgpu.ACC(shape, jnp.float32) for shape in shapes),
+        )
+
+    return tuple(pl.run_state(outer)(tuple(plgpu.ACC.init(x) for x in sums)))
+
+
+def add_product(accumulator, a, b):
+    """Begins accumulator += a b; operands as in `matmul`."""
+    if isinstance(accumulator, _Accumulator):
+        accumulator.value = accumulator.value + _simulated(a, b)
+    else:
+        plgpu.wgmma(accumulator, a, b)
+
+
+def read(accumulator, *, in_flight: int = 0):
+    """What is in the accumulator when no more than the last `in_flight` products still run."""
+    if isinstance(accumulator, _Accumulator):
+        return accumulator.value
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
+
+
+class _Accumulator:
+    """Stands for one of WGMMA in the interpreter."""
+
+    def __init__(self, value):
+        self.value = value
+
+
 def _simulated(a, b):
     """The interpreter cannot carry accumulators of WGMMA through a loop."""
-    a, b = (x[...] if isinstance(x, jax.Ref) else x for x in (a, b))
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))  # a view is no jax.Ref
+    # WGMMA reads as the copy engine does; this read is one of the program, so it has to be closed
+    # before the engine may fill the room again.
+    plgpu.commit_smem()
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 

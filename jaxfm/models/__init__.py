@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from jaxfm.models.families import FAMILIES
+from jaxfm.ops import IMPLEMENTATIONS
 from jaxfm.schema import Entry, Group
 
 
@@ -109,6 +110,17 @@ class LoraConfig(Group):
         return f'rank {self.rank}, alpha {self.alpha:g} on {", ".join(self.matrices)}'
 
 
+class ImplementationsConfig(Group):
+    """What the model's ops run as, by name; None is the best that is proven on the device.
+
+    A name that cannot run is an error at start; `jaxfm.ops.choice` says what the names mean.
+    """
+
+    attention: Literal[IMPLEMENTATIONS['attention']] | None = None
+    rms_norm: Literal[IMPLEMENTATIONS['rms_norm']] | None = None
+    token_logprobs: Literal[IMPLEMENTATIONS['token_logprobs']] | None = None
+
+
 class TransformerConfig(Group):
     """A decoder-only transformer."""
 
@@ -133,6 +145,7 @@ class TransformerConfig(Group):
     param_dtype: Literal['float32', 'bfloat16'] = 'float32'
     compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # bfloat16, but float32 on CPU
     gradient_reduce_dtype: Literal['compute', 'float32'] = 'compute'
+    implementations: ImplementationsConfig = ImplementationsConfig()
     lora: LoraConfig | None = None
 
     @model_validator(mode='after')

@@ -5,7 +5,7 @@ B batch, T query position, D embed, N heads, K kv heads, H head dim.
 
 from flax import nnx
 
-from jaxfm.models import BlockConfig
+from jaxfm.models import BlockConfig, ImplementationsConfig
 from jaxfm.models.kv_cache import LayerCache
 from jaxfm.models.layers import RMSNorm, matrix, vector
 from jaxfm.models.lora import adapter, project
@@ -18,10 +18,19 @@ class Attention(nnx.Module):
     """Causal self-attention of one block."""
 
     def __init__(
-        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, rngs
+        self,
+        config: BlockConfig,
+        embed_dim: int,
+        *,
+        implementations: ImplementationsConfig,
+        scale,
+        output_scale,
+        dtype,
+        lora,
+        rngs,
     ):
         D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.config = config
+        self.config, self.implementation = config, implementations.attention
         self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
         self.k = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
         self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
@@ -37,7 +46,11 @@ class Attention(nnx.Module):
         self.k_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
         self.v_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
         self.out_bias = vector(0.0, (D,), ('norm',)) if config.output_bias else None
-        norm = dict(epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset)
+        norm = dict(
+            epsilon=config.norm_epsilon,
+            unit_offset=config.norm_unit_offset,
+            implementation=implementations.rms_norm,
+        )
         joint = config.joint_qk_norm
         self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
@@ -75,6 +88,7 @@ class Attention(nnx.Module):
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.window,
             softcap=config.attention_softcap,
+            implementation=self.implementation,
         )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec)

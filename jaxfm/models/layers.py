@@ -35,14 +35,23 @@ def vector(value: float, size, axes) -> nnx.Param:
 class RMSNorm(nnx.Module):
     """x / rms(x) times a learned scale; with unit_offset the scale is stored minus one."""
 
-    def __init__(self, size: int, *, epsilon: float, unit_offset: bool = False):
+    def __init__(
+        self,
+        size: int,
+        *,
+        epsilon: float,
+        unit_offset: bool = False,
+        implementation: str | None = None,
+    ):
         self.epsilon, self.unit_offset = epsilon, unit_offset
+        self.implementation = implementation
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
     def __call__(self, x, last_axes: int = 1):
         """Over so many of the last axes of x together, which have as many elements as the scale."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
-        return rms_norm(x, scale.reshape(x.shape[-last_axes:]), epsilon=self.epsilon)
+        scale = scale.reshape(x.shape[-last_axes:])
+        return rms_norm(x, scale, epsilon=self.epsilon, implementation=self.implementation)
 
 
 class Embedding(nnx.Module):

@@ -48,7 +48,7 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); norms before, after, or both (Gemma 2)."""
 
     def __init__(self, config: BlockConfig, model: TransformerConfig, rngs: nnx.Rngs):
-        D = model.embed_dim
+        D, implementations = model.embed_dim, model.implementations
         shared = dict(
             scale=model.init_scale,
             output_scale=0.0 if model.zero_init_outputs else model.init_scale,
@@ -56,9 +56,13 @@ class Block(nnx.Module):
             lora=model.lora,
         )
         norm = functools.partial(
-            RMSNorm, D, epsilon=config.norm_epsilon, unit_offset=config.norm_unit_offset
+            RMSNorm,
+            D,
+            epsilon=config.norm_epsilon,
+            unit_offset=config.norm_unit_offset,
+            implementation=implementations.rms_norm,
         )
-        self.attention = Attention(config, D, **shared, rngs=rngs)
+        self.attention = Attention(config, D, implementations=implementations, **shared, rngs=rngs)
         self.mlp = Mlp(config, D, **shared, rngs=rngs)
         self.pre_attention = norm() if config.pre_norm else None
         self.post_attention = norm() if config.post_norm else None
@@ -104,6 +108,7 @@ class Transformer(nnx.Module):
             config.embed_dim,
             epsilon=last.norm_epsilon,
             unit_offset=last.norm_unit_offset,
+            implementation=config.implementations.rms_norm,
         )
         self.embedding_norm = norm() if config.embedding_norm else None
         self.trunk = nnx.List(
@@ -183,5 +188,8 @@ class Transformer(nnx.Module):
         """The output projection, cast and gathered; hand it to `ops.logprobs`."""
         table = self.embedding if self.config.tie_embeddings else self.head
         return Unembedding(
-            self._used(table).table[...], self.config.vocab_size, self.config.logits_softcap
+            self._used(table).table[...],
+            self.config.vocab_size,
+            self.config.logits_softcap,
+            self.config.implementations.token_logprobs,
         )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfm.ops import choose
+from jaxfm.ops.choice import choose
 from jaxfm.sharding import activation, place
 
 # Below every score; finite, so that a row of nothing else has no NaN.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.ops.choice import choose
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
 
@@ -30,6 +31,8 @@ class Unembedding:
     weight_VD: jax.Array
     vocab_size: int = dataclasses.field(metadata={'static': True})  # ids from here on are padding
     softcap: float = dataclasses.field(default=0.0, metadata={'static': True})
+    # What token_logprobs runs as; None is the best known.
+    implementation: str | None = dataclasses.field(default=None, metadata={'static': True})
 
 
 def logits(hidden_BTD, unembedding: Unembedding):
@@ -56,6 +59,7 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
     Returns:
       logprobs [B, T] and logsumexp [B, T], float32.
     """
+    choose('token_logprobs', unembedding.implementation)  # one only, so far
     hidden_BTD = place(hidden_BTD, *_HIDDEN)
     weight_VD = place(unembedding.weight_VD, *_WEIGHT)
     targets_BT = place(jnp.asarray(targets_BT), *_ROWS)

@@ -1,0 +1,48 @@
+"""What was measured on real GPUs: tile sizes that won, and kernels that passed their tests.
+
+Both are json files in the repository, written by the benchmarks and read here.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent
+
+
+def find(directory: Path, device_kind: str, **key) -> dict | None:
+    """The tiles of the one entry in `directory/tiles.json` for this device and key.
+
+    An entry is {"device", ..., "tiles": {...}, "measured": {"date", "microseconds"}}, where ... is
+    the key: what a caller looks up by (dtype, head_dim, a bucket of the size).
+    """
+    for entry in entries(directory):
+        rest = {name: entry[name] for name in entry if name not in ('tiles', 'measured')}
+        if rest == {'device': short_kind(device_kind), **key}:
+            return entry['tiles']
+    return None
+
+
+def entries(directory: Path, name: str = 'tiles.json') -> list[dict]:
+    """All of a table; of a kernel that has none yet, nothing."""
+    return _read(Path(directory) / name)
+
+
+def proof(op: str, device_kind: str) -> dict | None:
+    """The entry of proven.json, {"op", "device", "date", ...}, if the op is proven on that kind."""
+    for entry in entries(DIRECTORY, 'proven.json'):
+        if (entry['op'], entry['device']) == (op, short_kind(device_kind)):
+            return entry
+    return None
+
+
+def short_kind(device_kind: str) -> str:
+    """'NVIDIA H100 80GB HBM3' -> 'H100': what tables know a device by."""
+    found = re.search(r'\b(?:GH200|[ABHL]\d{2,3})\b', device_kind)
+    return found[0] if found else device_kind
+
+
+@functools.cache
+def _read(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []

@@ -1,0 +1,175 @@
+"""Which queries see which keys: the rule for a pair of tokens, and for tiles of them a schedule.
+
+A kernel works on tiles. XLA makes the schedule beforehand from positions and segment ids, never
+from array indices, so any order of tokens is right and the usual ones (packed documents, caches,
+context-sharded queries) are quick: a tile in which no query sees a key is neither loaded nor
+multiplied, a tile in which all see all needs no mask.
+
+B batch, T query position, S key position, I tiles of queries, J tiles of keys; X and Y stand for
+either: X has the rows of a schedule, Y what a row visits.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_FULL, _PARTIAL, _SKIPPED = 0, 1, 2
+_INT_MAX = jnp.iinfo(jnp.int32).max
+_INT_MIN = jnp.iinfo(jnp.int32).min
+
+
+class Schedule(NamedTuple):
+    """The tiles that each row visits; all int32."""
+
+    tiles_BXY: jax.Array  # first the full tiles of a row, then the partial ones; the rest is unused
+    num_full_BX: jax.Array
+    num_visited_BX: jax.Array  # full and partial
+    order_BX: jax.Array  # the rows, most tiles first: blocks that start in this order end together
+
+
+def visible(q_position, q_segment, kv_position, kv_segment, window: int):
+    """True where a query sees a key; the arguments broadcast. window 0 is no limit."""
+    mask = (q_segment == kv_segment) & (q_segment > 0) & (kv_position <= q_position)
+    if window:
+        mask &= q_position - kv_position < window
+    return mask
+
+
+def for_queries(
+    q_positions_BT,
+    q_segment_ids_BT,
+    kv_positions_BS,
+    kv_segment_ids_BS,
+    *,
+    q_tile: int,
+    kv_tile: int,
+    window: int = 0,
+) -> Schedule:
+    """For each tile of queries the tiles of keys: forward, dq."""
+    return _ordered(
+        _tile_kinds(
+            _summary(q_positions_BT, q_segment_ids_BT, q_tile),
+            _summary(kv_positions_BS, kv_segment_ids_BS, kv_tile),
+            window,
+        )
+    )
+
+
+def for_keys(
+    q_positions_BT,
+    q_segment_ids_BT,
+    kv_positions_BS,
+    kv_segment_ids_BS,
+    *,
+    q_tile: int,
+    kv_tile: int,
+    window: int = 0,
+) -> Schedule:
+    """For each tile of keys the tiles of queries: dk and dv."""
+    kinds_BIJ = _tile_kinds(
+        _summary(q_positions_BT, q_segment_ids_BT, q_tile),
+        _summary(kv_positions_BS, kv_segment_ids_BS, kv_tile),
+        window,
+    )
+    return _ordered(jnp.swapaxes(kinds_BIJ, 1, 2))
+
+
+def whole_tiles(x, tile: int, axis: int = 1):
+    """x with zeros at the end of the axis up to whole tiles; segment id 0 is seen by nobody."""
+    missing = -x.shape[axis] % tile
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)])
+
+
+def token_ids(positions_BX, segment_ids_BX, tile: int):
+    """[B, 2, X] int32 in whole tiles, positions and segment ids: one copy brings a tile of both."""
+    ids = jnp.stack([positions_BX, segment_ids_BX], axis=1).astype(jnp.int32)
+    return whole_tiles(ids, tile, axis=2)
+
+
+class _Summary(NamedTuple):
+    """Each [B, X]. All but `uniform` leave tokens of segment 0 out."""
+
+    is_empty: jax.Array
+    is_uniform: jax.Array  # one segment, which is not 0
+    least_segment: jax.Array
+    greatest_segment: jax.Array
+    least_position: jax.Array
+    greatest_position: jax.Array
+    first_position: jax.Array  # least of the least segment
+    last_position: jax.Array  # greatest of the greatest segment
+
+
+def _summary(positions_BX, segment_ids_BX, tile: int) -> _Summary:
+    B = positions_BX.shape[0]
+    position, segment = (
+        whole_tiles(x.astype(jnp.int32), tile).reshape(B, -1, tile)
+        for x in (positions_BX, segment_ids_BX)
+    )
+    counts = segment > 0
+
+    def least(x, where):
+        return jnp.min(x, axis=-1, where=where, initial=_INT_MAX)
+
+    def greatest(x, where):
+        return jnp.max(x, axis=-1, where=where, initial=_INT_MIN)
+
+    least_segment, greatest_segment = least(segment, counts), greatest(segment, counts)
+    return _Summary(
+        is_empty=~jnp.any(counts, axis=-1),
+        is_uniform=jnp.all(counts, axis=-1) & (least_segment == greatest_segment),
+        least_segment=least_segment,
+        greatest_segment=greatest_segment,
+        least_position=least(position, counts),
+        greatest_position=greatest(position, counts),
+        first_position=least(position, segment == least_segment[..., None]),
+        last_position=greatest(position, segment == greatest_segment[..., None]),
+    )
+
+
+def _tile_kinds(queries: _Summary, keys: _Summary, window: int):
+    """[B, I, J] of _FULL, _PARTIAL, _SKIPPED. Never skips a visible pair.
+
+    A visible pair has the same segment and kv_position <= q_position, so as (segment, position)
+    in lexicographic order the key does not come after the query. Hence the first key of a tile
+    must not come after the last query of one. In a packed row this is what skips the documents
+    that follow; bounds of positions alone say little where a tile holds the end of a document and
+    the start of another.
+    """
+    q = _Summary(*(x[:, :, None] for x in queries))
+    kv = _Summary(*(x[:, None, :] for x in keys))
+    is_possible = (
+        ~q.is_empty
+        & ~kv.is_empty
+        & (kv.least_segment <= q.greatest_segment)
+        & (kv.greatest_segment >= q.least_segment)
+        & (kv.least_position <= q.greatest_position)
+        & ((kv.least_segment < q.greatest_segment) | (kv.first_position <= q.last_position))
+    )
+    is_full = (
+        q.is_uniform
+        & kv.is_uniform
+        & (q.least_segment == kv.least_segment)
+        & (kv.greatest_position <= q.least_position)
+    )
+    if window:
+        is_possible &= q.least_position - kv.greatest_position < window
+        is_possible &= (kv.greatest_segment > q.least_segment) | (
+            q.first_position - kv.last_position < window
+        )
+        is_full &= q.greatest_position - kv.least_position < window
+    # Being full is exact, so it implies being possible.
+    return jnp.where(is_full, _FULL, jnp.where(is_possible, _PARTIAL, _SKIPPED))
+
+
+def _ordered(kinds_BXY) -> Schedule:
+    num_full_BX = jnp.sum(kinds_BXY == _FULL, axis=-1, dtype=jnp.int32)
+    num_visited_BX = jnp.sum(kinds_BXY != _SKIPPED, axis=-1, dtype=jnp.int32)
+    return Schedule(
+        tiles_BXY=jnp.argsort(kinds_BXY, axis=-1, stable=True).astype(jnp.int32),
+        num_full_BX=num_full_BX,
+        num_visited_BX=num_visited_BX,
+        order_BX=jnp.argsort(-num_visited_BX, axis=-1, stable=True).astype(jnp.int32),
+    )

@@ -1,0 +1,114 @@
+"""What an op runs as: by name or an error, by None what is proven, on the device it is made for."""
+
+import logging
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from jaxfm import ops
+from jaxfm.ops import choice
+from jaxfm.ops.choice import Device, choose, decide, target
+from pallas_kernels import _tables
+
+KINDS = ('mosaic', 'cudnn', 'fa3', 'xla', 'interpret')
+
+
+@pytest.fixture(autouse=True)
+def an_op_with_everything(monkeypatch):
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, 'op', KINDS)
+    monkeypatch.setattr(choice, '_told', set())
+
+
+@pytest.fixture
+def proven(monkeypatch):
+    """The op is proven on an H200."""
+    entry = {'op': 'op', 'device': 'H200', 'date': '2026-11-27'}
+    monkeypatch.setattr(_tables, '_read', lambda path: [entry])
+
+
+def on(kind: str, platform: str = 'gpu'):
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def test_the_device_is_that_of_the_mesh():
+    assert target() == Device('cpu', 'cpu')
+    with on('NVIDIA H200'):
+        assert target() == Device('gpu', 'NVIDIA H200')
+    with jax.set_mesh(jax.make_mesh((1,), ('x',))):
+        assert target() == Device('cpu', 'cpu')
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['NVIDIA H100 80GB HBM3', 'NVIDIA H200', 'NVIDIA H800', 'NVIDIA H20', 'NVIDIA GH200 480GB'],
+)
+def test_kernels_run_on_hopper(kind):
+    with on(kind):
+        assert all(choose('op', name) == name for name in KINDS)
+
+
+@pytest.mark.parametrize(
+    'kind, platform, name, words',
+    [
+        ('cpu', 'cpu', 'mosaic', ['needs a Hopper GPU', 'the device is cpu', "'interpret' to sim"]),
+        ('cpu', 'cpu', 'fa3', ['needs a Hopper GPU', 'the device is cpu', "say 'xla'"]),
+        ('cpu', 'cpu', 'cudnn', ['needs an NVIDIA GPU', 'the device is cpu', "say 'xla'"]),
+        ('NVIDIA A100-SXM4-40GB', 'gpu', 'mosaic', ['needs a Hopper GPU', 'A100-SXM4-40GB (gpu)']),
+        ('NVIDIA B200', 'gpu', 'mosaic', ['needs a Hopper GPU', 'NVIDIA B200 (gpu)']),
+    ],
+)
+def test_a_name_that_the_device_cannot_run_is_an_error(kind, platform, name, words):
+    with on(kind, platform), pytest.raises(ValueError, match=f"op cannot run as '{name}'") as told:
+        choose('op', name)
+    assert all(word in str(told.value) for word in words)
+
+
+def test_a_name_nobody_knows_is_an_error_that_lists_the_names():
+    with pytest.raises(ValueError, match="'triton', only mosaic, cudnn, fa3, xla, interpret"):
+        choose('op', 'triton')
+
+
+@pytest.mark.parametrize('name', ['mosaic', 'interpret'])
+def test_a_name_that_cannot_do_what_is_asked_is_an_error(name):
+    with on('NVIDIA H200'), pytest.raises(ValueError, match=f"'{name}': head_dim 80"):
+        choose('op', name, {'mosaic': 'head_dim 80 is none of 64, 128, 256'})
+
+
+def test_simulating_a_kernel_needs_no_gpu():
+    assert choose('op', 'interpret') == 'interpret'
+
+
+@pytest.mark.parametrize(
+    'kind, why',
+    [('cpu', 'for Hopper GPUs, this is cpu'), ('NVIDIA H200', 'not proven on NVIDIA H200')],
+)
+def test_nothing_is_chosen_that_no_gpu_has_run(kind, why):
+    with on(kind):
+        chosen = decide('op', None)
+    assert chosen.name == 'xla'
+    assert why in chosen.reason
+
+
+def test_a_proven_kernel_is_chosen_where_it_can_do_what_is_asked(proven):
+    with on('NVIDIA H200'):
+        assert decide('op', None) == choice.Choice('mosaic', 'proven on NVIDIA H200 on 2026-11-27')
+        assert decide('op', None, {'mosaic': 'too wide'}) == choice.Choice('xla', 'too wide')
+    for other in ('NVIDIA H100 80GB HBM3', 'cpu'):
+        with on(other):
+            assert decide('op', None).name == 'xla'
+
+
+def test_the_log_says_once_what_none_has_come_to(caplog):
+    with caplog.at_level(logging.INFO, 'jaxfm'):
+        for _ in range(3):
+            choose('op', None)
+            choose('op', 'xla')
+    [record] = caplog.records
+    assert record.message == 'op runs as xla: the kernel is for Hopper GPUs, this is cpu'
+
+
+@pytest.mark.parametrize('op', sorted(ops.IMPLEMENTATIONS))
+def test_every_op_runs_as_xla(op):
+    assert choose(op, 'xla') == 'xla'

@@ -153,18 +153,35 @@ def place_stored_matrices(weight, axes):
 
 
 def per_shard(function, in_names, out_names):
-    """`function` on each device's own shards, for work that needs nothing of the others.
+    """`function` on each device's own shards; what it needs of others it asks for (`split_axes`).
 
-    The way out where the type system asks for collectives that are not needed (per-row scatters).
+    The way out where the type system asks for collectives that are not needed (per-row scatters),
+    and the way in for kernels, which know nothing of other devices.
+
+    Args:
+      in_names: the logical axes of each argument.
+      out_names: those of the result, or a list of them for several results.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
+    if isinstance(out_names, list):
+        out_specs = tuple(_spec(ACTIVATIONS, names) for names in out_names)
+    else:
+        out_specs = _spec(ACTIVATIONS, out_names)
     return jax.shard_map(
         function,
         in_specs=tuple(_spec(ACTIVATIONS, names) for names in in_names),
-        out_specs=_spec(ACTIVATIONS, out_names),
+        out_specs=out_specs,
         check_vma=False,
     )
+
+
+def split_axes(*names) -> tuple[str, ...]:
+    """The mesh axes that activations with these logical axes are split over; () without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return ()
+    entries = (ACTIVATIONS[name] for name in names)
+    return tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry))
 
 
 def axis_size(table, name: str, mesh=None) -> int:

@@ -7,6 +7,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import os
 import random
@@ -119,6 +120,14 @@ def smollm2_gguf(tmp_path_factory) -> Path:
     with open(path, 'rb') as file:
         assert hashlib.file_digest(file, 'sha256').hexdigest() == MODEL_SHA256, path
     return path
+
+
+@pytest.fixture(scope='session')
+def gpu_compiler():
+    """Skips where the compiler for GPUs is not installed."""
+    for package in ('jax_cuda13_plugin', 'nvidia'):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip('no compiler for GPUs: pip install -e ".[gpu_compiler]"')
 
 
 @pytest.fixture(scope='session')

@@ -26,9 +26,9 @@ SMALL = kernel.Tiles(rows=64, kv_tile=64, slots=2)
 
 CASES = {
     'causal': Case(num_kv_heads=2),
-    'documents': Case(lengths=(64, 70, 1, 1, 31), num_heads=4),
+    'documents': Case(lengths=(64, 70, 1, 1, 31), batch=2),
     'window below a tile': Case(window=30, lengths=(150, 40), head_dim=128),
-    'eight heads a group': Case(num_queries=100, num_keys=100, num_heads=8),
+    'eight heads a group': Case(60, 60, num_heads=8),
     'soft-cap, large logits': Case(softcap=20.0, magnitude=10.0, num_queries=100),
     'large logits': Case(magnitude=10.0, num_queries=100, lengths=(130, 70)),
     'permuted': Case(is_permuted=True, lengths=(90, 80), window=100, num_heads=1),
@@ -42,32 +42,32 @@ CAPS = {'bfloat16': 0.02, 'float16': 0.003}
 
 
 def errors(case: Case, function) -> tuple[float, float]:
-    """The greatest of out and of lse against float64; rows that see nothing must be exact."""
+    """The greatest of out and of lse against float64; infinite if rows that see nothing differ."""
     arrays = case.arrays()
     out, lse = function(*arrays, **case.options)
     assert out.dtype == case.dtype and lse.dtype == jnp.float32
     out, lse = np.asarray(out, np.float64), np.asarray(lse, np.float64)
     right_out, right_lse = exact(arrays, **case.options)
     empty = np.isneginf(right_lse)
-    assert np.array_equal(np.isneginf(lse), empty)
-    assert not np.any(out[np.moveaxis(empty, 1, 2)])
+    if not np.array_equal(np.isneginf(lse), empty) or np.any(out[np.moveaxis(empty, 1, 2)]):
+        return np.inf, np.inf
     return np.max(np.abs(out - right_out)), np.max(np.abs(lse[~empty] - right_lse[~empty]))
 
 
 @functools.cache
-def xla_error(case: Case) -> float:
-    return errors(case, jax.jit(reference.forward, static_argnames=tuple(case.options)))[0]
+def xla_errors(case: Case) -> tuple[float, float]:
+    return errors(case, jax.jit(reference.forward, static_argnames=tuple(case.options)))
 
 
 def within(case: Case, function, lse_cap: float = 1e-4) -> bool:
     out_error, lse_error = errors(case, function)
     # NaN is not less than anything.
-    return out_error <= min(2 * xla_error(case), CAPS[case.dtype]) and lse_error <= lse_cap
+    return out_error <= min(2 * xla_errors(case)[0], CAPS[case.dtype]) and lse_error <= lse_cap
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_reference_agrees_with_float64(name):
-    out_error, lse_error = errors(CASES[name], reference.forward)
+    out_error, lse_error = xla_errors(CASES[name])
     assert out_error < CAPS[CASES[name].dtype] and lse_error < 1e-4
 
 
@@ -78,7 +78,7 @@ def test_gradients_of_the_reference_are_those_of_its_function():
     def out(q, k, v):
         return reference.forward(q, k, v, *ids, **case.options)[0]
 
-    check_grads(out, (q, k, v), order=1, modes=('rev',), atol=1e-2, rtol=1e-2)
+    check_grads(jax.jit(out), (q, k, v), order=1, modes=('rev',), atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -107,15 +107,18 @@ def random_tokens(rng, B, size):
     return positions.astype(np.int32), segments.astype(np.int32)
 
 
-def schedule_is_right(module, number: int = 40) -> bool:
+def schedule_is_right(module, number: int = 60) -> bool:
     """Full tiles are exactly those in which all pairs are visible, and no visible pair is left."""
     rng = np.random.default_rng(0)
+    T, S = 61, 93
     for _ in range(number):
-        # Few shapes, because each is compiled anew.
-        T, S = rng.choice([8, 61, 96]), rng.choice([16, 75, 96])
-        queries = random_tokens(rng, 2, T)
-        keys = queries if T == S and rng.random() < 0.7 else random_tokens(rng, 2, S)
-        window = int(rng.choice([0, 1, 5, 30]))
+        # One shape, because each is compiled anew.
+        keys = random_tokens(rng, 2, S)
+        start = rng.integers(0, S - T + 1)
+        queries = [x[:, start : start + T] for x in keys]
+        if rng.random() < 0.3:
+            queries = random_tokens(rng, 2, T)
+        window = int(rng.choice([0, 1, 2, 7]))
         mask = schedule.visible(
             *(x[:, :, None] for x in queries), *(x[:, None, :] for x in keys), window
         )
@@ -262,10 +265,10 @@ MISTAKES = {
         'weights, v_smem.at[slots - 1 - slot]',
         {'interpreter', 'numbers'},
     ),
-    'tiles swapped': (
+    'V of another tile than K': (
         kernel,
-        'tiles_ref[b, row, step]',
-        'tiles_ref[b, row, num_visited - 1 - step]',
+        'v_ref.at[b, keys, kv_head]',
+        'v_ref.at[b, pl.ds(tiles_ref[b, row, 0] * kv_tile, kv_tile), kv_head]',
         {'numbers'},
     ),
     'a partial tile taken for full': (
@@ -312,7 +315,7 @@ MISTAKES = {
     ),
 }
 # Two tiles of queries, four of keys, a document that begins within a tile and padding after it.
-SENSITIVE = Case(num_heads=1, lengths=(140, 90), window=100, num_queries=250, num_keys=250)
+SENSITIVE = Case(250, 250, num_heads=1, lengths=(140, 90), window=100)
 
 
 @pytest.mark.parametrize('name', MISTAKES)
@@ -327,7 +330,6 @@ def test_planted_mistake_is_found(name, monkeypatch):
     forward = kernel.forward if module is schedule else made.forward
     with interpreted_races() as races:
         try:
-            # XLA's reference has the right mask: only the kernel's schedule is replaced.
             if not within(SENSITIVE, partial(forward, tiles=SMALL, interpret=True)):
                 found.add('numbers')
         except Exception:

@@ -308,13 +308,16 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
+def batch_sharding(mesh) -> NamedSharding:
+    """Where an array [B, T] of a batch is."""
+    return NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
+
+
 def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Array]:
     """Local rows of [B, T] host arrays -> global arrays sharded as activations."""
-    sharding = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
+    place = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(
-            sharding, rows, (batch_size,) + rows.shape[1:]
-        )
+        name: jax.make_array_from_process_local_data(place, rows, (batch_size,) + rows.shape[1:])
         for name, rows in batch.items()
     }
 

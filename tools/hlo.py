@@ -50,7 +50,15 @@ class Collective:
     dtype: str
     size: int
     devices: int  # in a group
-    sent: int  # bytes that a device sends, by the ring algorithm
+
+    @property
+    def sent(self) -> int:
+        """Bytes that a device sends, by the ring algorithm."""
+        whole = Array(self.dtype, (self.size,)).num_bytes
+        if self.kind == 'collective-permute':
+            return whole
+        rounds = 2 if self.kind == 'all-reduce' else 1
+        return whole * rounds * (self.devices - 1) // self.devices
 
 
 @dataclasses.dataclass
@@ -72,8 +80,10 @@ def collectives(text: str) -> Counter[Collective]:
             kind = each.opcode.removesuffix('-start')
             if kind in KINDS:
                 devices = _group_size(each.attributes)
+                # A gather alone takes a part of what it is counted as.
+                parts = devices if kind == 'all-gather' else 1
                 for array in (array for name in each.operands for array in arrays[name]):
-                    found[_collective(kind, array, devices)] += times
+                    found[Collective(kind, array.dtype, array.size * parts, devices)] += times
     return found
 
 
@@ -98,17 +108,6 @@ def custom_calls(text: str) -> Counter[str]:
             if each.opcode == 'custom-call':
                 found[re.search(r'custom_call_target="([^"]*)"', each.attributes)[1]] += times
     return found
-
-
-def _collective(kind: str, operand: Array, devices: int) -> Collective:
-    """A collective from what a device puts in: a gather is the only one to put in a part."""
-    size = operand.size * (devices if kind == 'all-gather' else 1)
-    bytes_whole = operand.num_bytes * (devices if kind == 'all-gather' else 1)
-    rounds = 2 if kind == 'all-reduce' else 1
-    sent = bytes_whole * rounds * (devices - 1) // devices
-    if kind == 'collective-permute':
-        sent = bytes_whole
-    return Collective(kind, operand.dtype, size, devices, sent)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -179,7 +178,7 @@ def _trips(instruction: _Instruction) -> int:
 def _group_size(attributes: str) -> int:
     """Devices in one of the groups, in each of the ways that XLA writes them."""
     text = attributes.partition('replica_groups=')[2]
-    if named := re.match(r"mesh\[([^\]]*)\]\S*\s*\{([^}]*)\}", text):
+    if named := re.match(r'mesh\[([^\]]*)\]\S*\s*\{([^}]*)\}', text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         # An axis may be split: 'axis':(before)size.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])

@@ -93,14 +93,6 @@ def shared_data() -> Path:
     pytest.skip('no shared/data in the repository or beside it')
 
 
-@pytest.fixture(scope='session')
-def gpu_compiler():
-    """Skips where the compiler for GPUs is not installed."""
-    for package in ('jax_cuda13_plugin', 'nvidia'):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip('no compiler for GPUs: pip install -e ".[gpu_compiler]"')
-
-
 MODEL = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 MODEL_SHA256 = 'b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 

@@ -21,7 +21,7 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %carry = (s32[], bf16[16,2]{1,0}) parameter(0)
   %x = bf16[16,2]{1,0} get-tuple-element(%carry), index=1
   %y = f8e4m3fn[4]{0} fusion(%x), kind=kLoop, calls=%wrapped
-  %start = ((bf16[16,2]{1,0}, f8e4m3fn[4]{0}), (bf16[64,2]{1,0}, /*index=1*/f8e4m3fn[16])) all-gather-start(%x, %y), GROUPS
+  %start = (SHARDS, (bf16[64,2]{1,0}, /*index=1*/f8e4m3fn[16])) all-gather-start(%x, %y), GROUPS
   %done = (bf16[64,2]{1,0}, f8e4m3fn[16]{0}) all-gather-done(%start)
   %i = s32[] get-tuple-element(%carry), index=0
   ROOT %next = (s32[], bf16[16,2]{1,0}) tuple(%i, %x)
@@ -45,6 +45,7 @@ ENTRY %main (p0: bf16[16,2], p1: f32[8]) -> f32[8] {
 }
 """
 TEXT = TEXT.replace('TRIPS', 'backend_config={"known_trip_count":{"n":"5"}}')
+TEXT = TEXT.replace('SHARDS', '(bf16[16,2]{1,0}, f8e4m3fn[4]{0})')
 TEXT = TEXT.replace('GROUPS', "replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}")
 
 

@@ -114,12 +114,11 @@ def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
     Raises:
       ConfigError: an implementation that the config names cannot run there.
     """
-    named = dict(model.implementations)
-    chosen = {}
+    chosen, ops = {}, IMPLEMENTATIONS.keys() & dict(model.implementations).keys()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        for op in IMPLEMENTATIONS:
+        for op in sorted(ops):
             try:
-                chosen[op] = decide(op, named.get(op), _unsupported(op, model))
+                chosen[op] = decide(op, getattr(model.implementations, op), _unsupported(op, model))
             except ValueError as error:
                 raise ConfigError(f'config.model.implementations.{op}: {error}') from error
     return chosen

@@ -11,6 +11,7 @@ same path on a CPU with tiny shapes, in seconds.
 
 import argparse
 import importlib
+import os
 from pathlib import Path
 
 from tools.bench.gpu.record import Record
@@ -37,6 +38,9 @@ def main(argv=None) -> None:
     parser.add_argument('--peer_python', help='train: an interpreter that has torch')
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.smoke:
+        os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+        os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')  # the interpreter of kernels needs them
     part = importlib.import_module(f'tools.bench.gpu.{arguments.part}')
     record = Record(arguments.out, arguments.part, arguments.smoke, resume=bool(arguments.only))
     runner = Runner(

@@ -11,12 +11,12 @@ MEDIAN, SIGMA = 500, 1.2  # of a lognormal: web text in tokens, few documents ho
 
 def lengths(rows: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """Document lengths that fill each row; the last one is cut."""
-    random = np.random.default_rng(seed)
+    random, median = np.random.default_rng(seed), min(MEDIAN, tokens / 8)
     filled = []
     for _ in range(rows):
         row = []
         while (left := tokens - sum(row)) > 0:
-            row.append(min(left, max(1, int(random.lognormal(np.log(MEDIAN), SIGMA)))))
+            row.append(min(left, max(1, int(random.lognormal(np.log(median), SIGMA)))))
         filled.append(row)
     return filled
 

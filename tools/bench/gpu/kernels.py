@@ -133,7 +133,9 @@ def bars(record: Record) -> list[dict]:
 
 def _times_faster(speed: dict, name: str, others) -> float | None:
     ours = speed.get(f'{name} / mosaic')
-    theirs = [speed[key]['microseconds'] for other in others if (key := f'{name} / {other}') in speed]
+    theirs = [
+        speed[key]['microseconds'] for other in others if (key := f'{name} / {other}') in speed
+    ]
     return min(theirs) / ours['microseconds'] if ours and theirs else None
 
 
@@ -165,7 +167,8 @@ def show(record: Record) -> None:
             continue
         floor = floor_microseconds(row, ceilings)
         share = f'{floor / row["microseconds"]:8.0%}' if floor else ''
-        rates = [f'{row[key]:.4g}' if key in row else ''
-                 for key in ('tflops', 'gigabytes_per_second')]
+        rates = [
+            f'{row[key]:.4g}' if key in row else '' for key in ('tflops', 'gigabytes_per_second')
+        ]
         print(f'{row["name"]:74}{row["microseconds"]:10.1f} {rates[0]:>8} {rates[1]:>7} {share}')
     show_bars(record.values['bars'])

@@ -39,11 +39,14 @@ def compare(kernel, plain, exact, cap: float = CAP) -> dict:
     """
     first, *again = (jax.device_get(kernel()) for _ in range(3))
     plain, exact = jax.device_get((plain, exact))
-    errors = {name: [*_errors(first[name], exact[name]), *_errors(plain[name], exact[name])]
-              for name in exact}
+    errors = {
+        name: [*_errors(first[name], exact[name]), *_errors(plain[name], exact[name])]
+        for name in exact
+    }
     repeatable = all(
         np.array_equal(x[name].view(np.uint8), first[name].view(np.uint8))
-        for x in again for name in exact
+        for x in again
+        for name in exact
     )
     held = repeatable and all(
         error <= min(2 * of_plain + ALLOWANCE, cap) and worst <= WORST_CAP
@@ -90,9 +93,7 @@ class RmsNorm:
 
         @jax.jit
         def kernel():
-            y, total, inverse = package.forward(
-                x, scale, *more, epsilon=1e-6, interpret=interpret
-            )
+            y, total, inverse = package.forward(x, scale, *more, epsilon=1e-6, interpret=interpret)
             dx, dscale = package.backward(
                 dy,
                 dsum if self.residual else None,
@@ -217,17 +218,13 @@ class CrossEntropy:
         def kernel():
             more = dict(interpret=interpret, **options)
             lse, picked = package.forward(hidden, weight, targets, **more)
-            gradient = package.logit_gradients(
-                hidden, weight, targets, lse, dpicked, dlse, **more
-            )
+            gradient = package.logit_gradients(hidden, weight, targets, lse, dpicked, dlse, **more)
             return dict(lse=lse, picked=picked, gradient=gradient)
 
         def reference(hidden, weight, dpicked, dlse):
             zeros = jnp.zeros((self.M, self.V), jnp.float32)
             (lse, picked), back = jax.vjp(
-                lambda offset: references.cross_entropy(
-                    hidden, weight, targets, offset, **options
-                ),
+                lambda offset: references.cross_entropy(hidden, weight, targets, offset, **options),
                 zeros,
             )
             [gradient] = back((dlse, dpicked))

@@ -211,7 +211,7 @@ SMOKE_SHAPES = (
 
 
 def tasks(smoke: bool, op: str) -> list[Task]:
-    """All implementations at the shapes of an op, ours last: a fault of theirs breaks the device."""
+    """All implementations at the shapes of an op, ours last: their faults break the device."""
     shapes = [shape for shape in (SMOKE_SHAPES if smoke else SHAPES) if shape.op == op]
     order = dict.fromkeys(name for shape in shapes for name in shape.implementations)
     return [task for name in order for shape in shapes for task in shape.tasks(name, smoke)]

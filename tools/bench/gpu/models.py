@@ -63,6 +63,10 @@ class Trainer:
     def state(self) -> state.TrainState:
         return state.init_state(self._make_model, self.parts, self.optimizer, seed=0)
 
+    def params(self) -> dict:
+        """The weights of `state` alone."""
+        return state.fresh_params(self._make_model, self.parts, 0, self.parts.shapes)
+
     def step(self):
         """(state, batch) -> (state, metrics), the state donated."""
         objective = NextToken(NextTokenConfig())

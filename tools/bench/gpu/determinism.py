@@ -103,10 +103,12 @@ def _repeat(smoke: bool, implementations: dict, options: dict | None = None) -> 
             for _ in range(STEPS):
                 state, metrics = step(state, batch)
             digests.append(_digests(state.to_tree()))
-    different = sorted(
-        {name for each in digests for name in each if each[name] != digests[0][name]}
-    )
+    different = _different(digests)
     return {'equal': not different, 'different': different, 'loss': metrics['loss'].item()}
+
+
+def _different(digests: list[dict]) -> list[str]:
+    return sorted({name for each in digests for name in each if each[name] != digests[0][name]})
 
 
 def _digests(tree: dict) -> dict[str, str]:
@@ -132,7 +134,7 @@ def _resume(smoke: bool, implementations: dict) -> dict:
         if f'resumed at step {steps[-2]}' not in said:
             raise RuntimeError(f'the run did not resume at step {steps[-2]}: {said[-300:]}')
         before, after = (_saved(workdir, steps[-1]) for workdir in (straight, resumed))
-    different = sorted(name for name in before if before[name] != after[name])
+    different = _different([before, after])
     return {'equal': not different, 'different': different, 'resumed_at': steps[-2]}
 
 

@@ -113,12 +113,16 @@ def bars(record: Record) -> list[dict]:
 
     causal = 'attention causal B4 S4096 H32/32 D128'
     packed = 'attention packed B4 S4096 H32/8 D128'
-    cross_entropy = value('cross-entropy 16384 x 4096 x 131072', 'microseconds')
+    cross_entropy = value('cross-entropy 16384 x 4096 x 131072 loss and gradients', 'microseconds')
     found = [
         bar('flash attention forward, TFLOP/s', value(f'{causal} forward', 'tflops'), 600),
         bar('flash attention backward, TFLOP/s', value(f'{causal} backward', 'tflops'), 450),
         bar('add + RMSNorm, of copying', of_copy('add + rms_norm 16384 x 4096 forward'), 0.85),
-        bar('decode attention, of copying', of_copy('paged decode B64 L8192 H32/8 D128'), 0.85),
+        bar(
+            'decode attention, of copying',
+            of_copy('paged decode B64 L8192 H32/8 D128 forward'),
+            0.85,
+        ),
         bar('cross-entropy, ms', cross_entropy and cross_entropy / 1e3, 105, at_least=False),
     ]
     for way in ('forward', 'backward'):

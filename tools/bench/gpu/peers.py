@@ -133,5 +133,6 @@ CROSS_ENTROPY = {
     'naive': naive_cross_entropy,
     'xla': ours('xla'),
     'tokamax': tokamax_cross_entropy,
+    'interpret': ours('interpret'),
     'mosaic': ours('mosaic'),
 }

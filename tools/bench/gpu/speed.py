@@ -6,13 +6,14 @@ and every output written once. What does more is slower by it.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from tools.bench.gpu import documents, peers, references
 from tools.bench.gpu.numerics import kernels
-from tools.bench.gpu.stages import Refused, Task
+from tools.bench.gpu.stages import Task
 from tools.bench.gpu.timing import microseconds, normal, rates
 
 
@@ -25,6 +26,16 @@ def measured(function, *arrays, smoke: bool, flops: float = 0, moved: float = 0)
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """A jittable function, what it is called with, and the work it has to do."""
+
+    function: Callable
+    arrays: tuple
+    flops: float = 0
+    moved: float = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class RmsNorm:
     """Residual add and norm: two arrays in, two out."""
 
@@ -32,40 +43,41 @@ class RmsNorm:
     D: int
 
     op = 'rms_norm'
+    parts = ('forward', 'backward')
     implementations = ('xla', 'tokamax', 'mosaic')
 
     @property
     def name(self) -> str:
         return f'add + rms_norm {self.M} x {self.D}'
 
-    def tasks(self, implementation: str, smoke: bool) -> list[Task]:
-        name = self.name
-        run = functools.partial(self._run, implementation, smoke=smoke)
-        return [
-            Task(f'{name} {way} / {implementation}', functools.partial(run, way))
-            for way in ('forward', 'backward')
-        ]
-
-    def _run(self, implementation: str, way: str, *, smoke: bool) -> dict:
-        x, residual, dy, dsum = (normal(i, (self.M, self.D)) for i in range(4))
+    @property
+    def _arrays(self) -> tuple:
         scale = 1 + normal(4, (self.D,), jnp.float32, 0.1)
+        return *(normal(i, (self.M, self.D)) for i in range(4)), scale
+
+    def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
+        """Ours."""
+        package = kernels(self.op)
+        x, residual, dy, dsum, scale = self._arrays
+        forward = functools.partial(package.forward, epsilon=1e-6, interpret=interpret)
         # Forward x, residual -> y, sum; backward dy, dsum, sum -> dx.
-        moved = 4 * x.nbytes
-        measure = functools.partial(measured, smoke=smoke, moved=moved)
-        if implementation == 'mosaic':
-            package = kernels(self.op)
-            forward = functools.partial(package.forward, epsilon=1e-6, interpret=smoke)
-            if way == 'forward':
-                return measure(forward, x, scale, residual)
-            _, total, inverse = jax.jit(forward)(x, scale, residual)
-            backward = functools.partial(package.backward, interpret=smoke)
-            return measure(backward, dy, dsum, total, scale, inverse)
+        work = dict(moved=4 * x.nbytes)
+        if part == 'forward':
+            return Call(functools.partial(forward, tiles=tiles), (x, scale, residual), **work)
+        _, total, inverse = jax.jit(forward)(x, scale, residual)
+        backward = functools.partial(package.backward, interpret=interpret, tiles=tiles)
+        return Call(backward, (dy, dsum, total, scale, inverse), **work)
+
+    def other(self, part: str, implementation: str) -> Call:
+        """That of somebody else."""
+        x, residual, dy, dsum, scale = self._arrays
         function = {'xla': references.rms_norm, 'tokamax': peers.tokamax_rms_norm}[implementation]
         function = functools.partial(function, epsilon=1e-6)
-        if way == 'forward':
-            return measure(function, x, scale, residual)
+        work = dict(moved=4 * x.nbytes)
+        if part == 'forward':
+            return Call(function, (x, scale, residual), **work)
         back = jax.jit(lambda *arrays: jax.vjp(function, *arrays)[1])(x, scale, residual)
-        return measure(lambda back, *grads: back(grads)[:2], back, dy, dsum)
+        return Call(lambda back, *grads: back(grads)[:2], (back, dy, dsum), **work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,48 +92,56 @@ class FlashAttention:
     window: int = 0
 
     op = 'flash_attention'
-    implementations = ('xla', 'cudnn', 'fa3', 'tokamax', 'mosaic')
+    parts = ('forward', 'backward')
+    implementations = (*peers.ATTENTION, 'mosaic')
 
     @property
     def name(self) -> str:
         return f'attention {self.title} B{self.B} S{self.T} H{self.N}/{self.K} D{self.H}'
 
-    def tasks(self, implementation: str, smoke: bool) -> list[Task]:
-        run = functools.partial(self._run, implementation, smoke=smoke)
-        return [
-            Task(f'{self.name} {way} / {implementation}', functools.partial(run, way))
-            for way in ('forward', 'backward')
-        ]
-
-    def _run(self, implementation: str, way: str, *, smoke: bool) -> dict:
-        lengths = documents.lengths(self.B, self.T) if self.packed else [[self.T]] * self.B
-        rows = peers.Rows(lengths, self.window)
+    @property
+    def _arrays(self) -> tuple:
         q, dout = (normal(i, (self.B, self.T, self.N, self.H)) for i in (0, 3))
         k, v = (normal(i, (self.B, self.T, self.K, self.H)) for i in (1, 2))
-        flops = 4 * self.N * self.H * documents.visible_pairs(lengths, self.window)
-        moved = 2 * (q.nbytes + k.nbytes)
-        if way == 'backward':
-            flops, moved = 2.5 * flops, 2 * moved  # q, k, v, out, dout -> dq, dk, dv
-        measure = functools.partial(measured, smoke=smoke, flops=flops, moved=moved)
-        scale = self.H**-0.5
-        if implementation == 'mosaic':
-            package = kernels(self.op)
-            options = dict(scale=scale, window=self.window, interpret=smoke)
-            forward = functools.partial(package.forward, **options)
-            if way == 'forward':
-                return measure(forward, q, k, v, *rows.places)
-            out, lse = jax.jit(forward)(q, k, v, *rows.places)
-            backward = functools.partial(package.backward, **options)
-            return measure(backward, q, k, v, out, lse, dout, *rows.places)
-        attention = peers.ATTENTION[implementation]
+        return q, k, v, dout
+
+    @property
+    def _rows(self) -> peers.Rows:
+        lengths = documents.lengths(self.B, self.T) if self.packed else [[self.T]] * self.B
+        return peers.Rows(lengths, self.window)
+
+    def _work(self, part: str) -> dict:
+        flops = 4 * self.N * self.H * documents.visible_pairs(self._rows.lengths, self.window)
+        moved = 2 * 2 * self.B * self.T * (self.N + self.K) * self.H
+        # Backward q, k, v, out, dout -> dq, dk, dv; five products instead of two.
+        times = (1, 1) if part == 'forward' else (2.5, 2)
+        return dict(flops=times[0] * flops, moved=times[1] * moved)
+
+    def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
+        """Ours."""
+        package = kernels(self.op)
+        (q, k, v, dout), places = self._arrays, self._rows.places
+        options = dict(scale=self.H**-0.5, window=self.window, interpret=interpret)
+        forward = functools.partial(package.forward, **options)
+        if part == 'forward':
+            function = functools.partial(forward, tiles=tiles)
+            return Call(function, (q, k, v, *places), **self._work(part))
+        out, lse = jax.jit(forward)(q, k, v, *places)
+        function = functools.partial(package.backward, tiles=tiles, **options)
+        return Call(function, (q, k, v, out, lse, dout, *places), **self._work(part))
+
+    def other(self, part: str, implementation: str) -> Call:
+        """That of somebody else."""
+        q, k, v, dout = self._arrays
+        attention, scale = peers.ATTENTION[implementation], self.H**-0.5
 
         def function(q, k, v):
-            return attention(q, k, v, rows, scale)
+            return attention(q, k, v, self._rows, scale)
 
-        if way == 'forward':
-            return measure(function, q, k, v)
+        if part == 'forward':
+            return Call(function, (q, k, v), **self._work(part))
         back = jax.jit(lambda *arrays: jax.vjp(function, *arrays)[1])(q, k, v)
-        return measure(lambda back, dout: back(dout), back, dout)
+        return Call(lambda back, dout: back(dout), (back, dout), **self._work(part))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,30 +156,35 @@ class DecodeAttention:
     page: int = 64
 
     op = 'decode_attention'
+    parts = ('forward',)
     implementations = ('xla', 'mosaic')
 
     @property
     def name(self) -> str:
         return f'paged decode B{self.B} L{self.L} H{self.N}/{self.K} D{self.H}'
 
-    def tasks(self, implementation: str, smoke: bool) -> list[Task]:
-        return [Task(f'{self.name} / {implementation}', lambda: self._run(implementation, smoke))]
-
-    def _run(self, implementation: str, smoke: bool) -> dict:
+    @property
+    def _arrays(self) -> tuple:
         pages = self.L // self.page
-        table, _ = documents.paged(self.B, pages, self.page)
         order = 1 + jax.random.permutation(jax.random.key(3), self.B * pages)
-        table = order.reshape(table.shape).astype(jnp.int32)
+        table = order.reshape(self.B, pages).astype(jnp.int32)
         lengths = jnp.full((self.B,), self.L, jnp.int32)
-        q = normal(0, (self.B, self.N, self.H))
         shape = (self.B * pages + 1, self.page, self.K, self.H)
         k, v = (normal(i, shape) for i in (1, 2))
-        function = references.decode_attention
-        if implementation == 'mosaic':
-            function = functools.partial(kernels(self.op).forward, interpret=smoke)
-        function = functools.partial(function, scale=self.H**-0.5)
-        moved = 2 * k.nbytes * self.B * pages // (self.B * pages + 1)
-        return measured(function, q, k, v, table, lengths, smoke=smoke, moved=moved)
+        return normal(0, (self.B, self.N, self.H)), k, v, table, lengths
+
+    def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
+        """Ours."""
+        function = kernels(self.op).forward
+        return self._call(functools.partial(function, interpret=interpret, tiles=tiles))
+
+    def other(self, part: str, implementation: str) -> Call:
+        """That of somebody else."""
+        return self._call(references.decode_attention)
+
+    def _call(self, function) -> Call:
+        moved = 2 * 2 * self.B * self.L * self.K * self.H
+        return Call(functools.partial(function, scale=self.H**-0.5), self._arrays, moved=moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,24 +196,36 @@ class CrossEntropy:
     V: int
 
     op = 'cross_entropy'
-    implementations = tuple(peers.CROSS_ENTROPY)
+    parts = ('loss and gradients',)
+    implementations = ('naive', 'xla', 'tokamax', 'mosaic')
 
     @property
     def name(self) -> str:
         return f'cross-entropy {self.M} x {self.D} x {self.V}'
 
-    def tasks(self, implementation: str, smoke: bool) -> list[Task]:
-        return [Task(f'{self.name} / {implementation}', lambda: self._run(implementation, smoke))]
-
-    def _run(self, implementation: str, smoke: bool) -> dict:
-        if smoke and implementation == 'mosaic':
-            raise Refused('mosaic needs a GPU')
-        hidden = normal(0, (self.M, self.D))
-        weight = normal(1, (self.V, self.D), scale=self.D**-0.5)
+    @property
+    def _arrays(self) -> tuple:
         targets = jax.random.randint(jax.random.key(2), (self.M,), 0, self.V, jnp.int32)
-        loss = jax.value_and_grad(peers.CROSS_ENTROPY[implementation], (0, 1))
-        flops = 3 * 2 * self.M * self.D * self.V
-        return measured(loss, hidden, weight, targets, smoke=smoke, flops=flops)
+        weight = normal(1, (self.V, self.D), scale=self.D**-0.5)
+        return normal(0, (self.M, self.D)), weight, targets
+
+    def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
+        """Ours in the op that uses it; its two kernels alone have parts of their own names."""
+        if part in self.parts:
+            return self.other(part, 'interpret' if interpret else 'mosaic')
+        function = getattr(kernels(self.op), part)
+        options = dict(vocab_size=self.V, interpret=interpret, tiles=tiles)
+        more = () if part == 'forward' else (normal(i, (self.M,), jnp.float32) for i in range(3))
+        return Call(
+            functools.partial(function, **options),
+            (*self._arrays, *more),
+            flops=2 * self.M * self.D * self.V,
+        )
+
+    def other(self, part: str, implementation: str) -> Call:
+        """That of somebody else."""
+        function = jax.value_and_grad(peers.CROSS_ENTROPY[implementation], (0, 1))
+        return Call(function, self._arrays, flops=3 * 2 * self.M * self.D * self.V)
 
 
 SHAPES = (
@@ -214,4 +251,20 @@ def tasks(smoke: bool, op: str) -> list[Task]:
     """All implementations at the shapes of an op, ours last: their faults break the device."""
     shapes = [shape for shape in (SMOKE_SHAPES if smoke else SHAPES) if shape.op == op]
     order = dict.fromkeys(name for shape in shapes for name in shape.implementations)
-    return [task for name in order for shape in shapes for task in shape.tasks(name, smoke)]
+    return [
+        Task(
+            f'{shape.name} {part} / {implementation}',
+            functools.partial(_run, shape, part, implementation, smoke),
+        )
+        for implementation in order
+        for shape in shapes
+        for part in shape.parts
+    ]
+
+
+def _run(shape, part: str, implementation: str, smoke: bool) -> dict:
+    if implementation == 'mosaic':
+        call = shape.kernel(part, interpret=smoke)
+    else:
+        call = shape.other(part, implementation)
+    return measured(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)

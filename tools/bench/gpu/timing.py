@@ -17,13 +17,16 @@ QUEUED_BYTES = 4 << 30  # results that may wait at once
 
 
 def microseconds(function, *arguments, smoke: bool = False) -> dict:
-    """Median microseconds of a jitted call over batches of calls, and their spread."""
-    outputs = jax.block_until_ready(function(*arguments))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(outputs))
-    del outputs
+    """Median microseconds of a jitted call over batches of calls, and their spread.
+
+    smoke: one call, whose time says nothing.
+    """
     if smoke:
-        batches, count = 2, 1
+        batches, count = 1, 1
     else:
+        outputs = jax.block_until_ready(function(*arguments))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(outputs))
+        del outputs
         once = min(_batch(function, arguments, 1) for _ in range(3))
         count = max(1, min(64, int(BATCH_SECONDS / once), QUEUED_BYTES // max(size, 1)))
         batches = BATCHES if once < 0.2 else 5

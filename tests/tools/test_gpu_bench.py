@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs from end to end without one, and tells what is wrong as what it is."""
+"""The benchmark for GPUs runs from end to end without one, and names what is wrong."""
 
 import functools
 import json

@@ -20,23 +20,22 @@ PACKAGES = (
 class Record:
     """One result file of a part; `rows` are what was measured, in their order.
 
-    resume: rows of an earlier run on the same day stay, unless they are measured again.
+    resume: what an earlier run on the same day has measured stays, unless it is measured again.
     """
 
     def __init__(self, directory: Path, part: str, smoke: bool, resume: bool = False):
         date = datetime.date.today().isoformat()
         self.path = directory / f'gpu-{part}{"-smoke" if smoke else ""}-{date}.json'
-        self.values: dict[str, Any] = {
+        earlier = json.loads(self.path.read_text()) if resume and self.path.exists() else {}
+        self.values: dict[str, Any] = earlier | {
             'part': part,
             'date': date,
             'smoke': smoke,
             'python': platform.python_version(),
             'cores': len(os.sched_getaffinity(0)),
             'versions': versions(),
-            'rows': [],
+            'rows': earlier.get('rows', []),
         }
-        if resume and self.path.exists():
-            self.values['rows'] = json.loads(self.path.read_text())['rows']
         self.save()
 
     @property

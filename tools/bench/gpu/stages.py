@@ -160,8 +160,9 @@ def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
     tasks = [task for task in module.tasks(**options) if _passes(task.name, only)]
     yield {'about': _device(), 'names': [task.name for task in tasks]}
     for task in tasks[first:]:
+        start = time.monotonic()
         values, broken = attempt(task.run)
-        yield {'name': task.name, **values}
+        yield {'name': task.name, **values, 'task_seconds': round(time.monotonic() - start, 2)}
         if broken:
             return
 

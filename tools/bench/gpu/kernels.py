@@ -7,9 +7,9 @@ import json
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree
+from collections import Counter
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryFile
 
 from pallas_kernels._tables import short_kind
 from tools.bench.gpu.numerics import OPS
@@ -18,7 +18,7 @@ from tools.bench.gpu.stages import ROOT, Runner
 from tools.bench.gpu.timing import floor_microseconds
 
 PROVEN = ROOT / 'pallas_kernels' / 'proven.json'
-TEST_SECONDS = 120
+TEST_SECONDS = 150
 
 
 def run(record: Record, runner: Runner) -> None:
@@ -39,40 +39,35 @@ def _run_ops(runner: Runner) -> None:
 
 
 def run_tests(seconds: float, smoke: bool) -> dict:
-    """The tests marked `gpu`, in a process of their own -> counts, failures, pytest's last line."""
-    with TemporaryDirectory() as directory:
-        report = Path(directory) / 'report.xml'
-        command = [sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', f'--junitxml={report}']
-        command += ['-p', 'no:cacheprovider', 'tests/pallas_kernels']
-        command += ['--collect-only'] if smoke else ['tests/ops']
+    """The tests marked `gpu`, in a process of their own -> counts, failures, pytest's last line.
+
+    In smoke they are only collected.
+    """
+    command = [sys.executable, '-m', 'pytest', '-v', '--tb=line', '-m', 'gpu']
+    command += ['-p', 'no:cacheprovider', 'tests/pallas_kernels', 'tests/ops']
+    command += ['--collect-only'] if smoke else []
+    with TemporaryFile('w+') as output:
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=seconds
-            )
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=output, stderr=output, timeout=seconds
+            ).returncode
+            found = {'exit_code': code}
         except subprocess.TimeoutExpired:
-            return {'failed': f'pytest was not done after {seconds:.0f} s'}
-        said = (done.stdout + done.stderr).strip().splitlines() or ['']
-        found = {'said': said[-1], 'exit_code': done.returncode}
-        if report.exists():
-            found |= _read_report(report)
-        elif not smoke:
-            found['output'] = said[-30:]  # no pytest, or one that cannot read the configuration
-    return found
-
-
-def _read_report(path: Path) -> dict:
-    suite = xml.etree.ElementTree.parse(path).getroot().find('testsuite')
-    counts = {key: int(suite.get(key)) for key in ('tests', 'failures', 'errors', 'skipped')}
-    failures = {}
-    for case in suite.iter('testcase'):
-        for verdict in (*case.findall('failure'), *case.findall('error')):
-            name = f'{case.get("classname")}::{case.get("name")}'
-            failures[name] = (verdict.get('message') or '')[:300]
-    return counts | {'failed_tests': failures}
+            found = {'failed': f'pytest was not done after {seconds:.0f} s'}
+        output.seek(0)
+        said = output.read().strip().splitlines() or ['']
+    verdicts = re.findall(r'^(\S+::\S.*) (PASSED|FAILED|ERROR|SKIPPED)\b', '\n'.join(said), re.M)
+    counts = Counter(verdict for _, verdict in verdicts)
+    failed = [name for name, verdict in verdicts if verdict in ('FAILED', 'ERROR')]
+    found |= {'said': said[-1], 'counts': counts, 'failed_tests': failed}
+    # Without pytest, or with one that cannot read the configuration, there is nothing to count.
+    return found if counts and not failed else found | {'output': said[-40:]}
 
 
 def proven(record: Record) -> list[str]:
     """The ops whose whole grid of numerics ran here and is held."""
+    if record.values.get('platform') != 'gpu' or record.values['smoke']:
+        return []
     rows = [row for row in record.rows if row['stage'] == 'numerics']
     found = []
     for op in OPS:
@@ -153,7 +148,10 @@ def show(record: Record) -> None:
             print(f'{name}: {rate:.4g} {unit}')
     tests = record.values.get('tests')
     if tests:
-        print(f'GPU tests: {tests.get("failed") or tests["said"]}')
+        counts = ', '.join(f'{n} {verdict.lower()}' for verdict, n in tests['counts'].items())
+        print(f'GPU tests: {tests.get("failed", "")} {counts or tests["said"]}')
+        for name in tests['failed_tests']:
+            print(f'    {name}')
     numerics = [row for row in record.rows if row['stage'] == 'numerics']
     for op in OPS:
         own = [row for row in numerics if re.split(r'\s', row['name'])[0] == op]

@@ -16,7 +16,14 @@ from tools.bench.gpu import documents, references
 from tools.bench.gpu.stages import Refused, Task
 from tools.bench.gpu.timing import normal
 
-OPS = ('rms_norm', 'flash_attention', 'decode_attention', 'cross_entropy')
+# The kernels of an op, by their names in its package.
+KERNELS = {
+    'rms_norm': ('forward', 'backward'),
+    'flash_attention': ('forward', 'backward'),
+    'decode_attention': ('forward',),
+    'cross_entropy': ('forward', 'logit_gradients'),
+}
+OPS = tuple(KERNELS)
 CAP = 0.02  # of the relative error
 STRETCHED_CAP = 0.1  # where scores are ten times as large, and so is what rounding does to them
 WORST_CAP = 0.1  # of the largest single error, relative to the largest value
@@ -27,9 +34,13 @@ LEAST = 0.01  # inputs are of unit size: what is smaller than this counts as thi
 def kernels(op: str):
     """The package of an op's kernels."""
     try:
-        return importlib.import_module(f'pallas_kernels.{op}')
+        package = importlib.import_module(f'pallas_kernels.{op}')
     except ModuleNotFoundError as error:
         raise Refused(f'pallas_kernels has no {op}') from error
+    missing = [name for name in KERNELS[op] if not hasattr(package, name)]
+    if missing:
+        raise Refused(f'pallas_kernels.{op} has no {", ".join(missing)}')
+    return package
 
 
 def compare(kernel, plain, exact, cap: float = CAP, repeats: int = 3) -> dict:

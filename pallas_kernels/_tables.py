@@ -8,6 +8,8 @@ import json
 import re
 from pathlib import Path
 
+import jax
+
 DIRECTORY = Path(__file__).parent
 
 
@@ -35,6 +37,14 @@ def proof(op: str, device_kind: str) -> dict | None:
         if (entry['op'], entry['device']) == (op, short_kind(device_kind)):
             return entry
     return None
+
+
+def device_kind() -> str:
+    """Of what a program is made for: the device of the mesh that is set, else the default one."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    return jax.local_devices(backend=jax.default_backend())[0].device_kind
 
 
 def short_kind(device_kind: str) -> str:

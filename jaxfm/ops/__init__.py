@@ -9,5 +9,5 @@ IMPLEMENTATIONS = {
     'attention': ('xla',),
     'linear': ('xla',),
     'rms_norm': ('xla',),
-    'token_logprobs': ('xla',),
+    'token_logprobs': ('mosaic', 'xla', 'interpret'),
 }

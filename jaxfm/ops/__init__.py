@@ -7,6 +7,7 @@ named stands here, so that a config is checked without jax; `choice.py` chooses.
 # What each op can run as, best first; 'xla' runs everywhere.
 IMPLEMENTATIONS = {
     'attention': ('xla',),
+    'decode_attention': ('mosaic', 'xla', 'interpret'),
     'linear': ('xla',),
     'rms_norm': ('xla',),
     'token_logprobs': ('mosaic', 'xla', 'interpret'),

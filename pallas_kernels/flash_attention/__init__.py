@@ -1,0 +1,3 @@
+"""Attention with soft-cap, window and packed documents, which never holds the scores."""
+
+from pallas_kernels.flash_attention.forward import forward as forward

@@ -1,0 +1,137 @@
+"""Sizes of decode attention that change speed, not results: what was measured, else a guess."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from pallas_kernels import _tables
+
+DIRECTORY = Path(__file__).parent
+HEAD_DIMS = (64, 128, 256)
+ROWS = 64  # of one WGMMA: the query heads of a kv head, padded
+SMS = 132  # of an H100, an H200
+_SMEM_OF_SM = 228 * 1024
+_SMEM_OF_BLOCK = 227 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How a block goes through its part of a sequence."""
+
+    tokens: int  # a tile
+    slots: int  # tiles of K and V in the ring
+    splits: int  # parts of a sequence, each for a block of its own
+
+    @classmethod
+    def for_shape(
+        cls,
+        *,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        max_length: int,
+        dtype,
+    ) -> 'Tiles':
+        """What was measured on the device of the program, else a guess.
+
+        Args:
+          max_length: tokens that a query can see.
+        """
+        key = table_key(
+            batch=batch,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            max_length=max_length,
+            dtype=dtype,
+        )
+        if found := _tables.find(DIRECTORY, _tables.device_kind(), **key):
+            return cls(**found)
+        tokens, slots = _RINGS[head_dim][0]
+        guess = cls(tokens, slots, splits=1)
+        return dataclasses.replace(
+            guess,
+            splits=_splits(
+                streams=batch * num_kv_heads,
+                tiles=-(-max_length // tokens),
+                resident=SMS * guess.blocks_per_sm(head_dim),
+            ),
+        )
+
+    def smem_bytes(self, head_dim: int) -> int:
+        """Of a block: the queries, the ring, and at most 3 KB of barriers and of the compiler's."""
+        matrices = 2 * head_dim * (ROWS + 2 * self.slots * self.tokens)
+        return matrices + 2048 + 8 * (self.slots + 1)
+
+    def blocks_per_sm(self, head_dim: int) -> int:
+        """How many work side by side: while one begins or ends, another one keeps loading."""
+        return min(2, _SMEM_OF_SM // (self.smem_bytes(head_dim) + 1024))
+
+    def obstacle(self, *, head_dim: int, page_size: int) -> str | None:
+        """Why the kernel cannot run with these sizes."""
+        if self.tokens % 64:
+            return f'tiles of {self.tokens} tokens: only multiples of 64'
+        if self.tokens % page_size and page_size % self.tokens:
+            return f'tiles of {self.tokens} tokens and pages of {page_size} do not divide'
+        if min(self.slots, self.splits) < 1:
+            return f'{self.slots} slots and {self.splits} splits: both are at least 1'
+        if self.smem_bytes(head_dim) > _SMEM_OF_BLOCK:
+            return f'{self.smem_bytes(head_dim):,} bytes of shared memory, of {_SMEM_OF_BLOCK:,}'
+        return None
+
+
+# Tokens of a tile and slots by head dim, the guess first: a tile of K and V of 32 KB takes an SM
+# about 1700 cycles to load, longer than to compute with it, and two or three of them on their way
+# are more than latency times bandwidth (32 KB an SM).
+_RINGS = {
+    64: ((128, 3), (128, 2), (64, 4), (64, 6), (128, 6)),
+    128: ((64, 2), (64, 3), (64, 4), (64, 6), (128, 3)),
+    256: ((64, 3), (64, 2)),
+}
+
+
+def _splits(*, streams: int, tiles: int, resident: int) -> int:
+    """Parts of a sequence, for `streams` kv heads of sequences and `resident` blocks at a time.
+
+    Four blocks for each place, so that the last ones leave little idle. A part has eight tiles,
+    beside which its result is small (3 %); fewer only where SMs would have nothing to do.
+    """
+    wanted = -(-4 * resident // streams)
+    filling = -(-resident // streams)
+    return max(1, min(wanted, max(tiles // 8, min(tiles // 2, filling))))
+
+
+def table_key(
+    *, batch: int, num_kv_heads: int, head_dim: int, page_size: int, max_length: int, dtype
+) -> dict:
+    """What an entry of tiles.json is found by, beside the device; sizes go by powers of two."""
+    return dict(
+        dtype=jnp.dtype(dtype).name,
+        head_dim=head_dim,
+        page_size=page_size,
+        streams=_power_of_two(batch * num_kv_heads),
+        max_length=_power_of_two(max_length),
+    )
+
+
+def candidates(
+    *, dtype: str, head_dim: int, page_size: int, streams: int, max_length: int
+) -> list[Tiles]:
+    """What is worth measuring for a key of the table: every ring, and splits around the guess."""
+    del dtype  # both have two bytes
+    found = []
+    for tokens, slots in _RINGS[head_dim]:
+        one = Tiles(tokens, slots, splits=1)
+        tiles = -(-max_length // tokens)
+        guess = _splits(streams=streams, tiles=tiles, resident=SMS * one.blocks_per_sm(head_dim))
+        for splits in sorted({max(1, guess // 2), guess, min(2 * guess, tiles), 1}):
+            made = dataclasses.replace(one, splits=splits)
+            if made.obstacle(head_dim=head_dim, page_size=page_size) is None:
+                found.append(made)
+    return found
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,352 @@
+"""Flash attention, forward: one pass over the keys with a running softmax, on Hopper.
+
+A block computes `2 * rows` queries of one head. Two warpgroups compute, each its own half of the
+queries; a third one only copies. It walks the row of the schedule (schedule.py) and brings K and V
+of each tile into a ring of slots, which both halves read. The two halves take turns on the tensor
+cores: while one multiplies, the other does its softmax.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _tables
+from pallas_kernels._compat import accumulate, launch, matmul, pl, plgpu
+from pallas_kernels.flash_attention import schedule
+
+HEAD_DIMS = (64, 128, 256)
+_LOG2E = math.log2(math.e)
+_COMPUTE = 2  # warpgroups
+_COPY = 2  # index of the third
+# Where a running maximum starts: finite, so that a row that sees nothing has no NaN.
+_LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes that change speed, not results."""
+
+    rows: int = 64  # queries of one warpgroup
+    kv_tile: int = 128
+    slots: int = 2  # tiles of K and of V in flight
+
+    @property
+    def q_tile(self) -> int:
+        return _COMPUTE * self.rows
+
+    @classmethod
+    def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
+        """What was measured on the device of the program, else a guess."""
+        found = _tables.find(
+            Path(__file__).parent,
+            _tables.device_kind(),
+            **table_key(head_dim=head_dim, dtype=dtype),
+        )
+        return cls(**(found or _GUESSES[head_dim]))
+
+
+# As many scores as the registers of a thread take beside the output: 64 columns of either are 32.
+_GUESSES = {
+    64: dict(rows=64, kv_tile=128, slots=4),
+    128: dict(rows=64, kv_tile=128, slots=2),
+    256: dict(rows=64, kv_tile=64, slots=2),
+}
+
+
+def table_key(*, head_dim: int, dtype) -> dict:
+    """What an entry of tiles.json is found by, beside the device."""
+    return dict(kernel='forward', dtype=jnp.dtype(dtype).name, head_dim=head_dim)
+
+
+def candidates(*, head_dim: int, dtype) -> list[Tiles]:
+    """What is worth measuring: all of it fits in shared memory and in registers."""
+    del dtype  # both have two bytes
+    return [Tiles(*sizes) for sizes in _CANDIDATES[head_dim]]
+
+
+# rows, kv_tile, slots. A product with V takes its keys in pieces of 64. What is left out spills:
+# 192 or 256 keys, 128 rows from head_dim 128 on.
+_CANDIDATES = {
+    64: ((64, 128, 4), (64, 128, 2), (64, 192, 3), (128, 64, 4)),
+    128: ((64, 128, 2), (64, 64, 4)),
+    256: ((64, 64, 2),),
+}
+
+
+def forward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    q_positions_BT,
+    q_segment_ids_BT,
+    kv_positions_BS,
+    kv_segment_ids_BS,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+):
+    """softmax(scale * q k' with soft-cap and mask) v, and the log of each row's sum.
+
+    Returns out [B, T, N, H] in q's dtype and lse [B, N, T] float32 (natural log). A query that
+    sees no key gets zeros and -inf.
+
+    Args:
+      window: a query sees keys at distance < window; 0 is no limit.
+      softcap: scores become cap * tanh(scores / cap); 0 is off.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    _check(q_BTNH, k_BSKH, v_BSKH, scale)
+    tiles = tiles or Tiles.for_shape(head_dim=H, dtype=q_BTNH.dtype)
+    rows, kv_tile, slots = tiles.rows, tiles.kv_tile, tiles.slots
+    dtype = q_BTNH.dtype
+    plan = schedule.for_queries(
+        q_positions_BT,
+        q_segment_ids_BT,
+        kv_positions_BS,
+        kv_segment_ids_BS,
+        q_tile=tiles.q_tile,
+        kv_tile=kv_tile,
+        window=window,
+    )
+    q_ids_B2T = schedule.token_ids(q_positions_BT, q_segment_ids_BT, tiles.q_tile)
+    kv_ids_B2S = schedule.token_ids(kv_positions_BS, kv_segment_ids_BS, kv_tile)
+    q_BTNH = schedule.whole_tiles(q_BTNH, tiles.q_tile)
+    k_BSKH, v_BSKH = (schedule.whole_tiles(x, kv_tile) for x in (k_BSKH, v_BSKH))
+    padded_T = q_BTNH.shape[1]
+
+    # Scores leave the multiplication times this and are then powers of 2.
+    to_log2 = (softcap or scale) * _LOG2E
+
+    def block(
+        q_ref,
+        k_ref,
+        v_ref,
+        q_ids_ref,
+        kv_ids_ref,
+        tiles_ref,
+        num_full_ref,
+        num_visited_ref,
+        order_ref,
+        out_ref,
+        lse_ref,
+        q_smem,
+        k_smem,
+        v_smem,
+        q_ids_smem,
+        kv_ids_smem,
+        lse_smem,
+        q_ready,
+        k_ready,
+        v_ready,
+        k_free,
+        v_free,
+        turn,
+    ):
+        b, head = lax.axis_index('batch'), lax.axis_index('head')
+        kv_head = lax.div(head, jnp.int32(N // K))
+        thread = lax.axis_index('warpgroup')
+        row = order_ref[b, lax.axis_index('row')]
+        num_full, num_visited = num_full_ref[b, row], num_visited_ref[b, row]
+
+        def queries_of(half):
+            return pl.ds(row * tiles.q_tile + half * rows, rows)
+
+        def slot_of(step):
+            return lax.rem(step, jnp.int32(slots))
+
+        def free(barrier, step):
+            """Only what is waited for: no step refills the last slots."""
+
+            @pl.when(step + slots < num_visited)
+            def _():
+                plgpu.barrier_arrive(barrier.at[slot_of(step)])
+
+        @pl.when(thread == _COPY)
+        def _():
+            plgpu.set_max_registers(40, action='decrease')
+            for half in range(_COMPUTE):
+                own = queries_of(half)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, own, head], q_smem.at[half], q_ready.at[half])
+                plgpu.copy_gmem_to_smem(
+                    q_ids_ref.at[b, :, own], q_ids_smem.at[half], q_ready.at[half]
+                )
+
+            @pl.loop(0, num_visited)
+            def _(step):
+                slot = slot_of(step)
+                tile = tiles_ref[b, row, step]
+                keys = pl.ds(tile * kv_tile, kv_tile)
+
+                def await_free(barrier):
+                    @pl.when(step >= slots)
+                    def _():
+                        plgpu.barrier_wait(barrier.at[slot])
+
+                await_free(k_free)
+                plgpu.copy_gmem_to_smem(
+                    k_ref.at[b, keys, kv_head], k_smem.at[slot], k_ready.at[slot]
+                )
+                plgpu.copy_gmem_to_smem(
+                    kv_ids_ref.at[b, :, keys], kv_ids_smem.at[slot], k_ready.at[slot]
+                )
+                await_free(v_free)
+                plgpu.copy_gmem_to_smem(
+                    v_ref.at[b, keys, kv_head], v_smem.at[slot], v_ready.at[slot]
+                )
+
+        def compute():
+            plgpu.set_max_registers(232, action='increase')
+
+            def pass_turn():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            def visible(slot):
+                q_position, q_segment = (
+                    lax.broadcast_in_dim(
+                        plgpu.load(q_ids_smem.at[thread, i], layout=plgpu.Layout.WGMMA.reduce(1)),
+                        (rows, kv_tile),
+                        [0],
+                    )
+                    for i in range(2)
+                )
+                kv_position, kv_segment = (
+                    lax.broadcast_in_dim(
+                        plgpu.load(kv_ids_smem.at[slot, i], layout=plgpu.Layout.WGMMA.reduce(0)),
+                        (rows, kv_tile),
+                        [1],
+                    )
+                    for i in range(2)
+                )
+                return schedule.visible(q_position, q_segment, kv_position, kv_segment, window)
+
+            def visit(step, carry, *, is_partial):
+                acc, row_max, row_sum = carry
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_ready.at[slot])
+                scores = matmul(
+                    q_smem.at[thread],
+                    k_smem.at[slot].transpose((1, 0)),
+                    interpret=interpret,
+                    meanwhile=pass_turn,
+                )
+                if softcap:
+                    scores = _tanh(scores * (scale / softcap))
+                if is_partial:
+                    scores = jnp.where(visible(slot), scores, -jnp.inf)
+                    # Closes the reads of ids, whose room the copy engine fills next.
+                    plgpu.commit_smem()
+                free(k_free, step)
+                new_max = jnp.maximum(row_max, jnp.max(scores, axis=1) * to_log2)
+                weights = jnp.exp2(
+                    scores * to_log2 - lax.broadcast_in_dim(new_max, (rows, kv_tile), [0])
+                )
+                correction = jnp.exp2(row_max - new_max)
+                acc *= lax.broadcast_in_dim(correction, (rows, H), [0])
+                row_sum = row_sum * correction + jnp.sum(weights, axis=1)
+                weights = weights.astype(dtype)
+                # What stands above is not to sink below the wait, into this half's turn.
+                acc, new_max, row_sum, weights = lax.optimization_barrier(
+                    (acc, new_max, row_sum, weights)
+                )
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_ready.at[slot])
+                plgpu.barrier_wait(turn)
+                acc = accumulate(acc, weights, v_smem.at[slot], interpret=interpret)
+                free(v_free, step)
+                return acc, new_max, row_sum
+
+            def filled(shape, value, layout):
+                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+            carry = (
+                filled((rows, H), 0, plgpu.Layout.WGMMA),
+                filled((rows,), _LOWEST, plgpu.Layout.WGMMA.reduce(1)),
+                filled((rows,), 0, plgpu.Layout.WGMMA.reduce(1)),
+            )
+            plgpu.barrier_wait(q_ready.at[thread])
+            pl.when(thread == 1)(pass_turn)
+            carry = lax.fori_loop(0, num_full, lambda *x: visit(*x, is_partial=False), carry)
+            acc, row_max, row_sum = lax.fori_loop(
+                num_full, num_visited, lambda *x: visit(*x, is_partial=True), carry
+            )
+            pl.when(thread == 0)(pass_turn)
+
+            inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
+            out = acc * lax.broadcast_in_dim(inverse, (rows, H), [0])
+            # The queries are read: their room serves the result.
+            q_smem[thread] = out.astype(dtype)
+            lse_smem[thread] = jnp.where(
+                row_sum > 0, row_max * (1 / _LOG2E) + jnp.log(row_sum), -jnp.inf
+            )
+            plgpu.commit_smem()
+            own = queries_of(thread)
+            plgpu.copy_smem_to_gmem(q_smem.at[thread], out_ref.at[b, own, head])
+            plgpu.copy_smem_to_gmem(lse_smem.at[thread], lse_ref.at[b, head, own])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(thread < _COMPUTE)(compute)
+
+    out_BTNH, lse_BNT = launch(
+        block,
+        interpret=interpret,
+        approx_math=True,
+        out_type=(
+            jax.ShapeDtypeStruct(q_BTNH.shape, dtype),
+            jax.ShapeDtypeStruct((B, N, padded_T), jnp.float32),
+        ),
+        scratch_types=dict(
+            q_smem=_smem((_COMPUTE, rows, H), dtype),
+            k_smem=_smem((slots, kv_tile, H), dtype),
+            v_smem=_smem((slots, kv_tile, H), dtype),
+            q_ids_smem=plgpu.SMEM((_COMPUTE, 2, rows), jnp.int32),
+            kv_ids_smem=plgpu.SMEM((slots, 2, kv_tile), jnp.int32),
+            lse_smem=plgpu.SMEM((_COMPUTE, rows), jnp.float32),
+            q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTE),
+            k_ready=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            v_ready=plgpu.Barrier(num_barriers=slots),
+            k_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
+            v_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
+            turn=plgpu.Barrier(num_arrivals=_COMPUTE),
+        ),
+        grid=(B, padded_T // tiles.q_tile, N),
+        grid_names=('batch', 'row', 'head'),
+        num_threads=_COMPUTE + 1,
+        thread_name='warpgroup',
+    )(q_BTNH, k_BSKH, v_BSKH, q_ids_B2T, kv_ids_B2S, *plan)
+    return out_BTNH[:, :T], lse_BNT[:, :, :T]
+
+
+def _check(q_BTNH, k_BSKH, v_BSKH, scale: float) -> None:
+    """What the kernel cannot do is said here, in the caller's terms."""
+    dtypes = {q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype}
+    if len(dtypes) > 1 or dtypes.isdisjoint(map(jnp.dtype, ('bfloat16', 'float16'))):
+        names = ', '.join(sorted(x.name for x in dtypes))
+        raise ValueError(f'q, k and v must all be bfloat16 or all float16, not {names}')
+    (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
+    if H not in HEAD_DIMS or N % K:
+        raise ValueError(
+            f'head_dim must be one of {HEAD_DIMS}, not {H}, and num_heads ({N}) a multiple of '
+            f'num_kv_heads ({K})'
+        )
+    if scale <= 0:
+        raise ValueError(f'scale must be positive, not {scale}: the greatest score is sought first')
+
+
+def _smem(shape, dtype):
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+
+
+def _tanh(x):
+    """By exp2 and rsqrt: within 1e-6, where the instruction for tanh is within 5e-4."""
+    return 1 - 2 * lax.rsqrt(1 + jnp.exp2(2 * _LOG2E * x)) ** 2

@@ -116,6 +116,7 @@ def _forward(hidden_BTD, unembedding, targets_BT, chunk_size):
     is_kept &= unembedding.implementation == 'xla'
 
     def shard(hidden_BTD, weight_VD, targets_BT):
+        weight_VD = weight_VD.astype(hidden_BTD.dtype)
         local, products = _Shard.of(unembedding, weight_VD), None
         if is_kept:
             products = reference.products(hidden_BTD, weight_VD)
@@ -139,18 +140,17 @@ def _backward(chunk_size, residuals, cotangents):
     dlogprobs_BT, dlogsumexp_BT = cotangents
     rows = targets_BT, logsumexp_BT, dlogprobs_BT, dlogsumexp_BT - dlogprobs_BT
 
-    def shard(hidden_BTD, weight_VD, products, *rows):
+    def shard(hidden_BTD, stored_VD, products, *rows):
+        # Before the weight is cut into chunks, so that XLA can drop the cast that came before.
+        weight_VD = stored_VD.astype(hidden_BTD.dtype)
         local = _Shard.of(unembedding, weight_VD)
 
         def gradients(d_products, weight_CD):
             """-> of the hidden states, in float32, and of the rows of the weight."""
             dhidden = lax.dot_general(
-                d_products,
-                weight_CD.astype(d_products.dtype),
-                (((2,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
+                d_products, weight_CD, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            return dhidden, _rows_gradient(hidden_BTD, d_products, weight_VD.dtype)
+            return dhidden, _rows_gradient(hidden_BTD, d_products, stored_VD.dtype)
 
         def add_chunk(sums, chunk_CD, start):
             dhidden, dweight = sums
@@ -162,7 +162,7 @@ def _backward(chunk_size, residuals, cotangents):
             d_products = reference.product_gradients(products, *rows, **local.part())
             dhidden, dweight = gradients(d_products.astype(hidden_BTD.dtype), weight_VD)
         else:
-            zeros = jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(weight_VD)
+            zeros = jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(stored_VD)
             dhidden, dweight = _over_chunks(add_chunk, zeros, weight_VD, chunk_size)
         dhidden = _sum_over(dhidden.astype(hidden_BTD.dtype), 'vocab')
         return dhidden, _sum_over(dweight, 'batch', 'position')

@@ -64,6 +64,7 @@ class KernelCode:
     registers: int  # a thread
     spilled_bytes: int  # stores and loads
     smem_bytes: int  # a block
+    is_serialized: bool  # each WGMMA waits for the one before: the assembler found a hazard
     sass: str
 
     @property
@@ -120,6 +121,7 @@ def _read_code(path: Path) -> KernelCode:
         registers=int(re.search(r'Used (\d+) registers', assembler)[1]),
         spilled_bytes=int(spills[1]) + int(spills[2]),
         smem_bytes=int(re.search(r'smem_scratch_bytes=(\d+)', resources)[1]),
+        is_serialized='wgmma.mma_async instructions are serialized' in assembler,
         sass=path.with_suffix('.sass_ctrl').read_text(),
     )
 

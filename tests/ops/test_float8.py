@@ -4,6 +4,8 @@ Rounding to e4m3 is off by 2.6 % of a number in the mean square, to e5m2 by 5.2 
 such arrays of random numbers is off by the square root of the sum of squares.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,18 +78,22 @@ def test_zeros_give_zeros_and_what_is_not_finite_stays_so():
     assert not np.isfinite(linear(x.at[0, 0, 0].set(jnp.nan), weight, float8=True)).all()
 
 
-@pytest.mark.parametrize('sizes', [dict(fsdp=4), dict(fsdp=2, tensor=2), dict(replica=2, fsdp=2)])
+@pytest.mark.parametrize(
+    'sizes', [{}, dict(replica=4), dict(fsdp=4), dict(fsdp=2, tensor=2), dict(replica=2, fsdp=2)]
+)
 def test_every_mesh_gives_the_numbers_of_one_device(sizes):
     x, weight, cotangent = arrays()
     # Rows that differ by orders of magnitude: a scale of each device would give other numbers.
     x *= 10.0 ** jnp.arange(B)[:, None, None]
     alone = jax.jit(lambda *a: gradients(*a, float8=True))(x, weight, cotangent)
     axes = {axis: 1 for axis in sharding.MESH_AXES}
-    mesh = sharding.make_mesh(axes | sizes, jax.devices()[:4])
+    mesh = sharding.make_mesh(axes | sizes, jax.devices()[: math.prod(sizes.values())])
     with jax.set_mesh(mesh):
         rows = sharding.activation('batch', 'position', 'embed')
         heads = sharding.activation('batch', 'position', 'heads', 'head_dim')
-        specs = rows, sharding.used_spec(('embed', 'heads', 'head_dim')), heads
+        # Where nothing is gathered a weight keeps the sharding in which it is stored, in name.
+        spec_of = sharding.used_spec if sharding.is_gathered() else sharding.stored_spec
+        specs = rows, spec_of(('embed', 'heads', 'head_dim')), heads
         placed = [
             jax.device_put(a, NamedSharding(mesh, spec or P()))
             for a, spec in zip((x, weight, cotangent), specs, strict=True)

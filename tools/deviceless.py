@@ -96,9 +96,12 @@ def compile(function, *arrays):
         return compile_lowered(jax.jit(function).trace(*shapes).lower())
 
 
-def compile_lowered(lowered):
-    """Without measurements of alternatives, for which there is no device."""
-    return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
+def compile_lowered(lowered, **options):
+    """Without measurements of alternatives, for which there is no device.
+
+    options: of XLA's compiler, e.g. xla_gpu_enable_triton_gemm=False for products by cuBLAS alone.
+    """
+    return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0, **options})
 
 
 def compile_kernels(function, *arrays) -> list[KernelCode]:

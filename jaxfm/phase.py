@@ -8,7 +8,10 @@ a run with the seed + i would be.
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from jaxfm import sharding
+from jaxfm.data import packing
 from jaxfm.data.dataset import Dataset
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.plan import frozen_matmul_params, model_flops_per_token
@@ -82,6 +85,15 @@ class Phase:
             accumulate=optimizer.accumulate,
             clip_norm=optimizer.clip_norm,
         )
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a batch, for lowering."""
+        shape = (self.config.data.batch_size, self.config.data.sequence_length)
+        place = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            for name, dtype in packing.DTYPES.items()
+        }
 
     def batches(self):
         """The host's share of the batches, in their order."""

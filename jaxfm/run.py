@@ -54,7 +54,7 @@ class Run:
         self.mesh = sharding.make_mesh(sizes)
         plan.choices(config.model, self.mesh)  # an op that cannot run is told before anything is
         self.primary = distributed.is_primary()
-        self.make_model = _maker(config.model)
+        self.make_model = model_maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
@@ -267,7 +267,7 @@ class Run:
         """
         model = self.config.model.model_copy(update={'lora': earlier.model.lora})
         checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
-        params, step = self.restore_params(checkpoints, split(_maker(model)))
+        params, step = self.restore_params(checkpoints, split(model_maker(model)))
         if model.lora and not self.config.model.lora:
             params = lora.merge(params, model)
         return params, step
@@ -294,7 +294,7 @@ def _base_of(init_from: str) -> str:
     return init_from
 
 
-def _maker(model: TransformerConfig):
+def model_maker(model: TransformerConfig):
     """key -> the model with fresh weights."""
     model_class = MODELS[model.name].load()
     return lambda key: model_class(model, nnx.Rngs(key))

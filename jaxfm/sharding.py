@@ -153,18 +153,35 @@ def place_stored_matrices(weight, axes):
 
 
 def per_shard(function, in_names, out_names):
-    """`function` on each device's own shards, for work that needs nothing of the others.
+    """`function` on each device's own shards; what it needs of others it asks for (`split_axes`).
 
-    The way out where the type system asks for collectives that are not needed (per-row scatters).
+    The way out where the type system asks for collectives that are not needed (per-row scatters),
+    and the way in for kernels, which know nothing of other devices.
+
+    Args:
+      in_names: the logical axes of each argument.
+      out_names: those of the result, or a list of them for several results.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
+    if isinstance(out_names, list):
+        out_specs = tuple(_spec(ACTIVATIONS, names) for names in out_names)
+    else:
+        out_specs = _spec(ACTIVATIONS, out_names)
     return jax.shard_map(
         function,
         in_specs=tuple(_spec(ACTIVATIONS, names) for names in in_names),
-        out_specs=_spec(ACTIVATIONS, out_names),
+        out_specs=out_specs,
         check_vma=False,
     )
+
+
+def split_axes(*names) -> tuple[str, ...]:
+    """The mesh axes that activations with these logical axes are split over; () without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return ()
+    entries = (ACTIVATIONS[name] for name in names)
+    return tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry))
 
 
 def axis_size(table, name: str, mesh=None) -> int:
@@ -195,7 +212,8 @@ def gather(params: nnx.State, compute_dtype, reduce_dtype=None) -> nnx.State:
     """Weights as used: cast to the compute dtype first, then brought together over `fsdp`.
 
     That order makes the collectives carry the compute dtype: all-gathers forward and, through the
-    transpose, reduce-scatters of the gradients in `reduce_dtype` (default the compute dtype).
+    transpose, reduce-scatters of the gradients in `reduce_dtype` (default the compute dtype). The
+    dtype of a weight in use is that of its gradient: products cast it to that of their inputs.
     Vectors (norms, biases) stay as stored: they are small and are applied in float32.
     """
 
@@ -212,19 +230,25 @@ def _cast_and_gather(weight, axes, compute_dtype):
     return jax.reshard(weight, used_spec(axes)) if is_gathered() else weight
 
 
+def _bring(weight, axes, compute_dtype, reduce_dtype):
+    # The sum over devices is made where the gradient is, in its dtype. XLA drops this cast and the
+    # one before a product.
+    return _cast_and_gather(weight, axes, compute_dtype).astype(reduce_dtype or compute_dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(weight, axes, compute_dtype, reduce_dtype):
-    return _cast_and_gather(weight, axes, compute_dtype)
+    return _bring(weight, axes, compute_dtype, reduce_dtype)
 
 
 def _gather_forward(weight, axes, compute_dtype, reduce_dtype):
-    # Not by way of _gather: a remat policy would see custom_vjp_call instead of the two moves, and
-    # save the gathered weight. The empty array carries the stored dtype to the backward pass.
-    return _cast_and_gather(weight, axes, compute_dtype), jnp.zeros((0,), weight.dtype)
+    # Not by way of _gather: a remat policy would see custom_vjp_call instead of the moves, and save
+    # the gathered weight. The empty array carries the stored dtype to the backward pass.
+    used = _bring(weight, axes, compute_dtype, reduce_dtype)
+    return used, jnp.zeros((0,), weight.dtype)
 
 
 def _gather_backward(axes, compute_dtype, reduce_dtype, stored, gradient):
-    gradient = gradient.astype(reduce_dtype or compute_dtype)
     if is_gathered():
         gradient = jax.reshard(gradient, stored_spec(axes))
     return (gradient.astype(stored.dtype),)
@@ -284,13 +308,16 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
+def batch_sharding(mesh) -> NamedSharding:
+    """Where an array [B, T] of a batch is."""
+    return NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
+
+
 def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Array]:
     """Local rows of [B, T] host arrays -> global arrays sharded as activations."""
-    sharding = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
+    place = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(
-            sharding, rows, (batch_size,) + rows.shape[1:]
-        )
+        name: jax.make_array_from_process_local_data(place, rows, (batch_size,) + rows.shape[1:])
         for name, rows in batch.items()
     }
 

@@ -7,6 +7,7 @@ marked run with `-m gpu`, alone, because the others need the CPU devices; those 
 
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import os
 import random
@@ -119,6 +120,24 @@ def smollm2_gguf(tmp_path_factory) -> Path:
     with open(path, 'rb') as file:
         assert hashlib.file_digest(file, 'sha256').hexdigest() == MODEL_SHA256, path
     return path
+
+
+@pytest.fixture
+def interpreter():
+    """A clean interpreter of kernels; a test in which it has seen a race fails."""
+    from pallas_kernels._compat import interpreted_races  # a second, for those alone who need it
+
+    with interpreted_races() as found:
+        yield found
+        assert not found(), 'the interpreter has found a race (printed above)'
+
+
+@pytest.fixture(scope='session')
+def gpu_compiler():
+    """Skips where the compiler for GPUs is not installed."""
+    for package in ('jax_cuda13_plugin', 'nvidia'):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip('no compiler for GPUs: pip install -e ".[gpu_compiler]"')
 
 
 @pytest.fixture(scope='session')

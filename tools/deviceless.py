@@ -1,21 +1,42 @@
 """Compiles for NVIDIA GPUs on a machine that has none, and reads what came out.
 
+    python -m tools.deviceless --config configs/llama_1b.py --devices 4 [--config.a.b=value ...]
+
+compiles the train step of a run for so many H200 and shows what they would exchange, beside what
+theory asks for, and the memory that they need. It exits with 1 where the two differ.
+
 The compiler comes with the extra `gpu_compiler`; no driver, cuDNN or cuBLAS is needed. Kernels go
 down to machine code (registers, spills, shared memory, instructions), whole train steps to the HLO
-that XLA would run (collectives, memory).
+that XLA would run (collectives, memory). Tile sizes and libraries that XLA chooses by measuring
+alternatives are not those of a real device: what depends on them is an estimate.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import re
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from jaxfm import config as configs
+from jaxfm import sharding
+from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
+from jaxfm.phase import Phase, make_phases
+from jaxfm.plan import human_bytes
+from jaxfm.run import model_maker
+from jaxfm.run_config import RunConfig, check_on_mesh
+from tools import hlo, traffic
 
 # A GpuTargetConfigProto. On a GPU, `xla_client.get_topology_for_devices(jax.devices())` has the
 # true one as `target_config`.
@@ -32,6 +53,7 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
+MEMORY = int(re.search(r'device_memory_size: (\d+)', H200)[1])  # bytes
 _DEVICE = AbstractDevice(device_kind='NVIDIA H200', platform='gpu', num_cores=132)
 
 
@@ -102,3 +124,171 @@ def _read_code(path: Path) -> KernelCode:
         is_serialized='wgmma.mma_async instructions are serialized' in assembler,
         sass=path.with_suffix('.sass_ctrl').read_text(),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+    """A train step as XLA would run it. Bytes are those of one device."""
+
+    text: str  # HLO
+    seconds: float  # of compilation
+    arguments: int
+    outputs: int
+    aliased: int  # of the outputs: where arguments were
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def plan_phase(config: RunConfig, count: int, name: str = '') -> Phase:
+    """The phase of a run, the first by default, on `count` H200.
+
+    Raises:
+      ConfigError: the run has no such phase, or does not fit so many devices.
+      MissingInputError: the compiler is not installed.
+    """
+    if importlib.util.find_spec('jax_cuda13_plugin') is None:
+        raise MissingInputError(
+            "there is no compiler for GPUs here; it is an extra: pip install -e '.[gpu_compiler]'"
+        )
+    sizes = sharding.mesh_shape(dict(config.mesh), count)
+    check_on_mesh(config, sizes)
+    mesh = sharding.make_mesh(sizes, devices(count))
+    phases = make_phases(config, model_maker(config.model), mesh)
+    chosen = [phase for phase in phases if name in ('', phase.name)]
+    if not chosen:
+        names = ', '.join(phase.name for phase in phases) or 'none'
+        raise ConfigError(f'config has no phase {name!r} to compile; its phases: {names}')
+    parts = chosen[0].parts
+    shapes = {path: leaf.shape for path, leaf in parts.shapes.items()}
+    sharding.check_weights(shapes, parts.axes, mesh)
+    return chosen[0]
+
+
+def compile_step(phase: Phase) -> StepProgram:
+    """The train step of `plan_phase`, compiled; nothing is allocated."""
+    with jax.set_mesh(phase.mesh):
+        lowered = phase.train_step().lower(phase.abstract_state(), phase.abstract_batch())
+    started = time.monotonic()
+    compiled = compile_lowered(lowered)
+    memory = compiled.memory_analysis()
+    return StepProgram(
+        text=compiled.as_text(),
+        seconds=time.monotonic() - started,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+    )
+
+
+def problems(program: StepProgram, phase: Phase, config: RunConfig) -> list[str]:
+    """What is wrong with how the program spreads its work over devices, in sentences."""
+    with jax.set_mesh(phase.mesh):
+        needs = traffic.needed(phase, config.model)
+    sentences = traffic.differences(hlo.collectives(program.text), needs)
+    sentences += traffic.saved_weights(hlo.carried(program.text), phase)
+    if program.peak > MEMORY:
+        sentences.append(f'{human_bytes(program.peak)} a device, which has {human_bytes(MEMORY)}')
+    return sentences
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command line; returns its exit code."""
+    jax.config.update('jax_platforms', 'cpu')  # also where there is a GPU: nothing runs here
+    try:
+        flags, overrides = parse(argv)
+        config = configs.load(flags.config, overrides)
+        phase = plan_phase(config, flags.devices, flags.phase)
+        program = compile_step(phase)
+        _show(program, phase, config)
+        wrong = problems(program, phase, config)
+    except RunError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return error.exit_code
+    for sentence in wrong:
+        print(f'differs: {sentence}')
+    if not wrong:
+        print('collectives, saved weights and memory are as they should be')
+    return 1 if wrong else 0
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Command line -> (flags, overrides of the config)."""
+    argument, overrides, rest = configs.split_arguments(argv)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UsageError(f'{message}\n{self.format_usage().strip()}')
+
+    parser = Parser(prog='python -m tools.deviceless', description=__doc__.partition('\n')[0])
+    parser.add_argument('--devices', type=int, default=1, help='H200s, in one node')
+    parser.add_argument('--phase', default='', help='the name of one of several phases')
+    flags = parser.parse_args(rest)
+    flags.config = argument
+    if argument is None:
+        raise UsageError('which run? --config=configs/llama_1b.py, for example')
+    if flags.devices < 1:
+        raise UsageError(f'--devices must be at least 1, got {flags.devices}')
+    return flags, overrides
+
+
+def _show(program: StepProgram, phase: Phase, config: RunConfig) -> None:
+    split = [f'{axis} {size}' for axis, size in phase.mesh.shape.items() if size > 1]
+    print(f'{phase.mesh.size} x NVIDIA H200, {", ".join(split) or "one device"}')
+    print(f'compiled in {program.seconds:.1f} s')
+    print(
+        f'memory of a device: {human_bytes(program.peak)} of {human_bytes(MEMORY)} '
+        f'(arguments {human_bytes(program.arguments)}, outputs {human_bytes(program.outputs)}, '
+        f'of which {human_bytes(program.aliased)} in place of arguments, temporaries '
+        f'{human_bytes(program.temporaries)})'
+    )
+    with jax.set_mesh(phase.mesh):
+        needs = traffic.needed(phase, config.model)
+    _print_table(
+        ('what', 'collective', 'dtype', 'elements', 'devices', 'times', 'a device sends'),
+        [
+            (need.what, *_row(need.collective), f'{need.times:,}', human_bytes(need.sent))
+            for need in needs
+        ],
+        'theory, a step',
+    )
+    found = hlo.collectives(program.text)
+    _print_table(
+        ('collective', 'dtype', 'elements', 'devices', 'times', 'a device sends'),
+        [
+            (*_row(each), f'{times:,}', human_bytes(times * each.sent))
+            for each, times in sorted(found.items(), key=lambda item: -item[1] * item[0].sent)
+        ],
+        'compiled, a step',
+    )
+    asked = traffic.sums((need.collective, need.times) for need in needs)
+    sent = traffic.sums(found.items())
+    rows = []
+    for key in sorted(asked.keys() | sent.keys()):
+        (times, is_sent), (_, wanted) = sent.get(key, (0, 0)), asked.get(key, (0, 0))
+        ratio = f'{is_sent / wanted:.3f}' if wanted else '-'
+        rows.append((*key, f'{times:,}', human_bytes(is_sent), human_bytes(wanted), ratio))
+    titles = ('collective', 'dtype', 'times', 'a device sends', 'theory', 'ratio')
+    _print_table(titles, rows, 'compared')
+
+
+def _row(collective: hlo.Collective) -> tuple[str, ...]:
+    each = collective
+    return each.kind, each.dtype, f'{each.size:,}', str(each.devices)
+
+
+def _print_table(titles, rows, caption: str) -> None:
+    table = Table(title=caption, title_justify='left', box=None)
+    for title in titles:
+        is_text = title in ('what', 'collective', 'dtype')
+        table.add_column(title, justify='left' if is_text else 'right')
+    for row in rows:
+        table.add_row(*row)
+    Console(width=1000, soft_wrap=True, highlight=False).print(table)
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -26,6 +26,12 @@ from jaxfm.data import BatchConfig, best_fit
 from jaxfm.data.token_cache import TokenCache
 from jaxfm.errors import ConfigError, DataError
 
+# What a batch is made of: arrays [B, T].
+DTYPES = {
+    **dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32),
+    'loss_mask': np.float32,
+}
+
 TooLong = Literal['error', 'drop', 'truncate', 'cut']
 
 # Rows are filled in groups of about so many tokens, which stay in a core's cache.
@@ -185,13 +191,13 @@ def fill(
 ) -> dict[str, np.ndarray]:
     """Rows from their pieces: `counts` [n] says how many belong to each row, in order.
 
-    Returns {tokens, targets, positions, segment_ids: int32, loss_mask: float32}, all [n, T].
+    Returns arrays [n, T], those of DTYPES.
     Positions and segment ids restart in every row; where no piece is, everything is 0.
     """
     num_rows = len(counts)
-    names = ('tokens', 'targets', 'positions', 'segment_ids')
-    batch = {name: np.empty((num_rows, sequence_length), np.int32) for name in names}
-    batch['loss_mask'] = np.empty((num_rows, sequence_length), np.float32)
+    batch = {
+        name: np.empty((num_rows, sequence_length), dtype) for name, dtype in DTYPES.items()
+    }
     step = max(1, FILLED_AT_ONCE // sequence_length)
     ends = np.concatenate([[0], np.cumsum(counts)])
     for first in range(0, num_rows, step):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxfm.models import BlockConfig
 from jaxfm.models.lora import adapter, project
+from jaxfm.ops.embedding import look_up
 from jaxfm.ops.norm import rms_norm
 from jaxfm.sharding import activation
 
@@ -61,13 +62,8 @@ class Embedding(nnx.Module):
         axes = ('vocab', 'embed')
         self.table = matrix(rngs, (vocab_size, embed_dim), axes, 1, std, dtype)
 
-    def __call__(self, tokens_BT):
-        spec = activation('batch', 'position', 'embed')
-        table = self.table[...]
-        # Looked up in float32, so that the gradients of a frequent token are summed in float32: a
-        # bfloat16 sum of ones stops at 256. The cast is fused into the look-up.
-        rows = table.astype(jnp.float32).at[tokens_BT].get(out_sharding=spec)
-        return rows.astype(table.dtype)
+    def __call__(self, tokens_BT, dtype):
+        return look_up(self.table[...], tokens_BT, dtype)
 
 
 class Mlp(nnx.Module):

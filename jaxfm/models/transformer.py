@@ -17,6 +17,8 @@ from jaxfm import sharding
 from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.attention import Attention
 from jaxfm.models.layers import Embedding, Mlp, RMSNorm
+from jaxfm.ops.attention import SAVED_NAMES
+from jaxfm.ops.choice import target
 from jaxfm.ops.logprobs import Unembedding
 
 # Bringing weights together and casting them: recomputed in the backward pass, never saved, so that
@@ -26,9 +28,14 @@ _WEIGHT_MOVES = ('reshard', 'convert_element_type')
 
 def _policy(remat: str):
     """A jax.checkpoint policy by name; each of them refuses to save gathered weights."""
+    policies = jax.checkpoint_policies
     saveable = {
         'none': lambda *_, **__: True,
-        'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # What our attention kernel returns is one of two products, but no dot_general.
+        'dots': policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(*SAVED_NAMES),
+        ),
         'full': jax.checkpoint_policies.nothing_saveable,
     }[remat]
     return lambda prim, *avals, **params: (
@@ -40,7 +47,7 @@ def compute_dtype(config: TransformerConfig) -> jnp.dtype:
     """The dtype of matmuls and the residual stream; 'auto' is bfloat16, and float32 on CPU."""
     name = config.compute_dtype
     if name == 'auto':
-        name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+        name = 'float32' if target().platform == 'cpu' else 'bfloat16'
     return jnp.dtype(name)
 
 
@@ -137,7 +144,7 @@ class Transformer(nnx.Module):
           segment_ids_BT: attention stays inside equal ids; 0 is padding.
           cache: from `kv_cache.init_cache`; keys then come from it, new ones are stored in it.
         """
-        x_BTD = self._used(self.embedding)(tokens_BT)
+        x_BTD = self._used(self.embedding)(tokens_BT, compute_dtype(self.config))
         if self.config.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embedding_norm:

@@ -9,7 +9,9 @@ from jax.sharding import PartitionSpec as P
 
 
 def linear(x, weight, *, contracted: int = 1, out_sharding=None, out_dtype=None):
-    """x [B, T, *I] times weight [*I, *O] -> [B, T, *O].
+    """x [B, T, *I] times weight [*I, *O] -> [B, T, *O], in the dtype of x.
+
+    A weight of a wider dtype has its gradient in that: devices sum what they have of it so.
 
     On CPU the product that gives a weight's gradient transposes its first operand. Autodiff puts
     the gradient of the output there, whatever its size; this puts the narrower of the two. The
@@ -27,7 +29,7 @@ def _product(x, weight, contracted, out_sharding, out_dtype):
     inputs = tuple(range(x.ndim - contracted, x.ndim))
     return lax.dot_general(
         x,
-        weight,
+        weight.astype(x.dtype),
         ((inputs, tuple(range(contracted))), ((), ())),
         out_sharding=out_sharding,
         preferred_element_type=out_dtype,
@@ -51,18 +53,25 @@ def _backward(contracted, out_sharding, out_dtype, operands, gradient):
     outputs = tuple(range(len(rows), gradient.ndim))
     weight_outputs = tuple(range(contracted, weight.ndim))
     dx = lax.dot_general(
-        gradient, weight, ((outputs, weight_outputs), ((), ())), out_sharding=_spec_of(x)
+        gradient,
+        weight.astype(x.dtype),
+        ((outputs, weight_outputs), ((), ())),
+        out_sharding=_spec_of(x),
     )
-    return dx, _weight_gradient(x, gradient, rows, _spec_of(weight))
+    return dx, _weight_gradient(x, gradient, rows, _spec_of(weight), weight.dtype)
 
 
-def _weight_gradient(x, gradient, rows, spec):
+def _weight_gradient(x, gradient, rows, spec, dtype):
     over_rows = ((rows, rows), ((), ()))
     inputs, outputs = x.ndim - len(rows), gradient.ndim - len(rows)
     if x.size <= gradient.size:
-        return lax.dot_general(x, gradient, over_rows, out_sharding=spec)
+        return lax.dot_general(
+            x, gradient, over_rows, out_sharding=spec, preferred_element_type=dtype
+        )
     swapped = spec and P(*spec[inputs:], *spec[:inputs])
-    transposed = lax.dot_general(gradient, x, over_rows, out_sharding=swapped)
+    transposed = lax.dot_general(
+        gradient, x, over_rows, out_sharding=swapped, preferred_element_type=dtype
+    )
     order = tuple(range(outputs, outputs + inputs)) + tuple(range(outputs))
     return lax.transpose(transposed, order)
 

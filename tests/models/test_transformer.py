@@ -83,7 +83,7 @@ def test_segments_equal_the_same_layers_applied_one_by_one(build, configs, batch
     @jax.jit
     def one_by_one(params):
         merged = model.parts.merge(params)
-        x = merged.embedding(batch[0]) * model.config.embedding_scale
+        x = merged.embedding(batch[0], jnp.float32) * model.config.embedding_scale
         layers = [(0, 0, 0)] + [(1, place, repeat) for repeat in (0, 1) for place in range(4)]
         for segment, place, repeat in layers:
             graphdef, weights = nnx.split(merged.trunk[segment][place])
@@ -179,5 +179,5 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     embedding = Embedding(8, 4, std=1.0, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(embedding)
     tokens = jnp.zeros((1, 1000), jnp.int32)
-    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens).astype(jnp.float32)))(params)
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens, jnp.float32)))(params)
     np.testing.assert_array_equal(grads['table'][...][0].astype(jnp.float32), 1000)

@@ -1,0 +1,58 @@
+"""Attention of one query a sequence to keys and values that lie in pages, for decoding.
+
+B batch, N heads, K kv heads, H head dim, P pages, L tokens a page, M pages of a sequence at most.
+"""
+
+import functools
+
+from jaxfm.ops.choice import choose
+from jaxfm.sharding import per_shard, place
+from pallas_kernels import decode_attention as kernels
+
+_QUERIES = ('batch', 'heads', 'head_dim')
+_PAGES = ('batch', None, 'kv_heads', 'head_dim')
+_TABLE = ('batch', None)
+
+
+def decode_attention(
+    q_BNH,
+    k_pages_PLKH,
+    v_pages_PLKH,
+    page_table_BM,
+    lengths_B,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    implementation: str | None = None,
+):
+    """softmax(scale * q k' with soft-cap and mask) v -> [B, N, H] in q's dtype.
+
+    Key j of a sequence is in page page_table[j // L], slot j % L, and its query is at
+    length - 1. What lies beyond a length, in the table or in a page, is never used. A sequence
+    of length 0 gets zeros. Scores and softmax are float32.
+
+    On a mesh the pages are split as the batch is: each device has a pool for its own sequences, and
+    the numbers in their tables are those of that pool.
+
+    Args:
+      lengths_B: int32, tokens of each sequence, that of the query included.
+      window: a query sees keys at distance < window; 0 is no limit.
+      softcap: scores become cap * tanh(scores / cap); 0 is off.
+      implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
+    """
+    problem = kernels.obstacle(q_BNH, k_pages_PLKH, v_pages_PLKH)
+    unsupported = {'mosaic': f"{problem}; say 'xla'"} if problem else {}
+    name = choose('decode_attention', implementation, unsupported)
+    if name == 'xla':
+        forward = kernels.reference.forward
+    else:
+        forward = functools.partial(kernels.forward, interpret=name == 'interpret')
+
+    def attend(*arrays):
+        return forward(*arrays, scale=scale, window=window, softcap=softcap)[0]
+
+    names = _QUERIES, _PAGES, _PAGES, _TABLE, _TABLE[:1]
+    arrays = q_BNH, k_pages_PLKH, v_pages_PLKH, page_table_BM, lengths_B
+    placed = (place(x, *axes) for x, axes in zip(arrays, names))
+    return per_shard(attend, names, _QUERIES)(*placed)

@@ -1,0 +1,33 @@
+"""The command that compiles a run's train step: what it refuses, and how."""
+
+import importlib.util
+
+import pytest
+
+from tools import deviceless
+
+SMOKE = ['--config', 'configs/llama_1b.py:smoke']
+
+
+@pytest.mark.parametrize(
+    'arguments, code, message',
+    [
+        ([], 64, 'which run?'),
+        ([*SMOKE, '--devices', '0'], 64, 'at least 1, got 0'),
+        ([*SMOKE, '--devices', 'four'], 64, 'invalid int value'),
+        ([*SMOKE, '--config.mesh.fsdp=2', '--devices', '4'], 78, 'fsdp 2 = 2 is not the 4 devices'),
+        ([*SMOKE, '--phase', 'sft'], 78, "no phase 'sft' to compile"),
+        (['--config', 'configs/nothing.py'], 66, 'configs/nothing.py'),
+    ],
+    ids=lambda value: str(value)[-24:],
+)
+@pytest.mark.usefixtures('gpu_compiler')
+def test_a_command_that_cannot_be_run_says_why(arguments, code, message, capsys):
+    assert deviceless.main(arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    assert deviceless.main(SMOKE) == 66
+    assert "pip install -e '.[gpu_compiler]'" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def candidates(*, head_dim: int, dtype) -> list[Tiles]:
 # rows, kv_tile, slots. A product with V takes its keys in pieces of 64. What is left out spills:
 # 192 or 256 keys, 128 rows from head_dim 128 on.
 _CANDIDATES = {
-    64: ((64, 128, 4), (64, 128, 2), (64, 192, 3), (128, 64, 4)),
+    64: ((64, 128, 4), (64, 192, 3), (128, 64, 4)),
     128: ((64, 128, 2), (64, 64, 4)),
     256: ((64, 64, 2),),
 }

@@ -240,6 +240,26 @@ def _evaluators_name_phases(evals, phases) -> list[str]:
     return sentences
 
 
+def _rows_are_one_document(model, data) -> list[str]:
+    if not model.implementations.one_document or data.packing == 'none':
+        return []
+    return [
+        f'model.implementations.one_document promises rows of one document, data.packing is '
+        f'{data.packing}: say none'
+    ]
+
+
+def _nothing_is_packed(model, evals, sampling) -> list[str]:
+    """Held-out documents stand side by side, and samples read a cache."""
+    if model.implementations.attention != 'cudnn' or not (evals or sampling.num_samples):
+        return []
+    return [
+        "model.implementations.attention 'cudnn' is right for rows of one document alone: evals "
+        'pack them and samples read a cache; say evals={} and sampling.num_samples=0, or mosaic '
+        'or xla'
+    ]
+
+
 class PhaseConfig(Group):
     """A stretch of a run with its own data, objective, optimizer and steps."""
 
@@ -289,8 +309,9 @@ class RunConfig(Group):
         _adapters_fit,
         _completions_fit,
         _export_has_its_name,
+        _nothing_is_packed,
     )
-    phase_checks: ClassVar = (_batch_divides, _warmup_fits)
+    phase_checks: ClassVar = (_batch_divides, _warmup_fits, _rows_are_one_document)
 
     @pydantic.model_validator(mode='after')
     def _check(self):

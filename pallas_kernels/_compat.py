@@ -13,6 +13,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import fragmented_array
 
 __all__ = [
     'accumulate',
@@ -24,6 +26,7 @@ __all__ = [
     'pl',
     'plgpu',
     'read',
+    'tiled_layout',
 ]
 
 
@@ -126,6 +129,21 @@ def _simulated(a, b):
     # before the engine may fill the room again.
     plgpu.commit_smem()
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def tiled_layout(tiles, *, warp_dims, lane_dims):
+    """A layout of registers: an array cut into tiles, those again, ..., the last one a vector.
+
+    Args:
+      tiles: shapes, each of a tile of the one before.
+      warp_dims, lane_dims: which dimensions of the array so cut, counted from the end, go over the
+      4 warps and the 32 lanes.
+    """
+    layout = mgpu.TiledLayout(
+        fragmented_array.Tiling(tiles), warp_dims, lane_dims, vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    fields = layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    return plgpu.Layout.TILED(*fields)
 
 
 @contextlib.contextmanager

@@ -32,9 +32,14 @@ def entries(directory: Path, name: str = 'tiles.json') -> list[dict]:
 
 
 def proof(op: str, device_kind: str) -> dict | None:
-    """The entry of proven.json, {"op", "device", "date", ...}, if the op is proven on that kind."""
+    """The entry of proven.json, {"op", "device", "date", ...}, if it is proven on that kind.
+
+    Args:
+      op: the kernel's folder.
+    """
     for entry in entries(DIRECTORY, 'proven.json'):
-        if (entry['op'], entry['device']) == (op, short_kind(device_kind)):
+        same_kind = short_kind(entry['device']) == short_kind(device_kind)
+        if entry['op'] == op and same_kind:
             return entry
     return None
 

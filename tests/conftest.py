@@ -122,6 +122,16 @@ def smollm2_gguf(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def interpreter():
+    """A clean interpreter of kernels; a test in which it has seen a race fails."""
+    from pallas_kernels._compat import interpreted_races  # a second, for those alone who need it
+
+    with interpreted_races() as found:
+        yield found
+        assert not found(), 'the interpreter has found a race (printed above)'
+
+
 @pytest.fixture(scope='session')
 def gpu_compiler():
     """Skips where the compiler for GPUs is not installed."""

@@ -130,3 +130,16 @@ def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, re
     assert 'bf16' in text
     # Scanned: unrolled, each layer would have seven of these in the forward pass alone.
     assert text.count('dot_general') < 7 * built.config.model.num_layers
+
+
+def test_a_promise_of_whole_rows_is_held_against_the_data_and_the_evaluators():
+    words = ['model.implementations.attention=cudnn', 'model.implementations.one_document=true']
+    path = 'configs/quickstart.py'
+    with pytest.raises(ConfigError) as told:
+        config.load(path, words)
+    assert 'promises rows of one document, data.packing is auto: say none' in str(told.value)
+    assert "'cudnn' is right for rows of one document alone: evals" in str(told.value)
+    nothing = ['data.packing=none', 'sampling.num_samples=0', 'evals={}']
+    assert config.load(path, words + nothing).model.implementations.one_document
+    with pytest.raises(ConfigError, match='fa4'):
+        config.load(path, ['model.implementations.attention=fa4'])

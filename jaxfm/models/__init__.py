@@ -119,6 +119,9 @@ class ImplementationsConfig(Group):
     attention: Literal[IMPLEMENTATIONS['attention']] | None = None
     rms_norm: Literal[IMPLEMENTATIONS['rms_norm']] | None = None
     token_logprobs: Literal[IMPLEMENTATIONS['token_logprobs']] | None = None
+    # A promise that cudnn needs, for what is not read from a cache: every row is one document, its
+    # positions 0, 1, 2, ..., with padding behind it. A run must keep it: data.packing='none'.
+    one_document: bool = False
 
 
 class TransformerConfig(Group):

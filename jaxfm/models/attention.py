@@ -30,7 +30,7 @@ class Attention(nnx.Module):
         rngs,
     ):
         D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        self.config, self.implementation = config, implementations.attention
+        self.config, self.implementations = config, implementations
         self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
         self.k = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
         self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
@@ -88,7 +88,8 @@ class Attention(nnx.Module):
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.window,
             softcap=config.attention_softcap,
-            implementation=self.implementation,
+            one_document=self.implementations.one_document and cache is None,
+            implementation=self.implementations.attention,
         )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec)

@@ -17,6 +17,7 @@ from jaxfm import sharding
 from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.attention import Attention
 from jaxfm.models.layers import Embedding, Mlp, RMSNorm
+from jaxfm.ops.attention import SAVED_NAMES
 from jaxfm.ops.choice import target
 from jaxfm.ops.logprobs import Unembedding
 
@@ -27,9 +28,14 @@ _WEIGHT_MOVES = ('reshard', 'convert_element_type')
 
 def _policy(remat: str):
     """A jax.checkpoint policy by name; each of them refuses to save gathered weights."""
+    policies = jax.checkpoint_policies
     saveable = {
         'none': lambda *_, **__: True,
-        'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        # What our attention kernel returns is one of two products, but no dot_general.
+        'dots': policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(*SAVED_NAMES),
+        ),
         'full': jax.checkpoint_policies.nothing_saveable,
     }[remat]
     return lambda prim, *avals, **params: (

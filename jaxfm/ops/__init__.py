@@ -6,9 +6,9 @@ named stands here, so that a config is checked without jax; `choice.py` chooses.
 
 # What each op can run as, best first; 'xla' runs everywhere.
 IMPLEMENTATIONS = {
-    'attention': ('xla',),
+    'attention': ('mosaic', 'cudnn', 'fa3', 'xla', 'interpret'),
     'decode_attention': ('mosaic', 'xla', 'interpret'),
     'linear': ('xla',),
-    'rms_norm': ('xla',),
+    'rms_norm': ('mosaic', 'xla', 'interpret'),
     'token_logprobs': ('mosaic', 'xla', 'interpret'),
 }

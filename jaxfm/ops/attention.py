@@ -3,13 +3,21 @@
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxfm.ops.choice import choose
-from jaxfm.sharding import activation, place
+from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
+from pallas_kernels import flash_attention
+from pallas_kernels.flash_attention.forward import HEAD_DIMS
+
+# What the backward pass of the kernel needs of the forward one; remat policies know these names.
+SAVED_NAMES = ('attention_out', 'attention_lse')
 
 # Below every score; finite, so that a row of nothing else has no NaN.
 MASKED = -1e30
@@ -34,6 +42,35 @@ def attention_mask(positions_BT, segment_ids_BT, keys: KeyValues, window: int = 
     return mask_BTS
 
 
+def obstacles(
+    *, head_dim: int, dtype, softcap: float = 0.0, one_document: bool = False
+) -> dict[str, str]:
+    """{implementation: why it cannot do such attention, and what would be right}."""
+    dtype, found = jnp.dtype(dtype).name, {}
+    if dtype not in ('bfloat16', 'float16'):
+        found['mosaic'] = found['cudnn'] = f'q, k and v must be bfloat16 or float16, not {dtype}'
+    if head_dim not in HEAD_DIMS:
+        dims = ', '.join(map(str, HEAD_DIMS))
+        found['mosaic'] = f"head_dim must be one of {dims}, not {head_dim}; say 'xla'"
+    if head_dim % 8 or head_dim > 256:
+        found['cudnn'] = f"head_dim must be a multiple of 8 up to 256, not {head_dim}; say 'xla'"
+    if softcap:
+        found['cudnn'] = f"it has no soft-cap ({softcap:g} here); say 'mosaic' or 'xla'"
+    if not one_document:
+        found['cudnn'] = (
+            'it would attend across documents, because its public interface has no segment ids: it '
+            'is right only where every row is one document from position 0 with padding behind it. '
+            "Promise that by one_document=True (data.packing='none'), or say 'mosaic' or 'xla'"
+        )
+    if axis_size(ACTIVATIONS, 'position') > 1:
+        found['cudnn'] = "its mask is wrong for rows split over context; say 'mosaic' or 'xla'"
+    found['fa3'] = (
+        'the package flash-attn3-jax has head_dim 128 only, and wants a list of documents of fixed '
+        "length, which a packed batch has not; say 'mosaic' or 'xla'"
+    )
+    return found
+
+
 def attention(
     q_BTNH,
     keys: KeyValues,
@@ -43,6 +80,7 @@ def attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    one_document: bool = False,
     implementation: str | None = None,
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> [B, T, N, H] in q's dtype.
@@ -52,12 +90,37 @@ def attention(
     Args:
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off (Gemma 2).
+      one_document: a promise that every row is one document, its positions 0, 1, 2, ..., its keys
+      those of the queries, and padding only behind it.
       implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
     """
-    choose('attention', implementation)  # one only, so far
+    unsupported = obstacles(
+        head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document
+    )
+    name = choose('attention', implementation, unsupported)
+    keys = _whole_keys(keys)
+    if name == 'xla':
+        return _xla(q_BTNH, keys, positions_BT, segment_ids_BT, scale, window, softcap)
+    q_BTNH = place(q_BTNH, *_QUERIES)
+    if name == 'cudnn':
+        return _cudnn(q_BTNH, keys, segment_ids_BT, scale, window)
+    options = (('scale', scale), ('window', window), ('softcap', softcap))
+    options += (('interpret', name == 'interpret'),)
+    ids = (place(positions_BT, *_ROWS), place(segment_ids_BT, *_ROWS), *keys[2:])
+    return _flash(q_BTNH, *keys[:2], ids, options)
+
+
+# Logical axes.
+_QUERIES = ('batch', 'position', 'heads', 'head_dim')
+_KEYS = ('batch', 'key_position', 'kv_heads', 'head_dim')
+_ROWS, _KEY_ROWS = ('batch', 'position'), ('batch', 'key_position')
+_IDS = (_ROWS, _ROWS, _KEY_ROWS, _KEY_ROWS)
+_LSE = ('batch', 'heads', 'position')
+
+
+def _xla(q_BTNH, keys: KeyValues, positions_BT, segment_ids_BT, scale, window, softcap):
     B, T, N, H = q_BTNH.shape
     K = keys.k_BSKH.shape[2]
-    keys = _whole_keys(keys)
     heads = activation('batch', 'position', 'kv_heads', 'group', 'head_dim')
     q_BTKGH = jnp.reshape(q_BTNH * scale, (B, T, K, N // K, H), out_sharding=heads)
     scores_BKGTS = jnp.einsum(
@@ -77,11 +140,58 @@ def attention(
     return jnp.reshape(out_BTKGH, (B, T, N, H), out_sharding=merged)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q_BTNH, k_BSKH, v_BSKH, ids, options):
+    """Our kernel: each device has its rows, heads and queries, and all keys of those."""
+    return _flash_forward(q_BTNH, k_BSKH, v_BSKH, ids, options)[0]
+
+
+def _flash_forward(q_BTNH, k_BSKH, v_BSKH, ids, options):
+    forward = functools.partial(flash_attention.forward, **dict(options))
+    in_names = (_QUERIES, _KEYS, _KEYS, *_IDS)
+    out, lse = per_shard(forward, in_names, [_QUERIES, _LSE])(q_BTNH, k_BSKH, v_BSKH, *ids)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES))
+    return out, (q_BTNH, k_BSKH, v_BSKH, out, lse, ids)
+
+
+def _flash_backward(options, residuals, dout_BTNH):
+    *arrays, ids = residuals
+
+    def backward(*arrays):
+        dq, dk, dv = flash_attention.backward(*arrays, **dict(options))
+        # Every device has the part of its own queries.
+        if axis_size(ACTIVATIONS, 'position') > 1:
+            dk, dv = lax.psum((dk, dv), split_axes('position'))
+        return dq, dk, dv
+
+    in_names = (_QUERIES, _KEYS, _KEYS, _QUERIES, _LSE, _QUERIES, *_IDS)
+    backward = per_shard(backward, in_names, [_QUERIES, _KEYS, _KEYS])
+    return *backward(*arrays, place(dout_BTNH, *_QUERIES), *ids), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _cudnn(q_BTNH, keys: KeyValues, segment_ids_BT, scale: float, window: int):
+    """Causal attention of rows of one document, in which index and position are the same."""
+
+    def attend(q, k, v):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=scale,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation='cudnn',
+        )
+
+    attend = per_shard(attend, (_QUERIES, _KEYS, _KEYS), _QUERIES)
+    out_BTNH = attend(q_BTNH, keys.k_BSKH, keys.v_BSKH)
+    # No token sees the padding behind it, but padding sees tokens.
+    return jnp.where(segment_ids_BT[:, :, None, None] > 0, out_BTNH, 0)
+
+
 def _whole_keys(keys: KeyValues) -> KeyValues:
-    head_names = ('batch', 'key_position', 'kv_heads', 'head_dim')
-    return KeyValues(
-        place(keys.k_BSKH, *head_names),
-        place(keys.v_BSKH, *head_names),
-        place(keys.positions_BS, 'batch', 'key_position'),
-        place(keys.segment_ids_BS, 'batch', 'key_position'),
-    )
+    names = (_KEYS, _KEYS, _KEY_ROWS, _KEY_ROWS)
+    return KeyValues(*(place(x, *axes) for x, axes in zip(keys, names)))

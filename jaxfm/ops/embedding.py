@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.sharding import activation, per_shard, split_axes
+from jaxfm.sharding import activation, per_shard, place, split_axes
 
 
 def look_up(table_VD, tokens_BT, dtype):
@@ -18,6 +18,8 @@ def look_up(table_VD, tokens_BT, dtype):
     The gradient of the table is summed in float32 on a device, because a bfloat16 sum of ones stops
     at 256, and over devices in the dtype of the table.
     """
+    # Where nothing is gathered it still has the sharding in which it is stored, in name.
+    table_VD = place(table_VD, 'vocab', 'embed')
     return _look_up(table_VD, tokens_BT, jnp.dtype(dtype))
 
 

@@ -1,9 +1,26 @@
 """Root mean square normalisation (Zhang and Sennrich, 2019)."""
 
-import jax.numpy as jnp
+import functools
+
+import jax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jaxfm.ops.choice import choose
+from pallas_kernels import rms_norm as kernels
+from pallas_kernels.rms_norm import reference
+
+
+def obstacles(width: int, dtype, split: tuple = ()) -> dict[str, str]:
+    """{implementation: why it cannot do a norm over so many elements, and what would be right}.
+
+    Args:
+      split: mesh axes that those elements are split over.
+    """
+    obstacle = kernels.obstacle(width, dtype)
+    if split:
+        obstacle = f'the norm goes over elements that are split over {", ".join(split)}'
+    return {'mosaic': f"{obstacle}; say 'xla'"} if obstacle else {}
 
 
 def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
@@ -12,9 +29,67 @@ def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
     Args:
       implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
     """
-    choose('rms_norm', implementation)  # one only, so far
-    x_32 = x.astype(jnp.float32)
-    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
-    inverse = lax.rsqrt(jnp.mean(x_32 * x_32, axis=axes, keepdims=True) + epsilon)
-    scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-    return (x_32 * inverse * scale).astype(x.dtype)
+    unsupported = obstacles(scale.size, x.dtype, _axes(_spec(x)[x.ndim - scale.ndim :]))
+    name = choose('rms_norm', implementation, unsupported)
+    if name == 'xla':
+        return reference.forward(x, scale, epsilon=epsilon)[0]
+    return _rms_norm(x, scale, epsilon, name == 'interpret')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rms_norm(x, scale, epsilon, interpret):
+    return _forward(x, scale, epsilon, interpret)[0]
+
+
+def _forward(x, scale, epsilon, interpret):
+    def norm(x, scale):
+        rows = x.reshape(-1, scale.size)
+        y, _, inverse = kernels.forward(
+            rows, scale.reshape(-1), epsilon=epsilon, interpret=interpret
+        )
+        return y.reshape(x.shape), inverse.reshape(x.shape[: x.ndim - scale.ndim])
+
+    spec, whole = _spec(x), P(*(None,) * scale.ndim)
+    y, inverse = _per_shard(norm, (spec, whole), (spec, P(*spec[: x.ndim - scale.ndim])))(x, scale)
+    return y, (x, scale, inverse)
+
+
+def _backward(epsilon, interpret, residuals, dy):
+    x, scale, inverse = residuals
+    spec, whole = _spec(x), P(*(None,) * scale.ndim)
+
+    def gradients(dy, x, scale, inverse):
+        dy_MD, x_MD = (array.reshape(-1, scale.size) for array in (dy, x))
+        dx, dscale = kernels.backward(
+            dy_MD, None, x_MD, scale.reshape(-1), inverse.reshape(-1), interpret=interpret
+        )
+        if split := _axes(spec):
+            dscale = lax.psum(dscale, split)
+        return dx.reshape(x.shape), dscale.reshape(scale.shape).astype(scale.dtype)
+
+    rows = P(*spec[: x.ndim - scale.ndim])
+    split_up = _per_shard(gradients, (spec, spec, whole, rows), (spec, whole))
+    return split_up(dy, x, scale, inverse)
+
+
+_rms_norm.defvjp(_forward, _backward)
+
+
+def _spec(x) -> P:
+    """How x is split on the mesh that is set, an entry a dimension."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return P(*(None,) * x.ndim)
+    return jax.typeof(x).sharding.spec
+
+
+def _axes(entries) -> tuple[str, ...]:
+    """The mesh axes, of more than one device, that dimensions are split over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
+    return tuple(n for group in names for n in group if n is not None and mesh.shape[n] > 1)
+
+
+def _per_shard(function, in_specs, out_specs):
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -9,7 +9,8 @@ The bytes of keys and values are the floor: all else must hide behind their way 
   A second warpgroup that only copies would issue the same copies at the same moment, and its
   registers would leave room for one block an SM instead of two: while one begins or ends, the
   other one keeps loading.
-- Nothing outside of what a query sees is read, neither of the table nor of the pool.
+- A page that holds nothing of what the query sees is not loaded; in the others the values that it
+  does not see are zeroed, because they may be NaN, and zero times NaN is no zero.
 - The G query heads of a kv head are rows of one WGMMA, padded to its 64. The padding is free: of
   a tile of 64 keys with H = 128 the two products take 256 cycles of the tensor cores and softmax
   about 500 of the other units, while its 32 KB take about 1700 to arrive (4.3 TB/s over 132 SMs).
@@ -48,8 +49,8 @@ def forward(
     """softmax(scale * q k' with soft-cap and mask) v -> (out [B, N, H] in q's dtype, lse [B, N]).
 
     Key j of a sequence is in page page_table[j // L], slot j % L; its query is at length - 1. A
-    sequence of length 0 gets out 0 and lse -inf. What lies beyond a length, entries of the table
-    or contents of pages, is not looked at, and may be NaN.
+    sequence of length 0 gets out 0 and lse -inf. What lies beyond a length, or before the window,
+    may be anything: entries of the table point nowhere, contents of pages are NaN.
 
     Args:
       page_table_BM: int32; of each sequence the first cdiv(length, L) entries.
@@ -114,8 +115,10 @@ def obstacle(q_BNH, k_pages_PLKH, v_pages_PLKH) -> str | None:
 
 
 def seen(length, *, window: int, piece: int):
-    """Of a sequence in pieces of so many tokens: (the first key its query sees, the piece of that
-    key, the piece after the last one that holds a key)."""
+    """The first key that the query sees, its piece, and the piece after that of the last key.
+
+    A piece is `piece` tokens of the sequence.
+    """
     start = jnp.maximum(length - window, 0) if window else jnp.int32(0)
     return start, lax.div(start, jnp.int32(piece)), pl.cdiv(length, jnp.int32(piece))
 

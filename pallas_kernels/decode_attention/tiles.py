@@ -49,19 +49,10 @@ class Tiles:
         )
         if found := _tables.find(DIRECTORY, _tables.device_kind(), **key):
             return cls(**found)
-        tokens, slots = _RINGS[head_dim][0]
-        guess = cls(tokens, slots, splits=1)
-        return dataclasses.replace(
-            guess,
-            splits=_splits(
-                streams=batch * num_kv_heads,
-                tiles=-(-max_length // tokens),
-                resident=SMS * guess.blocks_per_sm(head_dim),
-            ),
-        )
+        return _guess(*_RINGS[head_dim][0], batch * num_kv_heads, head_dim, max_length)
 
     def smem_bytes(self, head_dim: int) -> int:
-        """Of a block: the queries, the ring, and at most 3 KB of barriers and of the compiler's."""
+        """Of a block: the queries, the ring, what the compiler takes for itself, the barriers."""
         matrices = 2 * head_dim * (ROWS + 2 * self.slots * self.tokens)
         return matrices + 2048 + 8 * (self.slots + 1)
 
@@ -92,15 +83,18 @@ _RINGS = {
 }
 
 
-def _splits(*, streams: int, tiles: int, resident: int) -> int:
-    """Parts of a sequence, for `streams` kv heads of sequences and `resident` blocks at a time.
+def _guess(tokens: int, slots: int, streams: int, head_dim: int, max_length: int) -> Tiles:
+    """Splits for `streams` kv heads of sequences.
 
-    Four blocks for each place, so that the last ones leave little idle. A part has eight tiles,
-    beside which its result is small (3 %); fewer only where SMs would have nothing to do.
+    Four blocks for each place on an SM, so that the last ones leave little idle. A split has eight
+    tiles, beside which its result is small (3 %); fewer only where places would stay empty.
     """
-    wanted = -(-4 * resident // streams)
-    filling = -(-resident // streams)
-    return max(1, min(wanted, max(tiles // 8, min(tiles // 2, filling))))
+    guess = Tiles(tokens, slots, splits=1)
+    places = SMS * guess.blocks_per_sm(head_dim)
+    tiles = -(-max_length // tokens)
+    wanted, filling = -(-4 * places // streams), -(-places // streams)
+    splits = max(1, min(wanted, max(tiles // 8, min(tiles // 2, filling))))
+    return dataclasses.replace(guess, splits=splits)
 
 
 def table_key(
@@ -117,19 +111,20 @@ def table_key(
 
 
 def candidates(
-    *, dtype: str, head_dim: int, page_size: int, streams: int, max_length: int
+    *, batch: int, num_kv_heads: int, head_dim: int, page_size: int, max_length: int, dtype
 ) -> list[Tiles]:
-    """What is worth measuring for a key of the table: every ring, and splits around the guess."""
+    """What is worth measuring for a shape: every ring, and splits around the guess."""
     del dtype  # both have two bytes
     found = []
     for tokens, slots in _RINGS[head_dim]:
-        one = Tiles(tokens, slots, splits=1)
-        tiles = -(-max_length // tokens)
-        guess = _splits(streams=streams, tiles=tiles, resident=SMS * one.blocks_per_sm(head_dim))
-        for splits in sorted({max(1, guess // 2), guess, min(2 * guess, tiles), 1}):
-            made = dataclasses.replace(one, splits=splits)
-            if made.obstacle(head_dim=head_dim, page_size=page_size) is None:
-                found.append(made)
+        guess = _guess(tokens, slots, batch * num_kv_heads, head_dim, max_length)
+        most = -(-max_length // tokens)
+        for splits in sorted(
+            {1, max(1, guess.splits // 2), guess.splits, min(2 * guess.splits, most)}
+        ):
+            tiles = dataclasses.replace(guess, splits=splits)
+            if tiles.obstacle(head_dim=head_dim, page_size=page_size) is None:
+                found.append(tiles)
     return found
 
 

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfm.ops.attention import KeyValues, attention, attention_mask
+from jaxfm.ops import attention as module
+from jaxfm.ops.attention import KeyValues, attention, attention_mask, obstacles
+from jaxfm.sharding import MESH_AXES, make_mesh
+from tools import deviceless
 
 B, T, H = 2, 12, 8
 # Two documents and padding in the first row, one long document in the second.
@@ -43,7 +46,10 @@ def inputs(num_heads, num_kv_heads, seed=0):
     return [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@functools.partial(jax.jit, static_argnames=('window', 'softcap', 'scale', 'implementation'))
+OPTIONS = ('window', 'softcap', 'scale', 'one_document', 'implementation')
+
+
+@functools.partial(jax.jit, static_argnames=OPTIONS)
 def attend(q, k, v, positions, segments, **options):
     keys = KeyValues(k, v, positions, segments)
     return attention(q, keys, positions, segments, **options)
@@ -141,12 +147,154 @@ def test_a_window_beyond_the_row_is_no_window():
     np.testing.assert_array_equal(windowed, unlimited)
 
 
-def test_an_unknown_implementation_is_an_error():
-    with pytest.raises(ValueError, match="'cudnn'"):
-        attend(*inputs(2, 2), POSITIONS, SEGMENTS, scale=1.0, implementation='cudnn')
-
-
 def test_naming_the_implementation_changes_nothing():
     arrays = inputs(2, 2)
     named = attend(*arrays, POSITIONS, SEGMENTS, scale=1.0, implementation='xla')
     np.testing.assert_array_equal(named, attend(*arrays, POSITIONS, SEGMENTS, scale=1.0))
+
+
+# The kernel, simulated, and cuDNN, whose place on a CPU XLA takes behind the same interface.
+
+
+def ragged(width, lengths, seed=0):
+    """Positions and segment ids of rows of documents, a list of lengths a row."""
+    positions, segments = np.zeros((2, len(lengths), width), np.int32)
+    for row, documents in enumerate(lengths):
+        ends = np.cumsum(documents)
+        for number, (end, length) in enumerate(zip(ends, documents)):
+            positions[row, end - length : end] = np.arange(length)
+            segments[row, end - length : end] = number + 1
+    return positions, segments
+
+
+def wide(width, num_heads, num_kv_heads, seed=0):
+    random = np.random.default_rng(seed)
+    shapes = [(2, width, num_heads, 64)] + 2 * [(2, width, num_kv_heads, 64)]
+    return [jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in shapes]
+
+
+def value_and_gradients(arrays, positions, segments, **options):
+    weights = np.random.default_rng(9).normal(size=arrays[0].shape)
+    weights = jnp.asarray(weights, jnp.bfloat16).astype(arrays[0].dtype)
+    out, pull = jax.vjp(lambda *qkv: attend(*qkv, positions, segments, **options), *arrays)
+    return [np.asarray(x, np.float64) for x in (out, *pull(weights))]
+
+
+def assert_as_near_as_xla(found, arrays, positions, segments, **options):
+    """To float32: at most twice as far as XLA with the same bfloat16 inputs."""
+    options |= dict(implementation='xla', one_document=False)
+    exact = value_and_gradients(
+        [x.astype(jnp.float32) for x in arrays], positions, segments, **options
+    )
+    xla_found = value_and_gradients(arrays, positions, segments, **options)
+    for ours, xla, right in zip(found, xla_found, exact):
+        assert np.abs(ours - right).max() <= 2 * np.abs(xla - right).max() + 1e-3
+
+
+PACKED, ALONE = [[30, 1, 40, 29], [100]], [[100], [70]]
+
+
+@pytest.mark.parametrize(
+    'documents, window, heads, softcap',
+    [
+        (PACKED, 20, (4, 1), 0.0),
+        (ALONE, 0, (2, 2), 5.0),
+    ],
+)
+def test_the_kernel_is_as_near_to_float32_as_xla(interpreter, documents, window, heads, softcap):
+    arrays, ids = wide(100, *heads), ragged(100, documents)
+    options = dict(scale=0.125, window=window, softcap=softcap)
+    found = value_and_gradients(arrays, *ids, **options, implementation='interpret')
+    assert_as_near_as_xla(found, arrays, *ids, **options)
+
+
+def test_the_kernel_reads_a_cache(interpreter):
+    """Keys of a whole row, queries its last tokens."""
+    (q, k, v), (positions, segments) = wide(100, 2, 1), ragged(100, PACKED)
+    keys = KeyValues(k, v, positions, segments)
+    last = [x[:, -5:] for x in (q, positions, segments)]
+    whole = attend(q, k, v, positions, segments, scale=0.125)
+    found = attention(last[0], keys, *last[1:], scale=0.125, implementation='interpret')
+    np.testing.assert_allclose(
+        np.asarray(found, float), np.asarray(whole[:, -5:], float), atol=0.02
+    )
+
+
+@pytest.fixture
+def cudnn_played_by_xla(monkeypatch):
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(module, 'choose', lambda op, name, unsupported: name)
+
+    def play(*arrays, implementation, **options):
+        assert implementation == 'cudnn'
+        return plain(*arrays, implementation='xla', **options)
+
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', play)
+
+
+@pytest.mark.parametrize('window, heads', [(0, (4, 1)), (1, (2, 2)), (33, (4, 1))])
+def test_cudnn_is_asked_for_what_is_right_where_rows_are_one_document(
+    cudnn_played_by_xla, heads, window
+):
+    arrays, ids = wide(100, *heads, seed=window), ragged(100, ALONE)
+    options = dict(scale=0.125, window=window, one_document=True)
+    found = value_and_gradients(arrays, *ids, **options, implementation='cudnn')
+    assert_as_near_as_xla(found, arrays, *ids, **options)
+
+
+@pytest.mark.parametrize(
+    'name, changes, words',
+    [
+        ('mosaic', dict(head_dim=80), ['64, 128, 256, not 80', "say 'xla'"]),
+        ('mosaic', dict(dtype='float32'), ['bfloat16 or float16, not float32']),
+        ('cudnn', dict(one_document=False), ['across documents', 'packing', 'one_document=True']),
+        ('cudnn', dict(softcap=30.0), ['no soft-cap', "say 'mosaic'"]),
+        ('cudnn', dict(dtype='float32'), ['bfloat16 or float16, not float32']),
+        ('cudnn', dict(head_dim=264), ['multiple of 8 up to 256, not 264']),
+        ('fa3', {}, ['flash-attn3-jax', "say 'mosaic'"]),
+    ],
+)
+def test_what_an_implementation_cannot_do_is_refused_with_what_would_be_right(name, changes, words):
+    case = dict(head_dim=128, dtype='bfloat16', one_document=True) | changes
+    q = jnp.zeros((2, T, 2, case.pop('head_dim')), case.pop('dtype'))
+    keys = KeyValues(q, q, POSITIONS, SEGMENTS)
+    with deviceless.target(), pytest.raises(ValueError, match=f"as '{name}'") as told:
+        attention(q, keys, POSITIONS, SEGMENTS, scale=1.0, implementation=name, **case)
+    assert all(word in str(told.value) for word in words)
+
+
+def test_cudnn_is_refused_where_rows_are_split_over_devices():
+    with jax.set_mesh(make_mesh(dict.fromkeys(MESH_AXES, 1) | {'context': 8})):
+        found = obstacles(head_dim=128, dtype='bfloat16', one_document=True)
+    assert 'split over context' in found['cudnn']
+
+
+def test_what_can_be_done_has_no_obstacle():
+    found = obstacles(head_dim=128, dtype='bfloat16', one_document=True)
+    assert found.keys() == {'fa3'}
+
+
+@pytest.mark.parametrize('name', ['mosaic', 'cudnn', 'fa3'])
+def test_without_a_gpu_the_device_is_named(name):
+    with pytest.raises(ValueError, match='the device is cpu'):
+        attend(*wide(16, 2, 1), *ragged(16, [[16], [9]]), scale=1.0, implementation=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('documents', [PACKED, ALONE])
+@pytest.mark.parametrize('window', [0, 33])
+@pytest.mark.parametrize('heads', [(4, 4), (4, 1)])
+@pytest.mark.parametrize('softcap', [0.0, 5.0])
+@pytest.mark.parametrize('name', ['mosaic', 'cudnn'])
+def test_on_the_gpu_every_implementation_is_as_near_to_float32_as_xla(
+    name, softcap, heads, window, documents
+):
+    arrays, ids = wide(100, *heads), ragged(100, documents)
+    options = dict(scale=0.125, window=window, softcap=softcap)
+    options |= dict(one_document=documents is ALONE, implementation=name)
+    if name == 'cudnn' and (softcap or documents is PACKED):
+        with pytest.raises(ValueError, match="as 'cudnn'"):
+            value_and_gradients(arrays, *ids, **options)
+        return
+    found = value_and_gradients(arrays, *ids, **options)
+    assert_as_near_as_xla(found, arrays, *ids, **options)

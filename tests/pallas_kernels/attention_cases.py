@@ -83,11 +83,12 @@ def _documents(lengths, size):
     return positions, segments
 
 
-def exact_gradients(arrays, dout, *, scale, window, softcap):
-    """dq, dk and dv in float64."""
+def exact_gradients(arrays, dout, out=None, *, scale, window, softcap):
+    """dq, dk and dv in float64; of `out`, as it was rounded, if one is given."""
     q, k, v, dout = (np.asarray(x, np.float64) for x in (*arrays[:3], dout))
     options = dict(scale=scale, window=window, softcap=softcap)
-    out, lse = exact(arrays, **options)
+    exact_out, lse = exact(arrays, **options)
+    out = exact_out if out is None else np.asarray(out, np.float64)
     K = k.shape[2]
     group = q.shape[2] // K
     k, v = (np.repeat(x, group, axis=2) for x in (k, v))

@@ -1,0 +1,530 @@
+"""Gradients of flash attention: a kernel for dK and dV, and one for dQ.
+
+Each makes the probabilities again from the log-sum-exp of the forward pass. A block of the first
+owns a tile of keys and visits the queries that see it, of all heads of the group; a block of the
+second owns a tile of queries and visits the keys that they see. So every sum is made in one place
+and in one order: no atomics, and the same bits each time.
+
+One warpgroup brings what is visited into a ring in shared memory, the others compute. The scores
+of the first kernel are transposed (a row for each key), so that in both kernels what comes out of
+the softmax goes from registers into the next matrix product. Unproven on hardware.
+
+B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import _tables
+from pallas_kernels._compat import add_product, launch, overlapped, pl, plgpu, read
+from pallas_kernels.flash_attention import schedule
+
+# What a warpgroup owns: the rows of one instruction of the tensor cores.
+_ROWS = 64
+_LOG2E = math.log2(math.e)
+_OF_ROW = plgpu.Layout.WGMMA.reduce(1)  # vectors with a value for each row of a matrix
+_OF_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes that change speed, not results, but for the last bits."""
+
+    dkv_warpgroups: int = 2  # that compute; each owns 64 rows
+    dkv_q: int = 64  # queries visited at a time
+    dkv_stages: int = 2  # of the ring
+    dq_warpgroups: int = 2
+    dq_kv: int = 64  # keys visited at a time
+    dq_stages: int = 2
+
+    @classmethod
+    def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
+        """What was measured on the device of the program, else a guess."""
+        found = _tables.find(
+            Path(__file__).parent,
+            _tables.device_kind(),
+            **table_key(head_dim=head_dim, dtype=dtype),
+        )
+        return cls(**(found or _GUESSES[head_dim]))
+
+
+# All of shared memory for the rings, and no spills.
+_GUESSES = {
+    64: dict(dkv_stages=4, dq_stages=4),
+    128: dict(dkv_stages=4, dq_stages=4),
+    256: dict(dq_warpgroups=1),
+}
+
+
+def table_key(*, head_dim: int, dtype) -> dict:
+    """What an entry of tiles.json is found by, beside the device."""
+    return dict(kernel='backward', dtype=jnp.dtype(dtype).name, head_dim=head_dim)
+
+
+def candidates(*, head_dim: int, dtype) -> list[Tiles]:
+    """What is worth measuring: all of it fits in shared memory and in registers."""
+    del dtype  # both have two bytes
+    return [Tiles(**sizes) for sizes in _CANDIDATES[head_dim]]
+
+
+_CANDIDATES = {
+    64: (_GUESSES[64], dict(dkv_stages=2, dq_stages=2), dict(dq_warpgroups=3, dq_stages=4)),
+    128: (_GUESSES[128], dict(dkv_stages=3, dq_stages=3), dict(dkv_stages=2, dq_stages=2)),
+    256: (_GUESSES[256],),
+}
+
+
+def backward(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    out_BTNH,
+    lse_BNT,
+    dout_BTNH,
+    q_positions_BT,
+    q_segment_ids_BT,
+    kv_positions_BS,
+    kv_segment_ids_BS,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+):
+    """(dq, dk, dv) of arrays that `forward` took, with its two results and dout_BTNH of the first.
+
+    Sums over a group are float32; a query that sees nothing has no gradient.
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    S = k_BSKH.shape[1]
+    tiles = tiles or Tiles.for_shape(head_dim=H, dtype=q_BTNH.dtype)
+    dkv_kv = _ROWS if _one_output_each(H, softcap) else _ROWS * tiles.dkv_warpgroups
+    dq_q = _ROWS * tiles.dq_warpgroups
+    q_tile, kv_tile = math.lcm(tiles.dkv_q, dq_q), math.lcm(dkv_kv, tiles.dq_kv)
+
+    delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3)
+    delta_BNT = jnp.swapaxes(delta_BTN, 1, 2)
+    # A query that sees nothing has no probabilities: exp2(score - inf) is 0.
+    log2_BNT = jnp.where(jnp.isneginf(lse_BNT), jnp.inf, lse_BNT * _LOG2E)
+    q, dout = (schedule.whole_tiles(x, q_tile) for x in (q_BTNH, dout_BTNH.astype(q_BTNH.dtype)))
+    k, v = (schedule.whole_tiles(x, kv_tile) for x in (k_BSKH, v_BSKH))
+    statistics = schedule.whole_tiles(jnp.stack([log2_BNT, -delta_BNT], axis=2), q_tile, axis=3)
+    q_ids = schedule.token_ids(q_positions_BT, q_segment_ids_BT, q_tile)
+    kv_ids = schedule.token_ids(kv_positions_BS, kv_segment_ids_BS, kv_tile)
+    arrays = (q, dout, statistics, q_ids, k, v, kv_ids)
+    tokens = (q_ids[:, 0], q_ids[:, 1], kv_ids[:, 0], kv_ids[:, 1])
+    options = dict(scale=scale, window=window, softcap=softcap, tiles=tiles, interpret=interpret)
+
+    visits = schedule.for_keys(*tokens, q_tile=tiles.dkv_q, kv_tile=dkv_kv, window=window)
+    dk, dv = _dkv(*arrays, visits, **options)
+    visits = schedule.for_queries(*tokens, q_tile=dq_q, kv_tile=tiles.dq_kv, window=window)
+    dq = _dq(*arrays, visits, **options)
+    return dq[:, :T], dk[:, :S], dv[:, :S]
+
+
+def _one_output_each(head_dim: int, softcap: float) -> bool:
+    """Whether dK and dV together have no room in the registers of a warpgroup.
+
+    Then two warpgroups have the same keys, and the scores are made twice.
+    """
+    return head_dim > (64 if softcap else 128)
+
+
+def _dkv(
+    q, dout, statistics, q_ids, k, v, kv_ids, visits, *, tiles, scale, window, softcap, interpret
+):
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    G = N // K
+    q_tile, stages = tiles.dkv_q, tiles.dkv_stages
+    warpgroups = 2 if _one_output_each(H, softcap) else tiles.dkv_warpgroups
+    parts = 1 if _one_output_each(H, softcap) else warpgroups
+    shape = (_ROWS, q_tile)
+
+    def kernel(
+        q_ref,
+        dout_ref,
+        statistics_ref,
+        q_ids_ref,
+        k_ref,
+        v_ref,
+        kv_ids_ref,
+        tiles_ref,
+        num_full_ref,
+        num_visited_ref,
+        order_ref,
+        dk_ref,
+        dv_ref,
+        *,
+        k_smem,
+        v_smem,
+        kv_ids_smem,
+        q_ring,
+        dout_ring,
+        statistics_ring,
+        q_ids_ring,
+        owned,
+        filled,
+        consumed,
+        finished,
+    ):
+        batch, kv_head = lax.axis_index('batch'), lax.axis_index('head')
+        warpgroup = lax.axis_index('warpgroup')
+        row = order_ref[batch, lax.axis_index('row')]
+        num_full, num_visited = num_full_ref[batch, row], num_visited_ref[batch, row]
+
+        def keys_of(part):
+            return pl.ds((row * parts + part) * _ROWS, _ROWS)
+
+        def bring():
+            _give_registers(warpgroups)
+            for part in range(parts):
+                keys = keys_of(part)
+                _copy(k_ref.at[batch, keys, kv_head], k_smem.at[part], owned)
+                _copy(v_ref.at[batch, keys, kv_head], v_smem.at[part], owned)
+                _copy(kv_ids_ref.at[batch, :, keys], kv_ids_smem.at[part], owned)
+            bring_all(0, num_full)
+            bring_all(num_full, num_visited)
+            _drain(consumed, stages, G * num_visited)
+
+        def bring_all(first, last):
+            @pl.loop(0, G)
+            def of_head(group):
+                @pl.loop(first, last)
+                def of_tile(index):
+                    step = G * first + group * (last - first) + index - first
+                    bring_visited(step, kv_head * G + group, tiles_ref[batch, row, index])
+
+        def bring_visited(step, head, tile):
+            slot = lax.rem(step, stages)
+
+            @pl.when(step >= stages)
+            def wait():
+                plgpu.barrier_wait(consumed.at[slot])
+
+            queries = pl.ds(tile * q_tile, q_tile)
+            _copy(q_ref.at[batch, queries, head], q_ring.at[slot], filled.at[slot])
+            _copy(dout_ref.at[batch, queries, head], dout_ring.at[slot], filled.at[slot])
+            _copy(
+                statistics_ref.at[batch, head, :, queries],
+                statistics_ring.at[slot],
+                filled.at[slot],
+            )
+            _copy(q_ids_ref.at[batch, :, queries], q_ids_ring.at[slot], filled.at[slot])
+
+        def compute(makes_dk: bool, makes_dv: bool):
+            _take_registers(warpgroups)
+            part = lax.rem(warpgroup, parts)
+            plgpu.barrier_wait(owned)
+
+            def visit(step, sums, is_partial: bool):
+                slot = lax.rem(step, stages)
+                own = _opaque(part)
+                k_tile, v_tile = k_smem.at[own], v_smem.at[own]
+                plgpu.barrier_wait(filled.at[slot])
+                q_tile_ref, dout_tile_ref = q_ring.at[slot], dout_ring.at[slot]
+
+                def over_columns(ref, i):
+                    vector = plgpu.load(ref.at[slot, i], layout=_OF_COLUMN)
+                    return lax.broadcast_in_dim(vector, shape, [1])
+
+                def over_rows(i):
+                    vector = plgpu.load(kv_ids_smem.at[own, i], layout=_OF_ROW)
+                    return lax.broadcast_in_dim(vector, shape, [0])
+
+                def softmax(products):
+                    seen = None
+                    if is_partial:
+                        seen = schedule.visible(
+                            over_columns(q_ids_ring, 0),
+                            over_columns(q_ids_ring, 1),
+                            over_rows(0),
+                            over_rows(1),
+                            window,
+                        )
+                    log2 = over_columns(statistics_ring, 0)
+                    weights, slopes = _softmax(products, log2, seen, scale, softcap)
+                    # Rounded at once, as float32 would take registers that are not there.
+                    return weights.astype(q.dtype), slopes.astype(q.dtype)
+
+                # dweights - delta begins at -delta: a vector less in registers at the fullest.
+                started = (over_columns(statistics_ring, 1),) * makes_dk
+
+                def body(sums, products):
+                    (scores,) = products
+                    add_product(scores, k_tile, q_tile_ref.transpose((1, 0)))
+                    if makes_dk:
+                        add_product(sums[-1], v_tile, dout_tile_ref.transpose((1, 0)))
+                    weights, slopes = softmax(read(scores, in_flight=int(makes_dk)))
+                    if makes_dv:
+                        add_product(sums[makes_dk], weights, dout_tile_ref)
+                    if makes_dk:
+                        dweights = read(sums[-1], in_flight=int(makes_dv))
+                        dscores = slopes.astype(jnp.float32) * dweights
+                        add_product(sums[0], dscores.astype(q.dtype), q_tile_ref)
+
+                sums = overlapped(body, sums + started, (shape,), interpret=interpret)
+                _release(consumed.at[slot])
+                return sums[: makes_dk + makes_dv]
+
+            sums = (_zeros((_ROWS, H)),) * (makes_dk + makes_dv)
+            sums = _visit_all(visit, G * num_full, G * num_visited, sums)
+            if _one_output_each(H, softcap):
+                # The other warpgroup may still read what the output is about to overwrite.
+                plgpu.barrier_arrive(finished)
+                plgpu.barrier_wait(finished)
+            k_tile, v_tile = k_smem.at[part], v_smem.at[part]
+            if makes_dk:
+                k_tile[...] = (sums[0] * scale).astype(k.dtype)
+            if makes_dv:
+                v_tile[...] = sums[makes_dk].astype(v.dtype)
+            plgpu.commit_smem()
+            if makes_dk:
+                plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, keys_of(part), kv_head])
+            if makes_dv:
+                plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[batch, keys_of(part), kv_head])
+            plgpu.wait_smem_to_gmem(0)
+
+        if _one_output_each(H, softcap):
+            pl.when(warpgroup == 0)(lambda: compute(makes_dk=True, makes_dv=False))
+            pl.when(warpgroup == 1)(lambda: compute(makes_dk=False, makes_dv=True))
+        else:
+            pl.when(warpgroup < warpgroups)(lambda: compute(makes_dk=True, makes_dv=True))
+        pl.when(warpgroup == warpgroups)(bring)
+
+    rows = k.shape[1] // (parts * _ROWS)
+    return launch(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch_types=dict(
+            k_smem=plgpu.SMEM((parts, _ROWS, H), k.dtype),
+            v_smem=plgpu.SMEM((parts, _ROWS, H), v.dtype),
+            kv_ids_smem=plgpu.SMEM((parts, 2, _ROWS), jnp.int32),
+            q_ring=plgpu.SMEM((stages, q_tile, H), q.dtype),
+            dout_ring=plgpu.SMEM((stages, q_tile, H), dout.dtype),
+            statistics_ring=plgpu.SMEM((stages, 2, q_tile), jnp.float32),
+            q_ids_ring=plgpu.SMEM((stages, 2, q_tile), jnp.int32),
+            owned=plgpu.Barrier(num_arrivals=3 * parts),
+            filled=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            finished=plgpu.Barrier(num_arrivals=warpgroups),
+        ),
+        grid=(K, rows, B),
+        grid_names=('head', 'row', 'batch'),
+        num_threads=warpgroups + 1,
+        thread_name='warpgroup',
+        approx_math=True,
+        interpret=interpret,
+    )(q, dout, statistics, q_ids, k, v, kv_ids, *visits)
+
+
+def _dq(
+    q, dout, statistics, q_ids, k, v, kv_ids, visits, *, tiles, scale, window, softcap, interpret
+):
+    B, T, N, H = q.shape
+    G = N // k.shape[2]
+    kv_tile, stages, warpgroups = tiles.dq_kv, tiles.dq_stages, tiles.dq_warpgroups
+    shape = (_ROWS, kv_tile)
+
+    def kernel(
+        q_ref,
+        dout_ref,
+        statistics_ref,
+        q_ids_ref,
+        k_ref,
+        v_ref,
+        kv_ids_ref,
+        tiles_ref,
+        num_full_ref,
+        num_visited_ref,
+        order_ref,
+        dq_ref,
+        *,
+        q_smem,
+        dout_smem,
+        statistics_smem,
+        q_ids_smem,
+        k_ring,
+        v_ring,
+        kv_ids_ring,
+        owned,
+        filled,
+        consumed,
+    ):
+        batch, head = lax.axis_index('batch'), lax.axis_index('head')
+        warpgroup = lax.axis_index('warpgroup')
+        kv_head = lax.div(head, G)
+        row = order_ref[batch, lax.axis_index('row')]
+        num_full, num_visited = num_full_ref[batch, row], num_visited_ref[batch, row]
+
+        def queries_of(part):
+            return pl.ds((row * warpgroups + part) * _ROWS, _ROWS)
+
+        def bring():
+            _give_registers(warpgroups)
+            for part in range(warpgroups):
+                queries = queries_of(part)
+                _copy(q_ref.at[batch, queries, head], q_smem.at[part], owned)
+                _copy(dout_ref.at[batch, queries, head], dout_smem.at[part], owned)
+                _copy(statistics_ref.at[batch, head, :, queries], statistics_smem.at[part], owned)
+                _copy(q_ids_ref.at[batch, :, queries], q_ids_smem.at[part], owned)
+
+            @pl.loop(0, num_visited)
+            def of_tile(step):
+                slot = lax.rem(step, stages)
+                keys = pl.ds(tiles_ref[batch, row, step] * kv_tile, kv_tile)
+
+                @pl.when(step >= stages)
+                def wait():
+                    plgpu.barrier_wait(consumed.at[slot])
+
+                _copy(k_ref.at[batch, keys, kv_head], k_ring.at[slot], filled.at[slot])
+                _copy(v_ref.at[batch, keys, kv_head], v_ring.at[slot], filled.at[slot])
+                _copy(kv_ids_ref.at[batch, :, keys], kv_ids_ring.at[slot], filled.at[slot])
+
+            _drain(consumed, stages, num_visited)
+
+        def compute():
+            _take_registers(warpgroups)
+            plgpu.barrier_wait(owned)
+
+            def over_rows(ref, i):
+                vector = plgpu.load(ref.at[warpgroup, i], layout=_OF_ROW)
+                return lax.broadcast_in_dim(vector, shape, [0])
+
+            def visit(step, sums, is_partial: bool):
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(filled.at[slot])
+                k_tile, v_tile = k_ring.at[slot], v_ring.at[slot]
+                own = _opaque(warpgroup)
+                q_tile, dout_tile = q_smem.at[own], dout_smem.at[own]
+
+                def over_columns(i):
+                    vector = plgpu.load(kv_ids_ring.at[slot, i], layout=_OF_COLUMN)
+                    return lax.broadcast_in_dim(vector, shape, [1])
+
+                def body(sums, products):
+                    add_product(products[0], q_tile, k_tile.transpose((1, 0)))
+                    add_product(products[1], dout_tile, v_tile.transpose((1, 0)))
+                    seen = None
+                    if is_partial:
+                        seen = schedule.visible(
+                            over_rows(q_ids_smem, 0),
+                            over_rows(q_ids_smem, 1),
+                            over_columns(0),
+                            over_columns(1),
+                            window,
+                        )
+                    log2 = over_rows(statistics_smem, 0)
+                    _, slopes = _softmax(read(products[0], in_flight=1), log2, seen, scale, softcap)
+                    dweights = read(products[1])
+                    dscores = slopes * (dweights + over_rows(statistics_smem, 1))
+                    add_product(sums[0], dscores.astype(q.dtype), k_tile)
+
+                sums = overlapped(body, sums, (shape, shape), interpret=interpret)
+                _release(consumed.at[slot])
+                return sums
+
+            (dq,) = _visit_all(visit, num_full, num_visited, (_zeros((_ROWS, H)),))
+            q_tile = q_smem.at[warpgroup]
+            q_tile[...] = (dq * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[batch, queries_of(warpgroup), head])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(warpgroup < warpgroups)(compute)
+        pl.when(warpgroup == warpgroups)(bring)
+
+    return launch(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=dict(
+            q_smem=plgpu.SMEM((warpgroups, _ROWS, H), q.dtype),
+            dout_smem=plgpu.SMEM((warpgroups, _ROWS, H), dout.dtype),
+            statistics_smem=plgpu.SMEM((warpgroups, 2, _ROWS), jnp.float32),
+            q_ids_smem=plgpu.SMEM((warpgroups, 2, _ROWS), jnp.int32),
+            k_ring=plgpu.SMEM((stages, kv_tile, H), k.dtype),
+            v_ring=plgpu.SMEM((stages, kv_tile, H), v.dtype),
+            kv_ids_ring=plgpu.SMEM((stages, 2, kv_tile), jnp.int32),
+            owned=plgpu.Barrier(num_arrivals=4 * warpgroups),
+            filled=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            consumed=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        ),
+        grid=(N, T // (_ROWS * warpgroups), B),
+        grid_names=('head', 'row', 'batch'),
+        num_threads=warpgroups + 1,
+        thread_name='warpgroup',
+        approx_math=True,
+        interpret=interpret,
+    )(q, dout, statistics, q_ids, k, v, kv_ids, *visits)
+
+
+_copy = plgpu.copy_gmem_to_smem
+
+
+def _release(barrier):
+    """Gives a slot of a ring back. The copy into it must not overtake our loads from it."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+
+
+def _drain(consumed, stages: int, steps):
+    """Waits until the last tiles are done with: a block must see all that its barriers tell."""
+
+    @pl.loop(lax.max(steps - stages, 0), steps)
+    def wait(step):
+        plgpu.barrier_wait(consumed.at[lax.rem(step, stages)])
+
+
+def _opaque(index):
+    """The index, of which the compiler does not know that all steps of a loop have the same.
+
+    It would keep the addresses of all operands in registers, and spill.
+    """
+    return lax.optimization_barrier(index)
+
+
+def _softmax(products, log2, seen, scale: float, softcap: float):
+    """The weights for the products q k', and their derivative but for dweights - delta.
+
+    seen is None where all are.
+    """
+    if softcap:
+        # The instruction for tanh is wrong by up to 5e-4, a soft-cap of 50 makes it 0.025; rsqrt
+        # is one, a quotient is not.
+        tanh = 1 - 2 * lax.rsqrt(1 + jnp.exp2(products * (2 * _LOG2E * scale / softcap))) ** 2
+        weights = jnp.exp2(tanh * (softcap * _LOG2E) - log2)
+    else:
+        weights = jnp.exp2(products * (scale * _LOG2E) - log2)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    return weights, weights * (1.0 - tanh * tanh) if softcap else weights
+
+
+def _zeros(shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _visit_all(visit, num_full, num_visited, sums):
+    """The sums after the steps of full tiles, then those of partial ones, which need the mask."""
+    for first, last, is_partial in ((0, num_full, False), (num_full, num_visited, True)):
+        sums = lax.fori_loop(first, last, functools.partial(visit, is_partial=is_partial), sums)
+    return sums
+
+
+def _take_registers(warpgroups: int):
+    """Called by those that compute, for what the one that copies gives away."""
+    if warpgroups > 1:
+        plgpu.set_max_registers({2: 240, 3: 160}[warpgroups], action='increase')
+
+
+def _give_registers(warpgroups: int):
+    """Of 504 in two threads that compute and one that copies, 512 in four; more is a deadlock."""
+    plgpu.set_max_registers({1: 40, 2: 24, 3: 32}[warpgroups], action='decrease')

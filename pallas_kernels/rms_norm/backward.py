@@ -1,0 +1,121 @@
+"""The backward kernel: rows as in the forward one; each block sums its part of dscale by itself.
+
+Those partial sums are added by XLA: no atomics, so that a result can be repeated bit for bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._compat import launch, pl, plgpu
+from pallas_kernels.rms_norm.forward import load, pad_rows
+from pallas_kernels.rms_norm.tiles import Tiles
+
+
+def backward(
+    dy_MD,
+    dsum_MD,
+    x_MD,
+    scale_D,
+    inverse_rms_M,
+    *,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+):
+    """-> dx [M, D] (of the residual too) in x's dtype, dscale [D] float32.
+
+    Args:
+      dsum_MD: gradient of the sum that forward returned; None where there was no residual.
+      x_MD: what was normed, residual included.
+    """
+    M, D = x_MD.shape
+    tiles = tiles or Tiles.for_shape('backward', M, D, x_MD.dtype)
+    steps = -(-M // tiles.rows)
+    blocks = min(steps, tiles.blocks)
+    layout, row_tile = tiles.layout, tiles.row_tile
+    count = D // tiles.columns
+    arrays = [dy_MD, x_MD, inverse_rms_M] + ([] if dsum_MD is None else [dsum_MD])
+    arrays = [pad_rows(array, steps * tiles.rows) for array in arrays]
+    shape = (row_tile, tiles.columns)
+
+    def body(scale_ref, dy_ref, x_ref, inverse_ref, *refs):
+        *dsum, dx_ref, dscale_ref, sums_smem = refs
+        block = lax.axis_index('block')
+
+        def over_chunks(function, init):
+            """Its columns are those of the chunk; unrolled it would keep too many addresses."""
+            if count == 1:
+                return function(pl.ds(0, D), init)
+            each = lambda c, carry: function(pl.ds(c * tiles.columns, tiles.columns), carry)  # noqa: E731
+            return lax.fori_loop(0, count, each, init)
+
+        def over_columns(value_C):
+            return lax.broadcast_in_dim(value_C, shape, (1,))
+
+        def over_rows(value_R):
+            return lax.broadcast_in_dim(value_R, shape, (0,))
+
+        def zeros():
+            return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+        def read(ref, rows, columns):
+            return load(ref, layout, rows, columns).astype(jnp.float32)
+
+        def read_scale(columns):
+            return over_columns(load(scale_ref, layout.reduce(0), columns))
+
+        def group(first):
+            """The rows of one group, which lie side by side."""
+            rows = pl.ds(first, row_tile)
+            kept = []  # the whole rows, if a chunk is one
+
+            def add_product(columns, dot):
+                kept[:] = read(dy_ref, rows, columns), read(x_ref, rows, columns)
+                return dot + kept[0] * kept[1] * read_scale(columns)
+
+            mean_R = jnp.sum(over_chunks(add_product, zeros()), axis=1) / D
+            inverse_R = load(inverse_ref, layout.reduce(1), rows)
+            inverse = over_rows(inverse_R)
+            correction = over_rows(inverse_R * inverse_R * inverse_R * mean_R)
+
+            def write(columns, _):
+                again = (read(ref, rows, columns) for ref in (dy_ref, x_ref))
+                dy, x = kept if count == 1 else again
+                sums = load(sums_smem, layout, slice(None), columns)
+                sums_smem.at[:, columns][...] = sums + dy * x * inverse
+                dx = inverse * dy * read_scale(columns) - x * correction
+                for dsum_ref in dsum:
+                    dx += read(dsum_ref, rows, columns)
+                dx_ref.at[rows, columns][...] = dx.astype(x_MD.dtype)
+
+            over_chunks(write, None)
+
+        def clear(columns, _):
+            sums_smem.at[:, columns][...] = zeros()
+
+        def step(index, _):
+            first = (block + index * blocks) * tiles.rows
+            for g in range(tiles.groups):
+                group(first + g * row_tile)
+
+        def deliver(columns, _):
+            sums = load(sums_smem, layout, slice(None), columns)
+            dscale_ref.at[block, :, columns][...] = sums
+
+        over_chunks(clear, None)
+        lax.fori_loop(0, (steps - block + blocks - 1) // blocks, step, None)
+        over_chunks(deliver, None)
+
+    dx_MD, partial = launch(
+        body,
+        interpret=interpret,
+        out_type=[
+            jax.ShapeDtypeStruct(arrays[1].shape, x_MD.dtype),
+            jax.ShapeDtypeStruct((blocks, row_tile, D), jnp.float32),
+        ],
+        # Each thread has elements of its own there, so nobody waits for anybody.
+        scratch_types=[plgpu.SMEM((row_tile, D), jnp.float32)],
+        grid=(blocks,),
+        grid_names=('block',),
+    )(scale_D.astype(jnp.float32), *arrays)
+    return dx_MD[:M], jnp.sum(partial, axis=(0, 1))

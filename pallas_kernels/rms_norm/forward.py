@@ -1,0 +1,91 @@
+"""The forward kernel: every row is read once, straight into registers, and written once.
+
+Nothing is shared between threads but the sums of a row, so there is no copy through SMEM to wait
+for; several blocks on a multiprocessor hide the latency of the loads.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels._compat import launch, pl, plgpu
+from pallas_kernels.rms_norm.tiles import Tiles
+
+
+def forward(
+    x_MD,
+    scale_D,
+    residual_MD=None,
+    *,
+    epsilon: float,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+):
+    """x / rms(x) * scale, of x + residual where there is one, which is rounded to x's dtype.
+
+    Returns:
+      normed [M, D] in x's dtype, the sum with the residual (None without), 1 / rms [M] float32.
+    """
+    M, D = x_MD.shape
+    tiles = tiles or Tiles.for_shape('forward', M, D, x_MD.dtype)
+    steps = -(-M // tiles.rows)
+    blocks = min(steps, tiles.blocks)
+    layout, has_residual = tiles.layout, residual_MD is not None
+    chunks = [pl.ds(start, tiles.columns) for start in range(0, D, tiles.columns)]
+    arrays = [x_MD, residual_MD] if has_residual else [x_MD]
+    arrays = [pad_rows(array, steps * tiles.rows) for array in arrays]
+
+    def body(*refs):
+        x_ref, *residual, scale_ref = refs[: len(arrays) + 1]
+        y_ref, *total, inverse_ref = refs[len(arrays) + 1 :]
+        block = lax.axis_index('block')
+
+        def read(rows, columns):
+            x = load(x_ref, layout, rows, columns)
+            for residual_ref in residual:
+                residue = load(residual_ref, layout, rows, columns)
+                x = (x.astype(jnp.float32) + residue.astype(jnp.float32)).astype(x.dtype)
+            return x
+
+        def step(index, _):
+            rows = pl.ds((block + index * blocks) * tiles.rows, tiles.rows)
+            squares, kept = None, None
+            for columns in chunks:
+                kept = read(rows, columns)
+                x = kept.astype(jnp.float32)
+                squares = x * x if squares is None else squares + x * x
+            inverse_R = lax.rsqrt(jnp.sum(squares, axis=1) / D + epsilon)
+            for columns in chunks:
+                x = kept if len(chunks) == 1 else read(rows, columns)
+                scale_C = load(scale_ref, layout.reduce(0), columns)
+                y = x.astype(jnp.float32) * lax.broadcast_in_dim(inverse_R, x.shape, (0,))
+                y *= lax.broadcast_in_dim(scale_C, x.shape, (1,))
+                y_ref.at[rows, columns][...] = y.astype(x.dtype)
+                for total_ref in total:
+                    total_ref.at[rows, columns][...] = x
+            inverse_ref.at[rows][...] = inverse_R
+
+        lax.fori_loop(0, (steps - block + blocks - 1) // blocks, step, None)
+
+    like_x = jax.ShapeDtypeStruct(arrays[0].shape, x_MD.dtype)
+    inverse = jax.ShapeDtypeStruct(like_x.shape[:1], jnp.float32)
+    outputs = launch(
+        body,
+        interpret=interpret,
+        out_type=[like_x, like_x, inverse] if has_residual else [like_x, inverse],
+        grid=(blocks,),
+        grid_names=('block',),
+    )(*arrays, scale_D.astype(jnp.float32))
+    y_MD, *total, inverse_M = (output[:M] for output in outputs)
+    return y_MD, total[0] if has_residual else None, inverse_M
+
+
+def load(ref, layout, *index):
+    """From memory into registers."""
+    return plgpu.load(ref.at[index], layout=layout, optimized=False)
+
+
+def pad_rows(array, rows: int):
+    """Zero rows behind the others, up to so many."""
+    missing = rows - array.shape[0]
+    return jnp.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) if missing else array

@@ -1,0 +1,140 @@
+"""How a block of threads lies over rows and columns, and which shapes have such a way.
+
+A block is a warpgroup: 4 warps of 32 lanes. `warps` x `lanes` threads share a row, each with
+`vector` neighbouring elements at a time; the other threads have other rows.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from pallas_kernels._compat import plgpu, tiled_layout
+from pallas_kernels._tables import device_kind, find
+
+DTYPES = ('bfloat16', 'float16', 'float32')
+WIDEST = 16384
+MULTIPROCESSORS = 132
+# Elements of an operand that a thread holds at once, at most (backward it has two) and better.
+HELD = {'forward': 64, 'backward': 40}
+EASILY_HELD = 32
+# Forward so many that it matters little how many of them fit on a multiprocessor; backward as many
+# as fit in any case, because each leaves a sum.
+BLOCKS = {'forward': 16 * MULTIPROCESSORS, 'backward': 3 * MULTIPROCESSORS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Static choices of a launch."""
+
+    vector: int  # elements that a thread loads at once
+    lanes: int  # of a warp that share a row
+    warps: int  # that share a row
+    groups: int  # rows a thread has a part of
+    columns: int  # of a row that are in registers at once
+    blocks: int  # each takes every blocks-th group of rows
+
+    @property
+    def row_tile(self) -> int:
+        """Rows that the threads of a block lie on side by side."""
+        return (4 // self.warps) * (32 // self.lanes)
+
+    @property
+    def rows(self) -> int:
+        """Of one step of a block."""
+        return self.row_tile * self.groups
+
+    @property
+    def layout(self) -> plgpu.Layout:
+        """Of [rows, columns] in registers."""
+        lane_rows, width = 32 // self.lanes, self.lanes * self.vector
+        return tiled_layout(
+            ((self.row_tile, self.warps * width), (lane_rows, width), (1, self.vector)),
+            warp_dims=(-6, -5),
+            lane_dims=(-4, -3),
+        )
+
+    @classmethod
+    def for_shape(cls, part: str, rows: int, width: int, dtype) -> 'Tiles':
+        """What was measured to be best on the device of the mesh that is set, else a good guess.
+
+        Args:
+          part: 'forward' or 'backward'.
+        """
+        key = table_key(part, rows, width, dtype)
+        measured = find(Path(__file__).parent, device_kind(), **key)
+        if measured is not None:
+            return cls(**measured)
+        return _heuristic(part, rows, width, dtype)
+
+
+def table_key(part: str, rows: int, width: int, dtype) -> dict:
+    """What the table knows a shape by; rows by the power of two above them."""
+    return {
+        'part': part,
+        'dtype': jnp.dtype(dtype).name,
+        'width': width,
+        'rows': 1 << max(rows - 1, 0).bit_length(),
+    }
+
+
+def obstacle(width: int, dtype) -> str | None:
+    """Why rows of this width cannot be normed by the kernels, and what would be right."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f'its arrays are {", ".join(DTYPES)}, these are {name}'
+    if not 64 <= width <= WIDEST or width % 32:
+        return f'its rows have 64 to {WIDEST} elements, a multiple of 32, these have {width}'
+    return None
+
+
+def _ways(width: int, itemsize: int):
+    """(vector, lanes, warps) that cover a row without a rest."""
+    for vector in (8, 4, 2, 1):
+        for lanes in (32, 16, 8):
+            for warps in (1, 2, 4):
+                if vector * itemsize <= 16 and width % (vector * lanes * warps) == 0:
+                    yield vector, lanes, warps
+
+
+def _columns(width: int, unit: int, most: int) -> int:
+    """The largest part of a row, in whole units, that divides it and is not over `most`."""
+    units = width // unit
+    fitting = [n for n in range(1, units + 1) if units % n == 0 and n * unit <= most]
+    return unit * max(fitting, default=1)
+
+
+def _heuristic(part: str, rows: int, width: int, dtype) -> Tiles:
+    """Whole rows in registers where they fit, wide loads, as few warps as possible on a row."""
+    held = HELD[part]
+
+    def preference(way):
+        vector, lanes, warps = way
+        share = width // (lanes * warps)
+        beyond = [max(share - most, 0) for most in (held, EASILY_HELD)]
+        return *beyond, -vector, warps, -lanes
+
+    vector, lanes, warps = min(_ways(width, jnp.dtype(dtype).itemsize), key=preference)
+    columns = _columns(width, vector * lanes * warps, held * lanes * warps)
+    row_tile = (4 // warps) * (32 // lanes)
+    most = EASILY_HELD * lanes * warps // width
+    # Rows that fill whole steps are not padded.
+    groups = next((n for n in (8, 4, 2) if n <= most and rows % (n * row_tile) == 0), 1)
+    return Tiles(vector, lanes, warps, groups, columns, BLOCKS[part])
+
+
+def candidates(part: str, rows: int, width: int, dtype) -> list[Tiles]:
+    """What a tuner may try for a shape: the guess, and its neighbours."""
+    guess = _heuristic(part, rows, width, dtype)
+    tried = {guess}
+    for vector, lanes, warps in _ways(width, jnp.dtype(dtype).itemsize):
+        row_tile, most = (4 // warps) * (32 // lanes), HELD[part] * lanes * warps
+        if vector < guess.vector:
+            continue
+        for groups in (1, 2, 4, 8):
+            if groups * width > most or rows % (groups * row_tile):
+                continue
+            for blocks in (2, 3, 4, 8, 16):
+                blocks *= MULTIPROCESSORS
+                tried.add(Tiles(vector, lanes, warps, groups, width, blocks))
+    return sorted(tried, key=dataclasses.astuple)

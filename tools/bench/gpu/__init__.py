@@ -1,0 +1,1 @@
+"""What only a GPU can prove: kernels right and fast, training, decoding, equal bits."""

@@ -1,0 +1,64 @@
+"""All that a GPU has to prove, in one command a part, each under nine minutes.
+
+    python -m tools.bench.gpu --part kernels|train|decode|determinism --out DIR [--smoke]
+
+The result is DIR/gpu-PART-DATE.json, which is there from the first row on; a table comes last.
+`train`, `decode` and `determinism` need pydantic and ml_collections beside jax, flax and optax; a
+resumed run needs all that training needs. What is not installed, or does not fit, has a row that
+says so. --only 'GLOB' runs part of the rows and keeps the others of the same day. --smoke is the
+same path on a CPU with tiny shapes, in seconds.
+"""
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+from tools.bench.gpu.record import Record
+from tools.bench.gpu.stages import Runner
+
+PARTS = ('kernels', 'train', 'decode', 'determinism')
+SECONDS = 510.0
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.bench.gpu',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--part', choices=PARTS, required=True)
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--smoke', action='store_true')
+    parser.add_argument('--seconds', type=float, default=SECONDS, help='of the whole part')
+    parser.add_argument('--only', action='append', default=[], metavar='GLOB')
+    parser.add_argument(
+        '--record_proven', action='store_true', help='kernels: into pallas_kernels/proven.json'
+    )
+    parser.add_argument('--peer_python', help='train: an interpreter that has torch')
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.smoke:
+        os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+        os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')  # the interpreter of kernels needs them
+    part = importlib.import_module(f'tools.bench.gpu.{arguments.part}')
+    record = Record(arguments.out, arguments.part, arguments.smoke, resume=bool(arguments.only))
+    runner = Runner(
+        record,
+        arguments.seconds,
+        arguments.smoke,
+        tuple(arguments.only),
+        in_process=arguments.smoke,
+    )
+    options = {'peer_python': arguments.peer_python} if arguments.part == 'train' else {}
+    part.run(record, runner, **options)
+    record.set(bars=part.bars(record), seconds=round(arguments.seconds - runner.left, 1))
+    part.show(record)
+    if arguments.record_proven:
+        for entry in part.record_proven(record):
+            print(f'proven: {entry["op"]} on {entry["device"]}')
+    print(record.path)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,319 @@
+"""Every kernel over a grid of shapes, against the reference in float32.
+
+A kernel may be off by twice what XLA's path in the same dtype is off by, and by no more than a cap;
+it must give the same bits each time.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tools.bench.gpu import documents, references
+from tools.bench.gpu.stages import Refused, Task
+from tools.bench.gpu.timing import normal
+
+# The kernels of an op, by their names in its package.
+KERNELS = {
+    'rms_norm': ('forward', 'backward'),
+    'flash_attention': ('forward', 'backward'),
+    'decode_attention': ('forward',),
+    'cross_entropy': ('forward', 'logit_gradients'),
+}
+OPS = tuple(KERNELS)
+CAP = 0.02  # of the relative error
+STRETCHED_CAP = 0.1  # where scores are ten times as large, and so is what rounding does to them
+WORST_CAP = 0.1  # of the largest single error, relative to the largest value
+ALLOWANCE = 1e-4  # beside twice XLA's error, which may be 0
+LEAST = 0.01  # inputs are of unit size: what is smaller than this counts as this large
+
+
+def kernels(op: str):
+    """The package of an op's kernels."""
+    try:
+        package = importlib.import_module(f'pallas_kernels.{op}')
+    except ModuleNotFoundError as error:
+        raise Refused(f'pallas_kernels has no {op}') from error
+    missing = [name for name in KERNELS[op] if not hasattr(package, name)]
+    if missing:
+        raise Refused(f'pallas_kernels.{op} has no {", ".join(missing)}')
+    return package
+
+
+def compare(kernel, plain, exact, cap: float = CAP, repeats: int = 3) -> dict:
+    """Errors of the kernel's and the plain outputs, {name: array} all three, and the verdict.
+
+    kernel: a function, called `repeats` times.
+    """
+    first, *again = (jax.device_get(kernel()) for _ in range(repeats))
+    plain, exact = jax.device_get((plain, exact))
+    errors = {
+        name: [*_errors(first[name], exact[name]), *_errors(plain[name], exact[name])]
+        for name in exact
+    }
+    repeatable = all(
+        np.array_equal(x[name].view(np.uint8), first[name].view(np.uint8))
+        for x in again
+        for name in exact
+    )
+    held = repeatable and all(
+        error <= min(2 * of_plain + ALLOWANCE, cap) and worst <= WORST_CAP
+        for error, worst, of_plain, _ in errors.values()
+    )
+    return {
+        'held': held,
+        'repeatable': repeatable,
+        'error': max(error for error, *_ in errors.values()),
+        'of_xla': max(of_plain for _, _, of_plain, _ in errors.values()),
+        'errors': errors,  # output: [relative, worst] of the kernel, then of XLA
+    }
+
+
+def _errors(got, exact) -> tuple[float, float]:
+    """Relative error in the norm, and the worst single one by the largest value."""
+    got, exact = (np.asarray(x, np.float64) for x in (got, exact))
+    infinite = np.isinf(exact)
+    if not np.isfinite(got[~infinite]).all() or not np.array_equal(got[infinite], exact[infinite]):
+        return float('inf'), float('inf')
+    difference, exact = got[~infinite] - exact[~infinite], exact[~infinite]
+    if not exact.size:
+        return 0.0, 0.0
+    norm = max(np.sqrt(np.mean(exact**2)), LEAST)
+    largest = max(np.max(np.abs(exact)), LEAST)
+    return float(np.sqrt(np.mean(difference**2)) / norm), float(np.abs(difference).max() / largest)
+
+
+@dataclasses.dataclass(frozen=True)
+class RmsNorm:
+    M: int
+    D: int
+    residual: bool = True
+    dtype: str = 'bfloat16'
+
+    op = 'rms_norm'
+
+    def outputs(self, interpret: bool) -> tuple:
+        package = kernels(self.op)
+        x, residual, dy, dsum = (normal(i, (self.M, self.D), self.dtype) for i in range(4))
+        scale = 1 + normal(4, (self.D,), jnp.float32, 0.1)
+        plain = functools.partial(references.rms_norm, epsilon=1e-6)
+        more = (residual,) if self.residual else ()
+
+        @jax.jit
+        def kernel():
+            y, total, inverse = package.forward(x, scale, *more, epsilon=1e-6, interpret=interpret)
+            dx, dscale = package.backward(
+                dy,
+                dsum if self.residual else None,
+                total if self.residual else x,
+                scale,
+                inverse,
+                interpret=interpret,
+            )
+            return dict(y=y, dx=dx, dscale=dscale) | ({'sum': total} if self.residual else {})
+
+        def reference(x, scale, dy, dsum, *more):
+            (y, total), back = jax.vjp(lambda x, scale: plain(x, scale, *more), x, scale)
+            dx, dscale = back((dy, dsum if self.residual else None))
+            return dict(y=y, dx=dx, dscale=dscale) | ({'sum': total} if self.residual else {})
+
+        arrays = (x, scale, dy, dsum, *more)
+        return kernel, jax.jit(reference)(*arrays), references.exact(reference, *arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashAttention:
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+    layout: str = 'causal'  # see documents.layout
+    window: int = 0
+    softcap: float = 0.0
+    S: int = 0  # 0: T
+    dtype: str = 'bfloat16'
+    stretched: bool = False  # scores ten times as large
+
+    op = 'flash_attention'
+
+    def outputs(self, interpret: bool) -> tuple:
+        package = kernels(self.op)
+        S = self.S or self.T
+        q = normal(0, (self.B, self.T, self.N, self.H), self.dtype, 10 if self.stretched else 1)
+        k, v = (normal(i, (self.B, S, self.K, self.H), self.dtype) for i in (1, 2))
+        dout = normal(3, q.shape, self.dtype)
+        places = documents.layout(self.layout, self.B, self.T, S)
+        mask = references.visible(*places, self.window)
+        options = dict(scale=self.H**-0.5, softcap=self.softcap)
+
+        @jax.jit
+        def kernel():
+            more = dict(window=self.window, interpret=interpret, **options)
+            out, lse = package.forward(q, k, v, *places, **more)
+            dq, dk, dv = package.backward(q, k, v, out, lse, dout, *places, **more)
+            return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
+
+        def reference(q, k, v, dout):
+            function = functools.partial(references.attention, mask_BTS=mask, **options)
+            out, back, lse = jax.vjp(function, q, k, v, has_aux=True)
+            dq, dk, dv = back(dout)
+            return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
+
+        plain = jax.jit(reference)(q, k, v, dout)
+        exact = references.exact(reference, q, k, v, dout)
+        return kernel, plain, exact
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeAttention:
+    B: int
+    N: int
+    K: int
+    H: int
+    pages: int  # of a sequence at most
+    page: int = 64  # tokens
+    window: int = 0
+    softcap: float = 0.0
+    dtype: str = 'bfloat16'
+
+    op = 'decode_attention'
+
+    def outputs(self, interpret: bool) -> tuple:
+        package = kernels(self.op)
+        q = normal(0, (self.B, self.N, self.H), self.dtype)
+        table, lengths = documents.paged(self.B, self.pages, self.page)
+        shape = (self.B * self.pages + 1, self.page, self.K, self.H)
+        k, v = (normal(i, shape, self.dtype) for i in (1, 2))
+        options = dict(scale=self.H**-0.5, window=self.window, softcap=self.softcap)
+
+        @jax.jit
+        def kernel():
+            return named(package.forward(q, k, v, table, lengths, interpret=interpret, **options))
+
+        def reference(q, k, v):
+            return named(references.decode_attention(q, k, v, table, lengths, **options))
+
+        def named(outputs):
+            return dict(zip(('out', 'lse'), outputs))
+
+        exact = references.exact(reference, q, k, v)
+        return kernel, jax.jit(reference)(q, k, v), exact
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    M: int
+    D: int
+    V: int
+    vocab_size: int = 0  # 0: V
+    first_id: int = 0
+    softcap: float = 0.0
+    dtype: str = 'bfloat16'
+
+    op = 'cross_entropy'
+
+    def outputs(self, interpret: bool) -> tuple:
+        package = kernels(self.op)
+        vocab_size = self.vocab_size or self.first_id + self.V
+        hidden = normal(0, (self.M, self.D), self.dtype)
+        weight = normal(1, (self.V, self.D), self.dtype, self.D**-0.5)
+        targets = jax.random.randint(jax.random.key(2), (self.M,), 0, vocab_size, jnp.int32)
+        dpicked, dlse = (normal(i, (self.M,), jnp.float32) for i in (3, 4))
+        options = dict(vocab_size=vocab_size, first_id=self.first_id, softcap=self.softcap)
+
+        @jax.jit
+        def kernel():
+            more = dict(interpret=interpret, **options)
+            lse, picked = package.forward(hidden, weight, targets, **more)
+            gradient = package.logit_gradients(hidden, weight, targets, lse, dpicked, dlse, **more)
+            return dict(lse=lse, picked=picked, gradient=gradient)
+
+        def reference(hidden, weight, dpicked, dlse):
+            zeros = jnp.zeros((self.M, self.V), jnp.float32)
+            (lse, picked), back = jax.vjp(
+                lambda offset: references.cross_entropy(hidden, weight, targets, offset, **options),
+                zeros,
+            )
+            [gradient] = back((dlse, dpicked))
+            return dict(lse=lse, picked=picked, gradient=gradient.astype(hidden.dtype))
+
+        arrays = (hidden, weight, dpicked, dlse)
+        return kernel, jax.jit(reference)(*arrays), references.exact(reference, *arrays)
+
+
+GRID = (
+    RmsNorm(4096, 2048),
+    RmsNorm(4096, 4096, residual=False),
+    RmsNorm(777, 1024),
+    RmsNorm(1, 4096),
+    RmsNorm(300, 8192, dtype='float16'),
+    RmsNorm(512, 2048, residual=False, dtype='float16'),
+    FlashAttention(2, 512, 8, 8, 64),
+    FlashAttention(2, 512, 8, 2, 128),
+    FlashAttention(1, 512, 8, 1, 256),
+    FlashAttention(2, 1000, 8, 2, 128, 'packed'),
+    FlashAttention(2, 1000, 8, 1, 64, 'packed', window=100, softcap=50.0),
+    FlashAttention(1, 777, 8, 2, 256, 'packed'),
+    FlashAttention(2, 512, 4, 4, 128, window=32),
+    FlashAttention(2, 512, 4, 4, 128, softcap=30.0),
+    FlashAttention(2, 512, 8, 2, 128, 'packed', stretched=True),
+    FlashAttention(2, 300, 4, 1, 128, 'single'),
+    FlashAttention(2, 512, 4, 1, 64, 'masked'),
+    FlashAttention(2, 512, 4, 1, 128, 'permuted'),
+    FlashAttention(2, 128, 8, 2, 128, 'continued', S=640),
+    FlashAttention(1, 4096, 4, 1, 128, 'packed', window=1024),
+    FlashAttention(2, 1000, 8, 2, 64, 'packed', dtype='float16'),
+    FlashAttention(2, 1000, 8, 2, 128, 'packed', dtype='float16'),
+    FlashAttention(1, 500, 8, 2, 256, 'packed', dtype='float16'),
+    DecodeAttention(8, 32, 8, 128, 16),
+    DecodeAttention(8, 8, 8, 64, 16),
+    DecodeAttention(3, 8, 1, 256, 7),
+    DecodeAttention(8, 32, 8, 128, 16, window=100, softcap=50.0),
+    DecodeAttention(8, 32, 8, 128, 16, dtype='float16'),
+    DecodeAttention(64, 32, 8, 64, 32),
+    CrossEntropy(1024, 2048, 4096),
+    CrossEntropy(1000, 1024, 3000),
+    CrossEntropy(512, 2048, 2048, vocab_size=1999),
+    CrossEntropy(512, 2048, 2048, vocab_size=4000, first_id=2048, softcap=30.0),
+    CrossEntropy(777, 4096, 8192, dtype='float16'),
+)
+SMOKE_GRID = (
+    RmsNorm(16, 256),
+    FlashAttention(1, 128, 2, 1, 64, 'packed'),
+    DecodeAttention(2, 8, 1, 64, 2),
+    CrossEntropy(128, 64, 256),
+)
+
+
+def tasks(smoke: bool, op: str) -> list[Task]:
+    """The cases of an op."""
+    grid = SMOKE_GRID if smoke else GRID
+    return [
+        Task(_described(case), functools.partial(check, case, smoke))
+        for case in grid
+        if case.op == op
+    ]
+
+
+def check(case, smoke: bool) -> dict:
+    """One case, in smoke simulated and once."""
+    cap = STRETCHED_CAP if getattr(case, 'stretched', False) else CAP
+    return compare(*case.outputs(interpret=smoke), cap=cap, repeats=1 if smoke else 3)
+
+
+def _described(case) -> str:
+    """'flash_attention B2 T512 N8 K2 H128 packed window 32'."""
+    words = [case.op]
+    for field in dataclasses.fields(case):
+        value = getattr(case, field.name)
+        if len(field.name) == 1 and value:
+            words.append(f'{field.name}{value}')
+        elif field.name in ('layout', 'dtype'):
+            words.append(value)
+        elif value != field.default:
+            words.append(field.name if value is True else f'{field.name} {value}')
+    return ' '.join(words)

@@ -1,0 +1,109 @@
+"""The result of a part: JSON that is on the disk after every row, and a table for people.
+
+A run that is cut off keeps what it had.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    *('jax', 'jaxlib', 'jax-cuda13-plugin', 'flax', 'optax', 'torch', 'triton', 'tokamax'),
+    *('flash-attn3-jax', 'nvidia-cudnn-cu13', 'nvidia-cublas', 'pytest'),
+)
+
+
+class Record:
+    """One result file of a part; `rows` are what was measured, in their order.
+
+    resume: what an earlier run on the same day has measured stays, unless it is measured again.
+    """
+
+    def __init__(self, directory: Path, part: str, smoke: bool, resume: bool = False):
+        date = datetime.date.today().isoformat()
+        self.path = directory / f'gpu-{part}{"-smoke" if smoke else ""}-{date}.json'
+        earlier = json.loads(self.path.read_text()) if resume and self.path.exists() else {}
+        self.values: dict[str, Any] = earlier | {
+            'part': part,
+            'date': date,
+            'smoke': smoke,
+            'python': platform.python_version(),
+            'cores': len(os.sched_getaffinity(0)),
+            'versions': versions(),
+            'rows': earlier.get('rows', []),
+        }
+        self.save()
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.values['rows']
+
+    def stage(self, name: str) -> dict[str, dict]:
+        """The rows of one stage by their names, those alone that have a result."""
+        found = [row for row in self.rows if row['stage'] == name]
+        return {row['name']: row for row in found if not outcome(row)}
+
+    def add(self, row: dict) -> None:
+        """Keeps, saves and prints a row; one of the same stage and name gives way to it."""
+        same = (row['stage'], row['name'])
+        kept = [each for each in self.rows if (each['stage'], each['name']) != same]
+        self.values['rows'] = [*kept, row]
+        self.save()
+        print(f'{row["stage"]:12} {row["name"]:58} {outcome(row) or summary(row)}', flush=True)
+
+    def set(self, **values) -> None:
+        self.values |= values
+        self.save()
+
+    def save(self) -> None:
+        written = self.path.with_suffix('.part')
+        written.write_text(json.dumps(self.values, indent=1) + '\n')
+        written.replace(self.path)
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def outcome(row: dict) -> str:
+    """Why there is no result; '' if there is one."""
+    words = {'refused': 'refused', 'failed': 'FAILED', 'not_run': 'not run'}
+    return next((f'{words[key]}: {row[key]}' for key in words if key in row), '')
+
+
+def summary(row: dict) -> str:
+    """The figures of a row on one line."""
+    shown = []
+    for key, value in row.items():
+        if isinstance(value, bool):
+            shown.append(f'{key} {"yes" if value else "NO"}')
+        elif isinstance(value, (int, float)) and key not in ('flops', 'bytes'):
+            shown.append(f'{key} {value:.5g}')
+    return ', '.join(shown)
+
+
+def bar(name: str, value: float | None, limit: float, at_least: bool = True) -> dict:
+    """Whether a goal is held; without a value it is not measured."""
+    held = None if value is None else bool(value >= limit if at_least else value <= limit)
+    return {'name': name, 'value': value, 'limit': limit, 'at_least': at_least, 'held': held}
+
+
+def show_bars(bars: list[dict]) -> None:
+    for each in bars:
+        limit = f'{"at least" if each["at_least"] else "at most"} {each["limit"]:g}'
+        if each['held'] is None:
+            print(f'{each["name"]:58} not measured (bar: {limit})')
+        else:
+            verdict = 'held' if each['held'] else 'MISSED'
+            print(f'{each["name"]:58} {each["value"]:.4g} (bar: {limit}) {verdict}')

@@ -1,0 +1,221 @@
+"""Tasks in processes of their own: a kernel that hangs, or breaks the device, costs one row.
+
+    python -m tools.bench.gpu.stages STAGE --rows FILE      # what a Runner starts
+
+A stage is a module of this package with `tasks(smoke, **options)`. Its process writes a line of
+JSON before the first task (`about`, `names`) and one after each; a peer in another library speaks
+the same way.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fnmatch
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tools.bench.gpu.record import Record
+
+ROOT = Path(__file__).resolve().parents[3]
+# Compiled programs outlive the processes of a part, and serve the next one.
+CACHE = str(Path(tempfile.gettempdir()) / f'jaxfm-bench-{os.getuid()}')
+PATIENCE = 150.0  # seconds without a row: a compilation may take that long, more is a hang
+
+
+class Refused(Exception):
+    """What is asked for is not installed, or cannot do the case: no failure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    name: str
+    run: Callable[[], dict]  # -> what a row holds beside stage and name
+
+
+@dataclasses.dataclass
+class Runner:
+    """Runs stages one after the other until the time is out.
+
+    seconds: of the whole part. only: glob patterns of the names to run. in_process: no processes
+    of their own, for a device that cannot break.
+    """
+
+    record: Record
+    seconds: float
+    smoke: bool = False
+    only: tuple[str, ...] = ()
+    in_process: bool = False
+
+    def __post_init__(self):
+        self._end = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def run(self, stage: str, limit: float = float('inf'), environment=None, **options) -> None:
+        """All tasks of a stage that `only` lets pass, for at most `limit` seconds."""
+        options |= {'smoke': self.smoke, 'only': list(self.only)}
+        if self.in_process:
+            for row in _rows(stage, options, 0):
+                self._take(stage, row)
+            return
+        command = [sys.executable, '-m', 'tools.bench.gpu.stages', stage]
+        command += ['--options', json.dumps(options)]
+        self.run_command(stage, command, limit, environment)
+
+    def run_command(self, stage: str, command, limit=float('inf'), environment=None) -> None:
+        """The same with a command that speaks as a stage does, given --first and --rows."""
+        end = time.monotonic() + min(limit, self.left)
+        first, names = 0, None
+        while True:
+            lines, reason = _watch([*command, '--first', str(first)], end, environment, self._print)
+            for line in lines:
+                if 'names' in line:
+                    names = line['names']
+                self._take(stage, line)
+            if names is None:
+                self.record.add({'stage': stage, 'name': '*', 'failed': reason or 'said nothing'})
+                return
+            rows = sum('names' not in line for line in lines)
+            first += rows
+            if first >= len(names):
+                return
+            if time.monotonic() < end:
+                if rows and not reason:
+                    continue  # its last task broke the device for those that come
+                self.record.add({'stage': stage, 'name': names[first], 'failed': reason})
+                first += 1
+                continue
+            for name in names[first:]:
+                self.record.add({'stage': stage, 'name': name, 'not_run': 'the time is out'})
+            return
+
+    def _take(self, stage: str, line: dict) -> None:
+        if 'names' in line:
+            self.record.set(**line['about'])
+        else:
+            self.record.add({'stage': stage, **line})
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _watch(command, end: float, environment, say) -> tuple[list[dict], str]:
+    """Runs a process to its end, or until it is silent for too long -> (its lines, what was wrong).
+
+    A row counts when its line is whole.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path, errors = Path(directory) / 'rows', Path(directory) / 'stderr'
+        path.touch()
+        with errors.open('w') as file:
+            process = subprocess.Popen(
+                [*map(str, command), '--rows', str(path)],
+                cwd=ROOT,
+                env={'JAX_COMPILATION_CACHE_DIR': CACHE, **os.environ, **(environment or {})},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # so that what it starts ends with it
+            )
+        size, changed, reason = 0, time.monotonic(), ''
+        try:
+            while process.poll() is None and not reason:
+                time.sleep(0.1)
+                now = time.monotonic()
+                if path.stat().st_size > size:
+                    size, changed = path.stat().st_size, now
+                if now >= end:
+                    reason = 'the time is out'
+                elif now - changed > PATIENCE:
+                    reason = f'no result within {PATIENCE:.0f} s'
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        lines = [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == '\n']
+        said = errors.read_text(errors='replace').strip()
+    if process.returncode and not reason:
+        last = said.splitlines()[-1] if said else 'it said nothing'
+        reason = f'the process ended with {process.returncode}: {last[:300]}'
+    if reason:
+        say(said[-3000:])
+    return lines, reason
+
+
+def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
+    """The lines of a stage, from task `first` on; ends early where the device is broken."""
+    only = options.pop('only')
+    module = importlib.import_module(f'tools.bench.gpu.{stage}')
+    tasks = [task for task in module.tasks(**options) if _passes(task.name, only)]
+    yield {'about': _device(), 'names': [task.name for task in tasks]}
+    for task in tasks[first:]:
+        start = time.monotonic()
+        values, broken = attempt(task.run)
+        yield {'name': task.name, **values, 'task_seconds': round(time.monotonic() - start, 2)}
+        if broken:
+            return
+
+
+def _passes(name: str, only) -> bool:
+    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
+
+
+def attempt(function: Callable[[], dict]) -> tuple[dict, bool]:
+    """What a row says of a call, and whether nothing more can run in this process."""
+    try:
+        return function(), False
+    except Refused as error:
+        return {'refused': str(error)}, False
+    except Exception as error:  # whatever a kernel or a compiler may raise is a result here
+        text = ' '.join(str(error).split())
+        if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
+            return {'failed': 'out of memory'}, False
+        broken = 'CUDA_ERROR' in text or 'cuda error' in text.lower()
+        return {'failed': f'{type(error).__name__}: {text[:400]}'}, broken
+
+
+def _device() -> dict:
+    import jax
+
+    devices = jax.devices()
+    about = {'device': devices[0].device_kind, 'platform': devices[0].platform}
+    about['devices'] = len(devices)
+    stats = devices[0].memory_stats() if about['platform'] == 'gpu' else None
+    if stats and 'bytes_limit' in stats:
+        about['device_memory_limit'] = stats['bytes_limit']
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = '--query-gpu=name,driver_version,memory.total,clocks.sm,power.limit'
+        command = ['nvidia-smi', query, '--format=csv,noheader']
+        said = subprocess.run(command, capture_output=True, check=True, text=True)
+        about['nvidia_smi'] = said.stdout.strip()
+    return about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('stage')
+    parser.add_argument('--options', type=json.loads, default={})
+    parser.add_argument('--first', type=int, default=0)
+    parser.add_argument('--rows', type=Path, required=True)
+    arguments = parser.parse_args()
+    with arguments.rows.open('a') as file:
+        for row in _rows(arguments.stage, arguments.options, arguments.first):
+            file.write(json.dumps(row) + '\n')
+            file.flush()
+    # A broken device may hang the usual way out.
+    os._exit(0)
+
+
+if __name__ == '__main__':
+    main()

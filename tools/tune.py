@@ -1,0 +1,214 @@
+"""Finds the tile sizes of a kernel that are quickest on the GPU of this machine.
+
+    python -m tools.tune --op flash_attention --out pallas_kernels [--dry_run]
+
+Every candidate is compiled, compared with the first one, and timed at the benchmark's shapes; the
+winner goes into OUT/<op>/tiles.json, where kernels look for it. Where several shapes share a key
+of that table, the sum of their times counts. --dry_run, without a GPU, compiles all candidates for
+an H200 instead and tells registers, spills and shared memory.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._tables import short_kind
+from tools import deviceless
+from tools.bench.gpu import speed
+from tools.bench.gpu.timing import microseconds
+
+TOLERANCE = 0.02  # between candidates, relative to the norm: they add up in other orders
+
+
+# Of which module of an op `table_key` and `candidates` are.
+MODULES = {
+    'rms_norm': 'tiles',
+    'flash_attention': '{part}',
+    'decode_attention': 'tiles',
+    'cross_entropy': 'kernels',
+}
+# Beside the shapes of the benchmark.
+MORE_SHAPES = (
+    speed.RmsNorm(16384, 2048),
+    speed.FlashAttention('causal', 2, 4096, 16, 16, 256),
+    speed.DecodeAttention(64, 2048, 32, 8, 64),
+)
+# The kernels themselves, where the benchmark times the op around them.
+PARTS = {'cross_entropy': ('forward', 'logit_gradients')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A kernel at a shape."""
+
+    shape: object  # of `speed`
+    part: str
+
+    @property
+    def name(self) -> str:
+        return f'{self.shape.name} {self.part}'
+
+    @property
+    def _module(self):
+        op = self.shape.op
+        return importlib.import_module(f'pallas_kernels.{op}.{MODULES[op].format(part=self.part)}')
+
+    @property
+    def _words(self) -> dict:
+        shape = self.shape
+        return {'dtype': 'bfloat16'} | {
+            'rms_norm': lambda: dict(part=self.part, rows=shape.M, width=shape.D),
+            'flash_attention': lambda: dict(head_dim=shape.H),
+            'decode_attention': lambda: dict(
+                batch=shape.B,
+                num_kv_heads=shape.K,
+                head_dim=shape.H,
+                page_size=shape.page,
+                max_length=shape.L,
+            ),
+            'cross_entropy': lambda: dict(
+                kernel=self.part, rows=shape.M, vocab=shape.V, dim=shape.D
+            ),
+        }[shape.op]()
+
+    @property
+    def key(self) -> dict:
+        """What the table knows it by, beside the device."""
+        return self._module.table_key(**self._words)
+
+    @property
+    def candidates(self) -> list:
+        by_key = self.shape.op == 'decode_attention'
+        return self._module.candidates(**(self.key if by_key else self._words))
+
+
+def problems(op: str, shapes=(*speed.SHAPES, *MORE_SHAPES)) -> list[Problem]:
+    """Every kernel of an op at every shape."""
+    return [
+        Problem(shape, part)
+        for shape in shapes
+        if shape.op == op
+        for part in PARTS.get(op, shape.parts)
+    ]
+
+
+def tune(op: str, table: Path, found: list[Problem], measure) -> None:
+    """Measures the candidates of every key, and writes each winner as soon as it is known.
+
+    measure: (problem, tiles, outputs of the first candidate or None) -> (microseconds, outputs).
+    """
+    by_key = {}
+    for problem in found:
+        by_key.setdefault(json.dumps(problem.key), []).append(problem)
+    for key, same in by_key.items():
+        totals = {}
+        for problem in same:
+            print(f'{problem.name}: {key}')
+            expected = None
+            for tiles in problem.candidates:
+                try:
+                    took, outputs = measure(problem, tiles, expected)
+                except Exception as error:  # the compiler refuses in many ways
+                    said = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+                    print(f'  {tiles}: {said}')
+                    totals[tiles] = float('inf')
+                    continue
+                expected = outputs if expected is None else expected
+                totals[tiles] = totals.get(tiles, 0.0) + took
+                print(f'  {tiles}: {took:.1f} us')
+        best = min(totals, key=totals.get)
+        if totals[best] < float('inf'):
+            write(table, json.loads(key), best, totals[best] / len(same))
+            print(f'  best: {best}')
+
+
+def measure_on_gpu(problem: Problem, tiles, expected):
+    """Median microseconds; a candidate that computes something else is an error."""
+    call = problem.shape.kernel(problem.part, tiles=tiles)
+    function = jax.jit(call.function)
+    outputs = function(*call.arrays)
+    if expected is not None:
+        for got, wanted in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected)):
+            got, wanted = (x.astype(jnp.float32) for x in (got, wanted))
+            error = jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)
+            if not error <= TOLERANCE:
+                raise ArithmeticError(f'differs by {error:.2g} from the first candidate')
+    return microseconds(function, *call.arrays)['microseconds'], outputs
+
+
+def write(path: Path, key: dict, tiles, took: float) -> None:
+    """Puts the entry of a key on this device into the table, in the place of an older one."""
+    about = {'device': short_kind(jax.devices()[0].device_kind), **key}
+    entries = json.loads(path.read_text()) if path.exists() else []
+    entries = [e for e in entries if {name: e.get(name) for name in about} != about]
+    date = datetime.date.today().isoformat()
+    measured = {'date': date, 'microseconds': round(took, 1)}
+    entries.append({**about, 'tiles': dataclasses.asdict(tiles), 'measured': measured})
+    entries.sort(key=lambda entry: json.dumps({**entry, 'measured': None}))
+    path.write_text('[\n' + ',\n'.join(json.dumps(entry) for entry in entries) + '\n]\n')
+
+
+def compile_all(found: list[Problem]) -> bool:
+    """Compiles every candidate once for an H200 -> whether none fails or spills."""
+    good, seen = True, set()
+    for problem in found:
+        for tiles in problem.candidates:
+            if (case := (json.dumps(problem.key), tiles)) in seen:
+                continue
+            seen.add(case)
+            try:
+                codes = _compile(problem, tiles)
+            except Exception as error:  # the compiler refuses in many ways
+                good = False
+                print(f'{problem.name} {tiles}: {type(error).__name__}: {str(error)[:200]}')
+                continue
+            good &= not any(code.spilled_bytes for code in codes)
+            told = [
+                f'{code.registers} registers, {code.spilled_bytes} bytes spilled, '
+                f'{code.smem_bytes >> 10} KiB'
+                for code in codes
+            ]
+            print(f'{problem.name} {tiles}: {"; ".join(told)}')
+    return good
+
+
+def _compile(problem: Problem, tiles) -> list[deviceless.KernelCode]:
+    function = None
+
+    def arrays():
+        nonlocal function
+        call = problem.shape.kernel(problem.part, tiles=tiles)
+        function = call.function  # holds options, no arrays
+        return call.arrays
+
+    with deviceless.target():
+        shapes = jax.eval_shape(arrays)
+    return deviceless.compile_kernels(function, *shapes)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.tune',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--op', choices=MODULES, required=True)
+    parser.add_argument('--out', type=Path, default=Path('pallas_kernels'))
+    parser.add_argument('--dry_run', action='store_true')
+    arguments = parser.parse_args(argv)
+    found = problems(arguments.op)
+    if arguments.dry_run:
+        raise SystemExit(0 if compile_all(found) else 1)
+    if jax.default_backend() != 'gpu':
+        raise SystemExit('there is no GPU here: --dry_run compiles all candidates for an H200')
+    tune(arguments.op, arguments.out / arguments.op / 'tiles.json', found, measure_on_gpu)
+
+
+if __name__ == '__main__':
+    main()

@@ -10,5 +10,5 @@ IMPLEMENTATIONS = {
     'decode_attention': ('mosaic', 'xla', 'interpret'),
     'linear': ('xla',),
     'rms_norm': ('mosaic', 'xla', 'interpret'),
-    'token_logprobs': ('xla',),
+    'token_logprobs': ('mosaic', 'xla', 'interpret'),
 }

@@ -14,9 +14,11 @@ from jax import lax
 from jaxfm.ops.choice import choose
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
+from pallas_kernels import cross_entropy
+from pallas_kernels.cross_entropy import reference
 
-CHUNK_BYTES = 1 << 28  # float32 logits that a device may hold at once
-_ALIGNMENT = 128  # ids a chunk, for matrix units
+CHUNK_BYTES = 1 << 28  # logits that a device may hold at once, or their gradients
+_ALIGNMENT = 256  # ids a chunk: the widest tile of the kernel
 _HIDDEN = ('batch', 'position', 'embed')
 _WEIGHT = ('vocab', 'embed')
 _ROWS = ('batch', 'position')
@@ -49,32 +51,45 @@ def logits(hidden_BTD, unembedding: Unembedding):
     return logits_BTV
 
 
+def obstacles(dtype, dim: int) -> dict[str, str]:
+    """{implementation: why it cannot do such hidden states, and what would be right}."""
+    reason = cross_entropy.unsupported(jnp.dtype(dtype), dim)
+    return {'mosaic': f"{reason}; say 'xla'"} if reason else {}
+
+
 def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size: int | None = None):
     """Log-probability of each target under the full softmax, and the log-partition for z-loss.
 
     Works on `chunk_size` ids of the vocabulary at a time and makes their products again in the
-    backward pass; the default keeps a chunk's float32 products under CHUNK_BYTES a device. A chunk
-    that holds the whole vocabulary is kept instead.
+    backward pass; the default keeps what is made under CHUNK_BYTES a device. XLA keeps a chunk that
+    holds the whole vocabulary instead; the kernel's forward pass never writes products.
 
     Returns:
       logprobs [B, T] and logsumexp [B, T], float32.
     """
-    choose('token_logprobs', unembedding.implementation)  # one only, so far
     hidden_BTD = place(hidden_BTD, *_HIDDEN)
     weight_VD = place(unembedding.weight_VD, *_WEIGHT)
     targets_BT = place(jnp.asarray(targets_BT), *_ROWS)
+    B, T, D = hidden_BTD.shape
+    unsupported = obstacles(hidden_BTD.dtype, D)
+    implementation = choose('token_logprobs', unembedding.implementation, unsupported)
     if chunk_size is None:
-        B, T, _ = hidden_BTD.shape
         rows = -(-B * T // (axis_size(ACTIVATIONS, 'batch') * axis_size(ACTIVATIONS, 'position')))
-        chunk_size = _chunk_size(rows, weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab'))
-    return _logprobs(
-        hidden_BTD, dataclasses.replace(unembedding, weight_VD=weight_VD), targets_BT, chunk_size
+        bytes_each = 4 if implementation == 'xla' else hidden_BTD.dtype.itemsize
+        chunk_size = _chunk_size(bytes_each * rows, _ids_a_device(weight_VD))
+    unembedding = dataclasses.replace(
+        unembedding, weight_VD=weight_VD, implementation=implementation
     )
+    return _logprobs(hidden_BTD, unembedding, targets_BT, chunk_size)
 
 
-def _chunk_size(rows: int, vocab_size: int) -> int:
+def _ids_a_device(weight_VD) -> int:
+    return weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab')
+
+
+def _chunk_size(bytes_an_id: int, vocab_size: int) -> int:
     """Ids a chunk: as few chunks as fit CHUNK_BYTES each, of about the same size."""
-    largest = max(CHUNK_BYTES // (4 * rows) // _ALIGNMENT, 1) * _ALIGNMENT
+    largest = max(CHUNK_BYTES // bytes_an_id // _ALIGNMENT, 1) * _ALIGNMENT
     even = vocab_size / math.ceil(vocab_size / largest)
     return min(math.ceil(even / _ALIGNMENT) * _ALIGNMENT, vocab_size)
 
@@ -98,79 +113,123 @@ def _save(hidden_BTD, unembedding, targets_BT, chunk_size):
 
 
 def _forward(hidden_BTD, unembedding, targets_BT, chunk_size):
-    """-> logprobs, logsumexp, and the products [B, T, V] where they are one chunk."""
-    is_whole = chunk_size >= unembedding.weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab')
+    """-> logprobs, logsumexp, and the products [B, T, V] where XLA keeps them."""
+    is_kept = chunk_size >= _ids_a_device(unembedding.weight_VD)
+    is_kept &= unembedding.implementation == 'xla'
 
     def shard(hidden_BTD, weight_VD, targets_BT):
-        local = dataclasses.replace(unembedding, weight_VD=weight_VD)
-        if is_whole:
-            products = _products(hidden_BTD, weight_VD)
-            parts = _reduce(products, local, targets_BT, _first_id(local))
+        weight_VD = weight_VD.astype(hidden_BTD.dtype)
+        local, products = _Shard.of(unembedding, weight_VD), None
+        if is_kept:
+            products = reference.products(hidden_BTD, weight_VD)
+            parts = reference.reduce(products, targets_BT, **local.part())
+        elif unembedding.implementation == 'xla':
+            parts = local.reduce_chunks(hidden_BTD, targets_BT, chunk_size)
         else:
-            products = None
-            parts = _reduce_chunks(hidden_BTD, local, targets_BT, chunk_size)
-        logsumexp, chosen = _merge_shards(*parts)
-        return chosen - logsumexp, logsumexp, products
+            parts = local.run_kernel(cross_entropy.forward, hidden_BTD, weight_VD, targets_BT)
+        logsumexp, picked = _merge_shards(*parts)
+        return picked - logsumexp, logsumexp, products
 
     return per_shard(
         shard,
         (_HIDDEN, _WEIGHT, _ROWS),
-        [_ROWS, _ROWS, _PRODUCTS if is_whole else ()],
+        [_ROWS, _ROWS, _PRODUCTS if is_kept else ()],
     )(hidden_BTD, unembedding.weight_VD, targets_BT)
 
 
 def _backward(chunk_size, residuals, cotangents):
     hidden_BTD, unembedding, targets_BT, logsumexp_BT, products_BTV = residuals
+    dlogprobs_BT, dlogsumexp_BT = cotangents
+    rows = targets_BT, logsumexp_BT, dlogprobs_BT, dlogsumexp_BT - dlogprobs_BT
 
-    def shard(hidden_BTD, weight_VD, targets_BT, logsumexp_BT, products, dlogprobs, dlogsumexp):
-        local = dataclasses.replace(unembedding, weight_VD=weight_VD)
+    def shard(hidden_BTD, stored_VD, products, *rows):
+        # Before the weight is cut into chunks, so that XLA can drop the cast that came before.
+        weight_VD = stored_VD.astype(hidden_BTD.dtype)
+        local = _Shard.of(unembedding, weight_VD)
 
-        def gradients(products, weight_CD, first_id):
+        def gradients(d_products, weight_CD):
             """-> of the hidden states, in float32, and of the rows of the weight."""
-            d_products = _product_gradients(
-                products, local, targets_BT, first_id, logsumexp_BT, dlogprobs, dlogsumexp
-            ).astype(hidden_BTD.dtype)
             dhidden = lax.dot_general(
-                d_products,
-                weight_CD.astype(d_products.dtype),
-                (((2,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
+                d_products, weight_CD, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            return dhidden, _rows_gradient(hidden_BTD, d_products, weight_VD.dtype)
+            return dhidden, _rows_gradient(hidden_BTD, d_products, stored_VD.dtype)
 
         def add_chunk(sums, chunk_CD, start):
             dhidden, dweight = sums
-            products = _products(hidden_BTD, chunk_CD)
-            more, rows = gradients(products, chunk_CD, _first_id(local) + start)
-            return dhidden + more, lax.dynamic_update_slice(dweight, rows, (start, 0))
+            d_products = local.logit_gradients(hidden_BTD, chunk_CD, start, rows)
+            more, dchunk = gradients(d_products, chunk_CD)
+            return dhidden + more, lax.dynamic_update_slice(dweight, dchunk, (start, 0))
 
         if products is not None:
-            dhidden, dweight = gradients(products, weight_VD, _first_id(local))
+            d_products = reference.product_gradients(products, *rows, **local.part())
+            dhidden, dweight = gradients(d_products.astype(hidden_BTD.dtype), weight_VD)
         else:
-            zeros = jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(weight_VD)
+            zeros = jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(stored_VD)
             dhidden, dweight = _over_chunks(add_chunk, zeros, weight_VD, chunk_size)
         dhidden = _sum_over(dhidden.astype(hidden_BTD.dtype), 'vocab')
         return dhidden, _sum_over(dweight, 'batch', 'position')
 
     dhidden, dweight = per_shard(
         shard,
-        (_HIDDEN, _WEIGHT, _ROWS, _ROWS, () if products_BTV is None else _PRODUCTS, _ROWS, _ROWS),
+        (_HIDDEN, _WEIGHT, () if products_BTV is None else _PRODUCTS, _ROWS, _ROWS, _ROWS, _ROWS),
         [_HIDDEN, _WEIGHT],
-    )(hidden_BTD, unembedding.weight_VD, targets_BT, logsumexp_BT, products_BTV, *cotangents)
+    )(hidden_BTD, unembedding.weight_VD, products_BTV, *rows)
     return dhidden, dataclasses.replace(unembedding, weight_VD=dweight), None
 
 
 _logprobs.defvjp(_save, _backward)
 
 
-def _products(hidden_BTD, weight_CD):
-    """[B, T, C] float32, from operands in the dtype of the hidden states."""
-    return lax.dot_general(
-        hidden_BTD,
-        weight_CD.astype(hidden_BTD.dtype),
-        (((2,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """What one device has of the unembedding."""
+
+    unembedding: Unembedding
+    first_id: jax.Array | int  # of its first row
+
+    @classmethod
+    def of(cls, unembedding: Unembedding, weight_VD) -> '_Shard':
+        axes = split_axes('vocab')
+        first_id = lax.axis_index(axes) * weight_VD.shape[0] if axes else 0
+        return cls(dataclasses.replace(unembedding, weight_VD=weight_VD), first_id)
+
+    def part(self, start=0) -> dict:
+        """What the reference and the kernel are told of the rows from `start` on."""
+        return dict(
+            vocab_size=self.unembedding.vocab_size,
+            first_id=self.first_id + start,
+            softcap=self.unembedding.softcap,
+        )
+
+    def reduce_chunks(self, hidden_BTD, targets_BT, chunk_size):
+        """-> log-sum-exp and the target's logit, by XLA."""
+
+        def add_chunk(sums, chunk_CD, start):
+            logsumexp, picked = sums
+            more, found = reference.forward(hidden_BTD, chunk_CD, targets_BT, **self.part(start))
+            return jnp.logaddexp(logsumexp, more), picked + found
+
+        nothing = jnp.full(targets_BT.shape, -jnp.inf), jnp.zeros(targets_BT.shape)
+        return _over_chunks(add_chunk, nothing, self.unembedding.weight_VD, chunk_size)
+
+    def logit_gradients(self, hidden_BTD, chunk_CD, start, rows):
+        """[B, T, C] in the dtype of the hidden states."""
+        if self.unembedding.implementation == 'xla':
+            return reference.logit_gradients(hidden_BTD, chunk_CD, *rows, **self.part(start))
+        kernel = cross_entropy.logit_gradients
+        return self.run_kernel(kernel, hidden_BTD, chunk_CD, *rows, start=start)
+
+    def run_kernel(self, kernel, hidden_BTD, weight_CD, *rows, start=0):
+        """The kernel, which knows no batches: [B, T, ...] is [M, ...] there."""
+        B, T, D = hidden_BTD.shape
+        results = kernel(
+            hidden_BTD.reshape(B * T, D),
+            weight_CD,
+            *(x.reshape(B * T) for x in rows),
+            **self.part(start),
+            interpret=self.unembedding.implementation == 'interpret',
+        )
+        return jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), results)
 
 
 def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
@@ -186,56 +245,6 @@ def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
     if hidden_BTD.shape[-1] < d_products_BTC.shape[-1] and hidden_BTD.dtype == dtype:
         return product(hidden_BTD, d_products_BTC).T
     return product(d_products_BTC, hidden_BTD)
-
-
-def _capped(products, softcap: float):
-    return softcap * jnp.tanh(products / softcap) if softcap else products
-
-
-def _ids(products_BTC, first_id):
-    return first_id + lax.broadcasted_iota(jnp.int32, (1, 1, products_BTC.shape[-1]), 2)
-
-
-def _reduce(products_BTC, unembedding, targets_BT, first_id):
-    """-> over the ids from first_id on: log-sum-exp [B, T], and the target's logit, 0 elsewhere."""
-    ids = _ids(products_BTC, first_id)
-    logits_BTC = _capped(products_BTC, unembedding.softcap)
-    logits_BTC = jnp.where(ids < unembedding.vocab_size, logits_BTC, -jnp.inf)
-    largest = jnp.max(logits_BTC, axis=-1, keepdims=True)
-    # There may be nothing but padding.
-    largest = jnp.where(largest == -jnp.inf, 0.0, largest)
-    logsumexp_BT = jnp.log(jnp.sum(jnp.exp(logits_BTC - largest), axis=-1)) + largest[..., 0]
-    # A masked sum: the target is in one chunk of one device alone.
-    chosen_BT = jnp.sum(jnp.where(ids == targets_BT[..., None], logits_BTC, 0.0), axis=-1)
-    return logsumexp_BT, chosen_BT
-
-
-def _product_gradients(
-    products_BTC, unembedding, targets_BT, first_id, logsumexp_BT, dlogprobs_BT, dlogsumexp_BT
-):
-    """Of the products, float32: that of the logits, through the soft-cap, none for padding."""
-    ids = _ids(products_BTC, first_id)
-    logits_BTC = _capped(products_BTC, unembedding.softcap)
-    probabilities = jnp.exp(logits_BTC - logsumexp_BT[..., None])
-    is_target = ids == targets_BT[..., None]
-    gradients = jnp.where(is_target, dlogprobs_BT[..., None], 0.0)
-    gradients += (dlogsumexp_BT - dlogprobs_BT)[..., None] * probabilities
-    if unembedding.softcap:
-        gradients *= 1.0 - jnp.square(logits_BTC / unembedding.softcap)
-    return jnp.where(ids < unembedding.vocab_size, gradients, 0.0)
-
-
-def _reduce_chunks(hidden_BTD, unembedding, targets_BT, chunk_size):
-    """`_reduce` over all ids of a device."""
-
-    def add_chunk(sums, chunk_CD, start):
-        logsumexp, chosen = sums
-        products = _products(hidden_BTD, chunk_CD)
-        more, found = _reduce(products, unembedding, targets_BT, _first_id(unembedding) + start)
-        return jnp.logaddexp(logsumexp, more), chosen + found
-
-    nothing = jnp.full(targets_BT.shape, -jnp.inf), jnp.zeros(targets_BT.shape)
-    return _over_chunks(add_chunk, nothing, unembedding.weight_VD, chunk_size)
 
 
 def _over_chunks(add_chunk, sums, weight_VD, chunk_size):
@@ -254,20 +263,14 @@ def _over_chunks(add_chunk, sums, weight_VD, chunk_size):
     return sums
 
 
-def _merge_shards(logsumexp_BT, chosen_BT):
+def _merge_shards(logsumexp_BT, picked_BT):
     """Of a device's part of the vocabulary -> of all of it. Each row has a logit somewhere."""
     axes = split_axes('vocab')
     if not axes:
-        return logsumexp_BT, chosen_BT
+        return logsumexp_BT, picked_BT
     largest = lax.pmax(logsumexp_BT, axes)
-    total, chosen_BT = lax.psum((jnp.exp(logsumexp_BT - largest), chosen_BT), axes)
-    return jnp.log(total) + largest, chosen_BT
-
-
-def _first_id(unembedding):
-    """The id of the first row that this device has."""
-    axes = split_axes('vocab')
-    return lax.axis_index(axes) * unembedding.weight_VD.shape[0] if axes else 0
+    total, picked_BT = lax.psum((jnp.exp(logsumexp_BT - largest), picked_BT), axes)
+    return jnp.log(total) + largest, picked_BT
 
 
 def _sum_over(x, *names):

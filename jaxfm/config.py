@@ -99,7 +99,7 @@ def load(
 # What of `model` says how it is trained and run, not what it is.
 _NOT_INHERITED = (
     *('name', 'scan', 'remat', 'param_dtype', 'compute_dtype', 'gradient_reduce_dtype', 'lora'),
-    'implementations',
+    *('implementations', 'matmul_dtype'),
 )
 
 

@@ -153,6 +153,22 @@ def _obstacles_of_head_norms(block: BlockConfig, dtype) -> dict[str, str]:
     return {k: v for width in widths for k, v in norm.obstacles(width, dtype, split).items()}
 
 
+def check_matmuls(model: TransformerConfig, mesh) -> None:
+    """Whether the devices can multiply as the model wants; a CPU can, slowly.
+
+    Raises:
+      ConfigError: GPUs from before Ada and Hopper have no float8.
+    """
+    device = mesh.devices.flat[0]
+    capability = getattr(device, 'compute_capability', None) if device.platform == 'gpu' else None
+    version = tuple(map(int, capability.split('.'))) if capability else (9, 0)
+    if model.matmul_dtype == 'float8' and version < (8, 9):
+        raise ConfigError(
+            f'config.model.matmul_dtype is float8, which {device.device_kind} (compute capability '
+            f'{capability}) has not: it needs 8.9 (Ada), 9.0 (Hopper) or newer; use compute'
+        )
+
+
 def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     """What a run is, as {title: [(name, value), ...]}.
 
@@ -171,6 +187,9 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
             *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
             ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
              'logits float32'),
+            *([('matrices of blocks', 'multiplied in float8, unproven on hardware; MFU is of '
+                f'the peak in {compute_dtype(model).name}')]
+              if model.matmul_dtype == 'float8' else []),
         ],
         'ops': [(op, f'{choice.name}: {choice.reason}') for op, choice in chosen.items()],
         'devices': [

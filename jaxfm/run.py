@@ -52,6 +52,7 @@ class Run:
         sizes = sharding.mesh_shape(dict(config.mesh), jax.device_count())
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
+        plan.check_matmuls(config.model, self.mesh)
         plan.choices(config.model, self.mesh)  # an op that cannot run is told before anything is
         self.primary = distributed.is_primary()
         self.make_model = model_maker(config.model)

@@ -76,7 +76,7 @@ def accumulate(acc, a, b, *, interpret: bool):
     return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
-def overlapped(body, sums: tuple, shapes: tuple, *, interpret: bool) -> tuple:
+def overlapped(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpret: bool) -> tuple:
     """The sums after body(sums, products), in which matrix products run beside other work.
 
     The body begins products by `add_product` and takes a result by `read`; all that it has begun
@@ -85,19 +85,22 @@ def overlapped(body, sums: tuple, shapes: tuple, *, interpret: bool) -> tuple:
     Args:
       sums: float32 in the layout of WGMMA; the body adds to them.
       shapes: of products that begin at zero and do not outlive the body.
+      values: what the body returns has their shapes, and is returned after the sums.
     """
     if interpret:
         simulated = tuple(_Accumulator(x) for x in sums)
-        body(simulated, tuple(_Accumulator(jnp.zeros(shape)) for shape in shapes))
-        return tuple(x.value for x in simulated)
+        results = body(simulated, tuple(_Accumulator(jnp.zeros(shape)) for shape in shapes))
+        return tuple(x.value for x in simulated) + (tuple(results) if values else ())
 
-    def outer(sum_refs):
-        pl.run_scoped(
-            lambda *products: body(sum_refs, products),
-            *(plgpu.ACC(shape, jnp.float32) for shape in shapes),
-        )
+    def outer(refs):
+        def inner(*products):
+            results = body(refs[: len(sums)], products)
+            for ref, result in zip(refs[len(sums) :], results or (), strict=True):
+                ref[...] = result
 
-    return tuple(pl.run_state(outer)(tuple(plgpu.ACC.init(x) for x in sums)))
+        pl.run_scoped(inner, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    return tuple(pl.run_state(outer)((*(plgpu.ACC.init(x) for x in sums), *values)))
 
 
 def add_product(accumulator, a, b):

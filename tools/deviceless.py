@@ -64,6 +64,7 @@ class KernelCode:
     registers: int  # a thread
     spilled_bytes: int  # stores and loads
     smem_bytes: int  # a block
+    is_serialized: bool  # each WGMMA waits for the one before: the assembler found a hazard
     sass: str
 
     @property
@@ -95,9 +96,12 @@ def compile(function, *arrays):
         return compile_lowered(jax.jit(function).trace(*shapes).lower())
 
 
-def compile_lowered(lowered):
-    """Without measurements of alternatives, for which there is no device."""
-    return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0})
+def compile_lowered(lowered, **options):
+    """Without measurements of alternatives, for which there is no device.
+
+    options: of XLA's compiler, e.g. xla_gpu_enable_triton_gemm=False for products by cuBLAS alone.
+    """
+    return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0, **options})
 
 
 def compile_kernels(function, *arrays) -> list[KernelCode]:
@@ -120,6 +124,7 @@ def _read_code(path: Path) -> KernelCode:
         registers=int(re.search(r'Used (\d+) registers', assembler)[1]),
         spilled_bytes=int(spills[1]) + int(spills[2]),
         smem_bytes=int(re.search(r'smem_scratch_bytes=(\d+)', resources)[1]),
+        is_serialized='wgmma.mma_async instructions are serialized' in assembler,
         sass=path.with_suffix('.sass_ctrl').read_text(),
     )
 

@@ -26,7 +26,7 @@ from tools.bench.gpu.timing import microseconds
 TOLERANCE = 0.02  # between candidates, relative to the norm: they add up in other orders
 
 
-# Of which module of an op `table_key` and `candidates` are.
+# Of which module of an op `table_key` and `candidates` are; both take a shape in its words.
 MODULES = {
     'rms_norm': 'tiles',
     'flash_attention': '{part}',
@@ -84,8 +84,7 @@ class Problem:
 
     @property
     def candidates(self) -> list:
-        by_key = self.shape.op == 'decode_attention'
-        return self._module.candidates(**(self.key if by_key else self._words))
+        return self._module.candidates(**self._words)
 
 
 def problems(op: str, shapes=(*speed.SHAPES, *MORE_SHAPES)) -> list[Problem]:

@@ -148,6 +148,9 @@ class TransformerConfig(Group):
     param_dtype: Literal['float32', 'bfloat16'] = 'float32'
     compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # bfloat16, but float32 on CPU
     gradient_reduce_dtype: Literal['compute', 'float32'] = 'compute'
+    # Of products with the matrices of blocks, in training and where the loss is evaluated: float8
+    # with a scale for each tensor. Embedding, output, attention and sampling keep compute_dtype.
+    matmul_dtype: Literal['compute', 'float8'] = 'compute'
     implementations: ImplementationsConfig = ImplementationsConfig()
     lora: LoraConfig | None = None
 
@@ -155,6 +158,10 @@ class TransformerConfig(Group):
     def _check(self):
         if self.family and self.family not in FAMILIES:
             raise ValueError(f'family {self.family} is none of {", ".join(FAMILIES)}')
+        if self.lora and self.matmul_dtype != 'compute':
+            raise ValueError(
+                'matmul_dtype float8 is for training all weights; with lora it must be compute'
+            )
         layers = sum(len(s.pattern) * s.repeats for s in self.segments)
         if self.segments and layers != self.num_layers:
             terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)

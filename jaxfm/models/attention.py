@@ -27,10 +27,12 @@ class Attention(nnx.Module):
         output_scale,
         dtype,
         lora,
+        float8,
         rngs,
     ):
         D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config, self.implementations = config, implementations
+        self.float8 = float8
         self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
         self.k = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
         self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
@@ -55,8 +57,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
 
-    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT):
-        heads = project(x_BTD, weight, lora)
+    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT, float8):
+        heads = project(x_BTD, weight, lora, float8=float8)
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
@@ -73,9 +75,17 @@ class Attention(nnx.Module):
           layer: which of the cache's stack of layers this is.
         """
         config = self.config
-        q_BTNH = self._project(x_BTD, self.q, self.q_lora, self.q_bias, self.q_norm, positions_BT)
-        k_BTKH = self._project(x_BTD, self.k, self.k_lora, self.k_bias, self.k_norm, positions_BT)
-        v_BTKH = self._project(x_BTD, self.v, self.v_lora, self.v_bias, None, None)
+        # One scale for all rows of a batch: with a cache, where rows are of others, it would make
+        # an answer depend on its neighbours.
+        float8 = self.float8 and cache is None
+        q_BTNH, k_BTKH, v_BTKH = (
+            self._project(x_BTD, *piece, float8)
+            for piece in (
+                (self.q, self.q_lora, self.q_bias, self.q_norm, positions_BT),
+                (self.k, self.k_lora, self.k_bias, self.k_norm, positions_BT),
+                (self.v, self.v_lora, self.v_bias, None, None),
+            )
+        )
         if cache is None:
             keys = KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         else:
@@ -92,7 +102,9 @@ class Attention(nnx.Module):
             implementation=self.implementations.attention,
         )
         spec = activation('batch', 'position', 'embed')
-        out_BTD = project(heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec)
+        out_BTD = project(
+            heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, float8=float8
+        )
         if self.out_bias is not None:
             out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD, cache

@@ -70,10 +70,11 @@ class Mlp(nnx.Module):
     """(activation(x gate) * (x up)) down, gate and up in one matmul; or activation(x up) down."""
 
     def __init__(
-        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, rngs
+        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, float8, rngs
     ):
         D, F, ways = embed_dim, config.mlp_dim, 2 if config.gated else 1
         self.activation, self.gated = config.activation, config.gated
+        self.float8 = float8
         self.gate_up = matrix(rngs, (D, ways, F), ('embed', 'gate_up', 'mlp'), D, scale, dtype)
         self.down = matrix(rngs, (F, D), ('mlp', 'embed'), F, output_scale, dtype)
         self.gate_up_lora = adapter(lora, 'mlp/gate_up', self.gate_up, rngs)
@@ -82,15 +83,16 @@ class Mlp(nnx.Module):
         self.gate_up_bias = vector(0.0, (ways, F), gate_up) if config.mlp_bias else None
         self.down_bias = vector(0.0, (D,), ('norm',)) if config.mlp_bias else None
 
-    def __call__(self, x_BTD):
-        hidden = project(x_BTD, self.gate_up, self.gate_up_lora)
+    def __call__(self, x_BTD, has_cache: bool = False):
+        float8 = self.float8 and not has_cache  # as in attention
+        hidden = project(x_BTD, self.gate_up, self.gate_up_lora, float8=float8)
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
         function = ACTIVATION_FUNCTIONS[self.activation]
         gate_BTF = function(hidden[:, :, 0])
         hidden_BTF = gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF
         spec = activation('batch', 'position', 'embed')
-        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec)
+        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec, float8=float8)
         if self.down_bias is not None:
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD

@@ -59,9 +59,17 @@ def adapter(config: LoraConfig | None, target: str, matrix: nnx.Param, rngs, num
     return Lora(config, matrix, num_inputs, rngs)
 
 
-def project(x, matrix: nnx.Param, lora: Lora | None, *, contracted: int = 1, out_sharding=None):
+def project(
+    x,
+    matrix: nnx.Param,
+    lora: Lora | None,
+    *,
+    contracted: int = 1,
+    out_sharding=None,
+    float8: bool = False,
+):
     """`ops.linear` with a matrix, and what its adapter adds."""
-    out = linear(x, matrix[...], contracted=contracted, out_sharding=out_sharding)
+    out = linear(x, matrix[...], contracted=contracted, out_sharding=out_sharding, float8=float8)
     return out if lora is None else out + lora(x, out_sharding)
 
 

@@ -61,6 +61,7 @@ class Block(nnx.Module):
             output_scale=0.0 if model.zero_init_outputs else model.init_scale,
             dtype=jnp.dtype(model.param_dtype),
             lora=model.lora,
+            float8=model.matmul_dtype == 'float8',
         )
         norm = functools.partial(
             RMSNorm,
@@ -81,7 +82,7 @@ class Block(nnx.Module):
         out, cache = self.attention(normed, positions_BT, segment_ids_BT, cache, layer)
         x_BTD += self.post_attention(out) if self.post_attention else out
         normed = self.pre_mlp(x_BTD) if self.pre_mlp else x_BTD
-        out = self.mlp(normed)
+        out = self.mlp(normed, has_cache=cache is not None)
         x_BTD += self.post_mlp(out) if self.post_mlp else out
         return x_BTD, cache
 

@@ -234,7 +234,10 @@ def _prefetch(phase: Phase, stack) -> sharding.Prefetch:
 
 
 def _peak_flops(config) -> float | None:
-    """Of all devices together; None where it is not known."""
+    """Of all devices together, in the dtype that the model computes in; None if it is not known.
+
+    With float8 matmuls too: MFU stays comparable, and shows what they gain.
+    """
     peak = peak_flops(jax.devices()[0].device_kind, compute_dtype(config.model).name)
     return peak and peak * jax.device_count()
 

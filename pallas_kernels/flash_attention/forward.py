@@ -2,8 +2,11 @@
 
 A block computes `2 * rows` queries of one head. Two warpgroups compute, each its own half of the
 queries; a third one only copies. It walks the row of the schedule (schedule.py) and brings K and V
-of each tile into a ring of slots, which both halves read. The two halves take turns on the tensor
-cores: while one multiplies, the other does its softmax.
+of each tile into a ring of slots, which both halves read.
+
+A half begins the scores of a tile together with the output of the tile before, whose weights are
+ready. The two halves take turns in beginning, so that while one does its softmax, the tensor cores
+work for the other. Unproven on hardware.
 """
 
 import dataclasses
@@ -15,7 +18,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _tables
-from pallas_kernels._compat import accumulate, launch, matmul, pl, plgpu
+from pallas_kernels._compat import (
+    accumulate,
+    add_product,
+    launch,
+    matmul,
+    overlapped,
+    pl,
+    plgpu,
+    read,
+)
 from pallas_kernels.flash_attention import schedule
 
 HEAD_DIMS = (64, 128, 256)
@@ -205,9 +217,15 @@ def forward(
         def compute():
             plgpu.set_max_registers(232, action='increase')
 
-            def pass_turn():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+            def keys_of(step):
+                slot = slot_of(step)
+                plgpu.barrier_wait(k_ready.at[slot])
+                return k_smem.at[slot].transpose((1, 0))
+
+            def values_of(step):
+                slot = slot_of(step)
+                plgpu.barrier_wait(v_ready.at[slot])
+                return v_smem.at[slot]
 
             def visible(slot):
                 q_position, q_segment = (
@@ -228,20 +246,12 @@ def forward(
                 )
                 return schedule.visible(q_position, q_segment, kv_position, kv_segment, window)
 
-            def visit(step, carry, *, is_partial):
-                acc, row_max, row_sum = carry
-                slot = slot_of(step)
-                plgpu.barrier_wait(k_ready.at[slot])
-                scores = matmul(
-                    q_smem.at[thread],
-                    k_smem.at[slot].transpose((1, 0)),
-                    interpret=interpret,
-                    meanwhile=pass_turn,
-                )
+            def softmax(scores, step, row_max, row_sum, *, is_partial):
+                """(weights, row_max, row_sum, what earlier sums are to be multiplied by)."""
                 if softcap:
                     scores = _tanh(scores * (scale / softcap))
                 if is_partial:
-                    scores = jnp.where(visible(slot), scores, -jnp.inf)
+                    scores = jnp.where(visible(slot_of(step)), scores, -jnp.inf)
                     # Closes the reads of ids, whose room the copy engine fills next.
                     plgpu.commit_smem()
                 free(k_free, step)
@@ -250,35 +260,85 @@ def forward(
                     scores * to_log2 - lax.broadcast_in_dim(new_max, (rows, kv_tile), [0])
                 )
                 correction = jnp.exp2(row_max - new_max)
-                acc *= lax.broadcast_in_dim(correction, (rows, H), [0])
                 row_sum = row_sum * correction + jnp.sum(weights, axis=1)
-                weights = weights.astype(dtype)
-                # What stands above is not to sink below the wait, into this half's turn.
-                acc, new_max, row_sum, weights = lax.optimization_barrier(
-                    (acc, new_max, row_sum, weights)
-                )
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(turn)
-                acc = accumulate(acc, weights, v_smem.at[slot], interpret=interpret)
-                free(v_free, step)
-                return acc, new_max, row_sum
+                results = (weights, new_max, row_sum, correction)
+                # Asks for the exponentials before the wait for the other product; without it they
+                # come after. The assembler has the last word.
+                return results if is_partial else lax.optimization_barrier(results)
 
-            def filled(shape, value, layout):
-                return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            def begin(_, carry):
+                acc, row_max, row_sum, _ = carry
+                scores = matmul(q_smem.at[thread], keys_of(0), interpret=interpret)
+                # The mask is right for a full tile too.
+                weights, row_max, row_sum, _ = softmax(
+                    scores, jnp.int32(0), row_max, row_sum, is_partial=True
+                )
+                return acc, row_max, row_sum, weights.astype(dtype)
+
+            def visit(step, carry, *, is_partial):
+                """The scores of a tile, and the output of the one before."""
+                acc, row_max, row_sum, weights = carry
+                keys, values = keys_of(step), values_of(step - 1)
+                plgpu.barrier_wait(turn.at[thread])
+
+                def products(sums, scores):
+                    add_product(scores[0], q_smem.at[thread], keys)
+                    add_product(sums[0], weights, values)
+                    give_turn(step)
+                    # With a mask the weights of the tile before must leave the registers first.
+                    return softmax(
+                        read(scores[0], in_flight=int(not is_partial)),
+                        step,
+                        row_max,
+                        row_sum,
+                        is_partial=is_partial,
+                    )
+
+                unwritten = filled((rows, kv_tile), 0)
+                acc, weights, new_max, new_sum, correction = overlapped(
+                    products,
+                    (acc,),
+                    ((rows, kv_tile),),
+                    (unwritten, row_max, row_sum, row_sum),
+                    interpret=interpret,
+                )
+                free(v_free, step - 1)
+                acc *= lax.broadcast_in_dim(correction, (rows, H), [0])
+                # Rounded only now: a product in flight is made to wait for whoever writes registers
+                # that a product reads.
+                return acc, new_max, new_sum, weights.astype(dtype)
+
+            def give_turn(step):
+                """The second half does not after its last tile: the first one has ended."""
+
+                @pl.when((thread == 0) | (step + 1 < num_visited))
+                def _():
+                    plgpu.barrier_arrive(turn.at[1 - thread])
+
+            def end(_, carry):
+                acc, row_max, row_sum, weights = carry
+                acc = accumulate(acc, weights, values_of(num_visited - 1), interpret=interpret)
+                return acc, row_max, row_sum, weights
+
+            def filled(shape, value, layout=plgpu.Layout.WGMMA, dtype=jnp.float32):
+                return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
             carry = (
-                filled((rows, H), 0, plgpu.Layout.WGMMA),
+                filled((rows, H), 0),
                 filled((rows,), _LOWEST, plgpu.Layout.WGMMA.reduce(1)),
                 filled((rows,), 0, plgpu.Layout.WGMMA.reduce(1)),
+                filled((rows, kv_tile), 0, dtype=dtype),
             )
             plgpu.barrier_wait(q_ready.at[thread])
-            pl.when(thread == 1)(pass_turn)
-            carry = lax.fori_loop(0, num_full, lambda *x: visit(*x, is_partial=False), carry)
-            acc, row_max, row_sum = lax.fori_loop(
-                num_full, num_visited, lambda *x: visit(*x, is_partial=True), carry
+            # The first half begins: the second one gives it the first turn.
+            pl.when((thread == 1) & (num_visited > 1))(lambda: give_turn(jnp.int32(0)))
+            at_most_once = jnp.minimum(num_visited, 1)
+            carry = lax.fori_loop(0, at_most_once, begin, carry)
+            carry = lax.fori_loop(1, num_full, lambda *x: visit(*x, is_partial=False), carry)
+            carry = lax.fori_loop(
+                jnp.maximum(num_full, 1), num_visited, lambda *x: visit(*x, is_partial=True), carry
             )
-            pl.when(thread == 0)(pass_turn)
+            acc, row_max, row_sum, _ = lax.fori_loop(0, at_most_once, end, carry)
 
             inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, (rows, H), [0])
@@ -315,7 +375,7 @@ def forward(
             v_ready=plgpu.Barrier(num_barriers=slots),
             k_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
             v_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
-            turn=plgpu.Barrier(num_arrivals=_COMPUTE),
+            turn=plgpu.Barrier(num_barriers=_COMPUTE),
         ),
         grid=(B, padded_T // tiles.q_tile, N),
         grid_names=('batch', 'row', 'head'),

@@ -209,6 +209,7 @@ def assert_fits(function, head_dim: int, dtype: str):
     assert len(codes) == 1
     for code in codes:
         assert code.uses_tensor_cores
+        assert not code.is_serialized
         assert code.spilled_bytes == 0
         assert code.registers <= 168  # 384 threads; the warpgroups then trade among themselves
         assert code.smem_bytes <= 227 * 1024
@@ -261,8 +262,8 @@ MISTAKES = {
     'no wait for a free slot of K': (kernel, 'await_free(k_free)', 'pass', {'interpreter'}),
     'the other slot of V': (
         kernel,
-        'weights, v_smem.at[slot]',
-        'weights, v_smem.at[slots - 1 - slot]',
+        'return v_smem.at[slot]',
+        'return v_smem.at[slots - 1 - slot]',
         {'interpreter', 'numbers'},
     ),
     'V of another tile than K': (
@@ -273,8 +274,8 @@ MISTAKES = {
     ),
     'a partial tile taken for full': (
         kernel,
-        'is_partial=True',
-        'is_partial=False',
+        'visit(*x, is_partial=True)',
+        'visit(*x, is_partial=False)',
         {'numbers'},
     ),
     'a query does not see itself': (

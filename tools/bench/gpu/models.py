@@ -88,7 +88,7 @@ def batch(vocab_size: int, rows: int, tokens: int, packed: bool, mesh) -> dict:
         segment_ids=segments,
         loss_mask=np.ones((rows, tokens), np.float32),
     )
-    return sharding.distribute(arrays, mesh)
+    return sharding.put(arrays, mesh, rows)
 
 
 @functools.cache

@@ -115,12 +115,17 @@ class RmsNorm:
             )
             return dict(y=y, dx=dx, dscale=dscale) | ({'sum': total} if self.residual else {})
 
-        def reference(x, scale, dy, dsum, *more):
-            (y, total), back = jax.vjp(lambda x, scale: plain(x, scale, *more), x, scale)
-            dx, dscale = back((dy, dsum if self.residual else None))
-            return dict(y=y, dx=dx, dscale=dscale) | ({'sum': total} if self.residual else {})
+        # The sum is rounded where it is kept: backward begins from there.
+        total = x + residual if self.residual else x
 
-        arrays = (x, scale, dy, dsum, *more)
+        def reference(x, scale, dy, dsum, total, *more):
+            y, added = plain(x, scale, *more)
+            _, back = jax.vjp(lambda total, scale: plain(total, scale)[0], total, scale)
+            dx, dscale = back(dy)
+            dx = dx + dsum if self.residual else dx
+            return dict(y=y, dx=dx, dscale=dscale) | ({'sum': added} if self.residual else {})
+
+        arrays = (x, scale, dy, dsum, total, *more)
         return kernel, jax.jit(reference)(*arrays), references.exact(reference, *arrays)
 
 

@@ -11,7 +11,7 @@ from jaxfm import sharding
 from jaxfm.errors import ConfigError
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops import IMPLEMENTATIONS, attention, norm
+from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
 from jaxfm.ops.choice import Choice, decide
 from jaxfm.optimizer import is_vector
 
@@ -127,6 +127,8 @@ def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
 def _unsupported(op: str, model: TransformerConfig) -> dict[str, str]:
     """{implementation: why some block of the model cannot have it}."""
     dtype, found = compute_dtype(model), {}
+    if op == 'token_logprobs':
+        found |= logprobs.obstacles(dtype, model.embed_dim)
     if op == 'rms_norm':
         found |= norm.obstacles(model.embed_dim, dtype)
     for block in (block for segment in model.trunk for block in segment.pattern):

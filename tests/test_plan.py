@@ -150,3 +150,9 @@ def test_what_suits_the_model_can_be_named():
     words = dict(attention='cudnn', rms_norm='mosaic', one_document=True)
     chosen = plan.choices(with_ops(**words), on_gpus(fsdp=2, tensor=2))
     assert (chosen['attention'].name, chosen['rms_norm'].name) == ('cudnn', 'mosaic')
+
+
+def test_what_the_dtype_forbids_is_an_error_of_the_config():
+    model = changed(with_ops(token_logprobs='mosaic'), compute_dtype='float32')
+    with pytest.raises(ConfigError, match='implementations.token_logprobs.*not float32'):
+        plan.choices(model, on_gpus())

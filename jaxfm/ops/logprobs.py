@@ -51,6 +51,12 @@ def logits(hidden_BTD, unembedding: Unembedding):
     return logits_BTV
 
 
+def obstacles(dtype, dim: int) -> dict[str, str]:
+    """{implementation: why it cannot do such hidden states, and what would be right}."""
+    reason = cross_entropy.unsupported(jnp.dtype(dtype), dim)
+    return {'mosaic': f"{reason}; say 'xla'"} if reason else {}
+
+
 def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size: int | None = None):
     """Log-probability of each target under the full softmax, and the log-partition for z-loss.
 
@@ -65,12 +71,8 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
     weight_VD = place(unembedding.weight_VD, *_WEIGHT)
     targets_BT = place(jnp.asarray(targets_BT), *_ROWS)
     B, T, D = hidden_BTD.shape
-    reason = cross_entropy.unsupported(hidden_BTD.dtype, D)
-    implementation = choose(
-        'token_logprobs',
-        unembedding.implementation,
-        {'mosaic': f"{reason}; say 'xla'"} if reason else None,
-    )
+    unsupported = obstacles(hidden_BTD.dtype, D)
+    implementation = choose('token_logprobs', unembedding.implementation, unsupported)
     if chunk_size is None:
         rows = -(-B * T // (axis_size(ACTIVATIONS, 'batch') * axis_size(ACTIVATIONS, 'position')))
         bytes_each = 4 if implementation == 'xla' else hidden_BTD.dtype.itemsize

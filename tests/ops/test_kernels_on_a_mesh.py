@@ -1,14 +1,20 @@
 """Kernels under the Explicit mesh, compiled for four GPUs: no collective that nobody needs."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxfm import sharding
 from jaxfm.ops.attention import SAVED_NAMES, KeyValues, attention
 from jaxfm.ops.norm import rms_norm
+from pallas_kernels import flash_attention
+from pallas_kernels import rms_norm as rms_norm_kernels
+from pallas_kernels.flash_attention import reference as flash_reference
+from pallas_kernels.rms_norm import reference as norm_reference
 from tools import deviceless
 
 B, T, N, K, H, D = 4, 256, 8, 4, 64, 512
@@ -100,3 +106,86 @@ def test_a_policy_that_keeps_what_attention_returns_runs_it_once(gpu_compiler, n
         gradient = jax.grad(jax.checkpoint(loss, policy=policy))
         jaxpr = jax.make_jaxpr(gradient)(*attention_shapes())
     assert kernels(jaxpr.jaxpr) == times + 2  # those of the backward pass
+
+
+# The simulator takes one kernel at a time, so the kernels' references stand in for them here.
+
+
+@pytest.fixture
+def references(monkeypatch):
+    def backward(q, k, v, out, lse, dout, *ids, interpret, **options):
+        def forward(q, k, v):
+            return flash_reference.forward(q, k, v, *ids, **options)[0]
+
+        return jax.vjp(forward, q, k, v)[1](dout)
+
+    def without_interpret(function):
+        return lambda *arrays, interpret, **options: function(*arrays, **options)
+
+    monkeypatch.setattr(flash_attention, 'forward', without_interpret(flash_reference.forward))
+    monkeypatch.setattr(flash_attention, 'backward', backward)
+    monkeypatch.setattr(rms_norm_kernels, 'forward', without_interpret(norm_reference.forward))
+    monkeypatch.setattr(rms_norm_kernels, 'backward', without_interpret(norm_reference.backward))
+
+
+SIZES = [dict(fsdp=2, context=2, tensor=2), dict(fsdp=8), dict(context=4, tensor=2)]
+
+
+def on_mesh(sizes, function, arrays, names):
+    """The results of `function`, whole, on eight CPU devices; without sizes on one, by XLA."""
+    if not sizes:
+        return jax.device_get(function('xla', *arrays))
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        placed = [
+            jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), sharding.activation(*n)))
+            for x, n in zip(arrays, names)
+        ]
+        return jax.device_get(jax.jit(functools.partial(function, 'interpret'))(*placed))
+
+
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_every_device_gives_attention_its_part(references, sizes):
+    random = np.random.default_rng(0)
+    shapes = (8, 16, 4, 64), (8, 16, 2, 64), (8, 16, 2, 64), (8, 16, 4, 64)
+    q, k, v, dout = (jnp.asarray(random.normal(size=s), jnp.bfloat16) for s in shapes)
+    positions = np.tile(np.r_[np.arange(7), np.arange(6), 0, 0, 0], (8, 1)).astype(np.int32)
+    segments = np.tile(np.repeat([1, 2, 0], [7, 6, 3]), (8, 1)).astype(np.int32)
+
+    def function(name, q, k, v, positions, segments, dout):
+        def out(q, k, v):
+            keys = KeyValues(k, v, positions, segments)
+            options = dict(scale=0.125, window=5, implementation=name)
+            return attention(q, keys, positions, segments, **options)
+
+        value, pull = jax.vjp(out, q, k, v)
+        return value, pull(dout)
+
+    arrays = q, k, v, positions, segments, dout
+    names = QUERIES, KEYS, KEYS, ROWS, ROWS, QUERIES
+    alone, split = (on_mesh(s, function, arrays, names) for s in ({}, sizes))
+    for ours, xla in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(np.float64(ours), np.float64(xla), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+@pytest.mark.parametrize(
+    'shape, names', [((8, 16, 64), ('batch', 'position', 'embed')), ((8, 16, 4, 64), QUERIES)]
+)
+def test_every_device_gives_a_norm_its_rows(references, sizes, shape, names):
+    random = np.random.default_rng(0)
+    x, dy = (jnp.asarray(random.normal(size=shape), jnp.float32) for _ in range(2))
+    scale = jnp.asarray(random.normal(size=shape[-1:]), jnp.float32)
+
+    def function(name, x, scale, dy):
+        def norm(x, scale):
+            return rms_norm(x, scale, epsilon=1e-6, implementation=name)
+
+        value, pull = jax.vjp(norm, x, scale)
+        return value, pull(dy)
+
+    alone, split = (
+        on_mesh(s, function, (x, scale, dy), (names, (None,), names)) for s in ({}, sizes)
+    )
+    for ours, xla in zip(jax.tree.leaves(split), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(ours, xla, rtol=1e-4, atol=1e-4)

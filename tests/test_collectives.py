@@ -81,8 +81,9 @@ def test_gradients_are_reduced_in_float32_if_asked_and_without_remat_no_gathered
     assert gate.sent('all-reduce') == {}
 
 
-def test_tensor_parallelism_sums_activations_alone():
-    gate = compile_llama(*SHORT, 'mesh.tensor=2', 'mesh.fsdp=2')
+def test_tensor_parallelism_sums_activations_alone_and_float8_matmuls_exchange_no_more():
+    float8 = 'model.matmul_dtype=float8'
+    gate = compile_llama(*SHORT, 'mesh.tensor=2', 'mesh.fsdp=2', float8)
     assert gate.problems == []
     asked = {need.what for need in gate.needs if need.collective.kind == 'all-reduce'}
     assert 'outputs of attention and MLP' in asked

@@ -147,38 +147,34 @@ def _backward_8(contracted, out_sharding, operands, gradient):
     x, weight = operands
     rows = tuple(range(x.ndim - contracted))
     outputs = tuple(range(len(rows), gradient.ndim))
-    dimensions = (outputs, tuple(range(contracted, weight.ndim)))
-    specs = _spec_of(x), _spec_of(gradient), _spec_of(weight)
-    gradient = quantize(gradient, E5M2)
-    dx = _product_8(
-        gradient,
-        quantize(weight.astype(x.dtype), E4M3),
-        dimensions,
-        x.dtype,
-        specs[0],
-        lax.Precision.HIGHEST,
-    )
-    return dx, _weight_gradient_8(quantize(x, E4M3), gradient, rows, specs, weight.dtype)
+    weight_outputs = tuple(range(contracted, weight.ndim))
+    x_spec, gradient_spec, weight_spec = _spec_of(x), _spec_of(gradient), _spec_of(weight)
+    gradient = quantize(gradient, E5M2), gradient_spec
+    whole = quantize(weight.astype(x.dtype), E4M3), weight_spec
+    dx = _gradient_8(gradient, whole, (outputs, weight_outputs), x.dtype, x_spec)
+    x = quantize(x, E4M3), x_spec
+    return dx, _gradient_8(x, gradient, (rows, rows), weight.dtype, weight_spec)
 
 
-def _weight_gradient_8(x, gradient, rows, specs, dtype):
-    """Scaled back before it is summed over devices, so that nothing is between that sum and the
-    move to where the weight is stored: XLA makes one reduce-scatter of both."""
-    x_spec, gradient_spec, weight_spec = specs
+def _gradient_8(a, b, dimensions, dtype, out_spec):
+    """Scaled back before it is summed over devices, so that nothing is between that sum and what
+    follows: XLA makes one of several sums, or a reduce-scatter where the move to where a weight is
+    stored follows."""
+    (a, a_spec), (b, b_spec) = a, b
 
-    def shard(x, gradient):
-        return _product_8(x, gradient, (rows, rows), dtype, precision=lax.Precision.HIGHEST)
+    def shard(a, b):
+        return _product_8(a, b, dimensions, dtype, precision=lax.Precision.HIGHEST)
 
-    if weight_spec is None:
-        return shard(x, gradient)
-    entries = [entry for entry in x_spec[: len(rows)] if entry]
+    if out_spec is None:
+        return shard(a, b)
+    entries = [a_spec[i] for i in dimensions[0] if a_spec[i]]
     axes = tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry))
     return jax.shard_map(
-        lambda x, gradient: lax.psum(shard(x, gradient), axes) if axes else shard(x, gradient),
-        in_specs=((x_spec, P()), (gradient_spec, P())),
-        out_specs=weight_spec,
+        lambda a, b: lax.psum(shard(a, b), axes) if axes else shard(a, b),
+        in_specs=((a_spec, P()), (b_spec, P())),
+        out_specs=out_spec,
         check_vma=False,
-    )(x, gradient)
+    )(a, b)
 
 
 _linear_8.defvjp(_forward_8, _backward_8)

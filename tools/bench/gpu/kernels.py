@@ -135,7 +135,9 @@ def _times_faster(speed: dict, name: str, others) -> float | None:
     theirs = [
         speed[key]['microseconds'] for other in others if (key := f'{name} / {other}') in speed
     ]
-    return min(theirs) / ours['microseconds'] if ours and theirs else None
+    return (
+        min(theirs) / ours['microseconds'] if ours and ours.get('microseconds') and theirs else None
+    )
 
 
 def show(record: Record) -> None:
@@ -164,7 +166,7 @@ def show(record: Record) -> None:
                 print(f'    {row["name"]}: {said}')
     print(f'{"":74}{"us":>10} {"TFLOP/s":>8} {"GB/s":>7} {"of floor":>8}')
     for row in (row for row in record.rows if row['stage'] == 'speed'):
-        if outcome(row):
+        if outcome(row) or 'microseconds' not in row:
             print(f'{row["name"]:74}{outcome(row)[:80]}')
             continue
         floor = floor_microseconds(row, ceilings)

@@ -27,7 +27,7 @@ from tools.bench.gpu.record import Record
 ROOT = Path(__file__).resolve().parents[3]
 # Compiled programs outlive the processes of a part, and serve the next one.
 CACHE = str(Path(tempfile.gettempdir()) / f'jaxfm-bench-{os.getuid()}')
-PATIENCE = 150.0  # seconds without a row: a compilation may take that long, more is a hang
+PATIENCE = 120.0  # seconds without a row: a compilation may take that long, more is a hang
 
 
 class Refused(Exception):
@@ -62,8 +62,13 @@ class Runner:
         """Seconds."""
         return self._end - time.monotonic()
 
-    def run(self, stage: str, limit: float = float('inf'), environment=None, **options) -> None:
-        """All tasks of a stage that `only` lets pass, for at most `limit` seconds."""
+    def run(
+        self, stage: str, limit=float('inf'), environment=None, patience=None, **options
+    ) -> None:
+        """All tasks of a stage that `only` lets pass, for at most `limit` seconds.
+
+        patience: seconds without a row after which a process hangs.
+        """
         options |= {'smoke': self.smoke, 'only': list(self.only)}
         if self.in_process:
             for row in _rows(stage, options, 0):
@@ -71,14 +76,19 @@ class Runner:
             return
         command = [sys.executable, '-m', 'tools.bench.gpu.stages', stage]
         command += ['--options', json.dumps(options)]
-        self.run_command(stage, command, limit, environment)
+        self.run_command(stage, command, limit, environment, patience)
 
-    def run_command(self, stage: str, command, limit=float('inf'), environment=None) -> None:
+    def run_command(
+        self, stage: str, command, limit=float('inf'), environment=None, patience=None
+    ) -> None:
         """The same with a command that speaks as a stage does, given --first and --rows."""
+        patience = patience or PATIENCE
         end = time.monotonic() + min(limit, self.left)
         first, names = 0, None
         while True:
-            lines, reason = _watch([*command, '--first', str(first)], end, environment, self._print)
+            lines, reason = _watch(
+                [*command, '--first', str(first)], end, patience, environment, self._print
+            )
             for line in lines:
                 if 'names' in line:
                     names = line['names']
@@ -111,7 +121,7 @@ class Runner:
         print(text, file=sys.stderr, flush=True)
 
 
-def _watch(command, end: float, environment, say) -> tuple[list[dict], str]:
+def _watch(command, end: float, patience: float, environment, say) -> tuple[list[dict], str]:
     """Runs a process to its end, or until it is silent for too long -> (its lines, what was wrong).
 
     A row counts when its line is whole.
@@ -137,8 +147,8 @@ def _watch(command, end: float, environment, say) -> tuple[list[dict], str]:
                     size, changed = path.stat().st_size, now
                 if now >= end:
                     reason = 'the time is out'
-                elif now - changed > PATIENCE:
-                    reason = f'no result within {PATIENCE:.0f} s'
+                elif now - changed > patience:
+                    reason = f'no result within {patience:.0f} s'
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

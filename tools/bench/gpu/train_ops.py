@@ -48,6 +48,7 @@ def tasks(smoke: bool) -> list[Task]:
                 rows.positions,
                 rows.segments,
                 scale=H**-0.5,
+                one_document=True,
                 implementation=implementation,
             )
 
@@ -127,7 +128,7 @@ def tasks(smoke: bool) -> list[Task]:
         f'matmul {name}': (layers * times, functools.partial(matmul, *sides))
         for name, (times, *sides) in products.items()
     }
-    implementations = ('xla',) if smoke else ('cudnn', 'fa3', 'mosaic')
+    implementations = ('xla',) if smoke else ('cudnn', 'mosaic')
     for name in implementations:
         found[f'attention / {name}'] = (layers, functools.partial(attend, name))
     found |= {

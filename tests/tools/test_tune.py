@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import _tables
-from tests.tools.test_gpu_bench import is_there
 from tools import tune
 from tools.bench.gpu.speed import Call
 
@@ -87,10 +86,7 @@ def test_a_candidate_that_does_not_compile_is_told(capsys):
     assert 'does not fit' in capsys.readouterr().out
 
 
-OPS = [op for op in tune.MODULES if is_there(op)]  # interim
-
-
-@pytest.mark.parametrize('op', OPS)
+@pytest.mark.parametrize('op', tune.MODULES)
 def test_every_kernel_has_candidates_for_the_shapes_of_the_benchmark(op):
     problems = tune.problems(op)
     assert problems

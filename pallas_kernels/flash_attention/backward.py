@@ -74,9 +74,9 @@ def candidates(*, head_dim: int, dtype) -> list[Tiles]:
 
 
 _CANDIDATES = {
-    64: (_GUESSES[64], dict(dkv_stages=2, dq_stages=2), dict(dq_warpgroups=3, dq_stages=4)),
-    128: (_GUESSES[128], dict(dkv_stages=3, dq_stages=3), dict(dkv_stages=2, dq_stages=2)),
-    256: (_GUESSES[256],),
+    64: (_GUESSES[64], dict(dkv_stages=2, dq_stages=2)),
+    128: (_GUESSES[128], dict(dkv_stages=3, dq_stages=3)),
+    256: (_GUESSES[256], dict(dq_kv=32)),
 }
 
 
@@ -177,16 +177,20 @@ def _dkv(
     ):
         batch, kv_head = lax.axis_index('batch'), lax.axis_index('head')
         warpgroup = lax.axis_index('warpgroup')
-        row = order_ref[batch, lax.axis_index('row')]
+
+        def own_row():
+            return order_ref[batch, lax.axis_index('row')]
+
+        row = own_row()
         num_full, num_visited = num_full_ref[batch, row], num_visited_ref[batch, row]
 
-        def keys_of(part):
+        def keys_of(row, part):
             return pl.ds((row * parts + part) * _ROWS, _ROWS)
 
         def bring():
             _give_registers(warpgroups)
             for part in range(parts):
-                keys = keys_of(part)
+                keys = keys_of(row, part)
                 _copy(k_ref.at[batch, keys, kv_head], k_smem.at[part], owned)
                 _copy(v_ref.at[batch, keys, kv_head], v_smem.at[part], owned)
                 _copy(kv_ids_ref.at[batch, :, keys], kv_ids_smem.at[part], owned)
@@ -226,9 +230,9 @@ def _dkv(
 
             def visit(step, sums, is_partial: bool):
                 slot = lax.rem(step, stages)
+                plgpu.barrier_wait(filled.at[slot])
                 own = _opaque(part)
                 k_tile, v_tile = k_smem.at[own], v_smem.at[own]
-                plgpu.barrier_wait(filled.at[slot])
                 q_tile_ref, dout_tile_ref = q_ring.at[slot], dout_ring.at[slot]
 
                 def over_columns(ref, i):
@@ -286,10 +290,12 @@ def _dkv(
             if makes_dv:
                 v_tile[...] = sums[makes_dk].astype(v.dtype)
             plgpu.commit_smem()
+            # Read again, as the loop has no register to keep it in.
+            keys = keys_of(own_row(), part)
             if makes_dk:
-                plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, keys_of(part), kv_head])
+                plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, keys, kv_head])
             if makes_dv:
-                plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[batch, keys_of(part), kv_head])
+                plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[batch, keys, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         if _one_output_each(H, softcap):
@@ -304,11 +310,11 @@ def _dkv(
         kernel,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch_types=dict(
-            k_smem=plgpu.SMEM((parts, _ROWS, H), k.dtype),
-            v_smem=plgpu.SMEM((parts, _ROWS, H), v.dtype),
+            k_smem=_operand((parts, _ROWS, H), k.dtype, q_tile),
+            v_smem=_operand((parts, _ROWS, H), v.dtype, q_tile),
             kv_ids_smem=plgpu.SMEM((parts, 2, _ROWS), jnp.int32),
-            q_ring=plgpu.SMEM((stages, q_tile, H), q.dtype),
-            dout_ring=plgpu.SMEM((stages, q_tile, H), dout.dtype),
+            q_ring=_operand((stages, q_tile, H), q.dtype, q_tile),
+            dout_ring=_operand((stages, q_tile, H), dout.dtype, q_tile),
             statistics_ring=plgpu.SMEM((stages, 2, q_tile), jnp.float32),
             q_ids_ring=plgpu.SMEM((stages, 2, q_tile), jnp.int32),
             owned=plgpu.Barrier(num_arrivals=3 * parts),
@@ -402,8 +408,8 @@ def _dq(
             def visit(step, sums, is_partial: bool):
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(filled.at[slot])
-                k_tile, v_tile = k_ring.at[slot], v_ring.at[slot]
                 own = _opaque(warpgroup)
+                k_tile, v_tile = k_ring.at[slot], v_ring.at[slot]
                 q_tile, dout_tile = q_smem.at[own], dout_smem.at[own]
 
                 def over_columns(i):
@@ -446,12 +452,12 @@ def _dq(
         kernel,
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=dict(
-            q_smem=plgpu.SMEM((warpgroups, _ROWS, H), q.dtype),
-            dout_smem=plgpu.SMEM((warpgroups, _ROWS, H), dout.dtype),
+            q_smem=_operand((warpgroups, _ROWS, H), q.dtype, kv_tile),
+            dout_smem=_operand((warpgroups, _ROWS, H), dout.dtype, kv_tile),
             statistics_smem=plgpu.SMEM((warpgroups, 2, _ROWS), jnp.float32),
             q_ids_smem=plgpu.SMEM((warpgroups, 2, _ROWS), jnp.int32),
-            k_ring=plgpu.SMEM((stages, kv_tile, H), k.dtype),
-            v_ring=plgpu.SMEM((stages, kv_tile, H), v.dtype),
+            k_ring=_operand((stages, kv_tile, H), k.dtype, kv_tile),
+            v_ring=_operand((stages, kv_tile, H), v.dtype, kv_tile),
             kv_ids_ring=plgpu.SMEM((stages, 2, kv_tile), jnp.int32),
             owned=plgpu.Barrier(num_arrivals=4 * warpgroups),
             filled=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
@@ -467,6 +473,17 @@ def _dq(
 
 
 _copy = plgpu.copy_gmem_to_smem
+
+
+def _operand(shape, dtype, summed: int):
+    """Shared memory for a kernel in which some product is a sum over `summed` rows.
+
+    The tensor cores take as many at a time as a tile in shared memory has columns, and all
+    operands have the same tiles.
+    """
+    width = min(summed, 64)
+    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _release(barrier):

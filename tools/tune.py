@@ -38,6 +38,8 @@ MORE_SHAPES = (
     speed.RmsNorm(16384, 2048),
     speed.FlashAttention('causal', 2, 4096, 16, 16, 256),
     speed.DecodeAttention(64, 2048, 32, 8, 64),
+    speed.CrossEntropy(16384, 4096, 8192),  # a chunk of the op's backward pass
+    speed.CrossEntropy(32768, 2048, 4096),
 )
 # The kernels themselves, where the benchmark times the op around them.
 PARTS = {'cross_entropy': ('forward', 'logit_gradients')}

@@ -137,7 +137,7 @@ def gpu_compiler():
     """Skips where the compiler for GPUs is not installed."""
     for package in ('jax_cuda13_plugin', 'nvidia'):
         if importlib.util.find_spec(package) is None:
-            pytest.skip('no compiler for GPUs: pip install -e ".[gpu_compiler]"')
+            pytest.skip('no compiler for GPUs: pip install -e ".[compiler]"')
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,7 @@
 compiles the train step of a run for so many H200 and shows what they would exchange, beside what
 theory asks for, and the memory that they need. It exits with 1 where the two differ.
 
-The compiler comes with the extra `gpu_compiler`; no driver, cuDNN or cuBLAS is needed. Kernels go
+The compiler comes with the extra `compiler`; no driver, cuDNN or cuBLAS is needed. Kernels go
 down to machine code (registers, spills, shared memory, instructions), whole train steps to the HLO
 that XLA would run (collectives, memory). Tile sizes and libraries that XLA chooses by measuring
 alternatives are not those of a real device: what depends on them is an estimate.
@@ -154,7 +154,7 @@ def plan_phase(config: RunConfig, count: int, name: str = '') -> Phase:
     """
     if importlib.util.find_spec('jax_cuda13_plugin') is None:
         raise MissingInputError(
-            "there is no compiler for GPUs here; it is an extra: pip install -e '.[gpu_compiler]'"
+            "there is no compiler for GPUs here; it is an extra: pip install -e '.[compiler]'"
         )
     sizes = sharding.mesh_shape(dict(config.mesh), count)
     check_on_mesh(config, sizes)

@@ -121,9 +121,7 @@ def test_a_mesh_equals_one_device(sizes):
     assert not collectives(compiled.as_text())
 
 
-def test_the_kernel_needs_no_collective_on_four_gpus():
-    for package in ('jax_cuda13_plugin', 'nvidia'):
-        pytest.importorskip(package, reason='pip install -e ".[gpu_compiler]"')
+def test_the_kernel_needs_no_collective_on_four_gpus(gpu_compiler):
     shape = dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=2, tensor=2)
     mesh = sharding.make_mesh(shape, deviceless.devices(4))
     arrays = inputs(dtype=jnp.bfloat16)

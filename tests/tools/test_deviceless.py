@@ -30,4 +30,4 @@ def test_a_command_that_cannot_be_run_says_why(arguments, code, message, capsys)
 def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert deviceless.main(SMOKE) == 66
-    assert "pip install -e '.[gpu_compiler]'" in capsys.readouterr().err
+    assert "pip install -e '.[compiler]'" in capsys.readouterr().err

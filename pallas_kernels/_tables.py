@@ -4,6 +4,7 @@ Both are json files in the repository, written by the benchmarks and read here.
 """
 
 import functools
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -42,6 +43,15 @@ def proof(op: str, device_kind: str) -> dict | None:
         if entry['op'] == op and same_kind:
             return entry
     return None
+
+
+@functools.cache
+def source_digest(op: str) -> str:
+    """Of what a kernel is made of, its folder's modules and those all share: proofs hold for it."""
+    digest = hashlib.sha256()
+    for path in (*sorted((DIRECTORY / op).glob('*.py')), DIRECTORY / '_compat.py'):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def device_kind() -> str:

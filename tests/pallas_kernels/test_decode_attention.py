@@ -372,11 +372,25 @@ def test_what_the_kernel_cannot_do_is_an_error(change, message):
 # On a GPU
 
 
+# Every head dim with every page size, and each way to share keys several times.
+ON_A_GPU = [
+    (16, (2, 1), 64, 'bfloat16'),
+    (32, (8, 4), 64, 'float16'),
+    (64, (1, 8), 64, 'bfloat16'),
+    (128, (1, 40), 64, 'bfloat16'),
+    (16, (8, 4), 128, 'float16'),
+    (32, (1, 8), 128, 'bfloat16'),
+    (64, (1, 40), 128, 'float16'),
+    (128, (2, 1), 128, 'bfloat16'),
+    (16, (1, 8), 256, 'bfloat16'),
+    (32, (1, 40), 256, 'bfloat16'),
+    (64, (2, 1), 256, 'float16'),
+    (128, (8, 4), 256, 'bfloat16'),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('head_dim', [64, 128, 256])
-@pytest.mark.parametrize('heads', [(2, 1), (8, 4), (1, 8), (1, 40)])
-@pytest.mark.parametrize('page_size', [16, 32, 64, 128])
+@pytest.mark.parametrize('page_size, heads, head_dim, dtype', ON_A_GPU)
 def test_kernel_on_a_gpu_equals_float64_and_repeats_bitwise(page_size, heads, head_dim, dtype):
     lengths = [0, 1, 63, 64, 65, 1000, 3001]
     for window, softcap, logits in [

@@ -1,9 +1,11 @@
 """The benchmark for GPUs runs from end to end without one, and names what is wrong."""
 
 import functools
+import gc
 import json
 import math
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -11,11 +13,21 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels._compat import interpreted_races
+from pallas_kernels._tables import source_digest
 from tests.conftest import ROOT
-from tools.bench.gpu import determinism, documents, kernels, numerics, peers, stages
+from tools.bench.gpu import (
+    determinism,
+    documents,
+    kernels,
+    numerics,
+    peers,
+    speed,
+    stages,
+    train,
+)
 from tools.bench.gpu.__main__ import main
 from tools.bench.gpu.record import Record, bar, outcome
-from tools.bench.gpu.stages import Runner
+from tools.bench.gpu.stages import Runner, quick
 from tools.bench.gpu.timing import floor_microseconds
 
 # Of tools/bench/peers/llama_torch.py with torch 2.13 on a CPU, from the weights that this jax
@@ -24,7 +36,7 @@ TORCH_LOSSES = [6.664012, 6.371418, 6.107687]
 
 
 def run(part: str, directory: Path, *more: str) -> Record:
-    main(['--part', part, '--out', str(directory), '--smoke', *more])
+    assert main(['--part', part, '--out', str(directory), '--smoke', *more]) == 0
     [path] = directory.glob('*.json')
     record = Record(directory, part, smoke=True, resume=True)
     assert record.path == path
@@ -49,7 +61,7 @@ def test_smoke_of_kernels(kernels_record, capsys):
     said = ('not installed', 'no public way')
     assert all(any(words in reason for words in said) for reason in refused), refused
     values = json.loads(kernels_record.path.read_text())
-    assert {'device', 'date', 'versions', 'tests', 'bars', 'seconds'} <= values.keys()
+    assert {'device', 'date', 'versions', 'collected', 'bars', 'seconds'} <= values.keys()
     assert values['versions']['jax'] == jax.__version__
     kernels.show(kernels_record)
     shown = capsys.readouterr().out
@@ -120,6 +132,147 @@ def test_what_crashes_or_hangs_costs_one_row(tmp_path, monkeypatch):
     assert json.loads(record.path.read_text())['rows'] == record.rows
 
 
+def test_a_hang_leaves_time_for_the_rows_behind_it(tmp_path):
+    record = Record(tmp_path, 'kernels', smoke=True)
+    hanging = STAGE.replace("names = ['good', 'crash', ", "names = ['good', ")
+    Runner(record, 60).run_command(
+        'stage', [sys.executable, '-c', hanging], limit=6, patience=quick(6)
+    )
+    assert [outcome(row) for row in record.rows] == ['', 'FAILED: no result within 2 s', '']
+
+
+class Plan(Runner):
+    """Notes what would be run; a process takes this share of its time."""
+
+    pace = 1.0
+
+    def run(self, stage, limit=float('inf'), environment=None, patience=None, **options):
+        limit = min(limit, self.left)
+        self.stages = [*getattr(self, 'stages', []), (stage, limit, patience, options)]
+        self._end -= self.pace * limit
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A function: --only's patterns -> (stages as planned, files of tests with their seconds)."""
+
+    def run(*only, pace=1.0):
+        files = {}
+
+        def run_tests(paths, seconds):
+            files[paths[0]] = seconds
+            return {'exit_code': 0, 'counts': {'PASSED': 3}, 'said': ''}
+
+        monkeypatch.setattr(kernels, 'run_tests', run_tests)
+        record = Record(tmp_path, 'kernels', smoke=False)
+        runner = Plan(record, 510, only=only)
+        runner.pace = pace
+        kernels.run(record, runner)
+        return getattr(runner, 'stages', []), files, record
+
+    return run
+
+
+def test_no_stage_of_kernels_waits_for_a_hang_until_its_time_is_out(plan):
+    stages, _, _ = plan()
+    assert {stage for stage, *_ in stages} == {'timing', 'numerics', 'speed'}
+    assert all(patience <= min(30, limit / 3) for _, limit, patience, _ in stages)
+
+
+def test_the_op_with_most_cases_has_most_of_the_time_and_ours_come_before_others(plan):
+    stages, _, _ = plan(pace=0.4)
+    limits = {options['op']: limit for stage, limit, _, options in stages if stage == 'numerics'}
+    assert list(limits)[-1] == 'flash_attention' and limits['flash_attention'] > 180
+    groups = [options['implementations'] for stage, *_, options in stages if stage == 'speed']
+    assert groups[0] == ['mosaic'] and 'mosaic' not in sum(groups[1:], [])
+
+
+def test_a_stage_can_be_asked_for_alone(plan):
+    stages, files, _ = plan('numerics')
+    assert {stage for stage, *_ in stages} == {'numerics'} and not files
+    limits = {options['op']: limit for _, limit, _, options in stages}
+    assert limits['flash_attention'] > 200
+
+
+def test_gpu_tests_run_file_by_file_and_those_left_out_are_named(plan, monkeypatch):
+    stages, files, record = plan('tests')
+    assert not stages and list(files) == kernels.test_files()
+    assert {kernels._op(file) for file in files} >= set(numerics.OPS)
+    assert all(seconds >= kernels.LEAST_SECONDS for seconds in files.values())
+    _, files, record = plan()
+    assert not files
+    assert {found['not_run'] for found in record.values['tests'].values()} == {'the time is out'}
+
+
+def test_compiled_programs_of_all_processes_are_kept(monkeypatch, tmp_path):
+    seen = tmp_path / 'seen'
+    stage = "import os, sys; open(sys.argv[1], 'w').write(os.environ['{}'])"
+    name = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'
+    monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, '-c', stage.format(name), str(seen)]
+    stages._watch(command, math.inf, 60, None, print)
+    assert seen.read_text() == '0'
+
+
+def test_a_row_of_two_runs_may_be_silent_until_both_are_done(tmp_path):
+    runner = Plan(Record(tmp_path, 'determinism', smoke=False), 510)
+    determinism.run(runner.record, runner)
+    [(_, _, patience, _)] = runner.stages
+    assert patience > 2 * determinism.RUN_SECONDS
+
+
+def test_what_did_not_fit_is_freed_before_less_is_tried(monkeypatch):
+    held = []
+
+    class Arrays:
+        pass
+
+    def train_step(smoke, weights, rows, remat, **variant):
+        assert not [each for each in held if each() is not None]
+        arrays = Arrays()
+        arrays.itself = arrays  # only the collector frees it
+        held.append(weakref.ref(arrays))
+        if rows > 2:
+            raise RuntimeError('RESOURCE_EXHAUSTED: as said')
+        return {'rows': rows}
+
+    monkeypatch.setattr(train, '_train', train_step)
+    gc.disable()
+    try:
+        row = train._first_that_fits(False, '')
+    finally:
+        gc.enable()
+    assert row == {'rows': 2, 'out_of_memory_at_rows': [8, 4]}
+
+
+def test_every_goal_of_training_is_measured_before_the_other_variants():
+    assert set(list(train.VARIANTS)[:3]) == {
+        'cudnn scanned',
+        'mosaic scanned',
+        'cudnn scanned, fp8',
+    }
+
+
+def test_proofs_are_of_kernels_on_a_gpu_and_that_is_said_at_once(tmp_path, capsys):
+    for wrong in (['--part', 'train'], ['--part', 'kernels', '--smoke']):
+        with pytest.raises(SystemExit) as error:
+            main([*wrong, '--out', str(tmp_path), '--record_proven'])
+        assert error.value.code == 2
+        assert '--record_proven is for --part kernels' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_failed_is_seen_in_the_exit_code(tmp_path, monkeypatch):
+    for row, code in (
+        ({'refused': 'not installed'}, 0),
+        ({'failed': 'no result within 30 s'}, 1),
+        ({'held': False, 'error': 1.0, 'of_xla': 0.1}, 1),
+    ):
+        row |= {'stage': 'numerics', 'name': 'rms_norm'}
+        monkeypatch.setattr(kernels, 'run', lambda record, runner, row=row: record.add(row))
+        assert main(['--part', 'kernels', '--out', str(tmp_path), '--smoke']) == code
+
+
 def test_when_the_time_is_out_the_rest_is_named(tmp_path):
     record = Record(tmp_path, 'kernels', smoke=True)
     hanging = STAGE.replace("names = ['good', 'crash', ", "names = ['good', ")
@@ -171,29 +324,129 @@ def test_numerics_want_the_same_bits_each_time():
     assert not row['repeatable'] and not row['held']
 
 
-def record_of(tmp_path, **verdicts) -> Record:
-    """Numerics of a GPU, made up."""
+def test_arrays_of_the_grid_are_no_constants_of_what_is_compiled(quick_compilation):
+    for case in numerics.SMOKE_GRID:
+        kernel, _, _ = case.outputs(interpret=True)
+        traced = jax.make_jaxpr(kernel.func)(*kernel.args)
+        assert sum(constant.size for constant in traced.consts) < 64, case
+
+
+def test_with_one_key_rounding_is_no_failure_and_a_wrong_gradient_is_one():
+    [case] = [case for case in numerics.GRID if getattr(case, 'layout', '') == 'single']
+    zeros = {name: jnp.zeros(8) for name in ('dq', 'dk')}
+    for error, held in ((3e-6, True), (0.3, False)):
+        got = {'dq': jnp.full(8, error), 'dk': jnp.zeros(8)}
+        row = numerics.compare(lambda got=got: got, zeros, zeros, least=case.least)
+        assert row['held'] == held
+    assert not numerics.FlashAttention(1, 128, 2, 1, 64).least
+
+
+def record_of(tmp_path, *ops: str) -> Record:
+    """Of a GPU on which all of these passed, made up."""
     record = Record(tmp_path, 'kernels', smoke=False)
-    record.set(device='NVIDIA H200', platform='gpu')
-    for op, held in verdicts.items():
-        for index, each in enumerate(held):
-            row = {'held': each} if each is not None else {'not_run': 'the time is out'}
-            record.add(
-                {'stage': 'numerics', 'name': f'{op} M{index}', 'error': 1, 'of_xla': 1} | row
-            )
+    record.set(device='NVIDIA H200', platform='gpu', tests={})
+    for op in ops:
+        source = {'source': source_digest(op)}
+        for name in numerics.names(op):
+            row = {'stage': 'numerics', 'name': name, 'held': True, 'error': 0.1, 'of_xla': 0.1}
+            record.values['rows'].append(row | source)
+        passed = {'exit_code': 0, 'counts': {'PASSED': 3}, 'said': '', 'failed_tests': []}
+        for file in kernels.test_files(op):
+            record.values['tests'][file] = passed | source
+        for name in calls(op):
+            for implementation, microseconds in (('mosaic', 10.0), ('xla', 15.0)):
+                row = {'stage': 'speed', 'name': f'{name} / {implementation}'}
+                record.values['rows'].append(row | source | {'microseconds': microseconds})
     return record
 
 
-def test_only_an_op_whose_whole_grid_is_held_is_written_down_as_proven(tmp_path):
+def calls(op: str) -> list[str]:
+    shapes = [shape for shape in speed.SHAPES if shape.op == op]
+    return [f'{shape.name} {part}' for shape in shapes for part in shape.parts]
+
+
+@pytest.mark.parametrize('op', numerics.OPS)
+def test_what_passed_is_proven_and_says_of_which_source_and_how_fast(op, tmp_path):
     path = tmp_path / 'proven.json'
-    earlier = [{'op': 'decode_attention', 'device': device} for device in ('H200', 'H100')]
+    path.write_text('[]')
+    record = record_of(tmp_path, op)
+    [entry] = kernels.record_proven(record, path)
+    assert json.loads(path.read_text()) == [entry]
+    about = {name: entry[name] for name in ('op', 'device', 'source', 'speed_over_xla')}
+    source = source_digest(op)
+    assert about == {'op': op, 'device': 'H200', 'source': source, 'speed_over_xla': 1.5}
+    assert entry['date'] and entry['versions']['jax']
+
+
+def without_a_case(record):
+    name = numerics.names('flash_attention')[7]
+    record.values['rows'] = [row for row in record.rows if row['name'] != name]
+
+
+def with_a_case_cut_off(record):
+    name = numerics.names('flash_attention')[7]
+    record.add({'stage': 'numerics', 'name': name, 'not_run': 'the time is out'})
+
+
+def with_a_case_wrong(record):
+    row = {'name': numerics.names('flash_attention')[7], 'held': False, 'error': 1, 'of_xla': 0}
+    record.add({'stage': 'numerics', 'source': source_digest('flash_attention')} | row)
+
+
+def with_a_case_of_another_source(record):
+    name = numerics.names('flash_attention')[7]
+    [row] = [row for row in record.rows if row['name'] == name]
+    row['source'] = 'other'
+
+
+def change_tests(record, **changes):
+    file = kernels.test_files('flash_attention')[1]
+    record.values['tests'][file] |= changes
+
+
+LACKING = {
+    'a case is missing': (without_a_case, True),
+    'a case was cut off': (with_a_case_cut_off, True),
+    'a case is wrong': (with_a_case_wrong, False),
+    'a case is of another source': (with_a_case_of_another_source, True),
+    'a test failed': (
+        functools.partial(change_tests, exit_code=1, counts={'PASSED': 2, 'FAILED': 1}),
+        False,
+    ),
+    'a test was skipped': (functools.partial(change_tests, counts={'SKIPPED': 3}), False),
+    'tests were not done': (functools.partial(change_tests, exit_code=None), False),
+    'tests were of another source': (functools.partial(change_tests, source='other'), True),
+    'tests did not run': (lambda record: record.values['tests'].clear(), True),
+}
+
+
+@pytest.mark.parametrize('name', LACKING)
+def test_less_than_all_is_no_proof_and_what_failed_is_struck_off(name, tmp_path):
+    change, stays = LACKING[name]
+    record, path = record_of(tmp_path, 'flash_attention', 'rms_norm'), tmp_path / 'proven.json'
+    earlier = [{'op': 'flash_attention', 'device': device} for device in ('H100', 'H200')]
     path.write_text(json.dumps(earlier))
-    grids = dict(rms_norm=[True, True], flash_attention=[True, None], decode_attention=[False])
-    entries = kernels.record_proven(record_of(tmp_path, **grids), path)
-    found = {(entry['op'], entry['device']) for entry in entries}
-    assert found == {('rms_norm', 'H200'), ('decode_attention', 'H100')}
-    assert json.loads(path.read_text()) == entries
-    assert entries[1]['date'] and entries[1]['versions']['jax']
+    change(record)
+    assert 'flash_attention' not in kernels.proven(record)
+    found = kernels.record_proven(record, path)
+    kept = [entry for entry in found if entry['op'] == 'flash_attention']
+    assert kept == earlier[: 2 if stays else 1]
+
+
+def test_speed_over_xla_is_that_of_the_worst_shape_and_of_all_shapes(tmp_path):
+    record = record_of(tmp_path, 'flash_attention')
+    *_, call, last = calls('flash_attention')
+
+    def speed_after(**changes):
+        [row] = [row for row in record.rows if row['name'] == f'{call} / xla']
+        row |= changes
+        return kernels.speed_over_xla(record, 'flash_attention')
+
+    assert speed_after(microseconds=8.0) == pytest.approx(0.8)
+    record.add({'stage': 'speed', 'name': f'{last} / xla', 'failed': 'out of memory'})
+    assert speed_after(microseconds=20.0) == pytest.approx(1.5)
+    record.add({'stage': 'speed', 'name': f'{last} / mosaic', 'not_run': 'the time is out'})
+    assert speed_after() is None
 
 
 def test_nothing_is_proven_without_a_gpu(kernels_record, tmp_path):

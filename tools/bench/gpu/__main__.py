@@ -1,17 +1,20 @@
-"""All that a GPU has to prove, in one command a part, each under nine minutes.
+"""All that a GPU has to prove, each command under nine minutes.
 
     python -m tools.bench.gpu --part kernels|train|decode|determinism --out DIR [--smoke]
 
 The result is DIR/gpu-PART-DATE.json, which is there from the first row on; a table comes last.
 `train`, `decode` and `determinism` need pydantic and ml_collections beside jax, flax and optax; a
 resumed run needs all that training needs. What is not installed, or does not fit, has a row that
-says so. --only 'GLOB' runs part of the rows and keeps the others of the same day. --smoke is the
-same path on a CPU with tiny shapes, in seconds.
+says so. --only 'GLOB', of names of rows or of a stage (timing, numerics, speed, tests; train,
+peer, train_ops), runs these and keeps the others of the same day: what was cut is completed so.
+--smoke is the same path on a CPU with tiny shapes, in seconds. The exit code is 1 if something
+failed.
 """
 
 import argparse
 import importlib
 import os
+import sys
 from pathlib import Path
 
 from tools.bench.gpu.record import Record
@@ -21,7 +24,7 @@ PARTS = ('kernels', 'train', 'decode', 'determinism')
 SECONDS = 510.0
 
 
-def main(argv=None) -> None:
+def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m tools.bench.gpu',
         description=__doc__,
@@ -37,6 +40,8 @@ def main(argv=None) -> None:
     )
     parser.add_argument('--peer_python', help='train: an interpreter that has torch')
     arguments = parser.parse_args(argv)
+    if arguments.record_proven and (arguments.part != 'kernels' or arguments.smoke):
+        parser.error('--record_proven is for --part kernels, on a GPU')
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.smoke:
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -58,7 +63,9 @@ def main(argv=None) -> None:
         for entry in part.record_proven(record):
             print(f'proven: {entry["op"]} on {entry["device"]}')
     print(record.path)
+    failed = any('failed' in row or row.get('held') is False for row in record.rows)
+    return int(failed or bool(record.failed_tests))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -1,5 +1,8 @@
 """Part `decode`: what the sampler makes of the 1B shape, against the bytes it has to read.
 
+This is the sampler with its contiguous cache and the attention that a model takes; the kernel
+`decode_attention`, over pages, is not used by it yet and is measured in part `kernels`.
+
 A token of every sequence needs all weights and the keys and values that are there; nothing else
 has to move. Their bytes over the time are held against the device's peak and against copying.
 """

@@ -1,9 +1,13 @@
 """Part `kernels`: GPU tests, numerics over the grid, speed against the others and the roofline.
 
-What passes its numerics may be written down as proven, which makes it a choice of `ops`.
+What passes its tests and numerics may be written down as proven, with its speed over that of XLA,
+which makes it a choice of `ops`. What the time did not suffice for is done by another call with
+--only and a stage: timing, numerics, speed, tests.
 """
 
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,49 +15,102 @@ from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from pallas_kernels._tables import short_kind
+from pallas_kernels._tables import short_kind, source_digest
+from tools.bench.gpu import numerics, speed
 from tools.bench.gpu.numerics import OPS
-from tools.bench.gpu.record import Record, bar, outcome, show_bars
-from tools.bench.gpu.stages import ROOT, Runner
+from tools.bench.gpu.record import Record, bar, outcome, passed, show_bars
+from tools.bench.gpu.stages import ENVIRONMENT, ROOT, Runner, passes, quick
 from tools.bench.gpu.timing import floor_microseconds
 
 PROVEN = ROOT / 'pallas_kernels' / 'proven.json'
-TEST_SECONDS = 150
+LEAST_SECONDS = 60  # of an op's numerics, or of a file of tests, which has failed if it is not done
+NUMERICS = 0.6  # of the time: flash attention alone has some 200 s of programs to compile
 
 
 def run(record: Record, runner: Runner) -> None:
-    runner.run('timing', limit=60)
-    if runner.only:
-        _run_ops(runner)
+    """Numerics come first: without them speed is worth nothing. Tests have what time is left."""
+    _run(runner, 'timing', 60)
+    _run_numerics(runner)
+    for group, share in zip(speed.GROUPS, (0.6, 0.6, 0.5)):
+        # Ours first: what others do not get done proves nothing.
+        _run(runner, 'speed', share * runner.left, implementations=list(group))
+    _run_tests(record, runner)
+
+
+def _run(runner: Runner, stage: str, limit: float, **options) -> None:
+    """A stage of tasks of seconds; no process starts for what --only leaves out."""
+    tasks = importlib.import_module(f'tools.bench.gpu.{stage}').tasks(runner.smoke, **options)
+    if any(passes(runner.only, stage, task.name) for task in tasks):
+        limit = min(limit, runner.left)
+        runner.run(stage, limit=limit, patience=quick(limit), **options)
+
+
+def _run_numerics(runner: Runner) -> None:
+    """Time by the number of cases; what an op leaves of its time goes to those with more cases."""
+    rest = 0.0 if runner.only else (1 - NUMERICS) * runner.left
+    ops = sorted(OPS, key=lambda op: len(numerics.names(op)))
+    for index, op in enumerate(ops):
+        cases = [len(numerics.names(each)) for each in ops[index:]]
+        share = (runner.left - rest) * cases[0] / sum(cases)
+        _run(runner, 'numerics', max(LEAST_SECONDS, share), op=op)
+
+
+def _run_tests(record: Record, runner: Runner) -> None:
+    """File by file, each with its share of the time that is left."""
+    files = [file for file in test_files() if passes(runner.only, 'tests', file)]
+    if runner.smoke and files:
+        record.set(collected=run_tests(files, runner.left, collect_only=True))
         return
-    record.set(tests=run_tests(min(TEST_SECONDS, runner.left), runner.smoke))
-    _run_ops(runner)
+    for index, file in enumerate(files):
+        seconds = runner.left / (len(files) - index)
+        if seconds >= LEAST_SECONDS:
+            found = run_tests([file], seconds) | {'source': _source(file)}
+        else:
+            found = {'not_run': 'the time is out'}
+        record.set(tests=record.values.get('tests', {}) | {file: found})
+        print(f'{"tests":12} {file:58} {_verdict(found)}', flush=True)
 
 
-def _run_ops(runner: Runner) -> None:
-    """Numerics of every op come first: without them its speed is worth nothing."""
-    for stage, share in (('numerics', 0.55), ('speed', 1.0)):
-        for index, op in enumerate(OPS):
-            # What an op does not need of its share is there for those behind it.
-            runner.run(stage, limit=runner.left * share / (len(OPS) - index), op=op)
+def test_files(op: str = '') -> list[str]:
+    """The files with tests marked `gpu`, of an op or of all, those with few cases first."""
+    found = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / 'tests').glob('*/**/test_*.py'))
+        if '@pytest.mark.gpu' in path.read_text()
+    ]
+    if op:
+        return [file for file in found if _op(file) == op]
+    return sorted(found, key=lambda file: len(numerics.names(_op(file))))
 
 
-def run_tests(seconds: float, smoke: bool) -> dict:
-    """The tests marked `gpu`, in a process of their own -> counts, failures, pytest's last line.
+def _op(file: str) -> str:
+    """The op whose tests a file holds, its kernel's or those of jaxfm/ops; '' for another."""
+    tested = Path(file).stem.removeprefix('test_')
+    tested = {'attention': 'flash_attention', 'norm': 'rms_norm'}.get(tested, tested)
+    return next((op for op in OPS if tested.startswith(op)), '')
 
-    In smoke they are only collected.
-    """
+
+def _source(file: str) -> str:
+    return source_digest(_op(file)) if _op(file) else ''
+
+
+def run_tests(files: list[str], seconds: float, collect_only: bool = False) -> dict:
+    """The tests marked `gpu`, in a process of their own -> counts, failures, pytest's last line."""
     command = [sys.executable, '-m', 'pytest', '-v', '--tb=line', '-m', 'gpu']
-    command += ['-p', 'no:cacheprovider', 'tests/pallas_kernels', 'tests/ops']
-    command += ['--collect-only'] if smoke else []
+    command += ['-p', 'no:cacheprovider', *files, *(['--collect-only'] if collect_only else [])]
     with TemporaryFile('w+') as output:
         try:
             code = subprocess.run(
-                command, cwd=ROOT, stdout=output, stderr=output, timeout=seconds
+                command,
+                cwd=ROOT,
+                env={**ENVIRONMENT, 'PYTHONUNBUFFERED': '1', **os.environ},
+                stdout=output,
+                stderr=output,
+                timeout=seconds,
             ).returncode
             found = {'exit_code': code}
         except subprocess.TimeoutExpired:
-            found = {'failed': f'pytest was not done after {seconds:.0f} s'}
+            found = {'failed': f'not done after {seconds:.0f} s'}
         output.seek(0)
         said = output.read().strip().splitlines() or ['']
     verdicts = re.findall(r'^(\S+::\S.*) (PASSED|FAILED|ERROR|SKIPPED)\b', '\n'.join(said), re.M)
@@ -64,17 +121,42 @@ def run_tests(seconds: float, smoke: bool) -> dict:
     return found if counts and not failed else found | {'output': said[-40:]}
 
 
-def proven(record: Record) -> list[str]:
-    """The ops whose whole grid of numerics ran here and is held."""
+def _verdict(found: dict) -> str:
+    if 'not_run' in found:
+        return f'not run: {found["not_run"]}'
+    counts = ', '.join(f'{n} {verdict.lower()}' for verdict, n in found['counts'].items())
+    failed = f'FAILED: {found["failed"]}; ' if 'failed' in found else ''
+    return failed + (counts or found['said'])
+
+
+def unproven(record: Record, op: str) -> str:
+    """Why an op is not proven: its whole grid has to be held, and all its tests to pass."""
     if record.values.get('platform') != 'gpu' or record.values['smoke']:
-        return []
+        return 'not without a GPU'
+    rows, tests = record.stage('numerics'), record.values.get('tests', {})
+    names, files, source = numerics.names(op), test_files(op), source_digest(op)
+    if lacking := [name for name in names if not rows.get(name, {}).get('held')]:
+        return f'{len(lacking)} of {len(names)} cases are not held: --only numerics'
+    if lacking := [file for file in files if not passed(tests.get(file, {}))]:
+        return f'{", ".join(lacking)}: not all passed: --only tests'
+    measured = [rows[name] for name in names] + [tests[file] for file in files]
+    if any(found['source'] != source for found in measured):
+        return 'its source has changed since'
+    return ''
+
+
+def proven(record: Record) -> list[str]:
+    """The ops whose whole grid of numerics is held here, and whose tests passed."""
+    return [op for op in OPS if not unproven(record, op)]
+
+
+def _failed(record: Record, op: str) -> bool:
+    """Whether something of an op is wrong, and not only left out."""
     rows = [row for row in record.rows if row['stage'] == 'numerics']
-    found = []
-    for op in OPS:
-        own = [row for row in rows if row['name'].split()[0] == op]
-        if own and all(row.get('held') for row in own):
-            found.append(op)
-    return found
+    return any(_op(file) == op for file in record.failed_tests) or any(
+        row['name'].split()[0] == op and ('failed' in row or row.get('held') is False)
+        for row in rows
+    )
 
 
 def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
@@ -82,25 +164,55 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
     values, kind = record.values, short_kind(record.values['device'])
     if values['platform'] != 'gpu' or values['smoke']:
         raise SystemExit('nothing is proven without a GPU')
-    tested = {row['name'].split()[0] for row in record.rows if row['stage'] == 'numerics'}
+    judged = {*proven(record), *(op for op in OPS if _failed(record, op))}
     entries = [
         entry
         for entry in json.loads(path.read_text())
-        if entry['device'] != kind or entry['op'] not in tested
+        if entry['device'] != kind or entry['op'] not in judged
     ]
     about = {'device': kind, 'date': values['date'], 'versions': values['versions']}
-    entries += [{'op': op, **about} for op in proven(record)]
+    entries += [
+        {
+            'op': op,
+            **about,
+            'source': source_digest(op),
+            'speed_over_xla': speed_over_xla(record, op),
+        }
+        for op in proven(record)
+    ]
     entries.sort(key=lambda entry: (entry['device'], entry['op']))
     path.write_text(json.dumps(entries, indent=1) + '\n')
     return entries
 
 
+def speed_over_xla(record: Record, op: str) -> float | None:
+    """XLA's time over ours at the shape where that is least; None unless all were measured.
+
+    Where XLA does not find enough memory there is nothing to divide by, and nothing to lose.
+    """
+    rows = {row['name']: row for row in record.rows if row['stage'] == 'speed'}
+    calls = [
+        f'{shape.name} {part}' for shape in speed.SHAPES if shape.op == op for part in shape.parts
+    ]
+    ratios = []
+    for call in calls:
+        ours, theirs = (rows.get(f'{call} / {name}', {}) for name in ('mosaic', 'xla'))
+        if 'microseconds' not in ours or ours['source'] != source_digest(op):
+            return None
+        if theirs.get('failed') == 'out of memory':
+            continue
+        if 'microseconds' not in theirs:
+            return None
+        ratios.append(theirs['microseconds'] / ours['microseconds'])
+    return min(ratios, default=None)
+
+
 def bars(record: Record) -> list[dict]:
     """The goals, measured on ours."""
-    speed, ceilings = record.stage('speed'), record.stage('timing')
+    rows, ceilings = record.stage('speed'), record.stage('timing')
 
     def value(name: str, key: str):
-        return speed.get(f'{name} / mosaic', {}).get(key)
+        return rows.get(f'{name} / mosaic', {}).get(key)
 
     def of_copy(name: str):
         reached, copy = value(name, 'gigabytes_per_second'), ceilings.get('copy')
@@ -121,20 +233,18 @@ def bars(record: Record) -> list[dict]:
         bar('cross-entropy, ms', cross_entropy and cross_entropy / 1e3, 105, at_least=False),
     ]
     for way in ('forward', 'backward'):
-        ratio = _times_faster(speed, f'{packed} {way}', ('xla', 'fa3', 'tokamax'))
+        ratio = _times_faster(rows, f'{packed} {way}', ('xla', 'fa3', 'tokamax'))
         found.append(bar(f'packed attention {way}, times the best other', ratio, 1.0))
-    names = [name.rpartition(' / ')[0] for name in speed if name.endswith(' / mosaic')]
-    ratios = [_times_faster(speed, name, ('xla',)) for name in names]
+    names = [name.rpartition(' / ')[0] for name in rows if name.endswith(' / mosaic')]
+    ratios = [_times_faster(rows, name, ('xla',)) for name in names]
     slowest = min((ratio for ratio in ratios if ratio), default=None)
     found.append(bar('slowest shape, times XLA', slowest, 1.0))
     return found
 
 
-def _times_faster(speed: dict, name: str, others) -> float | None:
-    ours = speed.get(f'{name} / mosaic')
-    theirs = [
-        speed[key]['microseconds'] for other in others if (key := f'{name} / {other}') in speed
-    ]
+def _times_faster(rows: dict, name: str, others) -> float | None:
+    ours = rows.get(f'{name} / mosaic')
+    theirs = [rows[key]['microseconds'] for other in others if (key := f'{name} / {other}') in rows]
     return (
         min(theirs) / ours['microseconds'] if ours and ours.get('microseconds') and theirs else None
     )
@@ -148,17 +258,16 @@ def show(record: Record) -> None:
             rate = row.get('tflops') or row.get('gigabytes_per_second') or row['microseconds']
             unit = {'matmul': 'TFLOP/s', 'copy': 'GB/s', 'launch': 'us'}[name]
             print(f'{name}: {rate:.4g} {unit}')
-    tests = record.values.get('tests')
-    if tests:
-        counts = ', '.join(f'{n} {verdict.lower()}' for verdict, n in tests['counts'].items())
-        print(f'GPU tests: {tests.get("failed", "")} {counts or tests["said"]}')
-        for name in tests['failed_tests']:
+    for file, found in record.values.get('tests', {}).items():
+        print(f'GPU tests, {file}: {_verdict(found)}')
+        for name in found.get('failed_tests', []):
             print(f'    {name}')
-    numerics = [row for row in record.rows if row['stage'] == 'numerics']
+    rows = [row for row in record.rows if row['stage'] == 'numerics']
     for op in OPS:
-        own = [row for row in numerics if re.split(r'\s', row['name'])[0] == op]
+        own = [row for row in rows if row['name'].split()[0] == op]
         held = sum(bool(row.get('held')) for row in own)
-        verdict = 'PROVEN' if op in proven(record) else 'not proven'
+        why_not = unproven(record, op)
+        verdict = f'not proven: {why_not}' if why_not else 'PROVEN'
         print(f'{op}: {held} of {len(own)} cases held; {verdict}')
         for row in own:
             if not row.get('held'):

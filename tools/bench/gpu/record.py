@@ -47,6 +47,14 @@ class Record:
         found = [row for row in self.rows if row['stage'] == name]
         return {row['name']: row for row in found if not outcome(row)}
 
+    @property
+    def failed_tests(self) -> list[str]:
+        """The files whose tests were begun and did not all pass."""
+        tests = self.values.get('tests', {})
+        return [
+            file for file, found in tests.items() if 'not_run' not in found and not passed(found)
+        ]
+
     def add(self, row: dict) -> None:
         """Keeps, saves and prints a row; one of the same stage and name gives way to it."""
         same = (row['stage'], row['name'])
@@ -80,6 +88,11 @@ def outcome(row: dict) -> str:
     """Why there is no result; '' if there is one."""
     words = {'refused': 'refused', 'failed': 'FAILED', 'not_run': 'not run'}
     return next((f'{words[key]}: {row[key]}' for key in words if key in row), '')
+
+
+def passed(tests: dict) -> bool:
+    """Whether all tests of a file ran, and none failed."""
+    return tests.get('exit_code') == 0 and set(tests['counts']) == {'PASSED'}
 
 
 def summary(row: dict) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._tables import source_digest
 from tools.bench.gpu import documents, peers, references
 from tools.bench.gpu.numerics import kernels
 from tools.bench.gpu.stages import Task
@@ -44,7 +45,7 @@ class RmsNorm:
 
     op = 'rms_norm'
     parts = ('forward', 'backward')
-    implementations = ('xla', 'tokamax', 'mosaic')
+    implementations = ('mosaic', 'xla', 'tokamax')
 
     @property
     def name(self) -> str:
@@ -90,10 +91,14 @@ class FlashAttention:
     H: int
     packed: bool = False
     window: int = 0
+    compared: bool = True  # with more than XLA: where there is a goal for it
 
     op = 'flash_attention'
     parts = ('forward', 'backward')
-    implementations = (*peers.ATTENTION, 'mosaic')
+
+    @property
+    def implementations(self) -> tuple:
+        return ('mosaic', *(peers.ATTENTION if self.compared else ('xla',)))
 
     @property
     def name(self) -> str:
@@ -157,7 +162,7 @@ class DecodeAttention:
 
     op = 'decode_attention'
     parts = ('forward',)
-    implementations = ('xla', 'mosaic')
+    implementations = ('mosaic', 'xla')
 
     @property
     def name(self) -> str:
@@ -197,7 +202,7 @@ class CrossEntropy:
 
     op = 'cross_entropy'
     parts = ('loss and gradients',)
-    implementations = ('naive', 'xla', 'tokamax', 'mosaic')
+    implementations = ('mosaic', 'xla', 'naive', 'tokamax')
 
     @property
     def name(self) -> str:
@@ -231,11 +236,11 @@ class CrossEntropy:
 SHAPES = (
     RmsNorm(16384, 4096),
     FlashAttention('causal', 4, 4096, 32, 32, 128),
-    FlashAttention('1B shape', 8, 4096, 32, 8, 64),
-    FlashAttention('GQA', 4, 4096, 32, 8, 128),
+    FlashAttention('1B shape', 8, 4096, 32, 8, 64, compared=False),
+    FlashAttention('GQA', 4, 4096, 32, 8, 128, compared=False),
     FlashAttention('packed', 4, 4096, 32, 8, 128, packed=True),
-    FlashAttention('packed, 1B shape', 8, 4096, 32, 8, 64, packed=True),
-    FlashAttention('window 1024', 4, 4096, 32, 8, 128, window=1024),
+    FlashAttention('packed, 1B shape', 8, 4096, 32, 8, 64, packed=True, compared=False),
+    FlashAttention('window 1024', 4, 4096, 32, 8, 128, window=1024, compared=False),
     DecodeAttention(64, 8192, 32, 8, 128),
     CrossEntropy(16384, 4096, 131072),
 )
@@ -247,17 +252,20 @@ SMOKE_SHAPES = (
 )
 
 
-def tasks(smoke: bool, op: str) -> list[Task]:
-    """All implementations at the shapes of an op, ours last: their faults break the device."""
-    shapes = [shape for shape in (SMOKE_SHAPES if smoke else SHAPES) if shape.op == op]
-    order = dict.fromkeys(name for shape in shapes for name in shape.implementations)
+# Those of a group share a process; ours may break the device, and others may be slow to start.
+GROUPS = (('mosaic',), ('xla',), ('fa3', 'cudnn', 'tokamax', 'naive'))
+
+
+def tasks(smoke: bool, implementations: list[str]) -> list[Task]:
+    """These implementations at all shapes where they are compared."""
     return [
         Task(
             f'{shape.name} {part} / {implementation}',
             functools.partial(_run, shape, part, implementation, smoke),
         )
-        for implementation in order
-        for shape in shapes
+        for implementation in implementations
+        for shape in (SMOKE_SHAPES if smoke else SHAPES)
+        if implementation in shape.implementations
         for part in shape.parts
     ]
 
@@ -272,4 +280,5 @@ def _run(shape, part: str, implementation: str, smoke: bool) -> dict:
         jax.eval_shape(call_kernel)  # simulated, its time would say nothing
         return {'traced': True}
     call = shape.kernel(part) if implementation == 'mosaic' else shape.other(part, implementation)
-    return measured(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)
+    row = measured(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)
+    return row | ({'source': source_digest(shape.op)} if implementation == 'mosaic' else {})

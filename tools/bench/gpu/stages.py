@@ -27,6 +27,11 @@ from tools.bench.gpu.record import Record
 ROOT = Path(__file__).resolve().parents[3]
 # Compiled programs outlive the processes of a part, and serve the next one.
 CACHE = str(Path(tempfile.gettempdir()) / f'jaxfm-bench-{os.getuid()}')
+# Also those that are quick to compile: there are hundreds of them.
+ENVIRONMENT = {
+    'JAX_COMPILATION_CACHE_DIR': CACHE,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+}
 PATIENCE = 120.0  # seconds without a row: a compilation may take that long, more is a hang
 
 
@@ -66,6 +71,8 @@ class Runner:
         self, stage: str, limit=float('inf'), environment=None, patience=None, **options
     ) -> None:
         """All tasks of a stage that `only` lets pass, for at most `limit` seconds.
+
+        --only names tasks, or a stage, which is all of its tasks.
 
         patience: seconds without a row after which a process hangs.
         """
@@ -133,7 +140,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
             process = subprocess.Popen(
                 [*map(str, command), '--rows', str(path)],
                 cwd=ROOT,
-                env={'JAX_COMPILATION_CACHE_DIR': CACHE, **os.environ, **(environment or {})},
+                env={**ENVIRONMENT, **os.environ, **(environment or {})},
                 stdout=file,
                 stderr=file,
                 start_new_session=True,  # so that what it starts ends with it
@@ -167,7 +174,7 @@ def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
     """The lines of a stage, from task `first` on; ends early where the device is broken."""
     only = options.pop('only')
     module = importlib.import_module(f'tools.bench.gpu.{stage}')
-    tasks = [task for task in module.tasks(**options) if _passes(task.name, only)]
+    tasks = [task for task in module.tasks(**options) if passes(only, stage, task.name)]
     yield {'about': _device(), 'names': [task.name for task in tasks]}
     for task in tasks[first:]:
         start = time.monotonic()
@@ -177,8 +184,14 @@ def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
             return
 
 
-def _passes(name: str, only) -> bool:
-    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
+def passes(only, *names: str) -> bool:
+    """Whether one of the patterns is that of one of the names; no pattern lets all pass."""
+    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only for name in names)
+
+
+def quick(limit: float) -> float:
+    """The patience with tasks of seconds: a hang leaves two thirds of the limit to the others."""
+    return min(30.0, limit / 3)
 
 
 def attempt(function: Callable[[], dict]) -> tuple[dict, bool]:

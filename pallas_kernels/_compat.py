@@ -12,7 +12,6 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import fragmented_array
 
@@ -152,6 +151,9 @@ def tiled_layout(tiles, *, warp_dims, lane_dims):
 @contextlib.contextmanager
 def interpreted_races():
     """Starts with a clean interpreter; yields a function that says if races were found since."""
+    # Private, and for tests alone: nothing else needs it.
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
     interpreter.reset_gpu_interpret_mode_state()
     try:
         # The detector exists from the first launch on.

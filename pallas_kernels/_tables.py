@@ -33,14 +33,17 @@ def entries(directory: Path, name: str = 'tiles.json') -> list[dict]:
 
 
 def proof(op: str, device_kind: str) -> dict | None:
-    """The entry of proven.json, {"op", "device", "date", ...}, if it is proven on that kind.
+    """The entry of proven.json, if the kernel as it is now is proven on that kind.
+
+    It is {"op", "device", "date", "versions", "source": `source_digest`, "speed_over_xla": the
+    least of what was measured, or null}.
 
     Args:
       op: the kernel's folder.
     """
     for entry in entries(DIRECTORY, 'proven.json'):
         same_kind = short_kind(entry['device']) == short_kind(device_kind)
-        if entry['op'] == op and same_kind:
+        if entry['op'] == op and same_kind and entry['source'] == source_digest(op):
             return entry
     return None
 

@@ -8,7 +8,6 @@ named stands here, so that a config is checked without jax; `choice.py` chooses.
 IMPLEMENTATIONS = {
     'attention': ('mosaic', 'cudnn', 'fa3', 'xla', 'interpret'),
     'decode_attention': ('mosaic', 'xla', 'interpret'),
-    'linear': ('xla',),
     'rms_norm': ('mosaic', 'xla', 'interpret'),
     'token_logprobs': ('mosaic', 'xla', 'interpret'),
 }

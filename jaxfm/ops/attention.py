@@ -19,6 +19,9 @@ from pallas_kernels.flash_attention.forward import HEAD_DIMS
 # What the backward pass of the kernel needs of the forward one; remat policies know these names.
 SAVED_NAMES = ('attention_out', 'attention_lse')
 
+# Fewer a row, as in decoding, and most of a tile of the kernel would be for nothing.
+_LEAST_QUERIES = 64
+
 # Below every score; finite, so that a row of nothing else has no NaN.
 MASKED = -1e30
 
@@ -60,7 +63,8 @@ def obstacles(
         found['cudnn'] = (
             'it would attend across documents, because its public interface has no segment ids: it '
             'is right only where every row is one document from position 0 with padding behind it. '
-            "Promise that by one_document=True (data.packing='none'), or say 'mosaic' or 'xla'"
+            "Promise that by one_document=True (data.packing='none'), which cannot be for keys from "
+            "a cache, as in sampling, or say 'mosaic' or 'xla'"
         )
     if axis_size(ACTIVATIONS, 'position') > 1:
         found['cudnn'] = "its mask is wrong for rows split over context; say 'mosaic' or 'xla'"
@@ -97,6 +101,8 @@ def attention(
     unsupported = obstacles(
         head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document
     )
+    if implementation is None and q_BTNH.shape[1] < _LEAST_QUERIES:
+        unsupported['mosaic'] = 'a few queries a row, and the kernel computes tiles of them'
     name = choose('attention', implementation, unsupported)
     keys = _whole_keys(keys)
     if name == 'xla':
@@ -104,6 +110,7 @@ def attention(
     q_BTNH = place(q_BTNH, *_QUERIES)
     if name == 'cudnn':
         return _cudnn(q_BTNH, keys, segment_ids_BT, scale, window)
+    assert name in ('mosaic', 'interpret'), name
     options = (('scale', scale), ('window', window), ('softcap', softcap))
     options += (('interpret', name == 'interpret'),)
     ids = (place(positions_BT, *_ROWS), place(segment_ids_BT, *_ROWS), *keys[2:])

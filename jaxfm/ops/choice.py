@@ -89,7 +89,7 @@ def decide(
 
 
 def _best(op: str, unsupported: Mapping[str, str]) -> Choice:
-    """Our kernel where a GPU like this one has passed its tests, else XLA."""
+    """Our kernel where it is right and not slower on a GPU like this one, else XLA."""
     if 'mosaic' not in IMPLEMENTATIONS[op]:
         return Choice('xla', 'there is no kernel of ours')
     device = target()
@@ -100,6 +100,10 @@ def _best(op: str, unsupported: Mapping[str, str]) -> Choice:
         return Choice('xla', f'the kernel is not proven on {device.kind}')
     if obstacle := _obstacle('mosaic', unsupported):
         return Choice('xla', obstacle)
+    speed = proof['speed_over_xla']
+    if speed is None or speed < 1:
+        measured = 'never timed' if speed is None else f'at {speed:.2f} of the speed of XLA'
+        return Choice('xla', f'the kernel is proven on {device.kind}, but {measured}')
     return Choice('mosaic', f'proven on {device.kind} on {proof["date"]}')
 
 

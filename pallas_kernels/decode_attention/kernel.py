@@ -1,4 +1,4 @@
-"""Attention of one query a sequence over paged keys and values, on Hopper (unproven on hardware).
+"""Attention of one query a sequence over paged keys and values, on Hopper.
 
 The bytes of keys and values are the floor: all else must hide behind their way from memory.
 - A block attends to a part (split) of one sequence for one kv head; the parts are merged by their

@@ -7,7 +7,7 @@ and in one order: no atomics, and the same bits each time.
 
 One warpgroup brings what is visited into a ring in shared memory, the others compute. The scores
 of the first kernel are transposed (a row for each key), so that in both kernels what comes out of
-the softmax goes from registers into the next matrix product. Unproven on hardware.
+the softmax goes from registers into the next matrix product.
 
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """

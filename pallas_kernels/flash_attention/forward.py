@@ -6,7 +6,7 @@ of each tile into a ring of slots, which both halves read.
 
 A half begins the scores of a tile together with the output of the tile before, whose weights are
 ready. The two halves take turns in beginning, so that while one does its softmax, the tensor cores
-work for the other. Unproven on hardware.
+work for the other.
 """
 
 import dataclasses

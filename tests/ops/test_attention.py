@@ -208,6 +208,17 @@ def test_the_kernel_is_as_near_to_float32_as_xla(interpreter, documents, window,
     assert_as_near_as_xla(found, arrays, *ids, **options)
 
 
+def test_a_few_queries_are_not_padded_to_a_tile_unless_the_kernel_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, 'choose', lambda op, name, why: asked.append(why) or 'xla')
+    for queries, name in ((1, None), (64, None), (1, 'mosaic')):
+        ids = jnp.ones((1, queries), jnp.int32)
+        q, kv = jnp.ones((1, queries, 2, 64), jnp.bfloat16), jnp.ones((1, 64, 2, 64), jnp.bfloat16)
+        keys = KeyValues(kv, kv, *(jnp.ones((1, 64), jnp.int32),) * 2)
+        attention(q, keys, ids, ids, scale=1.0, implementation=name)
+    assert ['mosaic' in why for why in asked] == [True, False, False]
+
+
 def test_the_kernel_reads_a_cache(interpreter):
     """Keys of a whole row, queries its last tokens."""
     (q, k, v), (positions, segments) = wide(100, 2, 1), ragged(100, PACKED)

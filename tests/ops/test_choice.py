@@ -22,9 +22,11 @@ def an_op_with_everything(monkeypatch):
 
 @pytest.fixture
 def proven(monkeypatch):
-    """The op is proven on an H200."""
-    entry = {'op': 'op', 'device': 'H200', 'date': '2026-11-27'}
+    """The op is proven on an H200; what was measured may be changed."""
+    entry = {'op': 'op', 'device': 'H200', 'date': '2026-11-27', 'speed_over_xla': 1.2}
+    entry['source'] = _tables.source_digest('op')
     monkeypatch.setattr(_tables, '_read', lambda path: [entry])
+    return entry
 
 
 def on(kind: str, platform: str = 'gpu'):
@@ -98,6 +100,21 @@ def test_a_proven_kernel_is_chosen_where_it_can_do_what_is_asked(proven):
     for other in ('NVIDIA H100 80GB HBM3', 'cpu'):
         with on(other):
             assert decide('op', None).name == 'xla'
+
+
+@pytest.mark.parametrize(
+    'change, why',
+    [
+        ({'speed_over_xla': 0.9}, 'at 0.90 of the speed of XLA'),
+        ({'speed_over_xla': None}, 'never timed'),
+        ({'source': 'of another kernel'}, 'not proven on NVIDIA H200'),
+    ],
+)
+def test_a_kernel_that_is_slower_or_has_changed_since_is_not_chosen(proven, change, why):
+    proven |= change
+    with on('NVIDIA H200'):
+        chosen = decide('op', None)
+    assert chosen.name == 'xla' and why in chosen.reason
 
 
 def test_the_log_says_once_what_none_has_come_to(caplog):

@@ -292,20 +292,23 @@ def test_without_a_gpu_the_device_is_named(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('documents', [PACKED, ALONE])
-@pytest.mark.parametrize('window', [0, 33])
-@pytest.mark.parametrize('heads', [(4, 4), (4, 1)])
-@pytest.mark.parametrize('softcap', [0.0, 5.0])
-@pytest.mark.parametrize('name', ['mosaic', 'cudnn'])
+@pytest.mark.parametrize(
+    'name, softcap, heads, window, documents',
+    [
+        ('mosaic', 0.0, (4, 4), 0, ALONE),
+        ('mosaic', 0.0, (4, 1), 0, PACKED),
+        ('mosaic', 0.0, (4, 1), 33, PACKED),
+        ('mosaic', 5.0, (4, 4), 33, ALONE),
+        ('mosaic', 5.0, (4, 1), 0, PACKED),
+        ('cudnn', 0.0, (4, 4), 0, ALONE),
+        ('cudnn', 0.0, (4, 1), 33, ALONE),
+    ],
+)
 def test_on_the_gpu_every_implementation_is_as_near_to_float32_as_xla(
     name, softcap, heads, window, documents
 ):
     arrays, ids = wide(100, *heads), ragged(100, documents)
     options = dict(scale=0.125, window=window, softcap=softcap)
     options |= dict(one_document=documents is ALONE, implementation=name)
-    if name == 'cudnn' and (softcap or documents is PACKED):
-        with pytest.raises(ValueError, match="as 'cudnn'"):
-            value_and_gradients(arrays, *ids, **options)
-        return
     found = value_and_gradients(arrays, *ids, **options)
     assert_as_near_as_xla(found, arrays, *ids, **options)

@@ -189,19 +189,47 @@ def test_the_op_with_most_cases_has_most_of_the_time_and_ours_come_before_others
 
 def test_a_stage_can_be_asked_for_alone(plan):
     stages, files, _ = plan('numerics')
-    assert {stage for stage, *_ in stages} == {'numerics'} and not files
-    limits = {options['op']: limit for _, limit, _, options in stages}
+    assert {stage for stage, *_ in stages} == {'timing', 'numerics'} and not files
+    limits = {options['op']: limit for _, limit, _, options in stages[1:]}
     assert limits['flash_attention'] > 200
 
 
 def test_gpu_tests_run_file_by_file_and_those_left_out_are_named(plan, monkeypatch):
-    stages, files, record = plan('tests')
-    assert not stages and list(files) == kernels.test_files()
+    stages, files, record = plan('tests', pace=0.2)
+    assert len(stages) == 1 and list(files) == kernels.test_files()
     assert {kernels._op(file) for file in files} >= set(numerics.OPS)
     assert all(seconds >= kernels.LEAST_SECONDS for seconds in files.values())
     _, files, record = plan()
     assert not files
     assert {found['not_run'] for found in record.values['tests'].values()} == {'the time is out'}
+
+
+def test_of_another_device_nothing_stays(tmp_path):
+    record = Record(tmp_path, 'kernels', smoke=False)
+    record.set_device({'device': 'NVIDIA H100'})
+    record.add({'stage': 'numerics', 'name': 'rms_norm', 'held': True})
+    record.set(tests={'file': {'exit_code': 0}})
+    record.set_device({'device': 'NVIDIA H100'})
+    assert record.rows and record.values['tests']
+    record.set_device({'device': 'NVIDIA H200'})
+    assert not record.rows and not record.values['tests']
+
+
+def test_a_stage_that_had_no_time_to_start_is_no_failure(tmp_path):
+    record = Record(tmp_path, 'kernels', smoke=True)
+    for limit, patience, said in ((0.2, 60, 'not run: '), (60, 0.5, 'FAILED: no result within')):
+        command = [sys.executable, '-c', 'import time; time.sleep(60)']
+        Runner(record, 60).run_command('stage', command, limit=limit, patience=patience)
+        assert outcome(record.rows[0]).startswith(said)
+    assert not Record(tmp_path, 'kernels', smoke=True, resume=True).rows
+
+
+def test_of_training_only_what_is_asked_for_has_a_process(tmp_path):
+    runner = Plan(Record(tmp_path, 'train', smoke=False), 510, only=('mosaic unrolled',))
+    runner.pace = 0.0
+    train.run(runner.record, runner)
+    names = [options['names'] for stage, *_, options in runner.stages if stage == 'train']
+    assert names == [['mosaic unrolled']] and not runner.record.rows
 
 
 def test_compiled_programs_of_all_processes_are_kept(monkeypatch, tmp_path):

@@ -29,7 +29,7 @@ NUMERICS = 0.6  # of the time: flash attention alone has some 200 s of programs 
 
 def run(record: Record, runner: Runner) -> None:
     """Numerics come first: without them speed is worth nothing. Tests have what time is left."""
-    _run(runner, 'timing', 60)
+    runner.run('timing', limit=90, patience=quick(90))  # also says which device it is
     _run_numerics(runner)
     for group, share in zip(speed.GROUPS, (0.6, 0.6, 0.5)):
         # Ours first: what others do not get done proves nothing.
@@ -41,7 +41,7 @@ def _run(runner: Runner, stage: str, limit: float, **options) -> None:
     """A stage of tasks of seconds; no process starts for what --only leaves out."""
     tasks = importlib.import_module(f'tools.bench.gpu.{stage}').tasks(runner.smoke, **options)
     if any(passes(runner.only, stage, task.name) for task in tasks):
-        limit = min(limit, runner.left)
+        limit = max(0.0, min(limit, runner.left))
         runner.run(stage, limit=limit, patience=quick(limit), **options)
 
 

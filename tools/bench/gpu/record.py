@@ -34,7 +34,8 @@ class Record:
             'python': platform.python_version(),
             'cores': len(os.sched_getaffinity(0)),
             'versions': versions(),
-            'rows': earlier.get('rows', []),
+            # What did not even start then has no name that could be measured again.
+            'rows': [row for row in earlier.get('rows', []) if row['name'] != '*'],
         }
         self.save()
 
@@ -62,6 +63,12 @@ class Record:
         self.values['rows'] = [*kept, row]
         self.save()
         print(f'{row["stage"]:12} {row["name"]:58} {outcome(row) or summary(row)}', flush=True)
+
+    def set_device(self, about: dict) -> None:
+        """What is measured from now on is of this device; of another one nothing stays."""
+        if self.values.get('device', about['device']) != about['device']:
+            self.set(rows=[], tests={})
+        self.set(**about)
 
     def set(self, **values) -> None:
         self.values |= values

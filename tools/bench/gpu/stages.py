@@ -101,7 +101,8 @@ class Runner:
                     names = line['names']
                 self._take(stage, line)
             if names is None:
-                self.record.add({'stage': stage, 'name': '*', 'failed': reason or 'said nothing'})
+                key = 'failed' if time.monotonic() < end else 'not_run'
+                self.record.add({'stage': stage, 'name': '*', key: reason or 'said nothing'})
                 return
             rows = sum('names' not in line for line in lines)
             first += rows
@@ -119,7 +120,7 @@ class Runner:
 
     def _take(self, stage: str, line: dict) -> None:
         if 'names' in line:
-            self.record.set(**line['about'])
+            self.record.set_device(line['about'])
         else:
             self.record.add({'stage': stage, **line})
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tools.bench.gpu import models
 from tools.bench.gpu.record import Record, bar, outcome, show_bars
-from tools.bench.gpu.stages import ROOT, Runner, Task
+from tools.bench.gpu.stages import ROOT, Runner, Task, passes
 from tools.bench.gpu.timing import floor_microseconds
 
 PEER = 'tools/bench/peers/llama_torch.py'
@@ -80,6 +80,8 @@ def run(record: Record, runner: Runner, peer_python: str | None = None) -> None:
 
 def _run_ours(runner: Runner, names: list[str], **options) -> None:
     for name in names:  # a process each
+        if not passes(runner.only, 'train', name):
+            continue
         runner.run(
             'train',
             limit=LONGEST,
@@ -91,6 +93,9 @@ def _run_ours(runner: Runner, names: list[str], **options) -> None:
 
 
 def _run_peer(runner: Runner, python: str | None, weights: str, settings: dict) -> None:
+    settings = {name: each for name, each in settings.items() if passes(runner.only, 'peer', name)}
+    if not settings:
+        return
     if python is None and importlib.util.find_spec('torch') is None:
         reason = f'torch is not installed for {Path(sys.executable).name}: --peer_python'
         for name in settings:
@@ -98,7 +103,7 @@ def _run_peer(runner: Runner, python: str | None, weights: str, settings: dict) 
         return
     # torch never starts in this process, so that --smoke works with another interpreter.
     command = [python or sys.executable, ROOT / PEER, '--model', json.dumps(_shape(runner.smoke))]
-    command += ['--settings', json.dumps(settings), '--only', json.dumps(runner.only)]
+    command += ['--settings', json.dumps(settings)]
     command += ['--weights', weights, '--optimizer', json.dumps(models.OPTIMIZER)]
     command += ['--steps', json.dumps(SMOKE_STEPS if runner.smoke else (WARM_UP, GROUPS, STEPS))]
     command += ['--rows_a_step', json.dumps([2] if runner.smoke else ROWS['none'])]

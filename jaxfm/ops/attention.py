@@ -63,7 +63,7 @@ def obstacles(
         found['cudnn'] = (
             'it would attend across documents, because its public interface has no segment ids: it '
             'is right only where every row is one document from position 0 with padding behind it. '
-            "Promise that by one_document=True (data.packing='none'), which cannot be for keys from "
+            "Promise that by one_document=True (data.packing='none'), which cannot be for keys of "
             "a cache, as in sampling, or say 'mosaic' or 'xla'"
         )
     if axis_size(ACTIVATIONS, 'position') > 1:

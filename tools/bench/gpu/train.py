@@ -21,7 +21,7 @@ import numpy as np
 
 from tools.bench.gpu import models
 from tools.bench.gpu.record import Record, bar, outcome, show_bars
-from tools.bench.gpu.stages import ROOT, Runner, Task, passes
+from tools.bench.gpu.stages import ROOT, Runner, Task, passes, quick
 from tools.bench.gpu.timing import floor_microseconds
 
 PEER = 'tools/bench/peers/llama_torch.py'
@@ -74,7 +74,7 @@ def run(record: Record, runner: Runner, peer_python: str | None = None) -> None:
                 peer({f'{best} #{repeat}': settings[best]})
             if (best := _best(record, 'train')) and not runner.smoke:
                 measure([f'{best} #{repeat}'])
-    runner.run('train_ops', limit=90)
+    runner.run('train_ops', limit=90, patience=quick(90))
     measure(others[2:])
 
 

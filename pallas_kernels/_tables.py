@@ -27,6 +27,11 @@ def find(directory: Path, device_kind: str, **key) -> dict | None:
     return None
 
 
+def measured(file: str, **key) -> dict | None:
+    """`find` in the table beside a kernel's source file, for the device a program is made for."""
+    return find(Path(file).parent, target_device().device_kind, **key)
+
+
 def entries(directory: Path, name: str = 'tiles.json') -> list[dict]:
     """All of a table; of a kernel that has none yet, nothing."""
     return _read(Path(directory) / name)
@@ -52,17 +57,16 @@ def proof(op: str, device_kind: str) -> dict | None:
 def source_digest(op: str) -> str:
     """Of what a kernel is made of, its folder's modules and those all share: proofs hold for it."""
     digest = hashlib.sha256()
-    for path in (*sorted((DIRECTORY / op).glob('*.py')), DIRECTORY / '_compat.py'):
+    shared = [DIRECTORY / name for name in ('_compat.py', '_padding.py')]
+    for path in (*sorted((DIRECTORY / op).glob('*.py')), *shared):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def device_kind() -> str:
-    """Of what a program is made for: the device of the mesh that is set, else the default one."""
+def target_device() -> jax.sharding.AbstractDevice | jax.Device:
+    """What a program is made for: the device of the mesh that is set, else the default one."""
     described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        return described.device_kind
-    return jax.local_devices(backend=jax.default_backend())[0].device_kind
+    return described or jax.local_devices(backend=jax.default_backend())[0]
 
 
 def short_kind(device_kind: str) -> str:

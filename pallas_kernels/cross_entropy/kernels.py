@@ -11,14 +11,14 @@ and the same tiles of the weight: it is read from memory once.
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _tables
-from pallas_kernels._compat import launch, pl, plgpu
+from pallas_kernels._compat import launch, operand, pl, plgpu
+from pallas_kernels._padding import whole_tiles
 
 _LOG2E = math.log2(math.e)
 _COMPUTE = 2  # warpgroups
@@ -43,7 +43,7 @@ class Tiles:
     def for_shape(cls, kernel: str, rows: int, vocab: int, dim: int, dtype) -> 'Tiles':
         """What was measured best for such a shape, else a guess."""
         key = table_key(kernel, rows, vocab, dim, dtype)
-        found = _tables.find(Path(__file__).parent, _tables.device_kind(), **key)
+        found = _tables.measured(__file__, **key)
         return cls(**found) if found else cls._guess(kernel, rows, vocab, jnp.dtype(dtype))
 
     @classmethod
@@ -234,7 +234,7 @@ def logit_gradients(
         block,
         interpret=interpret,
         out_type=(jax.ShapeDtypeStruct((walk.rows, walk.vocab), dtype),),
-        scratch_types=dict(out_smem=_smem((_COMPUTE, _ROWS, walk.vocab_tile), dtype)),
+        scratch_types=dict(out_smem=operand((_COMPUTE, _ROWS, walk.vocab_tile), dtype)),
     )(walk.hidden, walk.weight, targets, *vectors, limit)
     return gradients[: hidden_MD.shape[0], : weight_VD.shape[0]]
 
@@ -254,8 +254,8 @@ class _Walk:
             raise ValueError(f'cross_entropy: {reason}')
         tiles = tiles or Tiles.for_shape(kernel, M, V, D, hidden_MD.dtype)
         return cls(
-            _pad(hidden_MD, _BLOCK_ROWS),
-            _pad(weight_VD.astype(hidden_MD.dtype), tiles.vocab_tile),
+            whole_tiles(hidden_MD, _BLOCK_ROWS, 0),
+            whole_tiles(weight_VD.astype(hidden_MD.dtype), tiles.vocab_tile, 0),
             tiles,
         )
 
@@ -281,13 +281,13 @@ class _Walk:
         return pl.cdiv(self.vocab // self.vocab_tile, self._tiles_a_split)
 
     def pad_rows(self, x_M):
-        return _pad(x_M, _BLOCK_ROWS)
+        return whole_tiles(x_M, _BLOCK_ROWS, 0)
 
     def launch(self, block, *, scratch_types: dict, **options):
         slots, dtype = self.tiles.slots, self.hidden.dtype
         ring = dict(
-            hidden_smem=_smem((slots, _BLOCK_ROWS, _DEPTH), dtype),
-            weight_smem=_smem((slots, self.vocab_tile, _DEPTH), dtype),
+            hidden_smem=operand((slots, _BLOCK_ROWS, _DEPTH), dtype),
+            weight_smem=operand((slots, self.vocab_tile, _DEPTH), dtype),
             ready=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
         )
@@ -405,18 +405,6 @@ def _own_ids(walk: _Walk, targets_M, weight_VD, vocab_size: int, first_id):
     # The rows that fill the last tile are no ids; the next part of the vocabulary has those.
     targets = jnp.where(targets < V, targets, -1)
     return walk.pad_rows(targets), jnp.full((1,), limit, jnp.int32)
-
-
-def _pad(x, multiple: int):
-    """Zeros after the first dimension's end; nothing is copied where it is a multiple."""
-    missing = -x.shape[0] % multiple
-    return jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)) if missing else x
-
-
-def _smem(shape, dtype):
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
 
 
 def _load_row(ref, rows):

@@ -18,14 +18,13 @@ The bytes of keys and values are the floor: all else must hide behind their way 
   lanes: for one head about as much work, and that again for each further one.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import accumulate, launch, matmul, pl, plgpu
+from pallas_kernels._compat import accumulate, launch, matmul, operand, pl, plgpu
 from pallas_kernels.decode_attention.tiles import HEAD_DIMS, ROWS, Tiles
 
 LOG2_E = math.log2(math.e)
@@ -263,9 +262,7 @@ def _attend_to_splits(
         plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, G)], lse_ref.at[split, batch, kv_head])
         plgpu.wait_smem_to_gmem(0)
 
-    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    matrix = functools.partial(plgpu.SMEM, dtype=dtype, transforms=(tiling, swizzle))
-    ring = matrix((tiles.slots, tiles.tokens, H))
+    ring = operand((tiles.slots, tiles.tokens, H), dtype)
     return launch(
         body,
         interpret=interpret,
@@ -278,7 +275,7 @@ def _attend_to_splits(
         grid=(B, tiles.splits, K),
         grid_names=('batch', 'split', 'kv_head'),
         scratch_types=(
-            matrix((ROWS, H)),
+            operand((ROWS, H), dtype),
             # The result takes the place of tiles that are no longer needed.
             plgpu.RefUnion(
                 (ring, ring),

@@ -1,13 +1,11 @@
 """Sizes of decode attention that change speed, not results: what was measured, else a guess."""
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 
 from pallas_kernels import _tables
 
-DIRECTORY = Path(__file__).parent
 HEAD_DIMS = (64, 128, 256)
 ROWS = 64  # of one WGMMA: the query heads of a kv head, padded
 SMS = 132  # of an H100, an H200
@@ -47,7 +45,7 @@ class Tiles:
             max_length=max_length,
             dtype=dtype,
         )
-        if found := _tables.find(DIRECTORY, _tables.device_kind(), **key):
+        if found := _tables.measured(__file__, **key):
             return cls(**found)
         return _guess(*_RINGS[head_dim][0], batch * num_kv_heads, head_dim, max_length)
 

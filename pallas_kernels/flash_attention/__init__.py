@@ -2,3 +2,4 @@
 
 from pallas_kernels.flash_attention.backward import backward as backward
 from pallas_kernels.flash_attention.forward import forward as forward
+from pallas_kernels.flash_attention.forward import obstacle as obstacle

@@ -15,14 +15,23 @@ B batch, T query position, S key position, N heads, K kv heads, G = N / K, H hea
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import _tables
-from pallas_kernels._compat import add_product, launch, overlapped, pl, plgpu, read
+from pallas_kernels._compat import (
+    add_product,
+    launch,
+    operand,
+    overlapped,
+    pl,
+    plgpu,
+    read,
+    tanh,
+)
+from pallas_kernels._padding import whole_tiles
 from pallas_kernels.flash_attention import schedule
 
 # What a warpgroup owns: the rows of one instruction of the tensor cores.
@@ -46,11 +55,7 @@ class Tiles:
     @classmethod
     def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
         """What was measured on the device of the program, else a guess."""
-        found = _tables.find(
-            Path(__file__).parent,
-            _tables.device_kind(),
-            **table_key(head_dim=head_dim, dtype=dtype),
-        )
+        found = _tables.measured(__file__, **table_key(head_dim=head_dim, dtype=dtype))
         return cls(**(found or _GUESSES[head_dim]))
 
 
@@ -113,9 +118,9 @@ def backward(
     delta_BNT = jnp.swapaxes(delta_BTN, 1, 2)
     # A query that sees nothing has no probabilities: exp2(score - inf) is 0.
     log2_BNT = jnp.where(jnp.isneginf(lse_BNT), jnp.inf, lse_BNT * _LOG2E)
-    q, dout = (schedule.whole_tiles(x, q_tile) for x in (q_BTNH, dout_BTNH.astype(q_BTNH.dtype)))
-    k, v = (schedule.whole_tiles(x, kv_tile) for x in (k_BSKH, v_BSKH))
-    statistics = schedule.whole_tiles(jnp.stack([log2_BNT, -delta_BNT], axis=2), q_tile, axis=3)
+    q, dout = (whole_tiles(x, q_tile, 1) for x in (q_BTNH, dout_BTNH.astype(q_BTNH.dtype)))
+    k, v = (whole_tiles(x, kv_tile, 1) for x in (k_BSKH, v_BSKH))
+    statistics = whole_tiles(jnp.stack([log2_BNT, -delta_BNT], axis=2), q_tile, 3)
     q_ids = schedule.token_ids(q_positions_BT, q_segment_ids_BT, q_tile)
     kv_ids = schedule.token_ids(kv_positions_BS, kv_segment_ids_BS, kv_tile)
     arrays = (q, dout, statistics, q_ids, k, v, kv_ids)
@@ -481,9 +486,7 @@ def _operand(shape, dtype, summed: int):
     The tensor cores take as many at a time as a tile in shared memory has columns, and all
     operands have the same tiles.
     """
-    width = min(summed, 64)
-    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return operand(shape, dtype, columns=min(summed, 64))
 
 
 def _release(barrier):
@@ -514,15 +517,13 @@ def _softmax(products, log2, seen, scale: float, softcap: float):
     seen is None where all are.
     """
     if softcap:
-        # The instruction for tanh is wrong by up to 5e-4, a soft-cap of 50 makes it 0.025; rsqrt
-        # is one, a quotient is not.
-        tanh = 1 - 2 * lax.rsqrt(1 + jnp.exp2(products * (2 * _LOG2E * scale / softcap))) ** 2
-        weights = jnp.exp2(tanh * (softcap * _LOG2E) - log2)
+        capped = tanh(products, scale / softcap)
+        weights = jnp.exp2(capped * (softcap * _LOG2E) - log2)
     else:
         weights = jnp.exp2(products * (scale * _LOG2E) - log2)
     if seen is not None:
         weights = jnp.where(seen, weights, 0.0)
-    return weights, weights * (1.0 - tanh * tanh) if softcap else weights
+    return weights, weights * (1.0 - capped * capped) if softcap else weights
 
 
 def _zeros(shape):

@@ -11,7 +11,6 @@ work for the other.
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +22,14 @@ from pallas_kernels._compat import (
     add_product,
     launch,
     matmul,
+    operand,
     overlapped,
     pl,
     plgpu,
     read,
+    tanh,
 )
+from pallas_kernels._padding import whole_tiles
 from pallas_kernels.flash_attention import schedule
 
 HEAD_DIMS = (64, 128, 256)
@@ -53,11 +55,7 @@ class Tiles:
     @classmethod
     def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
         """What was measured on the device of the program, else a guess."""
-        found = _tables.find(
-            Path(__file__).parent,
-            _tables.device_kind(),
-            **table_key(head_dim=head_dim, dtype=dtype),
-        )
+        found = _tables.measured(__file__, **table_key(head_dim=head_dim, dtype=dtype))
         return cls(**(found or _GUESSES[head_dim]))
 
 
@@ -130,8 +128,8 @@ def forward(
     )
     q_ids_B2T = schedule.token_ids(q_positions_BT, q_segment_ids_BT, tiles.q_tile)
     kv_ids_B2S = schedule.token_ids(kv_positions_BS, kv_segment_ids_BS, kv_tile)
-    q_BTNH = schedule.whole_tiles(q_BTNH, tiles.q_tile)
-    k_BSKH, v_BSKH = (schedule.whole_tiles(x, kv_tile) for x in (k_BSKH, v_BSKH))
+    q_BTNH = whole_tiles(q_BTNH, tiles.q_tile, 1)
+    k_BSKH, v_BSKH = (whole_tiles(x, kv_tile, 1) for x in (k_BSKH, v_BSKH))
     padded_T = q_BTNH.shape[1]
 
     # Scores leave the multiplication times this and are then powers of 2.
@@ -249,7 +247,7 @@ def forward(
             def softmax(scores, step, row_max, row_sum, *, is_partial):
                 """(weights, row_max, row_sum, what earlier sums are to be multiplied by)."""
                 if softcap:
-                    scores = _tanh(scores * (scale / softcap))
+                    scores = tanh(scores, scale / softcap)
                 if is_partial:
                     scores = jnp.where(visible(slot_of(step)), scores, -jnp.inf)
                     # Closes the reads of ids, whose room the copy engine fills next.
@@ -364,9 +362,9 @@ def forward(
             jax.ShapeDtypeStruct((B, N, padded_T), jnp.float32),
         ),
         scratch_types=dict(
-            q_smem=_smem((_COMPUTE, rows, H), dtype),
-            k_smem=_smem((slots, kv_tile, H), dtype),
-            v_smem=_smem((slots, kv_tile, H), dtype),
+            q_smem=operand((_COMPUTE, rows, H), dtype),
+            k_smem=operand((slots, kv_tile, H), dtype),
+            v_smem=operand((slots, kv_tile, H), dtype),
             q_ids_smem=plgpu.SMEM((_COMPUTE, 2, rows), jnp.int32),
             kv_ids_smem=plgpu.SMEM((slots, 2, kv_tile), jnp.int32),
             lse_smem=plgpu.SMEM((_COMPUTE, rows), jnp.float32),
@@ -385,28 +383,24 @@ def forward(
     return out_BTNH[:, :T], lse_BNT[:, :, :T]
 
 
+def obstacle(head_dim: int, dtype) -> str | None:
+    """Why the kernels cannot take such heads, and what they take."""
+    if head_dim not in HEAD_DIMS:
+        return f'head_dim must be one of {", ".join(map(str, HEAD_DIMS))}, not {head_dim}'
+    if jnp.dtype(dtype).name not in ('bfloat16', 'float16'):
+        return f'q, k and v must be bfloat16 or float16, not {jnp.dtype(dtype).name}'
+    return None
+
+
 def _check(q_BTNH, k_BSKH, v_BSKH, scale: float) -> None:
     """What the kernel cannot do is said here, in the caller's terms."""
-    dtypes = {q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype}
-    if len(dtypes) > 1 or dtypes.isdisjoint(map(jnp.dtype, ('bfloat16', 'float16'))):
-        names = ', '.join(sorted(x.name for x in dtypes))
-        raise ValueError(f'q, k and v must all be bfloat16 or all float16, not {names}')
+    dtypes = sorted({x.dtype.name for x in (q_BTNH, k_BSKH, v_BSKH)})
+    if len(dtypes) > 1:
+        raise ValueError(f'q, k and v must have one dtype, not {", ".join(dtypes)}')
     (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
-    if H not in HEAD_DIMS or N % K:
-        raise ValueError(
-            f'head_dim must be one of {HEAD_DIMS}, not {H}, and num_heads ({N}) a multiple of '
-            f'num_kv_heads ({K})'
-        )
+    if problem := obstacle(H, q_BTNH.dtype):
+        raise ValueError(problem)
+    if N % K:
+        raise ValueError(f'num_heads ({N}) must be a multiple of num_kv_heads ({K})')
     if scale <= 0:
         raise ValueError(f'scale must be positive, not {scale}: the greatest score is sought first')
-
-
-def _smem(shape, dtype):
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
-
-
-def _tanh(x):
-    """By exp2 and rsqrt: within 1e-6, where the instruction for tanh is within 5e-4."""
-    return 1 - 2 * lax.rsqrt(1 + jnp.exp2(2 * _LOG2E * x)) ** 2

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._padding import whole_tiles
+
 _FULL, _PARTIAL, _SKIPPED = 0, 1, 2
 _INT_MAX = jnp.iinfo(jnp.int32).max
 _INT_MIN = jnp.iinfo(jnp.int32).min
@@ -75,18 +77,10 @@ def for_keys(
     return _ordered(jnp.swapaxes(kinds_BIJ, 1, 2))
 
 
-def whole_tiles(x, tile: int, axis: int = 1):
-    """x with zeros at the end of the axis up to whole tiles; segment id 0 is seen by nobody."""
-    missing = -x.shape[axis] % tile
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if i == axis % x.ndim else 0) for i in range(x.ndim)])
-
-
 def token_ids(positions_BX, segment_ids_BX, tile: int):
     """[B, 2, X] int32 in whole tiles, positions and segment ids: one copy brings a tile of both."""
     ids = jnp.stack([positions_BX, segment_ids_BX], axis=1).astype(jnp.int32)
-    return whole_tiles(ids, tile, axis=2)
+    return whole_tiles(ids, tile, 2)
 
 
 class _Summary(NamedTuple):
@@ -105,7 +99,7 @@ class _Summary(NamedTuple):
 def _summary(positions_BX, segment_ids_BX, tile: int) -> _Summary:
     B = positions_BX.shape[0]
     position, segment = (
-        whole_tiles(x.astype(jnp.int32), tile).reshape(B, -1, tile)
+        whole_tiles(x.astype(jnp.int32), tile, 1).reshape(B, -1, tile)
         for x in (positions_BX, segment_ids_BX)
     )
     counts = segment > 0

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import launch, pl, plgpu
-from pallas_kernels.rms_norm.forward import load, pad_rows
+from pallas_kernels._padding import whole_tiles
+from pallas_kernels.rms_norm.forward import load
 from pallas_kernels.rms_norm.tiles import Tiles
 
 
@@ -35,7 +36,7 @@ def backward(
     layout, row_tile = tiles.layout, tiles.row_tile
     count = D // tiles.columns
     arrays = [dy_MD, x_MD, inverse_rms_M] + ([] if dsum_MD is None else [dsum_MD])
-    arrays = [pad_rows(array, steps * tiles.rows) for array in arrays]
+    arrays = [whole_tiles(array, tiles.rows, 0) for array in arrays]
     shape = (row_tile, tiles.columns)
 
     def body(scale_ref, dy_ref, x_ref, inverse_ref, *refs):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import launch, pl, plgpu
+from pallas_kernels._padding import whole_tiles
 from pallas_kernels.rms_norm.tiles import Tiles
 
 
@@ -33,7 +34,7 @@ def forward(
     layout, has_residual = tiles.layout, residual_MD is not None
     chunks = [pl.ds(start, tiles.columns) for start in range(0, D, tiles.columns)]
     arrays = [x_MD, residual_MD] if has_residual else [x_MD]
-    arrays = [pad_rows(array, steps * tiles.rows) for array in arrays]
+    arrays = [whole_tiles(array, tiles.rows, 0) for array in arrays]
 
     def body(*refs):
         x_ref, *residual, scale_ref = refs[: len(arrays) + 1]
@@ -83,9 +84,3 @@ def forward(
 def load(ref, layout, *index):
     """From memory into registers."""
     return plgpu.load(ref.at[index], layout=layout, optimized=False)
-
-
-def pad_rows(array, rows: int):
-    """Zero rows behind the others, up to so many."""
-    missing = rows - array.shape[0]
-    return jnp.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)]) if missing else array

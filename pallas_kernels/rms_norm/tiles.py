@@ -5,12 +5,11 @@ A block is a warpgroup: 4 warps of 32 lanes. `warps` x `lanes` threads share a r
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 
+from pallas_kernels import _tables
 from pallas_kernels._compat import plgpu, tiled_layout
-from pallas_kernels._tables import device_kind, find
 
 DTYPES = ('bfloat16', 'float16', 'float32')
 WIDEST = 16384
@@ -62,7 +61,7 @@ class Tiles:
           part: 'forward' or 'backward'.
         """
         key = table_key(part, rows, width, dtype)
-        measured = find(Path(__file__).parent, device_kind(), **key)
+        measured = _tables.measured(__file__, **key)
         if measured is not None:
             return cls(**measured)
         return _heuristic(part, rows, width, dtype)

@@ -244,7 +244,7 @@ MISTAKES = {
     ),
     'delta added': Mistake('_dq', 'log2_BNT, -delta_BNT', 'log2_BNT, delta_BNT', {'numbers'}),
     'soft-cap without its slope': Mistake(
-        '_dkv', '(1.0 - tanh * tanh)', '1.0', {'numbers'}, case=SPLIT
+        '_dkv', '(1.0 - capped * capped)', '1.0', {'numbers'}, case=SPLIT
     ),
     'a query does not see itself': Mistake(
         '_dkv',

@@ -181,9 +181,7 @@ class FlashAttention:
             dq, dk, dv = back(dout)
             return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
-        arrays = (q, k, v, dout, *places)
-        exact = references.exact(reference, *arrays)
-        return _jitted(kernel, *arrays), jax.jit(reference)(*arrays), exact
+        return _outputs(kernel, reference, q, k, v, dout, *places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +215,7 @@ class DecodeAttention:
         def named(outputs):
             return dict(zip(('out', 'lse'), outputs))
 
-        arrays = (q, k, v, table, lengths)
-        exact = references.exact(reference, *arrays)
-        return _jitted(kernel, *arrays), jax.jit(reference)(*arrays), exact
+        return _outputs(kernel, reference, q, k, v, table, lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +254,13 @@ class CrossEntropy:
             [gradient] = back((dlse, dpicked))
             return dict(lse=lse, picked=picked, gradient=gradient.astype(hidden.dtype))
 
-        arrays = (hidden, weight, targets, dpicked, dlse)
-        exact = references.exact(reference, *arrays)
-        return _jitted(kernel, *arrays), jax.jit(reference)(*arrays), exact
+        return _outputs(kernel, reference, hidden, weight, targets, dpicked, dlse)
+
+
+def _outputs(kernel, reference, *arrays) -> tuple:
+    """What `compare` takes, of a kernel that is called as its reference is."""
+    exact = references.exact(reference, *arrays)
+    return _jitted(kernel, *arrays), jax.jit(reference)(*arrays), exact
 
 
 def _jitted(function, *arrays):

@@ -162,34 +162,44 @@ def per_shard(function, in_names, out_names):
       in_names: the logical axes of each argument.
       out_names: those of the result, or a list of them for several results.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
     if isinstance(out_names, list):
         out_specs = tuple(_spec(ACTIVATIONS, names) for names in out_names)
     else:
         out_specs = _spec(ACTIVATIONS, out_names)
-    return jax.shard_map(
-        function,
-        in_specs=tuple(_spec(ACTIVATIONS, names) for names in in_names),
-        out_specs=out_specs,
-        check_vma=False,
-    )
+    in_specs = tuple(_spec(ACTIVATIONS, names) for names in in_names)
+    return on_shards(function, in_specs, out_specs)
+
+
+def on_shards(function, in_specs, out_specs):
+    """`per_shard` for arrays of any axes, by how they are split (`spec_of`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def spec_of(array) -> P:
+    """How an array is split, an entry a dimension."""
+    spec = jax.typeof(array).sharding.spec
+    return P(*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def mesh_axes(entries) -> tuple[str, ...]:
+    """The mesh axes in entries of a spec, one after another."""
+    groups = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
+    return tuple(axis for group in groups for axis in group if axis is not None)
 
 
 def split_axes(*names) -> tuple[str, ...]:
     """The mesh axes that activations with these logical axes are split over; () without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return ()
-    entries = (ACTIVATIONS[name] for name in names)
-    return tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry))
+    return mesh_axes(ACTIVATIONS[name] for name in names)
 
 
 def axis_size(table, name: str, mesh=None) -> int:
     """How many ways a logical axis is split on a mesh (default: the mesh that is set)."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    entry = table[name]
-    axes = entry if isinstance(entry, tuple) else (entry,)
-    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
+    return math.prod(mesh.shape[axis] for axis in mesh_axes([table[name]]) if axis in mesh.shape)
 
 
 def batch_shards(mesh=None) -> int:

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
 from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention.forward import HEAD_DIMS
+from pallas_kernels.flash_attention import schedule
 
 # What the backward pass of the kernel needs of the forward one; remat policies know these names.
 SAVED_NAMES = ('attention_out', 'attention_lse')
@@ -37,12 +37,13 @@ class KeyValues(NamedTuple):
 
 def attention_mask(positions_BT, segment_ids_BT, keys: KeyValues, window: int = 0):
     """True where a query may see a key: same segment, not in its future, within the window."""
-    q_position, kv_position = positions_BT[:, :, None], keys.positions_BS[:, None, :]
-    q_segment, kv_segment = segment_ids_BT[:, :, None], keys.segment_ids_BS[:, None, :]
-    mask_BTS = (q_segment == kv_segment) & (q_segment > 0) & (kv_position <= q_position)
-    if window:
-        mask_BTS &= q_position - kv_position < window
-    return mask_BTS
+    return schedule.visible(
+        positions_BT[:, :, None],
+        segment_ids_BT[:, :, None],
+        keys.positions_BS[:, None, :],
+        keys.segment_ids_BS[:, None, :],
+        window,
+    )
 
 
 def obstacles(
@@ -50,11 +51,10 @@ def obstacles(
 ) -> dict[str, str]:
     """{implementation: why it cannot do such attention, and what would be right}."""
     dtype, found = jnp.dtype(dtype).name, {}
+    if obstacle := flash_attention.obstacle(head_dim, dtype):
+        found['mosaic'] = f"{obstacle}; say 'xla'"
     if dtype not in ('bfloat16', 'float16'):
-        found['mosaic'] = found['cudnn'] = f'q, k and v must be bfloat16 or float16, not {dtype}'
-    if head_dim not in HEAD_DIMS:
-        dims = ', '.join(map(str, HEAD_DIMS))
-        found['mosaic'] = f"head_dim must be one of {dims}, not {head_dim}; say 'xla'"
+        found['cudnn'] = f'q, k and v must be bfloat16 or float16, not {dtype}'
     if head_dim % 8 or head_dim > 256:
         found['cudnn'] = f"head_dim must be a multiple of 8 up to 256, not {head_dim}; say 'xla'"
     if softcap:

@@ -10,8 +10,6 @@ import logging
 import re
 from collections.abc import Mapping
 
-import jax
-
 from jaxfm.ops import IMPLEMENTATIONS
 from pallas_kernels import _tables
 
@@ -44,11 +42,8 @@ class Choice:
 
 def target() -> Device:
     """The device of the mesh that is set, else the default one."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    if described is not None:
-        return Device(described.platform or '', described.device_kind)
-    first = jax.local_devices(backend=jax.default_backend())[0]
-    return Device(first.platform, first.device_kind)
+    device = _tables.target_device()
+    return Device(device.platform or '', device.device_kind)
 
 
 def choose(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxfm.sharding import mesh_axes, on_shards, spec_of
+
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
@@ -95,9 +97,7 @@ def _weight_gradient(x, gradient, rows, spec, dtype):
 
 
 def _spec_of(array):
-    sharding = jax.typeof(array).sharding
-    missing = array.ndim - len(sharding.spec)
-    return None if sharding.mesh.empty else P(*sharding.spec, *(None,) * missing)
+    return None if jax.typeof(array).sharding.mesh.empty else spec_of(array)
 
 
 _linear.defvjp(_forward, _backward)
@@ -167,13 +167,11 @@ def _gradient_8(a, b, dimensions, dtype, out_spec):
 
     if out_spec is None:
         return shard(a, b)
-    entries = [a_spec[i] for i in dimensions[0] if a_spec[i]]
-    axes = tuple(a for entry in entries for a in ((entry,) if isinstance(entry, str) else entry))
-    return jax.shard_map(
+    axes = mesh_axes(a_spec[i] for i in dimensions[0])
+    return on_shards(
         lambda a, b: lax.psum(shard(a, b), axes) if axes else shard(a, b),
-        in_specs=((a_spec, P()), (b_spec, P())),
-        out_specs=out_spec,
-        check_vma=False,
+        ((a_spec, P()), (b_spec, P())),
+        out_spec,
     )(a, b)
 
 

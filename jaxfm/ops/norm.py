@@ -7,6 +7,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxfm.ops.choice import choose
+from jaxfm.sharding import mesh_axes, on_shards, spec_of
 from pallas_kernels import rms_norm as kernels
 from pallas_kernels.rms_norm import reference
 
@@ -29,7 +30,7 @@ def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
     Args:
       implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
     """
-    unsupported = obstacles(scale.size, x.dtype, _axes(_spec(x)[x.ndim - scale.ndim :]))
+    unsupported = obstacles(scale.size, x.dtype, _split(spec_of(x)[x.ndim - scale.ndim :]))
     name = choose('rms_norm', implementation, unsupported)
     if name == 'xla':
         return reference.forward(x, scale, epsilon=epsilon)[0]
@@ -49,47 +50,34 @@ def _forward(x, scale, epsilon, interpret):
         )
         return y.reshape(x.shape), inverse.reshape(x.shape[: x.ndim - scale.ndim])
 
-    spec, whole = _spec(x), P(*(None,) * scale.ndim)
-    y, inverse = _per_shard(norm, (spec, whole), (spec, P(*spec[: x.ndim - scale.ndim])))(x, scale)
+    spec, whole = spec_of(x), P(*(None,) * scale.ndim)
+    rows = P(*spec[: x.ndim - scale.ndim])
+    y, inverse = on_shards(norm, (spec, whole), (spec, rows))(x, scale)
     return y, (x, scale, inverse)
 
 
 def _backward(epsilon, interpret, residuals, dy):
     x, scale, inverse = residuals
-    spec, whole = _spec(x), P(*(None,) * scale.ndim)
+    spec, whole = spec_of(x), P(*(None,) * scale.ndim)
 
     def gradients(dy, x, scale, inverse):
         dy_MD, x_MD = (array.reshape(-1, scale.size) for array in (dy, x))
         dx, dscale = kernels.backward(
             dy_MD, None, x_MD, scale.reshape(-1), inverse.reshape(-1), interpret=interpret
         )
-        if split := _axes(spec):
+        if split := _split(spec):
             dscale = lax.psum(dscale, split)
         return dx.reshape(x.shape), dscale.reshape(scale.shape).astype(scale.dtype)
 
     rows = P(*spec[: x.ndim - scale.ndim])
-    split_up = _per_shard(gradients, (spec, spec, whole, rows), (spec, whole))
+    split_up = on_shards(gradients, (spec, spec, whole, rows), (spec, whole))
     return split_up(dy, x, scale, inverse)
 
 
 _rms_norm.defvjp(_forward, _backward)
 
 
-def _spec(x) -> P:
-    """How x is split on the mesh that is set, an entry a dimension."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return P(*(None,) * x.ndim)
-    return jax.typeof(x).sharding.spec
-
-
-def _axes(entries) -> tuple[str, ...]:
+def _split(entries) -> tuple[str, ...]:
     """The mesh axes, of more than one device, that dimensions are split over."""
     mesh = jax.sharding.get_abstract_mesh()
-    names = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
-    return tuple(n for group in names for n in group if n is not None and mesh.shape[n] > 1)
-
-
-def _per_shard(function, in_specs, out_specs):
-    if jax.sharding.get_abstract_mesh().empty:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return tuple(axis for axis in mesh_axes(entries) if mesh.shape.get(axis, 1) > 1)

@@ -19,69 +19,70 @@ from jaxfm.sharding import MESH_AXES
 ROOT = Path(__file__).resolve().parent.parent
 
 # Anyone may import these, and they import nothing of ours but each other.
-FOUNDATIONS = {'errors', 'schema'}
-
-# main -> modes -> run -> phase -> {train, plan, preflight, serving} -> {evals, rollout}
-#      -> {sampling, tasks, objectives, data} -> models -> {ops, sharding} -> pallas_kernels
-LAYERS = [
-    {'train', 'plan', 'preflight', 'serving'},
-    {'evals', 'rollout'},
-    {'sampling', 'tasks', 'objectives', 'data', 'pretrained'},
-    {'models'},
-    {'ops', 'sharding'},
-]
+GROUND = {'errors', 'schema'}
+# Rooms that check a config: nothing heavy is imported there.
 CONFIG = {'config', 'run_config', 'overrides', 'resume', 'validation'}
-SIDE = CONFIG | {'state', 'optimizer', 'checkpoint', 'metrics', 'distributed'}
 
-
-def _below(layer):
-    return set().union(*LAYERS[layer + 1 :])
-
-
-# room -> what it may import, beside itself and the foundations.
-ARROWS = {
-    'main': {'modes', 'data', 'checkpoint'} | CONFIG,
-    'modes': {'run', 'phase'}.union(*LAYERS, SIDE),
-    'run': {'phase'}.union(*LAYERS, SIDE),
-    'phase': _below(1) | {'run_config', 'plan', 'state'},
-    'train': {'state', 'checkpoint', 'metrics', 'sharding', 'distributed'},
-    'plan': _below(0) | {'config', 'state', 'optimizer'},
-    'preflight': _below(0) | {'config', 'distributed'},
-    'serving': _below(0) | {'config', 'checkpoint', 'metrics', 'distributed'},
-    'evals': _below(1),
-    'rollout': _below(1),
-    'sampling': _below(2) | {'data.tokenizer'},
-    # Models from outside become ours; of its files only a tokenizer inside a .gguf is data's.
-    # Several processes write one export, and fail as one.
-    'pretrained': _below(2) | {'distributed'},
+# room -> the rooms it may import, beside itself and the ground. `rooms` and `room/part` are keys: a
+# part has a list of its own. A room that is listed must be imported, so that the map stays true.
+MAP = {
+    'main': {'modes', 'config', 'resume', 'checkpoint', 'data'},
+    'modes': {
+        *('run', 'phase', 'train', 'plan', 'state', 'config', 'run_config', 'resume'),
+        *('sampling', 'data', 'models', 'checkpoint', 'metrics', 'distributed', 'sharding'),
+    },
+    'run': {
+        *('phase', 'plan', 'state', 'config', 'run_config', 'evals', 'sampling', 'data'),
+        *('pretrained', 'models', 'checkpoint', 'distributed', 'sharding'),
+    },
+    'phase': {'plan', 'state', 'run_config', 'objectives', 'data', 'sharding'},
+    'train': {'state', 'checkpoint', 'metrics', 'distributed'},
+    'plan': {'models', 'optimizer', 'ops', 'sharding'},
+    'evals': {'sampling', 'tasks', 'data', 'pretrained', 'ops', 'sharding'},
+    'sampling': {'models', 'ops', 'sharding'},
+    # Models from outside become ours. Several processes write one export, and fail as one.
+    'pretrained': {'models', 'sharding', 'distributed'},
     'tasks': set(),
-    'objectives': _below(2),
-    # A .gguf file has the tokenizer inside.
-    'data': {'pretrained.gguf_file'},
-    'models': _below(3),
+    'objectives': {'ops'},
+    'data': {'pretrained'},  # a .gguf file has the tokenizer inside
+    'models': {'ops', 'sharding'},
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},
     'sharding': set(),
-    # The loop's own parts.
-    'state': {'optimizer', 'models', 'ops', 'sharding'},
-    'optimizer': {'run_config', 'models', 'sharding'},
+    'state': {'sharding'},
+    'optimizer': {'sharding'},
     'checkpoint': {'distributed'},
     'metrics': set(),
     'distributed': set(),
     'config': {'run_config', 'overrides', 'validation', 'pretrained'},
-    'run_config': {'validation'},
+    # Of the rooms that are configured it imports the schemas alone.
+    'run_config': {
+        *('validation', 'data', 'evals', 'models', 'objectives', 'optimizer', 'pretrained'),
+        *('sampling', 'checkpoint', 'metrics'),
+    },
     'overrides': {'validation'},
     'resume': {'validation'},
     'validation': set(),
     'errors': set(),
-    'schema': {'errors'},
+    'schema': set(),
     '': set(),  # jaxfm/__init__.py
 }
+# Rooms that import another for its schemas and registries alone.
+SCHEMAS_ONLY = {'run_config'}
 
 ARRAYS = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS, 'data': ARRAYS}
 # They belong to tools and tests, which compare with them.
 NEVER = {'torch', 'transformers', 'wandb', 'tensorflow'}
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted module: the deepest one on the map, or the first part of its name."""
+    if name.split('.')[0] == 'pallas_kernels':
+        return 'pallas_kernels'
+    parts = name.removeprefix('jaxfm').lstrip('.').split('.')
+    inner = ('.'.join(parts[:end]) for end in range(len(parts), 1, -1))
+    return next((room for room in inner if room in MAP), parts[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        return self.name.removeprefix('jaxfm').lstrip('.').split('.')[0]
+        return room_of(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +143,16 @@ def imports(module: Module, names: set[str]):
 
 def _ours(module, imported, packages):
     """What is wrong with an import of our own, or None."""
-    package, _, inner = imported.target.partition('.')
-    room = 'pallas_kernels' if package == 'pallas_kernels' else inner.split('.')[0]
-    is_schema = imported.target in packages
-    if module.room == room or room in FOUNDATIONS or (package == 'jaxfm' and not inner):
+    room = room_of(imported.target)
+    is_schema = imported.target in packages or imported.is_lazy
+    if room in {module.room, '', *GROUND}:
         return None
-    if module.room == 'run_config' and (is_schema or imported.is_lazy):
-        return None
-    if room in ARROWS[module.room] or inner in ARROWS[module.room]:
-        if module.is_package and module.room and not (is_schema or imported.is_lazy):
-            return 'the __init__ of a room imports only schemas'
-        return None
-    return f'{module.room or "jaxfm"} may not import {room}'
+    if room not in MAP[module.room]:
+        return f'{module.room or "jaxfm"} may not import {room}'
+    is_light = module.is_package and module.room or module.room in SCHEMAS_ONLY
+    if is_light and room not in CONFIG and not is_schema:
+        return f'imports more of {room} than its schemas'
+    return None
 
 
 def _theirs(module, package):
@@ -162,7 +161,7 @@ def _theirs(module, package):
         return None
     if package in NEVER | FORBIDDEN.get(module.room, set()):
         return f'{module.room} may not import {package}'
-    is_light = module.is_package or module.room in FOUNDATIONS | CONFIG
+    is_light = module.is_package or module.room in GROUND | CONFIG
     if is_light and package not in ('pydantic', 'pydantic_core', 'ml_collections'):
         return f'{package} is imported where a config is checked'
     return None
@@ -174,7 +173,7 @@ def broken_arrows(modules: list[Module]) -> list[str]:
     packages = {module.name for module in modules if module.is_package}
     problems = []
     for module in modules:
-        if module.room not in ARROWS:
+        if module.room not in MAP:
             problems.append(f'{module.name}: {module.room} is not on the map')
             continue
         for imported in imports(module, names):
@@ -184,6 +183,55 @@ def broken_arrows(modules: list[Module]) -> list[str]:
             if problem:
                 problems.append(f'{module.name}:{imported.line}: {problem}')
     return problems
+
+
+def unused_arrows(modules: list[Module]) -> list[str]:
+    """One line for every arrow of the map that no import goes along."""
+    names = {module.name for module in modules}
+    used = {(m.room, room_of(imported.target)) for m in modules for imported in imports(m, names)}
+    return [
+        f'{room} lists {other}, which it does not import'
+        for room, others in MAP.items()
+        for other in sorted(others)
+        if (room, other) not in used
+    ]
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """The largest sets of names that reach each other, of more than one name."""
+    reach = {name: set(others) for name, others in arrows.items()}
+    for via in arrows:
+        for name in arrows:
+            if via in reach[name]:
+                reach[name] |= reach[via]
+    found = {
+        frozenset(other for other in reach[name] if name in reach.get(other, ())) | {name}
+        for name in arrows
+    }
+    return sorted((set(one) for one in found if len(one) > 1), key=sorted)
+
+
+def module_arrows(modules: list[Module]) -> dict[str, set[str]]:
+    """{module: the modules it imports}; a registry's target comes later, when a run needs it."""
+    names = {module.name for module in modules}
+    return {
+        module.name: {
+            imported.target
+            for imported in imports(module, names)
+            if not imported.is_lazy and imported.target != module.name
+        }
+        & names
+        for module in modules
+    }
+
+
+def top_rooms() -> dict[str, set[str]]:
+    """The map without the parts of rooms and without what imports schemas alone."""
+    arrows = {}
+    for room, others in MAP.items():
+        top = room.split('.')[0]
+        arrows.setdefault(top, set()).update({other.split('.')[0] for other in others} - {top})
+    return {room: others for room, others in arrows.items() if room not in SCHEMAS_ONLY}
 
 
 def foreign_imports(modules: list[Module], allowed: set[str]) -> list[str]:
@@ -219,6 +267,18 @@ def test_imports_flow_one_way():
     assert broken_arrows(read_tree('jaxfm')) == []
 
 
+def test_the_map_has_no_arrow_that_nobody_uses():
+    assert unused_arrows(read_tree('jaxfm')) == []
+
+
+def test_no_module_imports_itself_through_others():
+    assert circles(module_arrows(read_tree('jaxfm', 'pallas_kernels'))) == []
+
+
+def test_rooms_form_no_circle():
+    assert circles(top_rooms()) == []
+
+
 def test_kernels_import_only_jax():
     kernels = read_tree('pallas_kernels')
     assert foreign_imports(kernels, {'jax', 'pallas_kernels', *sys.stdlib_module_names}) == []
@@ -247,6 +307,23 @@ def test_checking_a_config_imports_no_jax():
 
 
 # The checker itself, on planted sources.
+
+
+def test_a_circle_is_found():
+    arrows = {'a': {'b'}, 'b': {'c'}, 'c': {'b'}, 'd': {'a'}}
+    assert circles(arrows) == [{'b', 'c'}]
+
+
+def test_a_circle_of_modules_is_found():
+    package = parse('jaxfm.data', 'from jaxfm.data import loader', is_package=True)
+    loader = parse('jaxfm.data.loader', 'def late():\n    from jaxfm import data')
+    assert circles(module_arrows([package, loader])) == [{'jaxfm.data', 'jaxfm.data.loader'}]
+
+
+def test_an_unused_arrow_is_found():
+    modules = [m for m in read_tree('jaxfm') if m.name != 'jaxfm.objectives.next_token']
+    assert unused_arrows(modules) == ['objectives lists ops, which it does not import']
+
 
 TREE = [
     parse('jaxfm', '', is_package=True),
@@ -315,10 +392,10 @@ def test_a_heavy_import_in_the_init_of_a_room_is_found(source):
     'name, source',
     [
         ('jaxfm.main', 'from jaxfm import config, modes'),
-        ('jaxfm.run', 'import jax\nfrom jaxfm import config, train\nfrom jaxfm.evals import loss'),
+        ('jaxfm.run', 'import jax\nfrom jaxfm import config, plan\nfrom jaxfm.evals import loss'),
         ('jaxfm.train', 'from jaxfm import checkpoint\nfrom jaxfm.errors import Preempted'),
-        ('jaxfm.sampling.sampler', 'from jaxfm.data.tokenizer import Tokenizer'),
-        ('jaxfm.sampling.sampler', 'from jaxfm.data import tokenizer'),
+        ('jaxfm.sampling.sampler', 'from jaxfm.models.kv_cache import init_cache'),
+        ('jaxfm.sampling.sampler', 'from jaxfm.models import kv_cache'),
         ('jaxfm.models.layers', 'from .attention import Attention\nfrom . import attention'),
         ('jaxfm.ops.norm', 'import jax\nfrom pallas_kernels import rms_norm'),
         ('jaxfm.run_config', "from jaxfm.data import DataConfig\nT = 'jaxfm.optimizer:adamw'"),

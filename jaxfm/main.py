@@ -15,7 +15,6 @@ from pathlib import Path
 
 from jaxfm import config as configs
 from jaxfm import modes, resume
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.data import SOURCES
 from jaxfm.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from jaxfm.errors import (
     UsageError,
 )
 from jaxfm.modes.output import check_absent
+from jaxfm.storage import open_storage
 
 # glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
 # small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.

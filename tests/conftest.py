@@ -26,6 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
+from jaxfm.storage import find
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import S3Server
 
@@ -165,6 +166,14 @@ def s3_environment(s3_server, monkeypatch) -> S3Server:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def s3(s3_environment):
+    """The file system of the S3 server, which this process finds by its environment."""
+    find.s3.cache_clear()
+    yield s3_environment.system()
+    find.s3.cache_clear()
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import uuid
 import numpy as np
 import pytest
 
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.checkpoint.store import Store
+from jaxfm.storage import open_storage
 from tests.runs import (
     STEPS,
     assert_same_run,

@@ -26,10 +26,19 @@ CONFIG = {'config', 'run_config', 'overrides', 'resume', 'validation'}
 # room -> the rooms it may import, beside itself and the ground. `rooms` and `room/part` are keys: a
 # part has a list of its own. A room that is listed must be imported, so that the map stays true.
 MAP = {
-    'main': {'modes', 'config', 'resume', 'checkpoint', 'data'},
+    'main': {'modes', 'config', 'resume', 'data', 'storage'},
     'modes': {
         *('run', 'phase', 'train', 'plan', 'state', 'config', 'run_config', 'resume'),
-        *('sampling', 'data', 'models', 'checkpoint', 'metrics', 'distributed', 'sharding'),
+        *(
+            'sampling',
+            'data',
+            'models',
+            'checkpoint',
+            'metrics',
+            'distributed',
+            'sharding',
+            'storage',
+        ),
     },
     'run': {
         *('phase', 'plan', 'state', 'config', 'run_config', 'evals', 'sampling', 'data'),
@@ -44,14 +53,15 @@ MAP = {
     'pretrained': {'models', 'sharding', 'distributed'},
     'tasks': set(),
     'objectives': {'ops'},
-    'data': {'pretrained'},  # a .gguf file has the tokenizer inside
+    'data': {'pretrained', 'storage'},  # a .gguf file has the tokenizer inside
     'models': {'ops', 'sharding'},
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},
     'sharding': set(),
     'state': {'sharding'},
     'optimizer': {'sharding'},
-    'checkpoint': {'distributed'},
+    'checkpoint': {'storage', 'distributed'},
+    'storage': set(),
     'metrics': set(),
     'distributed': set(),
     'config': {'run_config', 'overrides', 'validation', 'pretrained'},

@@ -19,8 +19,6 @@ from rich.table import Table
 
 from jaxfm import config as configs
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint.lease import Lease, Record, current
-from jaxfm.checkpoint.storage import S3, open_storage
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.survey import Attempt, survey
 from jaxfm.errors import (
@@ -30,6 +28,9 @@ from jaxfm.errors import (
     RunError,
     UsageError,
 )
+from jaxfm.storage import open_storage
+from jaxfm.storage.base import S3
+from jaxfm.storage.lease import Lease, Record, current
 
 COLUMNS = ('step', 'state', 'attempt', 'size', 'age', 'arrays', 'mesh', 'processes', 'phase')
 

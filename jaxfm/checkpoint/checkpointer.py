@@ -18,11 +18,11 @@ import numpy as np
 from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import start_fingerprint
-from jaxfm.checkpoint.lease import Lease
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
 from jaxfm.checkpoint.store import Store, new_attempt
 from jaxfm.errors import RunError, StorageError
+from jaxfm.storage.lease import Lease
 
 log = logging.getLogger('jaxfm')
 

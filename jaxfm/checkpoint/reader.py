@@ -19,10 +19,11 @@ from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
-from jaxfm.checkpoint.storage import PosixStorage, open_storage
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.verify import explained, leaves_of
 from jaxfm.errors import DamagedError, DataError, RunError
+from jaxfm.storage import open_storage
+from jaxfm.storage.posix import PosixStorage
 
 log = logging.getLogger('jaxfm')
 

@@ -16,9 +16,9 @@ import jax
 
 from jaxfm import distributed
 from jaxfm.checkpoint import arrays
-from jaxfm.checkpoint.lease import Lease
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError, RunError, StorageError
+from jaxfm.storage.lease import Lease
 
 log = logging.getLogger('jaxfm')
 

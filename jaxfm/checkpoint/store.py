@@ -18,10 +18,10 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxfm.checkpoint import lease as leases
-from jaxfm.checkpoint.seal import seal, unseal
-from jaxfm.checkpoint.storage import Storage, Stored
 from jaxfm.errors import DamagedError, LockedError, MissingInputError
+from jaxfm.storage import lease as leases
+from jaxfm.storage.base import Storage, Stored
+from jaxfm.storage.seal import seal, unseal
 
 VERSION = 1
 # Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.

@@ -5,9 +5,9 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxfm.checkpoint import lease as leases
 from jaxfm.checkpoint.store import Commit, Listing, Store
 from jaxfm.errors import DamagedError
+from jaxfm.storage import lease as leases
 
 COMMITTED = 'committed'
 FENCED_OFF = 'fenced off'  # committed by a writer that had been replaced: it does not count

@@ -13,7 +13,6 @@ import jax
 from jaxfm import config as configs
 from jaxfm import distributed, plan, resume, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.checkpoint.storage import S3
 from jaxfm.errors import ConfigError, DataError, RunError
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
@@ -29,6 +28,7 @@ from jaxfm.run import Run, started
 from jaxfm.run_config import RunConfig
 from jaxfm.sampling.sampler import Request
 from jaxfm.state import TrainState
+from jaxfm.storage.base import S3
 from jaxfm.train import Loop
 from jaxfm.train import train as run_loop
 

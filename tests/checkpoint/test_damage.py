@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.checkpoint.store import Store
+from jaxfm.storage import open_storage
 
 TRIALS = 20
 OLD, NEW = 1, 2

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfm.checkpoint import CheckpointConfig, s3
+from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.checkpoint.s3 import S3Storage
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.errors import PermissionDeniedError, StorageError, UnavailableError
+from jaxfm.storage import open_storage, s3
+from jaxfm.storage.s3 import S3Storage
 from tests.fault_proxy import Fault, LoseReply, Reset, Stall, Status
 
 PATIENCE = 100  # seconds until something that must happen counts as missing

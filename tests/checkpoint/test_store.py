@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm.checkpoint.lease import Holder, Record
-from jaxfm.checkpoint.storage import PosixStorage
 from jaxfm.checkpoint.store import Commit, Store, new_attempt
 from jaxfm.errors import DamagedError, LockedError
+from jaxfm.storage.lease import Holder, Record
+from jaxfm.storage.posix import PosixStorage
 
 HOLDER = Holder('host', 12, '345', 'boot')
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from jaxfm.data import BPEConfig, FilesConfig, corpus
-from jaxfm.data.sources import storage
 
 WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(
     ' '
@@ -39,11 +38,3 @@ def bpe(source_config, tmp_path_factory):
 @pytest.fixture(scope='session')
 def small_corpus(source_config, bpe, tmp_path_factory) -> corpus.Corpus:
     return corpus.build(source_config, bpe, tmp_path_factory.mktemp('cache'))
-
-
-@pytest.fixture
-def s3(s3_environment):
-    """The file system of the S3 server, which this process finds by its environment."""
-    storage.s3.cache_clear()
-    yield s3_environment.system()
-    storage.s3.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 
 from jaxfm.data import TOKENIZERS, BPEConfig, BytesConfig, FilesConfig, build, corpus, token_cache
 from jaxfm.data.chat import Chat
-from jaxfm.data.sources import files, storage
+from jaxfm.data.sources import files
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import (
     DataError,
@@ -23,6 +23,7 @@ from jaxfm.errors import (
     RunError,
     StorageError,
 )
+from jaxfm.storage import find
 
 BYTES = corpus.make_tokenizer(BytesConfig(), None, None)
 
@@ -183,7 +184,7 @@ def test_texts_and_chats_in_one_source_are_an_error(tmp_path):
 def test_a_second_build_opens_the_first_one_and_reads_no_contents(built, bpe, monkeypatch):
     config, cache_dir, _ = built
     monkeypatch.setattr(build, '_build', None)
-    monkeypatch.setattr(storage.File, 'open', None)
+    monkeypatch.setattr(find.File, 'open', None)
     assert corpus.build(config, bpe, cache_dir).train.num_tokens > 0
 
 

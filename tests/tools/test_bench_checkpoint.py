@@ -1,6 +1,6 @@
 """The benchmark of checkpoints measures everything it promises and leaves nothing behind."""
 
-from jaxfm.checkpoint.storage import open_storage
+from jaxfm.storage import open_storage
 from tools.bench import checkpoint as bench
 
 

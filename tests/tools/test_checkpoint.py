@@ -14,15 +14,15 @@ from jax.sharding import NamedSharding
 from jaxfm import config
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.storage import open_storage
 from tests.conftest import ROOT
 from tools import checkpoint
 
 HOLD = """
 import sys, time
-from jaxfm.checkpoint.lease import Lease
-from jaxfm.checkpoint.storage import open_storage
+from jaxfm.storage.lease import Lease
+from jaxfm.storage import open_storage
 
 Lease(open_storage(sys.argv[1]), seconds=1).acquire(dict)
 print('held', flush=True)
@@ -276,7 +276,7 @@ def test_mistakes_are_told(tmp_path, capsys, arguments, code, message):
 def test_s3_that_refuses_or_does_not_answer_is_told(s3_environment, monkeypatch, capsys):
     place = 's3://bucket/told/checkpoints'
     save(place, 5)
-    monkeypatch.setattr('jaxfm.checkpoint.s3.TRIES', 1)
+    monkeypatch.setattr('jaxfm.storage.s3.TRIES', 1)
     assert checkpoint.main(['ls', 's3://no-such-bucket/x']) == 66
     assert checkpoint.main(['ls', 's3://bucket/told/elsewhere']) == 66
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'reader')

@@ -33,8 +33,9 @@ from jax.sharding import NamedSharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.fingerprint import fingerprints
-from jaxfm.checkpoint.storage import S3, open_storage
 from jaxfm.main import HUGE_PAGES
+from jaxfm.storage import open_storage
+from jaxfm.storage.base import S3
 from tools.bench import machine
 
 PACKAGES = ('jax', 'tensorstore', 'numpy', 'botocore')

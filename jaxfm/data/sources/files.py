@@ -16,9 +16,11 @@ from collections.abc import Iterator, Sequence
 
 from jaxfm.data import FilesConfig
 from jaxfm.data.documents import Document
-from jaxfm.data.sources import is_heldout, place_of, records, storage
-from jaxfm.data.sources.storage import File
+from jaxfm.data.sources import is_heldout, place_of, records
 from jaxfm.errors import DataError
+from jaxfm.storage import find
+from jaxfm.storage.base import S3
+from jaxfm.storage.find import File
 
 log = logging.getLogger('jaxfm')
 
@@ -186,10 +188,10 @@ class Files:
     @functools.cached_property
     def _files(self) -> list[tuple[File, str]]:
         config = self.config
-        files = storage.find(config.path, 'config.data.path')
+        files = find.find(config.path, 'config.data.path')
         if not config.heldout_path:
             return self._with_sides(files)
-        heldout = storage.find(config.heldout_path, 'config.data.heldout_path')
+        heldout = find.find(config.heldout_path, 'config.data.heldout_path')
         paths = {file.path for file in heldout}
         train = [file for file in files if file.path not in paths]
         if not train:
@@ -361,7 +363,7 @@ def _parquet(file: File) -> Iterator:
         raise DataError(f'{file.path}: a parquet file is not compressed as a whole')
     with file.seekable() as stream:
         try:
-            yield storage.extra('pyarrow.parquet').ParquetFile(stream)
+            yield find.extra('pyarrow.parquet').ParquetFile(stream)
         except OSError as error:
             # What is no error of the system is pyarrow's way to say that a page makes no sense.
             if type(error) is not OSError or error.errno is not None:
@@ -375,7 +377,7 @@ def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
     if not count:
         raise DataError(f'{file.path} is empty')
     # A file in a bucket is copied to be read, so it is not read in pieces.
-    pieces = 1 if file.path.startswith(storage.S3) else -(-file.size // SHARD_BYTES)
+    pieces = 1 if file.path.startswith(S3) else -(-file.size // SHARD_BYTES)
     size = -(-count // pieces)
     for start in range(0, count, size):
         stop = min(start + size, count)
@@ -403,7 +405,7 @@ def _records(file: File, reader, start: int, stop: int) -> list[bytes]:
 
 @contextlib.contextmanager
 def _array_record(file: File) -> Iterator:
-    module = storage.extra('array_record.python.array_record_module')
+    module = find.extra('array_record.python.array_record_module')
     with file.on_disk() as path:
         reader = module.ArrayRecordReader(path)
         if not reader.ok():

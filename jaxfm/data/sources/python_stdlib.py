@@ -12,8 +12,8 @@ from jaxfm.data import PythonStdlibConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.sources import is_heldout, records
 from jaxfm.data.sources.files import Shard, read_text, text_shards
-from jaxfm.data.sources.storage import File
 from jaxfm.errors import MissingInputError
+from jaxfm.storage.find import File
 
 # Directories of the standard library that are tests, tables or not of the library at all.
 EXCLUDED_DIRECTORIES = frozenset(

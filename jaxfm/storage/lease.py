@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from jaxfm.checkpoint.seal import seal, unseal
-from jaxfm.checkpoint.storage import Storage
 from jaxfm.errors import LockedError, RunError
+from jaxfm.storage.base import Storage
+from jaxfm.storage.seal import seal, unseal
 
 log = logging.getLogger('jaxfm')
 

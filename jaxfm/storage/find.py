@@ -24,8 +24,8 @@ from jaxfm.errors import (
     RunError,
     UnavailableError,
 )
+from jaxfm.storage.base import S3
 
-S3 = 's3://'
 COMPRESSED = ('.gz', '.zst')
 # Seconds until a bucket counts as unreachable, for a connection and for an answer, and how often
 # s3fs tries: a run with a wrong endpoint ends within two minutes.

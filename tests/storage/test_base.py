@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 
-from jaxfm.checkpoint.storage import PosixStorage, open_storage
 from jaxfm.errors import (
     ConfigError,
     MissingInputError,
@@ -21,6 +20,8 @@ from jaxfm.errors import (
     StorageError,
     UnavailableError,
 )
+from jaxfm.storage import open_storage
+from jaxfm.storage.posix import PosixStorage
 from tests.fault_proxy import Fault, LoseReply, Status, is_write
 
 
@@ -349,7 +350,7 @@ def test_listings_and_deletions_of_many_objects_go_page_by_page(request, monkeyp
         return call(operation, **arguments, **{'MaxKeys': 2} if 'list' in operation else {})
 
     monkeypatch.setattr(storage, '_call', in_small_pages)
-    monkeypatch.setattr('jaxfm.checkpoint.s3._MOST_DELETED', 3)
+    monkeypatch.setattr('jaxfm.storage.s3._MOST_DELETED', 3)
     names = {f'7/{index}' for index in range(7)}
     for name in [*names, '8/0']:
         storage.write(name, b'data')
@@ -429,7 +430,7 @@ def test_a_bucket_that_is_not_there_is_a_missing_input(s3_environment):
 
 
 def test_a_server_that_is_not_there_cannot_be_reached(s3_environment, monkeypatch):
-    monkeypatch.setattr('jaxfm.checkpoint.s3.TRIES', 1)
+    monkeypatch.setattr('jaxfm.storage.s3.TRIES', 1)
     monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9')
     storage = open_storage('s3://bucket/run')
     for use in (storage.list, lambda: storage.read('x'), storage.prepare):

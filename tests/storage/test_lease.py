@@ -15,12 +15,12 @@ import jax
 import pytest
 
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.checkpoint import lease as leases
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.checkpoint.lease import Holder, Lease
-from jaxfm.checkpoint.storage import open_storage
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError, StorageError, UnavailableError
+from jaxfm.storage import lease as leases
+from jaxfm.storage import open_storage
+from jaxfm.storage.lease import Holder, Lease
 
 LONG = 60  # seconds that no test waits for
 SHORT = 0.9
@@ -30,8 +30,8 @@ STEP = Commit(3, 'first', 1, 'digest')
 # A process that holds the lease and then does what it reads, a line each.
 HOLD = """
 import sys
-from jaxfm.checkpoint.lease import Lease
-from jaxfm.checkpoint.storage import open_storage
+from jaxfm.storage.lease import Lease
+from jaxfm.storage import open_storage
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxfm.checkpoint.seal import seal, unseal
+from jaxfm.storage.seal import seal, unseal
 
 FIELDS = {'step': 7, 'inherited': ('7/a', '8/b'), 'holder': {'pid': 1}, 'seconds': 0.1, 'name': 'ü'}
 

@@ -10,7 +10,6 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 
-from jaxfm.checkpoint.storage import S3, Stored
 from jaxfm.errors import (
     ConfigError,
     MissingInputError,
@@ -19,6 +18,7 @@ from jaxfm.errors import (
     StorageError,
     UnavailableError,
 )
+from jaxfm.storage.base import S3, Stored
 
 CONNECT_SECONDS, STALL_SECONDS, TRIES = 5, 20, 5
 _DENIED = {
@@ -133,8 +133,10 @@ class S3Storage:
             answer = self._call('delete_objects', Delete={'Objects': keys, 'Quiet': True})
             for error in answer.get('Errors', ()):
                 if error.get('Code') not in _MISSING:
-                    raise StorageError(f'{S3}{self._bucket}/{error["Key"]} cannot be deleted: '
-                                       f'{error.get("Message") or error.get("Code")}')
+                    raise StorageError(
+                        f'{S3}{self._bucket}/{error["Key"]} cannot be deleted: '
+                        f'{error.get("Message") or error.get("Code")}'
+                    )
 
     def kvstore(self, prefix: str) -> dict:
         spec = {

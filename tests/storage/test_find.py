@@ -7,15 +7,15 @@ import time
 import pytest
 
 from jaxfm.data import FilesConfig
-from jaxfm.data.sources import storage
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, UnavailableError
+from jaxfm.storage import find
 
 TEXT = ''.join(f'{{"text": "line {i} é"}}\n' for i in range(5000)).encode()
 
 
 def found(*patterns):
-    return storage.find([str(pattern) for pattern in patterns], 'config.data.path')
+    return find.find([str(pattern) for pattern in patterns], 'config.data.path')
 
 
 def read(file):
@@ -115,7 +115,7 @@ def test_an_unreadable_file_is_a_matter_of_permission(tmp_path, monkeypatch):
 
 def test_a_package_that_is_absent_is_named_with_the_command():
     with pytest.raises(MissingInputError, match=r"needs the package no_such: pip.*'jaxfm\[data\]'"):
-        storage.extra('no_such.module')
+        find.extra('no_such.module')
 
 
 def test_a_bucket_reads_as_a_directory_does(s3, tmp_path):
@@ -206,7 +206,7 @@ def test_a_server_that_is_not_there_is_unavailable_at_once(s3, monkeypatch):
 
 
 def test_a_server_that_does_not_answer_is_unavailable_after_a_while(s3, monkeypatch):
-    monkeypatch.setattr(storage, 'READ_TIMEOUT', 1)
+    monkeypatch.setattr(find, 'READ_TIMEOUT', 1)
     with socket.create_server(('127.0.0.1', 0)) as server:
         monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://127.0.0.1:{server.getsockname()[1]}')
         started = time.monotonic()

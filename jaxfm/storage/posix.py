@@ -1,92 +1,19 @@
-"""The place checkpoints are kept: small files by name, a base for TensorStore, errors of ours.
-
-A directory of a file system and a prefix of a bucket (`s3.py`) answer the same few questions, so
-the layout of checkpoints, the lease and the sweep are written once. Nothing here knows what a
-checkpoint is, and nothing imports jax.
-"""
+"""A directory of a local or shared file system as a storage."""
 
 import contextlib
-import dataclasses
 import errno
 import os
-import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
+from jaxfm.storage.base import Stored
 
-S3 = 's3://'
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """One file as a listing shows it."""
-
-    size: int  # bytes
-    modified: float  # seconds since 1970, by the clock of the storage: for people alone
-
-
-class Storage(Protocol):
-    """Names are relative, with slashes. Whatever fails raises a RunError that names the place.
-
-    Only two other errors leave a storage: FileNotFoundError of `read`, FileExistsError of `write`.
-    """
-
-    root: str  # as a person would write it
-
-    def prepare(self) -> None:
-        """Makes the place if it can, and writes a probe: a bad one fails before training."""
-
-    def check_readable(self) -> None:
-        """Raises unless the place can be looked at; it need not exist yet."""
-
-    def free_bytes(self) -> int | None:
-        """Room for an ordinary user; None where there is no limit to ask for."""
-
-    def read(self, name: str) -> bytes: ...
-
-    def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
-        """All or nothing. exclusive: never over a file that is there (FileExistsError)."""
-
-    def list(self, prefix: str = '') -> dict[str, Stored]:
-        """Every file whose path has this directory in front; {} when there is none."""
-
-    def empty_directories(self) -> Iterable[str]:
-        """Those without a file below them: a deletion that was killed leaves some."""
-
-    def remove(self, name: str) -> None:
-        """A file, or a directory with all that is in it; no error when it is gone."""
-
-    def kvstore(self, prefix: str) -> dict:
-        """The spec of a TensorStore key-value store of this directory."""
-
-    def retries(self) -> int:
-        """Requests that were sent again since the start of this process."""
-
-
-def open_storage(place: str | Path) -> Storage:
-    """The storage of a path or of `s3://bucket/prefix`; nothing is asked or made yet.
-
-    Raises:
-      ConfigError: an address of another kind, or without a bucket.
-      MissingInputError: S3 without the package that speaks to it.
-    """
-    if str(place).startswith(S3):
-        from jaxfm.checkpoint.s3 import S3Storage
-
-        return S3Storage(str(place))
-    if re.match(r'\w+:/', str(place)):
-        raise ConfigError(
-            f'checkpoint.directory = {str(place)!r}: want a path of a file system or '
-            's3://bucket/prefix'
-        )
-    return PosixStorage(place)
 
 
 class PosixStorage:

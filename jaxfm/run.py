@@ -15,11 +15,10 @@ from flax import nnx
 
 from jaxfm import config as configs
 from jaxfm import distributed, plan, sharding
+from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
-from jaxfm.data import tokenizer as tokenizers
-from jaxfm.data.chat import Chat
 from jaxfm.data.corpus import make_tokenizer
 from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError, MissingInputError
@@ -36,6 +35,7 @@ from jaxfm.pretrained.source import Pretrained
 from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
+from jaxfm.tokenizer import build as tokenizers
 
 log = logging.getLogger('jaxfm')
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from jaxfm import validation
 from jaxfm.checkpoint import CheckpointConfig
-from jaxfm.data import TOKENIZERS, BPEConfig, DataConfig
+from jaxfm.data import DataConfig
 from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
 from jaxfm.metrics import MetricsConfig
@@ -22,6 +22,7 @@ from jaxfm.objectives import OBJECTIVES, NextTokenConfig
 from jaxfm.pretrained import ExportConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import Entry, Group, one_of
+from jaxfm.tokenizer import TOKENIZERS, BPEConfig
 from jaxfm.validation import shown
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxfm.data import BytesConfig
-from jaxfm.data.tokenizer import Bytes
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import Bytes
 
 LLAMA = {
     'architectures': ['LlamaForCausalLM'],

@@ -12,8 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import optimizer, sharding, state
-from jaxfm.data import tokenizer as tokenizers
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
@@ -23,6 +22,7 @@ from jaxfm.pretrained.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from jaxfm.run_config import AdamWConfig
+from jaxfm.tokenizer import build as tokenizers
 
 GOLDEN = Path(__file__).resolve().parent / 'goldens' / 'finetune_smollm2'
 CHATS = 'sft_oasst_sample/chat_best_path.jsonl.gz'

@@ -28,51 +28,49 @@ CONFIG = {'config', 'run_config', 'overrides', 'resume', 'validation'}
 MAP = {
     'main': {'modes', 'config', 'resume', 'data', 'storage'},
     'modes': {
-        *('run', 'phase', 'train', 'plan', 'state', 'config', 'run_config', 'resume'),
-        *(
-            'sampling',
-            'data',
-            'models',
-            'checkpoint',
-            'metrics',
-            'distributed',
-            'sharding',
-            'storage',
-        ),
+        *('run', 'phase', 'config', 'run_config', 'resume', 'train', 'plan', 'sampling'),
+        *('tokenizer', 'chat', 'state', 'models', 'sharding', 'checkpoint', 'metrics', 'storage'),
+        'distributed',
     },
     'run': {
-        *('phase', 'plan', 'state', 'config', 'run_config', 'evals', 'sampling', 'data'),
-        *('pretrained', 'models', 'checkpoint', 'distributed', 'sharding'),
+        *('phase', 'config', 'run_config', 'plan', 'evals', 'sampling', 'data', 'tokenizer'),
+        *('chat', 'pretrained', 'state', 'models', 'sharding', 'checkpoint', 'distributed'),
     },
-    'phase': {'plan', 'state', 'run_config', 'objectives', 'data', 'sharding'},
+    'phase': {'run_config', 'plan', 'objectives', 'data', 'state', 'sharding'},
+    # Of the rooms that are configured it imports the schemas alone.
+    'config': {'run_config', 'overrides', 'validation', 'pretrained'},
+    # Of the rooms that are configured it imports the schemas alone.
+    'run_config': {
+        *('validation', 'evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
+        *('models', 'optimizer', 'checkpoint', 'metrics'),
+    },
+    'resume': {'validation'},
+    'overrides': {'validation'},
+    'validation': set(),
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'plan': {'models', 'optimizer', 'ops', 'sharding'},
     'evals': {'sampling', 'tasks', 'data', 'pretrained', 'ops', 'sharding'},
     'sampling': {'models', 'ops', 'sharding'},
-    # Models from outside become ours. Several processes write one export, and fail as one.
-    'pretrained': {'models', 'sharding', 'distributed'},
     'tasks': set(),
     'objectives': {'ops'},
-    'data': {'pretrained', 'storage'},  # a .gguf file has the tokenizer inside
-    'models': {'ops', 'sharding'},
+    'data': {'data.sources', 'tokenizer', 'chat'},
+    'data.sources': {'data', 'storage'},
+    # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
+    'tokenizer': {'chat', 'pretrained'},
+    'chat': set(),
+    # Models from outside become ours. Several processes write one export, and fail as one.
+    'pretrained': {'models', 'models.families', 'sharding', 'distributed'},
+    'state': {'sharding'},
+    'models': {'models.families', 'ops', 'sharding'},
+    'models.families': {'models'},
+    'optimizer': {'sharding'},
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},
     'sharding': set(),
-    'state': {'sharding'},
-    'optimizer': {'sharding'},
     'checkpoint': {'storage', 'distributed'},
-    'storage': set(),
     'metrics': set(),
+    'storage': set(),
     'distributed': set(),
-    'config': {'run_config', 'overrides', 'validation', 'pretrained'},
-    # Of the rooms that are configured it imports the schemas alone.
-    'run_config': {
-        *('validation', 'data', 'evals', 'models', 'objectives', 'optimizer', 'pretrained'),
-        *('sampling', 'checkpoint', 'metrics'),
-    },
-    'overrides': {'validation'},
-    'resume': {'validation'},
-    'validation': set(),
     'errors': set(),
     'schema': set(),
     '': set(),  # jaxfm/__init__.py
@@ -81,7 +79,9 @@ MAP = {
 SCHEMAS_ONLY = {'run_config'}
 
 ARRAYS = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
-FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS, 'data': ARRAYS}
+FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS} | dict.fromkeys(
+    ('data', 'tokenizer', 'chat'), ARRAYS
+)
 # They belong to tools and tests, which compare with them.
 NEVER = {'torch', 'transformers', 'wandb', 'tensorflow'}
 
@@ -339,7 +339,7 @@ TREE = [
     parse('jaxfm', '', is_package=True),
     parse('jaxfm.data', '', is_package=True),
     parse('jaxfm.data.loader', ''),
-    parse('jaxfm.data.tokenizer', ''),
+    parse('jaxfm.tokenizer.build', ''),
     parse('jaxfm.tasks', '', is_package=True),
     parse('jaxfm.tasks.code', ''),
     parse('jaxfm.models', '', is_package=True),
@@ -356,10 +356,10 @@ TREE = [
         ('jaxfm.objectives.next_token', 'from jaxfm.data import loader'),
         ('jaxfm.sampling.sampler', 'from jaxfm.data.loader import PackedBatches'),
         ('jaxfm.sampling.sampler', 'from jaxfm import data'),
-        ('jaxfm.models.layers', 'from jaxfm.data.tokenizer import Tokenizer'),
+        ('jaxfm.models.layers', 'from jaxfm.tokenizer.build import Tokenizer'),
         ('jaxfm.models.layers', 'from jaxfm.config import RunConfig'),
         ('jaxfm.models.layers', 'import optax'),
-        ('jaxfm.models.layers', 'from ..data import tokenizer'),
+        ('jaxfm.models.layers', 'from ..tokenizer import build'),
         ('jaxfm.models.layers', 'def late():\n    from jaxfm.data import loader'),
         ('jaxfm.models.layers', 'import pallas_kernels.rms_norm'),
         ('jaxfm.models.layers', "TARGET = 'jaxfm.train:train'"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIFTED = """
 import sys
 import numpy as np
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
 from jaxfm.main import main
 
 encode = Chat.encode

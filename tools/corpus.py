@@ -23,10 +23,10 @@ from rich.text import Text
 from jaxfm import config as configs
 from jaxfm.data import corpus
 from jaxfm.data.dataset import Dataset, open_dataset
-from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.errors import MissingInputError, RunError, UsageError
 from jaxfm.run import cache_directory
 from jaxfm.run_config import PhaseConfig, RunConfig
+from jaxfm.tokenizer.build import Tokenizer
 
 BAR = 40  # columns of the longest bar of a histogram
 

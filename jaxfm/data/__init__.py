@@ -1,9 +1,8 @@
 """Data: from documents to batches of token ids, all on the host.
 
-`sources` find and read documents, `tokenizer` turns text into ids and `chat` conversations,
-`corpus` keeps the ids in a cache on disk (`build` makes it), `packing` says which tokens a row
-holds, `loader` delivers batches of rows, `dataset` is all of that for one phase of a run. Nothing
-here touches a device.
+`sources` find and read documents, `corpus` keeps their ids in a cache on disk (`build` makes it),
+`packing` says which tokens a row holds, `loader` delivers batches of rows, `dataset` is all of that
+for one phase of a run. Nothing here touches a device.
 """
 
 from typing import Annotated, Literal
@@ -159,50 +158,3 @@ DATA = (PythonStdlibData, FilesData, ProblemsData, MixtureData)
 DataConfig = Annotated[
     PythonStdlibData | FilesData | ProblemsData | MixtureData, Field(discriminator='name')
 ]
-
-
-class TokenizerConfig(Group):
-    """What every tokenizer has."""
-
-    # How chats become text: a file with a Jinja template, or the name of one that we bring
-    # (`chat.TEMPLATES`); '' is the tokenizer's own, else `plain`.
-    chat_template: str = ''
-
-
-class BytesConfig(TokenizerConfig):
-    """One token a byte: 256 bytes and the special tokens."""
-
-    name: Literal['bytes'] = 'bytes'
-    special_tokens: list[str] = []  # beside <|bos|> and <|eos|>, such as those of a chat template
-
-
-class BPEConfig(TokenizerConfig):
-    """Byte-level BPE, trained on the train documents of the first phase."""
-
-    name: Literal['bpe'] = 'bpe'
-    # Special tokens and the 256 bytes included.
-    vocab_size: int = Field(default=2048, ge=258)
-    # How text is cut before merging; `tokenizer.PATTERNS` explains the choices.
-    pattern: Literal['code', 'gpt2'] = 'gpt2'
-    special_tokens: list[str] = []
-
-
-class TokenizerFileConfig(TokenizerConfig):
-    """A tokenizer that exists: from a Hugging Face tokenizer.json, SentencePiece .model, tiktoken
-    ranks (.tiktoken), the model in a .gguf, or a directory or a run that has one of them."""
-
-    name: Literal['file'] = 'file'
-    path: str = Field(min_length=1)
-    # For tiktoken ranks only, which say neither how text is cut nor the special tokens: the name of
-    # an encoding (cl100k_base, o200k_base) or a regular expression.
-    pattern: str = ''
-    # In place of what the file says; '' is the file's own.
-    bos_token: str = ''
-    eos_token: str = ''
-
-
-TOKENIZERS = {
-    'bytes': Entry('jaxfm.data.tokenizer:Bytes', BytesConfig),
-    'bpe': Entry('jaxfm.data.tokenizer:BPE', BPEConfig),
-    'file': Entry('jaxfm.data.tokenizer:from_file', TokenizerFileConfig),
-}

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxfm.chat.render import Chat
 from jaxfm.data import SOURCES, token_cache
-from jaxfm.data.chat import Chat
 from jaxfm.data.documents import Document
 from jaxfm.data.sources.files import TooManyBadRecords, check_bad_records
-from jaxfm.data.tokenizer import Tokenizer, load
 from jaxfm.errors import DataError, PermissionDeniedError, RunError, StorageError
+from jaxfm.tokenizer.build import Tokenizer, load
 
 log = logging.getLogger('jaxfm')
 

@@ -14,12 +14,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jaxfm.data import SOURCES, TokenizerConfig, token_cache, tokenizer
+from jaxfm.data import SOURCES, token_cache
 from jaxfm.data import build as building
 from jaxfm.data.documents import Document
 from jaxfm.data.token_cache import TokenCache
-from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.tokenizer import TokenizerConfig
+from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import Tokenizer
 
 # Part of every recipe: raise it when the files below or the way to write them change.
 FORMAT = 2

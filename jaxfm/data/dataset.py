@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxfm.chat.render import Chat
 from jaxfm.data import SOURCES, DataConfig, corpus
-from jaxfm.data.chat import Chat
 from jaxfm.data.corpus import Corpus
 from jaxfm.data.documents import Document
 from jaxfm.data.heldout import Heldout, encoder, open_heldout
@@ -22,8 +22,8 @@ from jaxfm.data.loader import Batches, PackedBatches
 from jaxfm.data.on_the_fly import OnTheFly, Stream
 from jaxfm.data.packing import Packing, make_packing
 from jaxfm.data.token_cache import TokenCache
-from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.schema import Group
+from jaxfm.tokenizer.build import Tokenizer
 
 log = logging.getLogger('jaxfm')
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from jaxfm.data import SOURCES, build, token_cache
 from jaxfm.data.documents import Document
 from jaxfm.data.token_cache import TokenCache
-from jaxfm.data.tokenizer import Tokenizer
 from jaxfm.errors import DataError
+from jaxfm.tokenizer.build import Tokenizer
 
 # Part of the recipe: raise it when the files or the way to write them change.
 FORMAT = 1

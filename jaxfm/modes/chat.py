@@ -15,8 +15,7 @@ from pathlib import Path
 
 import jax
 
-from jaxfm.data.chat import Chat
-from jaxfm.data.text_stream import TextStream
+from jaxfm.chat.render import Chat
 from jaxfm.errors import DataError, UsageError
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import request_options
@@ -24,6 +23,7 @@ from jaxfm.modes.output import write_lines
 from jaxfm.run import started
 from jaxfm.run_config import RunConfig
 from jaxfm.sampling.sampler import Request
+from jaxfm.tokenizer.stream import TextStream
 
 log = logging.getLogger('jaxfm')
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
 from jaxfm.modes.output import write_lines
 from jaxfm.run import Run
 from jaxfm.sampling.sampler import Request, complete

@@ -3,9 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import BytesConfig, FilesData, contamination, tokenizer
+from jaxfm.data import FilesData, contamination
 from jaxfm.data.contamination import Grams, words_of
 from jaxfm.data.dataset import open_dataset
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer import build as tokenizer
 
 WORDS = [f'w{n}' for n in range(3000)]
 
@@ -17,9 +19,7 @@ def data(request, tmp_path_factory):
     texts = [' '.join(draw.choice(WORDS, 60)) for _ in range(200)]
     path = directory / 'texts.jsonl'
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
-    config = FilesData(
-        path=str(path), sequence_length=64, batch_size=2, tokenize=request.param
-    )
+    config = FilesData(path=str(path), sequence_length=64, batch_size=2, tokenize=request.param)
     return open_dataset(config, tokenizer.build(BytesConfig(), ()), directory / 'cache')
 
 

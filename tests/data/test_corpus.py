@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxfm.data import TOKENIZERS, BPEConfig, BytesConfig, FilesConfig, build, corpus, token_cache
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
+from jaxfm.data import FilesConfig, build, corpus, token_cache
 from jaxfm.data.sources import files
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import (
@@ -24,6 +24,7 @@ from jaxfm.errors import (
     StorageError,
 )
 from jaxfm.storage import find
+from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig
 
 BYTES = corpus.make_tokenizer(BytesConfig(), None, None)
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm.data import BytesConfig, tokenizer
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
 from jaxfm.errors import DataError
 from jaxfm.modes import chat
 from jaxfm.modes.chat import Assistant
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Event
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer import build as tokenizer
 from tests.runs import PATIENCE, start_ranks, stderr_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -384,9 +384,7 @@ BAD_TENSORS = {
     ),
     'a bias too many': (
         tensors(
-            lambda t: t.update(
-                {'model.layers.1.self_attn.q_proj.bias': np.zeros(16, np.float32)}
-            )
+            lambda t: t.update({'model.layers.1.self_attn.q_proj.bias': np.zeros(16, np.float32)})
         ),
         ['not of this model', 'layers.1.self_attn.q_proj.bias'],
     ),
@@ -486,8 +484,8 @@ def test_a_run_without_checkpoints_is_no_model_and_leaves_no_work_directory(
     monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
     (tmp_path / 'earlier').mkdir()
     configs.write(configs.load(str(tiny.config)), tmp_path / 'earlier' / 'config.json')
-    from jaxfm.data import BytesConfig
-    from jaxfm.data.tokenizer import Bytes
+    from jaxfm.tokenizer import BytesConfig
+    from jaxfm.tokenizer.build import Bytes
 
     Bytes(BytesConfig(), ()).save(tmp_path / 'earlier' / 'tokenizer')
     earlier = f'--config.init_from={tmp_path / "earlier"}'

@@ -18,9 +18,7 @@ from safetensors.numpy import load_file
 
 from jaxfm import config as configs
 from jaxfm import main
-from jaxfm.data import BytesConfig
-from jaxfm.data import tokenizer as tokenizers
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 from jaxfm.metrics.writers import read_records
 from jaxfm.models import TransformerConfig
@@ -29,6 +27,8 @@ from jaxfm.models.families.base import read_config, write_config
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.directory import open_directory
 from jaxfm.pretrained.export import Exporter
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer import build as tokenizers
 from tests.hf_directories import write_model
 from tests.pretrained.loading import ROOT, Loading
 

@@ -106,7 +106,7 @@ TWO = """
     import numpy as np
     from jaxfm import distributed
     from jaxfm.data import BytesConfig
-    from jaxfm.data.tokenizer import Bytes
+    from jaxfm.tokenizer.build import Bytes
     from jaxfm.pretrained import ExportConfig
     from jaxfm.pretrained.export import Exporter
     from tests.pretrained.loading import Counted, Loading
@@ -175,7 +175,7 @@ FAILING = """
     import jax
     from jaxfm import distributed
     from jaxfm.data import BytesConfig
-    from jaxfm.data.tokenizer import Bytes
+    from jaxfm.tokenizer.build import Bytes
     from jaxfm.errors import RunError
     from jaxfm.pretrained import ExportConfig
     from jaxfm.pretrained.export import Exporter

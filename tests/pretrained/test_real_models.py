@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from jaxfm import config as configs
-from jaxfm.data import tokenizer as tokenizers
 from jaxfm.modes.generation import requests_for
 from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Sampler, complete
+from jaxfm.tokenizer import build as tokenizers
 from tests.pretrained.loading import Loading
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -25,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data import BPEConfig, FilesConfig, FilesData, TokenizerFileConfig, corpus, tokenizer
+from jaxfm.data import FilesConfig, FilesData, corpus
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing import BestFit, Concat
+from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
+from jaxfm.tokenizer import build as tokenizer
 from tools.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +105,10 @@ def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) ->
     yield _timed(f'tokenise + cache, {name}', build, repeats, warm_up=False)
 
     data = FilesData(
-        path=str(path), heldout_fraction=0.05, sequence_length=2048, batch_size=16,
+        path=str(path),
+        heldout_fraction=0.05,
+        sequence_length=2048,
+        batch_size=16,
         tokenize='on_the_fly',
     )
     batches = open_dataset(data, opened, directory / f'{name}-streamed').batches(seed=0)

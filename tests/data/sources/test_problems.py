@@ -9,11 +9,12 @@ from typing import get_args
 
 import pytest
 
-from jaxfm.data import SOURCES, BytesConfig, ProblemKind, ProblemsConfig
-from jaxfm.data.chat import Chat
+from jaxfm.chat.render import Chat
+from jaxfm.data import SOURCES, ProblemKind, ProblemsConfig
 from jaxfm.data.sources import problems
 from jaxfm.data.sources.problems import KINDS, Problem, Problems
-from jaxfm.data.tokenizer import Bytes
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import Bytes
 
 EXAMPLES = {
     'addition': (('999999', '7'), '1000006'),
@@ -209,8 +210,14 @@ def test_shards_are_pickled_and_read_in_any_order_to_the_same_documents(monkeypa
     for form, count in (('text', 16), ('chat', 500)):
         one = source(form=form, num_problems=500, num_heldout=40)
         shards = one.shards()
-        again = [list(source(form=form, num_problems=500, num_heldout=40).read(
-            pickle.loads(pickle.dumps(shard)))) for shard in reversed(shards)]
+        again = [
+            list(
+                source(form=form, num_problems=500, num_heldout=40).read(
+                    pickle.loads(pickle.dumps(shard))
+                )
+            )
+            for shard in reversed(shards)
+        ]
         assert [pair for pairs in reversed(again) for pair in pairs] == [
             pair for shard in shards for pair in one.read(shard)
         ]

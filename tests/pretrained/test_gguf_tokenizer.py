@@ -8,12 +8,12 @@ import shutil
 import pytest
 from tokenizers import pre_tokenizers
 
-from jaxfm.data import tokenizer
-from jaxfm.data.chat import Chat
-from jaxfm.data.gguf_tokenizer import PRE_NAMES
+from jaxfm.chat.render import Chat
 from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.pretrained.gguf_tokenizer import PRE_NAMES
+from jaxfm.tokenizer import build as tokenizer
 from tests import gguf_files
-from tests.data.test_real_tokenizers import random_texts
+from tests.tokenizer.test_real_tokenizers import random_texts
 
 GOLDEN = 'models_installable/smollm2_135m_instruct_q4_1.golden.json'
 TEXTS = [

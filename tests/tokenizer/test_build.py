@@ -5,8 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from jaxfm.data import BPEConfig, BytesConfig, TokenizerFileConfig, tokenizer
 from jaxfm.errors import ConfigError, DataError
+from jaxfm.tokenizer import BPEConfig, BytesConfig, TokenizerFileConfig
+from jaxfm.tokenizer import build as tokenizer
 
 TEXTS = [
     'def f(self):\n    if self.value:\n        return self.value\n',
@@ -149,8 +150,12 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     'kind, added, bos_id',
-    [('GPT2Tokenizer', {}, None), ('LlamaTokenizerFast', {}, 0), ('', {}, 0),
-     ('GPT2Tokenizer', {'add_bos_token': True}, 0)],
+    [
+        ('GPT2Tokenizer', {}, None),
+        ('LlamaTokenizerFast', {}, 0),
+        ('', {}, 0),
+        ('GPT2Tokenizer', {'add_bos_token': True}, 0),
+    ],
 )
 def test_bos_stands_in_front_where_the_class_or_the_file_puts_it(tmp_path, kind, added, bos_id):
     """transformers names a bos in most files and adds it in few: SmolLM2 is one that does not."""

@@ -4,8 +4,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import BytesConfig, TokenizerFileConfig, chat, tokenizer
+from jaxfm.chat import render as chat
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.tokenizer import BytesConfig, TokenizerFileConfig
+from jaxfm.tokenizer import build as tokenizer
 
 CHATML = ['<|im_start|>', '<|im_end|>']
 QUESTION = {'role': 'user', 'content': 'two and two?'}
@@ -52,9 +54,7 @@ def real(shared_data):
         'qwen3 chatml': read('tok_qwen3', chat_template='chatml'),
         'sentencepiece plain': read('stories260k_hf/tokenizer.model'),
         'stories plain': read('stories260k_hf'),
-        'tiktoken plain': read(
-            'tok_tiktoken_ranks/cl100k_base.tiktoken.gz', pattern='cl100k_base'
-        ),
+        'tiktoken plain': read('tok_tiktoken_ranks/cl100k_base.tiktoken.gz', pattern='cl100k_base'),
     }
 
 

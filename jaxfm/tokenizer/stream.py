@@ -10,7 +10,7 @@ given.
 import os
 from collections.abc import Iterable
 
-from jaxfm.data.tokenizer_kinds import Tokenizer
+from jaxfm.tokenizer.kinds import Tokenizer
 
 WINDOW = 64  # ids that are decoded again at least; a cut in the text may let it grow to more
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxfm.data import gguf_tokenizer
 from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
+from jaxfm.pretrained import gguf_tokenizer
 
 CONFIG = 'tokenizer_config.json'
 
@@ -224,9 +224,11 @@ def _tiktoken_config(config: dict, path: Path) -> dict:
         )
     if pattern in ENCODINGS:
         pattern, special = ENCODINGS[pattern]
-        return {'eos_token': '<|endoftext|>', 'special_tokens': special} | config | {
-            'pattern': pattern
-        }
+        return (
+            {'eos_token': '<|endoftext|>', 'special_tokens': special}
+            | config
+            | {'pattern': pattern}
+        )
     if re.fullmatch(r'\w+', pattern):
         near = difflib.get_close_matches(pattern, ENCODINGS, 1) or list(ENCODINGS)
         raise ConfigError(

@@ -16,17 +16,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxfm.data import (
-    TOKENIZERS,
-    BPEConfig,
-    BytesConfig,
-    TokenizerConfig,
-    TokenizerFileConfig,
-    chat_template,
-    tokenizer_files,
-)
-from jaxfm.data.tokenizer_kinds import HuggingFace, Tokenizer, opened
+from jaxfm.chat import template as chat_template
 from jaxfm.errors import ConfigError, DataError
+from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig, TokenizerConfig, TokenizerFileConfig
+from jaxfm.tokenizer import files as tokenizer_files
+from jaxfm.tokenizer.kinds import HuggingFace, Tokenizer, opened
 
 SPECIAL_TOKENS = ('<|bos|>', '<|eos|>')
 

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from jaxfm.data import BytesConfig, TokenizerFileConfig, tokenizer
-from jaxfm.data.text_stream import TextStream
+from jaxfm.tokenizer import BytesConfig, TokenizerFileConfig
+from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.stream import TextStream
 
 KINDS = {
     'gpt2': ('tok_gpt2', ''),

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxfm.data import chat_template
-from jaxfm.data.chat_messages import (
+from jaxfm.chat import template as chat_template
+from jaxfm.chat.messages import (
     CALL_FORMS,
     PROBE_NAME,
     PROBE_VALUE,
@@ -33,7 +33,7 @@ from jaxfm.data.chat_messages import (
     strings_of,
     wrapped,
 )
-from jaxfm.data.chat_template import TEMPLATES as TEMPLATES
+from jaxfm.chat.template import TEMPLATES
 from jaxfm.errors import DataError
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')

@@ -20,8 +20,9 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from jaxfm.data import tokenizer_files, word_encoder
 from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.tokenizer import files as tokenizer_files
+from jaxfm.tokenizer import word_encoder
 
 # An added token that is not called special is control or markup when it looks like this; others
 # (runs of spaces, words) are vocabulary like any.

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
-from jaxfm.data import BytesConfig, chat, tokenizer
+from jaxfm.chat import render as chat
 from jaxfm.errors import DataError
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer import build as tokenizer
 
 TEMPLATES = 55
 

@@ -8,8 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from jaxfm.data import BPEConfig, TokenizerFileConfig, tokenizer, word_encoder
-from jaxfm.data.tokenizer import PATTERNS
+from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig, word_encoder
+from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import PATTERNS
 
 TEXT = "It's a test: don't  stop, 1234567 x=3;\n\n\tdef f(a):\r\n    return a  # naïve — “yes”… \n"
 

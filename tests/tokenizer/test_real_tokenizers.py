@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jaxfm.data import TokenizerFileConfig, tokenizer, tokenizer_files
 from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.tokenizer import TokenizerFileConfig
+from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer import files as tokenizer_files
 
 CL100K = 'tok_tiktoken_ranks/cl100k_base.tiktoken.gz'
 KINDS = {

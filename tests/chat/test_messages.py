@@ -1,7 +1,7 @@
 import pytest
 
-from jaxfm.data import chat_messages
-from jaxfm.data.chat_messages import CallForm
+from jaxfm.chat import messages as chat_messages
+from jaxfm.chat.messages import CallForm
 from jaxfm.errors import DataError
 
 CALLS = [{'function': {'name': name, 'arguments': '{"a": "ü"}'}} for name in ('add', 'sum')]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 
 from jaxfm import sharding
-from jaxfm.data import packing
 from jaxfm.data.dataset import Dataset
+from jaxfm.data.packing import rows as packing
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.plan import frozen_matmul_params, model_flops_per_token
 from jaxfm.run_config import OPTIMIZERS, PhaseConfig, RunConfig

@@ -19,7 +19,7 @@ from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.data import SOURCES
-from jaxfm.data.corpus import make_tokenizer
+from jaxfm.data.corpus.build import make_tokenizer
 from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.evals import EVALUATORS

@@ -33,10 +33,11 @@ MAP = {
         'distributed',
     },
     'run': {
-        *('phase', 'config', 'run_config', 'plan', 'evals', 'sampling', 'data', 'tokenizer'),
-        *('chat', 'pretrained', 'state', 'models', 'sharding', 'checkpoint', 'distributed'),
+        *('phase', 'config', 'run_config', 'plan', 'evals', 'sampling', 'data', 'data.corpus'),
+        *('tokenizer', 'chat', 'pretrained', 'state', 'models', 'sharding', 'checkpoint'),
+        'distributed',
     },
-    'phase': {'run_config', 'plan', 'objectives', 'data', 'state', 'sharding'},
+    'phase': {'run_config', 'plan', 'objectives', 'data', 'data.packing', 'state', 'sharding'},
     # Of the rooms that are configured it imports the schemas alone.
     'config': {'run_config', 'overrides', 'validation', 'pretrained'},
     # Of the rooms that are configured it imports the schemas alone.
@@ -49,12 +50,14 @@ MAP = {
     'validation': set(),
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'plan': {'models', 'optimizer', 'ops', 'sharding'},
-    'evals': {'sampling', 'tasks', 'data', 'pretrained', 'ops', 'sharding'},
+    'evals': {'sampling', 'tasks', 'data', 'data.corpus', 'pretrained', 'ops', 'sharding'},
     'sampling': {'models', 'ops', 'sharding'},
     'tasks': set(),
     'objectives': {'ops'},
-    'data': {'data.sources', 'tokenizer', 'chat'},
+    'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},
+    'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat'},
+    'data.packing': {'data', 'data.corpus'},
     # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
     'tokenizer': {'chat', 'pretrained'},
     'chat': set(),

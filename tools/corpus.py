@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxfm import config as configs
-from jaxfm.data import corpus
+from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
 from jaxfm.run import cache_directory

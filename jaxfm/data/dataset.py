@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from jaxfm.chat.render import Chat
-from jaxfm.data import SOURCES, DataConfig, corpus
-from jaxfm.data.corpus import Corpus
+from jaxfm.data import SOURCES, DataConfig
+from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus.build import Corpus
+from jaxfm.data.corpus.heldout import Heldout, encoder, open_heldout
+from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
-from jaxfm.data.heldout import Heldout, encoder, open_heldout
 from jaxfm.data.loader import Batches, PackedBatches
-from jaxfm.data.on_the_fly import OnTheFly, Stream
-from jaxfm.data.packing import Packing, make_packing
-from jaxfm.data.token_cache import TokenCache
+from jaxfm.data.packing.rows import Packing, make_packing
+from jaxfm.data.streaming import OnTheFly, Stream
 from jaxfm.schema import Group
 from jaxfm.tokenizer.build import Tokenizer
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.mixture import Mixture
 from jaxfm.data.order import Order
-from jaxfm.data.packing import BestFit, Concat, Packing
-from jaxfm.data.token_cache import TokenCache
+from jaxfm.data.packing.rows import BestFit, Concat, Packing
 from jaxfm.errors import ConfigError, DataError
 
 

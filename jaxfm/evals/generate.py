@@ -3,10 +3,10 @@
 import json
 import logging
 
-from jaxfm.data.contamination import contamination
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Context, Evaluator, wilson_interval
+from jaxfm.evals.contamination import contamination
 from jaxfm.sampling.sampler import Request, complete
 from jaxfm.tasks import TASKS
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import sharding
-from jaxfm.data.corpus import xz_bits_per_byte
+from jaxfm.data.corpus.build import xz_bits_per_byte
 from jaxfm.data.loader import evaluation_batches
 from jaxfm.evals import LossConfig
 from jaxfm.evals.base import Context, Evaluator

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm.data import FilesConfig, corpus
+from jaxfm.data import FilesConfig
+from jaxfm.data.corpus import build as corpus
 from jaxfm.tokenizer import BPEConfig
 
 WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(

@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import FilesConfig, FilesData, MixtureData, ProblemsConfig, ProblemsData, corpus
+from jaxfm.data import FilesConfig, FilesData, MixtureData, ProblemsConfig, ProblemsData
+from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import open_dataset
-from jaxfm.data.packing import BestFit, Concat
+from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.tokenizer import BPEConfig, BytesConfig
 from jaxfm.tokenizer import build as tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfm.data import loader
-from jaxfm.data.packing import BestFit, Concat
+from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, stream
 

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data import FilesConfig, FilesData, corpus
+from jaxfm.data import FilesConfig, FilesData
+from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
-from jaxfm.data.packing import BestFit, Concat
+from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
 from jaxfm.tokenizer import build as tokenizer
 from tools.bench import machine

@@ -22,8 +22,9 @@ from typing import Literal
 
 import numpy as np
 
-from jaxfm.data import BatchConfig, best_fit
-from jaxfm.data.token_cache import TokenCache
+from jaxfm.data import BatchConfig
+from jaxfm.data.corpus.token_cache import TokenCache
+from jaxfm.data.packing import best_fit
 from jaxfm.errors import ConfigError, DataError
 
 # What a batch is made of: arrays [B, T].
@@ -195,9 +196,7 @@ def fill(
     Positions and segment ids restart in every row; where no piece is, everything is 0.
     """
     num_rows = len(counts)
-    batch = {
-        name: np.empty((num_rows, sequence_length), dtype) for name, dtype in DTYPES.items()
-    }
+    batch = {name: np.empty((num_rows, sequence_length), dtype) for name, dtype in DTYPES.items()}
     step = max(1, FILLED_AT_ONCE // sequence_length)
     ends = np.concatenate([[0], np.cumsum(counts)])
     for first in range(0, num_rows, step):

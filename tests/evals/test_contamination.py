@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import FilesData, contamination
-from jaxfm.data.contamination import Grams, words_of
+from jaxfm.data import FilesData
 from jaxfm.data.dataset import open_dataset
+from jaxfm.evals import contamination
+from jaxfm.evals.contamination import Grams, words_of
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer import build as tokenizer
 

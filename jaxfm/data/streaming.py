@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from jaxfm.data import BatchConfig, packing
+from jaxfm.data import BatchConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.loader import Batches
+from jaxfm.data.packing import rows as packing
 from jaxfm.errors import ConfigError, DataError
 
 # Bytes tokenised at a time, ahead of need: at first few, so that the first batch comes soon, then

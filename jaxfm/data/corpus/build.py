@@ -14,10 +14,11 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from jaxfm.data import SOURCES, token_cache
-from jaxfm.data import build as building
+from jaxfm.data import SOURCES
+from jaxfm.data.corpus import parts as building
+from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
-from jaxfm.data.token_cache import TokenCache
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.tokenizer import TokenizerConfig
 from jaxfm.tokenizer import build as tokenizer

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from jaxfm.data import token_cache
+from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.token_cache import TokenCache, Writer
 from jaxfm.data.documents import Document
-from jaxfm.data.token_cache import TokenCache, Writer
 from jaxfm.errors import DataError
 
 VOCAB_SIZE = 100

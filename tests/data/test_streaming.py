@@ -3,10 +3,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import BatchConfig, on_the_fly
+from jaxfm.data import BatchConfig
+from jaxfm.data import streaming as on_the_fly
 from jaxfm.data.documents import Document
-from jaxfm.data.on_the_fly import OnTheFly, Stream
-from jaxfm.data.packing import Concat
+from jaxfm.data.packing.rows import Concat
+from jaxfm.data.streaming import OnTheFly, Stream
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, EOS, VOCAB_SIZE, stream
 

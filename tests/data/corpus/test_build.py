@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 from jaxfm.chat.render import Chat
-from jaxfm.data import FilesConfig, build, corpus, token_cache
+from jaxfm.data import FilesConfig
+from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus import parts as build
+from jaxfm.data.corpus import token_cache
 from jaxfm.data.sources import files
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import (

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from jaxfm.chat.render import Chat
-from jaxfm.data import SOURCES, token_cache
+from jaxfm.data import SOURCES
+from jaxfm.data.corpus import token_cache
 from jaxfm.data.documents import Document
 from jaxfm.data.sources.files import TooManyBadRecords, check_bad_records
 from jaxfm.errors import DataError, PermissionDeniedError, RunError, StorageError

@@ -3,8 +3,10 @@ import time
 import numpy as np
 import pytest
 
-from jaxfm.data import BatchConfig, best_fit, packing
-from jaxfm.data.packing import BestFit, Concat, OneEach
+from jaxfm.data import BatchConfig
+from jaxfm.data.packing import best_fit
+from jaxfm.data.packing import rows as packing
+from jaxfm.data.packing.rows import BestFit, Concat, OneEach
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, EOS, stream
 

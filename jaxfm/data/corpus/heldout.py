@@ -12,9 +12,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jaxfm.data import SOURCES, build, token_cache
+from jaxfm.data import SOURCES
+from jaxfm.data.corpus import parts as build
+from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
-from jaxfm.data.token_cache import TokenCache
 from jaxfm.errors import DataError
 from jaxfm.tokenizer.build import Tokenizer
 

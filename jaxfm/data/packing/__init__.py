@@ -1,0 +1,1 @@
+"""Packing: which tokens stand in which row of a batch."""

@@ -13,8 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from jaxfm import config as configs
-from jaxfm import modes, resume
+from jaxfm import modes
+from jaxfm.config import load as configs
+from jaxfm.config import resume
 from jaxfm.data import SOURCES
 from jaxfm.errors import (
     ConfigError,

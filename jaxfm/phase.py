@@ -11,11 +11,11 @@ from collections.abc import Callable
 import jax
 
 from jaxfm import sharding
+from jaxfm.config.run import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.data.dataset import Dataset
 from jaxfm.data.packing import rows as packing
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.plan import frozen_matmul_params, model_flops_per_token
-from jaxfm.run_config import OPTIMIZERS, PhaseConfig, RunConfig
 from jaxfm.state import (
     TrainState,
     abstract_state,

@@ -13,11 +13,12 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxfm import config as configs
 from jaxfm import distributed, plan, sharding
 from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
+from jaxfm.config import load as configs
+from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus.build import make_tokenizer
 from jaxfm.data.dataset import open_dataset
@@ -32,7 +33,6 @@ from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import checked_layout, load_params
 from jaxfm.pretrained.source import Pretrained
-from jaxfm.run_config import RunConfig, check_on_mesh
 from jaxfm.sampling.sampler import Sampler
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 from jaxfm.tokenizer import build as tokenizers

@@ -9,8 +9,8 @@ import dataclasses
 import jax
 import pytest
 
-from jaxfm import config as configs
 from jaxfm import sharding
+from jaxfm.config import load as configs
 from jaxfm.models import transformer
 from jaxfm.plan import human_bytes
 from tools import deviceless, hlo, traffic

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxfm import optimizer, sharding, state
 from jaxfm.chat.render import Chat
+from jaxfm.config.run import AdamWConfig
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
@@ -21,7 +22,6 @@ from jaxfm.pretrained import peft
 from jaxfm.pretrained.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
-from jaxfm.run_config import AdamWConfig
 from jaxfm.tokenizer import build as tokenizers
 
 GOLDEN = Path(__file__).resolve().parent / 'goldens' / 'finetune_smollm2'

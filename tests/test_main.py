@@ -93,7 +93,7 @@ json.dump(results, sys.stdout)
 
 
 def _config_json(tiny, directory) -> Path:
-    from jaxfm import config
+    from jaxfm.config import load as config
 
     path = directory / 'config.json'
     config.write(config.load(str(tiny.config)), path)
@@ -128,7 +128,8 @@ def test_a_missing_config_file_is_told_with_the_nearest_name(first_stage):
 
 
 def test_a_cache_that_is_given_needs_no_files(tiny):
-    from jaxfm import config, main
+    from jaxfm import main
+    from jaxfm.config import load as config
     from jaxfm.errors import MissingInputError
 
     absent = ['data.path=/nowhere/text.txt']

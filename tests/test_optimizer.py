@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxfm import optimizer, sharding
-from jaxfm.run_config import AdamWConfig, MuonConfig
+from jaxfm.config.run import AdamWConfig, MuonConfig
 
 AXES = {
     'embedding/table': ('vocab', 'embed'),

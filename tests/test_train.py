@@ -15,6 +15,7 @@ from jaxfm import optimizer, sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
+from jaxfm.config.run import AdamWConfig
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Evaluator
@@ -26,7 +27,6 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
-from jaxfm.run_config import AdamWConfig
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop, train
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jaxfm import config as configs
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.survey import Attempt, survey
+from jaxfm.config import load as configs
 from jaxfm.errors import (
     DataError,
     MissingInputError,

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxfm import config as configs
+from jaxfm.config import load as configs
+from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
 from jaxfm.run import cache_directory
-from jaxfm.run_config import PhaseConfig, RunConfig
 from jaxfm.tokenizer.build import Tokenizer
 
 BAR = 40  # columns of the longest bar of a histogram

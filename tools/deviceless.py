@@ -29,13 +29,13 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from jaxfm import config as configs
 from jaxfm import sharding
+from jaxfm.config import load as configs
+from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
 from jaxfm.phase import Phase, make_phases
 from jaxfm.plan import human_bytes
 from jaxfm.run import model_maker
-from jaxfm.run_config import RunConfig, check_on_mesh
 from tools import hlo, traffic
 
 # A GpuTargetConfigProto. On a GPU, `xla_client.get_topology_for_devices(jax.devices())` has the

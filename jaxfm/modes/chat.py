@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 
 from jaxfm.chat.render import Chat
+from jaxfm.config.run import RunConfig
 from jaxfm.errors import DataError, UsageError
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import request_options
 from jaxfm.modes.output import write_lines
 from jaxfm.run import started
-from jaxfm.run_config import RunConfig
 from jaxfm.sampling.sampler import Request
 from jaxfm.tokenizer.stream import TextStream
 

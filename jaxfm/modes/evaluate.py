@@ -3,10 +3,10 @@
 import contextlib
 import logging
 
+from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.modes.output import write_lines
 from jaxfm.run import started
-from jaxfm.run_config import RunConfig
 
 log = logging.getLogger('jaxfm')
 

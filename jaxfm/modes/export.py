@@ -4,9 +4,9 @@ import contextlib
 import logging
 import time
 
+from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.run import started
-from jaxfm.run_config import RunConfig
 
 log = logging.getLogger('jaxfm')
 

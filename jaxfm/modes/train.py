@@ -10,9 +10,11 @@ from pathlib import Path
 
 import jax
 
-from jaxfm import config as configs
-from jaxfm import distributed, plan, resume, sharding
+from jaxfm import distributed, plan, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.config import load as configs
+from jaxfm.config import resume
+from jaxfm.config.run import RunConfig
 from jaxfm.errors import ConfigError, DataError, RunError
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
@@ -25,7 +27,6 @@ from jaxfm.modes.generation import requests_for, write_samples
 from jaxfm.modes.output import explained
 from jaxfm.phase import Phase
 from jaxfm.run import Run, started
-from jaxfm.run_config import RunConfig
 from jaxfm.sampling.sampler import Request
 from jaxfm.state import TrainState
 from jaxfm.storage.base import S3

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from jaxfm import optimizer, sharding, state
+from jaxfm.config.run import AdamWConfig
 from jaxfm.models import TransformerConfig
 from jaxfm.models.families import FAMILIES
 from jaxfm.models.families.base import blocks_of, read_config, write_config
@@ -24,7 +25,6 @@ from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
-from jaxfm.run_config import AdamWConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.sampler import Request, Sampler, complete
 from tests.models import goldens
@@ -248,6 +248,8 @@ def test_the_window_of_smollm3_is_that_of_the_layers_without_rope(changes, with_
 
 
 def test_every_family_has_a_golden():
-    types = {json.loads((goldens.Golden(n).path / 'config.json').read_text())['model_type']
-             for n in goldens.FAMILIES}
+    types = {
+        json.loads((goldens.Golden(n).path / 'config.json').read_text())['model_type']
+        for n in goldens.FAMILIES
+    }
     assert types == FAMILIES.keys()

@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from jaxfm import optimizer, plan, sharding, state
+from jaxfm.config.run import AdamWConfig, MuonConfig
 from jaxfm.models import TARGETS, LoraConfig
 from jaxfm.models.lora import merge
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.run_config import AdamWConfig, MuonConfig
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=['all'])
 

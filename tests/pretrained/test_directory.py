@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxfm import config as configs
 from jaxfm import main
+from jaxfm.config import load as configs
 from jaxfm.errors import DataError
 from jaxfm.pretrained.directory import open_directory
 from jaxfm.pretrained.locate import open_pretrained, values_of

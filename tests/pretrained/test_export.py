@@ -16,9 +16,9 @@ import pytest
 import tokenizers as tokenizers_library
 from safetensors.numpy import load_file
 
-from jaxfm import config as configs
 from jaxfm import main
 from jaxfm.chat.render import Chat
+from jaxfm.config import load as configs
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 from jaxfm.metrics.writers import read_records
 from jaxfm.models import TransformerConfig

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxfm import config as configs
+from jaxfm.config import load as configs
 from jaxfm.errors import DataError, MissingInputError, UnavailableError
 from jaxfm.pretrained import hub, locate
 from tests.hf_directories import write_json, write_model
@@ -186,5 +186,6 @@ def test_nothing_that_could_be_run_is_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(library, 'snapshot_download', fetch)
     assert hub.download('org/name@v1') == tmp_path
     assert (asked['name'], asked['revision']) == ('org/name', 'v1')
-    assert not any(pattern.endswith(('*', '.py', '.bin', '.pt')) for pattern in
-                   asked['allow_patterns'])
+    assert not any(
+        pattern.endswith(('*', '.py', '.bin', '.pt')) for pattern in asked['allow_patterns']
+    )

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxfm import config as configs
 from jaxfm import state
+from jaxfm.config import load as configs
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer

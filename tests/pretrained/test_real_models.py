@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfm import config as configs
+from jaxfm.config import load as configs
 from jaxfm.modes.generation import requests_for
 from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained

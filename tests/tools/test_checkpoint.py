@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxfm import config
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.config import load as config
 from jaxfm.storage import open_storage
 from tests.conftest import ROOT
 from tools import checkpoint

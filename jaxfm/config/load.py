@@ -1,7 +1,7 @@
 """Reads a run's config from a file and a command line, and the one that a run has written.
 
 `load` runs the file's `get_config`, applies the `--config.*` overrides and reports every mistake at
-once, in under 2 s and without jax. `run_config` says what a config may hold.
+once, in under 2 s and without jax. `run.py` says what a config may hold.
 """
 
 import contextlib
@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from jaxfm import overrides as overriding
-from jaxfm import validation
+from jaxfm.config import overrides as overriding
+from jaxfm.config import validation
+from jaxfm.config.run import RunConfig
+from jaxfm.config.validation import Problem, dotted, shown
 from jaxfm.errors import (
     ConfigError,
     DataError,
@@ -23,9 +25,7 @@ from jaxfm.errors import (
     StorageError,
     UsageError,
 )
-from jaxfm.run_config import RunConfig
 from jaxfm.schema import Group
-from jaxfm.validation import Problem, dotted, shown
 
 
 def split_arguments(argv: Iterable[str]) -> tuple[str | None, list[str], list[str]]:

@@ -10,10 +10,13 @@ import pydantic
 import pytest
 from pydantic import Field
 
-from jaxfm import config, errors, run_config, validation
+from jaxfm import errors
+from jaxfm.config import load as config
+from jaxfm.config import run as run_config
+from jaxfm.config import validation
 from jaxfm.schema import Entry, Group, one_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class SmallConfig(Group):
@@ -745,7 +748,7 @@ def test_the_work_directory_is_named_after_the_config(argument, expected):
 def test_a_config_is_checked_in_two_seconds_without_jax(config_file):
     name = Path(config_file(f'return {run_keys()!r}')).resolve()
     program = (
-        'import sys; from jaxfm import config; config.load(sys.argv[1], ["steps=3"]); '
+        'import sys; from jaxfm.config import load; load.load(sys.argv[1], ["steps=3"]); '
         'print(*(m for m in ("jax", "numpy", "grain", "tokenizers") if m in sys.modules))'
     )
     start = time.monotonic()

@@ -11,8 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import Field
 
-from jaxfm import validation
 from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.config import validation
+from jaxfm.config.validation import shown
 from jaxfm.data import DataConfig
 from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
@@ -23,7 +24,6 @@ from jaxfm.pretrained import ExportConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import Entry, Group, one_of
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig
-from jaxfm.validation import shown
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

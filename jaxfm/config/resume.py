@@ -7,9 +7,9 @@ they may change. The model may not, because the weights are those of the old one
 
 from collections.abc import Iterable
 
+from jaxfm.config.validation import dotted, nearest, shown
 from jaxfm.errors import ConfigError, UsageError
 from jaxfm.schema import Group
-from jaxfm.validation import dotted, nearest, shown
 
 FREE_ON_RESUME = (
     'mesh',

@@ -15,9 +15,9 @@ import typing
 import pydantic
 import pydantic_core
 
+from jaxfm.config.validation import Problem, dotted, inside, is_group, names_of, shown
 from jaxfm.errors import ConfigError
 from jaxfm.schema import Group
-from jaxfm.validation import Problem, dotted, inside, is_group, names_of, shown
 
 _PART = re.compile(r"""\.([A-Za-z_][\w-]*) | \[(\d+)\] | \[(['"])(.+?)\3\]""", re.VERBOSE)
 _WORDS = {'true': True, 'false': False, 'none': None, 'null': None}

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxfm import config, plan, run_config, sharding
+from jaxfm import plan, sharding
+from jaxfm.config import load as config
+from jaxfm.config import run as run_config
 from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
 from jaxfm.phase import make_phases
 from jaxfm.state import split
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').glob('*.py'))
 
 

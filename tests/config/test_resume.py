@@ -1,6 +1,8 @@
 import pytest
 
-from jaxfm import errors, resume, run_config
+from jaxfm import errors
+from jaxfm.config import resume
+from jaxfm.config import run as run_config
 
 
 def run(**changes):

@@ -12,7 +12,7 @@ import pytest
 from jaxfm import sharding
 from jaxfm.config import load as configs
 from jaxfm.models import transformer
-from jaxfm.plan import human_bytes
+from jaxfm.plan.plan import human_bytes
 from tools import deviceless, hlo, traffic
 
 pytestmark = pytest.mark.usefixtures('gpu_compiler')

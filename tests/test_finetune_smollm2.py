@@ -11,15 +11,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxfm import optimizer, sharding, state
+from jaxfm import sharding, state
 from jaxfm.chat.render import Chat
-from jaxfm.config.run import AdamWConfig
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.pretrained import peft
-from jaxfm.pretrained.adapters import load_adapters
+from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.pretrained.huggingface import peft
+from jaxfm.pretrained.huggingface.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from jaxfm.tokenizer import build as tokenizers

@@ -28,22 +28,25 @@ LIGHT = {'config'}
 MAP = {
     'main': {'modes', 'config', 'data', 'storage'},
     'modes': {
-        *('run', 'phase', 'config', 'train', 'plan', 'sampling', 'tokenizer', 'chat', 'state'),
-        *('models', 'sharding', 'checkpoint', 'metrics', 'storage', 'distributed'),
+        *('run', 'config', 'train', 'prefetch', 'plan', 'sampling', 'tokenizer', 'chat', 'state'),
+        *('models', 'sharding', 'checkpoint', 'report', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('phase', 'config', 'plan', 'evals', 'sampling', 'data', 'data.corpus', 'tokenizer'),
-        *('chat', 'pretrained', 'state', 'models', 'sharding', 'checkpoint', 'distributed'),
+        *('config', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
+        *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface', 'state'),
+        *('models', 'optim', 'sharding', 'checkpoint', 'distributed'),
     },
-    'phase': {'config', 'plan', 'objectives', 'data', 'data.packing', 'state', 'sharding'},
     # Of the rooms that are configured it imports the schemas alone.
     'config': {
-        *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained', 'models'),
-        *('optimizer', 'checkpoint', 'metrics'),
+        *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
+        *('pretrained.huggingface', 'models', 'optim', 'checkpoint', 'metrics'),
     },
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
-    'plan': {'models', 'optimizer', 'ops', 'sharding'},
-    'evals': {'sampling', 'tasks', 'data', 'data.corpus', 'pretrained', 'ops', 'sharding'},
+    'prefetch': {'sharding'},
+    'plan': {'models', 'optim', 'ops', 'sharding'},
+    'evals': {
+        *('sampling', 'tasks', 'data', 'data.corpus', 'pretrained.huggingface', 'ops', 'sharding'),
+    },
     'sampling': {'models', 'ops', 'sharding'},
     'tasks': set(),
     'objectives': {'ops'},
@@ -52,18 +55,25 @@ MAP = {
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat'},
     'data.packing': {'data', 'data.corpus'},
     # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
-    'tokenizer': {'chat', 'pretrained'},
+    'tokenizer': {'chat', 'pretrained.gguf'},
     'chat': set(),
     # Models from outside become ours. Several processes write one export, and fail as one.
-    'pretrained': {'models', 'models.families', 'sharding', 'distributed'},
+    'pretrained': {
+        *('pretrained.gguf', 'pretrained.huggingface', 'models', 'models.families', 'sharding'),
+    },
+    'pretrained.gguf': {'pretrained'},
+    'pretrained.huggingface': {
+        *('pretrained', 'models', 'models.families', 'sharding', 'distributed'),
+    },
     'state': {'sharding'},
     'models': {'models.families', 'ops', 'sharding'},
     'models.families': {'models'},
-    'optimizer': {'sharding'},
+    'optim': {'sharding'},
     # An op says where its result lives, because the mesh is explicit.
     'ops': {'sharding', 'pallas_kernels'},
     'sharding': set(),
     'checkpoint': {'storage', 'distributed'},
+    'report': {'metrics'},
     'metrics': set(),
     'storage': set(),
     'distributed': set(),
@@ -74,7 +84,7 @@ MAP = {
 # Rooms that import another for its schemas and registries alone.
 SCHEMAS_ONLY = {'config'}
 # ... but for what `init_from` and adapters say of themselves, read when a config names one.
-READ_LATE = {('config', 'pretrained')}
+READ_LATE = {('config', 'pretrained'), ('config', 'pretrained.huggingface')}
 
 ARRAYS = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS} | dict.fromkeys(
@@ -352,8 +362,8 @@ TREE = [
         ('jaxfm.train', 'import jaxfm.models.transformer as transformer'),
         ('jaxfm.evals.loss', 'from jaxfm.train import train'),
         ('jaxfm.objectives.next_token', 'from jaxfm.data import loader'),
-        ('jaxfm.sampling.sampler', 'from jaxfm.data.loader import PackedBatches'),
-        ('jaxfm.sampling.sampler', 'from jaxfm import data'),
+        ('jaxfm.sampling.engine', 'from jaxfm.data.loader import PackedBatches'),
+        ('jaxfm.sampling.engine', 'from jaxfm import data'),
         ('jaxfm.models.layers', 'from jaxfm.tokenizer.build import Tokenizer'),
         ('jaxfm.models.layers', 'from jaxfm.config.run import RunConfig'),
         ('jaxfm.models.layers', 'import optax'),
@@ -401,15 +411,15 @@ def test_a_heavy_import_in_the_init_of_a_room_is_found(source):
     [
         ('jaxfm.main', 'from jaxfm import modes\nfrom jaxfm.config import load'),
         (
-            'jaxfm.run',
+            'jaxfm.run.run',
             'import jax\nfrom jaxfm import plan\nfrom jaxfm.evals import loss',
         ),
         ('jaxfm.train', 'from jaxfm import checkpoint\nfrom jaxfm.errors import Preempted'),
-        ('jaxfm.sampling.sampler', 'from jaxfm.models.kv_cache import init_cache'),
-        ('jaxfm.sampling.sampler', 'from jaxfm.models import kv_cache'),
+        ('jaxfm.sampling.engine', 'from jaxfm.models.kv_cache import init_cache'),
+        ('jaxfm.sampling.engine', 'from jaxfm.models import kv_cache'),
         ('jaxfm.models.layers', 'from .attention import Attention\nfrom . import attention'),
         ('jaxfm.ops.norm', 'import jax\nfrom pallas_kernels import rms_norm'),
-        ('jaxfm.config.run', "from jaxfm.data import DataConfig\nT = 'jaxfm.optimizer:adamw'"),
+        ('jaxfm.config.run', "from jaxfm.data import DataConfig\nT = 'jaxfm.optim.muon:Muon'"),
         ('jaxfm.tasks.code', "import ast\nNOTE = 'see jaxfm.train'"),
     ],
 )

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxfm import optimizer, sharding
+from jaxfm import sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.config.run import AdamWConfig, MuonConfig
 from jaxfm.models import LoraConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
+from jaxfm.optim import AdamWConfig, MuonConfig, optimizer
 from jaxfm.state import (
     Parts,
     TrainState,

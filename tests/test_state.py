@@ -9,13 +9,12 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxfm import optimizer
-from jaxfm.config.run import AdamWConfig
 from jaxfm.errors import ConfigError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
+from jaxfm.optim import AdamWConfig, optimizer
 from jaxfm.state import begin_phase, init_state, make_train_step, split
 
 V, D, ROWS, LENGTH = 20, 6, 8, 5

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxfm import optimizer, sharding
+from jaxfm import sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.config.run import AdamWConfig
 from jaxfm.distributed import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Evaluator
@@ -27,6 +26,8 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
+from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop, train
 
@@ -124,7 +125,7 @@ class Dataset:
 
 
 def prefetched(kit):
-    return sharding.Prefetch(Dataset(kit), kit.mesh, ROWS)
+    return Prefetch(Dataset(kit), kit.mesh, ROWS)
 
 
 class Rollout:

@@ -33,9 +33,9 @@ from jaxfm import sharding
 from jaxfm.config import load as configs
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
-from jaxfm.phase import Phase, make_phases
-from jaxfm.plan import human_bytes
-from jaxfm.run import model_maker
+from jaxfm.plan.plan import human_bytes
+from jaxfm.run.phase import Phase, make_phases
+from jaxfm.run.run import model_maker
 from tools import hlo, traffic
 
 # A GpuTargetConfigProto. On a GPU, `xla_client.get_topology_for_devices(jax.devices())` has the

@@ -13,7 +13,7 @@ from collections import defaultdict
 
 from jaxfm import sharding
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.plan import human_bytes
+from jaxfm.plan.plan import human_bytes
 from tools.hlo import Array, Collective
 
 TOLERANCE = 0.05  # of the bytes of a kind and dtype

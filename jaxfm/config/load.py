@@ -211,7 +211,9 @@ def _said(place: str, name: str, inherited: dict, checkpoint=None) -> dict:
 
 
 def _said_by_adapter(path: str) -> dict:
-    from jaxfm.pretrained import peft  # numpy and safetensors, for those alone who need them
+    from jaxfm.pretrained.huggingface import (
+        peft,  # numpy and safetensors, for those alone who need them
+    )
 
     return peft.describe(path)
 

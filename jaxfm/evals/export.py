@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from jaxfm.evals.base import Evaluator
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.huggingface.export import Exporter
 
 
 class PeriodicExport(Evaluator):

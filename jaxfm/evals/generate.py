@@ -7,7 +7,8 @@ from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Context, Evaluator, wilson_interval
 from jaxfm.evals.contamination import contamination
-from jaxfm.sampling.sampler import Request, complete
+from jaxfm.sampling.engine import complete
+from jaxfm.sampling.request import Request
 from jaxfm.tasks import TASKS
 
 log = logging.getLogger('jaxfm')

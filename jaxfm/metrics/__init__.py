@@ -1,8 +1,7 @@
-"""What a run measures: its records, clocks, console and report.
+"""What a run measures: its records, clocks and console.
 
 `writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time, `goodput` says what for;
-`console` tells a person; `report` draws the finished run from the files alone. This room imports
-nothing of ours but errors.
+`console` tells a person. This room imports nothing of ours but errors.
 """
 
 from pydantic import Field

@@ -21,8 +21,8 @@ from jaxfm.errors import DataError, UsageError
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import request_options
 from jaxfm.modes.output import write_lines
-from jaxfm.run import started
-from jaxfm.sampling.sampler import Request
+from jaxfm.run.run import started
+from jaxfm.sampling.request import Request
 from jaxfm.tokenizer.stream import TextStream
 
 log = logging.getLogger('jaxfm')

@@ -6,7 +6,7 @@ import logging
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.modes.output import write_lines
-from jaxfm.run import started
+from jaxfm.run.run import started
 
 log = logging.getLogger('jaxfm')
 

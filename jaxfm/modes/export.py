@@ -6,7 +6,7 @@ import time
 
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
-from jaxfm.run import started
+from jaxfm.run.run import started
 
 log = logging.getLogger('jaxfm')
 

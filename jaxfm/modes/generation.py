@@ -5,8 +5,9 @@ from pathlib import Path
 
 from jaxfm.chat.render import Chat
 from jaxfm.modes.output import write_lines
-from jaxfm.run import Run
-from jaxfm.sampling.sampler import Request, complete
+from jaxfm.run.run import Run
+from jaxfm.sampling.engine import complete
+from jaxfm.sampling.request import Request
 
 
 def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jaxfm import distributed, plan, sharding
+from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.config import load as configs
 from jaxfm.config import resume
@@ -20,14 +20,16 @@ from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
-from jaxfm.metrics.report import write_report
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.modes.generation import requests_for, write_samples
 from jaxfm.modes.output import explained
-from jaxfm.phase import Phase
-from jaxfm.run import Run, started
-from jaxfm.sampling.sampler import Request
+from jaxfm.plan import plan
+from jaxfm.prefetch import Prefetch
+from jaxfm.report.page import write_report
+from jaxfm.run.phase import Phase
+from jaxfm.run.run import Run, started
+from jaxfm.sampling.request import Request
 from jaxfm.state import TrainState
 from jaxfm.storage.base import S3
 from jaxfm.train import Loop
@@ -228,8 +230,8 @@ def _report(run: Run) -> None:
         log.warning('the report could not be written: %s', error)
 
 
-def _prefetch(phase: Phase, stack) -> sharding.Prefetch:
-    source = sharding.Prefetch(phase.batches(), phase.mesh, phase.config.data.batch_size)
+def _prefetch(phase: Phase, stack) -> Prefetch:
+    source = Prefetch(phase.batches(), phase.mesh, phase.config.data.batch_size)
     stack.callback(source.close)
     return source
 

@@ -12,8 +12,9 @@ import jax
 
 from jaxfm import sharding
 from jaxfm.errors import DataError, listed
-from jaxfm.models import TransformerConfig, convert
+from jaxfm.models import TransformerConfig
 from jaxfm.models.families.base import find
+from jaxfm.pretrained import layout as convert
 from jaxfm.pretrained.pipeline import ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 
@@ -101,9 +102,7 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
 
     @functools.cache  # JAX asks once more for every replica
     def read(index):
-        rows, *columns = (
-            slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape)
-        )
+        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape))
         count = max(0, min(rows.stop, part.shape[0]) - rows.start)  # the others are padding
         here = slice(part.start + rows.start, part.start + rows.start + count)
         if part.is_turned:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxfm.errors import DataError, MissingInputError, listed
 from jaxfm.models.families.base import read_config
-from jaxfm.pretrained import directory
+from jaxfm.pretrained.huggingface import directory
 from jaxfm.pretrained.source import Pretrained
 
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
@@ -44,7 +44,7 @@ def open_pretrained(name: str) -> Pretrained:
         raise MissingInputError(f'{path} holds no model: no config.json and no .gguf file')
     is_of_runs = path.parts[:1] == ('runs',)  # where runs are unless told otherwise
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_of_runs:
-        from jaxfm.pretrained.hub import download
+        from jaxfm.pretrained.huggingface.hub import download
 
         return directory.open_directory(download(name))
     raise MissingInputError(
@@ -54,7 +54,7 @@ def open_pretrained(name: str) -> Pretrained:
 
 def _open_file(path: Path) -> Pretrained:
     if path.suffix == '.gguf':
-        from jaxfm.pretrained.gguf import open_gguf  # its library is needed for nothing else
+        from jaxfm.pretrained.gguf.model import open_gguf  # its library is needed for nothing else
 
         return open_gguf(path)
     if path.suffix == '.safetensors':

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
-from jaxfm.pretrained import gguf_tokenizer
+from jaxfm.pretrained.gguf import tokenizer as gguf_tokenizer
 
 CONFIG = 'tokenizer_config.json'
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxfm import plan, sharding
+from jaxfm import sharding
 from jaxfm.config import load as config
 from jaxfm.config import run as run_config
 from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
-from jaxfm.phase import make_phases
+from jaxfm.plan import plan
+from jaxfm.run.phase import make_phases
 from jaxfm.state import split
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from jaxfm.evals import GenerateConfig, generate
 from jaxfm.evals.base import Context, wilson_interval
 from jaxfm.evals.generate import Generate
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Event
+from jaxfm.sampling.request import Event
 from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt
 

@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxfm import optimizer, sharding, state
-from jaxfm.config.run import AdamWConfig
+from jaxfm import sharding, state
 from jaxfm.models import TransformerConfig
 from jaxfm.models.families import FAMILIES
 from jaxfm.models.families.base import blocks_of, read_config, write_config
@@ -21,12 +20,14 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
+from jaxfm.optim import AdamWConfig, optimizer
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Request, Sampler, complete
+from jaxfm.sampling.engine import Sampler, complete
+from jaxfm.sampling.request import Request
 from tests.models import goldens
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxfm import optimizer, plan
-from jaxfm.config.run import AdamWConfig
 from jaxfm.errors import ConfigError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.kv_cache import init_cache
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
+from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.plan import plan
 from jaxfm.state import init_state, make_train_step, split
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxfm import optimizer, plan, sharding, state
-from jaxfm.config.run import AdamWConfig, MuonConfig
+from jaxfm import sharding, state
 from jaxfm.models import TARGETS, LoraConfig
 from jaxfm.models.lora import merge
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
+from jaxfm.optim import AdamWConfig, MuonConfig, optimizer
+from jaxfm.plan import plan
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=['all'])
 

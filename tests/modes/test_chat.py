@@ -19,7 +19,7 @@ from jaxfm.errors import DataError
 from jaxfm.modes import chat
 from jaxfm.modes.chat import Assistant
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Event
+from jaxfm.sampling.request import Event
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer import build as tokenizer
 from tests.runs import PATIENCE, start_ranks, stderr_of

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxfm.main import HUGE_PAGES
-from jaxfm.pretrained.export import write_safetensors
+from jaxfm.pretrained.huggingface.export import write_safetensors
 from tests.hf_directories import LLAMA, random_tensors, shapes_of, write_json, write_model
 from tests.pretrained.loading import ROOT, Counted, Loading
 from tests.test_distributed_init import ranks, started

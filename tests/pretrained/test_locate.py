@@ -7,7 +7,8 @@ import pytest
 
 from jaxfm.config import load as configs
 from jaxfm.errors import DataError, MissingInputError, UnavailableError
-from jaxfm.pretrained import hub, locate
+from jaxfm.pretrained import locate
+from jaxfm.pretrained.huggingface import hub
 from tests.hf_directories import write_json, write_model
 from tests.pretrained.loading import ROOT
 

@@ -17,7 +17,7 @@ from jaxfm.modes.generation import requests_for
 from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Sampler, complete
+from jaxfm.sampling.engine import Sampler, complete
 from jaxfm.tokenizer import build as tokenizers
 from tests.pretrained.loading import Loading
 

@@ -13,7 +13,7 @@ from jaxfm.models import BlockConfig, LoraConfig, SegmentConfig, TransformerConf
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Sampler
+from jaxfm.sampling.engine import Sampler
 
 VOCAB = 60
 BLOCK = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)

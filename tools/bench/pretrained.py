@@ -26,11 +26,12 @@ import numpy as np
 from flax import nnx
 
 from jaxfm import sharding, state
-from jaxfm.models import TransformerConfig, convert
+from jaxfm.models import TransformerConfig
 from jaxfm.models.families.base import find, write_config
 from jaxfm.models.transformer import Transformer
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained.export import Exporter, write_safetensors
+from jaxfm.pretrained import layout as convert
+from jaxfm.pretrained.huggingface.export import Exporter, write_safetensors
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from tools.bench import machine
@@ -100,14 +101,20 @@ def show(record: dict) -> None:
     gigabytes = record['bytes'] / 1e9
     for name, values in record['seconds'].items():
         median = statistics.median(values)
-        print(f'{name:8} {median:6.2f} s ({min(values):.2f} .. {max(values):.2f}), '
-              f'{gigabytes / median:.2f} GB/s')
+        print(
+            f'{name:8} {median:6.2f} s ({min(values):.2f} .. {max(values):.2f}), '
+            f'{gigabytes / median:.2f} GB/s'
+        )
     ratio = record['copy_speed_ratio']
-    print(f'import + export at {ratio:.2f} of the speed of copying (bar: at least '
-          f'{BARS["copy_speed_ratio"]})')
+    print(
+        f'import + export at {ratio:.2f} of the speed of copying (bar: at least '
+        f'{BARS["copy_speed_ratio"]})'
+    )
     if 'load_seconds' in record:
-        print(f'{record["model"]} loads in {record["load_seconds"]:.2f} s (bar: at most '
-              f'{BARS["load_seconds"]}); with imports and start {record["loads"][0]["all"]:.1f} s')
+        print(
+            f'{record["model"]} loads in {record["load_seconds"]:.2f} s (bar: at most '
+            f'{BARS["load_seconds"]}); with imports and start {record["loads"][0]["all"]:.1f} s'
+        )
 
 
 def _timed(function, *arguments) -> float:
@@ -169,9 +176,7 @@ def _export(config, params, target: Path) -> None:
     with _mesh():
         parts = _parts(config)
         config_of = ExportConfig(shard_gigabytes=100.0)
-        exporter = Exporter(
-            config_of, config, parts.axes, parts.shapes, tokenizer, frozenset([2])
-        )
+        exporter = Exporter(config_of, config, parts.axes, parts.shapes, tokenizer, frozenset([2]))
         exporter.write(params, target)
     for file in target.iterdir():
         _sync(file)

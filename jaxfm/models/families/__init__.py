@@ -1,7 +1,7 @@
 """The families of published models: one small file each, and their registry. No jax.
 
 A family file says which pieces a config.json of Hugging Face's layout chooses, and has a table of
-weight names; `base.py` reads such a file, `jaxfm.models.convert` such a table, both in both
+weight names; `base.py` reads such a file, `jaxfm.pretrained.layout` such a table, both in both
 directions.
 """
 

@@ -16,7 +16,8 @@ import jax
 
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.sampler import Request, Sampler
+from jaxfm.sampling.engine import Sampler
+from jaxfm.sampling.request import Request
 from pallas_kernels._tables import short_kind
 from tools.bench.gpu import models
 from tools.bench.gpu.record import Record, bar, outcome, show_bars

@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 
 from jaxfm import sharding, state
-from jaxfm.config.run import AdamWConfig
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optimizer import AdamW
-from jaxfm.plan import model_flops_per_token
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.optimizer import AdamW
+from jaxfm.plan.plan import model_flops_per_token
 from jaxfm.sharding import MESH_AXES
 from tools.bench.gpu import documents
 from tools.bench.gpu.stages import Refused

@@ -11,8 +11,8 @@ import math
 import numpy as np
 
 from jaxfm.errors import DataError
-from jaxfm.pretrained import gguf_file
-from jaxfm.pretrained.gguf_architectures import Architecture
+from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf.architectures import Architecture
 
 # Words of config.json by llama.cpp's keys behind the architecture's name: what every file has,
 _COUNTS = {

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jaxfm.errors import DataError, listed
-from jaxfm.pretrained import gguf_file
+from jaxfm.pretrained.gguf import file as gguf_file
 
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxfm.errors import DataError, listed
-from jaxfm.pretrained import gguf_config, gguf_file
-from jaxfm.pretrained.gguf_architectures import ARCHITECTURES, MATRICES, Architecture
+from jaxfm.pretrained.gguf import config as gguf_config
+from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf.architectures import ARCHITECTURES, MATRICES, Architecture
 from jaxfm.pretrained.source import Pretrained
 
 _OUTSIDE = {

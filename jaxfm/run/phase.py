@@ -11,11 +11,12 @@ from collections.abc import Callable
 import jax
 
 from jaxfm import sharding
-from jaxfm.config.run import OPTIMIZERS, PhaseConfig, RunConfig
+from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Dataset
 from jaxfm.data.packing import rows as packing
 from jaxfm.objectives import OBJECTIVES
-from jaxfm.plan import frozen_matmul_params, model_flops_per_token
+from jaxfm.optim import OPTIMIZERS
+from jaxfm.plan.plan import frozen_matmul_params, model_flops_per_token
 from jaxfm.state import (
     TrainState,
     abstract_state,

@@ -8,7 +8,8 @@ import pytest
 
 from jaxfm import sharding
 from jaxfm.errors import DataError
-from jaxfm.sampling.sampler import Request, complete
+from jaxfm.sampling.engine import complete
+from jaxfm.sampling.request import Request
 
 PROMPTS = [[1, 2, 3], [4], list(range(10, 29)), [7, 7, 7, 7, 7], [30, 2], [59, 0, 59]]
 

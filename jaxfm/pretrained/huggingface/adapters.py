@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from jaxfm import sharding
-from jaxfm.models import TransformerConfig, convert
+from jaxfm.models import TransformerConfig
 from jaxfm.models.families.base import find, write_config
-from jaxfm.pretrained import peft
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained import layout as convert
+from jaxfm.pretrained.huggingface import peft
+from jaxfm.pretrained.huggingface.export import Exporter
 
 
 def load_adapters(

@@ -22,7 +22,7 @@ from jaxfm.errors import DataError, listed
 from jaxfm.models import TARGETS, LoraConfig
 from jaxfm.models.families import FAMILIES
 from jaxfm.models.families.base import find
-from jaxfm.pretrained.directory import SafetensorsFiles, read_json
+from jaxfm.pretrained.huggingface.directory import SafetensorsFiles, read_json
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _NAME = re.compile(r'base_model\.model\.(.+)\.lora_([AB])\.weight')

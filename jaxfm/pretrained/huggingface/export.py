@@ -15,10 +15,11 @@ import numpy as np
 
 from jaxfm import distributed
 from jaxfm.errors import PermissionDeniedError, StorageError
-from jaxfm.models import TransformerConfig, convert, lora
+from jaxfm.models import TransformerConfig, lora
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained.directory import (
+from jaxfm.pretrained import layout as convert
+from jaxfm.pretrained.huggingface.directory import (
     CONFIG,
     DTYPES,
     GENERATION,

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
-from jaxfm.pretrained import gguf_file
-from jaxfm.pretrained.gguf import open_gguf
-from jaxfm.pretrained.gguf_architectures import ARCHITECTURES
+from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf.architectures import ARCHITECTURES
+from jaxfm.pretrained.gguf.model import open_gguf
 from tests import gguf_files
 
 HF = {
@@ -552,7 +552,8 @@ def test_every_type_that_is_read_gives_its_number_of_values():
 
 
 def test_opening_a_file_imports_no_jax(path):
-    program = 'import sys; from jaxfm.pretrained.gguf import open_gguf; open_gguf(sys.argv[1]); '
+    program = 'import sys; from jaxfm.pretrained.gguf.model import open_gguf; '
+    program += 'open_gguf(sys.argv[1]); '
     program += "print('jax' in sys.modules)"
     command = [sys.executable, '-c', program, str(make(path))]
     assert subprocess.run(command, capture_output=True, check=True, text=True).stdout == 'False\n'

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxfm import plan, sharding, state
+from jaxfm import sharding, state
 from jaxfm.errors import ConfigError
 from jaxfm.models import BlockConfig, ImplementationsConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
+from jaxfm.plan import plan
 
 
 def changed(group, **changes):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxfm.models.families.base import read_config
-from jaxfm.pretrained.gguf import open_gguf
+from jaxfm.pretrained.gguf.model import open_gguf
 from tests import gguf_files
 from tests.models import goldens
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfm import optimizer, sharding
-from jaxfm.config.run import AdamWConfig, MuonConfig
+from jaxfm import sharding
+from jaxfm.optim import AdamWConfig, MuonConfig, optimizer
 
 AXES = {
     'embedding/table': ('vocab', 'embed'),

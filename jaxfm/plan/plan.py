@@ -13,7 +13,7 @@ from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
 from jaxfm.ops.choice import Choice, decide
-from jaxfm.optimizer import is_vector
+from jaxfm.optim.optimizer import is_vector
 
 
 def visible_keys(length: int, window: int, causal: bool) -> float:
@@ -185,11 +185,21 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
             ('name', f'{model.name}, {model.num_layers} layers'),
             ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
             *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
-            ('precision', f'stored {model.param_dtype}, computed {compute_dtype(model).name}, '
-             'logits float32'),
-            *([('matrices of blocks', 'multiplied in float8, unproven on hardware; MFU is of '
-                f'the peak in {compute_dtype(model).name}')]
-              if model.matmul_dtype == 'float8' else []),
+            (
+                'precision',
+                f'stored {model.param_dtype}, computed {compute_dtype(model).name}, logits float32',
+            ),
+            *(
+                [
+                    (
+                        'matrices of blocks',
+                        'multiplied in float8, unproven on hardware; MFU is of '
+                        f'the peak in {compute_dtype(model).name}',
+                    )
+                ]
+                if model.matmul_dtype == 'float8'
+                else []
+            ),
         ],
         'ops': [(op, f'{choice.name}: {choice.reason}') for op, choice in chosen.items()],
         'devices': [

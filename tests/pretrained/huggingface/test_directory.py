@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 from jaxfm import main
 from jaxfm.config import load as configs
 from jaxfm.errors import DataError
-from jaxfm.pretrained.directory import open_directory
+from jaxfm.pretrained.huggingface.directory import open_directory
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from tests.hf_directories import DEEP, LLAMA, random_tensors, write_json, write_model
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 UP_PROJ = 'model.layers.0.mlp.up_proj.weight'
@@ -314,7 +314,7 @@ def test_an_unreadable_file_is_told(good, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr('jaxfm.pretrained.directory.safe_open', refuse)
+    monkeypatch.setattr('jaxfm.pretrained.huggingface.directory.safe_open', refuse)
     argv = ['--config', PRETRAINED, f'--config.init_from={good}', '--mode=sample']
     assert main.main([*argv, '--workdir', str(tmp_path / 'run')]) == 77
 
@@ -406,7 +406,7 @@ BAD_TENSORS = {
 @pytest.mark.parametrize('name', BAD_TENSORS)
 def test_weights_that_are_not_those_of_the_config_are_named(name, refused, monkeypatch):
     damage, words = BAD_TENSORS[name]
-    monkeypatch.setattr('jaxfm.run.Run.open_tokenizer', None)  # it is not come to
+    monkeypatch.setattr('jaxfm.run.run.Run.open_tokenizer', None)  # it is not come to
     mode = 'export' if list(BAD_TENSORS).index(name) % 2 else 'sample'
     code, out, error = refused(damage, mode=mode)
     assert (code, out) == (65, '')
@@ -414,7 +414,7 @@ def test_weights_that_are_not_those_of_the_config_are_named(name, refused, monke
 
 
 def test_training_from_bad_weights_is_refused_before_the_data_is_read(refused, tiny, monkeypatch):
-    monkeypatch.setattr('jaxfm.run.Run.open_data', None)
+    monkeypatch.setattr('jaxfm.run.run.Run.open_data', None)
     path = tiny.derive('no_model', '    del config["model"]; del config["tokenizer"]')
     damage, words = BAD_TENSORS['one is missing']
     code, _, error = refused(damage, '--config', str(path), mode='train')

@@ -25,8 +25,8 @@ from jaxfm.models import TransformerConfig
 from jaxfm.models.families import FAMILIES
 from jaxfm.models.families.base import read_config, write_config
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained.directory import open_directory
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.huggingface.directory import open_directory
+from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer import build as tokenizers
 from tests.hf_directories import write_model
@@ -231,7 +231,7 @@ def test_of_an_export_that_fails_nothing_is_left(
     def refuse(*arguments):
         raise refusal
 
-    monkeypatch.setattr('jaxfm.pretrained.export._write_json', refuse)
+    monkeypatch.setattr('jaxfm.pretrained.huggingface.export._write_json', refuse)
     with pytest.raises(kind, match=words):
         write(source, tmp_path / 'out')
     assert list(tmp_path.iterdir()) == []

@@ -18,8 +18,9 @@ from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import logits, token_logprobs
-from jaxfm.pretrained import ExportConfig, peft
-from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
+from jaxfm.pretrained import ExportConfig
+from jaxfm.pretrained.huggingface import peft
+from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from tests.hf_directories import DEEP

@@ -10,7 +10,7 @@ from tokenizers import pre_tokenizers
 
 from jaxfm.chat.render import Chat
 from jaxfm.errors import ConfigError, DataError, MissingInputError
-from jaxfm.pretrained.gguf_tokenizer import PRE_NAMES
+from jaxfm.pretrained.gguf.tokenizer import PRE_NAMES
 from jaxfm.tokenizer import build as tokenizer
 from tests import gguf_files
 from tests.tokenizer.test_real_tokenizers import random_texts

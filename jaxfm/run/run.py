@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxfm import distributed, plan, sharding
+from jaxfm import distributed, sharding
 from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
@@ -27,13 +27,14 @@ from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import MODELS, TransformerConfig, lora
-from jaxfm.phase import Phase, make_phases, phase_at
+from jaxfm.plan import plan
 from jaxfm.pretrained import locate
-from jaxfm.pretrained.adapters import AdapterExporter, load_adapters
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
+from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.load import checked_layout, load_params
 from jaxfm.pretrained.source import Pretrained
-from jaxfm.sampling.sampler import Sampler
+from jaxfm.run.phase import Phase, make_phases, phase_at
+from jaxfm.sampling.engine import Sampler
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 from jaxfm.tokenizer import build as tokenizers
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from jaxfm.metrics import goodput
-from jaxfm.metrics.report import write_report
 from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.report.page import write_report
 
 
 def record_run(workdir, steps=200, failures_per_day=1.0):

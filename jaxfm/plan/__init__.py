@@ -1,0 +1,1 @@
+"""Plans: what a resolved config will need, before anything is allocated."""

@@ -1,0 +1,1 @@
+"""Models and tokenizers in .gguf files, the format of llama.cpp."""

@@ -1,0 +1,1 @@
+"""Runs: one resolved config and one work directory, and every part that is built from them."""

@@ -104,13 +104,13 @@ def main(argv: list[str]) -> int:
         flags, overrides = parse(argv)
         config = configs.load(flags.config, overrides, workdir=flags.workdir)
         _check_mode(flags, config)
-        _check_workdir(flags, config)
+        changes = _check_workdir(flags, config)
         if flags.mode in ('train', 'eval'):
             _check_files(config)
         if config.checkpoint.directory:
             open_storage(config.checkpoint.directory).check_readable()
         run_mode = modes.load(flags.mode)  # jax only now: a mistake costs no start-up time
-        return run_mode(flags, config)
+        return run_mode(flags, config, changes)
     except RunError as error:
         return _report(error)
     except MemoryError as error:
@@ -135,14 +135,14 @@ REMEDIES = (
 
 
 def _check_files(config) -> None:
-    """Whether the files are there that the sources of all phases read; a cache needs none."""
+    """Raises unless the files are there that all phases read; a cache needs none."""
     for phase in (phase for phase in config.all_phases if not phase.data.cache):
         for source in phase.data.all_sources.values():
             SOURCES[source.name].load()(source).files()
 
 
 def _check_mode(flags, config) -> None:
-    """Whether the config has what the mode needs."""
+    """Raises unless the config has what the mode needs."""
     if flags.mode in ('train', 'eval') and not config.all_phases:
         raise ConfigError(
             f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
@@ -158,16 +158,21 @@ def _check_mode(flags, config) -> None:
         check_absent(flags.output)
 
 
-def _check_workdir(flags, config) -> None:
-    """Whether the run that is in the work directory, if any, may go on with this config."""
-    known, flags.changes = flags.workdir / 'config.json', []
+def _check_workdir(flags, config) -> list[resume.Change]:
+    """Raises unless the run in the work directory, if any, may go on with this config.
+
+    Returns:
+      What differs.
+    """
+    known = flags.workdir / 'config.json'
     if known.exists():
-        flags.changes = resume.check_resume(configs.read(known), config, flags.allow_change)
-    elif flags.mode != 'train' and not config.init_from:
+        return resume.check_resume(configs.read(known), config, flags.allow_change)
+    if flags.mode != 'train' and not config.init_from:
         raise MissingInputError(
             f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir '
             'or a model by --config.init_from'
         )
+    return []
 
 
 def _report(error: RunError) -> int:

@@ -29,12 +29,13 @@ MAP = {
     'main': {'modes', 'config', 'data', 'storage'},
     'modes': {
         *('run', 'config', 'train', 'prefetch', 'plan', 'sampling', 'tokenizer', 'chat', 'state'),
-        *('models', 'sharding', 'checkpoint', 'report', 'metrics', 'storage', 'distributed'),
+        *('models', 'sharding', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('config', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
+        *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
         *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface', 'state'),
-        *('models', 'optim', 'sharding', 'checkpoint', 'distributed'),
+        *('models', 'optim', 'sharding', 'checkpoint', 'report', 'metrics', 'storage'),
+        'distributed',
     },
     # Of the rooms that are configured it imports the schemas alone.
     'config': {

@@ -25,7 +25,7 @@ from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
-from jaxfm.run.run import cache_directory
+from jaxfm.run.data import cache_directory
 from jaxfm.tokenizer.build import Tokenizer
 
 BAR = 40  # columns of the longest bar of a histogram

@@ -1,10 +1,12 @@
-"""What --mode does: functions (flags, config) -> exit code, each of which builds a run and uses its
-parts."""
+"""What --mode does: functions (flags, config, changes) -> exit code, which build a run and use it.
+
+`changes` is what of the config differs from the run that the work directory holds.
+"""
 
 from jaxfm.schema import load_target
 
 MODES = {
-    'train': 'jaxfm.modes.train:train',
+    'train': 'jaxfm.modes.train:run_training',
     'eval': 'jaxfm.modes.evaluate:evaluate',
     'sample': 'jaxfm.modes.sample:sample',
     'chat': 'jaxfm.modes.chat:chat',

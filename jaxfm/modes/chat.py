@@ -21,7 +21,9 @@ from jaxfm.errors import DataError, UsageError
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import request_options
 from jaxfm.modes.output import write_lines
-from jaxfm.run.run import started
+from jaxfm.run.data import open_tokenizer
+from jaxfm.run.run import start_run
+from jaxfm.run.weights import current_params
 from jaxfm.sampling.request import Request
 from jaxfm.tokenizer.stream import TextStream
 
@@ -36,13 +38,14 @@ DECODE_STEPS = 1
 Messages = list[dict[str, str]]
 
 
-def chat(flags, config: RunConfig) -> int:
+def chat(flags, config: RunConfig, changes) -> int:
     """Answers until the input ends; 65 when nobody is at a terminal to see what had no answer.
 
     Raises:
       UsageError: several processes, which would need one keyboard.
     """
-    with started(flags, _flowing(config)) as run, contextlib.ExitStack() as stack:
+    config = _stream_tokens(config)
+    with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         if jax.process_count() > 1:
             raise UsageError(
                 f'--mode chat is for one process, here are {jax.process_count()}: start it '
@@ -50,14 +53,14 @@ def chat(flags, config: RunConfig) -> int:
             )
         console = Console()
         stack.callback(console.close)
-        run.open_tokenizer()
-        if not run.tokenizer.chat_template:
+        tokenizer = open_tokenizer(config, run.workdir)
+        if not tokenizer.chat_template:
             log.warning('the tokenizer has no chat template: `plain` takes its place')
-        chat_format = Chat(run.tokenizer)
-        params, step = run.current_params()
+        chat_format = Chat(tokenizer)
+        params, step = current_params(run)
         sampler = run.sampler(params, slots=1)
         options = request_options(config, chat_format, flags)
-        assistant = Assistant(sampler, run.tokenizer, chat_format, options)
+        assistant = Assistant(sampler, tokenizer, chat_format, options)
         if step is not None:
             log.info('talking to step %d', step)
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -127,7 +130,7 @@ class Assistant:
             )
 
 
-def _flowing(config: RunConfig) -> RunConfig:
+def _stream_tokens(config: RunConfig) -> RunConfig:
     """The config whose sampler gives text as soon as it is there."""
     sampling = config.sampling.model_copy(update={'decode_steps': DECODE_STEPS})
     return config.model_copy(update={'sampling': sampling})

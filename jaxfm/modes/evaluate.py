@@ -6,25 +6,28 @@ import logging
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.modes.output import write_lines
-from jaxfm.run.run import started
+from jaxfm.run.data import open_data
+from jaxfm.run.run import start_run
+from jaxfm.run.weights import current_params
 
 log = logging.getLogger('jaxfm')
 
 
-def evaluate(flags, config: RunConfig) -> int:
+def evaluate(flags, config: RunConfig, changes) -> int:
     """Runs every evaluator on the newest checkpoint."""
-    with started(flags, config) as run, contextlib.ExitStack() as stack:
+    with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        params, step = run.current_params()
-        run.open_data()
+        params, step = current_params(run)
+        data = open_data(config, run.workdir)
         if step is None:
             step = 0
         else:
             position = run.reader().read_manifest(step)['extra']['source']
-            run.phase_at(step).batches().set_state(position)
+            phase = run.phase_at(step)
+            phase.batches(data.datasets[phase.name]).set_state(position)
         scores = {}
-        for name, evaluator in run.evaluators(run.sampler(params), write=False).items():
+        for name, evaluator in run.evaluators(data, run.sampler(params), write=False).items():
             values = evaluator.run(params, step)
             scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
         for name, value in scores.items():

@@ -6,19 +6,20 @@ import time
 
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
-from jaxfm.run.run import started
+from jaxfm.run.data import open_tokenizer
+from jaxfm.run.run import start_run
+from jaxfm.run.weights import current_params, make_exporter
 
 log = logging.getLogger('jaxfm')
 
 
-def export(flags, config: RunConfig) -> int:
+def export(flags, config: RunConfig, changes) -> int:
     """Writes the newest weights of the run, or those of `init_from`, to --output."""
-    with started(flags, config) as run, contextlib.ExitStack() as stack:
+    with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        run.open_tokenizer()
-        exporter = run.exporter()
-        params, step = run.current_params()
+        exporter = make_exporter(run, open_tokenizer(config, run.workdir))
+        params, step = current_params(run)
         start = time.monotonic()
         exporter.write(params, flags.output)
         of_step = '' if step is None else f' of step {step}'

@@ -1,11 +1,11 @@
-"""Files that a mode writes, and a reason to stop when they cannot be written."""
+"""Files that a mode writes where the command line says."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
+from jaxfm.storage.whole import explained
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
@@ -16,10 +16,10 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 
 def check_absent(directory: Path) -> None:
-    """Whether there is nothing yet where a directory is to be written, and there it can be.
+    """Raises unless there is nothing yet where a directory is to be written, and it can be.
 
     Raises:
-      ConfigError: something is.
+      ConfigError: something is there.
       StorageError, PermissionDeniedError: the nearest directory above it is none, or closed to us.
     """
     is_other = directory.is_symlink() or (directory.exists() and not directory.is_dir())
@@ -30,13 +30,3 @@ def check_absent(directory: Path) -> None:
         raise StorageError(f'{directory}: cannot be written: {above} is no directory')
     if not os.access(above, os.W_OK):
         raise PermissionDeniedError(f'{directory}: cannot be written: {above} may not be changed')
-
-
-@contextlib.contextmanager
-def explained(path: Path):
-    """Inside it an OSError becomes the RunError that names the path."""
-    try:
-        yield path
-    except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-        raise kind(f'{path}: cannot be written: {error.strerror}') from None

@@ -6,22 +6,24 @@ import logging
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import requests_for, write_samples
-from jaxfm.run.run import started
+from jaxfm.run.data import open_tokenizer
+from jaxfm.run.run import start_run
+from jaxfm.run.weights import current_params
 
 log = logging.getLogger('jaxfm')
 
 
-def sample(flags, config: RunConfig) -> int:
+def sample(flags, config: RunConfig, changes) -> int:
     """Continues the prompts with the weights of the newest checkpoint; text goes to stdout."""
-    with started(flags, config) as run, contextlib.ExitStack() as stack:
+    with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
-        run.open_tokenizer()
-        params, step = run.current_params()
+        tokenizer = open_tokenizer(config, run.workdir)
+        params, step = current_params(run)
         prompts = flags.prompt or list(config.sampling.prompts) or ['']
         sampler = run.sampler(params, slots=len(prompts))
-        requests = requests_for(config, run.tokenizer, prompts, flags)
+        requests = requests_for(config, tokenizer, prompts, flags)
         if step is not None:
             log.info('sampling from step %d', step)
-        write_samples(run, sampler, run.tokenizer, prompts, requests, flags.output)
+        write_samples(run, sampler, tokenizer, prompts, requests, flags.output)
     return 0

@@ -169,12 +169,12 @@ def check_matmuls(model: TransformerConfig, mesh) -> None:
         )
 
 
-def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
+def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
     """What a run is, as {title: [(name, value), ...]}.
 
     Args:
-      config: a RunConfig. phases: its Phases, with their data open. state: the TrainState of the
-      first, or its shapes and shardings.
+      config: a RunConfig. phases: its Phases. datasets: {name of a phase: its data}. state: the
+      TrainState of the first, or its shapes and shardings.
     """
     model = config.model
     split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
@@ -212,7 +212,7 @@ def tables(config, phases, mesh, state) -> dict[str, list[tuple]]:
     for phase in phases:
         title = f'phase {phase.name}' if phase.name else 'training'
         sections[title] = _phase_rows(phase, model)
-        sections[f'data of {title}'] = _data_rows(phase.dataset.statistics)
+        sections[f'data of {title}'] = _data_rows(datasets[phase.name].statistics)
     return sections
 
 

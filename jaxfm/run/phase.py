@@ -12,7 +12,7 @@ import jax
 
 from jaxfm import sharding
 from jaxfm.config.run import PhaseConfig, RunConfig
-from jaxfm.data.dataset import Dataset
+from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing import rows as packing
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.optim import OPTIMIZERS
@@ -31,7 +31,7 @@ from jaxfm.state import (
 class Phase:
     """One phase, planned: wrong patterns and shapes are found when it is built.
 
-    first, last: steps of the run between which it lies. `dataset` is set once the data is open.
+    first, last: steps of the run between which it lies.
     """
 
     config: PhaseConfig
@@ -40,7 +40,6 @@ class Phase:
     seed: int  # of the order of its data and the noise of its steps
     make_model: Callable
     mesh: object
-    dataset: Dataset | None = None
 
     def __post_init__(self):
         config = self.config
@@ -96,10 +95,10 @@ class Phase:
             for name, dtype in packing.DTYPES.items()
         }
 
-    def batches(self):
-        """The host's share of the batches, in their order."""
+    def batches(self, dataset: Dataset) -> Batches:
+        """The host's share of the batches of the phase's data, in their order."""
         rows = sharding.local_rows(self.mesh, self.config.data.batch_size)
-        return self.dataset.batches(self.seed, rows)
+        return dataset.batches(self.seed, rows)
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

@@ -1,0 +1,114 @@
+"""The weights of a run: fresh, from a checkpoint, another run or outside; and their export."""
+
+import logging
+from pathlib import Path
+
+from jaxfm.chat.render import Chat
+from jaxfm.checkpoint.reader import Reader
+from jaxfm.config import load as configs
+from jaxfm.config.run import RunConfig
+from jaxfm.errors import MissingInputError
+from jaxfm.evals.export import PeriodicExport
+from jaxfm.models import lora
+from jaxfm.pretrained import locate
+from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
+from jaxfm.pretrained.huggingface.export import Exporter
+from jaxfm.pretrained.load import load_params
+from jaxfm.run.run import Run, model_maker
+from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
+from jaxfm.tokenizer.kinds import Tokenizer
+
+log = logging.getLogger('jaxfm')
+
+
+def current_params(run: Run) -> tuple[dict, int | None]:
+    """The newest weights of a run and their step.
+
+    Of a run that has not begun: the weights that it would start from, and None.
+    """
+    if run.has_begun or not run.config.init_from:
+        return _restore_params(run.reader(), run.parts)
+    return _earlier_params(run), None
+
+
+def initial_state(run: Run) -> TrainState:
+    """The state at step 0: fresh weights, or those of the model that `init_from` names."""
+    first = run.phases[0]
+    return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
+
+
+def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
+    """Writes weights of a run for other libraries."""
+    config, parts = run.config, run.parts
+    stop_ids = Chat(tokenizer).stop_ids | set(config.sampling.stop_ids)
+    arguments = (config.export, config.model, parts.axes, parts.shapes, tokenizer, stop_ids)
+    if config.export.adapters == 'peft':
+        return AdapterExporter(*arguments, base=_base_of(config.init_from))
+    return Exporter(*arguments)
+
+
+def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport]:
+    """The export of every so many steps, as an evaluator by its name, if it is asked for."""
+    every = run.config.export.every
+    directory = run.workdir / 'export'
+    return (
+        {'export': PeriodicExport(every, make_exporter(run, tokenizer), directory)} if every else {}
+    )
+
+
+def _restore_params(checkpoints: Reader, parts: Parts) -> tuple[dict, int]:
+    """The weights of the newest whole checkpoint alone, and its step.
+
+    parts: of the model in the checkpoint.
+    """
+    wanted = abstract_params(parts)
+    restored = checkpoints.newest_whole(
+        lambda step: (checkpoints.restore_params(step, wanted), step)
+    )
+    if restored is None:
+        raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet')
+    return restored
+
+
+def _earlier_params(run: Run) -> dict:
+    """The weights that `init_from` names: of a run of ours, or from outside.
+
+    Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
+    """
+    name, adapters, model = run.config.init_from, run.parts.adapters, run.config.model
+    directory = Path(name).expanduser()
+    if locate.is_run(directory):
+        earlier = configs.read(directory / 'config.json')
+        params, step = _params_of(run, earlier, directory)
+        log.info('weights of %s at step %d', directory, step)
+    else:
+        params = load_params(run.outside, model, *run.outside_parts)
+        log.info('weights of %s', run.outside.path)
+    if adapters <= params.keys():
+        return params
+    if model.lora.path:
+        return params | load_adapters(model, run.parts.axes, run.parts.shapes)
+    return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
+
+
+def _params_of(run: Run, earlier: RunConfig, directory: Path) -> tuple[dict, int]:
+    """The newest weights of an earlier run and their step.
+
+    Its adapters are merged into the weights where this run has none.
+    """
+    model = run.config.model.model_copy(update={'lora': earlier.model.lora})
+    checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
+    params, step = _restore_params(checkpoints, split(model_maker(model)))
+    if model.lora and not run.config.model.lora:
+        params = lora.merge(params, model)
+    return params, step
+
+
+def _base_of(init_from: str) -> str:
+    """The model that the adapters of a run stand beside: behind the runs that trained them, too."""
+    while init_from and locate.is_run(Path(init_from)):
+        earlier = configs.read(Path(init_from) / 'config.json')
+        if earlier.model.lora is None:
+            break
+        init_from = earlier.init_from
+    return init_from

@@ -1,0 +1,93 @@
+"""The work directory of a run: config, tokenizer, log, metrics, report; room for checkpoints."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.config import load as configs
+from jaxfm.errors import RunError
+from jaxfm.metrics import goodput
+from jaxfm.metrics.clock import StepClock
+from jaxfm.metrics.console import Console
+from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.plan import plan
+from jaxfm.report.page import write_report
+from jaxfm.run.run import Run
+from jaxfm.state import TrainState
+from jaxfm.storage.base import S3
+from jaxfm.storage.whole import explained
+from jaxfm.tokenizer.kinds import Tokenizer
+
+log = logging.getLogger('jaxfm')
+
+
+def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
+    """The run's checkpoints, when there is room for them.
+
+    Of a run that is refused, then or later but before its first file, nothing is left.
+    """
+    places = [run.workdir]
+    if not run.config.checkpoint.directory.startswith(S3):
+        places.insert(0, Path(run.config.checkpoint.directory or run.workdir / 'checkpoints'))
+    known = dict.fromkeys(one for place in places for one in (place, *place.parents))
+    created = [one for one in known if not one.exists()]
+
+    def remove_what_is_empty(kind, error, traceback) -> bool:
+        for directory in created if isinstance(error, RunError) else ():
+            with contextlib.suppress(OSError):  # another process has removed it, or it is not empty
+                directory.rmdir()
+        return False
+
+    stack.push(remove_what_is_empty)
+    checkpointer = run.checkpointer()
+    stack.callback(checkpointer.close)
+    checkpointer.check_room(max(map(plan.bytes_total, wanted)))
+    return checkpointer
+
+
+def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new: bool) -> Recorder:
+    """The work directory's files: config, tokenizer, log, metrics."""
+    if run.primary:
+        with explained(run.workdir):
+            run.workdir.mkdir(parents=True, exist_ok=True)
+        configs.write_inherited(run.config, run.workdir)
+        configs.write(run.config, run.workdir / 'config.json')
+        # A checkpoint belongs to the tokenizer it was trained with.
+        if is_new or not (run.workdir / 'tokenizer').exists():
+            with explained(run.workdir / 'tokenizer') as path:
+                tokenizer.save(path)
+    console.log_to(run.workdir / 'log.txt')
+    jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
+    recorder = Recorder(jsonl, console, enabled=run.primary)
+    stack.callback(recorder.close)
+    stack.push(_log_refusal)
+    return recorder
+
+
+def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
+    """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
+    end = jsonl.end_of(step, position)
+    lost = clock.waste(goodput.last_elapsed(jsonl.path, end))
+    if lost > 1:
+        log.warning(
+            '%.0f s of work after step %d were lost with the process before this one', lost, step
+        )
+    jsonl.truncate(end)
+
+
+def report(run: Run) -> None:
+    """Writes the page about a run, which must not fail after all the work."""
+    if not run.primary:
+        return
+    try:
+        log.info('report: %s', write_report(run.workdir))
+    except OSError as error:
+        log.warning('the report could not be written: %s', error)
+
+
+def _log_refusal(kind, error, traceback) -> bool:
+    """The reason of a stop goes to the log; main shows it on the screen."""
+    if isinstance(error, RunError):
+        log.error('%s', error, extra={'shown': True})
+    return False

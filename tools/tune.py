@@ -194,6 +194,17 @@ def _compile(problem: Problem, tiles) -> list[deviceless.KernelCode]:
 
 
 def main(argv=None) -> None:
+    arguments = parse(argv)
+    found = problems(arguments.op)
+    if arguments.dry_run:
+        raise SystemExit(0 if compile_all(found) else 1)
+    if jax.default_backend() != 'gpu':
+        raise SystemExit('there is no GPU here: --dry_run compiles all candidates for an H200')
+    tune(arguments.op, arguments.out / arguments.op / 'tiles.json', found, measure_on_gpu)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
     parser = argparse.ArgumentParser(
         prog='python -m tools.tune',
         description=__doc__,
@@ -202,13 +213,7 @@ def main(argv=None) -> None:
     parser.add_argument('--op', choices=MODULES, required=True)
     parser.add_argument('--out', type=Path, default=Path('pallas_kernels'))
     parser.add_argument('--dry_run', action='store_true')
-    arguments = parser.parse_args(argv)
-    found = problems(arguments.op)
-    if arguments.dry_run:
-        raise SystemExit(0 if compile_all(found) else 1)
-    if jax.default_backend() != 'gpu':
-        raise SystemExit('there is no GPU here: --dry_run compiles all candidates for an H200')
-    tune(arguments.op, arguments.out / arguments.op / 'tiles.json', found, measure_on_gpu)
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

@@ -52,13 +52,7 @@ EXTRA = {'source': {'next_row': 4096}, 'phase': ''}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--megabytes', type=int, default=FULL_MEGABYTES, help='of state')
-    parser.add_argument('--directory', type=Path, help='on the disk to measure; default: /tmp')
-    parser.add_argument('--s3', default='', help='s3://bucket/prefix; default: a server from here')
-    flags = parser.parse_args()
+    flags = parse()
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', 2)
     with (
@@ -73,6 +67,17 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1) + '\n')
     show(record)
     print(path)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--megabytes', type=int, default=FULL_MEGABYTES, help='of state')
+    parser.add_argument('--directory', type=Path, help='on the disk to measure; default: /tmp')
+    parser.add_argument('--s3', default='', help='s3://bucket/prefix; default: a server from here')
+    return parser.parse_args(argv)
 
 
 def measure(places: list[str], repeats: int, megabytes: int) -> dict[str, Any]:

@@ -56,11 +56,7 @@ class Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--megabytes', type=int, default=96, help='of text to tokenise')
-    arguments = parser.parse_args()
+    arguments = parse()
     with tempfile.TemporaryDirectory() as directory:
         record = measure(Path(directory), arguments.repeats, arguments.megabytes)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -73,6 +69,15 @@ def main() -> None:
             f'{result["name"]:44} {result["median"] / 1e6:8.2f}M tokens/s'
             f'  ({min(rates) / 1e6:.2f} .. {max(rates) / 1e6:.2f})'
         )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--megabytes', type=int, default=96, help='of text to tokenise')
+    return parser.parse_args(argv)
 
 
 def measure(directory: Path, repeats: int, megabytes: int) -> dict:

@@ -42,13 +42,7 @@ SHAPE = dict(num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
-    parser.add_argument('--model', type=Path, help='a .gguf file or directory whose loading counts')
-    parser.add_argument('--layers', type=int, default=16)
-    parser.add_argument('--repeats', type=int, default=3)
-    parser.add_argument('--load_once', type=Path, help=argparse.SUPPRESS)  # in a process of its own
-    arguments = parser.parse_args()
+    arguments = parse()
     if arguments.load_once:
         print(json.dumps(_load_once(arguments.load_once)))
         return
@@ -58,6 +52,17 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1) + '\n')
     show(record)
     print(path)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--model', type=Path, help='a .gguf file or directory whose loading counts')
+    parser.add_argument('--layers', type=int, default=16)
+    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--load_once', type=Path, help=argparse.SUPPRESS)  # in a process of its own
+    return parser.parse_args(argv)
 
 
 def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> dict:

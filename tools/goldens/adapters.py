@@ -42,12 +42,17 @@ SEED, STD = 11, 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--output', type=Path, required=True)
-    flags = parser.parse_args()
+    flags = parse()
     logging.disable_progress_bar()
     for name, (base, options) in ADAPTERS.items():
         make(flags.output / name, flags.output / base, options)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--output', type=Path, required=True)
+    return parser.parse_args(argv)
 
 
 def make(directory: Path, base: Path, options: dict) -> None:

@@ -26,16 +26,21 @@ TEXT = 'Once upon a time, there was 1 café.\n\tThe end 😀'
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('directory', type=Path)
-    parser.add_argument('--reference', type=Path, help='what it must agree with')
-    parser.add_argument('--base', type=Path, help='of an adapter: the model it belongs to')
-    flags = parser.parse_args()
+    flags = parse()
     logging.disable_progress_bar()
     with contextlib.redirect_stdout(sys.stderr):
         report = check(flags.directory, flags.reference, flags.base)
     print(json.dumps(report))
     return 0 if report['agrees'] else 1
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('directory', type=Path)
+    parser.add_argument('--reference', type=Path, help='what it must agree with')
+    parser.add_argument('--base', type=Path, help='of an adapter: the model it belongs to')
+    return parser.parse_args(argv)
 
 
 def check(directory: Path, reference: Path | None, base: Path | None) -> dict:

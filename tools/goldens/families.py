@@ -34,10 +34,7 @@ SHARDED, BFLOAT16 = 'mistral', 'qwen2'  # families that are written in a second 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--output', type=Path, required=True)
-    parser.add_argument('--only', nargs='+', choices=FAMILIES, default=list(FAMILIES))
-    flags = parser.parse_args()
+    flags = parse()
     logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     for name in flags.only:
@@ -45,6 +42,14 @@ def main() -> None:
         for seed in range(first_seed, first_seed + 1000):
             if make(name, FAMILIES[name], flags.output, seed):
                 break
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--only', nargs='+', choices=FAMILIES, default=list(FAMILIES))
+    return parser.parse_args(argv)
 
 
 def make(name: str, family: Family, output: Path, seed: int) -> bool:

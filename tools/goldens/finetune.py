@@ -35,12 +35,7 @@ LORA_SEED, LORA_STD = 7, 0.02
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--gguf', type=Path, required=True)
-    parser.add_argument('--chats', type=Path, required=True)
-    parser.add_argument('--output', type=Path, required=True)
-    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS))
-    flags = parser.parse_args()
+    flags = parse()
     flags.output.mkdir(parents=True, exist_ok=True)
     about = flags.output / 'golden.json'
     for part in flags.only:
@@ -48,6 +43,16 @@ def main() -> None:
         report[part] = PARTS[part](flags, report)
         about.write_text(lines(report))
         print(part, report[part], flush=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--gguf', type=Path, required=True)
+    parser.add_argument('--chats', type=Path, required=True)
+    parser.add_argument('--output', type=Path, required=True)
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS))
+    return parser.parse_args(argv)
 
 
 # The batches

@@ -25,23 +25,7 @@ SECONDS = 510.0
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog='python -m tools.bench.gpu',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--part', choices=PARTS, required=True)
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
-    parser.add_argument('--smoke', action='store_true')
-    parser.add_argument('--seconds', type=float, default=SECONDS, help='of the whole part')
-    parser.add_argument('--only', action='append', default=[], metavar='GLOB')
-    parser.add_argument(
-        '--record_proven', action='store_true', help='kernels: into pallas_kernels/proven.json'
-    )
-    parser.add_argument('--peer_python', help='train: an interpreter that has torch')
-    arguments = parser.parse_args(argv)
-    if arguments.record_proven and (arguments.part != 'kernels' or arguments.smoke):
-        parser.error('--record_proven is for --part kernels, on a GPU')
+    arguments = parse(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.smoke:
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -65,6 +49,28 @@ def main(argv=None) -> int:
     print(record.path)
     failed = any('failed' in row or row.get('held') is False for row in record.rows)
     return int(failed or bool(record.failed_tests))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(
+        prog='python -m tools.bench.gpu',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--part', choices=PARTS, required=True)
+    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--smoke', action='store_true')
+    parser.add_argument('--seconds', type=float, default=SECONDS, help='of the whole part')
+    parser.add_argument('--only', action='append', default=[], metavar='GLOB')
+    parser.add_argument(
+        '--record_proven', action='store_true', help='kernels: into pallas_kernels/proven.json'
+    )
+    parser.add_argument('--peer_python', help='train: an interpreter that has torch')
+    arguments = parser.parse_args(argv)
+    if arguments.record_proven and (arguments.part != 'kernels' or arguments.smoke):
+        parser.error('--record_proven is for --part kernels, on a GPU')
+    return arguments
 
 
 if __name__ == '__main__':

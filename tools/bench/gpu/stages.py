@@ -227,18 +227,23 @@ def _device() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('stage')
-    parser.add_argument('--options', type=json.loads, default={})
-    parser.add_argument('--first', type=int, default=0)
-    parser.add_argument('--rows', type=Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parse()
     with arguments.rows.open('a') as file:
         for row in _rows(arguments.stage, arguments.options, arguments.first):
             file.write(json.dumps(row) + '\n')
             file.flush()
     # A broken device may hang the usual way out.
     os._exit(0)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line -> flags."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('stage')
+    parser.add_argument('--options', type=json.loads, default={})
+    parser.add_argument('--first', type=int, default=0)
+    parser.add_argument('--rows', type=Path, required=True)
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Llama 1B: a transformer shaped like Llama 3.2 1B, pre-trained from nothing on your own text.
 
-    python -m jaxfm.main --config configs/llama_1b.py "--config.data.source.files=['text/**/*.txt']"
+    python -m jaxfm.main --config configs/llama_1b.py --config.data.path='text/**/*.txt'
 
 The text: UTF-8 files, one document each; a twentieth of them is held out, chosen by a hash of the
 name. A byte-level BPE of up to the size of Llama's vocabulary is trained on the others first.

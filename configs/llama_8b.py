@@ -1,6 +1,6 @@
 """Llama 8B: a transformer shaped like Llama 3.1 8B, pre-trained from nothing on your own text.
 
-    python -m jaxfm.main --config configs/llama_8b.py "--config.data.source.files=['text/**/*.txt']"
+    python -m jaxfm.main --config configs/llama_8b.py --config.data.path='text/**/*.txt'
 
 on every node (`srun` in front of it does that). The text: UTF-8 files, one document each; a
 twentieth of them is held out, chosen by a hash of the name. A byte-level BPE of up to the size of

@@ -1,0 +1,365 @@
+"""What README, docs and docstrings tell a reader to type is understood, up to the config's check.
+
+A command is `python -m jaxfm.main` or `python -m tools.X` with arguments, in README.md, docs/, or
+in a comment or string (docstrings, messages) of configs/, jaxfm/, tools/ and tests/conftest.py.
+What stands in it for something of the reader's own, as PATH does, becomes something that is there.
+Files and modules that README, docs, pyproject.toml and .ci/run name exist, too.
+"""
+
+import ast
+import collections
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import itertools
+import re
+import shlex
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from jaxfm import main
+from jaxfm.config import load
+from jaxfm.errors import ConfigError, MissingInputError, UsageError
+from tests.conftest import ROOT
+from tests.hf_directories import write_model
+
+PAGES = sorted([ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')])
+SOURCES = sorted(
+    path for room in ('configs', 'jaxfm', 'tools') for path in (ROOT / room).rglob('*.py')
+)
+SOURCES += [ROOT / 'tests' / 'conftest.py']
+
+COMMAND = re.compile(
+    r'(?P<tick>`?)(?:[^\s`]*/)?python[\d.]*\s+-m\s+(?P<module>jaxfm\.main|tools(?:\.\w+)+)'
+)
+END = {'&&', '||', '|', ';', '>', '2>'}
+
+# What a reader would put in the place of a word; names of what `desk` makes.
+STANDS_FOR = {
+    'PATH': 'model',
+    'MODEL': 'model',
+    'ADAPTER': 'adapter',
+    'DIR': 'new',
+    'FILE': 'configs/quickstart.py',
+    'N': '1',
+    'STAGE': 'timing',
+    'VALUE': 'new',  # what a message fills in
+}
+# Runs that other commands start from: what makes them, as README has it.
+RUNS = {
+    'quickstart': ('configs/quickstart.py', []),
+    'lora': ('configs/sft.py', ['data.path=my.jsonl', 'model.lora.rank=16']),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line as it is shown: the module after -m, and the words after that."""
+
+    module: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ' '.join([self.module, *self.words])
+
+    def lines(self) -> Iterator[tuple[str, ...]]:
+        """What to type: without and with what is in [], for each of a|b."""
+        for words in {_required(self.words), _everything(self.words)}:
+            yield from itertools.product(*(_choices(_filled(word)) for word in words))
+
+
+def _required(words) -> tuple[str, ...]:
+    return tuple(word for word, is_optional in _optional(words) if not is_optional)
+
+
+def _everything(words) -> tuple[str, ...]:
+    return tuple(word for word, _ in _optional(words))
+
+
+def _optional(words) -> Iterator[tuple[str, bool]]:
+    """(word, whether it is in []) of a usage line, brackets and dots taken off."""
+    inside = False
+    for word in words:
+        begins = word.startswith('[')
+        inside = inside or begins
+        ends = inside and word.endswith(']')
+        bare = word[begins : len(word) - ends]
+        if bare not in ('...', '--config.a.b=value'):
+            yield bare, inside
+        inside = inside and not ends
+
+
+def _choices(word: str) -> list[str]:
+    return word.split('|') if re.fullmatch(r'\w+(\|\w+)+', word) else [word]
+
+
+def _filled(word: str) -> str:
+    word = re.sub(r'configs/(x|<run>)\.py', 'configs/quickstart.py', word)
+    return re.sub(r'(?:^|(?<==))[A-Z]+$', lambda match: STANDS_FOR[match[0]], word)
+
+
+def find(text: str) -> list[Command]:
+    """The commands in a text; the name of a module without arguments is none of them."""
+    text = re.sub(r'\\\n\s*', ' ', text)
+    found = []
+    for match in COMMAND.finditer(text):
+        rest, _, _ = text[match.end() :].partition('`' if match['tick'] else '\n')
+        lexer = shlex.shlex(rest.replace('\n', ' '), posix=True)
+        lexer.whitespace_split = True
+        words = tuple(itertools.takewhile(lambda word: word not in END, lexer))
+        if words:
+            found.append(Command(match['module'], words))
+    return found
+
+
+def spoken(source: str) -> Iterator[str]:
+    """Every string and comment of a Python file; what an f-string fills in is VALUE."""
+    nodes = list(ast.walk(ast.parse(source)))
+    texts = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for text in texts for part in text.values}
+    for text in texts:
+        yield ''.join(
+            getattr(part, 'value', '') if isinstance(part, ast.Constant) else 'VALUE'
+            for part in text.values
+        )
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.value
+    comments, last = [], None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            if last != token.start[0] - 1:
+                comments.append('')
+            comments[-1] += token.string.lstrip('# ') + '\n'
+            last = token.start[0]
+    yield from comments
+
+
+def documented() -> list[tuple[str, Command]]:
+    """(file, command) of all that is shown, each once."""
+    texts = [(path, path.read_text()) for path in PAGES]
+    texts += [(path, text) for path in SOURCES for text in spoken(path.read_text())]
+    found = {
+        (str(path.relative_to(ROOT)), command): None
+        for path, text in texts
+        for command in find(text)
+    }
+    return sorted(found, key=str)
+
+
+def understand(module: str, line: tuple[str, ...]) -> None:
+    """Reads a command line as the module does, and its config; files of data are not looked for."""
+    if module == 'jaxfm.main':
+        flags, overrides = main.parse(list(line))
+        config = load.load(flags.config, overrides, workdir=flags.workdir)
+        main._check_mode(flags, config)
+        return
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f'there is no {module}'
+    is_package = spec.submodule_search_locations is not None
+    tool = importlib.import_module(f'{module}.__main__' if is_package else module)
+    if len(line) == 1 and line[0] in getattr(tool, 'COMMANDS', ()):
+        return  # only its name, in a sentence
+    parsed = tool.parse(list(line))
+    flags, overrides = parsed if isinstance(parsed, tuple) else (parsed, [])
+    if getattr(flags, 'config', None) is not None:
+        load.load(flags.config, overrides)
+        if module == 'tools.corpus':
+            tool._phase(flags, overrides)  # which of several
+
+
+@pytest.fixture(scope='module')
+def desk(tmp_path_factory) -> Path:
+    """A directory that has what the commands name: configs, a model, an adapter, chats and runs."""
+    root = tmp_path_factory.mktemp('desk')
+    (root / 'configs').symlink_to(ROOT / 'configs')
+    (root / 'adapter').symlink_to(ROOT / 'tests' / 'goldens' / 'llama3_lora')
+    (root / 'my.jsonl').write_text('{"messages": []}\n')
+    write_model(root / 'model')
+    with contextlib.chdir(root):
+        for name, (argument, overrides) in RUNS.items():
+            Path('runs', name).mkdir(parents=True)
+            load.write(load.load(argument, overrides), Path('runs', name, 'config.json'))
+    return root
+
+
+@pytest.fixture
+def at_desk(desk, monkeypatch):
+    """The current directory is the desk, and everything that tools import can be imported."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(main, 'check_absent', lambda path: None)  # another command reads `adapter`
+    # Goldens are made in an environment of their own, which has these.
+    theirs = ('torch', 'torch.nn', 'torch.nn.functional', 'peft')
+    for name in (*theirs, 'transformers', 'transformers.utils'):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    for name in [name for name in sys.modules if name.startswith('tools.goldens')]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in [name for name in sys.modules if name.startswith('tools.goldens')]:
+        del sys.modules[name]
+
+
+DOCUMENTED = documented()
+
+
+@pytest.mark.parametrize(
+    'command', [pytest.param(command, id=f'{where}: {command}') for where, command in DOCUMENTED]
+)
+def test_a_documented_command_is_understood(at_desk, command):
+    for line in command.lines():
+        understand(command.module, line)
+
+
+def test_commands_are_found_where_they_are():
+    """A finder that sees less than it did shall not pass."""
+    places = collections.Counter(where.split('/')[0] for where, _ in DOCUMENTED)
+    assert places['README.md'] >= 30
+    assert places['configs'] >= 8
+    assert places['jaxfm'] >= 4
+    assert places['tools'] >= 18
+
+
+@pytest.mark.parametrize(
+    'line, error, words',
+    [
+        (
+            'jaxfm.main --config configs/llama_1b.py --config.data.source.files=x',
+            ConfigError,
+            'source: unknown key',
+        ),
+        ('jaxfm.main --config configs/quickstart.py --config.steps=few', ConfigError, 'steps'),
+        ('jaxfm.main --config configs/quickstart.py --mode serve', UsageError, 'serve'),
+        ('jaxfm.main --config configs/quickstart.py --promt x', UsageError, '--promt'),
+        ('jaxfm.main --config configs/quikstart.py', MissingInputError, 'quickstart'),
+        (
+            'jaxfm.main --config configs/pretrained.py --config.init_from=no',
+            MissingInputError,
+            'no',
+        ),
+        ('jaxfm.main --config configs/pretrained.py --config.init_from=PATH', ConfigError, 'steps'),
+        ('tools.corpus build --config FILE --config.data.pth=x', ConfigError, 'pth'),
+        ('tools.corpus decode --config configs/lifecycle.py --phase rl', UsageError, 'rl'),
+        ('tools.corpus inspect --config configs/lifecycle.py', UsageError, 'phase is needed'),
+        ('tools.corpus bild --config FILE', UsageError, 'bild'),
+        ('tools.checkpoint verify DIR --stp N', UsageError, '--stp'),
+        ('tools.bench.gpu --part kernel|train --out DIR', SystemExit, '2'),
+        ('tools.goldens.families --output DIR [--only llama4 ...]', SystemExit, '2'),
+        ('tools.bench.speed --out DIR', AssertionError, 'tools.bench.speed'),
+    ],
+)
+def test_a_wrong_command_is_not_understood(at_desk, line, error, words):
+    [command] = find(f'python -m {line}')
+    with pytest.raises(error, match=words):
+        for words in command.lines():
+            understand(command.module, words)
+
+
+def test_a_placeholder_that_nobody_knows_is_told():
+    [command] = find('python -m tools.checkpoint ls BUCKET')
+    with pytest.raises(KeyError, match='BUCKET'):
+        list(command.lines())
+
+
+@pytest.mark.parametrize(
+    'text, found',
+    [
+        ('```bash\npython -m tools.a b   # then c\n```', ['tools.a b']),
+        (
+            'python -m tools.a b \\\n    --c=1\npython -m tools.d e',
+            ['tools.a b --c=1', 'tools.d e'],
+        ),
+        ('Make one (`python -m tools.a b\n--c`), and use it', ['tools.a b --c']),
+        ('python3.12 -m venv x && .venv/bin/python -m jaxfm.main a && b', ['jaxfm.main a']),
+        ("ENV/bin/python3 -m tools.a.b 'c d'", ['tools.a.b c d']),
+        ('`python -m tools.a` reads, python -m pytest tests', []),
+    ],
+)
+def test_a_command_is_found_in_a_text(text, found):
+    assert [str(command) for command in find(text)] == found
+
+
+def test_what_a_python_file_says_is_found():
+    source = '''
+"""Title.
+
+    python -m tools.a b \\\\
+        --c
+"""
+x = 1  # python -m tools.d e \\
+       # --f
+# `python -m tools.g
+# h`
+MESSAGE = f'`python -m tools.i --j {x}` ' 'makes it'
+'''
+    found = {str(command) for text in spoken(source) for command in find(text)}
+    assert found == {'tools.a b --c', 'tools.d e --f', 'tools.g h', 'tools.i --j VALUE'}
+
+
+def test_a_usage_line_stands_for_several():
+    [command] = find("python -m tools.a b|c DIR [--d N] ['--e=x|y' ...] --f=\"['g']\"")
+    assert set(command.lines()) == {
+        *((part, 'new', "--f=['g']") for part in 'bc'),
+        *((part, 'new', '--d', '1', '--e=x|y', "--f=['g']") for part in 'bc'),
+    }
+
+
+# Files and modules that are named
+
+
+NAMING = [*PAGES, ROOT / 'pyproject.toml', ROOT / '.ci' / 'run']
+PLACE = re.compile(
+    r'(?<![\w./-])(?:(?:configs|docs|jaxfm|pallas_kernels|tests|tools|\.ci)/(?:[\w.-]+/?)*'
+    r'|[\w-]+\.(?:txt|md|toml)\b)'
+)
+LINK = re.compile(r'\]\((?!\w+:|#)([^)\s#]+)')
+
+
+def missing(text: str, directory: Path) -> set[str]:
+    """Links of a page in `directory`, paths in the repository and modules that are not there."""
+    links = {link for link in LINK.findall(text) if not (directory / link).exists()}
+    places = {place.rstrip('.') for place in PLACE.findall(text)} - MADE
+    modules = set(re.findall(r'python[\d.]*\s+-m\s+([\w.]*\w)', text))
+    return (
+        links
+        | {place for place in places if not (ROOT / place).exists()}
+        | {module for module in modules if not _is_installed(module)}
+    )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package it is in
+        return False
+
+
+MADE = {'log.txt'}  # by a run
+
+
+@pytest.mark.parametrize('path', NAMING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_page_names_is_there(path):
+    assert missing(path.read_text(), path.parent) == set()
+
+
+def test_what_is_not_there_is_found():
+    text = 'See [a](docs/a.md#b), [b](jaxfm/main.py), `tests/none`, tools/corpus.py. '
+    text += '`python -m tools.none` and python -m none.main; constraint.txt'
+    names = {'docs/a.md', 'tests/none', 'tools.none', 'none.main', 'constraint.txt'}
+    assert missing(text, ROOT) == names
+
+
+def test_the_tree_in_the_readme_is_that_of_the_library():
+    tree = (ROOT / 'README.md').read_text().partition('\n```\njaxfm/\n')[2].partition('```')[0]
+    lines = re.findall(r'^  ([\w.]+/?(?:, [\w.]+/?)*) ', tree, re.M)
+    named = [name for line in lines for name in line.split(', ')]
+    inside = [path for path in (ROOT / 'jaxfm').iterdir() if not path.name.startswith('__')]
+    assert sorted(named) == sorted(
+        f'{path.name}/' if path.is_dir() else path.name for path in inside
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from jaxfm.config import overrides as overriding
 from jaxfm.config import validation
 from jaxfm.config.run import RunConfig
-from jaxfm.config.validation import Problem, dotted, shown
+from jaxfm.config.validation import dotted, shown
 from jaxfm.errors import (
     ConfigError,
     DataError,
@@ -25,7 +25,7 @@ from jaxfm.errors import (
     StorageError,
     UsageError,
 )
-from jaxfm.schema import Group
+from jaxfm.schema import Group, Problem
 
 
 def split_arguments(argv: Iterable[str]) -> tuple[str | None, list[str], list[str]]:
@@ -236,8 +236,8 @@ def _said_by_model(init_from: str) -> dict:
 
 def _resolve(schema, values, problems, given, refusals, origin):
     config, found = validation.check(schema, values)
-    known = {problem.path for problem in problems}
-    problems = problems + [problem for problem in found if problem.path not in known]
+    known = {problem.place for problem in problems}
+    problems = problems + [problem for problem in found if problem.place not in known]
     lines = [_line(problem, given, origin) for problem in problems]
     if refusals or lines:
         raise ConfigError('\n'.join(refusals + lines))
@@ -245,25 +245,9 @@ def _resolve(schema, values, problems, given, refusals, origin):
 
 
 def _line(problem: Problem, given: list[overriding.Override], origin: str) -> str:
-    flags = [f'--config.{override.given}' for override in _sources(problem, given)]
+    flags = [f'--config.{override.given}' for override in overriding.find_sources(problem, given)]
     origin = f'given by {", ".join(flags)}' if flags else f'in {origin}'
-    return f'{dotted(("config", *problem.path))}: {problem.sentence} ({origin})'
-
-
-def _sources(problem: Problem, given) -> list[overriding.Override]:
-    """The overrides a problem comes from: the last at or above its place, else those it names."""
-    above = [o for o in given if o.path == problem.path[: len(o.path)]]
-    if above:
-        return above[-1:]
-    below = [o for o in given if problem.path == o.path[: len(problem.path)]]
-    return [o for o in below if _names(problem.sentence, o.path[len(problem.path) :])]
-
-
-def _names(sentence: str, path) -> bool:
-    """Whether a sentence speaks of the value at `path`, of something inside it or its last key."""
-    words = re.findall(r'[\w.\[\]-]+', sentence)
-    inside = (f'{dotted(path)}.', f'{dotted(path)}[')
-    return dotted(path) in words or path[-1] in words or any(w.startswith(inside) for w in words)
+    return f'{dotted(("config", *problem.place))}: {problem.sentence} ({origin})'
 
 
 def _split_file(config_argument: str) -> tuple[Path, str | None]:

@@ -15,9 +15,9 @@ import typing
 import pydantic
 import pydantic_core
 
-from jaxfm.config.validation import Problem, dotted, inside, is_group, names_of, shown
+from jaxfm.config.validation import dotted, inside, is_group, names_of, shown
 from jaxfm.errors import ConfigError
-from jaxfm.schema import Group
+from jaxfm.schema import Group, KeyPath, Problem
 
 _PART = re.compile(r"""\.([A-Za-z_][\w-]*) | \[(\d+)\] | \[(['"])(.+?)\3\]""", re.VERBOSE)
 _WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
@@ -27,7 +27,7 @@ _WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
 class Override:
     """One value for one place; `given` is how a person wrote it."""
 
-    path: tuple[str | int, ...]
+    path: KeyPath
     text: str
     given: str
 
@@ -68,6 +68,27 @@ def apply(values: dict, override: Override, schema: type[Group]) -> None:
         container, kinds = container[part], inner
 
 
+def find_sources(problem: Problem, overrides: list[Override]) -> list[Override]:
+    """The overrides that gave the values a problem comes from, in the order they were given in."""
+    sources = {id(one) for path in problem.paths for one in _sources_of(path, overrides)}
+    return [override for override in overrides if id(override) in sources]
+
+
+def _sources_of(path: KeyPath, overrides: list[Override]) -> list[Override]:
+    sources = []
+    for override in overrides:
+        if override.path == path[: len(override.path)]:
+            sources = [override]  # it replaces what those before it have given
+        elif _touches(override.path, path):
+            sources.append(override)
+    return sources
+
+
+def _touches(inner: KeyPath, path: KeyPath) -> bool:
+    """Whether `inner` is inside `path`, but not inside an entry of a list: the list stays then."""
+    return inner[: len(path)] == path and not isinstance(inner[len(path)], int)
+
+
 def read(text: str, kinds: list):
     """The value a text stands for where one of the types `kinds` is wanted."""
     wanted = [kind for kind in kinds if kind is not types.NoneType]
@@ -89,12 +110,12 @@ def plain(value, path: tuple, problems: list[Problem]):
     if isinstance(value, (list, tuple)):
         return [plain(inner, (*path, i), problems) for i, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
-        problems.append(Problem(path, f'must be a finite number, got {value}'))
+        problems.append(Problem.at(path, f'must be a finite number, got {value}'))
         return None
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     problems.append(
-        Problem(
+        Problem.at(
             path,
             f'must be a number, text, true or false, a list or a group, '
             f'got {shown(value)} ({type(value).__name__})',

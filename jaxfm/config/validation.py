@@ -6,54 +6,32 @@ get their place in the config (tags of alternatives removed), a sentence and the
 """
 
 import copy
-import dataclasses
 import difflib
-import inspect
 import json
 import types
 import typing
 
 import pydantic
 
-from jaxfm.schema import Group
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong, and where: keys and list indices from the root."""
-
-    path: tuple[str | int, ...]
-    sentence: str
-    is_unknown_key: bool = False
+from jaxfm.schema import ConflictError, Group, Problem
 
 
 def check(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem]]:
     """The checked group, or None and every problem.
 
     Pydantic skips the checks between values of a group as soon as one of its keys is wrong. So
-    unknown keys are taken away for a second look, and the checks between groups (`cross_problems`
-    of the schema, a function of those that are there) run on those that are sound.
+    unknown keys are taken away for a second look, and the checks between groups (`find_conflicts`
+    of the schema) run on those that are sound.
     """
     group, problems = _validate(schema, values)
-    unknown = [p.path for p in problems if p.is_unknown_key]
+    unknown = [p.place for p in problems if p.is_unknown_key]
     if unknown:
         values = _without(values, unknown)
         problems += _validate(schema, values)[1]
     if problems and isinstance(values, dict):
-        sound = _sound_parts(schema, values, {p.path[0] for p in problems if p.path})
-        between = getattr(schema, 'cross_problems', lambda parts: [])
-        problems += [Problem((), sentence) for sentence in between(sound)]
+        sound = _sound_parts(schema, values, {p.place[0] for p in problems if p.place})
+        problems += schema.find_conflicts(sound)
     return group, list(dict.fromkeys(problems))
-
-
-def cross_problems(checks, parts: dict) -> list[str]:
-    """What the checks say of `parts`; a check that reads a part which is not there is left out."""
-    sentences = []
-    for cross_check in checks:
-        names = inspect.signature(cross_check).parameters
-        if names.keys() <= parts.keys():
-            sentences += cross_check(**{name: parts[name] for name in names})
-    return sentences
 
 
 def nearest(name: str, names, owner: str = 'there is') -> str:
@@ -162,23 +140,25 @@ def _problems(schema, fault: dict) -> list[Problem]:
     path, kinds, around = _locate(schema, fault['loc'])
     kind, given, context = fault['type'], fault['input'], fault.get('ctx', {})
     if kind in ('value_error', 'assertion_error'):
-        return [Problem(path, line) for line in str(context['error']).splitlines()]
+        error = context['error']
+        found = error.problems if isinstance(error, ConflictError) else [Problem.at((), str(error))]
+        return [problem.under(path) for problem in found]
     if kind in ('union_tag_invalid', 'union_tag_not_found'):
         names = [name for group in kinds if is_group(group) for name in names_of(group)]
-        return [Problem(path + ('name',), _choice(given.get('name'), names))]
+        return [Problem.at((*path, 'name'), _choice(given.get('name'), names))]
     if kind == 'literal_error':
         names = [name for literal in kinds for name in typing.get_args(literal)]
-        return [Problem(path, _choice(given, names))]
+        return [Problem.at(path, _choice(given, names))]
     if kind == 'extra_forbidden':
         (group,) = filter(is_group, around)
         owner = f'{names_of(group)[0]} has' if names_of(group) else 'there is'
         hint = nearest(path[-1], group.model_fields, owner)
-        return [Problem(path, f'unknown key{hint}', is_unknown_key=True)]
+        return [Problem.at(path, f'unknown key{hint}', is_unknown_key=True)]
     if kind == 'missing':
-        return [Problem(path, 'is required and not given')]
+        return [Problem.at(path, 'is required and not given')]
     sentence = _SENTENCES.get(kind, fault['msg'][0].lower() + fault['msg'][1:])
     limits = {key: _short(value) for key, value in context.items()}
-    return [Problem(path, f'{sentence.format(**limits)}, got {shown(given)}')]
+    return [Problem.at(path, f'{sentence.format(**limits)}, got {shown(given)}')]
 
 
 def _short(limit):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jaxfm.schema import Entry, Group, one_of
+from jaxfm.schema import ConflictError, Entry, Group, Problem, one_of
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -141,8 +141,12 @@ class MixtureData(BatchConfig):
     @model_validator(mode='after')
     def _check(self):
         if self.sources.keys() != self.weights.keys():
-            odd = ', '.join(sorted(self.sources.keys() ^ self.weights.keys()))
-            raise ValueError(f'sources and weights must have the same names; only in one: {odd}')
+            odd = sorted(self.sources.keys() ^ self.weights.keys())
+            sentence = (
+                f'sources and weights must have the same names; only in one: {", ".join(odd)}'
+            )
+            paths = tuple((key, name) for name in odd for key in ('sources', 'weights'))
+            raise ConflictError(Problem(paths, sentence))
         return self
 
     @property

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from jaxfm.models.families import FAMILIES
 from jaxfm.ops import IMPLEMENTATIONS
-from jaxfm.schema import Entry, Group
+from jaxfm.schema import ConflictError, Entry, Group, Problem
 
 
 class RopeConfig(Group):
@@ -28,12 +28,15 @@ class RopeConfig(Group):
     @model_validator(mode='after')
     def _check(self):
         if self.scaling == 'llama3' and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
+            sentence = (
                 f'high_freq_factor {self.high_freq_factor} must exceed low_freq_factor '
                 f'{self.low_freq_factor}'
             )
+            paths = (('scaling',), ('high_freq_factor',), ('low_freq_factor',))
+            raise ConflictError(Problem(paths, sentence))
         if self.scaling == 'yarn' and self.beta_fast <= self.beta_slow:
-            raise ValueError(f'beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}')
+            sentence = f'beta_fast {self.beta_fast} must exceed beta_slow {self.beta_slow}'
+            raise ConflictError(Problem((('scaling',), ('beta_fast',), ('beta_slow',)), sentence))
         return self
 
 
@@ -63,13 +66,16 @@ class BlockConfig(Group):
     @model_validator(mode='after')
     def _check(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            sentence = (
                 f'num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}'
             )
+            raise ConflictError(Problem((('num_heads',), ('num_kv_heads',)), sentence))
         if not (self.pre_norm or self.post_norm):
-            raise ValueError('pre_norm and post_norm are both off; a block needs one of them')
+            sentence = 'pre_norm and post_norm are both off; a block needs one of them'
+            raise ConflictError(Problem((('pre_norm',), ('post_norm',)), sentence))
         if self.joint_qk_norm and not self.qk_norm:
-            raise ValueError('joint_qk_norm says how qk_norm works, which is off')
+            sentence = 'joint_qk_norm says how qk_norm works, which is off'
+            raise ConflictError(Problem((('joint_qk_norm',), ('qk_norm',)), sentence))
         return self
 
 
@@ -157,17 +163,23 @@ class TransformerConfig(Group):
     @model_validator(mode='after')
     def _check(self):
         if self.family and self.family not in FAMILIES:
-            raise ValueError(f'family {self.family} is none of {", ".join(FAMILIES)}')
+            sentence = f'family {self.family} is none of {", ".join(FAMILIES)}'
+            raise ConflictError(Problem((('family',),), sentence))
         if self.lora and self.matmul_dtype != 'compute':
-            raise ValueError(
+            sentence = (
                 'matmul_dtype float8 is for training all weights; with lora it must be compute'
             )
+            raise ConflictError(Problem((('matmul_dtype',), ('lora',)), sentence))
         layers = sum(len(s.pattern) * s.repeats for s in self.segments)
         if self.segments and layers != self.num_layers:
             terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)
-            raise ValueError(
-                f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}'
-            )
+            sentence = f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}'
+            numbers = [
+                ('segments', index, key)
+                for index in range(len(self.segments))
+                for key in ('repeats', 'pattern')
+            ]
+            raise ConflictError(Problem((('num_layers',), *numbers), sentence))
         return self
 
     @property

@@ -13,8 +13,8 @@ from pydantic import Field
 from jaxfm import errors
 from jaxfm.config import load as config
 from jaxfm.config import run as run_config
-from jaxfm.config import validation
-from jaxfm.schema import Entry, Group, one_of
+from jaxfm.config.checks import make_checks, reads
+from jaxfm.schema import ConflictError, Entry, Group, Problem, one_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,12 +48,15 @@ class ScheduleConfig(Group):
     nesterov: bool = True
 
 
-def _steps_are_even(steps):
-    return [f'steps {steps} is odd'] if steps % 2 else []
+@reads('steps')
+def steps_are_even(run, prefix):
+    return [Problem((('steps',),), f'steps {run.steps} is odd')] if run.steps % 2 else []
 
 
-def _width_fits(steps, model):
-    return [f'model.width {model.width} > steps {steps}'] if model.width > steps else []
+@reads('steps', 'model')
+def width_fits(run, prefix):
+    paths, width = (('model', 'width'), ('steps',)), run.model.width
+    return [Problem(paths, f'model.width {width} > steps {run.steps}')] if width > run.steps else []
 
 
 class StandInConfig(Group):
@@ -65,14 +68,14 @@ class StandInConfig(Group):
     shape: tuple[int, ...] = (1, 2)
 
     @classmethod
-    def cross_problems(cls, parts):
-        return validation.cross_problems((_steps_are_even, _width_fits), parts)
+    def find_conflicts(cls, parts):
+        return make_checks((steps_are_even, width_fits), parts)
 
     @pydantic.model_validator(mode='after')
     def _check(self):
-        sentences = self.cross_problems(dict(self))
-        if sentences:
-            raise ValueError('\n'.join(sentences))
+        problems = self.find_conflicts(dict(self))
+        if problems:
+            raise ConflictError(*problems)
         return self
 
 
@@ -358,6 +361,53 @@ def test_checks_between_groups_run_on_those_that_are_sound(refusal):
         'config.phases: must be a list, got 3 (given by --config.phases=3)',
         'config: model.width 200 > steps 100 (given by --config.model.width=200)',
     ]
+
+
+# Whose values they are
+
+
+@pytest.mark.parametrize(
+    'overrides, blamed',
+    [
+        (['steps=4', 'model.width=6'], [0, 1]),
+        (['model.heads=3', 'model.width=6', 'steps=4'], [1, 2]),  # heads has nothing to do with it
+        (['steps=3', 'steps=4', 'model.width=6'], [1, 2]),  # the last one counts
+        (['model.width=6', "model={'name':'small','width':10}", 'steps=4'], [1, 2]),
+        (["model={'name':'small'}", 'steps=2', 'model.width=10'], [1, 2]),
+        (["model={'name':'small','width':10}", 'model.heads=1', 'steps=4'], [0, 2]),
+    ],
+)
+def test_a_conflict_is_blamed_on_what_gave_its_values(refusal, overrides, blamed):
+    (line,) = refusal(*overrides, model={'name': 'small'})
+    flags = ', '.join(f'--config.{overrides[index]}' for index in blamed)
+    assert line.endswith(f' (given by {flags})')
+    assert line.startswith('config: model.width ')
+
+
+def test_a_group_that_names_no_values_blames_all_that_is_given_inside_it(refusal):
+    (line,) = refusal('model.heads=5', 'model.width=8', 'steps=20', model={'name': 'small'})
+    assert line.endswith('(given by --config.model.heads=5, --config.model.width=8)')
+
+
+def test_a_list_is_not_what_is_said_of_its_entries(load_phases):
+    with pytest.raises(errors.ConfigError) as caught:
+        load_phases('steps=7', 'phases[0].steps=5')
+    assert str(caught.value).endswith('(given by --config.steps=7)')
+    with pytest.raises(errors.ConfigError) as caught:
+        load_phases('steps=7', phases := f'phases={phased_keys()["phases"]}')
+    assert str(caught.value).endswith(f'(given by --config.steps=7, --config.{phases})')
+
+
+def test_a_name_that_two_phases_have_is_blamed_on_what_names_phases(monkeypatch):
+    """Not on another `.name`, nor on who names a phase."""
+    monkeypatch.chdir(ROOT)
+    names = ['phases[1].name=pretrain', 'tokenizer.name=bytes', 'evals.problems.phase=pretrain']
+    with pytest.raises(errors.ConfigError) as caught:
+        config.load('configs/lifecycle.py:smoke', names)
+    assert str(caught.value) == (
+        'config: phases: pretrain is the name of more than one phase '
+        '(given by --config.phases[1].name=pretrain)'
+    )
 
 
 # The run's own schema

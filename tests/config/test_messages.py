@@ -7,16 +7,18 @@ makes the golden anew; its diff shows each message that a change touches.
 
 import contextlib
 import json
-import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxfm import errors
 from jaxfm.config import load as config
+from jaxfm.config import overrides as overriding
 from jaxfm.config.resume import check_resume
 from jaxfm.config.run import RunConfig, check_on_mesh
+from jaxfm.config.validation import inside
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'goldens' / 'config_messages.json'
@@ -527,11 +529,51 @@ def files():
         yield
 
 
-@pytest.mark.parametrize('group', GROUPS)
-def test_messages_are_those_of_the_golden(group):
+def collect() -> dict:
+    """{what is tried: {the words of it: the lines of the message}}"""
     with files():
-        found = GROUPS[group]()
-    assert found == json.loads(GOLDEN.read_text())[group]
+        return {group: make() for group, make in GROUPS.items()}
+
+
+@pytest.fixture(scope='module')
+def problems():
+    """Those that were told while `found` was made."""
+    return []
+
+
+@pytest.fixture(scope='module')
+def found(problems):
+    def record(problem, given):
+        problems.append(problem)
+        return overriding.find_sources(problem, given)
+
+    spy = SimpleNamespace(**vars(overriding) | {'find_sources': record})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'overriding', spy)
+        return collect()
+
+
+@pytest.mark.parametrize('group', GROUPS)
+def test_messages_are_those_of_the_golden(group, found):
+    assert found[group] == json.loads(GOLDEN.read_text())[group]
+
+
+def is_value(path) -> bool:
+    """Whether a run may have a value there."""
+    kinds = [RunConfig]
+    for part in path:
+        kinds = inside(kinds, part)
+        if not kinds:
+            return False
+    return True
+
+
+def test_problems_name_values_that_a_config_can_have(found, problems):
+    """A path with a slip of the pen would never be touched by an override."""
+    known = [problem for problem in problems if not problem.is_unknown_key]
+    assert len(known) > 300
+    assert [problem for problem in known if not all(map(is_value, problem.paths))] == []
+    assert [problem for problem in known if not problem.paths] == []
 
 
 def test_the_golden_has_nothing_else():
@@ -539,9 +581,7 @@ def test_the_golden_has_nothing_else():
 
 
 def write_golden() -> None:
-    with files():
-        found = {group: make() for group, make in GROUPS.items()}
-    GOLDEN.write_text(json.dumps(found, indent=1, ensure_ascii=False) + os.linesep)
+    GOLDEN.write_text(json.dumps(collect(), indent=1, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__':

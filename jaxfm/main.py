@@ -14,8 +14,8 @@ import traceback
 from pathlib import Path
 
 from jaxfm import modes
-from jaxfm.config import load as configs
-from jaxfm.config import resume
+from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for
+from jaxfm.config.resume import Change, check_resume
 from jaxfm.data import SOURCES
 from jaxfm.errors import (
     ConfigError,
@@ -74,12 +74,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=Path,
         help='a file for samples, scores or chats, as JSON lines; of export the directory',
     )
-    argument, overrides, rest = configs.split_arguments(argv)
+    argument, overrides, rest = split_arguments(argv)
     flags = parser.parse_args(rest)
     flags.config = argument
     if argument is None:
         raise UsageError('which run? --config=configs/quickstart.py is a good first one')
-    flags.workdir = flags.workdir or configs.workdir_for(argument)
+    flags.workdir = flags.workdir or workdir_for(argument)
     flags.allow_change = [name for name in flags.allow_change.split(',') if name]
     return flags, overrides
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
     try:
         flags, overrides = parse(argv)
-        config = configs.load(flags.config, overrides, workdir=flags.workdir)
+        config = load_config(flags.config, overrides, workdir=flags.workdir)
         _check_mode(flags, config)
         changes = _check_workdir(flags, config)
         if flags.mode in ('train', 'eval'):
@@ -158,7 +158,7 @@ def _check_mode(flags, config) -> None:
         check_absent(flags.output)
 
 
-def _check_workdir(flags, config) -> list[resume.Change]:
+def _check_workdir(flags, config) -> list[Change]:
     """Raises unless the run in the work directory, if any, may go on with this config.
 
     Returns:
@@ -166,7 +166,7 @@ def _check_workdir(flags, config) -> list[resume.Change]:
     """
     known = flags.workdir / 'config.json'
     if known.exists():
-        return resume.check_resume(configs.read(known), config, flags.allow_change)
+        return check_resume(read_config(known), config, flags.allow_change)
     if flags.mode != 'train' and not config.init_from:
         raise MissingInputError(
             f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir '

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from jaxfm import sharding
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config
 from jaxfm.models import transformer
 from jaxfm.plan.plan import human_bytes
 from tools import deviceless, hlo, traffic
@@ -37,7 +37,7 @@ class Gate:
 
 
 def compile_llama(*overrides: str) -> Gate:
-    config = configs.load('configs/llama_1b.py', overrides)
+    config = load_config('configs/llama_1b.py', overrides)
     phase = deviceless.plan_phase(config, 4)
     return judge(deviceless.compile_step(phase), phase, config)
 

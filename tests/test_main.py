@@ -93,10 +93,10 @@ json.dump(results, sys.stdout)
 
 
 def _config_json(tiny, directory) -> Path:
-    from jaxfm.config import load as config
+    from jaxfm.config.load import load_config, write_config
 
     path = directory / 'config.json'
-    config.write(config.load(str(tiny.config)), path)
+    write_config(load_config(str(tiny.config)), path)
     return path
 
 
@@ -129,13 +129,13 @@ def test_a_missing_config_file_is_told_with_the_nearest_name(first_stage):
 
 def test_a_cache_that_is_given_needs_no_files(tiny):
     from jaxfm import main
-    from jaxfm.config import load as config
+    from jaxfm.config.load import load_config
     from jaxfm.errors import MissingInputError
 
     absent = ['data.path=/nowhere/text.txt']
     with pytest.raises(MissingInputError):
-        main._check_files(config.load(str(tiny.config), absent))
-    main._check_files(config.load(str(tiny.config), [*absent, 'data.cache=/nowhere']))
+        main._check_files(load_config(str(tiny.config), absent))
+    main._check_files(load_config(str(tiny.config), [*absent, 'data.cache=/nowhere']))
 
 
 def test_a_command_without_config_names_a_good_first_one(first_stage):

@@ -20,7 +20,7 @@ from rich.table import Table
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.survey import Attempt, survey
-from jaxfm.config import load as configs
+from jaxfm.config.load import read_config
 from jaxfm.errors import (
     DataError,
     MissingInputError,
@@ -146,7 +146,7 @@ def _open(path: str) -> Store:
         raise MissingInputError(f'{path}: there is no such directory; the nearest is {nearest}')
     place: str | Path = directory
     if (directory / 'config.json').is_file():
-        config = configs.read(directory / 'config.json')
+        config = read_config(directory / 'config.json')
         place = config.checkpoint.directory or directory / 'checkpoints'
     return Store(open_storage(place))
 

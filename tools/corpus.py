@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.corpus import build as corpus
 from jaxfm.data.dataset import Dataset, open_dataset
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config)."""
-    argument, overrides, rest = configs.split_arguments(argv)
+    argument, overrides, rest = split_arguments(argv)
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -177,7 +177,7 @@ def _title(number: int, row: dict[str, np.ndarray]) -> str:
 
 def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
     """(config, the phase that is asked for, the seed of its order)."""
-    config = configs.load(flags.config, overrides)
+    config = load_config(flags.config, overrides)
     phases = config.all_phases
     names = [phase.name for phase in phases]
     if flags.phase not in names:

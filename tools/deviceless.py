@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfm import sharding
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
 from jaxfm.plan.plan import human_bytes
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
     jax.config.update('jax_platforms', 'cpu')  # also where there is a GPU: nothing runs here
     try:
         flags, overrides = parse(argv)
-        config = configs.load(flags.config, overrides)
+        config = load_config(flags.config, overrides)
         phase = plan_phase(config, flags.devices, flags.phase)
         program = compile_step(phase)
         _show(program, phase, config)
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config)."""
-    argument, overrides, rest = configs.split_arguments(argv)
+    argument, overrides, rest = split_arguments(argv)
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):

@@ -15,7 +15,7 @@ import typing
 import pydantic
 import pydantic_core
 
-from jaxfm.config.validation import dotted, inside, is_group, names_of, shown
+from jaxfm.config.validation import format_path, format_value, is_group, list_names, select_kinds
 from jaxfm.errors import ConfigError
 from jaxfm.schema import Group, KeyPath, Problem
 
@@ -32,7 +32,7 @@ class Override:
     given: str
 
 
-def parse(given: str) -> Override:
+def parse_override(given: str) -> Override:
     """'a.b[0].c=3' -> path and text.
 
     Raises:
@@ -49,7 +49,7 @@ def parse(given: str) -> Override:
     return Override(tuple(path), text, given)
 
 
-def apply(values: dict, override: Override, schema: type[Group]) -> None:
+def apply_override(values: dict, override: Override, schema: type[Group]) -> None:
     """Puts the override's value into `values`, where the schema may not be met yet.
 
     Raises:
@@ -57,24 +57,24 @@ def apply(values: dict, override: Override, schema: type[Group]) -> None:
     """
     container, kinds = values, [schema]
     for position, part in enumerate(override.path):
-        kinds = _chosen(kinds, container)
+        kinds = _choose(kinds, container)
         _check_holds(container, part, override.path[:position])
-        inner = inside(kinds, part) or []
+        inner = select_kinds(kinds, part) or []
         if position == len(override.path) - 1:
-            container[part] = read(override.text, inner)
+            container[part] = read_value(override.text, inner)
             return
         if isinstance(part, str) and container.get(part) is None:
-            container[part] = _default(kinds, part)
+            container[part] = _find_default(kinds, part)
         container, kinds = container[part], inner
 
 
 def find_sources(problem: Problem, overrides: list[Override]) -> list[Override]:
     """The overrides that gave the values a problem comes from, in the order they were given in."""
-    sources = {id(one) for path in problem.paths for one in _sources_of(path, overrides)}
+    sources = {id(one) for path in problem.paths for one in _find_touching(path, overrides)}
     return [override for override in overrides if id(override) in sources]
 
 
-def _sources_of(path: KeyPath, overrides: list[Override]) -> list[Override]:
+def _find_touching(path: KeyPath, overrides: list[Override]) -> list[Override]:
     sources = []
     for override in overrides:
         if override.path == path[: len(override.path)]:
@@ -89,7 +89,7 @@ def _touches(inner: KeyPath, path: KeyPath) -> bool:
     return inner[: len(path)] == path and not isinstance(inner[len(path)], int)
 
 
-def read(text: str, kinds: list):
+def read_value(text: str, kinds: list):
     """The value a text stands for where one of the types `kinds` is wanted."""
     wanted = [kind for kind in kinds if kind is not types.NoneType]
     if wanted and all(_is_text(kind) for kind in wanted):
@@ -102,13 +102,13 @@ def read(text: str, kinds: list):
         return text  # the schema says what is wanted instead
 
 
-def plain(value, path: tuple, problems: list[Problem]):
+def make_plain(value, path: tuple, problems: list[Problem]):
     """ConfigDicts, tuples and the like -> what JSON can hold; anything else becomes a problem."""
     if hasattr(value, 'items'):
         items = {str(key): inner for key, inner in value.items()}
-        return {key: plain(inner, (*path, key), problems) for key, inner in items.items()}
+        return {key: make_plain(inner, (*path, key), problems) for key, inner in items.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(inner, (*path, i), problems) for i, inner in enumerate(value)]
+        return [make_plain(inner, (*path, i), problems) for i, inner in enumerate(value)]
     if isinstance(value, float) and not math.isfinite(value):
         problems.append(Problem.at(path, f'must be a finite number, got {value}'))
         return None
@@ -118,7 +118,7 @@ def plain(value, path: tuple, problems: list[Problem]):
         Problem.at(
             path,
             f'must be a number, text, true or false, a list or a group, '
-            f'got {shown(value)} ({type(value).__name__})',
+            f'got {format_value(value)} ({type(value).__name__})',
         )
     )
     return None
@@ -130,14 +130,14 @@ def _is_text(kind) -> bool:
     return kind is str
 
 
-def _chosen(kinds: list, container) -> list:
+def _choose(kinds: list, container) -> list:
     """The alternative that the `name` in the container selects; all while it selects none."""
     name = container.get('name') if isinstance(container, dict) else None
-    return [kind for kind in kinds if is_group(kind) and name in names_of(kind)] or kinds
+    return [kind for kind in kinds if is_group(kind) and name in list_names(kind)] or kinds
 
 
 def _check_holds(container, part, path) -> None:
-    place = dotted(('config', *path))
+    place = format_path(('config', *path))
     if isinstance(container, dict) and isinstance(part, str):
         return
     if isinstance(container, list) and isinstance(part, int):
@@ -149,23 +149,23 @@ def _check_holds(container, part, path) -> None:
         raise ConfigError(f'{place}: is a list of {len(container)}; write {place}[0].{part}')
     if isinstance(container, dict):
         raise ConfigError(f'{place}: is a group of keys, not a list; there is no [{part}]')
-    raise ConfigError(f'{place}: is {shown(container)}, there is nothing inside it')
+    raise ConfigError(f'{place}: is {format_value(container)}, there is nothing inside it')
 
 
-def _default(kinds: list, part: str):
+def _find_default(kinds: list, part: str):
     """The values a group would have if nobody named it, to change one of them."""
     for kind in kinds:
         if is_group(kind) and part in kind.model_fields:
             default = kind.model_fields[part].get_default(call_default_factory=True)
             if default is not None and default is not pydantic_core.PydanticUndefined:
-                return _said(default)
+                return _dump_default(default)
     return {}
 
 
-def _said(default):
+def _dump_default(default):
     """A default as JSON; of a group its name and what is not as in every group of that name, so
     that another name may still be given."""
     if not isinstance(default, pydantic.BaseModel):
         return pydantic_core.to_jsonable_python(default)
-    name = {'name': default.name} if names_of(type(default)) else {}
+    name = {'name': default.name} if list_names(type(default)) else {}
     return name | default.model_dump(mode='json', exclude_defaults=True)

@@ -7,7 +7,7 @@ they may change. The model may not, because the weights are those of the old one
 
 from collections.abc import Iterable
 
-from jaxfm.config.validation import dotted, nearest, shown
+from jaxfm.config.validation import format_path, format_value, suggest
 from jaxfm.errors import ConfigError, UsageError
 from jaxfm.schema import Group
 
@@ -33,17 +33,17 @@ ABSENT = '(absent)'
 Change = tuple[str, object, object]
 
 
-def difference(old: Group, new: Group) -> list[Change]:
+def find_changes(old: Group, new: Group) -> list[Change]:
     """Every value that differs; ABSENT stands for a key that one of the two does not have."""
-    old, new = _leaves(old.model_dump(), ()), _leaves(new.model_dump(), ())
+    old, new = _list_leaves(old.model_dump(), ()), _list_leaves(new.model_dump(), ())
     pairs = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in {**old, **new}]
-    return [(dotted(path), before, after) for path, before, after in pairs if before != after]
+    return [(format_path(path), before, after) for path, before, after in pairs if before != after]
 
 
 def check_resume(
     old: Group, new: Group, allow: Iterable[str] = (), place: str = 'this work directory'
 ) -> list[Change]:
-    """Whether a run of `old` may go on as `new`; returns what differs, for the log.
+    """Raises ConfigError unless a run of `old` may go on as `new`; returns what differs.
 
     Args:
         allow: top-level names of the config that may change (`--allow_change=optimizer,data`).
@@ -56,19 +56,19 @@ def check_resume(
     allow = set(allow)
     for name in sorted(allow):
         _check_allowable(name, type(new))
-    changes = difference(old, new)
+    changes = find_changes(old, new)
     bound = [change for change in changes if not _is_free(change[0])]
-    refused = [change for change in bound if _group(change[0]) not in allow]
+    refused = [change for change in bound if _find_group(change[0]) not in allow]
     if not refused:
         return changes
-    lines = [f'  config.{path}: {shown(a)} -> {shown(b)}' for path, a, b in refused]
+    lines = [f'  config.{path}: {format_value(a)} -> {format_value(b)}' for path, a, b in refused]
     raise ConfigError(
-        '\n'.join([f'{place} holds a run of another config:', *lines, _advice(bound, place)])
+        '\n'.join([f'{place} holds a run of another config:', *lines, _advise(bound, place)])
     )
 
 
-def _advice(changes: list[Change], place: str) -> str:
-    groups = sorted({_group(path) for path, *_ in changes})
+def _advise(changes: list[Change], place: str) -> str:
+    groups = sorted({_find_group(path) for path, *_ in changes})
     elsewhere = '--workdir' if 'work directory' in place else '--config.checkpoint.directory'
     if FIXED in groups:
         return f'the {FIXED} of a run cannot change; for a new run give another {elsewhere}'
@@ -83,10 +83,10 @@ def _check_allowable(name: str, schema: type[Group]) -> None:
         raise UsageError(f'--allow_change={name}: the {name} of a run cannot change')
     names = [field for field in schema.model_fields if field != FIXED]
     if name not in names:
-        raise UsageError(f'--allow_change={name}: no such group{nearest(name, names)}')
+        raise UsageError(f'--allow_change={name}: no such group{suggest(name, names)}')
 
 
-def _group(path: str) -> str:
+def _find_group(path: str) -> str:
     return path.partition('.')[0].partition('[')[0]
 
 
@@ -94,11 +94,14 @@ def _is_free(path: str) -> bool:
     return any(path == free or path.startswith(free + '.') for free in FREE_ON_RESUME)
 
 
-def _leaves(value, path) -> dict:
+def _list_leaves(value, path) -> dict:
     if isinstance(value, dict) and value:
         children = value.items()
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         children = enumerate(value)
     else:
         return {path: value}
-    return {leaf: v for key, child in children for leaf, v in _leaves(child, (*path, key)).items()}
+    leaves = {}
+    for key, child in children:
+        leaves |= _list_leaves(child, (*path, key))
+    return leaves

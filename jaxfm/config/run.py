@@ -24,20 +24,20 @@ from jaxfm.schema import ConflictError, Group, Problem, one_of
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig
 
 
-def _axis(size: int) -> int:
+def _check_axis(size: int) -> int:
     if size < 1 and size != -1:
         raise ValueError(f'must be at least 1, or -1 for all remaining devices, got {size}')
     return size
 
 
-def _only_one(size: int) -> int:
+def _check_unused(size: int) -> int:
     if size != 1:
         raise ValueError(f'must be 1: nothing is split along this axis yet, got {size}')
     return size
 
 
-Axis = Annotated[int, pydantic.AfterValidator(_axis)]
-UnusedAxis = Annotated[int, pydantic.AfterValidator(_only_one)]
+Axis = Annotated[int, pydantic.AfterValidator(_check_axis)]
+UnusedAxis = Annotated[int, pydantic.AfterValidator(_check_unused)]
 
 
 class MeshConfig(Group):

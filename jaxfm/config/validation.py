@@ -16,25 +16,25 @@ import pydantic
 from jaxfm.schema import ConflictError, Group, Problem
 
 
-def check(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem]]:
+def validate(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem]]:
     """The checked group, or None and every problem.
 
     Pydantic skips the checks between values of a group as soon as one of its keys is wrong. So
     unknown keys are taken away for a second look, and the checks between groups (`find_conflicts`
     of the schema) run on those that are sound.
     """
-    group, problems = _validate(schema, values)
+    group, problems = _parse(schema, values)
     unknown = [p.place for p in problems if p.is_unknown_key]
     if unknown:
-        values = _without(values, unknown)
-        problems += _validate(schema, values)[1]
+        values = _remove_keys(values, unknown)
+        problems += _parse(schema, values)[1]
     if problems and isinstance(values, dict):
-        sound = _sound_parts(schema, values, {p.place[0] for p in problems if p.place})
+        sound = _find_sound_parts(schema, values, {p.place[0] for p in problems if p.place})
         problems += schema.find_conflicts(sound)
     return group, list(dict.fromkeys(problems))
 
 
-def nearest(name: str, names, owner: str = 'there is') -> str:
+def suggest(name: str, names, owner: str = 'there is') -> str:
     """'; did you mean X?' when one of the names is close, else the list of what `owner` has."""
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, 1)
@@ -43,17 +43,17 @@ def nearest(name: str, names, owner: str = 'there is') -> str:
     return f'; {owner} {", ".join(names)}' if names else ''
 
 
-def alternatives(annotation) -> list:
+def find_kinds(annotation) -> list:
     """The plain types an annotation allows: unions are opened, metadata dropped."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return alternatives(typing.get_args(annotation)[0])
+        return find_kinds(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [kind for arg in typing.get_args(annotation) for kind in alternatives(arg)]
+        return [kind for arg in typing.get_args(annotation) for kind in find_kinds(arg)]
     return [annotation]
 
 
-def inside(kinds: list, part: str | int) -> list | None:
+def select_kinds(kinds: list, part: str | int) -> list | None:
     """The types of what a key or index selects from any of `kinds`.
 
     An unknown key of a group gives []; a part that no kind can take gives None.
@@ -64,10 +64,10 @@ def inside(kinds: list, part: str | int) -> list | None:
         if is_group(kind) and isinstance(part, str):
             is_container = True
             if part in kind.model_fields:
-                found += alternatives(kind.model_fields[part].annotation)
+                found += find_kinds(kind.model_fields[part].annotation)
         elif (origin is dict) if isinstance(part, str) else (origin in (list, tuple)):
             is_container = True
-            found += alternatives(args[1] if origin is dict else args[0])
+            found += find_kinds(args[1] if origin is dict else args[0])
     return found if is_container else None
 
 
@@ -75,32 +75,32 @@ def is_group(kind) -> bool:
     return isinstance(kind, type) and issubclass(kind, Group)
 
 
-def names_of(kind: type[Group]) -> tuple[str, ...]:
+def list_names(kind: type[Group]) -> tuple[str, ...]:
     """What the `name` key of an alternative may be."""
     field = kind.model_fields.get('name')
     return typing.get_args(field.annotation) if field else ()
 
 
-def dotted(path) -> str:
+def format_path(path) -> str:
     """('phases', 0, 'steps') -> 'phases[0].steps'."""
     parts = (f'[{part}]' if isinstance(part, int) else f'.{part}' for part in path)
     return ''.join(parts).removeprefix('.')
 
 
-def shown(value) -> str:
+def format_value(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + '...'
 
 
-def _validate(schema, values) -> tuple[Group | None, list[Problem]]:
+def _parse(schema, values) -> tuple[Group | None, list[Problem]]:
     try:
         return schema.model_validate_json(json.dumps(values)), []
     except pydantic.ValidationError as error:
         found = error.errors(include_url=False)
-        return None, [problem for fault in found for problem in _problems(schema, fault)]
+        return None, [problem for fault in found for problem in _explain(schema, fault)]
 
 
-def _without(values: dict, paths) -> dict:
+def _remove_keys(values: dict, paths) -> dict:
     values = copy.deepcopy(values)
     for *parents, key in paths:
         container = values
@@ -110,12 +110,12 @@ def _without(values: dict, paths) -> dict:
     return values
 
 
-def _sound_parts(schema, values, broken: set) -> dict:
+def _find_sound_parts(schema, values, broken: set) -> dict:
     """The top-level values of a group that can be used although others cannot."""
     fields = {key: f for key, f in schema.model_fields.items() if key not in broken}
     wanted = {key: (field.annotation, field) for key, field in fields.items()}
     part = pydantic.create_model('Sound', __base__=Group, **wanted)
-    sound, problems = _validate(part, {k: v for k, v in values.items() if k in fields})
+    sound, problems = _parse(part, {k: v for k, v in values.items() if k in fields})
     return {} if problems else dict(sound)
 
 
@@ -126,9 +126,9 @@ def _locate(schema, loc) -> tuple[tuple, list, list]:
         groups = [kind for kind in kinds if is_group(kind)]
         part = parts.pop(0)
         if len(groups) > 1:  # the tag that chose one of several alternatives
-            kinds = [group for group in groups if part in names_of(group)]
+            kinds = [group for group in groups if part in list_names(group)]
             continue
-        selected = inside(kinds, part)
+        selected = select_kinds(kinds, part)
         if selected is None:  # labels of a union of plain types
             break
         path.append(part)
@@ -136,7 +136,7 @@ def _locate(schema, loc) -> tuple[tuple, list, list]:
     return tuple(path), kinds, around
 
 
-def _problems(schema, fault: dict) -> list[Problem]:
+def _explain(schema, fault: dict) -> list[Problem]:
     path, kinds, around = _locate(schema, fault['loc'])
     kind, given, context = fault['type'], fault['input'], fault.get('ctx', {})
     if kind in ('value_error', 'assertion_error'):
@@ -144,34 +144,34 @@ def _problems(schema, fault: dict) -> list[Problem]:
         found = error.problems if isinstance(error, ConflictError) else [Problem.at((), str(error))]
         return [problem.under(path) for problem in found]
     if kind in ('union_tag_invalid', 'union_tag_not_found'):
-        names = [name for group in kinds if is_group(group) for name in names_of(group)]
-        return [Problem.at((*path, 'name'), _choice(given.get('name'), names))]
+        names = [name for group in kinds if is_group(group) for name in list_names(group)]
+        return [Problem.at((*path, 'name'), _explain_choice(given.get('name'), names))]
     if kind == 'literal_error':
         names = [name for literal in kinds for name in typing.get_args(literal)]
-        return [Problem.at(path, _choice(given, names))]
+        return [Problem.at(path, _explain_choice(given, names))]
     if kind == 'extra_forbidden':
         (group,) = filter(is_group, around)
-        owner = f'{names_of(group)[0]} has' if names_of(group) else 'there is'
-        hint = nearest(path[-1], group.model_fields, owner)
+        owner = f'{list_names(group)[0]} has' if list_names(group) else 'there is'
+        hint = suggest(path[-1], group.model_fields, owner)
         return [Problem.at(path, f'unknown key{hint}', is_unknown_key=True)]
     if kind == 'missing':
         return [Problem.at(path, 'is required and not given')]
     sentence = _SENTENCES.get(kind, fault['msg'][0].lower() + fault['msg'][1:])
-    limits = {key: _short(value) for key, value in context.items()}
-    return [Problem.at(path, f'{sentence.format(**limits)}, got {shown(given)}')]
+    limits = {key: _shorten(value) for key, value in context.items()}
+    return [Problem.at(path, f'{sentence.format(**limits)}, got {format_value(given)}')]
 
 
-def _short(limit):
+def _shorten(limit):
     return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
 
 
-def _choice(given, names) -> str:
-    listed = ', '.join(shown(name) for name in names)
+def _explain_choice(given, names) -> str:
+    listed = ', '.join(format_value(name) for name in names)
     if given is None:
         return f'is required and not given; it is one of {listed}'
     close = difflib.get_close_matches(str(given), [str(name) for name in names], 1)
     hint = f'; did you mean {close[0]}?' if close else ''
-    return f'must be one of {listed}, got {shown(given)}{hint}'
+    return f'must be one of {listed}, got {format_value(given)}{hint}'
 
 
 _GROUP = 'must be a group of keys'

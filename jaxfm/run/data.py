@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from jaxfm import distributed
-from jaxfm.config import load as configs
+from jaxfm.config.load import read_config
 from jaxfm.config.run import RunConfig
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus.build import make_tokenizer
@@ -81,7 +81,7 @@ def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:
     except MissingInputError:
         known = workdir / 'config.json'
         is_there = known.exists() and saved.exists()
-        if not is_there or configs.read(known).tokenizer != config.tokenizer:
+        if not is_there or read_config(known).tokenizer != config.tokenizer:
             raise
     return tokenizers.load(saved)
 

@@ -9,9 +9,8 @@ import jax
 
 from jaxfm import distributed
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.config import load as configs
-from jaxfm.config import resume
-from jaxfm.config.resume import Change
+from jaxfm.config.load import make_config
+from jaxfm.config.resume import Change, check_resume
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import read_records
@@ -44,8 +43,8 @@ def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
     step, manifest = newest
     if not run.has_begun:
         root = checkpoints.root
-        config = configs.from_json(manifest['config'], f'the run in {root}')
-        changes = resume.check_resume(config, run.config, allowed, root)
+        config = make_config(manifest['config'], f'the run in {root}')
+        changes = check_resume(config, run.config, allowed, root)
     if step < run.config.total_steps:
         return False, changes
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxfm import distributed, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.config import load as configs
+from jaxfm.config.load import format_config
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
@@ -74,7 +74,7 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         """The checkpoints of this run, and the right to write them."""
         ends = [phase.last for phase in self.phases]
-        about = {'config': json.loads(configs.to_json(self.config))}
+        about = {'config': json.loads(format_config(self.config))}
         directory = self.workdir / 'checkpoints'
         return Checkpointer(self.config.checkpoint, directory, ends[:-1], about)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.config import load as configs
+from jaxfm.config.load import read_config
 from jaxfm.config.run import RunConfig
 from jaxfm.errors import MissingInputError
 from jaxfm.evals.export import PeriodicExport
@@ -78,7 +78,7 @@ def _earlier_params(run: Run) -> dict:
     name, adapters, model = run.config.init_from, run.parts.adapters, run.config.model
     directory = Path(name).expanduser()
     if locate.is_run(directory):
-        earlier = configs.read(directory / 'config.json')
+        earlier = read_config(directory / 'config.json')
         params, step = _params_of(run, earlier, directory)
         log.info('weights of %s at step %d', directory, step)
     else:
@@ -107,7 +107,7 @@ def _params_of(run: Run, earlier: RunConfig, directory: Path) -> tuple[dict, int
 def _base_of(init_from: str) -> str:
     """The model that the adapters of a run stand beside: behind the runs that trained them, too."""
     while init_from and locate.is_run(Path(init_from)):
-        earlier = configs.read(Path(init_from) / 'config.json')
+        earlier = read_config(Path(init_from) / 'config.json')
         if earlier.model.lora is None:
             break
         init_from = earlier.init_from

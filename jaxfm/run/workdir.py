@@ -5,7 +5,8 @@ import logging
 from pathlib import Path
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.config import load as configs
+from jaxfm.config.inherit import write_inherited
+from jaxfm.config.load import write_config
 from jaxfm.errors import RunError
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
@@ -51,8 +52,8 @@ def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new
     if run.primary:
         with explained(run.workdir):
             run.workdir.mkdir(parents=True, exist_ok=True)
-        configs.write_inherited(run.config, run.workdir)
-        configs.write(run.config, run.workdir / 'config.json')
+        write_inherited(run.config, run.workdir)
+        write_config(run.config, run.workdir / 'config.json')
         # A checkpoint belongs to the tokenizer it was trained with.
         if is_new or not (run.workdir / 'tokenizer').exists():
             with explained(run.workdir / 'tokenizer') as path:

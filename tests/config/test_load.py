@@ -11,9 +11,10 @@ import pytest
 from pydantic import Field
 
 from jaxfm import errors
-from jaxfm.config import load as config
-from jaxfm.config import run as run_config
-from jaxfm.config.checks import make_checks, reads
+from jaxfm.config.checks import reads, run_checks
+from jaxfm.config.inherit import write_inherited
+from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for, write_config
+from jaxfm.config.run import check_on_mesh
 from jaxfm.schema import ConflictError, Entry, Group, Problem, one_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,13 +51,15 @@ class ScheduleConfig(Group):
 
 @reads('steps')
 def steps_are_even(run, prefix):
-    return [Problem((('steps',),), f'steps {run.steps} is odd')] if run.steps % 2 else []
+    if run.steps % 2:
+        yield Problem((('steps',),), f'steps {run.steps} is odd')
 
 
 @reads('steps', 'model')
 def width_fits(run, prefix):
-    paths, width = (('model', 'width'), ('steps',)), run.model.width
-    return [Problem(paths, f'model.width {width} > steps {run.steps}')] if width > run.steps else []
+    if run.model.width > run.steps:
+        sentence = f'model.width {run.model.width} > steps {run.steps}'
+        yield Problem((('model', 'width'), ('steps',)), sentence)
 
 
 class StandInConfig(Group):
@@ -69,7 +72,7 @@ class StandInConfig(Group):
 
     @classmethod
     def find_conflicts(cls, parts):
-        return make_checks((steps_are_even, width_fits), parts)
+        return run_checks((steps_are_even, width_fits), parts)
 
     @pydantic.model_validator(mode='after')
     def _check(self):
@@ -99,7 +102,7 @@ def load(config_file):
 
     def load_keys(*overrides, **keys):
         name = config_file(f'return ConfigDict({keys!r})')
-        return config.load(name, overrides, StandInConfig)
+        return load_config(name, overrides, StandInConfig)
 
     return load_keys
 
@@ -126,13 +129,13 @@ def test_config_flags_are_taken_out_of_a_command_line_in_both_spellings():
     argv = [
         '--mode', 'eval', '--config=a.py:smoke', '--config.x.y=1=2', '--config.z', '-3', '--seed=4',
     ]  # fmt: skip
-    assert config.split_arguments(argv) == (
+    assert split_arguments(argv) == (
         'a.py:smoke',
         ['x.y=1=2', 'z=-3'],
         ['--mode', 'eval', '--seed=4'],
     )
-    assert config.split_arguments(['--config', 'a.py', 'b']) == ('a.py', [], ['b'])
-    assert config.split_arguments(['--config_x=3', '--config.note=']) == (
+    assert split_arguments(['--config', 'a.py', 'b']) == ('a.py', [], ['b'])
+    assert split_arguments(['--config_x=3', '--config.note=']) == (
         None,
         ['note='],
         ['--config_x=3'],
@@ -152,7 +155,7 @@ def test_config_flags_are_taken_out_of_a_command_line_in_both_spellings():
 )
 def test_a_config_flag_without_its_value_or_given_twice_is_a_usage_error(argv):
     with pytest.raises(errors.UsageError, match='--config'):
-        config.split_arguments(argv)
+        split_arguments(argv)
 
 
 # The file
@@ -164,9 +167,9 @@ def test_defaults_fill_what_the_file_does_not_set(load):
 
 def test_the_argument_reaches_get_config(config_file):
     name = config_file('return ConfigDict(dict(steps=int(arg)))', 'arg=2')
-    assert config.load(f'{name}:30', [], StandInConfig).steps == 30
+    assert load_config(f'{name}:30', [], StandInConfig).steps == 30
     with pytest.raises(errors.ConfigError, match='steps 2'):
-        config.load(name, [], StandInConfig)
+        load_config(name, [], StandInConfig)
 
 
 def test_lists_and_tuples_and_nested_config_dicts_are_plain_values(config_file):
@@ -174,7 +177,7 @@ def test_lists_and_tuples_and_nested_config_dicts_are_plain_values(config_file):
         'c = ConfigDict(dict(phases=[ConfigDict(dict(steps=1, tags=("a", "b")))]))\n'
         'c.shape = (4, 5)\nreturn c'
     )
-    loaded = config.load(name, [], StandInConfig)
+    loaded = load_config(name, [], StandInConfig)
     assert loaded.phases[0].tags == ['a', 'b']
     assert loaded.shape == (4, 5)
 
@@ -182,9 +185,9 @@ def test_lists_and_tuples_and_nested_config_dicts_are_plain_values(config_file):
 def test_a_missing_file_names_the_nearest_one(config_file):
     config_file('return {}', name='quickstart.py')
     with pytest.raises(errors.MissingInputError, match='did you mean quickstart.py'):
-        config.load('quikstart.py:smoke')
+        load_config('quikstart.py:smoke')
     with pytest.raises(errors.MissingInputError, match='there is no directory nowhere'):
-        config.load('nowhere/quickstart.py')
+        load_config('nowhere/quickstart.py')
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_a_fault_inside_the_file_is_told_in_one_line(
 ):
     name = config_file(body, signature)
     with pytest.raises(errors.ConfigError) as caught:
-        config.load(name + argument, [], StandInConfig)
+        load_config(name + argument, [], StandInConfig)
     assert str(caught.value).endswith(expected)
     assert '\n' not in str(caught.value)
 
@@ -218,7 +221,7 @@ def test_a_file_without_get_config_says_so(tmp_path):
     path = tmp_path / 'run.py'
     path.write_text('config = {}\n')
     with pytest.raises(errors.ConfigError, match='has no function get_config'):
-        config.load(str(path))
+        load_config(str(path))
 
 
 # Overrides
@@ -403,7 +406,7 @@ def test_a_name_that_two_phases_have_is_blamed_on_what_names_phases(monkeypatch)
     monkeypatch.chdir(ROOT)
     names = ['phases[1].name=pretrain', 'tokenizer.name=bytes', 'evals.problems.phase=pretrain']
     with pytest.raises(errors.ConfigError) as caught:
-        config.load('configs/lifecycle.py:smoke', names)
+        load_config('configs/lifecycle.py:smoke', names)
     assert str(caught.value) == (
         'config: phases: pretrain is the name of more than one phase '
         '(given by --config.phases[1].name=pretrain)'
@@ -427,7 +430,7 @@ def run_keys(**changes):
 
 @pytest.fixture
 def load_run(config_file):
-    return lambda *overrides: config.load(config_file(f'return {run_keys()!r}'), overrides)
+    return lambda *overrides: load_config(config_file(f'return {run_keys()!r}'), overrides)
 
 
 @pytest.mark.parametrize(
@@ -478,9 +481,9 @@ def test_a_run_that_cannot_work_shows_the_arithmetic(load_run, overrides, expect
 
 def test_the_real_mesh_is_checked_as_the_config_is(load_run):
     run = load_run()
-    run_config.check_on_mesh(run, {'fsdp': 8})
+    check_on_mesh(run, {'fsdp': 8})
     with pytest.raises(errors.ConfigError, match='8 rows .* = 16: 8 = 0 x 16'):
-        run_config.check_on_mesh(run, {'fsdp': 16})
+        check_on_mesh(run, {'fsdp': 16})
 
 
 # Phases, and runs that start from other runs
@@ -498,7 +501,7 @@ def phased_keys(*changes, **more):
 @pytest.fixture
 def load_phases(config_file):
     def load(*overrides, **more):
-        return config.load(config_file(f'return {phased_keys(**more)!r}'), overrides)
+        return load_config(config_file(f'return {phased_keys(**more)!r}'), overrides)
 
     return load
 
@@ -550,26 +553,26 @@ def test_phases_that_cannot_work_are_told(load_phases, overrides, expected):
 def test_what_neither_the_run_nor_a_phase_says_is_missing(config_file, name):
     keys = {key: value for key, value in run_keys().items() if key != name}
     with pytest.raises(errors.ConfigError, match=f'config: {name} is required and not given'):
-        config.load(config_file(f'return {keys!r}'))
+        load_config(config_file(f'return {keys!r}'))
 
 
 def test_model_and_tokenizer_come_from_the_run_it_starts_from(tmp_path, config_file, load_run):
     earlier = tmp_path / 'earlier'
     earlier.mkdir()
-    config.write(load_run('model.embed_dim=32'), earlier / 'config.json')
+    write_config(load_run('model.embed_dim=32'), earlier / 'config.json')
     keys = run_keys(init_from=str(earlier))
     del keys['model']
-    run = config.load(config_file(f'return {keys!r}'), ['model.remat=full'])
+    run = load_config(config_file(f'return {keys!r}'), ['model.remat=full'])
     assert (run.model.embed_dim, run.model.remat) == (32, 'full')
     assert (run.tokenizer.name, run.tokenizer.path) == ('file', str(earlier))
 
 
 def test_any_config_can_start_from_any_model(tmp_path, config_file, load_run):
     """What the weights are comes from there; how they are trained, and the command line, count."""
-    config.write(load_run('model.embed_dim=32'), tmp_path / 'config.json')
+    write_config(load_run('model.embed_dim=32'), tmp_path / 'config.json')
     keys = run_keys(init_from=str(tmp_path))
     keys['model'] |= dict(embed_dim=64, scan=False)
-    run = config.load(config_file(f'return {keys!r}'), ['model.block.window=4'])
+    run = load_config(config_file(f'return {keys!r}'), ['model.block.window=4'])
     assert (run.model.embed_dim, run.model.scan) == (32, False)
     assert run.model.block == load_run('model.block.window=4').model.block
     assert run.tokenizer.name == 'file'
@@ -588,9 +591,9 @@ def test_any_config_can_start_from_any_model(tmp_path, config_file, load_run):
 def test_what_is_said_of_a_tokenizer_is_said_of_the_inherited_one(
     overrides, name, path, tmp_path, config_file, load_run
 ):
-    config.write(load_run(), tmp_path / 'config.json')
+    write_config(load_run(), tmp_path / 'config.json')
     keys = run_keys(init_from=str(tmp_path))
-    tokenizer = config.load(config_file(f'return {keys!r}'), overrides).tokenizer
+    tokenizer = load_config(config_file(f'return {keys!r}'), overrides).tokenizer
     assert tokenizer.name == name
     assert getattr(tokenizer, 'path', None) == (str(tmp_path) if path == 'EARLIER' else path)
 
@@ -600,10 +603,10 @@ def load_after(tmp_path, config_file, load_run):
     """(overrides of a run, overrides of one that starts from it) -> the second one."""
 
     def load(earlier, *overrides):
-        config.write(load_run(*earlier), tmp_path / 'config.json')
+        write_config(load_run(*earlier), tmp_path / 'config.json')
         keys = run_keys(init_from=str(tmp_path))
         del keys['model']
-        return config.load(config_file(f'return {keys!r}'), overrides)
+        return load_config(config_file(f'return {keys!r}'), overrides)
 
     return load
 
@@ -632,7 +635,7 @@ def test_adapters_that_came_from_a_directory_are_then_those_of_the_run(tmp_path,
     keys = run_keys(init_from=str(tmp_path))
     del keys['model']
     (tmp_path / 'later.py').write_text(f'def get_config():\n    return {keys!r}\n')
-    lora = config.load(str(tmp_path / 'later.py')).model.lora
+    lora = load_config(str(tmp_path / 'later.py')).model.lora
     assert (lora.path, lora.rank) == ('', 8)
 
 
@@ -647,16 +650,16 @@ def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load
 
 def test_another_name_may_be_given_where_the_file_says_nothing(config_file):
     file = config_file(f'return {run_keys()!r}')
-    run = config.load(file, ['tokenizer.chat_template=qa', 'tokenizer.name=bytes'])
+    run = load_config(file, ['tokenizer.chat_template=qa', 'tokenizer.name=bytes'])
     assert (run.tokenizer.name, run.tokenizer.chat_template) == ('bytes', 'qa')
 
 
 def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file, load_run):
     (tmp_path / 'earlier').mkdir()
-    config.write(load_run(), tmp_path / 'earlier' / 'config.json')
+    write_config(load_run(), tmp_path / 'earlier' / 'config.json')
     keys = run_keys(init_from=str(tmp_path / 'earlyer'))
     with pytest.raises(errors.MissingInputError, match='there is no .*earlyer.*mean .*earlier?'):
-        config.load(config_file(f'return {keys!r}'))
+        load_config(config_file(f'return {keys!r}'))
 
 
 @pytest.fixture
@@ -666,17 +669,17 @@ def begun(tmp_path, load_run):
     earlier.mkdir()
     workdir.mkdir()
     overrides = ['model.embed_dim=32', 'model.scan=False', 'sampling.stop_ids=[7]']
-    config.write(load_run(*overrides, 'export.dtype=bfloat16'), earlier / 'config.json')
+    write_config(load_run(*overrides, 'export.dtype=bfloat16'), earlier / 'config.json')
     keys = run_keys(init_from=str(earlier))
     del keys['model']
     file = tmp_path / 'later.py'
     file.write_text(f'def get_config():\n    return {keys!r}\n')
-    return earlier, workdir, lambda *more: config.load(str(file), more, workdir=workdir)
+    return earlier, workdir, lambda *more: load_config(str(file), more, workdir=workdir)
 
 
 def begin(run, workdir):
-    config.write_inherited(run, workdir)
-    config.write(run, workdir / 'config.json')
+    write_inherited(run, workdir)
+    write_config(run, workdir / 'config.json')
 
 
 @pytest.mark.parametrize('change', ['gone', 'another', 'damaged'])
@@ -686,7 +689,7 @@ def test_a_run_that_has_begun_does_not_ask_where_it_began_again(begun, load_run,
     assert (run.model.embed_dim, run.sampling.stop_ids, run.export.dtype) == (32, [7], 'bfloat16')
     begin(run, workdir)
     if change == 'another':
-        config.write(load_run('model.embed_dim=128'), earlier / 'config.json')
+        write_config(load_run('model.embed_dim=128'), earlier / 'config.json')
     elif change == 'damaged':
         (earlier / 'config.json').write_text('{"model": ')
     else:
@@ -706,12 +709,12 @@ def test_only_what_came_from_there_is_kept(begun):
 
 def test_another_origin_and_a_run_that_has_not_begun_are_read(begun, load_run, tmp_path):
     earlier, workdir, load = begun
-    config.write_inherited(load(), workdir)
-    config.write(load_run('model.embed_dim=128'), earlier / 'config.json')
+    write_inherited(load(), workdir)
+    write_config(load_run('model.embed_dim=128'), earlier / 'config.json')
     assert load().model.embed_dim == 128
     begin(load(), workdir)
     (tmp_path / 'other').mkdir()
-    config.write(load_run('model.embed_dim=256'), tmp_path / 'other' / 'config.json')
+    write_config(load_run('model.embed_dim=256'), tmp_path / 'other' / 'config.json')
     assert load(f'init_from={tmp_path / "other"}').model.embed_dim == 256
     assert load().model.embed_dim == 128
 
@@ -742,8 +745,8 @@ def test_an_optimizer_can_be_exchanged_from_the_command_line(load_run):
 
 def test_the_written_config_shows_all_values_and_reads_back_equal(load_run, tmp_path):
     run = load_run()
-    config.write(run, tmp_path / 'config.json')
-    assert config.read(tmp_path / 'config.json') == run
+    write_config(run, tmp_path / 'config.json')
+    assert read_config(tmp_path / 'config.json') == run
     values = json.loads((tmp_path / 'config.json').read_text())
     assert values['optimizer']['b2'] == 0.95
     assert values['data']['name'] == 'python_stdlib'
@@ -752,7 +755,7 @@ def test_the_written_config_shows_all_values_and_reads_back_equal(load_run, tmp_
 
 def test_a_config_that_cannot_be_written_leaves_the_old_one(load_run, tmp_path, monkeypatch):
     path = tmp_path / 'config.json'
-    config.write(load_run(), path)
+    write_config(load_run(), path)
     before = path.read_text()
 
     def full(descriptor):
@@ -760,7 +763,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(load_run, tmp_path, 
 
     monkeypatch.setattr('os.fsync', full)
     with pytest.raises(errors.StorageError, match='No space left on device'):
-        config.write(load_run('steps=3'), path)
+        write_config(load_run('steps=3'), path)
     assert path.read_text() == before
     assert [path.name for path in tmp_path.glob('config.json*')] == ['config.json']
 
@@ -768,19 +771,19 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(load_run, tmp_path, 
 def test_a_record_that_is_missing_damaged_or_of_another_version_says_so(tmp_path):
     path = tmp_path / 'config.json'
     with pytest.raises(errors.MissingInputError):
-        config.read(path)
+        read_config(path)
     path.write_text('{"steps": ')
     with pytest.raises(errors.DataError, match='not a config in JSON'):
-        config.read(path)
+        read_config(path)
     path.write_text('[' * 100_000)
     with pytest.raises(errors.DataError, match='not a config in JSON: .*recursion'):
-        config.read(path)
+        read_config(path)
     path.write_text('[]')
     with pytest.raises(errors.ConfigError, match='must be a group of keys'):
-        config.read(path)
+        read_config(path)
     path.write_text(json.dumps(run_keys(old_key=1)))
     with pytest.raises(errors.ConfigError, match=r'config.old_key: unknown key.*config.json'):
-        config.read(path)
+        read_config(path)
 
 
 @pytest.mark.parametrize(
@@ -792,13 +795,14 @@ def test_a_record_that_is_missing_damaged_or_of_another_version_says_so(tmp_path
     ],
 )
 def test_the_work_directory_is_named_after_the_config(argument, expected):
-    assert config.workdir_for(argument) == Path(expected)
+    assert workdir_for(argument) == Path(expected)
 
 
 def test_a_config_is_checked_in_two_seconds_without_jax(config_file):
     name = Path(config_file(f'return {run_keys()!r}')).resolve()
     program = (
-        'import sys; from jaxfm.config import load; load.load(sys.argv[1], ["steps=3"]); '
+        'import sys; from jaxfm.config.load import load_config; '
+        'load_config(sys.argv[1], ["steps=3"]); '
         'print(*(m for m in ("jax", "numpy", "grain", "tokenizers") if m in sys.modules))'
     )
     start = time.monotonic()

@@ -9,16 +9,15 @@ import contextlib
 import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from jaxfm import errors
-from jaxfm.config import load as config
-from jaxfm.config import overrides as overriding
+from jaxfm.config.load import load_config, read_config, split_arguments
+from jaxfm.config.overrides import find_sources
 from jaxfm.config.resume import check_resume
 from jaxfm.config.run import RunConfig, check_on_mesh
-from jaxfm.config.validation import inside
+from jaxfm.config.validation import select_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / 'tests' / 'goldens' / 'config_messages.json'
@@ -484,7 +483,7 @@ def message(call, *arguments) -> list[str]:
 
 def load(line: str) -> list[str]:
     file, *overrides = line.split(' ')
-    return message(config.load, file, overrides)
+    return message(load_config, file, overrides)
 
 
 def lines(text: str, file: str = '') -> list[str]:
@@ -492,7 +491,7 @@ def lines(text: str, file: str = '') -> list[str]:
 
 
 def check_mesh(file: str, sizes: dict) -> list[str]:
-    return message(lambda: check_on_mesh(config.load(file), sizes))
+    return message(lambda: check_on_mesh(load_config(file), sizes))
 
 
 def resume(changes: dict, allowed: list[str]) -> list[str]:
@@ -508,12 +507,10 @@ GROUPS = {
     'run': lambda: {line: load(line) for line in lines(RUN_OVERRIDES, 'run.py')},
     'phases': lambda: {line: load(line) for line in lines(PHASE_OVERRIDES, 'phases.py')},
     'more': lambda: {line: load(line) for line in lines(MORE)},
-    'usage': lambda: {
-        line: message(config.split_arguments, line.split(' ')) for line in lines(USAGE)
-    },
+    'usage': lambda: {line: message(split_arguments, line.split(' ')) for line in lines(USAGE)},
     'mesh': lambda: {f'{file} {sizes}': check_mesh(file, sizes) for file, sizes in MESHES},
     'resume': lambda: {f'{c} {allowed}': resume(c, allowed) for c, allowed in RESUMED},
-    'record': lambda: {name: message(config.read, name) for name in RECORDS},
+    'record': lambda: {name: message(read_config, name) for name in RECORDS},
     'direct': lambda: {
         name: build(FILES[name])
         for name in ('several.py', 'several_phases.py', 'no_data.py', 'broken_and_unfit.py')
@@ -545,11 +542,10 @@ def problems():
 def found(problems):
     def record(problem, given):
         problems.append(problem)
-        return overriding.find_sources(problem, given)
+        return find_sources(problem, given)
 
-    spy = SimpleNamespace(**vars(overriding) | {'find_sources': record})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, 'overriding', spy)
+        patch.setattr('jaxfm.config.load.find_sources', record)
         return collect()
 
 
@@ -562,7 +558,7 @@ def is_value(path) -> bool:
     """Whether a run may have a value there."""
     kinds = [RunConfig]
     for part in path:
-        kinds = inside(kinds, part)
+        kinds = select_kinds(kinds, part)
         if not kinds:
             return False
     return True

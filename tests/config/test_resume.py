@@ -1,8 +1,8 @@
 import pytest
 
 from jaxfm import errors
-from jaxfm.config import resume
-from jaxfm.config import run as run_config
+from jaxfm.config.resume import ABSENT, check_resume, find_changes
+from jaxfm.config.run import RunConfig
 
 
 def run(**changes):
@@ -14,14 +14,14 @@ def run(**changes):
         'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 8},
         'optimizer': {'name': 'adamw', 'learning_rate': 1e-3},
     }
-    return run_config.RunConfig(**(keys | changes))
+    return RunConfig(**(keys | changes))
 
 
 MUON = {'name': 'muon', 'learning_rate': 1e-3}
 
 
 def test_the_same_config_resumes():
-    assert resume.check_resume(run(), run()) == []
+    assert check_resume(run(), run()) == []
 
 
 def test_the_difference_lists_values_and_absent_keys():
@@ -29,11 +29,11 @@ def test_the_difference_lists_values_and_absent_keys():
         optimizer={'name': 'muon', 'learning_rate': 1e-3, 'momentum': 0.5},
         model={'segments': [{'pattern': [run().model.block], 'repeats': 2}]},
     )
-    changes = resume.difference(run(), new)
+    changes = find_changes(run(), new)
     assert ('optimizer.name', 'adamw', 'muon') in changes
-    assert ('optimizer.momentum', resume.ABSENT, 0.5) in changes
-    assert ('model.segments', [], resume.ABSENT) in changes
-    assert ('model.segments[0].repeats', resume.ABSENT, 2) in changes
+    assert ('optimizer.momentum', ABSENT, 0.5) in changes
+    assert ('model.segments', [], ABSENT) in changes
+    assert ('model.segments[0].repeats', ABSENT, 2) in changes
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_difference_lists_values_and_absent_keys():
 )
 def test_where_a_run_works_and_what_is_watched_may_change(changes):
     new = run(**changes)
-    assert resume.check_resume(run(), new) == resume.difference(run(), new) != []
+    assert check_resume(run(), new) == find_changes(run(), new) != []
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_where_a_run_works_and_what_is_watched_may_change(changes):
 )
 def test_what_is_learned_changes_only_when_allowed_by_name(group, changes):
     with pytest.raises(errors.ConfigError, match=f'--allow_change={group};'):
-        resume.check_resume(run(), run(**changes))
-    assert resume.check_resume(run(), run(**changes), {group})
+        check_resume(run(), run(**changes))
+    assert check_resume(run(), run(**changes), {group})
 
 
 def test_the_refusal_shows_what_is_not_allowed_and_the_whole_flag():
     new = run(steps=200, optimizer=MUON, mesh={'fsdp': 2})
     with pytest.raises(errors.ConfigError) as caught:
-        resume.check_resume(run(), new, {'optimizer'})
+        check_resume(run(), new, {'optimizer'})
     lines = str(caught.value).splitlines()
     assert lines[1:-1] == ['  config.steps: 100 -> 200']
     assert '--allow_change=optimizer,steps' in lines[-1]
@@ -79,13 +79,13 @@ def test_the_refusal_shows_what_is_not_allowed_and_the_whole_flag():
 
 def test_the_model_of_a_run_never_changes():
     with pytest.raises(errors.ConfigError) as caught:
-        resume.check_resume(run(), run(model={'num_layers': 4}, steps=3), {'steps'})
+        check_resume(run(), run(model={'num_layers': 4}, steps=3), {'steps'})
     assert 'config.model.num_layers: 2 -> 4' in str(caught.value)
     assert '--allow_change' not in str(caught.value)
     with pytest.raises(errors.UsageError, match='the model of a run cannot change'):
-        resume.check_resume(run(), run(), {'model'})
+        check_resume(run(), run(), {'model'})
 
 
 def test_a_name_that_is_no_group_cannot_be_allowed():
     with pytest.raises(errors.UsageError, match='did you mean optimizer'):
-        resume.check_resume(run(), run(), {'optimiser'})
+        check_resume(run(), run(), {'optimiser'})

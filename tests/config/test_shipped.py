@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from jaxfm import sharding
-from jaxfm.config import load as config
-from jaxfm.config import run as run_config
+from jaxfm.config.load import load_config, write_config
+from jaxfm.config.run import check_on_mesh
 from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
 from jaxfm.plan import plan
@@ -32,22 +32,22 @@ def test_every_config_builds(path, arg, tmp_path):
     overrides = []
     if path.name == 'pretrained.py' or (path.name == 'sft.py' and not arg):
         # What only its user has: a model, and chats.
-        config.write(config.load('configs/quickstart.py'), tmp_path / 'config.json')
+        write_config(load_config('configs/quickstart.py'), tmp_path / 'config.json')
         overrides = [f'init_from={tmp_path}']
     if path.name == 'sft.py' and not arg:
         overrides.append('data.path=my.jsonl')
-    config.load(f'{path}{arg}', overrides)
+    load_config(f'{path}{arg}', overrides)
 
 
 def test_fine_tuning_asks_for_chats(tmp_path):
-    config.write(config.load('configs/quickstart.py'), tmp_path / 'config.json')
+    write_config(load_config('configs/quickstart.py'), tmp_path / 'config.json')
     with pytest.raises(ConfigError, match='config.data.path: is required and not given'):
-        config.load('configs/sft.py', [f'init_from={tmp_path}'])
+        load_config('configs/sft.py', [f'init_from={tmp_path}'])
 
 
 @pytest.mark.parametrize('path', [f for f in FILES if f.name != 'pretrained.py'], ids=str)
 def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
-    smoke = config.load(f'{path}:smoke')
+    smoke = load_config(f'{path}:smoke')
     assert smoke.total_steps <= 60
     assert {phase.data.name for phase in smoke.all_phases} <= {'python_stdlib', 'problems'}
     assert smoke.total_steps // smoke.checkpoint.every >= 3
@@ -65,7 +65,7 @@ def test_every_config_tells_its_command_and_hardware_and_imports_nothing_of_ours
 
 @pytest.mark.parametrize('path', ['configs/llama_1b.py', 'configs/llama_8b.py'])
 def test_smoke_has_the_shape_of_the_full_model(path):
-    full, smoke = config.load(path).model, config.load(f'{path}:smoke').model
+    full, smoke = load_config(path).model, load_config(f'{path}:smoke').model
     assert smoke.block.rope == full.block.rope
     assert smoke.tie_embeddings == full.tie_embeddings
     for ratio in (
@@ -80,7 +80,7 @@ class Built:
     """The parts of a config that its train step needs, nothing allocated."""
 
     def __init__(self, path):
-        self.config = config.load(path, ['model.compute_dtype=bfloat16'])
+        self.config = load_config(path, ['model.compute_dtype=bfloat16'])
         model_class = MODELS[self.config.model.name].load()
         self.make_model = lambda key: model_class(self.config.model, nnx.Rngs(key))
         self.parts = split(self.make_model)
@@ -123,7 +123,7 @@ def test_llamas_have_the_published_number_of_parameters(llama_1b, llama_8b):
 def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, request):
     built = request.getfixturevalue(name)
     given = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
-    run_config.check_on_mesh(built.config, given)
+    check_on_mesh(built.config, given)
     mesh = sharding.make_mesh(given)
     with jax.set_mesh(mesh):
         state, text = built.lower(mesh)
@@ -139,10 +139,10 @@ def test_a_promise_of_whole_rows_is_held_against_the_data_and_the_evaluators():
     words = ['model.implementations.attention=cudnn', 'model.implementations.one_document=true']
     path = 'configs/quickstart.py'
     with pytest.raises(ConfigError) as told:
-        config.load(path, words)
+        load_config(path, words)
     assert 'promises rows of one document, data.packing is auto: say none' in str(told.value)
     assert "'cudnn' is right for rows of one document alone: evals" in str(told.value)
     nothing = ['data.packing=none', 'sampling.num_samples=0', 'evals={}']
-    assert config.load(path, words + nothing).model.implementations.one_document
+    assert load_config(path, words + nothing).model.implementations.one_document
     with pytest.raises(ConfigError, match='fa4'):
-        config.load(path, ['model.implementations.attention=fa4'])
+        load_config(path, ['model.implementations.attention=fa4'])

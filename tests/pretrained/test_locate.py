@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config, write_config
 from jaxfm.errors import DataError, MissingInputError, UnavailableError
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.huggingface import hub
@@ -45,12 +45,12 @@ def models(tmp_path_factory):
 )
 def test_what_is_no_model_is_told_with_what_there_is(models, name, kind, words):
     with pytest.raises(kind, match=f'config.init_from: .*{words}'):
-        configs.load(PRETRAINED, [f'init_from={models / name}'])
+        load_config(PRETRAINED, [f'init_from={models / name}'])
 
 
 def test_a_name_that_is_too_long_is_told():
     with pytest.raises(MissingInputError, match='config.init_from: aaa.*: File name too long'):
-        configs.load(PRETRAINED, [f'init_from={"a" * 300}'])
+        load_config(PRETRAINED, [f'init_from={"a" * 300}'])
 
 
 def test_a_gguf_beside_a_config_is_the_model(models, tmp_path):
@@ -62,11 +62,11 @@ def test_a_gguf_beside_a_config_is_the_model(models, tmp_path):
 
 def test_a_home_directory_may_be_written_as_a_tilde(models, monkeypatch, tiny):
     monkeypatch.setenv('HOME', str(models))
-    config = configs.load(PRETRAINED, ['init_from=~/smol'])
+    config = load_config(PRETRAINED, ['init_from=~/smol'])
     assert config.model.family == 'llama'
     (models / 'run').mkdir()
-    configs.write(configs.load(str(tiny.config)), models / 'run' / 'config.json')
-    config = configs.load(PRETRAINED, ['init_from=~/run'])
+    write_config(load_config(str(tiny.config)), models / 'run' / 'config.json')
+    config = load_config(PRETRAINED, ['init_from=~/run'])
     assert (config.model.family, config.model.embed_dim) == ('', 32)
 
 
@@ -83,12 +83,12 @@ def test_a_home_directory_may_be_written_as_a_tilde(models, monkeypatch, tiny):
 def test_what_ends_a_text_is_taken_over(tmp_path, generation, config, stop_ids):
     path = write_model(tmp_path / 'model', **config)
     write_json(path / 'generation_config.json', generation)
-    assert configs.load(PRETRAINED, [f'init_from={path}']).sampling.stop_ids == stop_ids
+    assert load_config(PRETRAINED, [f'init_from={path}']).sampling.stop_ids == stop_ids
 
 
 def test_what_the_config_says_goes_before_what_the_model_says(models):
     said = ['model.param_dtype=bfloat16', 'sampling.stop_ids=[9]', 'export.dtype=float16']
-    config = configs.load(PRETRAINED, [f'init_from={models / "smol"}', *said])
+    config = load_config(PRETRAINED, [f'init_from={models / "smol"}', *said])
     assert config.model.param_dtype == 'bfloat16' and config.model.num_layers == 2
     assert (config.sampling.stop_ids, config.export.dtype) == ([9], 'float16')
     assert config.tokenizer.path == str(models / 'smol')
@@ -110,7 +110,7 @@ def offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name', ['org/name', 'org/name@main'])
 def test_without_a_network_a_name_on_the_hub_is_told(offline, name):
     with pytest.raises(UnavailableError, match=f'{name}: the hub does not answer(.|\n)*directory'):
-        configs.load(PRETRAINED, [f'init_from={name}'])
+        load_config(PRETRAINED, [f'init_from={name}'])
 
 
 def test_what_was_fetched_before_is_found_without_a_network(offline):
@@ -118,7 +118,7 @@ def test_what_was_fetched_before_is_found_without_a_network(offline):
     write_model(place / 'snapshots' / ('0' * 40))
     (place / 'refs').mkdir()
     (place / 'refs' / 'main').write_text('0' * 40)
-    config = configs.load(PRETRAINED, ['init_from=org/name'])
+    config = load_config(PRETRAINED, ['init_from=org/name'])
     assert config.model.family == 'llama'
     assert str(offline) in config.tokenizer.path
 
@@ -128,19 +128,19 @@ def test_what_is_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, 'download', None)
     with pytest.raises(MissingInputError, match=f'there is no {name}'):
-        configs.load(PRETRAINED, [f'init_from={name}'])
+        load_config(PRETRAINED, [f'init_from={name}'])
 
 
 def test_a_name_that_the_hub_cannot_have_is_told(offline):
     with pytest.raises(MissingInputError, match='org/na--me'):
-        configs.load(PRETRAINED, ['init_from=org/na--me'])
+        load_config(PRETRAINED, ['init_from=org/na--me'])
 
 
 def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(MissingInputError, match=r"org/name(.|\n)*pip install -e '.\[hub\]'"):
-        configs.load(PRETRAINED, ['init_from=org/name'])
+        load_config(PRETRAINED, ['init_from=org/name'])
 
 
 @pytest.mark.parametrize(

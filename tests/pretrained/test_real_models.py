@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config
 from jaxfm.modes.generation import requests_for
 from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained
@@ -48,7 +48,7 @@ class Real:
     def __init__(self, path):
         self.loading = Loading(path)
         self.params = self.loading.load()
-        self.config = configs.load(PRETRAINED, [f'init_from={path}'])
+        self.config = load_config(PRETRAINED, [f'init_from={path}'])
         self.tokenizer = tokenizers.build(self.config.tokenizer, ())
 
     def answers(self, cases):

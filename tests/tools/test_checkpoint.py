@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.config import load as config
+from jaxfm.config.load import load_config, write_config
 from jaxfm.storage import open_storage
 from tests.conftest import ROOT
 from tools import checkpoint
@@ -245,7 +245,7 @@ def test_the_work_directory_of_a_run_says_where_its_checkpoints_are(saved, tiny,
     run = tmp_path / 'run'
     run.mkdir()
     override = f'checkpoint.directory={saved.storage.root}'
-    config.write(config.load(str(tiny.config), [override]), run / 'config.json')
+    write_config(load_config(str(tiny.config), [override]), run / 'config.json')
     assert checkpoint.main(['ls', str(run)]) == 0
     assert list(rows(capsys.readouterr().out)) == [5, 10]
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import main
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config, write_config
 from jaxfm.errors import DataError
 from jaxfm.pretrained.huggingface.directory import open_directory
 from jaxfm.pretrained.locate import open_pretrained, values_of
@@ -301,7 +301,7 @@ def test_a_bad_directory_is_told_without_jax_and_nothing_is_written(name, first_
 
 
 def test_the_undamaged_directory_is_read(good):
-    config = configs.load(PRETRAINED, [f'init_from={good}'])
+    config = load_config(PRETRAINED, [f'init_from={good}'])
     assert (config.model.family, config.model.num_layers) == ('llama', 2)
     assert config.sampling.stop_ids == [1, 7]
     assert config.tokenizer.path == str(good)
@@ -483,7 +483,7 @@ def test_a_run_without_checkpoints_is_no_model_and_leaves_no_work_directory(
 ):
     monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
     (tmp_path / 'earlier').mkdir()
-    configs.write(configs.load(str(tiny.config)), tmp_path / 'earlier' / 'config.json')
+    write_config(load_config(str(tiny.config)), tmp_path / 'earlier' / 'config.json')
     from jaxfm.tokenizer import BytesConfig
     from jaxfm.tokenizer.build import Bytes
 

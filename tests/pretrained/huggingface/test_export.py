@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from jaxfm import main
 from jaxfm.chat.render import Chat
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 from jaxfm.metrics.writers import read_records
 from jaxfm.models import TransformerConfig
@@ -112,7 +112,7 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(source, tmp_path, na
     rounded = {key: value.astype(dtype) for key, value in load_file(source / WEIGHTS).items()}
     assert_equal(weights(path), rounded)
     assert json.loads((path / 'config.json').read_text())['torch_dtype'] == name
-    config = configs.load(PRETRAINED, [f'init_from={path}'])
+    config = load_config(PRETRAINED, [f'init_from={path}'])
     assert config.export.dtype == name  # and so is an export of it
 
 
@@ -151,7 +151,7 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
     assert cli(*export(source, tmp_path / 'out'))[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     before, after = (
-        configs.load(PRETRAINED, [f'init_from={path}']) for path in (source, tmp_path / 'out')
+        load_config(PRETRAINED, [f'init_from={path}']) for path in (source, tmp_path / 'out')
     )
     assert after.model == before.model
     one, other = (tokenizers.build(config.tokenizer, ()) for config in (before, after))

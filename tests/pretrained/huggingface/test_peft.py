@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxfm import state
-from jaxfm.config import load as configs
+from jaxfm.config.load import load_config
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
@@ -292,7 +292,7 @@ def load(tmp_path):
     )
 
     def load(*overrides):
-        return configs.load(str(file), [*overrides, 'model.vocab_size=300'])
+        return load_config(str(file), [*overrides, 'model.vocab_size=300'])
 
     return load
 

@@ -1,0 +1,110 @@
+"""The files of a config: the Python file that gives it, and the JSON that a run keeps of it."""
+
+import contextlib
+import inspect
+import json
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxfm.config.overrides import make_plain
+from jaxfm.config.validation import format_value, suggest
+from jaxfm.errors import (
+    ConfigError,
+    DataError,
+    MissingInputError,
+    PermissionDeniedError,
+    StorageError,
+)
+from jaxfm.schema import Problem
+
+
+def split_file(config_argument: str) -> tuple[Path, str | None]:
+    """'configs/a.py:smoke' -> configs/a.py and smoke; a path may hold colons before its `.py`."""
+    head, suffix, argument = config_argument.partition('.py:')
+    return (Path(head + '.py'), argument or None) if suffix else (Path(config_argument), None)
+
+
+def run_file(config_argument: str, problems: list[Problem]) -> dict:
+    """What the file's get_config returns, as plain values; its own faults name their line."""
+    path, argument = split_file(config_argument)
+    arguments = () if argument is None else (argument,)
+    get_config = _find_get_config(path)
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        wrong = 'needs an argument' if argument is None else f'takes no argument, got {argument!r}'
+        right = f'{path}:ARG' if argument is None else str(path)
+        raise ConfigError(f'{path}: its get_config {wrong}; write --config={right}') from None
+    try:
+        values = make_plain(get_config(*arguments), (), problems)
+    except Exception as error:
+        called = '' if argument is None else f' (with the argument {argument!r})'
+        raise ConfigError(_locate_error(error, path) + called) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f'{path}: get_config returns {format_value(values)}, not a ConfigDict')
+    return values
+
+
+def _find_get_config(path: Path) -> Callable:
+    """Runs the file and returns its function get_config."""
+    source = _read_file(path)
+    namespace = {'__name__': path.stem, '__file__': str(path)}
+    try:
+        exec(compile(source, str(path), 'exec'), namespace)
+    except Exception as error:
+        raise ConfigError(_locate_error(error, path)) from None
+    get_config = namespace.get('get_config')
+    if not callable(get_config):
+        raise ConfigError(f'{path}: has no function get_config(), which returns the config')
+    return get_config
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise PermissionDeniedError(f'{path}: this config file may not be read') from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if not path.parent.is_dir():
+            raise MissingInputError(f'{path}: there is no directory {path.parent}') from None
+        names = sorted(other.name for other in path.parent.glob('*.py'))
+        hint = suggest(path.name, names) or '; there is no .py file beside it'
+        raise MissingInputError(f'{path}: no such config file{hint}') from None
+
+
+def _locate_error(error: Exception, path: Path) -> str:
+    """'configs/a.py:12: NameError: ...': the last line of the file itself that the error passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, message = [error.lineno], error.msg
+    else:
+        message = ' '.join(str(error).split())
+    place = f'{path}:{lines[-1]}' if lines else str(path)
+    return f'{place}: {type(error).__name__}: {message}'
+
+
+def write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + '.partial')
+    try:
+        with temporary.open('w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
+        raise kind(f'{path}: cannot be written: {error.strerror}') from None
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    try:
+        return json.loads(Path(path).read_text('utf-8'))
+    except FileNotFoundError:
+        raise MissingInputError(f'{path}: no such file') from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f'{path}: not a config in JSON: {error}') from None

@@ -25,7 +25,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from jaxfm import main
-from jaxfm.config import load
+from jaxfm.config.load import load_config, write_config
 from jaxfm.errors import ConfigError, MissingInputError, UsageError
 from tests.conftest import ROOT
 from tests.hf_directories import write_model
@@ -158,7 +158,7 @@ def understand(module: str, line: tuple[str, ...]) -> None:
     """Reads a command line as the module does, and its config; files of data are not looked for."""
     if module == 'jaxfm.main':
         flags, overrides = main.parse(list(line))
-        config = load.load(flags.config, overrides, workdir=flags.workdir)
+        config = load_config(flags.config, overrides, workdir=flags.workdir)
         main._check_mode(flags, config)
         return
     spec = importlib.util.find_spec(module)
@@ -170,7 +170,7 @@ def understand(module: str, line: tuple[str, ...]) -> None:
     parsed = tool.parse(list(line))
     flags, overrides = parsed if isinstance(parsed, tuple) else (parsed, [])
     if getattr(flags, 'config', None) is not None:
-        load.load(flags.config, overrides)
+        load_config(flags.config, overrides)
         if module == 'tools.corpus':
             tool._phase(flags, overrides)  # which of several
 
@@ -186,7 +186,7 @@ def desk(tmp_path_factory) -> Path:
     with contextlib.chdir(root):
         for name, (argument, overrides) in RUNS.items():
             Path('runs', name).mkdir(parents=True)
-            load.write(load.load(argument, overrides), Path('runs', name, 'config.json'))
+            write_config(load_config(argument, overrides), Path('runs', name, 'config.json'))
     return root
 
 

@@ -5,7 +5,6 @@ Where the n-th row is found is arithmetic on (seed, n), so any position is reach
 
 import functools
 
-import grain
 import numpy as np
 
 # Grain finds a row by walking cycles of a cipher on 16 bits until it meets a number in range: that
@@ -18,7 +17,6 @@ class Order:
 
     def __init__(self, num_rows: int, seed: int):
         self._num_rows, self._seed = num_rows, seed % 2**32  # Grain takes 32 bits
-        self._shuffled = grain.MapDataset.range(num_rows).seed(self._seed).shuffle().repeat()
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __getitem__(self, n: int) -> int:
@@ -27,17 +25,24 @@ class Order:
         epoch, within = divmod(n, self._num_rows)
         return int(self._epoch(epoch)[within])
 
+    @functools.cached_property
+    def _shuffled(self):
+        import grain  # here, because it brings Orbax and takes a third of a second
+
+        dataset = grain.MapDataset.range(self._num_rows)
+        return dataset.seed(self._seed).shuffle().repeat()
+
     def _permutation(self, epoch: int) -> np.ndarray:
         """All rows, sorted by a hash of (seed, epoch, row)."""
         numbers = np.arange(self._num_rows, dtype=np.uint64)
         for word in (self._seed, epoch):
             # Another start of the sequence for every seed, and for every epoch of it.
-            numbers = numbers + _mixed(np.array([word], np.uint64))
-            numbers = _mixed(numbers)
+            numbers = numbers + _mix(np.array([word], np.uint64))
+            numbers = _mix(numbers)
         return np.argsort(numbers)
 
 
-def _mixed(numbers: np.ndarray) -> np.ndarray:
+def _mix(numbers: np.ndarray) -> np.ndarray:
     """splitmix64 (Steele et al. 2014): a bijection of 64 bits, so that no two rows tie."""
     numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -22,7 +22,7 @@ from jaxfm.pretrained.huggingface import peft
 from jaxfm.pretrained.huggingface.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
-from jaxfm.tokenizer import build as tokenizers
+from jaxfm.tokenizer.build import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parent / 'goldens' / 'finetune_smollm2'
 CHATS = 'sft_oasst_sample/chat_best_path.jsonl.gz'
@@ -43,7 +43,7 @@ def rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_our_chats_have_the_ids_and_the_mask_of_these_batches(rows, smollm2_gguf, shared_data):
     ids, supervised, lengths = (array.reshape(-1, *array.shape[2:]) for array in rows)
-    tokenizer = tokenizers.load(smollm2_gguf)
+    tokenizer = load_tokenizer(smollm2_gguf)
     chat, chat_text = Chat(tokenizer), tokenizer.decode
     lines = gzip.open(shared_data / CHATS, 'rt', encoding='utf-8')
     encoded = (chat.encode(json.loads(line)['messages']) for line in lines)

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxfm.chat import template as chat_template
 from jaxfm.chat.messages import (
     CALL_FORMS,
     PROBE_NAME,
@@ -33,7 +32,7 @@ from jaxfm.chat.messages import (
     strings_of,
     wrapped,
 )
-from jaxfm.chat.template import TEMPLATES
+from jaxfm.chat.template import TEMPLATES, find_variables, render_template
 from jaxfm.errors import DataError
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
@@ -111,7 +110,7 @@ class Chat:
 
     def _render(self, view: View, add_generation_prompt: bool) -> str:
         tools = {'tools': list(view.tools)} if view.tools else self._without_tools
-        return chat_template.render(
+        return render_template(
             self._template,
             messages=view.messages,
             add_generation_prompt=add_generation_prompt,
@@ -278,7 +277,7 @@ class Chat:
             if self._call_form is None:
                 raise DataError('the chat template has no form for tool calls')
             form = self._call_form
-        if tools and 'tools' not in chat_template.variables(self._template):
+        if tools and 'tools' not in find_variables(self._template):
             raise DataError('the chat template has no place for tools')
         view = View(prepared(messages, form), [wrapped(tool) for tool in tools])
         strings = '\0'.join(strings_of([view.messages, view.tools]))

@@ -72,7 +72,7 @@ _QA = """\
 TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML, 'qa': _QA}
 
 
-def read(name: str) -> str:
+def read_template(name: str) -> str:
     """The text of a template by its name in TEMPLATES or its path; '' for ''.
 
     Raises:
@@ -82,7 +82,7 @@ def read(name: str) -> str:
     if not name:
         return ''
     text = TEMPLATES.get(name) or _read_file(Path(name).expanduser())
-    compiled(text)
+    compile_template(text)
     return text
 
 
@@ -103,7 +103,7 @@ def _read_file(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def compiled(text: str) -> jinja2.Template:
+def compile_template(text: str) -> jinja2.Template:
     """The template, ready to render; DataError with the line when it is no Jinja."""
     try:
         return _environment().from_string(text)
@@ -112,16 +112,16 @@ def compiled(text: str) -> jinja2.Template:
 
 
 @functools.lru_cache(maxsize=32)
-def variables(text: str) -> frozenset[str]:
+def find_variables(text: str) -> frozenset[str]:
     """The names that a template takes from outside."""
     environment = _environment()
     return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
 
 
-def render(text: str, **given) -> str:
+def render_template(text: str, **given) -> str:
     """The text of a chat; DataError, with what the template said, when it refuses."""
     try:
-        return compiled(text).render(given)
+        return compile_template(text).render(given)
     except DataError:
         raise
     except Exception as error:  # A template can raise anything that an expression can.

@@ -17,7 +17,7 @@ from jaxfm.data import SOURCES
 from jaxfm.data.corpus.build import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import DataError, MissingInputError
-from jaxfm.tokenizer import build as tokenizers
+from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from jaxfm.tokenizer.kinds import Tokenizer
 
 
@@ -60,9 +60,9 @@ def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
     """
     saved = workdir / 'tokenizer'
     if saved.exists():
-        tokenizer = tokenizers.load(saved)
+        tokenizer = load_tokenizer(saved)
     else:
-        tokenizer = tokenizers.build(config.tokenizer, ())
+        tokenizer = build_tokenizer(config.tokenizer, ())
     _check_tokenizer(tokenizer, config)
     return tokenizer
 
@@ -83,7 +83,7 @@ def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:
         is_there = known.exists() and saved.exists()
         if not is_there or read_config(known).tokenizer != config.tokenizer:
             raise
-    return tokenizers.load(saved)
+    return load_tokenizer(saved)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:

@@ -11,7 +11,7 @@ class TokenizerConfig(Group):
     """What every tokenizer has."""
 
     # How chats become text: a file with a Jinja template, or the name of one that we bring
-    # (`chat.TEMPLATES`); '' is the tokenizer's own, else `plain`.
+    # (`chat.template.TEMPLATES`); '' is the tokenizer's own, else `plain`.
     chat_template: str = ''
 
 
@@ -28,7 +28,7 @@ class BPEConfig(TokenizerConfig):
     name: Literal['bpe'] = 'bpe'
     # Special tokens and the 256 bytes included.
     vocab_size: int = Field(default=2048, ge=258)
-    # How text is cut before merging; `tokenizer.PATTERNS` explains the choices.
+    # How text is cut before merging; `build.PATTERNS` explains the choices.
     pattern: Literal['code', 'gpt2'] = 'gpt2'
     special_tokens: list[str] = []
 
@@ -50,5 +50,5 @@ class TokenizerFileConfig(TokenizerConfig):
 TOKENIZERS = {
     'bytes': Entry('jaxfm.tokenizer.build:Bytes', BytesConfig),
     'bpe': Entry('jaxfm.tokenizer.build:BPE', BPEConfig),
-    'file': Entry('jaxfm.tokenizer.build:from_file', TokenizerFileConfig),
+    'file': Entry('jaxfm.tokenizer.build:load_tokenizer_file', TokenizerFileConfig),
 }

@@ -16,11 +16,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from jaxfm.chat import template as chat_template
+from jaxfm.chat.template import read_template
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig, TokenizerConfig, TokenizerFileConfig
-from jaxfm.tokenizer import files as tokenizer_files
-from jaxfm.tokenizer.kinds import HuggingFace, Tokenizer, opened
+from jaxfm.tokenizer.files import CONFIG_FILE, read_tokenizer_files, to_json
+from jaxfm.tokenizer.kinds import HuggingFace, Tokenizer, open_files
 
 SPECIAL_TOKENS = ('<|bos|>', '<|eos|>')
 
@@ -41,9 +41,9 @@ class Bytes(HuggingFace):
 
     def __init__(self, config: BytesConfig, texts: Iterable[str]):
         del texts
-        backend = _untrained(pattern=None, vocabulary=_byte_vocabulary())
+        backend = _make_backend(pattern=None, vocabulary=_byte_vocabulary())
         backend.add_special_tokens(_special_tokens(config))
-        super().__init__(_saved(backend, config))
+        super().__init__(_to_files(backend, config))
 
 
 class BPE(HuggingFace):
@@ -56,7 +56,7 @@ class BPE(HuggingFace):
                 f'tokenizer.vocab_size {config.vocab_size} is less than 256 bytes '
                 f'+ {len(special)} special tokens = {256 + len(special)}'
             )
-        backend = _untrained(PATTERNS[config.pattern], vocabulary=None)
+        backend = _make_backend(PATTERNS[config.pattern], vocabulary=None)
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,
             special_tokens=special,
@@ -64,41 +64,41 @@ class BPE(HuggingFace):
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        super().__init__(_saved(backend, config))
+        super().__init__(_to_files(backend, config))
 
 
-def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """The tokenizer of a config; only `bpe` reads the texts.
 
     Raises:
-        MissingInputError, DataError, ConfigError: as `load`, and for the chat template.
+        MissingInputError, DataError, ConfigError: as `load_tokenizer`, and for the chat template.
     """
     return TOKENIZERS[config.name].load()(config, texts)
 
 
-def from_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokenizer:
+def load_tokenizer_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokenizer:
     """A tokenizer that exists, with what the config says in place of what its files say."""
     del texts
-    files = tokenizer_files.read(config.path, config.pattern, config.bos_token, config.eos_token)
-    if template := chat_template.read(config.chat_template):
-        said = json.loads(files[tokenizer_files.CONFIG]) | {'chat_template': template}
-        files[tokenizer_files.CONFIG] = tokenizer_files.to_json(said)
-    return _opened_from(config.path, files)
+    files = read_tokenizer_files(config.path, config.pattern, config.bos_token, config.eos_token)
+    if template := read_template(config.chat_template):
+        said = json.loads(files[CONFIG_FILE]) | {'chat_template': template}
+        files[CONFIG_FILE] = to_json(said)
+    return _open_from(config.path, files)
 
 
-def load(path: Path) -> Tokenizer:
-    """What `save` wrote, or any other tokenizer that `tokenizer_files.read` finds at the path.
+def load_tokenizer(path: Path) -> Tokenizer:
+    """What `save` wrote, or any other tokenizer that `read_tokenizer_files` finds at the path.
 
     Raises:
         MissingInputError: there is none, or the library that runs it is not installed.
         DataError: a file is damaged, or nothing says which token ends a text.
     """
-    return _opened_from(path, tokenizer_files.read(path))
+    return _open_from(path, read_tokenizer_files(path))
 
 
-def _opened_from(path, files: dict[str, bytes]) -> Tokenizer:
+def _open_from(path, files: dict[str, bytes]) -> Tokenizer:
     try:
-        return opened(files)
+        return open_files(files)
     except (DataError, ConfigError) as error:
         raise type(error)(f'{path}: {error}') from error
 
@@ -111,17 +111,17 @@ def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
     return special
 
 
-def _saved(backend: tokenizers.Tokenizer, config: BytesConfig | BPEConfig) -> dict[str, bytes]:
+def _to_files(backend: tokenizers.Tokenizer, config: BytesConfig | BPEConfig) -> dict[str, bytes]:
     said = {'bos_token': SPECIAL_TOKENS[0], 'eos_token': SPECIAL_TOKENS[1]}
-    if template := chat_template.read(config.chat_template):
+    if template := read_template(config.chat_template):
         said['chat_template'] = template
     return {
         'tokenizer.json': backend.to_str(pretty=True).encode(),
-        tokenizer_files.CONFIG: tokenizer_files.to_json(said),
+        CONFIG_FILE: to_json(said),
     }
 
 
-def _untrained(pattern: str | None, vocabulary: dict[str, int] | None) -> tokenizers.Tokenizer:
+def _make_backend(pattern: str | None, vocabulary: dict[str, int] | None) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[] if vocabulary else None))
     cuts = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     if pattern:

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
 from jaxfm.pretrained.gguf import tokenizer as gguf_tokenizer
 
-CONFIG = 'tokenizer_config.json'
+CONFIG_FILE = 'tokenizer_config.json'
 
 # How the known encodings of tiktoken cut text, and their special tokens.
 ENCODINGS = {
@@ -52,7 +52,9 @@ _VOCABULARIES = (
 _PAIRS = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # the two of GPT-2
 
 
-def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> dict[str, bytes]:
+def read_tokenizer_files(
+    path, pattern: str = '', bos_token: str = '', eos_token: str = ''
+) -> dict[str, bytes]:
     """{name: content} of the saved form of the tokenizer at `path`, a file or a directory.
 
     Raises:
@@ -85,7 +87,7 @@ def read(path, pattern: str = '', bos_token: str = '', eos_token: str = '') -> d
         content = {'tokenizer.json': read_bytes(vocabulary)}
         if kind and not bos_token:
             config.setdefault('add_bos_token', _adds_bos(content['tokenizer.json'], config, kind))
-    return content | {CONFIG: to_json(config)}
+    return content | {CONFIG_FILE: to_json(config)}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -127,12 +129,12 @@ def _locate(path: Path) -> Path:
     if path.is_file():
         known = _plain_name(path).endswith(('.json', '.model', '.tiktoken', '.gguf'))
         first = {second: first for first, second in _PAIRS}.get(_plain_name(path))
-        if found := _existing(path.parent / first) if first else known and path:
+        if found := _find_existing(path.parent / first) if first else known and path:
             return found
         raise ConfigError(
             f'{path} is no tokenizer by its name: give a .json, .model, .tiktoken or .gguf'
         )
-    if found := _existing(path):
+    if found := _find_existing(path):
         return found
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 1)
@@ -151,7 +153,7 @@ def _search(directory: Path) -> Path:
         if found:
             return found[0]
     for first, second in _PAIRS:
-        if (found := _existing(directory / first)) and _existing(directory / second):
+        if (found := _find_existing(directory / first)) and _find_existing(directory / second):
             return found
     raise MissingInputError(
         f'{directory} has no tokenizer: no tokenizer.json, .model, .tiktoken, .gguf, '
@@ -159,7 +161,7 @@ def _search(directory: Path) -> Path:
     )
 
 
-def _existing(path: Path) -> Path | None:
+def _find_existing(path: Path) -> Path | None:
     for candidate in (path, path.with_name(path.name + '.gz')):
         if candidate.is_file():
             return candidate
@@ -173,8 +175,8 @@ def _plain_name(path: Path) -> str:
 def _config_beside(vocabulary: Path) -> dict:
     """What the neighbours of a vocabulary say of its special tokens and chat template."""
     said = {}
-    for name in ('special_tokens_map.json', CONFIG):
-        if found := _existing(vocabulary.with_name(name)):
+    for name in ('special_tokens_map.json', CONFIG_FILE):
+        if found := _find_existing(vocabulary.with_name(name)):
             said |= {k: v for k, v in read_json(found).items() if v is not None}
     config = {}
     for key, value in said.items():
@@ -197,7 +199,7 @@ def _adds_bos(tokenizer_json: bytes, config: dict, kind: str) -> bool:
 
 def _template(said, vocabulary: Path) -> str:
     """The default one where there are several by name; a file of its own goes before."""
-    if found := _existing(vocabulary.with_name('chat_template.jinja')):
+    if found := _find_existing(vocabulary.with_name('chat_template.jinja')):
         return read_bytes(found).decode('utf-8', 'replace')
     entries = said if isinstance(said, list) else [{'name': 'default', 'template': said or ''}]
     named = {}
@@ -207,8 +209,8 @@ def _template(said, vocabulary: Path) -> str:
                 named[name] = template
             case _:
                 raise DataError(
-                    f'{vocabulary.with_name(CONFIG)}: chat_template must be a text, or a list of '
-                    'objects that have a name and a template'
+                    f'{vocabulary.with_name(CONFIG_FILE)}: chat_template must be a text, or a list '
+                    'of objects that have a name and a template'
                 )
     return named.get('default', next(iter(named.values()), ''))
 
@@ -240,7 +242,7 @@ def _tiktoken_config(config: dict, path: Path) -> dict:
 
 def _byte_level_bpe(vocabulary: Path, second: str) -> bytes:
     """A tokenizer.json of the two files that GPT-2 and its kin come in."""
-    if not (merges := _existing(vocabulary.with_name(second))):
+    if not (merges := _find_existing(vocabulary.with_name(second))):
         raise MissingInputError(f'{vocabulary} is half of a tokenizer: there is no {second} by it')
     lines = read_bytes(merges).decode('utf-8', 'replace').split('\n')
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]

@@ -10,10 +10,9 @@ import difflib
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ import tokenizers
 from tokenizers import models
 
 from jaxfm.errors import ConfigError, DataError, MissingInputError
-from jaxfm.tokenizer import files as tokenizer_files
-from jaxfm.tokenizer import word_encoder
+from jaxfm.tokenizer.backend import open_backend, open_further
+from jaxfm.tokenizer.files import CONFIG_FILE, parse_json
+from jaxfm.tokenizer.word_encoder import encode_batch, make_word_encoder
 
 # An added token that is not called special is control or markup when it looks like this; others
 # (runs of spaces, words) are vocabulary like any.
@@ -55,14 +55,14 @@ class Tokenizer:
 
     def __init__(self, files: dict[str, bytes]):
         self._files = files
-        config = tokenizer_files.parse_json(files[tokenizer_files.CONFIG], tokenizer_files.CONFIG)
+        config = parse_json(files[CONFIG_FILE], CONFIG_FILE)
         self.chat_template: str = config.get('chat_template', '')
         self.special_tokens: dict[str, int] = self._open(config)
         names = {k: v for k, v in config.items() if k.endswith('_token') and isinstance(v, str)}
         self.template_variables = {'bos_token': '', 'eos_token': ''} | names
-        self.eos_id: int = self._named('eos_token')
+        self.eos_id: int = self._find_special('eos_token')
         has_bos = names.get('bos_token') and config.get('add_bos_token', True)
-        self.bos_id: int | None = self._named('bos_token') if has_bos else None
+        self.bos_id: int | None = self._find_special('bos_token') if has_bos else None
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile(f'({"|".join(map(re.escape, longest_first))})')
         hidden = self.special_tokens.keys() - self._visible | {names['eos_token']}
@@ -126,11 +126,11 @@ class Tokenizer:
     def guard(self, text: str, filler: str, but: frozenset[str] = frozenset()) -> str:
         """The text with the filler between the letters of special tokens, of those in `but` not."""
 
-        def broken(match):
+        def break_up(match):
             token = match.group()
             return token if token in but else filler.join([*token, ''])
 
-        return self.special_pattern.sub(broken, text)
+        return self.special_pattern.sub(break_up, text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD, ids of no token nothing."""
@@ -150,7 +150,7 @@ class Tokenizer:
             (directory / name).write_bytes(content)
 
     def __reduce__(self):
-        return opened, (self._files,)
+        return open_files, (self._files,)
 
     def _open(self, config: dict) -> dict[str, int]:
         """Opens the vocabulary; its special tokens."""
@@ -175,10 +175,10 @@ class Tokenizer:
             special = frozenset(self.special_tokens.values())
             for i, ids in enumerate(encoded):
                 if not special.isdisjoint(ids):
-                    encoded[i] = self._spelled_out(texts[i], is_start)
+                    encoded[i] = self._spell_out(texts[i], is_start)
         return encoded
 
-    def _spelled_out(self, text: str, is_start: bool) -> list[int]:
+    def _spell_out(self, text: str, is_start: bool) -> list[int]:
         """Ids of a text whose spellings of special tokens are cut into their letters."""
         spelled = [match.span() for match in self.special_pattern.finditer(text)]
         cuts = [cut for start, stop in spelled for cut in range(start + 1, stop)]
@@ -197,7 +197,7 @@ class Tokenizer:
             self._cache[text, is_start] = self._plain([text], is_start)[0]
         return self._cache[text, is_start]
 
-    def _named(self, key: str) -> int:
+    def _find_special(self, key: str) -> int:
         """The id of the token that has the role `key`, which is special from now on."""
         token = self.template_variables[key]
         names = ', '.join(list(self.special_tokens)[:8]) or 'none'
@@ -219,7 +219,7 @@ class HuggingFace(Tokenizer):
 
     def _open(self, config: dict) -> dict[str, int]:
         content = self._files['tokenizer.json'].decode('utf-8', 'replace')
-        self._backend = _backend(content)
+        self._backend = open_backend(content)
         added = self._backend.get_added_tokens_decoder()
         tokens = {token.content: token for token in added.values() if _is_special(token)}
         self._visible = frozenset(text for text, token in tokens.items() if not token.special)
@@ -227,11 +227,11 @@ class HuggingFace(Tokenizer):
         self._strips_right = frozenset(text for text, token in tokens.items() if token.rstrip)
         self._may_leak = not isinstance(self._backend.model, models.BPE)
         self._size = max([self._backend.get_vocab_size(with_added_tokens=False) - 1, *added]) + 1
-        self._continuing, self._prefix_after_special = _continuing(content, self._backend)
+        self._further, self._prefix_after_special = open_further(content, self._backend)
         # So that the library leaves their spellings alone, as it does those of special tokens.
         self._backend.add_special_tokens(sorted(self._visible))
-        self._continuing.add_special_tokens(sorted(self._visible))
-        self._words = word_encoder.word_encoder(content, self._backend)
+        self._further.add_special_tokens(sorted(self._visible))
+        self._words = make_word_encoder(content, self._backend)
         return {token.content: i for i, token in sorted(added.items()) if _is_special(token)}
 
     @property
@@ -239,8 +239,8 @@ class HuggingFace(Tokenizer):
         return self._size
 
     def _ids(self, texts, is_start):
-        backend = self._backend if is_start else self._continuing
-        return word_encoder.encode_batch(self._words, backend, texts)
+        backend = self._backend if is_start else self._further
+        return encode_batch(self._words, backend, texts)
 
     def _decode(self, ids):
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -261,7 +261,7 @@ class SentencePiece(Tokenizer):
         try:
             import sentencepiece
         except ImportError as error:
-            raise _absent('sentencepiece') from error
+            raise _make_absent_error('sentencepiece') from error
         model = self._files['tokenizer.model']
         try:
             self._start = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -303,7 +303,7 @@ class Tiktoken(Tokenizer):
         try:
             import tiktoken
         except ImportError as error:
-            raise _absent('tiktoken') from error
+            raise _make_absent_error('tiktoken') from error
         ranks = _ranks(self._files['ranks.tiktoken'])
         special = {str(token): int(i) for token, i in config.get('special_tokens', {}).items()}
         for key in ('bos_token', 'eos_token'):  # ranks have none: a name is all there is to one
@@ -331,14 +331,14 @@ class Tiktoken(Tokenizer):
         return self._encoding.decode([i for i in ids if i in self._known])
 
 
-def opened(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer that saved files are of; errors as `tokenizer.load`."""
+def open_files(files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer that saved files are of; errors as `load_tokenizer`."""
     if 'tokenizer.model' in files:
         return SentencePiece(files)
     return Tiktoken(files) if 'ranks.tiktoken' in files else HuggingFace(files)
 
 
-def _absent(package: str) -> MissingInputError:
+def _make_absent_error(package: str) -> MissingInputError:
     return MissingInputError(
         f"this tokenizer needs the package {package}: pip install 'jaxfm[data]'"
     )
@@ -353,62 +353,6 @@ def _check_unicode(text: str) -> None:
 
 def _is_special(token: tokenizers.AddedToken) -> bool:
     return token.special or bool(_MARKUP.fullmatch(token.content))
-
-
-def _backend(content: str) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(content)
-    except Exception as error:  # The library raises bare Exceptions.
-        raise DataError(f'tokenizer.json is not a tokenizer: {error}') from error
-    # Otherwise the library would turn text that spells a special token into its id.
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _continuing(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
-    """A backend for text that goes on, and whether a space is due behind special tokens.
-
-    Some put a space before every text; in the middle of a text that would be a space too many.
-    """
-    if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
-        return backend, False
-    spec = json.loads(content)
-    parts = [spec['normalizer'], spec['pre_tokenizer']]
-    before = json.dumps(parts)
-    always = [_without_prefix(step) for part in parts for step in _steps(part)]
-    if json.dumps(parts) == before:
-        return backend, False
-    return _backend(json.dumps(spec)), True in always
-
-
-def _steps(step: dict | None) -> Iterator[dict]:
-    """A normalizer or pre-tokenizer and those inside it."""
-    if step:
-        yield step
-        for inner in step.get('normalizers', []) + step.get('pretokenizers', []):
-            yield from _steps(inner)
-
-
-def _without_prefix(step: dict) -> bool:
-    """Changes a step to one for the middle of a text; whether it put a space before every text."""
-    nothing = {'type': 'Sequence', 'normalizers': []}
-    pattern = step.get('pattern', {}).get('Regex', '')
-    if step['type'] == 'Metaspace':
-        scheme, step['prepend_scheme'] = step.get('prepend_scheme', 'always'), 'never'
-        return scheme == 'always'
-    if step['type'] == 'Prepend':
-        step.clear()
-        step.update(nothing)
-        return True
-    if step['type'] == 'Strip' or (pattern.startswith('^') and not step.get('content')):
-        step.clear()  # white space at the ends of a text
-        step.update(nothing)
-    elif step.get('add_prefix_space'):
-        step['add_prefix_space'] = False
-        return True
-    return False
 
 
 def _ranks(content: bytes) -> dict[bytes, int]:

@@ -71,7 +71,7 @@ def encode_batch(
     return encoded
 
 
-def word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | None:
+def make_word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | None:
     """The encoder of a tokenizer.json; None for one that does more than cut and merge bytes."""
     config = json.loads(content)
     model, normalizer = config['model'], config.get('normalizer')
@@ -79,7 +79,7 @@ def word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | N
     options = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback')
     is_plain = model.get('type') == 'BPE' and not any(model.get(name) for name in options)
     # Otherwise the library finds them in a text before it cuts it.
-    no_words_added = all(token['special'] for token in _added(backend))
+    no_words_added = all(token['special'] for token in _read_added_tokens(backend))
     if not (pattern and is_plain and no_words_added):
         return None
     if normalizer and normalizer.get('type') != 'NFC':
@@ -87,7 +87,7 @@ def word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | N
     return WordEncoder(backend, pattern, 'NFC' if normalizer else None)
 
 
-def _added(backend: tokenizers.Tokenizer) -> list[dict]:
+def _read_added_tokens(backend: tokenizers.Tokenizer) -> list[dict]:
     return json.loads(backend.to_str())['added_tokens']
 
 

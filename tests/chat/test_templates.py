@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from jaxfm.chat import render as chat
+from jaxfm.chat.render import Chat
 from jaxfm.errors import DataError
 from jaxfm.tokenizer import BytesConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import SPECIAL_TOKENS, Bytes
 
 TEMPLATES = 55
 
@@ -80,12 +80,12 @@ TOOLS = [
 @functools.cache
 def encoder(path, with_special: bool = True):
     """A byte tokenizer with the template's special tokens, and its Chat."""
-    special = set(SPECIAL.findall(path.read_text('utf-8'))) - set(tokenizer.SPECIAL_TOKENS)
+    special = set(SPECIAL.findall(path.read_text('utf-8'))) - set(SPECIAL_TOKENS)
     config = BytesConfig(
         special_tokens=sorted(special) if with_special else [], chat_template=str(path)
     )
-    coder = tokenizer.Bytes(config, [])
-    return coder, chat.Chat(coder)
+    coder = Bytes(config, [])
+    return coder, Chat(coder)
 
 
 @pytest.fixture(scope='module')
@@ -146,7 +146,7 @@ def check_answers(coder, name, messages, ids, mask):
         assert rest in ENDS.findall(coder.chat_template) or not ENDS.search(coder.chat_template)
         # Spelled in a text, a special token is its characters.
         assert sum(i in coder.special_tokens.values() for i in run) <= 1 + allowed
-    assert runs[-1][-1] in chat.Chat(coder).stop_ids
+    assert runs[-1][-1] in Chat(coder).stop_ids
     others = coder.decode(ids[~mask], skip_special_tokens=False)
     for message in messages:
         if message['role'] != 'assistant':

@@ -9,14 +9,14 @@ from jaxfm.data.dataset import open_dataset
 from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.tokenizer import BPEConfig, BytesConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 
 T = 64
 
 
 @pytest.fixture(scope='module')
 def bytes_tokenizer():
-    return tokenizer.build(BytesConfig(), ())
+    return build_tokenizer(BytesConfig(), ())
 
 
 @pytest.fixture(scope='module')
@@ -198,7 +198,7 @@ def test_a_bpe_learns_from_every_source_of_a_mixture(open_data, tmp_path):
         assert len(made.encode(text)) < 0.7 * len(text)
     (kept,) = (tmp_path / 'tokenizers').iterdir()
     again = corpus.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
-    assert again.fingerprint == made.fingerprint == tokenizer.load(kept).fingerprint
+    assert again.fingerprint == made.fingerprint == load_tokenizer(kept).fingerprint
 
 
 def test_generated_problems_are_data_like_any_other(bytes_tokenizer, tmp_path):

@@ -8,7 +8,7 @@ from jaxfm.data.dataset import open_dataset
 from jaxfm.evals import contamination
 from jaxfm.evals.contamination import Grams, words_of
 from jaxfm.tokenizer import BytesConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import build_tokenizer
 
 WORDS = [f'w{n}' for n in range(3000)]
 
@@ -21,7 +21,7 @@ def data(request, tmp_path_factory):
     path = directory / 'texts.jsonl'
     path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in texts))
     config = FilesData(path=str(path), sequence_length=64, batch_size=2, tokenize=request.param)
-    return open_dataset(config, tokenizer.build(BytesConfig(), ()), directory / 'cache')
+    return open_dataset(config, build_tokenizer(BytesConfig(), ()), directory / 'cache')
 
 
 def train_texts(data):

@@ -21,7 +21,7 @@ from jaxfm.modes.chat import Assistant
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
 from jaxfm.tokenizer import BytesConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from tests.runs import PATIENCE, start_ranks, stderr_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ class Answers:
 
 @pytest.fixture(scope='module')
 def coder():
-    return tokenizer.build(BytesConfig(chat_template='qa'), ())
+    return build_tokenizer(BytesConfig(chat_template='qa'), ())
 
 
 def answering(sampler, coder) -> Assistant:
@@ -108,13 +108,13 @@ def test_an_answer_that_is_stopped_is_what_was_shown_and_leaves_the_sampler(code
 def test_a_mark_that_is_no_special_token_ends_an_answer_unseen(tmp_path):
     mark = '<|im_end|>'
     config = BytesConfig(chat_template='chatml', special_tokens=['<|im_start|>', mark])
-    tokenizer.build(config, ()).save(tmp_path)
+    build_tokenizer(config, ()).save(tmp_path)
     path = tmp_path / 'tokenizer.json'
     content = json.loads(path.read_text())
     for token in content['added_tokens']:
         token['special'] = token['special'] and token['content'] != mark
     path.write_text(json.dumps(content))
-    coder = tokenizer.load(tmp_path)
+    coder = load_tokenizer(tmp_path)
     end = coder.special_tokens[mark]
     assert coder.decode([end]) == mark
     sampler = Answers([*coder.encode('yes'), end])

@@ -18,7 +18,7 @@ from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.engine import Sampler, complete
-from jaxfm.tokenizer import build as tokenizers
+from jaxfm.tokenizer.build import build_tokenizer
 from tests.pretrained.loading import Loading
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,7 +49,7 @@ class Real:
         self.loading = Loading(path)
         self.params = self.loading.load()
         self.config = load_config(PRETRAINED, [f'init_from={path}'])
-        self.tokenizer = tokenizers.build(self.config.tokenizer, ())
+        self.tokenizer = build_tokenizer(self.config.tokenizer, ())
 
     def answers(self, cases):
         """-> (prompt ids, ids of the answer, their log-probs) of each case of a golden file."""

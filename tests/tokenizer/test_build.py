@@ -7,7 +7,7 @@ import pytest
 
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.tokenizer import BPEConfig, BytesConfig, TokenizerFileConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import BPE, Bytes, build_tokenizer, load_tokenizer
 
 TEXTS = [
     'def f(self):\n    if self.value:\n        return self.value\n',
@@ -18,8 +18,8 @@ TEXTS = [
 @pytest.fixture(scope='module', params=['bytes', 'code', 'gpt2'])
 def trained(request):
     if request.param == 'bytes':
-        return tokenizer.Bytes(BytesConfig(), TEXTS)
-    return tokenizer.BPE(BPEConfig(vocab_size=320, pattern=request.param), TEXTS)
+        return Bytes(BytesConfig(), TEXTS)
+    return BPE(BPEConfig(vocab_size=320, pattern=request.param), TEXTS)
 
 
 def random_text(generator) -> str:
@@ -63,7 +63,7 @@ def test_ids_are_inside_the_vocabulary(trained):
 
 def test_a_saved_tokenizer_is_the_same_after_loading(trained, tmp_path):
     trained.save(tmp_path / 'tokenizer')
-    loaded = tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.fingerprint == trained.fingerprint
     assert loaded.vocab_size == trained.vocab_size
     for text in (*TEXTS, '<|eos|>'):
@@ -72,27 +72,27 @@ def test_a_saved_tokenizer_is_the_same_after_loading(trained, tmp_path):
 
 def test_training_twice_gives_the_same_merges_and_another_text_does_not():
     fingerprints = [
-        tokenizer.BPE(BPEConfig(vocab_size=320), texts).fingerprint
+        BPE(BPEConfig(vocab_size=320), texts).fingerprint
         for texts in (TEXTS, list(TEXTS), [*TEXTS, 'xyzzy ' * 9])
     ]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_the_vocabulary_has_the_size_that_is_asked_for():
-    assert tokenizer.BPE(BPEConfig(vocab_size=300), TEXTS).vocab_size == 300
-    assert tokenizer.Bytes(BytesConfig(), []).vocab_size == 258
+    assert BPE(BPEConfig(vocab_size=300), TEXTS).vocab_size == 300
+    assert Bytes(BytesConfig(), []).vocab_size == 258
 
 
 def test_bytes_are_ids_two_higher():
-    assert tokenizer.Bytes(BytesConfig(), []).encode('aé\n') == [97 + 2, 0xC3 + 2, 0xA9 + 2, 12]
+    assert Bytes(BytesConfig(), []).encode('aé\n') == [97 + 2, 0xC3 + 2, 0xA9 + 2, 12]
 
 
 def test_further_special_tokens_leave_the_other_ids_as_they_are():
-    more = tokenizer.Bytes(BytesConfig(special_tokens=['<|end|>', 'x y']), [])
+    more = Bytes(BytesConfig(special_tokens=['<|end|>', 'x y']), [])
     assert more.special_tokens == {'<|bos|>': 0, '<|eos|>': 1, '<|end|>': 258, 'x y': 259}
     assert more.vocab_size == 260
     text = 'a<|end|>x y'
-    assert more.encode(text) == tokenizer.Bytes(BytesConfig(), []).encode(text)
+    assert more.encode(text) == Bytes(BytesConfig(), []).encode(text)
     assert more.encode_parts(['a<|end|>', 'x y']) == [[99, 258], [259]]
     assert more.decode([99, 258, 100]) == 'ab'
     assert more.decode([99, 258, 100], skip_special_tokens=False) == 'a<|end|>b'
@@ -100,39 +100,39 @@ def test_further_special_tokens_leave_the_other_ids_as_they_are():
 
 def test_special_tokens_take_their_place_in_a_trained_vocabulary():
     config = BPEConfig(vocab_size=300, special_tokens=['<|end|>'])
-    trained = tokenizer.build(config, TEXTS)
+    trained = build_tokenizer(config, TEXTS)
     assert (trained.vocab_size, trained.special_tokens['<|end|>']) == (300, 2)
     assert trained.decode(trained.encode('<|end|>')) == '<|end|>'
     with pytest.raises(ConfigError, match=r'258 is less than 256 bytes \+ 3 special tokens = 259'):
-        tokenizer.build(BPEConfig(vocab_size=258, special_tokens=['<|end|>']), TEXTS)
+        build_tokenizer(BPEConfig(vocab_size=258, special_tokens=['<|end|>']), TEXTS)
 
 
 @pytest.mark.parametrize('special', [['<|eos|>'], ['ab', 'ab'], ['a'], ['']])
 def test_a_special_token_stands_there_once(special):
     with pytest.raises(ConfigError, match='too short or there twice'):
-        tokenizer.Bytes(BytesConfig(special_tokens=special), [])
+        Bytes(BytesConfig(special_tokens=special), [])
 
 
 def test_a_filler_keeps_spellings_text_and_leaves_no_ids():
-    coder = tokenizer.Bytes(BytesConfig(), [])
+    coder = Bytes(BytesConfig(), [])
     guarded = coder.guard('a<|eos|>b', '\U00014400')
     assert coder.encode_parts([guarded + '<|eos|>'], '\U00014400') == [
         [*coder.encode('a<|eos|>b'), coder.eos_id]
     ]
-    coder = tokenizer.Bytes(BytesConfig(special_tokens=['abc', 'bc', 'cd']), [])
+    coder = Bytes(BytesConfig(special_tokens=['abc', 'bc', 'cd']), [])
     [ids] = coder.encode_parts([coder.guard('abcd', '\U00014400')], '\U00014400')
     assert ids == coder.encode('abcd')
 
 
 def test_a_run_has_its_tokenizer_inside(trained, tmp_path):
     trained.save(tmp_path / 'tokenizer')
-    again = tokenizer.build(TokenizerFileConfig(path=str(tmp_path)), [])
+    again = build_tokenizer(TokenizerFileConfig(path=str(tmp_path)), [])
     assert again.fingerprint == trained.fingerprint
     assert (again.bos_id, again.eos_id) == (0, 1)
 
 
 def test_a_line_break_and_its_indentation_are_one_token_in_code():
-    code = tokenizer.BPE(BPEConfig(vocab_size=320, pattern='code'), TEXTS)
+    code = BPE(BPEConfig(vocab_size=320, pattern='code'), TEXTS)
     assert [code.decode([i]) for i in code.encode('\n        return')][0] == '\n        '
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
     path = tmp_path / 'tokenizer.json'
     path.write_text('{"version": ')
     with pytest.raises(DataError, match='tokenizer.json is not a tokenizer'):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
 )
 def test_bos_stands_in_front_where_the_class_or_the_file_puts_it(tmp_path, kind, added, bos_id):
     """transformers names a bos in most files and adds it in few: SmolLM2 is one that does not."""
-    tokenizer.build(BytesConfig(), ()).save(tmp_path)
+    build_tokenizer(BytesConfig(), ()).save(tmp_path)
     path = tmp_path / 'tokenizer_config.json'
     said = json.loads(path.read_text()) | added | ({'tokenizer_class': kind} if kind else {})
     path.write_text(json.dumps(said))
-    assert tokenizer.load(tmp_path).bos_id == bos_id
+    assert load_tokenizer(tmp_path).bos_id == bos_id

@@ -15,8 +15,8 @@ import tokenizers
 
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.tokenizer import TokenizerFileConfig
-from jaxfm.tokenizer import build as tokenizer
-from jaxfm.tokenizer import files as tokenizer_files
+from jaxfm.tokenizer.build import Tokenizer, load_tokenizer, load_tokenizer_file
+from jaxfm.tokenizer.files import ENCODINGS
 
 CL100K = 'tok_tiktoken_ranks/cl100k_base.tiktoken.gz'
 KINDS = {
@@ -37,8 +37,8 @@ def real(shared_data):
     return {name: read(shared_data / path, pattern) for name, (path, pattern) in KINDS.items()}
 
 
-def read(path, pattern='', **given) -> tokenizer.Tokenizer:
-    return tokenizer.from_file(TokenizerFileConfig(path=str(path), pattern=pattern, **given))
+def read(path, pattern='', **given) -> Tokenizer:
+    return load_tokenizer_file(TokenizerFileConfig(path=str(path), pattern=pattern, **given))
 
 
 def random_texts(number: int) -> list[str]:
@@ -115,7 +115,7 @@ def test_the_patterns_are_those_of_tiktoken(monkeypatch):
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, 'load_tiktoken_bpe', lambda *_, **__: {})
-    for name, (pattern, special) in tokenizer_files.ENCODINGS.items():
+    for name, (pattern, special) in ENCODINGS.items():
         known = getattr(openai_public, name)()
         assert (known['pat_str'], known['special_tokens']) == (pattern, special)
 
@@ -124,7 +124,7 @@ def test_a_saved_tokenizer_is_the_same_after_loading(real, tmp_path):
     text = random_texts(5)[-1] + "it's <|endoftext|> </think>"
     for name, coder in real.items():
         coder.save(tmp_path / name / 'tokenizer')
-        for again in (tokenizer.load(tmp_path / name), pickle.loads(pickle.dumps(coder))):
+        for again in (load_tokenizer(tmp_path / name), pickle.loads(pickle.dumps(coder))):
             assert again.fingerprint == coder.fingerprint
             assert again.encode(text) == coder.encode(text)
             assert (again.bos_id, again.eos_id) == (coder.bos_id, coder.eos_id)
@@ -281,7 +281,7 @@ def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_
 
 
 def test_what_follows_on_a_prompt_keeps_its_first_space(shared_data):
-    stories = tokenizer.load(shared_data / 'stories260k_hf')
+    stories = load_tokenizer(shared_data / 'stories260k_hf')
     before, ids = stories.encode('Once upon'), stories.encode('a time')
     assert stories.decode(ids) == 'a time'
     assert stories.decode_after([1, *before], ids) == ' a time'

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jaxfm.tokenizer import BytesConfig, TokenizerFileConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer, load_tokenizer_file
 from jaxfm.tokenizer.stream import TextStream
 
 KINDS = {
@@ -27,11 +27,11 @@ TEXTS = [
 @pytest.fixture(scope='module', params=['bytes', *KINDS])
 def coder(request, shared_data):
     if request.param == 'bytes':
-        return tokenizer.build(BytesConfig(), ())
+        return build_tokenizer(BytesConfig(), ())
     path, pattern = KINDS[request.param]
     pytest.importorskip('sentencepiece')
     pytest.importorskip('tiktoken')
-    return tokenizer.from_file(TokenizerFileConfig(path=str(shared_data / path), pattern=pattern))
+    return load_tokenizer_file(TokenizerFileConfig(path=str(shared_data / path), pattern=pattern))
 
 
 def streamed(coder, ids, sizes=1, **options) -> list[str]:
@@ -85,14 +85,14 @@ def test_words_are_given_at_once(coder):
 
 
 def test_a_character_is_given_with_its_last_byte():
-    coder = tokenizer.build(BytesConfig(), ())
+    coder = build_tokenizer(BytesConfig(), ())
     ids = coder.encode('é\U0001f600')
     assert streamed(coder, ids) == ['', 'é', '', '', '', '\U0001f600', '']
     assert streamed(coder, ids[:-1])[-1] == '\ufffd'
 
 
 def test_a_run_of_byte_tokens_is_given_when_it_is_over(shared_data):
-    coder = tokenizer.load(shared_data / 'stories260k_hf')
+    coder = load_tokenizer(shared_data / 'stories260k_hf')
     ids = coder.encode('a漢字b')
     assert coder.decode([*ids[:-1], coder.invalid_byte_id]) == 'a' + 7 * '\ufffd'
     assert [piece for piece in streamed(coder, ids) if piece] == ['a', '漢字b']

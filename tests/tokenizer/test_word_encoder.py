@@ -8,15 +8,15 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig, word_encoder
-from jaxfm.tokenizer import build as tokenizer
-from jaxfm.tokenizer.build import PATTERNS
+from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
+from jaxfm.tokenizer.build import PATTERNS, build_tokenizer
+from jaxfm.tokenizer.word_encoder import KNOWN, encode_batch, make_word_encoder
 
 TEXT = "It's a test: don't  stop, 1234567 x=3;\n\n\tdef f(a):\r\n    return a  # naïve — “yes”… \n"
 
 
 def known_characters() -> list[str]:
-    return [chr(i) for a, b in word_encoder.KNOWN for i in range(ord(a), ord(b) + 1)]
+    return [chr(i) for a, b in KNOWN for i in range(ord(a), ord(b) + 1)]
 
 
 def compare(opened, texts):
@@ -29,7 +29,7 @@ def compare(opened, texts):
         found = encoder.encode(text)
         left += found is None
         assert found is None or found == ids, text
-    assert word_encoder.encode_batch(encoder, backend, texts) == wanted
+    assert encode_batch(encoder, backend, texts) == wanted
     return left
 
 
@@ -47,7 +47,7 @@ def test_both_engines_class_every_known_character_alike(class_):
 
 @pytest.mark.parametrize('pattern', PATTERNS)
 def test_texts_of_all_characters_have_the_ids_of_the_library(pattern):
-    opened = tokenizer.build(BPEConfig(vocab_size=400, pattern=pattern), [TEXT * 20])
+    opened = build_tokenizer(BPEConfig(vocab_size=400, pattern=pattern), [TEXT * 20])
     draw = random.Random(0)
     letters = known_characters()
     texts = [TEXT, '', ' ', '\n', '   x', 'x   ', 'a\n\n\n b', "I'LL we'll 12 345678"]
@@ -59,13 +59,13 @@ def test_texts_of_all_characters_have_the_ids_of_the_library(pattern):
 
 
 def test_what_the_engines_may_see_otherwise_is_left_to_the_library():
-    opened = tokenizer.build(BPEConfig(vocab_size=300), [TEXT])
+    opened = build_tokenizer(BPEConfig(vocab_size=300), [TEXT])
     texts = ['a\x1cb', 'a\x85b', 'x\u2028y', 'emoji \U0001fae8', '\u0378', TEXT]
     assert compare(opened, texts) == len(texts) - 1
 
 
 def test_a_text_that_must_be_normalized_is_left_to_the_library(shared_data):
-    opened = tokenizer.build(TokenizerFileConfig(path=str(shared_data / 'tok_qwen3')), ())
+    opened = build_tokenizer(TokenizerFileConfig(path=str(shared_data / 'tok_qwen3')), ())
     assert compare(opened, ['caf\u00e9 naïve', 'Å', '\u212b']) == 1
 
 
@@ -74,7 +74,7 @@ def test_real_tokenizers_and_texts(shared_data, name):
     import gzip
 
     config = TokenizerFileConfig(path=str(shared_data / name), eos_token='<|endoftext|>')
-    opened = tokenizer.build(config, ())
+    opened = build_tokenizer(config, ())
     with gzip.open(shared_data / 'pretrain_wikitext2' / 'valid.txt.gz', 'rt') as file:
         text = file.read()[:300_000]
     pieces = [text[i : i + 3000] for i in range(0, len(text), 3000)]
@@ -94,16 +94,16 @@ def test_real_tokenizers_and_texts(shared_data, name):
     ],
 )
 def test_a_tokenizer_that_does_more_has_no_word_encoder(change):
-    opened = tokenizer.build(BPEConfig(vocab_size=300), [TEXT])
+    opened = build_tokenizer(BPEConfig(vocab_size=300), [TEXT])
     config = json.loads(opened._backend.to_str())
-    assert word_encoder.word_encoder(json.dumps(config), opened._backend) is not None
+    assert make_word_encoder(json.dumps(config), opened._backend) is not None
     change(config)
-    assert word_encoder.word_encoder(json.dumps(config), opened._backend) is None
+    assert make_word_encoder(json.dumps(config), opened._backend) is None
 
 
 def test_words_that_were_added_are_found_by_the_library_alone():
     backend = tokenizers.Tokenizer(models.BPE(vocab={'a': 0, 'b': 1}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert word_encoder.word_encoder(backend.to_str(), backend) is not None
+    assert make_word_encoder(backend.to_str(), backend) is not None
     backend.add_tokens(['ab'])
-    assert word_encoder.word_encoder(backend.to_str(), backend) is None
+    assert make_word_encoder(backend.to_str(), backend) is None

@@ -31,7 +31,7 @@ from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import Tokenizer, build_tokenizer
 from tools.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,13 +218,13 @@ def _write(path: Path, documents: list[str], num_bytes: int) -> tuple[str, int]:
     return hashlib.sha256(content).hexdigest(), copies
 
 
-def _tokenizers(directory: Path, path: Path) -> dict[str, tokenizer.Tokenizer]:
+def _tokenizers(directory: Path, path: Path) -> dict[str, Tokenizer]:
     shared, found = _shared_data(), {}
     for name in ('gpt2', 'qwen3'):
         if shared and (place := shared / f'tok_{name}').is_dir():
             eos = '<|endoftext|>'
             config = TokenizerFileConfig(path=str(place), eos_token=eos)
-            found[name] = tokenizer.build(config, ())
+            found[name] = build_tokenizer(config, ())
     if not found:
         config, source = BPEConfig(vocab_size=16384), FilesConfig(path=str(path))
         found['bpe16384'] = corpus.make_tokenizer(config, source, directory)

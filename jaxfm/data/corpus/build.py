@@ -21,8 +21,7 @@ from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.tokenizer import TokenizerConfig
-from jaxfm.tokenizer import build as tokenizer
-from jaxfm.tokenizer.build import Tokenizer
+from jaxfm.tokenizer.build import PATTERNS, Tokenizer, build_tokenizer, load_tokenizer
 
 # Part of every recipe: raise it when the files below or the way to write them change.
 FORMAT = 2
@@ -42,7 +41,7 @@ class Corpus:
     def __init__(self, directory: Path, opened: Tokenizer | None = None):
         self.directory = Path(directory)
         self.index = _read_index(self.directory)
-        self.tokenizer = opened or tokenizer.load(self.directory / 'tokenizer')
+        self.tokenizer = opened or load_tokenizer(self.directory / 'tokenizer')
         # Of the tokens and masks themselves, not of where they come from.
         self.fingerprint: str = self.index['fingerprint']
         self.is_chat: bool = self.index['is_chat']
@@ -123,23 +122,23 @@ def make_tokenizer(config: TokenizerConfig, source_config, cache_dir: Path) -> T
     `source_config` says what to train on; of a mixture every source has an equal part.
     """
     if config.name != 'bpe':
-        return tokenizer.build(config, ())
+        return build_tokenizer(config, ())
     is_mixture = source_config.name == 'mixture'
     sources = source_config.sources.values() if is_mixture else [source_config]
     sources = [_of_source(source) for source in sources]
     recipe = {
         'sources': [_without_places(_recipe(source, None)) for source in sources],
         'tokenizer': config.model_dump(),
-        'patterns': tokenizer.PATTERNS,
+        'patterns': PATTERNS,
         'bytes': TRAINING_BYTES,
     }
     key = _digest(json.dumps(recipe, sort_keys=True))[:32]
     directory = Path(cache_dir) / 'tokenizers' / key
     if directory.exists():
-        return tokenizer.load(directory)
+        return load_tokenizer(directory)
     share = TRAINING_BYTES // len(sources)
     texts = itertools.chain(*(_training_texts(source, share) for source in sources))
-    trained = tokenizer.build(config, texts)
+    trained = build_tokenizer(config, texts)
     temporary = directory.with_name(f'{key}.{uuid.uuid4().hex[:8]}')
     with building.storage_errors(directory):
         try:

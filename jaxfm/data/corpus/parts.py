@@ -31,7 +31,7 @@ from jaxfm.data.corpus import token_cache
 from jaxfm.data.documents import Document
 from jaxfm.data.sources.files import TooManyBadRecords, check_bad_records
 from jaxfm.errors import DataError, PermissionDeniedError, RunError, StorageError
-from jaxfm.tokenizer.build import Tokenizer, load
+from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
 log = logging.getLogger('jaxfm')
 
@@ -272,7 +272,7 @@ def _work(pipe: Connection, config, saved: Path) -> None:
     """A worker process: one shard after the other, until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # one process a core
-    tokenizer = load(saved)
+    tokenizer = load_tokenizer(saved)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             shard, part = pipe.recv()

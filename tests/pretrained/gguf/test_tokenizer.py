@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 from jaxfm.chat.render import Chat
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.pretrained.gguf.tokenizer import PRE_NAMES
-from jaxfm.tokenizer import build as tokenizer
+from jaxfm.tokenizer.build import load_tokenizer
 from tests import gguf_files
 from tests.tokenizer.test_real_tokenizers import random_texts
 
@@ -31,7 +31,7 @@ def path(tmp_path):
 
 @pytest.fixture(scope='module')
 def real(smollm2_gguf):
-    return tokenizer.load(smollm2_gguf)
+    return load_tokenizer(smollm2_gguf)
 
 
 @pytest.fixture(scope='module')
@@ -98,15 +98,15 @@ def test_byte_level_text_comes_back(real):
 def test_a_directory_with_one_gguf_file_has_its_tokenizer(real, smollm2_gguf, tmp_path):
     (tmp_path / 'model.gguf').symlink_to(smollm2_gguf)
     (tmp_path / 'notes.txt').write_text('x')
-    assert tokenizer.load(tmp_path).fingerprint == real.fingerprint
+    assert load_tokenizer(tmp_path).fingerprint == real.fingerprint
     (tmp_path / 'other.gguf').symlink_to(smollm2_gguf)
     with pytest.raises(ConfigError, match='several tokenizers, .* model.gguf, other.gguf'):
-        tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_a_saved_tokenizer_needs_no_gguf_any_more(real, tmp_path):
     real.save(tmp_path)
-    again = tokenizer.load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert again.fingerprint == real.fingerprint
     assert again.encode(TEXTS[0]) == real.encode(TEXTS[0])
     assert again.chat_template == real.chat_template
@@ -114,7 +114,7 @@ def test_a_saved_tokenizer_needs_no_gguf_any_more(real, tmp_path):
 
 def test_qwen3_in_a_gguf_is_qwen3(path, shared_data):
     write(path, qwen3_keys(shared_data), 'qwen3')
-    inside, original = tokenizer.load(path), tokenizer.load(shared_data / 'tok_qwen3')
+    inside, original = load_tokenizer(path), load_tokenizer(shared_data / 'tok_qwen3')
     for text in [*TEXTS, *random_texts(300)]:
         assert inside.encode(text) == original.encode(text)
     message = [{'role': 'user', 'content': 'Hello <|im_end|> <think>'}]
@@ -125,13 +125,13 @@ def test_qwen3_in_a_gguf_is_qwen3(path, shared_data):
 
 
 def test_gpt2_in_a_gguf_is_gpt2(path, shared_data):
-    original = tokenizer.load(shared_data / 'tok_gpt2')
+    original = load_tokenizer(shared_data / 'tok_gpt2')
     saved = original._files
     keys = gguf_files.byte_level_keys(
         json.loads(saved['tokenizer.json']), 'gpt-2', json.loads(saved['tokenizer_config.json'])
     )
     write(path, keys, 'qwen2')
-    inside = tokenizer.load(path)
+    inside = load_tokenizer(path)
     for text in [*TEXTS, *random_texts(300)]:
         assert inside.encode(text) == original.encode(text)
 
@@ -140,7 +140,7 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_is_what_it_was(path, shared_data):
     pytest.importorskip('sentencepiece')
     directory = shared_data / 'stories260k_hf'
     gguf_files.stories(path, directory)
-    inside, original = tokenizer.load(path), tokenizer.load(directory)
+    inside, original = load_tokenizer(path), load_tokenizer(directory)
     ours, theirs = (
         json.loads(coder._files['tokenizer.json'])['model'] for coder in (inside, original)
     )
@@ -164,26 +164,26 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_is_what_it_was(path, shared_data):
 def test_scores_decide_what_merges_first(path):
     letters = {piece: -9.0 for piece in '▁abc'}
     write(path, pieces_keys(letters | {'ab': -1.0, 'bc': -0.5}))
-    coder = tokenizer.load(path)
+    coder = load_tokenizer(path)
     assert coder.decode(coder.encode('abc')) == 'abc'
     assert [coder._token_id(piece) for piece in ('▁', 'a', 'bc')] == coder.encode('abc')
     write(path, pieces_keys(letters | {'ab': -0.5, 'bc': -1.0}))
-    coder = tokenizer.load(path)
+    coder = load_tokenizer(path)
     assert [coder._token_id(piece) for piece in ('▁', 'ab', 'c')] == coder.encode('abc')
 
 
 def test_a_space_is_put_before_a_text_unless_the_file_says_no(path):
     keys = pieces_keys(dict.fromkeys('▁ab', -1.0))
-    coder = tokenizer.load(write(path, keys))
+    coder = load_tokenizer(write(path, keys))
     assert coder.encode('a b') == [3, 4, 3, 5] and coder.decode([3, 4, 3, 5]) == 'a b'
-    coder = tokenizer.load(write(path, keys, add_space_prefix=False))
+    coder = load_tokenizer(write(path, keys, add_space_prefix=False))
     assert coder.encode('a b') == [4, 3, 5] and coder.decode([3, 4]) == ' a'
 
 
 def test_gemma_merges_by_the_order_of_its_tokens_and_runs_of_spaces_too(path):
     pieces = dict.fromkeys('▁abc', 0.0) | {'ab': -5.0, 'bc': -1.0}
     keys = pieces_keys(pieces, defined=['\n\n', '  '])
-    coder = tokenizer.load(write(path, keys, 'gemma2', add_space_prefix=False))
+    coder = load_tokenizer(write(path, keys, 'gemma2', add_space_prefix=False))
     named = {name: coder._token_id(name) for name in ('ab', 'c', '▁▁', 'a', '\n\n')}
     assert coder.encode('abc  a\n\na') == [
         named[name] for name in ('ab', 'c', '▁▁', 'a', '\n\n', 'a')
@@ -194,12 +194,12 @@ def test_gemma_merges_by_the_order_of_its_tokens_and_runs_of_spaces_too(path):
 def test_phi3_takes_the_white_space_behind_its_special_tokens_along(path):
     special = ('<unk>', '<s>', '</s>', '<|endoftext|>', '<|end|>')
     keys = pieces_keys(dict.fromkeys('▁a\n', -1.0), special=special)
-    coder = tokenizer.load(write(path, keys, 'phi3'))
+    coder = load_tokenizer(write(path, keys, 'phi3'))
     a = coder._token_id('a')
     assert coder.encode_parts(['<|end|>\na'])[0][-1:] == [a]
     assert coder._token_id('\n') not in coder.encode_parts(['<|end|>\na'])[0]
     assert coder._token_id('\n') in coder.encode_parts(['<|endoftext|>\na'])[0]
-    coder = tokenizer.load(write(path, keys, 'llama'))
+    coder = load_tokenizer(write(path, keys, 'llama'))
     assert coder._token_id('\n') in coder.encode_parts(['<|end|>\na'])[0]
 
 
@@ -217,13 +217,13 @@ CUTS = {
 
 @pytest.mark.parametrize('name', CUTS)
 def test_a_rule_cuts_text_as_its_models_do(name, path):
-    coder = tokenizer.load(write(path, words_keys(name)))
+    coder = load_tokenizer(write(path, words_keys(name)))
     pieces = coder._backend.pre_tokenizer.pre_tokenize_str(TEXT)
     assert '|'.join(TEXT[start:stop] for _, (start, stop) in pieces) == CUTS[name]
 
 
 def test_digits_are_cut_out_before_the_pattern_of_gpt2_cuts(path):
-    ours = tokenizer.load(write(path, words_keys('smollm')))._backend.pre_tokenizer
+    ours = load_tokenizer(write(path, words_keys('smollm')))._backend.pre_tokenizer
     theirs = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -239,16 +239,16 @@ def test_digits_are_cut_out_before_the_pattern_of_gpt2_cuts(path):
 
 @pytest.mark.parametrize('name', PRE_NAMES)
 def test_every_rule_gives_every_text_back(name, path):
-    coder = tokenizer.load(write(path, words_keys(name)))
+    coder = load_tokenizer(write(path, words_keys(name)))
     for text in random_texts(40):
         back = coder.decode(coder.encode(text))
         assert back == text or PRE_NAMES[name].nfc
 
 
 def test_where_merges_are_ignored_a_piece_that_is_a_token_is_one(path):
-    coder = tokenizer.load(write(path, words_keys('llama-bpe')))
+    coder = load_tokenizer(write(path, words_keys('llama-bpe')))
     assert coder.encode('hello') == [258]
-    coder = tokenizer.load(write(path, words_keys('smaug-bpe')))
+    coder = load_tokenizer(write(path, words_keys('smaug-bpe')))
     assert len(coder.encode('hello')) == 3
 
 
@@ -260,11 +260,11 @@ def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
         ('qwen2', True, 259),
     ):
         keys = words_keys(pre, bos_token_id=259, add_bos_token=said)
-        assert tokenizer.load(write(path, keys)).bos_id == bos
+        assert load_tokenizer(write(path, keys)).bos_id == bos
 
 
 def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
-    coder = tokenizer.load(write(path, words_keys(token_type=None, padding_token_id=260)))
+    coder = load_tokenizer(write(path, words_keys(token_type=None, padding_token_id=260)))
     assert coder.special_tokens == {'<|end|>': 259, '<think>': 260}
     assert 260 not in coder.encode('a<think>')
 
@@ -303,21 +303,21 @@ def test_a_bad_tokenizer_is_refused_with_the_file(case, path):
     changed, message = BAD[case]
     write(path, words_keys(), **changed)
     with pytest.raises(DataError, match=f'model.gguf .*{message}'):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(path):
     write(path, words_keys(eos_token_id=None))
     with pytest.raises(DataError, match='set tokenizer.eos_token; its special tokens: <|end|>'):
-        tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_what_is_no_gguf_file_is_refused(path, tmp_path):
     path.write_bytes(b'{"model": 1}')
     with pytest.raises(DataError, match='model.gguf is no GGUF file'):
-        tokenizer.load(path)
+        load_tokenizer(path)
     with pytest.raises(MissingInputError, match='there is no .*other.gguf; there is model.gguf'):
-        tokenizer.load(tmp_path / 'other.gguf')
+        load_tokenizer(tmp_path / 'other.gguf')
     shutil.move(path, tmp_path / 'model.bin')
     with pytest.raises(MissingInputError, match='no tokenizer.json, .model, .tiktoken, .gguf'):
-        tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)

@@ -13,7 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers as tokenizers_library
+import tokenizers
 from safetensors.numpy import load_file
 
 from jaxfm import main
@@ -28,7 +28,7 @@ from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.huggingface.directory import open_directory
 from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.tokenizer import BytesConfig
-from jaxfm.tokenizer import build as tokenizers
+from jaxfm.tokenizer.build import Bytes, build_tokenizer, load_tokenizer
 from tests.hf_directories import write_model
 from tests.pretrained.loading import ROOT, Loading
 
@@ -43,14 +43,14 @@ pytestmark = pytest.mark.usefixtures('quick_compilation', 'compilation_cache_as_
 def source(tmp_path_factory):
     """A random model with a tokenizer that has a chat template."""
     path = write_model(tmp_path_factory.mktemp('source') / 'model', tokenizer=False)
-    tokenizers.Bytes(CHATML, ()).save(path)
+    Bytes(CHATML, ()).save(path)
     return path
 
 
 def write(source, output, mesh=None, tokenizer=None, **config):
     """Loads the model on a mesh and writes it."""
     loading = Loading(source, mesh or {})
-    tokenizer = tokenizer or tokenizers.Bytes(CHATML, ())
+    tokenizer = tokenizer or Bytes(CHATML, ())
     parts = loading.parts
     exporter = Exporter(
         ExportConfig(**config), loading.config, parts.axes, parts.shapes, tokenizer, {1, 7}
@@ -154,7 +154,7 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
         load_config(PRETRAINED, [f'init_from={path}']) for path in (source, tmp_path / 'out')
     )
     assert after.model == before.model
-    one, other = (tokenizers.build(config.tokenizer, ()) for config in (before, after))
+    one, other = (build_tokenizer(config.tokenizer, ()) for config in (before, after))
     assert other.chat_template == one.chat_template != ''
     assert (other.bos_id, other.eos_id) == (one.bos_id, one.eos_id)
     chat = [{'role': 'user', 'content': 'Hi'}]
@@ -388,6 +388,6 @@ def test_a_model_that_names_its_family_is_told_what_that_one_lacks():
 
 def test_others_put_bos_in_front_of_a_text_as_we_do(source, tmp_path):
     written = write(source, tmp_path / 'out') / 'tokenizer.json'
-    assert tokenizers_library.Tokenizer.from_file(str(written)).encode('a').ids == [0, 99]
-    assert tokenizers.load(tmp_path / 'out').bos_id == 0
-    assert tokenizers.load(tmp_path / 'out').encode('a') == [99]
+    assert tokenizers.Tokenizer.from_file(str(written)).encode('a').ids == [0, 99]
+    assert load_tokenizer(tmp_path / 'out').bos_id == 0
+    assert load_tokenizer(tmp_path / 'out').encode('a') == [99]

@@ -45,9 +45,7 @@ MAP = {
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'prefetch': {'sharding'},
     'plan': {'models', 'optim', 'ops', 'sharding'},
-    'evals': {
-        *('sampling', 'tasks', 'data', 'data.corpus', 'pretrained.huggingface', 'ops', 'sharding'),
-    },
+    'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
     'sampling': {'models', 'ops', 'sharding'},
     'tasks': set(),
     'objectives': {'ops'},

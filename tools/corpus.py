@@ -22,7 +22,8 @@ from rich.text import Text
 
 from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import PhaseConfig, RunConfig
-from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus.bpe import make_tokenizer
+from jaxfm.data.corpus.build import Corpus, make_corpus, verify_corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
 from jaxfm.run.data import cache_directory
@@ -98,7 +99,7 @@ def build(flags, overrides: list[str]) -> None:
     sources = phase.data.all_sources
     for name, source in sources.items():
         directory = flags.output / name if phase.data.name == 'mixture' else flags.output
-        corpus.build_at(source, tokenizer, directory, rebuild=flags.rebuild)
+        make_corpus(source, tokenizer, directory, rebuild=flags.rebuild)
     print(f'use it with --config.data.cache={flags.output}')
 
 
@@ -110,9 +111,9 @@ def inspect(flags, overrides: list[str]) -> None:
         return
     if not flags.directory.is_dir():
         raise MissingInputError(f'{flags.directory}: there is no such directory')
-    opened = corpus.Corpus(flags.directory)
+    opened = Corpus(flags.directory)
     if flags.verify:
-        corpus.verify(flags.directory)
+        verify_corpus(flags.directory)
     _show(opened.statistics)
     if flags.verify:
         print('every file is as it was made')
@@ -190,7 +191,7 @@ def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer:
-    return corpus.make_tokenizer(config.tokenizer, config.all_phases[0].data, _cache())
+    return make_tokenizer(config.tokenizer, config.all_phases[0].data, _cache())
 
 
 def _open(config: RunConfig, phase: PhaseConfig) -> Dataset:

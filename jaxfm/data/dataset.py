@@ -15,9 +15,9 @@ import numpy as np
 
 from jaxfm.chat.render import Chat
 from jaxfm.data import SOURCES, DataConfig
-from jaxfm.data.corpus import build as corpus
-from jaxfm.data.corpus.build import Corpus
-from jaxfm.data.corpus.heldout import Heldout, encoder, open_heldout
+from jaxfm.data.corpus.build import Corpus, open_corpus
+from jaxfm.data.corpus.encode import make_encoder
+from jaxfm.data.corpus.heldout import Heldout, open_heldout
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
 from jaxfm.data.loader import Batches, PackedBatches
@@ -66,7 +66,7 @@ class Dataset:
 
     def _stream(self, config: Group) -> Stream:
         make_source = functools.partial(SOURCES[config.name].load(), config)
-        return Stream(make_source, encoder(config, self.tokenizer), self.config)
+        return Stream(make_source, make_encoder(config, self.tokenizer), self.config)
 
     @functools.cached_property
     def chat(self) -> Chat:
@@ -161,7 +161,7 @@ def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> D
         if config.tokenize == 'cached':
             inside = f'{config.cache}/{name}' if config.name == 'mixture' else config.cache
             cache = inside if config.cache else ''
-            sources[name] = corpus.build(each, tokenizer, cache_dir, cache=cache)
+            sources[name] = open_corpus(each, tokenizer, cache_dir, cache=cache)
         else:
             sources[name] = open_heldout(each, tokenizer, cache_dir)
     return Dataset(config, tokenizer, sources)

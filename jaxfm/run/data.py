@@ -14,7 +14,7 @@ from jaxfm import distributed
 from jaxfm.config.load import read_config
 from jaxfm.config.run import RunConfig
 from jaxfm.data import SOURCES
-from jaxfm.data.corpus.build import make_tokenizer
+from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from jaxfm.data import FilesConfig
-from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus.bpe import make_tokenizer
+from jaxfm.data.corpus.build import Corpus, open_corpus
 from jaxfm.tokenizer import BPEConfig
 
 WORDS = 'def return self value héllo 漢字 \n \n\n    # ( ) : , 123 "a" <|eos|> \U0001f600'.split(
@@ -34,9 +35,9 @@ def source_config(text_directory) -> FilesConfig:
 def bpe(source_config, tmp_path_factory):
     """A tokenizer of 400 tokens, trained on the small corpus."""
     directory = tmp_path_factory.mktemp('tokenizers')
-    return corpus.make_tokenizer(BPEConfig(vocab_size=400), source_config, directory)
+    return make_tokenizer(BPEConfig(vocab_size=400), source_config, directory)
 
 
 @pytest.fixture(scope='session')
-def small_corpus(source_config, bpe, tmp_path_factory) -> corpus.Corpus:
-    return corpus.build(source_config, bpe, tmp_path_factory.mktemp('cache'))
+def small_corpus(source_config, bpe, tmp_path_factory) -> Corpus:
+    return open_corpus(source_config, bpe, tmp_path_factory.mktemp('cache'))

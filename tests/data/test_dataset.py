@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxfm.data import FilesConfig, FilesData, MixtureData, ProblemsConfig, ProblemsData
-from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus.bpe import make_tokenizer
+from jaxfm.data.corpus.build import make_corpus
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
@@ -182,7 +183,7 @@ def test_the_fingerprint_is_of_the_tokens_and_the_shares(open_data, bytes_tokeni
 def test_the_caches_of_a_mixture_are_below_the_one_given(open_data, bytes_tokenizer, tmp_path):
     first = open_data('mixture')
     for name, source in first.config.sources.items():
-        corpus.build_at(source, bytes_tokenizer, tmp_path / 'given' / name)
+        make_corpus(source, bytes_tokenizer, tmp_path / 'given' / name)
     given = open_data('mixture', cache=str(tmp_path / 'given'))
     assert given.sources['texts'].directory == tmp_path / 'given' / 'texts'
     assert_equal(take(given.batches(seed=0), 3), take(first.batches(seed=0), 3))
@@ -191,13 +192,13 @@ def test_the_caches_of_a_mixture_are_below_the_one_given(open_data, bytes_tokeni
 def test_a_bpe_learns_from_every_source_of_a_mixture(open_data, tmp_path):
     data = open_data('mixture')
     config = data.config
-    made = corpus.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
+    made = make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
     assert made.vocab_size == 600
     documents = {document.name.split('/')[0]: document for document in data.heldout_documents}
     for text in (documents['texts'].text, documents['sums'].messages[0]['content']):
         assert len(made.encode(text)) < 0.7 * len(text)
     (kept,) = (tmp_path / 'tokenizers').iterdir()
-    again = corpus.make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
+    again = make_tokenizer(BPEConfig(vocab_size=600), config, tmp_path)
     assert again.fingerprint == made.fingerprint == load_tokenizer(kept).fingerprint
 
 

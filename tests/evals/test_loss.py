@@ -11,7 +11,7 @@ import pytest
 from jaxfm import sharding
 from jaxfm.evals import LossConfig
 from jaxfm.evals.base import Context
-from jaxfm.evals.loss import HeldOutLoss
+from jaxfm.evals.loss import HeldOutLoss, xz_bits_per_byte
 from jaxfm.ops.logprobs import Unembedding
 
 V, D = 12, 6
@@ -177,3 +177,9 @@ def test_of_chats_only_what_the_assistant_says_counts(params, mesh, tmp_path):
 def test_the_line_of_xz_stands_beside_it(params, mesh):
     values = evaluator(mesh, xz_baseline=True).run(params, 0)
     assert 0 < values['xz_bits_per_byte'] < 1.5  # 999 times the same letter
+
+
+def test_xz_needs_little_for_repetition_and_eight_bits_for_noise():
+    assert xz_bits_per_byte(['abc' * 10_000]) < 0.1
+    noise = np.random.default_rng(0).integers(0, 128, 20_000).astype(np.uint8).tobytes().decode()
+    assert 6.9 < xz_bits_per_byte([noise[:9_000], noise[9_000:]]) < 7.5

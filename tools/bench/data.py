@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxfm.data import FilesConfig, FilesData
-from jaxfm.data.corpus import build as corpus
+from jaxfm.data.corpus.bpe import make_tokenizer
+from jaxfm.data.corpus.build import Corpus, open_corpus
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing.rows import BestFit, Concat
@@ -105,7 +106,7 @@ def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) ->
     count = iter(range(repeats + 1))
 
     def build() -> int:
-        made = corpus.build(config, opened, directory / f'{name}-{next(count)}')
+        made = open_corpus(config, opened, directory / f'{name}-{next(count)}')
         return made.train.num_tokens + made.heldout.num_tokens
 
     yield _timed(f'tokenise + cache, {name}', build, repeats, warm_up=False)
@@ -127,7 +128,7 @@ def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) ->
 
 def _reading(name: str, opened, path: Path, directory: Path, repeats: int) -> Iterator[Result]:
     config = FilesConfig(path=str(path), heldout_fraction=0.05)
-    cache = corpus.build(config, opened, directory / f'{name}-0').directory
+    cache = open_corpus(config, opened, directory / f'{name}-0').directory
     for packing in PACKINGS:
         for length in ROW_LENGTHS:
             for processes in (1, 2):
@@ -153,7 +154,7 @@ def _reading_in_processes(title, cache, packing, length, processes, repeats) -> 
 
 
 def _read_rows(index, cache, packing, length, processes, repeats, barrier, queue) -> None:
-    opened = corpus.Corpus(cache)
+    opened = Corpus(cache)
     batch_size = BATCH_TOKENS // length
     rows = np.array_split(np.arange(batch_size), processes)[index]
     packed = PACKINGS[packing](opened.train, length)
@@ -227,7 +228,7 @@ def _tokenizers(directory: Path, path: Path) -> dict[str, Tokenizer]:
             found[name] = build_tokenizer(config, ())
     if not found:
         config, source = BPEConfig(vocab_size=16384), FilesConfig(path=str(path))
-        found['bpe16384'] = corpus.make_tokenizer(config, source, directory)
+        found['bpe16384'] = make_tokenizer(config, source, directory)
     return found
 
 

@@ -1,47 +1,54 @@
 """A corpus: train and held-out tokens of one source, made once and kept on disk.
 
 The cache is a directory named by its recipe: the source's files and config, the tokenizer, the
-format. Contents are neither read nor digested when it is opened; `verify` does that.
+format. Contents are neither read nor digested when it is opened; `verify_corpus` does that.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
-import itertools
 import json
-import lzma
+import logging
+import math
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxfm.data import SOURCES
-from jaxfm.data.corpus import parts as building
 from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.ledger import Ledger
+from jaxfm.data.corpus.recipe import (
+    PLACES,
+    digest,
+    drop_places,
+    list_differences,
+    make_recipe,
+    select_source,
+)
 from jaxfm.data.corpus.token_cache import TokenCache
+from jaxfm.data.corpus.workers import make_parts
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError, MissingInputError
-from jaxfm.tokenizer import TokenizerConfig
-from jaxfm.tokenizer.build import PATTERNS, Tokenizer, build_tokenizer, load_tokenizer
+from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
-# Part of every recipe: raise it when the files below or the way to write them change.
-FORMAT = 2
+log = logging.getLogger('jaxfm')
+
 # Recipe, statistics, and sizes and digests of the other files of a cache.
 INDEX = 'index.json'
-# A tokenizer is trained on about this much text at most, from shards in the order of a hash.
-TRAINING_BYTES = 1 << 28
 
 _REBUILD = '`python -m tools.corpus build --config FILE --output DIR --rebuild` makes it anew'
-# Where the files are does not matter while they are the same files.
-_PLACES = {'path', 'heldout_path'}
 
 
 class Corpus:
     """An opened cache; DataError when a file of it is missing or has not its length."""
 
-    def __init__(self, directory: Path, opened: Tokenizer | None = None):
+    def __init__(self, directory: Path, tokenizer: Tokenizer | None = None):
         self.directory = Path(directory)
         self.index = _read_index(self.directory)
-        self.tokenizer = opened or load_tokenizer(self.directory / 'tokenizer')
+        self.tokenizer = tokenizer or load_tokenizer(self.directory / 'tokenizer')
         # Of the tokens and masks themselves, not of where they come from.
         self.fingerprint: str = self.index['fingerprint']
         self.is_chat: bool = self.index['is_chat']
@@ -70,45 +77,45 @@ class Corpus:
         }
 
 
-def build(config, opened: Tokenizer, cache_dir: Path, cache: str = '') -> Corpus:
+def open_corpus(config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '') -> Corpus:
     """Opens the corpus of a source's config, after tokenising it if it is not there yet.
 
-    `cache` names a directory made by `build_at`, which is opened and never made here.
+    `cache` names a directory made by `make_corpus`, which is opened and never made here.
     """
-    config = _of_source(config)
+    config = select_source(config)
     if cache:
-        _check_given(Path(cache), config, opened)
-        return Corpus(Path(cache), opened)
-    recipe = _recipe(config, opened)
-    key = _digest(json.dumps(_without_places(recipe), sort_keys=True))[:32]
+        _check_given(Path(cache), config, tokenizer)
+        return Corpus(Path(cache), tokenizer)
+    recipe = make_recipe(config, tokenizer)
+    key = digest(json.dumps(drop_places(recipe), sort_keys=True))[:32]
     directory = Path(cache_dir) / key
-    building.build(directory, config, opened, functools.partial(_finish, recipe))
-    return Corpus(directory, opened)
+    _make_cache(directory, recipe, config, tokenizer)
+    return Corpus(directory, tokenizer)
 
 
-def build_at(config, opened: Tokenizer, directory: Path, rebuild: bool = False) -> Corpus:
+def make_corpus(config, tokenizer: Tokenizer, directory: Path, rebuild: bool = False) -> Corpus:
     """Makes a cache in a directory of the caller's choice, or goes on making it.
 
     One that is there is opened, if it is of the same recipe; `rebuild` replaces another one.
     """
-    config, directory = _of_source(config), Path(directory)
-    recipe = _recipe(config, opened)
+    config, directory = select_source(config), Path(directory)
+    recipe = make_recipe(config, tokenizer)
     partial = directory.with_name(f'{directory.name}.partial')
     if directory.exists() and rebuild:
         _check_is_cache(directory)  # never anything else that somebody keeps there
         _remove(directory)
     if directory.exists():
-        _check_given(directory, config, opened)
+        _check_given(directory, config, tokenizer)
     elif partial.exists() and _partial_recipe(partial) != recipe:
         _remove(partial)
     if not directory.exists():
         partial.mkdir(parents=True, exist_ok=True)
         (partial / 'recipe.json').write_text(json.dumps(recipe))
-        building.build(directory, config, opened, functools.partial(_finish, recipe))
-    return Corpus(directory, opened)
+        _make_cache(directory, recipe, config, tokenizer)
+    return Corpus(directory, tokenizer)
 
 
-def verify(directory: Path) -> None:
+def verify_corpus(directory: Path) -> None:
     """Reads every file of a cache; DataError names the first that is not as it was made."""
     directory = Path(directory)
     for name, entry in _read_index(directory)['files'].items():
@@ -116,64 +123,85 @@ def verify(directory: Path) -> None:
             raise DataError(f'{directory / name}: digest mismatch; {_remedy(directory)}')
 
 
-def make_tokenizer(config: TokenizerConfig, source_config, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a config; one that is trained is kept in `cache_dir`/tokenizers.
-
-    `source_config` says what to train on; of a mixture every source has an equal part.
-    """
-    if config.name != 'bpe':
-        return build_tokenizer(config, ())
-    is_mixture = source_config.name == 'mixture'
-    sources = source_config.sources.values() if is_mixture else [source_config]
-    sources = [_of_source(source) for source in sources]
-    recipe = {
-        'sources': [_without_places(_recipe(source, None)) for source in sources],
-        'tokenizer': config.model_dump(),
-        'patterns': PATTERNS,
-        'bytes': TRAINING_BYTES,
-    }
-    key = _digest(json.dumps(recipe, sort_keys=True))[:32]
-    directory = Path(cache_dir) / 'tokenizers' / key
-    if directory.exists():
-        return load_tokenizer(directory)
-    share = TRAINING_BYTES // len(sources)
-    texts = itertools.chain(*(_training_texts(source, share) for source in sources))
-    trained = build_tokenizer(config, texts)
-    temporary = directory.with_name(f'{key}.{uuid.uuid4().hex[:8]}')
-    with building.storage_errors(directory):
-        try:
-            trained.save(temporary)
-            building.publish(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return trained
+def _make_cache(directory: Path, recipe: dict, config, tokenizer: Tokenizer) -> None:
+    """Makes the cache `directory` of a source's config, if it is not there yet."""
+    partial = directory.with_name(f'{directory.name}.partial')
+    with token_cache.storage_errors(directory):
+        while not directory.exists():
+            partial.mkdir(parents=True, exist_ok=True)
+            try:
+                with _lock(partial / 'lock'):
+                    if not directory.exists():
+                        _build(directory, partial, recipe, config, tokenizer)
+            except DataError:
+                # The data must change, and with it the recipe: nobody will need these parts.
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            except FileNotFoundError:
+                # Another process has finished, and removes the partial directory.
+                if partial.exists() and not directory.exists():
+                    raise
 
 
-def xz_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits per UTF-8 byte that `xz -9e` needs for the texts one after the other: a line to beat."""
-    content = ''.join(texts).encode()
-    return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)
-
-
-def _of_source(config):
-    """The part of a data config that says what the documents are."""
-    schema = SOURCES[config.name].schema
-    return schema.model_validate({name: getattr(config, name) for name in schema.model_fields})
-
-
-def _recipe(config, opened: Tokenizer | None) -> dict:
+def _build(directory: Path, partial: Path, recipe: dict, config, tokenizer: Tokenizer) -> None:
+    started = time.perf_counter()
     source = SOURCES[config.name].load()(config)
-    source.files()
-    return {
-        'format': FORMAT,
-        'source': config.model_dump(mode='json'),
-        'files': source.fingerprint(),
-        'tokenizer': opened.fingerprint if opened else '',
-    }
+    shards = source.shards()
+    parts = [partial / 'parts' / f'{i:06d}' for i in range(len(shards))]
+    parts[0].parent.mkdir(exist_ok=True)
+    allowed = getattr(config, 'max_bad_records', math.inf)
+    ledger = Ledger(source, shards, parts, allowed)
+    missing = [i for i, part in enumerate(parts) if not part.exists()]
+    if 0 < len(missing) < len(parts):
+        log.info('tokenising: %d of %d parts have to be made', len(missing), len(parts))
+    todo = [(i, shards[i], parts[i]) for i in missing]
+    make_parts(todo, config, tokenizer, partial, ledger)
+    ledger.close()
+    _join(directory, partial, recipe, parts, ledger, tokenizer)
+    shutil.rmtree(partial, ignore_errors=True)
+    seconds = time.perf_counter() - started
+    log.info('tokenised %d documents in %.1f s', ledger.num_documents, seconds)
 
 
-def _without_places(recipe: dict) -> dict:
-    return recipe | {'source': {k: v for k, v in recipe['source'].items() if k not in _PLACES}}
+def _join(directory: Path, partial: Path, recipe: dict, parts, ledger, tokenizer) -> None:
+    joined = partial / f'joined-{uuid.uuid4().hex[:8]}'
+    try:
+        joined.mkdir()
+        statistics = token_cache.join(parts, joined, tokenizer.vocab_size)
+        statistics |= {'bad_records': ledger.num_bad, 'vocab_size': tokenizer.vocab_size}
+        ledger.num_documents = statistics['train_documents'] + statistics['heldout_documents']
+        _check_sides(statistics)
+        tokenizer.save(joined / 'tokenizer')
+        _finish(recipe, joined, statistics)
+        token_cache.publish(joined, directory)
+    finally:
+        shutil.rmtree(joined, ignore_errors=True)
+
+
+def _check_sides(statistics: dict) -> None:
+    """Raises DataError unless there are train documents and held-out ones."""
+    total = statistics['train_documents'] + statistics['heldout_documents']
+    if not statistics['train_documents']:
+        raise DataError(f'config.data: of {total} documents none is left to train on')
+    if not statistics['heldout_documents']:
+        raise DataError(
+            f'config.data: of {total} documents none is held out; raise heldout_fraction, '
+            'or name other files in heldout_path'
+        )
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Waits for another process that builds the same; where files cannot be locked both build."""
+    with open(path, 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info('tokenising: another process does it already; waiting')
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            log.warning('%s cannot be locked; going on without', path)
+        yield
 
 
 def _partial_recipe(partial: Path) -> dict | None:
@@ -181,27 +209,6 @@ def _partial_recipe(partial: Path) -> dict | None:
         return json.loads((partial / 'recipe.json').read_text())
     except (OSError, ValueError):
         return None
-
-
-def _training_texts(config, num_bytes: int) -> Iterator[str]:
-    """Texts of train documents, equal ones once; the same of all shards for the same files."""
-    if hasattr(config, 'max_bad_records'):
-        # The build that follows complains, about the record that comes first in the files.
-        config = config.model_copy(update={'max_bad_records': 1 << 62})
-    source, left, seen = SOURCES[config.name].load()(config), num_bytes, set()
-    shards = sorted(enumerate(source.shards()), key=lambda shard: _digest(str(shard[0])))
-    for _, shard in shards:
-        for heldout, document in source.read(shard):
-            texts = [turn['content'] for turn in document.messages] or [document.text]
-            key = hashlib.sha256('\0'.join(texts).encode('utf-8', 'replace')).digest()
-            if heldout or key in seen:
-                continue
-            seen.add(key)
-            for text in texts:
-                if left <= 0:
-                    return
-                yield text[:left]
-                left -= len(text.encode('utf-8', 'replace'))
 
 
 def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
@@ -221,7 +228,7 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
     ]
     index = {
         'recipe': recipe,
-        'fingerprint': _digest(json.dumps(contents)),
+        'fingerprint': digest(json.dumps(contents)),
         'is_chat': 'train.mask' in entries,
         'vocab_size': statistics.pop('vocab_size'),
         'statistics': statistics,
@@ -232,8 +239,8 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
         token_cache.to_disk(file)
 
 
-def _check_given(directory: Path, config, opened: Tokenizer) -> None:
-    """DataError that says what a cache was made of, when that is not what is wanted."""
+def _check_given(directory: Path, config, tokenizer: Tokenizer) -> None:
+    """Raises DataError, with what a cache was made of, unless that is what is wanted."""
     if not directory.exists():
         raise MissingInputError(
             f'config.data.cache: there is no {directory}; '
@@ -241,35 +248,22 @@ def _check_given(directory: Path, config, opened: Tokenizer) -> None:
         )
     made = _read_index(directory)['recipe']
     try:
-        wanted = _recipe(config, opened)
-        ignored = _PLACES
+        wanted = make_recipe(config, tokenizer)
+        ignored = PLACES
     except MissingInputError:
         # The cache has been brought to a machine without the files.
-        wanted = made | {'source': config.model_dump(mode='json'), 'tokenizer': opened.fingerprint}
+        source = config.model_dump(mode='json')
+        wanted = made | {'source': source, 'tokenizer': tokenizer.fingerprint}
         ignored = set()
-    differences = _differences(made, wanted, ignored)
+    differences = list_differences(made, wanted, ignored)
     if differences:
         raise DataError(
             f'the cache {directory} is of other data: {"; ".join(differences)}. {_REBUILD}'
         )
 
 
-def _differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
-    names = {'format': 'the format', 'files': "the source's files", 'tokenizer': 'the tokenizer'}
-    differences = [
-        f'{what} {"are" if key == "files" else "is"} not the same'
-        for key, what in names.items()
-        if made.get(key) != wanted[key]
-    ]
-    there = made.get('source', {})
-    for key in sorted(there.keys() | wanted['source'].keys() - ignored):
-        a, b = there.get(key), wanted['source'].get(key)
-        if a != b and key not in ignored:
-            differences.append(f'config.data.{key} was {a!r} and is {b!r}')
-    return differences
-
-
 def _check_is_cache(directory: Path) -> None:
+    """Raises DataError unless the directory is a cache."""
     if not (directory / INDEX).is_file():
         raise DataError(f'{directory} is no cache of tokens: it has no {INDEX}; name another one')
 
@@ -301,7 +295,7 @@ def _remedy(directory: Path) -> str:
 def _remove(directory: Path) -> None:
     """Removes a directory; no half of it is left under its name."""
     doomed = directory.with_name(f'{directory.name}.removed-{uuid.uuid4().hex[:8]}')
-    with building.storage_errors(directory):
+    with token_cache.storage_errors(directory):
         directory.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -309,7 +303,3 @@ def _remove(directory: Path) -> None:
 def _file_digest(path: Path) -> str:
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

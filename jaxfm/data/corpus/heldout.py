@@ -9,12 +9,11 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxfm.data import SOURCES
-from jaxfm.data.corpus import parts as build
 from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.encode import make_encoder, read_chunks
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
@@ -46,22 +45,9 @@ def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir) / f'heldout-{fingerprint[:32]}'
     if not directory.exists():
-        with build.storage_errors(directory):
+        with token_cache.storage_errors(directory):
             _build(config, tokenizer, directory)
     return Heldout(directory, tokenizer.vocab_size, fingerprint)
-
-
-def encoder(config, tokenizer: Tokenizer) -> Callable[[list[tuple]], Iterator[tuple]]:
-    """[(anything, document)] -> (anything, document, ids, mask); chats that the template refuses
-    are left out, as many as `max_bad_records`."""
-    refused = set()
-
-    def refuse(document: Document, error: DataError) -> None:
-        refused.add(document.name)
-        if len(refused) > getattr(config, 'max_bad_records', 0):
-            raise DataError(f'{document.name}: {error}') from error
-
-    return lambda chunk: build.encode(chunk, tokenizer, refuse)
 
 
 def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
@@ -75,18 +61,18 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
         if not heldout['heldout_documents']:
             raise DataError('config.data: no document is held out; raise heldout_fraction')
         (partial / 'statistics.json').write_text(json.dumps(heldout))
-        build.publish(partial, directory)
+        token_cache.publish(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:
-    source, encode = SOURCES[config.name].load()(config), encoder(config, tokenizer)
+    source, encode = SOURCES[config.name].load()(config), make_encoder(config, tokenizer)
     documents = (pair for shard in source.shards() for pair in source.read(shard) if pair[0])
     # `join` wants both sides, this one stays empty.
     with token_cache.Writer(part, 'train', tokenizer.vocab_size):
         pass
     with token_cache.Writer(part, 'heldout', tokenizer.vocab_size) as writer:
-        for chunk in token_cache.chunks(documents, build.CHUNK_BYTES):
+        for chunk in read_chunks(documents):
             for _, document, ids, mask in encode(chunk):
                 writer.add(document, ids, mask, has_digest=False)

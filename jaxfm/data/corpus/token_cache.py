@@ -11,17 +11,18 @@ These files make one side (train, heldout) of a corpus:
 A corpus is built in parts, which have the same files and some more; `join` makes one of them.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxfm.data.documents import Document
-from jaxfm.errors import DataError
+from jaxfm.errors import DataError, PermissionDeniedError, StorageError
 
 SIDES = ('train', 'heldout')
 # Only so much text of the held-out documents is kept, for those who need more than their tokens.
@@ -121,7 +122,7 @@ def join(parts: Sequence[Path], directory: Path, vocab_size: int) -> dict[str, i
     seen: set[bytes] = set()
     statistics, duplicates = {}, 0
     for side in ('heldout', 'train'):
-        kept = [_kept(part, side, seen) for part in parts]
+        kept = [_choose_kept(part, side, seen) for part in parts]
         rows = [np.load(part / f'{side}.rows.npy') for part in parts]
         duplicates += sum(len(one) - int(keep.sum()) for one, keep in zip(rows, kept))
         for suffix, dtype in (('tokens', token_dtype(vocab_size)), ('mask', np.dtype(np.uint8))):
@@ -153,7 +154,7 @@ def to_disk(file) -> None:
     os.fsync(file.fileno())
 
 
-def _kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
+def _choose_kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
     """Which documents of a part are not there already, bool [D]."""
     digests = part / f'{side}.digests.npy'
     if not digests.exists():
@@ -262,16 +263,24 @@ def _save(path: Path, array: np.ndarray) -> None:
         to_disk(file)
 
 
-def chunks(
-    documents: Iterable[tuple[bool, Document]], size: int
-) -> Iterator[list[tuple[bool, Document]]]:
-    """Documents in lists of about `size` bytes: enough for all cores, little enough for memory."""
-    chunk, left = [], size
-    for heldout, document in documents:
-        chunk.append((heldout, document))
-        left -= document.num_bytes + 64
-        if left <= 0:
-            yield chunk
-            chunk, left = [], size
-    if chunk:
-        yield chunk
+def publish(whole: Path, directory: Path) -> None:
+    try:
+        whole.rename(directory)
+    except OSError:
+        # Another process has made the same meanwhile; its files are as good as ours.
+        if not directory.exists():
+            raise
+
+
+@contextlib.contextmanager
+def storage_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f'{directory.parent} cannot be written: permission denied'
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f'the token cache in {directory.parent}: {error.strerror or error}'
+        ) from error

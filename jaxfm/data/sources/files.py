@@ -68,8 +68,8 @@ class BadRecord:
     line: int
     reason: str
 
-    def packed(self) -> str | list:
-        """JSON: the text, or what `unpacked` needs where the text would take long to make."""
+    def pack(self) -> str | list:
+        """JSON: the text, or what `unpack` needs where the text would take long to make."""
         return [self.start, self.line, self.reason] if self.start else str(self)
 
     def __str__(self):
@@ -167,7 +167,7 @@ class Files:
             file = next(file for file, _ in shard.files if file.name == document.name)
         self._leave_out(document.name, BadRecord(file, int(start or 0), int(line), reason))
 
-    def unpacked(self, shard: Shard, packed: str | list) -> str | BadRecord:
+    def unpack(self, shard: Shard, packed: str | list) -> str | BadRecord:
         """The bad record of a shard that `packed` stands for."""
         return packed if isinstance(packed, str) else BadRecord(shard.files[0][0], *packed)
 

@@ -1,5 +1,7 @@
+import fcntl
 import gzip
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,9 +16,10 @@ import pytest
 
 from jaxfm.chat.render import Chat
 from jaxfm.data import FilesConfig
-from jaxfm.data.corpus import build as corpus
-from jaxfm.data.corpus import parts as build
-from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus import build, encode, ledger, token_cache, workers
+from jaxfm.data.corpus.bpe import make_tokenizer, read_training_texts
+from jaxfm.data.corpus.build import INDEX, make_corpus, open_corpus, verify_corpus
+from jaxfm.data.corpus.ledger import Ledger
 from jaxfm.data.sources import files
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import (
@@ -29,13 +32,13 @@ from jaxfm.errors import (
 from jaxfm.storage import find
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig
 
-BYTES = corpus.make_tokenizer(BytesConfig(), None, None)
+BYTES = make_tokenizer(BytesConfig(), None, None)
 
 
 @pytest.fixture
 def built(source_config, bpe, tmp_path):
     """(config, cache directory, directory of the one cache in it)."""
-    return source_config, tmp_path, corpus.build(source_config, bpe, tmp_path).directory
+    return source_config, tmp_path, open_corpus(source_config, bpe, tmp_path).directory
 
 
 def write_lines(path, texts):
@@ -81,8 +84,8 @@ def test_a_tokenizer_without_bos_puts_nothing_in_front(tmp_path, shared_data):
         content = gzip.decompress((shared_data / 'tok_gpt2' / f'{name}.gz').read_bytes())
         (tmp_path / name).write_bytes(content)
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|endoftext|>"}')
-    gpt2 = corpus.make_tokenizer(TOKENIZERS['file'].schema(path=str(tmp_path)), None, tmp_path)
-    made = corpus.build(records(tmp_path, 40), gpt2, tmp_path / 'cache')
+    gpt2 = make_tokenizer(TOKENIZERS['file'].schema(path=str(tmp_path)), None, tmp_path)
+    made = open_corpus(records(tmp_path, 40), gpt2, tmp_path / 'cache')
     cache = made.heldout
     for i, document in enumerate(made.heldout_documents):
         ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]].tolist()
@@ -96,7 +99,7 @@ def test_chats_are_what_their_template_makes_of_them_with_its_mask(tmp_path):
     ]
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.3)
-    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    made = open_corpus(config, BYTES, tmp_path / 'cache')
     assert made.is_chat and made.train.is_chat
     chat, supervised = Chat(BYTES), 0
     for i, document in enumerate(made.heldout_documents):
@@ -127,9 +130,9 @@ def test_statistics_agree_with_the_files(small_corpus, text_directory):
 
 
 def test_documents_in_pieces_lose_nothing(source_config, bpe, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, 'PIECE_CHARACTERS', 100)
-    monkeypatch.setattr(build, 'CHUNK_BYTES', 500)
-    made = corpus.build(source_config, bpe, tmp_path)
+    monkeypatch.setattr(encode, 'PIECE_CHARACTERS', 100)
+    monkeypatch.setattr(encode, 'CHUNK_BYTES', 500)
+    made = open_corpus(source_config, bpe, tmp_path)
     cache = made.heldout
     for i, document in enumerate(made.heldout_documents):
         ids = cache.tokens[cache.offsets[i] : cache.offsets[i + 1]]
@@ -140,7 +143,7 @@ def test_of_equal_files_one_is_kept_and_rather_the_heldout_one(tmp_path, many_sh
     for name, text in {'a': 'one', 'b': 'two', 'c': 'one', 'd': 'three', 'h': 'two'}.items():
         (tmp_path / f'{name}.txt').write_text(text * 400)
     config = FilesConfig(path=f'{tmp_path}/*.txt', heldout_path=f'{tmp_path}/h.txt')
-    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    made = open_corpus(config, BYTES, tmp_path / 'cache')
     assert made.statistics['duplicates_dropped'] == 2
     assert [document.name for document in made.heldout_documents] == ['h.txt']
     cache = made.train
@@ -150,9 +153,9 @@ def test_of_equal_files_one_is_kept_and_rather_the_heldout_one(tmp_path, many_sh
 
 def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkeypatch, many_shards):
     config = records(tmp_path)
-    whole = corpus.build(config, BYTES, tmp_path / 'one').heldout_documents
+    whole = open_corpus(config, BYTES, tmp_path / 'one').heldout_documents
     monkeypatch.setattr(token_cache, 'HELDOUT_TEXT_BYTES', 2000)
-    made = corpus.build(config, BYTES, tmp_path / 'other')
+    made = open_corpus(config, BYTES, tmp_path / 'other')
     assert 5 < len(made.heldout_documents) < len(whole) == made.heldout.num_documents
     assert made.heldout_documents == whole[: len(made.heldout_documents)]
 
@@ -160,7 +163,7 @@ def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkey
 def test_of_few_records_one_is_held_out_whatever_the_share(tmp_path):
     write_lines(tmp_path / 'a.jsonl', ['one', 'two', 'three'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
-    made = corpus.build(config, BYTES, tmp_path / 'cache')
+    made = open_corpus(config, BYTES, tmp_path / 'cache')
     assert (made.train.num_documents, made.heldout.num_documents) == (2, 1)
 
 
@@ -169,17 +172,17 @@ def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path, monk
     write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
     with pytest.raises(DataError, match='of 2 documents none is held out; raise heldout_fraction'):
-        corpus.build(config, BYTES, tmp_path / 'cache')
+        open_corpus(config, BYTES, tmp_path / 'cache')
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1 - 1e-6)
     with pytest.raises(DataError, match='of 2 documents none is left to train on'):
-        corpus.build(config, BYTES, tmp_path / 'cache')
+        open_corpus(config, BYTES, tmp_path / 'cache')
 
 
 def test_texts_and_chats_in_one_source_are_an_error(tmp_path):
     chat = {'messages': [{'role': 'assistant', 'content': 'x'}]}
     (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' + json.dumps(chat))
     with pytest.raises(DataError, match='a.jsonl:2 is a chat, a.jsonl:1 is a text'):
-        corpus.build(FilesConfig(path=str(tmp_path / 'a.jsonl')), BYTES, tmp_path / 'cache')
+        open_corpus(FilesConfig(path=str(tmp_path / 'a.jsonl')), BYTES, tmp_path / 'cache')
 
 
 # Opening and what it refuses.
@@ -189,7 +192,7 @@ def test_a_second_build_opens_the_first_one_and_reads_no_contents(built, bpe, mo
     config, cache_dir, _ = built
     monkeypatch.setattr(build, '_build', None)
     monkeypatch.setattr(find.File, 'open', None)
-    assert corpus.build(config, bpe, cache_dir).train.num_tokens > 0
+    assert open_corpus(config, bpe, cache_dir).train.num_tokens > 0
 
 
 def test_another_text_tokenizer_or_share_is_another_corpus(
@@ -200,7 +203,7 @@ def test_another_text_tokenizer_or_share_is_another_corpus(
     changed = source_config.model_copy(update={'path': f'{tmp_path}/texts/*.txt'})
     share = source_config.model_copy(update={'heldout_fraction': 0.4})
     pairs = [(source_config, bpe), (changed, bpe), (share, bpe), (source_config, BYTES)]
-    fingerprints = {corpus.build(*pair, tmp_path / 'cache').fingerprint for pair in pairs}
+    fingerprints = {open_corpus(*pair, tmp_path / 'cache').fingerprint for pair in pairs}
     assert len(fingerprints) == len(pairs)
 
 
@@ -209,7 +212,7 @@ def test_the_fingerprint_is_of_the_tokens_wherever_they_come_from(small_corpus, 
     for path in (tmp_path / 'texts').iterdir():
         os.utime(path, ns=(1, 1))
     config = FilesConfig(path=f'{tmp_path}/texts/*.txt', heldout_fraction=0.2)
-    made = corpus.build(config, bpe, tmp_path / 'cache')
+    made = open_corpus(config, bpe, tmp_path / 'cache')
     assert made.directory.name != small_corpus.directory.name
     assert made.fingerprint == small_corpus.fingerprint
 
@@ -223,33 +226,33 @@ def test_a_truncated_file_is_named(built, bpe, name):
     content = (directory / name).read_bytes()
     (directory / name).write_bytes(content[:-2])
     with pytest.raises(DataError, match=rf'{name} has {len(content) - 2} bytes'):
-        corpus.build(config, bpe, cache_dir)
+        open_corpus(config, bpe, cache_dir)
 
 
 @pytest.mark.parametrize('name', FILES)
 def test_verify_notices_one_changed_byte(built, name):
     directory = built[-1]
-    corpus.verify(directory)
+    verify_corpus(directory)
     content = bytearray((directory / name).read_bytes())
     content[len(content) // 2] ^= 1
     (directory / name).write_bytes(content)
     with pytest.raises(DataError, match=f'{name}: digest mismatch'):
-        corpus.verify(directory)
+        verify_corpus(directory)
 
 
 @pytest.mark.parametrize('content', ['', '[]', '{"train.tokens": 3}', '{"train', '{"files": {}}'])
 def test_a_damaged_index_is_named(built, bpe, content):
     config, cache_dir, directory = built
-    (directory / corpus.INDEX).write_text(content)
+    (directory / INDEX).write_text(content)
     with pytest.raises(DataError, match='index.json is damaged'):
-        corpus.build(config, bpe, cache_dir)
+        open_corpus(config, bpe, cache_dir)
 
 
 def test_a_missing_file_is_named(built, bpe):
     config, cache_dir, directory = built
     (directory / 'train.tokens').unlink()
     with pytest.raises(DataError, match='train.tokens is missing'):
-        corpus.build(config, bpe, cache_dir)
+        open_corpus(config, bpe, cache_dir)
 
 
 # A cache in a directory of the user's choice.
@@ -261,7 +264,7 @@ def test_a_cache_that_is_not_there_is_missing_with_the_command_that_makes_it(
     with pytest.raises(
         MissingInputError, match='tools.corpus build --config FILE --output .*/mine'
     ):
-        corpus.build(source_config, BYTES, tmp_path, str(tmp_path / 'mine'))
+        open_corpus(source_config, BYTES, tmp_path, str(tmp_path / 'mine'))
     assert not list(tmp_path.iterdir())
 
 
@@ -269,23 +272,23 @@ def test_a_chosen_cache_is_used_where_the_files_are_the_same_or_absent(source_co
     shutil.copytree(source_config.path[:-6], tmp_path / 'texts', copy_function=shutil.copy2)
     config = source_config.model_copy(update={'path': f'{tmp_path}/texts/*.txt'})
     mine = tmp_path / 'mine'
-    made = corpus.build_at(config, BYTES, mine)
-    same(corpus.build(config, BYTES, tmp_path, str(mine)), made)
+    made = make_corpus(config, BYTES, mine)
+    same(open_corpus(config, BYTES, tmp_path, str(mine)), made)
     (tmp_path / 'texts').rename(tmp_path / 'moved')
     moved = config.model_copy(update={'path': f'{tmp_path}/moved/*.txt'})
-    same(corpus.build(moved, BYTES, tmp_path, str(mine)), made)
+    same(open_corpus(moved, BYTES, tmp_path, str(mine)), made)
     # Without the files, the config must be the one that it was made with.
-    same(corpus.build(config, BYTES, tmp_path, str(mine)), made)
+    same(open_corpus(config, BYTES, tmp_path, str(mine)), made)
     elsewhere = config.model_copy(update={'path': '/nowhere/*.txt'})
     with pytest.raises(DataError, match="config.data.path was '.*' and is '/nowhere/"):
-        corpus.build(elsewhere, BYTES, tmp_path, str(mine))
+        open_corpus(elsewhere, BYTES, tmp_path, str(mine))
 
 
 @pytest.mark.parametrize('what', ['files', 'config', 'tokenizer'])
 def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(tmp_path, bpe, what):
     config, tokenizer = records(tmp_path, 40), BYTES
     mine = tmp_path / 'mine'
-    corpus.build_at(config, tokenizer, mine)
+    make_corpus(config, tokenizer, mine)
     if what == 'files':
         config, said = records(tmp_path, 41), "the source's files are not the same"
     if what == 'config':
@@ -294,13 +297,13 @@ def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(t
     if what == 'tokenizer':
         tokenizer, said = bpe, 'the tokenizer is not the same'
     for open_it in (
-        lambda: corpus.build(config, tokenizer, tmp_path, str(mine)),
-        lambda: corpus.build_at(config, tokenizer, mine),
+        lambda: open_corpus(config, tokenizer, tmp_path, str(mine)),
+        lambda: make_corpus(config, tokenizer, mine),
     ):
         with pytest.raises(DataError, match=rf'{said}.*tools.corpus build .* --rebuild'):
             open_it()
-    made = corpus.build_at(config, tokenizer, mine, rebuild=True)
-    same(corpus.build(config, tokenizer, tmp_path, str(mine)), made)
+    made = make_corpus(config, tokenizer, mine, rebuild=True)
+    same(open_corpus(config, tokenizer, tmp_path, str(mine)), made)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.jsonl', 'mine']
 
 
@@ -308,11 +311,11 @@ def test_parts_of_another_recipe_are_not_gone_on_with(tmp_path, many_shards, mon
     mine, config = tmp_path / 'mine', records(tmp_path)
     monkeypatch.setattr(token_cache, 'join', _no_room)
     with pytest.raises(StorageError):
-        corpus.build_at(config, BYTES, mine)
+        make_corpus(config, BYTES, mine)
     monkeypatch.undo()
     assert (tmp_path / 'mine.partial').exists()
     other = config.model_copy(update={'heldout_fraction': 0.5})
-    same(corpus.build_at(other, BYTES, mine), corpus.build(other, BYTES, tmp_path / 'cache'))
+    same(make_corpus(other, BYTES, mine), open_corpus(other, BYTES, tmp_path / 'cache'))
 
 
 # Building: parts, processes, kills.
@@ -326,7 +329,7 @@ def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
     tmp_path, monkeypatch, many_shards
 ):
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
-    expected = corpus.build(config, BYTES, tmp_path / 'expected')
+    expected = open_corpus(config, BYTES, tmp_path / 'expected')
     calls, to_disk = [], token_cache.to_disk
 
     def sometimes(file):
@@ -335,13 +338,13 @@ def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
 
     monkeypatch.setattr(token_cache, 'to_disk', sometimes)
     with pytest.raises(StorageError, match='No space left'):
-        corpus.build(config, BYTES, cache_dir)
+        open_corpus(config, BYTES, cache_dir)
     monkeypatch.undo()
     monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
     done = len(list(cache_dir.glob('*.partial/parts/*')))
-    made, make_part = [], build.make_part
-    monkeypatch.setattr(build, 'make_part', lambda *a: made.append(a) or make_part(*a))
-    same(corpus.build(config, BYTES, cache_dir), expected)
+    made, make_part = [], workers.make_part
+    monkeypatch.setattr(workers, 'make_part', lambda *a: made.append(a) or make_part(*a))
+    same(open_corpus(config, BYTES, cache_dir), expected)
     shards = len(Files(config).shards())
     assert 0 < done < shards and len(made) == shards - done
     assert len(list(cache_dir.iterdir())) == 1
@@ -353,20 +356,20 @@ def test_a_directory_that_cannot_be_written_is_a_matter_of_permission(tmp_path, 
 
     monkeypatch.setattr(token_cache, 'to_disk', refuse)
     with pytest.raises(PermissionDeniedError, match='cache cannot be written'):
-        corpus.build(records(tmp_path), BYTES, tmp_path / 'cache')
+        open_corpus(records(tmp_path), BYTES, tmp_path / 'cache')
 
 
 @pytest.mark.parametrize('bad', [(), (37, 200, 210)])
 def test_processes_make_what_one_makes(tmp_path, bpe, monkeypatch, many_shards, bad, caplog):
     config = records(tmp_path, max_bad_records=len(bad))
     _spoil(tmp_path / 'a.jsonl', bad)
-    expected = corpus.build(config, bpe, tmp_path / 'one')
+    expected = open_corpus(config, bpe, tmp_path / 'one')
     assert expected.statistics['bad_records'] == len(bad)
-    monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+    monkeypatch.setattr(workers, 'PARALLEL_BYTES', 0)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(3))
     # Other processes know nothing of a patched size, but shards say where they begin and end.
     with caplog.at_level('INFO', logger='jaxfm'):
-        same(corpus.build(config, bpe, tmp_path / 'three'), expected)
+        same(open_corpus(config, bpe, tmp_path / 'three'), expected)
     assert 'tokenising in 3 processes' in caplog.text
 
 
@@ -384,15 +387,15 @@ def test_the_error_is_the_same_for_any_number_of_processes(
     config = records(tmp_path, max_bad_records=allowed)
     _spoil(tmp_path / 'a.jsonl', (37, 200, 210, 211, 212, 213))
     errors = []
-    for workers in (1, 2):
-        if workers > 1:
-            monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+    for count in (1, 2):
+        if count > 1:
+            monkeypatch.setattr(workers, 'PARALLEL_BYTES', 0)
             monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(2))
         with pytest.raises(DataError, match=said) as error:
-            corpus.build(config, BYTES, tmp_path / f'cache{workers}')
+            open_corpus(config, BYTES, tmp_path / f'cache{count}')
         errors.append(str(error.value))
         # The data has to change, so there is nothing to go on with.
-        assert not list((tmp_path / f'cache{workers}').iterdir())
+        assert not list((tmp_path / f'cache{count}').iterdir())
     assert errors[0] == errors[1]
 
 
@@ -406,44 +409,49 @@ def test_a_chat_that_its_template_refuses_is_a_bad_record(tmp_path, many_shards)
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.2)
     with pytest.raises(DataError, match='a.jsonl:41: '):
-        corpus.build(config, BYTES, tmp_path / 'cache')
+        open_corpus(config, BYTES, tmp_path / 'cache')
     config = config.model_copy(update={'max_bad_records': 1})
-    statistics = corpus.build(config, BYTES, tmp_path / 'cache').statistics
+    statistics = open_corpus(config, BYTES, tmp_path / 'cache').statistics
     assert statistics['bad_records'] == 1
     assert statistics['train_documents'] + statistics['heldout_documents'] == 59
 
 
 KILLED = """
 import os, signal, sys
-from jaxfm.data import FilesConfig, build, corpus, BytesConfig
+import multiprocessing
+from jaxfm.data import FilesConfig
+from jaxfm.data.corpus import build, token_cache, workers
+from jaxfm.data.corpus.ledger import Ledger
 from jaxfm.data.sources import files
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import build_tokenizer
 
 if __name__ == '__main__':
     files.SHARD_BYTES = 2500
     if sys.argv[3] == 'publishing':
-        finish = corpus._finish
-        corpus._finish = lambda *a: finish(*a) or os.kill(os.getpid(), signal.SIGKILL)
+        finish = build._finish
+        build._finish = lambda *a: finish(*a) or os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[3] == 'parts':
-        done, publish = [], build.publish
+        done, publish = [], token_cache.publish
         def publish_some(*a):
             publish(*a)
             done.append(a)
             if len(done) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        build.publish = publish_some
+        token_cache.publish = publish_some
     if sys.argv[3] == 'processes':
-        build.PARALLEL_BYTES = 0
+        workers.PARALLEL_BYTES = 0
         os.sched_getaffinity = lambda _: range(2)
-        report = build.Ledger.add
+        report = Ledger.add
         def add(self, index, result):
             if index == 3:
-                print([child.pid for child in build.multiprocessing.active_children()])
+                print([child.pid for child in multiprocessing.active_children()])
                 sys.stdout.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             report(self, index, result)
-        build.Ledger.add = add
-    tokenizer = corpus.make_tokenizer(BytesConfig(), None, None)
-    corpus.build(FilesConfig.model_validate_json(sys.argv[1]), tokenizer, sys.argv[2])
+        Ledger.add = add
+    tokenizer = build_tokenizer(BytesConfig(), ())
+    build.open_corpus(FilesConfig.model_validate_json(sys.argv[1]), tokenizer, sys.argv[2])
 """
 
 
@@ -462,11 +470,11 @@ def test_a_killed_build_is_gone_on_with_and_never_taken_for_a_cache(
     shards = Files(config).shards()
     parts = [path for path in cache_dir.glob('*.partial/parts/*') if not path.suffix]
     assert parts and (len(parts) == len(shards)) == (when == 'publishing')
-    made, make_part = [], build.make_part
-    monkeypatch.setattr(build, 'make_part', lambda *a: made.append(a) or make_part(*a))
-    resumed = corpus.build(config, BYTES, cache_dir)
+    made, make_part = [], workers.make_part
+    monkeypatch.setattr(workers, 'make_part', lambda *a: made.append(a) or make_part(*a))
+    resumed = open_corpus(config, BYTES, cache_dir)
     assert len(made) <= len(shards) - len(parts)
-    same(resumed, corpus.build(config, BYTES, tmp_path / 'expected'))
+    same(resumed, open_corpus(config, BYTES, tmp_path / 'expected'))
     if when == 'processes':
         _await_the_end_of(eval(killed.stdout))
 
@@ -490,32 +498,32 @@ def _is_alive(pid):
 def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(
     tmp_path, monkeypatch, many_shards, are_gone
 ):
-    monkeypatch.setattr(build, 'PARALLEL_BYTES', 0)
+    monkeypatch.setattr(workers, 'PARALLEL_BYTES', 0)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(2))
-    add = build.Ledger.add
+    add = Ledger.add
 
     def kill_one(self, index, result):
-        children = build.multiprocessing.active_children()
+        children = multiprocessing.active_children()
         for process in children if are_gone else children[:1]:
             os.kill(process.pid, signal.SIGKILL)
             if are_gone:
                 process.join()
         add(self, index, result)
 
-    monkeypatch.setattr(build.Ledger, 'add', kill_one)
+    monkeypatch.setattr(Ledger, 'add', kill_one)
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
     with pytest.raises(StorageError, match='has died.*the same command goes on'):
-        corpus.build(config, BYTES, cache_dir)
-    assert not build.multiprocessing.active_children()
+        open_corpus(config, BYTES, cache_dir)
+    assert not multiprocessing.active_children()
     monkeypatch.undo()
     monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
-    assert corpus.build(config, BYTES, cache_dir).train.num_tokens > 0
+    assert open_corpus(config, BYTES, cache_dir).train.num_tokens > 0
 
 
 def test_builds_at_the_same_time_agree(tmp_path, many_shards):
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
     with ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: corpus.build(config, BYTES, cache_dir), range(4)))
+        built = list(pool.map(lambda _: open_corpus(config, BYTES, cache_dir), range(4)))
     assert len({one.fingerprint for one in built}) == 1
     assert len(list(cache_dir.iterdir())) == 1
 
@@ -526,18 +534,18 @@ def test_builds_at_the_same_time_agree_where_files_cannot_be_locked(
     def refuse(*_):
         raise OSError(37, 'No locks available')
 
-    monkeypatch.setattr(build.fcntl, 'flock', refuse)
+    monkeypatch.setattr(fcntl, 'flock', refuse)
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
     with ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda _: corpus.build(config, BYTES, cache_dir), range(4)))
+        built = list(pool.map(lambda _: open_corpus(config, BYTES, cache_dir), range(4)))
     assert len({one.fingerprint for one in built}) == 1
-    same(built[0], corpus.build(config, BYTES, tmp_path / 'alone'))
+    same(built[0], open_corpus(config, BYTES, tmp_path / 'alone'))
 
 
 def test_progress_is_in_the_log(tmp_path, many_shards, monkeypatch, caplog):
-    monkeypatch.setattr(build, 'LOG_SECONDS', 0)
+    monkeypatch.setattr(ledger, 'LOG_SECONDS', 0)
     with caplog.at_level('INFO', logger='jaxfm'):
-        corpus.build(records(tmp_path), BYTES, tmp_path / 'cache')
+        open_corpus(records(tmp_path), BYTES, tmp_path / 'cache')
     assert 'tokenising: 3 of ' in caplog.text and 'tokens/s' in caplog.text
     assert 'tokenised 300 documents in' in caplog.text
 
@@ -549,22 +557,22 @@ def test_a_trained_tokenizer_is_trained_once_on_train_documents(tmp_path, monkey
     write_lines(tmp_path / 'train.jsonl', ['mmmm ' * 50, 'nnnn ' * 50])
     write_lines(tmp_path / 'held.jsonl', ['zzzz ' * 50])
     config = FilesConfig(path=f'{tmp_path}/*.jsonl', heldout_path=f'{tmp_path}/held.jsonl')
-    made = corpus.make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
+    made = make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
     assert len(made.encode('mmmm')) < 4 and len(made.encode('zzzz')) == 4
-    monkeypatch.setattr(corpus, '_training_texts', None)
-    again = corpus.make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
+    monkeypatch.setattr('jaxfm.data.corpus.bpe.read_training_texts', None)
+    again = make_tokenizer(BPEConfig(vocab_size=270), config, tmp_path / 'cache')
     assert again.fingerprint == made.fingerprint
     with pytest.raises(TypeError):
-        corpus.make_tokenizer(BPEConfig(vocab_size=280), config, tmp_path / 'cache')
+        make_tokenizer(BPEConfig(vocab_size=280), config, tmp_path / 'cache')
 
 
 def test_a_tokenizer_is_trained_on_a_part_of_much_text_that_is_always_the_same(
     tmp_path, many_shards
 ):
     config = records(tmp_path)
-    everything = list(corpus._training_texts(config, 1 << 20))
-    some = list(corpus._training_texts(config, 3000))
-    assert some == list(corpus._training_texts(config, 3000))
+    everything = list(read_training_texts(config, 1 << 20))
+    some = list(read_training_texts(config, 3000))
+    assert some == list(read_training_texts(config, 3000))
     assert sum(map(len, some)) == 3000 and set(some[:-1]) < set(everything)
 
 
@@ -572,16 +580,10 @@ def test_a_tokenizer_for_chats_is_trained_on_their_contents(tmp_path):
     turns = [{'role': 'user', 'content': 'mmmm'}, {'role': 'assistant', 'content': 'nnnn'}]
     (tmp_path / 'a.jsonl').write_text(json.dumps({'messages': turns}) + '\n{')
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
-    assert list(corpus._training_texts(config, 100)) == ['mmmm', 'nnnn']
-
-
-def test_xz_needs_little_for_repetition_and_eight_bits_for_noise():
-    assert corpus.xz_bits_per_byte(['abc' * 10_000]) < 0.1
-    noise = np.random.default_rng(0).integers(0, 128, 20_000).astype(np.uint8).tobytes().decode()
-    assert 6.9 < corpus.xz_bits_per_byte([noise[:9_000], noise[9_000:]]) < 7.5
+    assert list(read_training_texts(config, 100)) == ['mmmm', 'nnnn']
 
 
 def test_every_error_of_a_build_is_one_that_main_explains(tmp_path):
     (tmp_path / 'a.parquet').write_bytes(b'PAR1')
     with pytest.raises(RunError):
-        corpus.build(FilesConfig(path=str(tmp_path / 'a.parquet')), BYTES, tmp_path / 'cache')
+        open_corpus(FilesConfig(path=str(tmp_path / 'a.parquet')), BYTES, tmp_path / 'cache')

@@ -96,11 +96,3 @@ def test_a_truncated_part_is_named(tmp_path):
 def test_an_id_outside_the_vocabulary_is_an_error_that_names_the_document(tmp_path, token):
     with pytest.raises(DataError, match=r'a:1: a token id is outside \[0, 100\)'):
         part(tmp_path / 'a', train=[[1], [token]])
-
-
-def test_chunks_hold_every_document_once_and_are_not_much_bigger_than_asked():
-    made = [(i % 3 == 0, Document(f'{i}', text='x' * (i % 50))) for i in range(200)]
-    chunks = list(token_cache.chunks(iter(made), 1000))
-    assert sum(chunks, []) == made
-    sizes = [sum(document.num_bytes + 64 for _, document in chunk) for chunk in chunks]
-    assert all(1000 <= size < 1114 for size in sizes[:-1])

@@ -1,0 +1,77 @@
+"""The tokenizer of a run: a byte-level BPE is trained on the corpus, once, and kept beside it."""
+
+import hashlib
+import itertools
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxfm.data import SOURCES
+from jaxfm.data.corpus import token_cache
+from jaxfm.data.corpus.recipe import digest, drop_places, make_recipe, select_source
+from jaxfm.tokenizer import BPEConfig, TokenizerConfig
+from jaxfm.tokenizer.build import PATTERNS, Tokenizer, build_tokenizer, load_tokenizer
+
+# A tokenizer is trained on about this much text at most, from shards in the order of a hash.
+TRAINING_BYTES = 1 << 28
+
+
+def make_tokenizer(config: TokenizerConfig, source_config, cache_dir: Path) -> Tokenizer:
+    """The tokenizer of a config, trained where it is one of those that are."""
+    if config.name != 'bpe':
+        return build_tokenizer(config, ())
+    return train_bpe(config, source_config, cache_dir)
+
+
+def train_bpe(config: BPEConfig, source_config, cache_dir: Path) -> Tokenizer:
+    """Opens the tokenizer that is kept in `cache_dir`/tokenizers, after training it if need be.
+
+    `source_config` says what to train on; of a mixture every source has an equal part.
+    """
+    is_mixture = source_config.name == 'mixture'
+    sources = source_config.sources.values() if is_mixture else [source_config]
+    sources = [select_source(source) for source in sources]
+    recipe = {
+        'sources': [drop_places(make_recipe(source, None)) for source in sources],
+        'tokenizer': config.model_dump(),
+        'patterns': PATTERNS,
+        'bytes': TRAINING_BYTES,
+    }
+    key = digest(json.dumps(recipe, sort_keys=True))[:32]
+    directory = Path(cache_dir) / 'tokenizers' / key
+    if directory.exists():
+        return load_tokenizer(directory)
+    share = TRAINING_BYTES // len(sources)
+    texts = itertools.chain(*(read_training_texts(source, share) for source in sources))
+    trained = build_tokenizer(config, texts)
+    temporary = directory.with_name(f'{key}.{uuid.uuid4().hex[:8]}')
+    with token_cache.storage_errors(directory):
+        try:
+            trained.save(temporary)
+            token_cache.publish(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return trained
+
+
+def read_training_texts(config, num_bytes: int) -> Iterator[str]:
+    """Texts of train documents, equal ones once; the same of all shards for the same files."""
+    if hasattr(config, 'max_bad_records'):
+        # The build that follows complains, about the record that comes first in the files.
+        config = config.model_copy(update={'max_bad_records': 1 << 62})
+    source, left, seen = SOURCES[config.name].load()(config), num_bytes, set()
+    shards = sorted(enumerate(source.shards()), key=lambda shard: digest(str(shard[0])))
+    for _, shard in shards:
+        for heldout, document in source.read(shard):
+            texts = [turn['content'] for turn in document.messages] or [document.text]
+            key = hashlib.sha256('\0'.join(texts).encode('utf-8', 'replace')).digest()
+            if heldout or key in seen:
+                continue
+            seen.add(key)
+            for text in texts:
+                if left <= 0:
+                    return
+                yield text[:left]
+                left -= len(text.encode('utf-8', 'replace'))

@@ -1,0 +1,93 @@
+"""Documents to ids: texts by the tokenizer, many at a time; chats by their template."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from jaxfm.chat.render import Chat
+from jaxfm.data.documents import Document
+from jaxfm.errors import DataError
+from jaxfm.tokenizer.build import Tokenizer
+
+# Bytes of text that are encoded at a time: enough for all cores, little enough for memory, of which
+# the encoder needs a hundred times as much.
+CHUNK_BYTES = 1 << 21
+# Characters of a huge document that are encoded as one text.
+PIECE_CHARACTERS = 1 << 22
+
+
+def read_chunks(
+    documents: Iterable[tuple[bool, Document]],
+) -> Iterator[list[tuple[bool, Document]]]:
+    """Documents in lists of about CHUNK_BYTES."""
+    some, left = [], CHUNK_BYTES
+    for heldout, document in documents:
+        some.append((heldout, document))
+        left -= document.num_bytes + 64
+        if left <= 0:
+            yield some
+            some, left = [], CHUNK_BYTES
+    if some:
+        yield some
+
+
+def encode_documents(
+    chunk: list[tuple[bool, Document]],
+    tokenizer: Tokenizer,
+    refuse: Callable[[Document, DataError], None],
+) -> Iterator[tuple[bool, Document, np.ndarray, np.ndarray | None]]:
+    """(is_heldout, document, ids [n], mask [n] of a chat) of documents, in their order.
+
+    A chat that its template refuses is left out after `refuse(document, error)`.
+    """
+    texts = [document.text for _, document in chunk if not document.messages]
+    pieces = [_cut(text) for text in texts]
+    encoded = iter(tokenizer.encode_batch([piece for parts in pieces for piece in parts]))
+    pieces = iter(pieces)
+    for heldout, document in chunk:
+        if document.messages:
+            try:
+                ids, mask = _open_chat(tokenizer).encode(document.messages, document.tools)
+            except DataError as error:
+                refuse(document, error)
+                continue
+            yield heldout, document, ids, mask
+        else:
+            parts = [next(encoded) for _ in next(pieces)]
+            yield heldout, document, _add_ends(parts, tokenizer), None
+
+
+def make_encoder(config, tokenizer: Tokenizer) -> Callable[[list[tuple]], Iterator[tuple]]:
+    """[(anything, document)] -> (anything, document, ids, mask); chats that the template refuses
+    are left out, as many as `max_bad_records`."""
+    refused = set()
+
+    def refuse(document: Document, error: DataError) -> None:
+        refused.add(document.name)
+        if len(refused) > getattr(config, 'max_bad_records', 0):
+            raise DataError(f'{document.name}: {error}') from error
+
+    return lambda chunk: encode_documents(chunk, tokenizer, refuse)
+
+
+def _add_ends(parts: list[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return np.concatenate([np.array(bos, np.int32), *parts, np.array([tokenizer.eos_id], np.int32)])
+
+
+@functools.lru_cache(maxsize=4)
+def _open_chat(tokenizer: Tokenizer) -> Chat:
+    return Chat(tokenizer)
+
+
+def _cut(text: str) -> list[str]:
+    """A huge document in parts of whole lines: the encoder needs 100 bytes a character."""
+    pieces, start = [], 0
+    while start < len(text):
+        stop = start + PIECE_CHARACTERS
+        if stop < len(text):
+            stop = text.rfind('\n', start, stop) + 1 or stop
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces

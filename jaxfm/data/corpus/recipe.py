@@ -1,0 +1,55 @@
+"""A recipe: what the files of a cache depend on; its digest names the directory."""
+
+import hashlib
+
+from jaxfm.data import SOURCES
+from jaxfm.tokenizer.build import Tokenizer
+
+# Part of every recipe: raise it when the files of a cache or the way to write them change.
+FORMAT = 2
+# Where the files are does not matter while they are the same files.
+PLACES = frozenset({'path', 'heldout_path'})
+
+
+def select_source(config):
+    """The part of a data config that says what the documents are."""
+    schema = SOURCES[config.name].schema
+    return schema.model_validate({name: getattr(config, name) for name in schema.model_fields})
+
+
+def make_recipe(config, tokenizer: Tokenizer | None) -> dict:
+    """Everything that decides the files of a cache; MissingInputError when an input is absent."""
+    source = SOURCES[config.name].load()(config)
+    source.files()
+    return {
+        'format': FORMAT,
+        'source': config.model_dump(mode='json'),
+        'files': source.fingerprint(),
+        'tokenizer': tokenizer.fingerprint if tokenizer else '',
+    }
+
+
+def drop_places(recipe: dict) -> dict:
+    """The recipe without where the files are."""
+    return recipe | {'source': {k: v for k, v in recipe['source'].items() if k not in PLACES}}
+
+
+def list_differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
+    """What differs between two recipes, in words; keys of the source in `ignored` do not."""
+    names = {'format': 'the format', 'files': "the source's files", 'tokenizer': 'the tokenizer'}
+    differences = [
+        f'{what} {"are" if key == "files" else "is"} not the same'
+        for key, what in names.items()
+        if made.get(key) != wanted[key]
+    ]
+    there = made.get('source', {})
+    for key in sorted(there.keys() | wanted['source'].keys() - ignored):
+        a, b = there.get(key), wanted['source'].get(key)
+        if a != b and key not in ignored:
+            differences.append(f'config.data.{key} was {a!r} and is {b!r}')
+    return differences
+
+
+def digest(text: str) -> str:
+    """sha256, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -134,7 +134,7 @@ def test_a_bucket_reads_as_a_directory_does(s3, tmp_path):
 
 
 def test_records_in_a_bucket_are_those_on_disk_in_every_format(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr('jaxfm.data.sources.files.SHARD_BYTES', 30_000)
+    monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', 30_000)
     pyarrow = pytest.importorskip('pyarrow')
     parquet = pytest.importorskip('pyarrow.parquet')
     writer = pytest.importorskip('array_record.python.array_record_module').ArrayRecordWriter

@@ -5,7 +5,6 @@ is read in pieces; a name inside a later piece counts from where the piece start
 ('web.jsonl@33554432:17'), errors give the line of the file all the same.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,10 +15,18 @@ from collections.abc import Iterator, Sequence
 
 from jaxfm.data import FilesConfig
 from jaxfm.data.documents import Document
-from jaxfm.data.sources import is_heldout, place_of, records
+from jaxfm.data.sources import formats, is_heldout, place_of, records
+from jaxfm.data.sources.formats import (
+    READERS,
+    SHARDS,
+    Shard,
+    count_lines,
+    make_text_shards,
+    parse_line,
+    read_text,
+)
 from jaxfm.errors import DataError
 from jaxfm.storage import find
-from jaxfm.storage.base import S3
 from jaxfm.storage.find import File
 
 log = logging.getLogger('jaxfm')
@@ -31,32 +38,8 @@ SUFFIXES = {
     '.array_record': 'array_record',
     '.arrayrecord': 'array_record',
 }
-# Bytes that are read as one piece of work. Part of the names of documents.
-SHARD_BYTES = 32 << 20
 # Records of so many bytes are few: they may all be on one side.
 FEW_BYTES = 1 << 20
-# Rows that are in memory at a time.
-PARQUET_ROWS = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A piece of work: some text files, or part of one file of records."""
-
-    format: str
-    # (file, side); a side is train, heldout, hash (of each record) or tail (of each text).
-    files: tuple[tuple[File, str], ...]
-    num_bytes: int
-    # Part of the file, half-open: bytes of jsonl, row groups of parquet, else record numbers.
-    start: int = 0
-    stop: int = 0
-    # Number of the first row of a row group.
-    first_row: int = 0
-
-    @property
-    def has_whole_files(self) -> bool:
-        """Whether its documents are whole files, of which only one of equal ones is kept."""
-        return self.format == 'text'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +57,7 @@ class BadRecord:
 
     def __str__(self):
         """With the line of the file, for which what stands before has to be read."""
-        line = self.line + (_count_lines(self.file, self.start) if self.start else 0)
+        line = self.line + (count_lines(self.file, self.start) if self.start else 0)
         where = f'{self.file.path}:{line}: ' if line else f'{self.file.path} '
         return f'{where}{self.reason}'
 
@@ -98,7 +81,7 @@ class Files:
     def fingerprint(self) -> str:
         """Of names, sizes, times of modification and sides; contents are not read."""
         lines = [f'{file.name}\t{file.size}\t{file.stamp}\t{side}\n' for file, side in self._files]
-        lines.append(json.dumps([SHARD_BYTES, self.config.heldout_fraction]))
+        lines.append(json.dumps([formats.SHARD_BYTES, self.config.heldout_fraction]))
         return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
     def shards(self) -> list[Shard]:
@@ -109,8 +92,8 @@ class Files:
             if kind == 'text':
                 texts.append((file, side))
             else:
-                shards += list(_SHARDS[kind](file, side))
-        return text_shards(texts) + shards
+                shards += list(SHARDS[kind](file, side))
+        return make_text_shards(texts) + shards
 
     def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
         """DataError as soon as more records were bad than may be, this shard and those before."""
@@ -124,11 +107,11 @@ class Files:
     def _read_records(self, shard: Shard) -> Iterator[tuple[float, Document]]:
         """(place among all that there could be, document)."""
         ((file, _),) = shard.files
-        for start, line, record in _READERS[shard.format](file, shard):
+        for start, line, record in READERS[shard.format](file, shard):
             name = f'{file.name}@{start}:{line}' if start else f'{file.name}:{line}'
             try:
                 if isinstance(record, bytes):
-                    record = _parse(record)
+                    record = parse_line(record)
                 document = records.to_document(record, self.config.fields, name)
                 place = _place(document)
             except records.BadRecord as error:
@@ -232,190 +215,3 @@ def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:
     if len(bad) > allowed:
         before = f' ({allowed} bad ones before it are left out)' if allowed else ''
         raise TooManyBadRecords(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')
-
-
-def text_shards(files: list[tuple[File, str]]) -> list[Shard]:
-    """Text files in their order, so many together that they are a piece of work."""
-    shards, group, size = [], [], 0
-    for file, side in files:
-        group.append((file, side))
-        size += file.size
-        if size >= SHARD_BYTES:
-            shards.append(Shard('text', tuple(group), size))
-            group, size = [], 0
-    return shards + ([Shard('text', tuple(group), size)] if group else [])
-
-
-def read_text(file: File, side: str, fraction: float) -> Iterator[tuple[bool, Document]]:
-    """The document of a file, or its two parts; BadRecord when it is empty or not UTF-8."""
-    with file.open() as stream:
-        content = stream.read()
-    if not content.strip():
-        raise records.BadRecord('is empty')
-    _decode(content)
-    cut = len(content) if side == 'train' else 0
-    if side == 'tail':
-        cut = _cut(content, int(len(content) * (1 - fraction)))
-    for heldout, part in ((False, content[:cut]), (True, content[cut:])):
-        if part:
-            yield heldout, Document(file.name, text=part.decode())
-
-
-def _cut(content: bytes, near: int) -> int:
-    """The last line start at or before `near`; in a text of one line, a start of a character."""
-    cut = content.rfind(b'\n', 0, near) + 1
-    if cut:
-        return cut
-    while near > 0 and content[near] & 0xC0 == 0x80:
-        near -= 1
-    return near
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise records.BadRecord(
-            f'is not UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}'
-        ) from error
-
-
-def _parse(line: bytes):
-    try:
-        return json.loads(_decode(line.removeprefix(b'\xef\xbb\xbf')))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, records.BadRecord):
-            raise
-        raise records.BadRecord(f'not JSON: {error}') from error
-
-
-def _jsonl_shards(file: File, side: str) -> Iterator[Shard]:
-    if not file.size:
-        raise DataError(f'{file.path} is empty')
-    if file.is_compressed:
-        yield Shard('jsonl', ((file, side),), file.size)
-        return
-    for start in range(0, file.size, SHARD_BYTES):
-        stop = min(start + SHARD_BYTES, file.size)
-        yield Shard('jsonl', ((file, side),), stop - start, start, stop)
-
-
-def _read_jsonl(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
-    """(start of the piece, line in the piece, line) of the lines that start inside the piece."""
-    start, stop = shard.start, shard.stop or float('inf')
-    position, line, is_empty = start, 0, True
-    with file.open(max(start - 1, 0)) as stream:
-        if start:
-            position += len(stream.readline()) - 1
-        while position < stop and (content := stream.readline()):
-            position += len(content)
-            line += 1
-            if content.strip():
-                is_empty = False
-                yield start, line, content
-    if is_empty and not start and position >= stop:
-        raise DataError(f'{file.path} is empty')
-    if is_empty and file.is_compressed:
-        raise DataError(f'{file.path} is empty')
-
-
-def _count_lines(file: File, stop: int) -> int:
-    """Lines that start before byte `stop`, which is where a piece starts."""
-    lines = left = 0
-    with file.open() as stream:
-        left = stop
-        while left and (block := stream.read(min(left, 1 << 20))):
-            lines += block.count(b'\n')
-            left -= len(block)
-    # A line that begins before the piece and goes on inside it belongs to the piece before.
-    return lines + (block[-1:] != b'\n')
-
-
-def _parquet_shards(file: File, side: str) -> Iterator[Shard]:
-    """Neighbouring row groups, so many that they are a piece of work."""
-    with _parquet(file) as parquet:
-        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
-    if not sum(group.num_rows for group in groups):
-        raise DataError(f'{file.path} is empty')
-    start = size = row = rows = 0
-    for i, group in enumerate(groups):
-        size += group.total_byte_size
-        rows += group.num_rows
-        if size >= SHARD_BYTES or i == len(groups) - 1:
-            yield Shard('parquet', ((file, side),), size, start, i + 1, row)
-            start, size, row = i + 1, 0, rows
-
-
-def _read_parquet(file: File, shard: Shard) -> Iterator[tuple[int, int, dict]]:
-    number = shard.first_row
-    with _parquet(file) as parquet:
-        groups = list(range(shard.start, shard.stop))
-        for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=groups, use_threads=False):
-            for record in batch.to_pylist():
-                number += 1
-                yield 0, number, record
-
-
-@contextlib.contextmanager
-def _parquet(file: File) -> Iterator:
-    """A parquet file, open; what its library raises meanwhile names the file."""
-    if file.is_compressed:
-        raise DataError(f'{file.path}: a parquet file is not compressed as a whole')
-    with file.seekable() as stream:
-        try:
-            yield find.extra('pyarrow.parquet').ParquetFile(stream)
-        except OSError as error:
-            # What is no error of the system is pyarrow's way to say that a page makes no sense.
-            if type(error) is not OSError or error.errno is not None:
-                raise
-            raise DataError(f'{file.path} is damaged or cut off: {error}') from error
-
-
-def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
-    with _array_record(file) as reader:
-        count = reader.num_records()
-    if not count:
-        raise DataError(f'{file.path} is empty')
-    # A file in a bucket is copied to be read, so it is not read in pieces.
-    pieces = 1 if file.path.startswith(S3) else -(-file.size // SHARD_BYTES)
-    size = -(-count // pieces)
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        num_bytes = file.size * (stop - start) // count
-        yield Shard('array_record', ((file, side),), num_bytes, start, stop)
-
-
-def _read_array_record(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
-    with _array_record(file) as reader:
-        for start in range(shard.start, shard.stop, PARQUET_ROWS):
-            stop = min(start + PARQUET_ROWS, shard.stop)
-            for number, record in enumerate(_records(file, reader, start, stop), start + 1):
-                yield 0, number, record
-
-
-def _records(file: File, reader, start: int, stop: int) -> list[bytes]:
-    try:
-        records = reader.read(start, stop)
-    except (RuntimeError, IndexError) as error:
-        raise DataError(f'{file.path} is damaged or cut off: {error}') from error
-    if len(records) != stop - start:
-        raise DataError(f'{file.path} is damaged or cut off: records {start} to {stop}')
-    return records
-
-
-@contextlib.contextmanager
-def _array_record(file: File) -> Iterator:
-    module = find.extra('array_record.python.array_record_module')
-    with file.on_disk() as path:
-        reader = module.ArrayRecordReader(path)
-        if not reader.ok():
-            raise DataError(f'{file.path} is damaged or cut off')
-        yield reader
-
-
-_SHARDS = {
-    'jsonl': _jsonl_shards,
-    'parquet': _parquet_shards,
-    'array_record': _array_record_shards,
-}
-_READERS = {'jsonl': _read_jsonl, 'parquet': _read_parquet, 'array_record': _read_array_record}

@@ -11,7 +11,7 @@ from pathlib import Path
 from jaxfm.data import PythonStdlibConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.sources import is_heldout, records
-from jaxfm.data.sources.files import Shard, read_text, text_shards
+from jaxfm.data.sources.formats import Shard, make_text_shards, read_text
 from jaxfm.errors import MissingInputError
 from jaxfm.storage.find import File
 
@@ -42,7 +42,7 @@ class PythonStdlib:
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
     def shards(self) -> list[Shard]:
-        return text_shards(self._files)
+        return make_text_shards(self._files)
 
     def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
         for file, side in shard.files:

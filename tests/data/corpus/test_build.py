@@ -20,7 +20,7 @@ from jaxfm.data.corpus import build, encode, ledger, token_cache, workers
 from jaxfm.data.corpus.bpe import make_tokenizer, read_training_texts
 from jaxfm.data.corpus.build import INDEX, make_corpus, open_corpus, verify_corpus
 from jaxfm.data.corpus.ledger import Ledger
-from jaxfm.data.sources import files
+from jaxfm.data.sources import files, formats
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import (
     DataError,
@@ -53,7 +53,7 @@ def records(tmp_path, count=300, **options):
 
 @pytest.fixture
 def many_shards(monkeypatch):
-    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+    monkeypatch.setattr(formats, 'SHARD_BYTES', 2500)
 
 
 def same(one, other):
@@ -340,7 +340,7 @@ def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
     with pytest.raises(StorageError, match='No space left'):
         open_corpus(config, BYTES, cache_dir)
     monkeypatch.undo()
-    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+    monkeypatch.setattr(formats, 'SHARD_BYTES', 2500)
     done = len(list(cache_dir.glob('*.partial/parts/*')))
     made, make_part = [], workers.make_part
     monkeypatch.setattr(workers, 'make_part', lambda *a: made.append(a) or make_part(*a))
@@ -422,12 +422,12 @@ import multiprocessing
 from jaxfm.data import FilesConfig
 from jaxfm.data.corpus import build, token_cache, workers
 from jaxfm.data.corpus.ledger import Ledger
-from jaxfm.data.sources import files
+from jaxfm.data.sources import formats
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import build_tokenizer
 
 if __name__ == '__main__':
-    files.SHARD_BYTES = 2500
+    formats.SHARD_BYTES = 2500
     if sys.argv[3] == 'publishing':
         finish = build._finish
         build._finish = lambda *a: finish(*a) or os.kill(os.getpid(), signal.SIGKILL)
@@ -516,7 +516,7 @@ def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(
         open_corpus(config, BYTES, cache_dir)
     assert not multiprocessing.active_children()
     monkeypatch.undo()
-    monkeypatch.setattr(files, 'SHARD_BYTES', 2500)
+    monkeypatch.setattr(formats, 'SHARD_BYTES', 2500)
     assert open_corpus(config, BYTES, cache_dir).train.num_tokens > 0
 
 

@@ -6,7 +6,6 @@ import pickle
 import pytest
 
 from jaxfm.data import FieldsConfig, FilesConfig
-from jaxfm.data.sources import files
 from jaxfm.data.sources.files import Files
 from jaxfm.errors import DataError, MissingInputError
 
@@ -92,7 +91,7 @@ def test_the_tail_of_a_text_of_one_line_is_cut_between_characters(tmp_path):
 
 
 def test_small_texts_are_read_together_and_big_ones_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, 'SHARD_BYTES', 100)
+    monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', 100)
     write(tmp_path, a='x' * 40, b='x' * 40, c='x' * 40, d='x' * 400, e='x')
     shards = source(tmp_path / '*.txt').shards()
     names = [[file.name[0] for file, _ in shard.files] for shard in shards]
@@ -153,7 +152,7 @@ def test_the_same_records_are_on_the_same_side_in_every_format(formats):
 @pytest.mark.parametrize('size', [1, 50, 64, 1000])
 def test_pieces_of_a_file_have_all_of_its_records_once(formats, size, monkeypatch):
     whole = {path: [d.text for _, d in read(source(path))] for path in formats}
-    monkeypatch.setattr(files, 'SHARD_BYTES', size)
+    monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', size)
     for path in formats:
         made = source(path)
         documents = [document for _, document in read(made)]
@@ -168,7 +167,7 @@ def test_lines_may_end_as_on_any_system_and_the_last_one_not_at_all(tmp_path, mo
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n\n{"text": "b"}\n   \n{"text": "c"}'
     write(tmp_path, 'jsonl', a=content)
     for size in (1000, 7):
-        monkeypatch.setattr(files, 'SHARD_BYTES', size)
+        monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', size)
         assert [d.text for _, d in read(source(tmp_path / 'a.jsonl'))] == ['a', 'b', 'c']
 
 
@@ -203,7 +202,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, said, monkeypatch):
     (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress(content))
     expected = 'not JSON: maximum recursion|not JSON: .*' if said in ('nested', 'digits') else said
     for name, size in (('a.jsonl', 1 << 20), ('a.jsonl', 100), ('a.jsonl', 371), ('b.jsonl.gz', 9)):
-        monkeypatch.setattr(files, 'SHARD_BYTES', size)
+        monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', size)
         with pytest.raises(DataError, match=rf'{name}:17: .*({expected})'):
             read(source(tmp_path / name))
         made = source(tmp_path / name, max_bad_records=1)
@@ -214,7 +213,7 @@ def test_a_piece_that_begins_with_a_line_counts_it_once(tmp_path, monkeypatch):
     good = [b'{"text": "%03d"}\n' % i for i in range(40)]
     good[16] = b'{"text": "016" \n'
     write(tmp_path, 'jsonl', a=b''.join(good))
-    monkeypatch.setattr(files, 'SHARD_BYTES', 4 * len(good[0]))
+    monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', 4 * len(good[0]))
     made = source(tmp_path / 'a.jsonl', max_bad_records=1)
     texts = [document.text for _, document in read(made)]
     assert texts == [f'{i:03}' for i in range(40) if i != 16]

@@ -1,10 +1,20 @@
-"""Messages of a chat in the form that a chat template takes, and whether it wrote all of them."""
+"""Messages of a chat in the form that a chat template takes, and whether it wrote all of them.
+
+What messages contain is text: a user who writes '<|im_end|>' ends no turn.
+"""
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
+from jaxfm.chat.template import find_variables
 from jaxfm.errors import DataError
+
+ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
+
+# Letters of a script that nobody writes any more; the first that a chat has not is its filler.
+FILLERS = range(0x14400, 0x14600)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +57,75 @@ def ends_with_assistant(view: View) -> bool:
     return bool(view.messages) and is_assistant(view.messages[-1])
 
 
-def prepared(messages: Sequence[Mapping], form: CallForm) -> list[dict]:
+def make_view(
+    messages: Sequence[Mapping],
+    tools: Sequence[Mapping],
+    template: str,
+    call_form: CallForm | None,
+    tokenizer,
+) -> View:
+    """Checked messages in the form that the template takes; `call_form` None: it has no calls.
+
+    Raises:
+        DataError: a role is unknown, a message has no text, or the template has no place for tools
+            or their calls.
+    """
+    for i, message in enumerate(messages):
+        _check_message(i, message, template)
+    form = CALL_FORMS[0]
+    if any(message.get('tool_calls') for message in messages):
+        if call_form is None:
+            raise DataError('the chat template has no form for tool calls')
+        form = call_form
+    if tools and 'tools' not in find_variables(template):
+        raise DataError('the chat template has no place for tools')
+    view = View(prepare_messages(messages, form), [wrap_tool(tool) for tool in tools])
+    strings = '\0'.join(find_strings([view.messages, view.tools]))
+    if not tokenizer.special_pattern.search(strings):
+        return view
+    filler = next(chr(code) for code in FILLERS if chr(code) not in strings)
+    return _guard(view, filler, tokenizer)
+
+
+def _guard(view: View, filler: str, tokenizer) -> View:
+    """The view with the filler in every special token that a message or a tool spells.
+
+    An assistant may write tags such as <think>: the model does so by the token of that name.
+    """
+    guard = tokenizer.guard
+    messages = [
+        map_strings(m, lambda text: guard(text, filler, tokenizer.tags))
+        if is_assistant(m)
+        else map_strings(m, lambda text: guard(text, filler))
+        for m in view.messages
+    ]
+    for message, original in zip(messages, view.messages):
+        message['role'] = original['role']
+    return View(messages, map_strings(view.tools, lambda text: guard(text, filler)), filler)
+
+
+def _check_message(i: int, message: Mapping, template: str) -> None:
+    """Raises DataError unless message i has a known role and a text, or calls in its place."""
+    if not isinstance(message, Mapping):
+        raise DataError(f'message {i + 1} is no object but a {type(message).__name__}')
+    role = message.get('role')
+    if not isinstance(role, str) or not _knows(template, role):
+        near = difflib.get_close_matches(str(role), ROLES, 1)
+        hint = f'do you mean {near[0]}?' if near else f'there are {", ".join(ROLES)}'
+        raise DataError(f'message {i + 1} has the role {role!r}; {hint}')
+    content = message.get('content')
+    has_calls = is_assistant(message) and message.get('tool_calls')
+    if not isinstance(content, str) and not (content is None and has_calls):
+        kind = 'no content' if content is None else f'content of type {type(content).__name__}'
+        raise DataError(f'message {i + 1} ({role}) has {kind}; a text is expected')
+
+
+def _knows(template: str, role: str) -> bool:
+    """Templates may have roles of their own, such as the `ipython` of Llama 3."""
+    return role in ROLES or any(f'{q}{role}{q}' in template for q in '\'"')
+
+
+def prepare_messages(messages: Sequence[Mapping], form: CallForm) -> list[dict]:
     """Messages with complete tool calls; answers of tools carry the id and name of their call."""
     complete, calls, number = [], [], 0
     for message in messages:
@@ -88,38 +166,38 @@ def _complete_call(call: Mapping, number: int, form: CallForm) -> dict:
     return {'id': call.get('id') or f'{number:09d}', 'type': 'function', 'function': function}
 
 
-def wrapped(tool: Mapping) -> dict:
+def wrap_tool(tool: Mapping) -> dict:
     function = tool.get('function', tool) if isinstance(tool, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
         raise DataError(f'a tool has no name: {str(tool)[:80]}')
     return dict(tool) if 'function' in tool else {'type': 'function', 'function': dict(tool)}
 
 
-def strings_of(value) -> Iterator[str]:
+def find_strings(value) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
-            yield from strings_of(inner)
+            yield from find_strings(inner)
     elif isinstance(value, Sequence):
         for inner in value:
-            yield from strings_of(inner)
+            yield from find_strings(inner)
 
 
-def mapped(value, change):
+def map_strings(value, change):
     """The value with every string inside it changed, keys of mappings as well."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {change(key): mapped(inner, change) for key, inner in value.items()}
+        return {change(key): map_strings(inner, change) for key, inner in value.items()}
     if isinstance(value, Sequence):
-        return [mapped(inner, change) for inner in value]
+        return [map_strings(inner, change) for inner in value]
     return value
 
 
 def check_complete(view: View, text: str) -> None:
-    """No message or tool of the chat may be missing from its text; thoughts of the past may."""
+    """Raises DataError unless every message and tool is in the text; past thoughts need not be."""
     for i, message in enumerate(view.messages):
         content = message['content']
         if not is_assistant(message) and content and not _appears(content, text):
@@ -140,6 +218,7 @@ def _appears(content: str, text: str) -> bool:
 
 
 def check_calls(message: Mapping, turn: str) -> None:
+    """Raises DataError unless the turn has every call of its message."""
     calls, content = message.get('tool_calls') or (), message.get('content') or ''
     for call in calls:
         name = call['function']['name']

@@ -4,11 +4,8 @@ The mask comes from rendering prefixes: what the template writes for the message
 a generation prompt, is what sampling will start from; what it writes beyond that, up to the mark
 that ends the turn, is the assistant's. Text is cut there before it is encoded, so the ids of a
 prompt are the first ids of the chat, whatever the assistant answers.
-
-What messages contain is text: a user who writes '<|im_end|>' ends no turn.
 """
 
-import difflib
 import functools
 import itertools
 import os
@@ -17,31 +14,17 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxfm.chat.messages import (
-    CALL_FORMS,
-    PROBE_NAME,
-    PROBE_VALUE,
-    CallForm,
     View,
     check_calls,
     check_complete,
     ends_with_assistant,
     is_assistant,
-    mapped,
-    prepared,
+    make_view,
     probe_calls,
-    strings_of,
-    wrapped,
 )
-from jaxfm.chat.template import TEMPLATES, find_variables, render_template
+from jaxfm.chat.template import TEMPLATES
+from jaxfm.chat.traits import ANSWERS, QUESTION, probe, render_view
 from jaxfm.errors import DataError
-
-ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
-
-# Letters of a script that nobody writes any more; the first that a chat has not is its filler.
-_FILLERS = range(0x14400, 0x14600)
-_QUESTION = {'role': 'user', 'content': 'first-question'}
-_SECOND_QUESTION = {'role': 'user', 'content': 'second-question'}
-_ANSWERS = [{'role': 'assistant', 'content': text} for text in ('An-answer', 'Zero-answers')]
 
 
 class Chat:
@@ -53,8 +36,7 @@ class Chat:
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
         self._template = tokenizer.chat_template or TEMPLATES['plain']
-        self._without_tools = self._probe_without_tools()
-        self._probe_turn()
+        self._traits = probe(self._template, tokenizer)
 
     def encode(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
@@ -70,7 +52,7 @@ class Chat:
         if last is None:
             raise DataError('a chat without an assistant turn has nothing to learn from')
         view = view.first(last + 1)
-        text = self._render(view, self._asks_late)
+        text = self._render(view)
         check_complete(view, text)
         spans = self._spans(view, text)
         ids, mask = [], []
@@ -95,7 +77,7 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: eos, and the special token that ends a turn, if there is one."""
         special = self._tokenizer.special_tokens
-        ends = [self._first_special(self._mark), self._tool_mark()]
+        ends = [self._find_special(self._traits.mark), self._find_tool_mark()]
         return frozenset([self._tokenizer.eos_id, *(special[end] for end in ends if end)])
 
     def _encode(self, text: str, spans, filler: str, end: int = 0) -> list[list[int]]:
@@ -108,15 +90,21 @@ class Chat:
             encoded[0].insert(0, bos)
         return encoded
 
-    def _render(self, view: View, add_generation_prompt: bool) -> str:
-        tools = {'tools': list(view.tools)} if view.tools else self._without_tools
-        return render_template(
-            self._template,
-            messages=view.messages,
-            add_generation_prompt=add_generation_prompt,
-            **tools,
-            **self._tokenizer.template_variables,
-        )
+    def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> View:
+        form = self._traits.call_form
+        return make_view(messages, tools, self._template, form, self._tokenizer)
+
+    def _render(self, view: View) -> str:
+        """A chat up to the end of its last turn."""
+        return self._render_view(view, self._traits.asks_late)
+
+    def _render_prompt(self, view: View) -> str:
+        """A chat and the generation prompt."""
+        return self._render_view(view, True)
+
+    def _render_view(self, view: View, add_generation_prompt: bool) -> str:
+        none = self._traits.gives_none
+        return render_view(self._template, self._tokenizer, none, view, add_generation_prompt)
 
     # Which characters of a rendered chat are the assistant's.
 
@@ -128,7 +116,7 @@ class Chat:
                 continue
             turn = text
             if i + 1 < len(view.messages) or is_prompt:
-                turn = self._render(view.first(i + 1), self._asks_late)
+                turn = self._render(view.first(i + 1))
             start = self._start(view, i, turn, text)
             stop = self._stop(turn, text, start)
             if start is None or stop is None or not end <= start < stop:
@@ -144,27 +132,27 @@ class Chat:
     def _start(self, view: View, i: int, turn: str, text: str) -> int | None:
         """Where turn i starts in `text`; `turn` is the chat up to its end."""
         before = view.first(i)
-        if self._has_prompt and not ends_with_assistant(before):
-            prompt = self._render(before, True)
+        if self._traits.has_prompt and not ends_with_assistant(before):
+            prompt = self._render_prompt(before)
             if text.startswith(prompt):
                 return len(prompt)
         # What stands there whatever the answer is no part of it.
-        answers = [self._render(before.plus(answer), self._asks_late) for answer in _ANSWERS]
+        answers = [self._render(before.plus(answer)) for answer in ANSWERS]
         common = os.path.commonprefix([turn, *answers])
         if text.startswith(common):
             return len(common)
         # Some write what is over in another way: an empty thought before the last answer only.
         message = view.messages[i]
-        others = [before.plus(message | {'content': answer['content']}) for answer in _ANSWERS]
-        others = [self._render(o.plus(*view.messages[i + 1 :]), self._asks_late) for o in others]
+        others = [before.plus(message | {'content': answer['content']}) for answer in ANSWERS]
+        others = [self._render(o.plus(*view.messages[i + 1 :])) for o in others]
         return len(os.path.commonprefix([text, *others])) if others[0] != others[1] else None
 
     def _prompt_text(self, view: View) -> str:
         """What stands before an answer: the generation prompt, if answers do follow on it."""
-        answers = [self._render(view.plus(answer), self._asks_late) for answer in _ANSWERS]
-        prompt = self._render(view, True)
+        answers = [self._render(view.plus(answer)) for answer in ANSWERS]
+        prompt = self._render_prompt(view)
         # Some write none, or none between two answers.
-        is_prompt = self._has_prompt and not ends_with_assistant(view)
+        is_prompt = self._traits.has_prompt and not ends_with_assistant(view)
         if is_prompt and answers[0].startswith(prompt):
             return prompt
         return os.path.commonprefix(answers)
@@ -177,70 +165,30 @@ class Chat:
         if text.startswith(turn[start:stop], start):
             return stop
         # Some drop the thoughts at the head of a turn once another one follows.
-        for head in range(start + 1, stop - len(self._mark) + 1):
-            if self._mark and text.startswith(turn[head:stop], start):
+        for head in range(start + 1, stop - len(self._traits.mark) + 1):
+            if self._traits.mark and text.startswith(turn[head:stop], start):
                 return start + stop - head
         return None
 
     def _end_of_turn(self, turn: str, start: int) -> int:
-        if self._suffix and turn.endswith(self._suffix):
-            return len(turn) - len(self._suffix) + len(self._mark)
-        stop = len(turn.rstrip()) if self._suffix else len(turn)
+        if self._traits.suffix and turn.endswith(self._traits.suffix):
+            return len(turn) - len(self._traits.suffix) + len(self._traits.mark)
+        stop = len(turn.rstrip()) if self._traits.suffix else len(turn)
         ends = [match.end() for match in self._tokenizer.special_pattern.finditer(turn, start)]
         return ends[-1] if ends and not turn[ends[-1] :].strip() else max(start, stop)
 
-    # What the template does, seen by probes.
-
-    def _probe_without_tools(self) -> dict:
-        """How `tools` is given where there are none: as None, or not at all."""
-        self._asks_late, self._without_tools = False, {'tools': None}
-        try:
-            self._render(View([_QUESTION]), True)
-        except DataError:
-            return {}
-        return {'tools': None}
-
-    def _probe_turn(self) -> None:
-        """How a turn ends, and whether the end must be asked for."""
-        question, prompt = (self._render(View([_QUESTION]), ask) for ask in (False, True))
-        turn, asked = (self._render(View([_QUESTION, _ANSWERS[0]]), ask) for ask in (False, True))
-        # Some end the last turn only when asked for a generation prompt, which then is not there.
-        header = prompt.removeprefix(question).strip()
-        extra = asked.removeprefix(turn) if asked.startswith(turn) else ''
-        self._asks_late = bool(header and extra and header not in extra)
-        turn = asked if self._asks_late else turn
-        _, found, self._suffix = turn.rpartition(_ANSWERS[0]['content'])
-        if not found:
-            raise DataError('the chat template leaves out what the assistant says')
-        self._mark = self._probe_mark()
-        answers = [self._render(View([_QUESTION, answer]), self._asks_late) for answer in _ANSWERS]
-        header = os.path.commonprefix(answers).removeprefix(prompt)
-        self._has_prompt = prompt != question or not header.strip()
-
-    def _probe_mark(self) -> str:
-        """The part of the suffix that ends a turn: to its first special token, if it has one."""
-        if special := self._tokenizer.special_pattern.search(self._suffix):
-            return self._suffix[: special.end()]
-        messages = [_QUESTION, _ANSWERS[0], _SECOND_QUESTION]
-        try:
-            after = self._render(View(messages), False).partition(_ANSWERS[0]['content'])[2]
-        except DataError:
-            return self._suffix.rstrip()
-        # Some write a generation prompt behind every chat; that ends nothing.
-        return self._suffix.rstrip() if after.startswith(self._suffix.rstrip()) else ''
-
-    def _first_special(self, text: str) -> str:
+    def _find_special(self, text: str) -> str:
         found = self._tokenizer.special_pattern.search(text)
         return found.group() if found else ''
 
-    def _tool_mark(self) -> str:
+    def _find_tool_mark(self) -> str:
         """The special token behind tool calls, unless it stands behind every one of several."""
-        if self._call_form is None:
+        if self._traits.call_form is None:
             return ''
         for number in (2, 1):
-            view = self._view([_QUESTION, probe_calls(number)], ())
+            view = self._view([QUESTION, probe_calls(number)], ())
             try:
-                turn = self._render(view, self._asks_late)
+                turn = self._render(view)
                 start = self._start(view, 1, turn, turn)
             except DataError:
                 continue
@@ -250,72 +198,3 @@ class Chat:
             marks = self._tokenizer.special_pattern.findall(turn)
             return marks[-1] if marks and marks.count(marks[-1]) == 1 else ''
         return ''
-
-    # What messages are to the template.
-
-    @functools.cached_property
-    def _call_form(self) -> CallForm | None:
-        """How tool calls must be given for the template to write them; None: it has none."""
-        seen = {}
-        for form in CALL_FORMS:
-            messages = prepared([_QUESTION, probe_calls(1)], form)
-            try:
-                text = self._render(View(messages), self._asks_late)
-            except DataError:
-                continue
-            if PROBE_NAME in text and PROBE_VALUE in text:
-                # As JSON, not as Python writes a dict, nor as JSON inside JSON.
-                seen[form] = f"'{PROBE_VALUE}'" in text or f'\\"{PROBE_VALUE}' in text
-        return min(seen, key=seen.get, default=None)
-
-    def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> View:
-        """Checked messages in the form that the template takes."""
-        for i, message in enumerate(messages):
-            self._check_role(i, message)
-        form = CALL_FORMS[0]
-        if any(message.get('tool_calls') for message in messages):
-            if self._call_form is None:
-                raise DataError('the chat template has no form for tool calls')
-            form = self._call_form
-        if tools and 'tools' not in find_variables(self._template):
-            raise DataError('the chat template has no place for tools')
-        view = View(prepared(messages, form), [wrapped(tool) for tool in tools])
-        strings = '\0'.join(strings_of([view.messages, view.tools]))
-        if not self._tokenizer.special_pattern.search(strings):
-            return view
-        filler = next(chr(code) for code in _FILLERS if chr(code) not in strings)
-        return self._guarded(view, filler)
-
-    def _guarded(self, view: View, filler: str) -> View:
-        """The view with the filler in every special token that a message or a tool spells.
-
-        An assistant may write tags such as <think>: the model does so by the token of that name.
-        """
-        guard = self._tokenizer.guard
-        messages = [
-            mapped(m, lambda text: guard(text, filler, self._tokenizer.tags))
-            if is_assistant(m)
-            else mapped(m, lambda text: guard(text, filler))
-            for m in view.messages
-        ]
-        for message, original in zip(messages, view.messages):
-            message['role'] = original['role']
-        return View(messages, mapped(view.tools, lambda text: guard(text, filler)), filler)
-
-    def _check_role(self, i: int, message: Mapping) -> None:
-        if not isinstance(message, Mapping):
-            raise DataError(f'message {i + 1} is no object but a {type(message).__name__}')
-        role = message.get('role')
-        if not isinstance(role, str) or not self._knows(role):
-            near = difflib.get_close_matches(str(role), ROLES, 1)
-            hint = f'do you mean {near[0]}?' if near else f'there are {", ".join(ROLES)}'
-            raise DataError(f'message {i + 1} has the role {role!r}; {hint}')
-        content = message.get('content')
-        has_calls = is_assistant(message) and message.get('tool_calls')
-        if not isinstance(content, str) and not (content is None and has_calls):
-            kind = 'no content' if content is None else f'content of type {type(content).__name__}'
-            raise DataError(f'message {i + 1} ({role}) has {kind}; a text is expected')
-
-    def _knows(self, role: str) -> bool:
-        """Templates may have roles of their own, such as the `ipython` of Llama 3."""
-        return role in ROLES or any(f'{q}{role}{q}' in self._template for q in '\'"')

@@ -1,7 +1,6 @@
 import pytest
 
-from jaxfm.chat import messages as chat_messages
-from jaxfm.chat.messages import CallForm
+from jaxfm.chat.messages import CallForm, prepare_messages, wrap_tool
 from jaxfm.errors import DataError
 
 CALLS = [{'function': {'name': name, 'arguments': '{"a": "ü"}'}} for name in ('add', 'sum')]
@@ -14,13 +13,13 @@ CHAT = [
 
 
 def test_what_a_table_leaves_empty_is_not_there():
-    user, _, tool, _ = chat_messages.prepared(CHAT, CallForm(False, ''))
+    user, _, tool, _ = prepare_messages(CHAT, CallForm(False, ''))
     assert user == {'role': 'user', 'content': 'x'}
     assert 'tool_calls' not in tool
 
 
 def test_answers_of_tools_carry_the_id_and_the_name_of_their_call():
-    _, message, first, second = chat_messages.prepared(CHAT, CallForm(False, ''))
+    _, message, first, second = prepare_messages(CHAT, CallForm(False, ''))
     assert [call['id'] for call in message['tool_calls']] == ['000000000', '000000001']
     assert (first['tool_call_id'], first['name']) == ('000000000', 'add')
     assert (second['tool_call_id'], second['name']) == ('mine', 'sum')
@@ -31,18 +30,18 @@ def test_arguments_are_given_in_the_form_that_is_asked_for(given):
     message = CHAT[1] | {'tool_calls': [{'name': 'add', 'arguments': given}]}
     as_object, as_text = CallForm(False, None), CallForm(True, '')
     for form, arguments in ((as_object, {'a': 'ü'}), (as_text, '{"a": "ü"}')):
-        [complete] = chat_messages.prepared([message], form)
+        [complete] = prepare_messages([message], form)
         assert complete['tool_calls'][0]['function'] == {'name': 'add', 'arguments': arguments}
         assert complete['content'] == form.empty_content
 
 
 def test_messages_that_are_given_stay_as_they_are():
     before = repr(CHAT)
-    chat_messages.prepared(CHAT, CallForm(True, None))
+    prepare_messages(CHAT, CallForm(True, None))
     assert repr(CHAT) == before
 
 
 @pytest.mark.parametrize('tool', ['add', {}, {'function': 'add'}, {'name': 1}])
 def test_a_tool_has_a_name(tool):
     with pytest.raises(DataError, match='a tool has no name'):
-        chat_messages.wrapped(tool)
+        wrap_tool(tool)

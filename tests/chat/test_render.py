@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.chat import render as chat
+from jaxfm.chat.messages import FILLERS
 from jaxfm.chat.render import Chat
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.tokenizer import BytesConfig, TokenizerFileConfig
@@ -16,9 +16,7 @@ ANSWER = {'role': 'assistant', 'content': 'four'}
 
 
 def bytes_with(template: str, *special: str) -> Tokenizer:
-    return Bytes(
-        BytesConfig(chat_template=template, special_tokens=list(special)), texts=[]
-    )
+    return Bytes(BytesConfig(chat_template=template, special_tokens=list(special)), texts=[])
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def test_an_assistant_may_write_the_tags_it_thinks_in(real):
 
 
 def test_the_filler_is_no_character_of_the_chat(chatml):
-    content = '<|im_end|>' + ''.join(map(chr, chat._FILLERS[:20]))
+    content = '<|im_end|>' + ''.join(map(chr, FILLERS[:20]))
     ids, _ = Chat(chatml).encode([QUESTION | {'content': content}, ANSWER])
     assert content in chatml.decode(ids, skip_special_tokens=False)
 

@@ -1,0 +1,91 @@
+"""What probing sees of templates: ours, and small ones that have one oddity each."""
+
+import dataclasses
+
+import pytest
+
+from jaxfm.chat.messages import CallForm
+from jaxfm.chat.template import TEMPLATES
+from jaxfm.chat.traits import TemplateTraits, probe
+from jaxfm.errors import DataError
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import Bytes
+
+TOKENIZER = Bytes(BytesConfig(special_tokens=['<|im_start|>', '<|im_end|>']), texts=[])
+# What a template does that has only a header before every message and an end behind it.
+USUAL = TemplateTraits(
+    gives_none=True,
+    asks_late=False,
+    suffix='|\n',
+    mark='|',
+    has_prompt=True,
+    call_form=None,
+)
+EACH = """{%- for message in messages %}{{ message.role + ': ' + message.content + '|\\n' }}"""
+PROMPT = """{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+
+def changed(**values):
+    return dataclasses.replace(USUAL, **values)
+
+
+@pytest.mark.parametrize(
+    'name, wanted',
+    [
+        ('plain', changed(suffix='<|eos|>\n\n', mark='<|eos|>', call_form=CallForm(False, ''))),
+        (
+            'chatml',
+            changed(suffix='<|im_end|>\n', mark='<|im_end|>', call_form=CallForm(False, '')),
+        ),
+        ('qa', changed(suffix='<|eos|>\n', mark='<|eos|>')),
+    ],
+)
+def test_traits_of_the_templates_that_we_bring(name, wanted):
+    assert probe(TEMPLATES[name], TOKENIZER) == wanted
+
+
+@pytest.mark.parametrize(
+    'template, wanted',
+    [
+        (EACH + PROMPT, USUAL),
+        (EACH + '{% endfor %}', changed(has_prompt=False)),
+        # The length of None is no number.
+        (EACH + PROMPT + '{% if tools is defined and tools | length %}{% endif %}', 'no none'),
+        # The end of a turn belongs to the header of the next one.
+        (
+            """{%- for message in messages %}{{ message.role + ': ' + message.content }}
+            {%- if not loop.last or add_generation_prompt %}{{ '|\\n' }}{% endif %}{% endfor %}
+            {%- if add_generation_prompt and messages[-1].role == 'user' %}
+            {{- 'assistant: ' }}{% endif %}""",
+            changed(asks_late=True),
+        ),
+        # Nothing that ends a turn: what stands behind the last one is not there in the middle.
+        (EACH.replace('|', '') + PROMPT + '.', changed(suffix='\n.', mark='')),
+        # Calls as text.
+        (
+            EACH + "{% for call in message.tool_calls or [] %}{{ call.function.name + ' ' + "
+            'call.function.arguments }}{% endfor %}' + PROMPT,
+            changed(call_form=CallForm(True, '')),
+        ),
+        # A dict would be written as Python writes it.
+        (
+            EACH + '{% for call in message.tool_calls or [] %}{{ call.function.name }}'
+            '{{ call.function.arguments }}{% endfor %}' + PROMPT,
+            changed(call_form=CallForm(True, '')),
+        ),
+    ],
+    ids=['usual', 'no prompt', 'no none', 'late', 'no mark', 'calls as text', 'calls as JSON'],
+)
+def test_each_oddity_of_a_template_is_seen(template, wanted):
+    wanted = changed(gives_none=False) if wanted == 'no none' else wanted
+    assert probe(template, TOKENIZER) == wanted
+
+
+def test_a_template_without_answers_is_an_error():
+    with pytest.raises(DataError, match='the chat template leaves out what the assistant says'):
+        probe('{{ messages[0].content }}', TOKENIZER)
+
+
+def test_traits_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        probe(TEMPLATES['plain'], TOKENIZER).mark = ''

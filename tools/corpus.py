@@ -214,7 +214,7 @@ def _show(statistics: dict) -> None:
     largest = max((v for k, v in statistics.items() if _is_bucket(k)), default=1)
     for name, value in statistics.items():
         bar = '█' * round(BAR * value / largest) if _is_bucket(name) else ''
-        table.add_row(name, f'{value:,}' if isinstance(value, int) else _shown(value), bar)
+        table.add_row(name, f'{value:,}' if isinstance(value, int) else _format(value), bar)
     Console(soft_wrap=True).print(table)
 
 
@@ -222,7 +222,7 @@ def _is_bucket(name: str) -> bool:
     return '_length_histogram/' in name
 
 
-def _shown(value) -> str:
+def _format(value) -> str:
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 

@@ -158,7 +158,7 @@ def evaluation_batches(
         packing = BestFit(cache, sequence_length, too_long='cut')
         for first in range(0, packing.num_rows, batch_size):
             numbers = np.arange(first, min(first + batch_size, packing.num_rows))
-            yield _padded(packing.rows(numbers), batch_size)
+            yield _pad(packing.rows(numbers), batch_size)
         return
     packing = Concat(cache, sequence_length)
     rest = max(0, cache.num_tokens - sequence_length)
@@ -167,10 +167,10 @@ def evaluation_batches(
         some = starts[first : first + batch_size]
         batch = packing.rows_from(some)
         batch['loss_mask'][some > 0, : sequence_length - stride] = 0
-        yield _padded(batch, batch_size)
+        yield _pad(batch, batch_size)
 
 
-def _padded(batch: dict[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
+def _pad(batch: dict[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
     return {
         name: np.pad(array, ((0, num_rows - len(array)), (0, 0))) for name, array in batch.items()
     }

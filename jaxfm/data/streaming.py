@@ -14,7 +14,7 @@ import numpy as np
 from jaxfm.data import BatchConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.loader import Batches
-from jaxfm.data.packing import rows as packing
+from jaxfm.data.packing.rows import Pieces, choose_packing, fill_rows
 from jaxfm.errors import ConfigError, DataError
 
 # Bytes tokenised at a time, ahead of need: at first few, so that the first batch comes soon, then
@@ -67,7 +67,7 @@ class Stream:
         self._shards = make_source().shards()
         first = next(self._documents(0, 0, 0))[1]
         self.is_chat = bool(first.messages)
-        self.packing = packing.resolve(config, self.is_chat)
+        self.packing = choose_packing(config, self.is_chat)
         if not self.is_chat and self.packing != 'concat':
             raise ConfigError(
                 f"config.data.packing='{self.packing}' needs the lengths of all texts: "
@@ -123,10 +123,10 @@ class Stream:
             begin = self._next[3] if place == self._next[:3] else 0
             if begin and begin >= len(ids):
                 raise DataError(f'{name} has changed: it has {len(ids)} tokens, row at {begin}')
-            self._current = self._fitted(_Current(place, name, ids, mask, begin, len(ids)))
+            self._current = self._fit(_Current(place, name, ids, mask, begin, len(ids)))
         return self._current
 
-    def _fitted(self, current: _Current) -> _Current | None:
+    def _fit(self, current: _Current) -> _Current | None:
         """The document as `too_long` wants it; None when it is left out."""
         length, longest = len(current.ids), self._config.sequence_length
         if not length:
@@ -238,7 +238,7 @@ class OnTheFly(Batches):
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """A batch's tokens, for `packing.fill`."""
+    """A batch's tokens, for `fill_rows`."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -260,5 +260,5 @@ def _to_batch(rows: list[list[Piece]], length: int, vocab_size: int) -> dict[str
     )
     stored = np.array([len(piece.ids) for piece in pieces], np.int64)
     lengths = np.array([piece.length for piece in pieces], np.int64)
-    found = packing.Pieces(np.cumsum(stored) - stored, lengths, stored > lengths)
-    return packing.fill(cache, np.array([len(row) for row in rows]), found, length)
+    found = Pieces(np.cumsum(stored) - stored, lengths, stored > lengths)
+    return fill_rows(cache, np.array([len(row) for row in rows]), found, length)

@@ -13,7 +13,7 @@ import jax
 from jaxfm import sharding
 from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Batches, Dataset
-from jaxfm.data.packing import rows as packing
+from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.plan.plan import frozen_matmul_params, model_flops_per_token
@@ -92,7 +92,7 @@ class Phase:
         place = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-            for name, dtype in packing.DTYPES.items()
+            for name, dtype in BATCH_DTYPES.items()
         }
 
     def batches(self, dataset: Dataset) -> Batches:

@@ -345,6 +345,7 @@ def _make_absent_error(package: str) -> MissingInputError:
 
 
 def _check_unicode(text: str) -> None:
+    """Raises DataError unless the text has a UTF-8 form."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

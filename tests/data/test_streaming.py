@@ -3,8 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxfm.data import BatchConfig
-from jaxfm.data import streaming as on_the_fly
+from jaxfm.data import BatchConfig, streaming
 from jaxfm.data.documents import Document
 from jaxfm.data.packing.rows import Concat
 from jaxfm.data.streaming import OnTheFly, Stream
@@ -125,7 +124,7 @@ def test_chats_are_whole_in_their_order_and_side_by_side():
 @pytest.mark.parametrize('stop', [0, 1, 7, 18])
 def test_resumed_equals_straight(names, stop, monkeypatch):
     straight = take(batches(names=names), 20)
-    monkeypatch.setattr(on_the_fly, 'FIRST_CHUNK_BYTES', 50)
+    monkeypatch.setattr(streaming, 'FIRST_CHUNK_BYTES', 50)
     source = batches(names=names)
     take(source, stop)
     resumed = batches(names=names)
@@ -162,8 +161,8 @@ def test_another_batch_size_continues_with_the_next_row():
 
 
 def test_what_is_past_is_not_tokenised_again(monkeypatch):
-    monkeypatch.setattr(on_the_fly, 'FIRST_CHUNK_BYTES', 1)
-    monkeypatch.setattr(on_the_fly, 'CHUNK_BYTES', 1)
+    monkeypatch.setattr(streaming, 'FIRST_CHUNK_BYTES', 1)
+    monkeypatch.setattr(streaming, 'CHUNK_BYTES', 1)
     tokenised = []
 
     def counting(chunk):

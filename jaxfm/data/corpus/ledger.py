@@ -84,6 +84,7 @@ class Ledger:
         return bad if isinstance(bad, str) else self._source.unpack(shard, bad)
 
     def _check_kind(self, summary: dict) -> None:
+        """Raises DataError unless all documents so far are texts, or all are chats."""
         for is_chat in (False, True):
             if name := summary['chats' if is_chat else 'texts']:
                 self._kinds.setdefault(is_chat, name)

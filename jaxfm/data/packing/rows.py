@@ -28,7 +28,7 @@ from jaxfm.data.packing import best_fit
 from jaxfm.errors import ConfigError, DataError
 
 # What a batch is made of: arrays [B, T].
-DTYPES = {
+BATCH_DTYPES = {
     **dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32),
     'loss_mask': np.float32,
 }
@@ -84,7 +84,7 @@ class Concat:
         begin = np.maximum(offsets[document], starts[row])
         end = np.minimum(offsets[document + 1], stops[row])
         pieces = Pieces(begin, end - begin, end < offsets[document + 1])
-        return fill(self.cache, counts, pieces, T)
+        return fill_rows(self.cache, counts, pieces, T)
 
 
 class BestFit:
@@ -136,7 +136,7 @@ class BestFit:
         counts, which = self._index.pieces(np.asarray(row_numbers, np.int64))
         sizes = self._index.sizes[which]
         pieces = Pieces(self._index.starts[which], sizes >> 1, (sizes & 1).astype(bool))
-        return fill(self.cache, counts, pieces, self.sequence_length)
+        return fill_rows(self.cache, counts, pieces, self.sequence_length)
 
 
 class OneEach:
@@ -159,7 +159,7 @@ class OneEach:
         """Rows by number [n]: a batch, all arrays [n, T]."""
         numbers = np.asarray(row_numbers, np.int64)
         one = np.ones(len(numbers), np.int64)
-        return fill(self.cache, one, self._pieces[numbers], self.sequence_length)
+        return fill_rows(self.cache, one, self._pieces[numbers], self.sequence_length)
 
 
 Packing = Concat | BestFit | OneEach
@@ -167,7 +167,7 @@ Packing = Concat | BestFit | OneEach
 
 def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
     """The packing that a data config asks for; auto is concat for texts, best_fit for chats."""
-    name = resolve(config, cache.is_chat)
+    name = choose_packing(config, cache.is_chat)
     if name == 'concat':
         return Concat(cache, config.sequence_length)
     return {'best_fit': BestFit, 'none': OneEach}[name](
@@ -175,7 +175,7 @@ def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
     )
 
 
-def resolve(config: BatchConfig, is_chat: bool) -> str:
+def choose_packing(config: BatchConfig, is_chat: bool) -> str:
     """The name of the packing; ConfigError for one that would cut chats."""
     if config.packing == 'auto':
         return 'best_fit' if is_chat else 'concat'
@@ -187,16 +187,17 @@ def resolve(config: BatchConfig, is_chat: bool) -> str:
     return config.packing
 
 
-def fill(
+def fill_rows(
     cache: TokenCache, counts: np.ndarray, pieces: Pieces, sequence_length: int
 ) -> dict[str, np.ndarray]:
     """Rows from their pieces: `counts` [n] says how many belong to each row, in order.
 
-    Returns arrays [n, T], those of DTYPES.
+    Returns arrays [n, T], those of BATCH_DTYPES.
     Positions and segment ids restart in every row; where no piece is, everything is 0.
     """
     num_rows = len(counts)
-    batch = {name: np.empty((num_rows, sequence_length), dtype) for name, dtype in DTYPES.items()}
+    shape = num_rows, sequence_length
+    batch = {name: np.empty(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
     step = max(1, FILLED_AT_ONCE // sequence_length)
     ends = np.concatenate([[0], np.cumsum(counts)])
     for first in range(0, num_rows, step):

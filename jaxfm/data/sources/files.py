@@ -211,7 +211,7 @@ def _place(document: Document) -> float:
 
 
 def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:
-    """TooManyBadRecords that names the first bad record beyond the allowed number."""
+    """Raises TooManyBadRecords, naming the first one beyond, unless at most `allowed` are bad."""
     if len(bad) > allowed:
         before = f' ({allowed} bad ones before it are left out)' if allowed else ''
         raise TooManyBadRecords(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')

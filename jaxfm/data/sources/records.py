@@ -50,7 +50,7 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
 
 
 def _check_text(record: dict, fields: FieldsConfig) -> None:
-    """Nothing that is usual is there: it may be a chat, or a text, under other names."""
+    """Raises BadRecord unless there is a text: it may be there under another name, or a chat."""
     if not fields.text and _find(record, 'text') is _ABSENT:
         raise BadRecord(
             'no text, no messages, no conversations, no prompt with completion; it has: '
@@ -75,7 +75,7 @@ def _messages(record: dict, fields: FieldsConfig) -> list[dict] | None:
 
 def _turns(record: dict, fields: FieldsConfig) -> list | None:
     if fields.messages:
-        return _list(_required(record, fields.messages, 'messages'), fields.messages)
+        return _list(_require(record, fields.messages, 'messages'), fields.messages)
     if fields.prompt or fields.completion:
         return _prompt_and_completion(record, fields)
     for key in ('messages', 'conversations'):
@@ -92,7 +92,7 @@ def _prompt_and_completion(record: dict, fields: FieldsConfig) -> list:
         ('user', fields.prompt or 'prompt', 'prompt'),
         ('assistant', fields.completion or 'completion', 'completion'),
     ):
-        value = _required(record, key, option)
+        value = _require(record, key, option)
         is_text = isinstance(value, str)
         turns += [{'role': role, 'content': value}] if is_text else _list(value, key)
     return turns
@@ -160,7 +160,7 @@ def _part(part: Any) -> tuple[str, str]:
 
 def _tool_calls(calls: Any) -> list[dict]:
     """Calls as JSON text, one or a list; arguments become objects, which templates can write."""
-    calls = _parsed(calls, 'a tool call')
+    calls = _parse_json(calls, 'a tool call')
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get('function', call) if isinstance(call, dict) else None
@@ -168,7 +168,7 @@ def _tool_calls(calls: Any) -> list[dict]:
             raise BadRecord(f'a tool call has a name and arguments; this is {call!r:.80}')
         arguments = function.get('arguments', {})
         if isinstance(arguments, str):
-            arguments = _parsed(arguments or '{}', 'the arguments of a tool call')
+            arguments = _parse_json(arguments or '{}', 'the arguments of a tool call')
         more = {'id': call['id']} if isinstance(call.get('id'), str) else {}
         function = {'name': function['name'], 'arguments': arguments}
         made.append({**more, 'type': 'function', 'function': function})
@@ -178,7 +178,7 @@ def _tool_calls(calls: Any) -> list[dict]:
 def _tools(tools: Any) -> list[dict]:
     if tools is _ABSENT or not tools:
         return []
-    tools = _parsed(tools, 'tools')
+    tools = _parse_json(tools, 'tools')
     made = []
     for tool in tools if isinstance(tools, list) else [tools]:
         if not isinstance(tool, dict):
@@ -187,7 +187,7 @@ def _tools(tools: Any) -> list[dict]:
     return made
 
 
-def _parsed(value: Any, what: str) -> Any:
+def _parse_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
@@ -210,7 +210,7 @@ def _find(record: Any, path: str) -> Any:
     return record
 
 
-def _required(record: dict, path: str, option: str) -> Any:
+def _require(record: dict, path: str, option: str) -> Any:
     value = _find(record, path)
     if value is _ABSENT:
         raise BadRecord(
@@ -221,7 +221,7 @@ def _required(record: dict, path: str, option: str) -> Any:
 
 
 def _text(record: dict, path: str, option: str) -> str:
-    value = _required(record, path, option)
+    value = _require(record, path, option)
     if not isinstance(value, str):
         raise BadRecord(f'field {path} is {_kind(value)}, not a text')
     if not value.strip():
@@ -247,7 +247,7 @@ def _first(turn: dict, given: str, usual: tuple[str, ...], option: str, default:
 
 
 def _list(value: Any, path: str) -> list:
-    value = _parsed(value, f'field {path}')
+    value = _parse_json(value, f'field {path}')
     if not isinstance(value, list):
         raise BadRecord(f'field {path} is {_kind(value)}, not a list of turns')
     return value

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from jaxfm.data import BatchConfig
-from jaxfm.data.packing import best_fit
-from jaxfm.data.packing import rows as packing
-from jaxfm.data.packing.rows import BestFit, Concat, OneEach
+from jaxfm.data.packing import best_fit, rows
+from jaxfm.data.packing.rows import BestFit, Concat, OneEach, make_packing
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, EOS, stream
 
@@ -85,7 +84,7 @@ def test_rows_do_not_depend_on_the_others_of_their_batch(make, kind, monkeypatch
     packed = KINDS[kind](make(short_lengths(60, 24)), 32)
     together = all_rows(packed)
     order = np.random.default_rng(0).permutation(packed.num_rows)
-    monkeypatch.setattr(packing, 'FILLED_AT_ONCE', 96)
+    monkeypatch.setattr(rows, 'FILLED_AT_ONCE', 96)
     shuffled = packed.rows(order)
     for name in NAMES:
         np.testing.assert_array_equal(shuffled[name], together[name][order])
@@ -304,15 +303,15 @@ def config(**kwargs):
 
 
 def test_auto_is_concat_for_texts_and_best_fit_for_chats(make):
-    assert isinstance(packing.make_packing(make(), config()), Concat)
-    assert isinstance(packing.make_packing(make(is_chat=True), config()), BestFit)
+    assert isinstance(make_packing(make(), config()), Concat)
+    assert isinstance(make_packing(make(is_chat=True), config()), BestFit)
     for name, kind in KINDS.items():
-        assert isinstance(packing.make_packing(make(), config(packing=name)), kind)
+        assert isinstance(make_packing(make(), config(packing=name)), kind)
 
 
 def test_chats_are_not_concatenated(make):
     with pytest.raises(ConfigError, match="packing='concat' would cut chats"):
-        packing.make_packing(make(is_chat=True), config(packing='concat'))
+        make_packing(make(is_chat=True), config(packing='concat'))
 
 
 def test_arrays_have_the_dtypes_of_a_batch(make):

@@ -40,7 +40,7 @@ MAP = {
     # Of the rooms that are configured it imports the schemas alone.
     'config': {
         *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
-        *('pretrained.huggingface', 'models', 'optim', 'checkpoint', 'metrics'),
+        *('pretrained.huggingface', 'models', 'optim', 'checkpoint', 'metrics', 'storage'),
     },
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'prefetch': {'sharding'},
@@ -52,7 +52,7 @@ MAP = {
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat'},
-    'data.packing': {'data', 'data.corpus'},
+    'data.packing': {'data', 'data.corpus', 'storage'},
     # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
     'tokenizer': {'chat', 'pretrained.gguf'},
     'chat': set(),
@@ -84,6 +84,8 @@ MAP = {
 SCHEMAS_ONLY = {'config'}
 # ... but for what `init_from` and adapters say of themselves, read when a config names one.
 READ_LATE = {('config', 'pretrained'), ('config', 'pretrained.huggingface')}
+# ... and for how files are written and read, which is no more than the standard library.
+FILES = {('config', 'storage')}
 
 ARRAYS = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS} | dict.fromkeys(
@@ -167,7 +169,7 @@ def _ours(module, imported, packages):
     if room not in MAP[module.room]:
         return f'{module.room or "jaxfm"} may not import {room}'
     is_light = module.is_package and module.room or module.room in SCHEMAS_ONLY
-    if is_light and not is_schema and (module.room, room) not in READ_LATE:
+    if is_light and not is_schema and (module.room, room) not in READ_LATE | FILES:
         return f'imports more of {room} than its schemas'
     return None
 

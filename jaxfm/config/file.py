@@ -1,6 +1,5 @@
 """The files of a config: the Python file that gives it, and the JSON that a run keeps of it."""
 
-import contextlib
 import inspect
 import json
 import os
@@ -18,6 +17,7 @@ from jaxfm.errors import (
     StorageError,
 )
 from jaxfm.schema import Problem
+from jaxfm.storage.whole import write_file
 
 
 def split_file(config_argument: str) -> tuple[Path, str | None]:
@@ -87,18 +87,13 @@ def _locate_error(error: Exception, path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + '.partial')
     try:
-        with temporary.open('w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with write_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
         raise kind(f'{path}: cannot be written: {error.strerror}') from None
+
 
 
 def read_json(path: str | os.PathLike) -> dict:

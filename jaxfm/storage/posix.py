@@ -5,12 +5,12 @@ import errno
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 from jaxfm.storage.base import Stored
+from jaxfm.storage.whole import sync_directory, write_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -52,21 +52,12 @@ class PosixStorage:
 
     def _write(self, name: str, data: bytes, exclusive: bool) -> None:
         path = self.directory / name
-        written = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
         with self._explained():  # a file in its place is not the one that exclusive means
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained(name):
-            try:
-                with open(written, 'xb') as file:
-                    file.write(data)
-                    os.fsync(file.fileno())
-                if exclusive:
-                    os.link(written, path)
-                else:
-                    os.replace(written, path)
-            finally:
-                written.unlink(missing_ok=True)
-            _sync_directory(path.parent)
+            with write_file(path, exclusive) as file:
+                file.write(data)
+            sync_directory(path.parent)
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
         found = {}
@@ -126,12 +117,3 @@ def _unless_gone(error: OSError) -> None:
     """What cannot be listed is not empty: a run would begin anew, beside all that is there."""
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error
-
-
-def _sync_directory(directory: Path) -> None:
-    """A new name survives a power cut only when its directory is on the disk, too."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

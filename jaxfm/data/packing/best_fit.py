@@ -6,14 +6,13 @@ and is shared by the processes of a machine.
 
 import dataclasses
 import logging
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from jaxfm.errors import DataError
+from jaxfm.storage.whole import write_file
 
 log = logging.getLogger('jaxfm')
 
@@ -138,16 +137,8 @@ def _write(path: Path, identity: int, index: Index) -> None:
     known = {'format': FORMAT, 'identity': identity, 'num_rows': index.num_rows}
     known |= {'num_pieces': len(index.starts)} | index.counts
     header = np.array([known.get(name, 0) for name in _HEADER], np.int64)
-    # Under another name until it is whole.
-    partial = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}')
-    try:
-        with open(partial, 'wb') as file:
-            np.save(file, np.concatenate([header, index.row_offsets, index.starts, index.sizes]))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_file(path) as file:
+        np.save(file, np.concatenate([header, index.row_offsets, index.starts, index.sizes]))
 
 
 def _read(path: Path, identity: int) -> Index | None:

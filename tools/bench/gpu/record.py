@@ -11,6 +11,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from jaxfm.storage.whole import write_file
+
 PACKAGES = (
     *('jax', 'jaxlib', 'jax-cuda13-plugin', 'flax', 'optax', 'torch', 'triton', 'tokamax'),
     *('flash-attn3-jax', 'nvidia-cudnn-cu13', 'nvidia-cublas', 'pytest'),
@@ -75,9 +77,8 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        written = self.path.with_suffix('.part')
-        written.write_text(json.dumps(self.values, indent=1) + '\n')
-        written.replace(self.path)
+        with write_file(self.path) as file:
+            file.write((json.dumps(self.values, indent=1) + '\n').encode())
 
 
 def versions() -> dict[str, str]:

@@ -60,9 +60,9 @@ MAP = {
     'pretrained': {
         *('pretrained.gguf', 'pretrained.huggingface', 'models', 'models.families', 'sharding'),
     },
-    'pretrained.gguf': {'pretrained'},
+    'pretrained.gguf': {'pretrained', 'storage'},
     'pretrained.huggingface': {
-        *('pretrained', 'models', 'models.families', 'sharding', 'distributed'),
+        *('pretrained', 'models', 'models.families', 'sharding', 'storage', 'distributed'),
     },
     'state': {'sharding'},
     'models': {'models.families', 'ops', 'sharding'},
@@ -73,7 +73,7 @@ MAP = {
     'sharding': set(),
     'checkpoint': {'storage', 'distributed'},
     'report': {'metrics'},
-    'metrics': set(),
+    'metrics': {'storage'},
     'storage': set(),
     'distributed': set(),
     'errors': set(),

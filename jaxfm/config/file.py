@@ -11,12 +11,11 @@ from jaxfm.config.overrides import make_plain
 from jaxfm.config.validation import format_value, suggest
 from jaxfm.errors import (
     ConfigError,
-    DataError,
     MissingInputError,
     PermissionDeniedError,
-    StorageError,
 )
 from jaxfm.schema import Problem
+from jaxfm.storage.files import explain_damage, explain_errors
 from jaxfm.storage.whole import write_file
 
 
@@ -87,19 +86,13 @@ def _locate_error(error: Exception, path: Path) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    try:
-        with write_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-        raise kind(f'{path}: cannot be written: {error.strerror}') from None
-
+    with explain_errors(f'{path}: cannot be written'), write_file(path) as file:
+        file.write(text.encode())
 
 
 def read_json(path: str | os.PathLike) -> dict:
     try:
-        return json.loads(Path(path).read_text('utf-8'))
+        with explain_damage(f'{path}: not a config in JSON'):
+            return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError:
         raise MissingInputError(f'{path}: no such file') from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f'{path}: not a config in JSON: {error}') from None

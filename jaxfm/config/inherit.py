@@ -9,7 +9,8 @@ from pathlib import Path
 from jaxfm.config.file import read_json, write_whole
 from jaxfm.config.run import RunConfig
 from jaxfm.config.validation import format_value
-from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
+from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.storage.files import explain_errors
 
 # {place in the config: {what it names: what that said of itself}}, in the work directory.
 INHERITED = 'inherited.json'
@@ -129,17 +130,17 @@ def _describe(place: str, name: str, inherited: dict, checkpoint=None) -> dict:
     if name in inherited.get(place, {}):
         return inherited[place][name]
     read = _describe_model if place == 'init_from' else _describe_adapter
-    try:
-        return read(name)
-    except MissingInputError as error:
-        elsewhere = checkpoint.get('directory') if isinstance(checkpoint, dict) else ''
-        hint = f'; a run in {elsewhere} goes on without it only in the work directory it began in'
-        raise MissingInputError(f'config.{place}: {error}{hint if elsewhere else ""}') from None
-    except DataError as error:
-        raise DataError(f'config.{place}: {error}') from None
-    except OSError as error:  # not even a name that the system can look for
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else MissingInputError
-        raise kind(f'config.{place}: {name} cannot be read: {error.strerror}') from None
+    # An OSError: not even a name that the system can look for.
+    with explain_errors(f'config.{place}: {name} cannot be read', MissingInputError):
+        try:
+            return read(name)
+        except MissingInputError as error:
+            elsewhere = checkpoint.get('directory') if isinstance(checkpoint, dict) else ''
+            hint = f'; a run in {elsewhere} goes on without it '
+            hint += 'only in the work directory it began in'
+            raise MissingInputError(f'config.{place}: {error}{hint if elsewhere else ""}') from None
+        except DataError as error:
+            raise DataError(f'config.{place}: {error}') from None
 
 
 def _describe_adapter(path: str) -> dict:

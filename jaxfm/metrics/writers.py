@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from jaxfm.errors import DataError, PermissionDeniedError, StorageError
+from jaxfm.errors import DataError
+from jaxfm.storage.files import explain_errors
 
 log = logging.getLogger('jaxfm')
 
@@ -129,13 +130,10 @@ class JsonlWriter:
             self._file = None
 
     def _open(self) -> None:
-        try:
+        failure = f'{self.path} cannot be written'
+        with explain_errors(failure, denied=failure):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, 'ab', buffering=0)
-        except PermissionError as error:
-            raise PermissionDeniedError(f'{self.path} cannot be written') from error
-        except OSError as error:
-            raise StorageError(f'{self.path} cannot be written: {error.strerror}') from error
         self._cut(_end_of_last_line(self.path))
         self._begin()
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, listed
+from jaxfm.errors import DataError, MissingInputError, listed
+from jaxfm.storage.files import explain_errors
 
 MAGIC, VERSIONS = b'GGUF', (2, 3)
 
@@ -156,15 +157,11 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    try:
-        with open(path, 'rb') as file:
-            if not file.read(1):
-                raise DataError(f'{path} is no GGUF file: it is empty')
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except PermissionError as error:
-        raise PermissionDeniedError(f'{path} may not be read') from error
-    except OSError as error:
-        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from error
+    failure, denied = f'{path} cannot be read', f'{path} may not be read'
+    with explain_errors(failure, MissingInputError, denied=denied), open(path, 'rb') as file:
+        if not file.read(1):
+            raise DataError(f'{path} is no GGUF file: it is empty')
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _check_version(header: Header) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError, listed
 from jaxfm.pretrained.source import Pretrained
+from jaxfm.storage.files import check_object, explain_damage, explain_errors
 
 CONFIG, GENERATION = 'config.json', 'generation_config.json'
 TOKENIZER = 'tokenizer_config.json'
@@ -138,16 +139,12 @@ def read_json(path: Path) -> dict:
     Raises:
         MissingInputError, PermissionDeniedError, DataError: as their names say.
     """
-    try:
+    reading = explain_errors(
+        f'{path} cannot be read',
+        MissingInputError,
+        denied=f'{path} may not be read',
+        missing=f'{path} is missing',
+    )
+    with reading, explain_damage(f'{path} is damaged'):
         value = json.loads(path.read_text('utf-8'))
-    except FileNotFoundError:
-        raise MissingInputError(f'{path} is missing') from None
-    except PermissionError:
-        raise PermissionDeniedError(f'{path} may not be read') from None
-    except OSError as error:
-        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from None
-    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
-        raise DataError(f'{path} is damaged: {error}') from None
-    if not isinstance(value, dict):
-        raise DataError(f'{path} is damaged: an object is expected, not a {type(value).__name__}')
-    return value
+    return check_object(value, f'{path} is damaged')

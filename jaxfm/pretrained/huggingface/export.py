@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 
 from jaxfm import distributed
-from jaxfm.errors import PermissionDeniedError, StorageError
 from jaxfm.models import TransformerConfig, lora
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
@@ -29,6 +28,7 @@ from jaxfm.pretrained.huggingface.directory import (
     read_json,
 )
 from jaxfm.pretrained.pipeline import ahead
+from jaxfm.storage.files import explain_errors
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -204,14 +204,11 @@ def _on_primary(directory: Path, write: Callable[[], None]) -> None:
       StorageError, PermissionDeniedError: the directory cannot be written.
     """
 
-    def explained():
-        try:
+    def write_or_explain():
+        with explain_errors(f'{directory}: cannot be written'):
             write()
-        except OSError as error:
-            kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-            raise kind(f'{directory}: cannot be written: {error.strerror or error}') from None
 
-    distributed.from_primary(explained)
+    distributed.from_primary(write_or_explain)
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:

@@ -1,16 +1,16 @@
-"""Files that a mode writes where the command line says."""
+"""Files that a mode writes, and a reason to stop when they cannot be written."""
 
 import json
 import os
 from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
-from jaxfm.storage.whole import explained
+from jaxfm.storage.files import explain_errors
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """Writes JSON lines; directories that lack are made."""
-    with explained(path):
+    with explain_errors(f'{path}: cannot be written'):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
 

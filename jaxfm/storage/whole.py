@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from jaxfm.errors import PermissionDeniedError, StorageError
-
 
 @contextlib.contextmanager
 def write_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
@@ -87,13 +85,3 @@ def sync_directory(directory: Path) -> None:
 def _temporary(path: Path) -> Path:
     """A name beside `path` that nobody else uses."""
     return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
-
-
-@contextlib.contextmanager
-def explained(path: Path):
-    """Inside it an OSError becomes the RunError that names the path."""
-    try:
-        yield path
-    except OSError as error:
-        kind = PermissionDeniedError if isinstance(error, PermissionError) else StorageError
-        raise kind(f'{path}: cannot be written: {error.strerror}') from None

@@ -7,13 +7,13 @@ code. Generated text alone goes to stdout, all else to stderr and the log.
 import argparse
 import errno
 import glob
-import math
 import os
 import sys
 import traceback
 from pathlib import Path
 
 from jaxfm import modes
+from jaxfm.command_line import Parser, number
 from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for
 from jaxfm.config.resume import Change, check_resume
 from jaxfm.data import SOURCES
@@ -42,11 +42,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
       UsageError: a flag that does not exist or lacks its value.
     """
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f'{message}\n{self.format_usage().strip()}')
-
     parser = Parser(
         prog='python -m jaxfm.main',
         description='Trains, evaluates, samples and talks to foundation models.',
@@ -66,9 +61,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     sampling.add_argument(
         '--prompt', action='append', help='text to continue, or said in a chat; may be repeated'
     )
-    sampling.add_argument('--temperature', type=_number(float, 0), help='0 is greedy')
-    sampling.add_argument('--max_tokens', type=_number(int, 1))
-    sampling.add_argument('--seed', type=_number(int, 0, 2**32), default=0, help='of the noise')
+    sampling.add_argument('--temperature', type=number(float, 0), help='0 is greedy')
+    sampling.add_argument('--max_tokens', type=number(int, 1))
+    sampling.add_argument('--seed', type=number(int, 0, 2**32), default=0, help='of the noise')
     parser.add_argument(
         '--output',
         type=Path,
@@ -82,20 +77,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags.workdir = flags.workdir or workdir_for(argument)
     flags.allow_change = [name for name in flags.allow_change.split(',') if name]
     return flags, overrides
-
-
-def _number(kind, least, end=math.inf):
-    """A number in [least, end), for argparse."""
-
-    def read(text: str):
-        number = kind(text)
-        if not least <= number < end:
-            wanted = f'at least {least}' if end == math.inf else f'in [{least}, {end})'
-            raise argparse.ArgumentTypeError(f'must be {wanted}, got {text}')
-        return number
-
-    read.__name__ = kind.__name__  # argparse names it when the text is no number at all
-    return read
 
 
 def main(argv: list[str]) -> int:

@@ -20,6 +20,7 @@ from rich.table import Table
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.survey import Attempt, survey
+from jaxfm.command_line import Parser
 from jaxfm.config.load import read_config
 from jaxfm.errors import (
     DataError,
@@ -55,11 +56,6 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Command line -> flags."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f'{message}\n{self.format_usage().strip()}')
-
     parser = Parser(prog='python -m tools.checkpoint', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
     _, verify_, sweep_ = (

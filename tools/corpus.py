@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxfm.command_line import Parser, number
 from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.corpus.bpe import make_tokenizer
@@ -50,10 +51,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config)."""
     argument, overrides, rest = split_arguments(argv)
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f'{message}\n{self.format_usage().strip()}')
-
     parser = Parser(prog='python -m tools.corpus', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
     build_, inspect_, decode_ = (
@@ -66,25 +63,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     build_.add_argument('--rebuild', action='store_true', help='replace what is in --output')
     inspect_.add_argument('directory', type=Path, nargs='?', help='a cache, in place of --config')
     inspect_.add_argument('--verify', action='store_true', help='read every file of it')
-    decode_.add_argument('--rows', type=_whole(1), default=4, help='how many rows of the batch')
-    decode_.add_argument('--step', type=_whole(0), default=0, help='of the phase')
+    decode_.add_argument(
+        '--rows', type=number(int, 1), default=4, help='how many rows of the batch'
+    )
+    decode_.add_argument('--step', type=number(int, 0), default=0, help='of the phase')
     flags = parser.parse_args(rest)
     flags.config = argument
     if argument is None and not getattr(flags, 'directory', None):
         raise UsageError('which data? --config=FILE says it as for a run')
     return flags, overrides
-
-
-def _whole(least: int):
-    """A whole number of at least `least`, for argparse."""
-
-    def read(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f'must be at least {least}, got {text}')
-        return int(text)
-
-    read.__name__ = 'int'  # argparse names it when the text is no number at all
-    return read
 
 
 def build(flags, overrides: list[str]) -> None:

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxfm import sharding
+from jaxfm.command_line import Parser
 from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
@@ -221,10 +222,6 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config)."""
     argument, overrides, rest = split_arguments(argv)
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UsageError(f'{message}\n{self.format_usage().strip()}')
 
     parser = Parser(prog='python -m tools.deviceless', description=__doc__.partition('\n')[0])
     parser.add_argument('--devices', type=int, default=1, help='H200s, in one node')

@@ -1,0 +1,28 @@
+"""What every command line here shares: mistakes become UsageErrors, numbers have bounds."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from jaxfm.errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, with the usage below the message, where argparse would end the process."""
+
+    def error(self, message):
+        raise UsageError(f'{message}\n{self.format_usage().strip()}')
+
+
+def number(kind: type, least: float, end: float = math.inf) -> Callable:
+    """The `type` of a flag for a number in [least, end)."""
+
+    def read(text: str):
+        value = kind(text)
+        if not least <= value < end:
+            wanted = f'at least {least}' if end == math.inf else f'in [{least}, {end})'
+            raise argparse.ArgumentTypeError(f'must be {wanted}, got {text}')
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return read

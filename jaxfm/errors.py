@@ -1,4 +1,4 @@
-"""What can stop a run, and the exit code each reason has.
+"""What can stop a run, the exit code each reason has, and words for its messages.
 
 Any room may raise these; `main` alone turns them into one line on stderr and an exit status.
 The numbers follow sysexits.h where it has a fitting one.
@@ -79,3 +79,11 @@ def listed(names: list[str], most: int = 6) -> str:
     """Names for a message; of many, the first and how many more there are."""
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(names[:most]) + more
+
+
+def human_bytes(count: float, base: int = 1024, digits: int = 4, unit: str = '') -> str:
+    """1536 -> '1.5 KiB'; base 1000: '1.54 kB'. `unit`: in this one, however many that are."""
+    units = {1024: ('B', 'KiB', 'MiB', 'GiB', 'TiB'), 1000: ('B', 'kB', 'MB', 'GB', 'TB')}[base]
+    fitting = (power for power in range(len(units) - 1) if count < base ** (power + 1))
+    power = units.index(unit) if unit else next(fitting, len(units) - 1)
+    return f'{count / base**power:.{digits}g} {units[power]}'

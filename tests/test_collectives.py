@@ -11,8 +11,8 @@ import pytest
 
 from jaxfm import sharding
 from jaxfm.config.load import load_config
+from jaxfm.errors import human_bytes
 from jaxfm.models import transformer
-from jaxfm.plan.plan import human_bytes
 from tools import deviceless, hlo, traffic
 
 pytestmark = pytest.mark.usefixtures('gpu_compiler')

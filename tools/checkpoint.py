@@ -28,6 +28,7 @@ from jaxfm.errors import (
     PermissionDeniedError,
     RunError,
     UsageError,
+    human_bytes,
 )
 from jaxfm.storage import open_storage
 from jaxfm.storage.base import S3
@@ -118,9 +119,9 @@ def sweep(flags) -> None:
     else:
         orphans = _swept(store)
     for name, size in orphans.items():
-        print(f'{name}  {_bytes(size)}')
+        print(f'{name}  {human_bytes(size, 1000, 3)}')
     verb = 'would be deleted' if flags.dry_run else 'deleted'
-    print(f'{len(orphans)} orphans, {_bytes(sum(orphans.values()))}: {verb}')
+    print(f'{len(orphans)} orphans, {human_bytes(sum(orphans.values()), 1000, 3)}: {verb}')
 
 
 COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep}
@@ -158,7 +159,7 @@ def _row(attempt: Attempt) -> list[str]:
         str(attempt.step),
         attempt.state,
         attempt.name,
-        _bytes(attempt.size),
+        human_bytes(attempt.size, 1000, 3),
         _age(time.time() - attempt.modified) if attempt.modified else '',
         str(len(manifest['arrays'])) if 'arrays' in manifest else '',
         mesh or ('one device' if manifest else ''),
@@ -205,14 +206,6 @@ def _swept(store: Store) -> dict[str, int]:
         return orphans
     finally:
         lease.release(is_empty)
-
-
-def _bytes(size: float) -> str:
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if size < 1000:
-            return f'{size:.3g} {unit}'
-        size /= 1000
-    return f'{size:.3g} TB'
 
 
 def _age(seconds: float) -> str:

@@ -33,8 +33,7 @@ from jaxfm import sharding
 from jaxfm.command_line import Parser
 from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import RunConfig, check_on_mesh
-from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError
-from jaxfm.plan.plan import human_bytes
+from jaxfm.errors import ConfigError, MissingInputError, RunError, UsageError, human_bytes
 from jaxfm.run.phase import Phase, make_phases
 from jaxfm.run.run import model_maker
 from tools import hlo, traffic

@@ -12,8 +12,8 @@ import math
 from collections import defaultdict
 
 from jaxfm import sharding
+from jaxfm.errors import human_bytes
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.plan.plan import human_bytes
 from tools.hlo import Array, Collective
 
 TOLERANCE = 0.05  # of the bytes of a kind and dtype

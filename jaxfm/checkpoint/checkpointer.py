@@ -5,6 +5,7 @@ that a save has failed, the primary process decides for all.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -21,7 +22,7 @@ from jaxfm.checkpoint.fingerprint import start_fingerprint
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
 from jaxfm.checkpoint.store import Store, new_attempt
-from jaxfm.errors import RunError, StorageError
+from jaxfm.errors import RunError, StorageError, human_bytes
 from jaxfm.storage.lease import Lease
 
 log = logging.getLogger('jaxfm')
@@ -292,12 +293,9 @@ def _described(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dic
 
 def _check_room(store: Store, nbytes: int, count: int) -> None:
     have, need = store.storage.free_bytes(), nbytes * count
+    gib = functools.partial(human_bytes, digits=3, unit='GiB')
     if have is not None and have < need:
         raise StorageError(
             f'no room for checkpoints in {store.storage.root}: '
-            f'need {_gib(need)} ({count} of {_gib(nbytes)}), have {_gib(have)}'
+            f'need {gib(need)} ({count} of {gib(nbytes)}), have {gib(have)}'
         )
-
-
-def _gib(nbytes: int) -> str:
-    return f'{nbytes / 2**30:.3g} GiB'

@@ -5,6 +5,7 @@ import logging
 import time
 
 from jaxfm.config.run import RunConfig
+from jaxfm.errors import human_bytes
 from jaxfm.metrics.console import Console
 from jaxfm.run.data import open_tokenizer
 from jaxfm.run.run import start_run
@@ -23,6 +24,7 @@ def export(flags, config: RunConfig, changes) -> int:
         start = time.monotonic()
         exporter.write(params, flags.output)
         of_step = '' if step is None else f' of step {step}'
-        size, seconds = exporter.num_bytes / 1e9, time.monotonic() - start
-        log.info('weights%s in %s: %.3g GB in %.1f s', of_step, flags.output, size, seconds)
+        size = human_bytes(exporter.num_bytes, 1000, 3, 'GB')
+        seconds = time.monotonic() - start
+        log.info('weights%s in %s: %s in %.1f s', of_step, flags.output, size, seconds)
     return 0

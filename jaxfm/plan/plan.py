@@ -8,7 +8,7 @@ import math
 import jax
 
 from jaxfm import sharding
-from jaxfm.errors import ConfigError
+from jaxfm.errors import ConfigError, human_bytes
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
@@ -97,15 +97,6 @@ def bytes_per_device(tree) -> int:
 def bytes_total(tree) -> int:
     """Bytes of one copy of a tree: what a checkpoint holds."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ('B', 'KiB', 'MiB', 'GiB'):
-        if count < 1024:
-            return f'{count:.4g} {unit}'
-        count /= 1024
-    return f'{count:.4g} TiB'
 
 
 def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:

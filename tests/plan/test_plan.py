@@ -92,14 +92,6 @@ def test_bytes_are_those_of_the_fullest_device():
     assert plan.bytes_total(tree) == 16 * 3 * 2 + 5 * 4
 
 
-@pytest.mark.parametrize(
-    'count, text',
-    [(0, '0 B'), (1023, '1023 B'), (1536, '1.5 KiB'), (2**40, '1 TiB'), (3 * 2**50, '3072 TiB')],
-)
-def test_bytes_read_like_a_person_writes_them(count, text):
-    assert plan.human_bytes(count) == text
-
-
 def on_gpus(kind='NVIDIA H200', **sizes):
     """A mesh of devices that are not here."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform='gpu')

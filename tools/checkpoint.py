@@ -32,7 +32,7 @@ from jaxfm.errors import (
 )
 from jaxfm.storage import open_storage
 from jaxfm.storage.base import S3
-from jaxfm.storage.lease import Lease, Record, current
+from jaxfm.storage.lease import Lease, Record, read_lease
 
 COLUMNS = ('step', 'state', 'attempt', 'size', 'age', 'arrays', 'mesh', 'processes', 'phase')
 
@@ -95,7 +95,7 @@ def verify(flags) -> None:
         raise _nothing_in(store)
     if flags.step is not None:
         if flags.step not in commits:
-            raise store.missing(flags.step, commits)
+            raise store.missing_error(flags.step, commits)
         commits = {flags.step: commits[flags.step]}
     damaged = [step for step, commit in commits.items() if not _is_whole(store, commit)]
     if damaged:
@@ -112,7 +112,7 @@ def sweep(flags) -> None:
     if not survey(store).attempts and not store.orphans(listing, {}):
         raise _nothing_in(store)
     if flags.dry_run:
-        lease = current(store.storage, listing)
+        lease = read_lease(store.storage, listing)
         if lease is not None and lease.is_held:
             log.warning('%s; what it is writing may be among these', _said_of(lease))
         orphans = store.orphans(listing, store.commits(listing))
@@ -180,11 +180,11 @@ def _said_of(lease: Record | None) -> str:
 def _is_whole(store: Store, commit: Commit) -> bool:
     import jax  # only now: the other commands need none of it
 
-    from jaxfm.checkpoint.verify import damages
+    from jaxfm.checkpoint.verify import find_damages
 
     jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use by the run
     began = time.monotonic()
-    found = damages(store, commit)
+    found = find_damages(store, commit)
     if found and store.commits().get(commit.step) != commit:
         print(f'step {commit.step}: deleted by its run meanwhile', flush=True)
         return True

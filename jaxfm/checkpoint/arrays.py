@@ -99,7 +99,7 @@ def snapshots(
         for shard in shards:
             shard.data.copy_to_host_async()
     for name, shards in chosen.items():
-        yield _copied(arrays[name], shards)
+        yield _snapshot(arrays[name], shards)
 
 
 def _shards(array: jax.Array, every_local: bool) -> list:
@@ -109,7 +109,7 @@ def _shards(array: jax.Array, every_local: bool) -> list:
     return list(distinct.values())
 
 
-def _copied(array: jax.Array, shards: list) -> Snapshot:
+def _snapshot(array: jax.Array, shards: list) -> Snapshot:
     # On CPU the host sees the very memory of the device, which the next step overwrites.
     shared = next(iter(array.sharding.device_set)).platform == 'cpu'
     pieces = [(shard.index, np.array(shard.data, copy=shared or None)) for shard in shards]
@@ -231,7 +231,7 @@ def read_chunks(
 def _chunks(stores, wanted, seconds: float) -> Iterator[tuple[str, tuple[int, ...], ts.Future]]:
     for name, leaf in wanted.items():
         try:
-            store = _opened(stores[name], name, leaf, Deadline.after(seconds))
+            store = _await_store(stores[name], name, leaf, Deadline.after(seconds))
         except Exception as error:
             promise, future = ts.Promise.new()
             promise.set_exception(error)
@@ -255,26 +255,26 @@ def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
     """(name, devices, the part of the array they hold), read ahead by BYTES_IN_FLIGHT."""
     waiting, nbytes = collections.deque(), 0
     for name, leaf in wanted.items():
-        store = _opened(stores[name], name, leaf, deadline)
+        store = _await_store(stores[name], name, leaf, deadline)
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for index, devices in _holders(leaf):
             while waiting and nbytes + size > BYTES_IN_FLIGHT:
                 nbytes -= waiting[0][-1]
-                yield _arrived(waiting.popleft(), deadline)
+                yield _await_piece(waiting.popleft(), deadline)
             waiting.append((name, devices, store[index].read(order='C'), size))
             nbytes += size
     while waiting:
-        yield _arrived(waiting.popleft(), deadline)
+        yield _await_piece(waiting.popleft(), deadline)
 
 
-def _opened(opening, name: str, leaf, deadline: Deadline):
+def _await_store(opening, name: str, leaf, deadline: Deadline):
     store = deadline.result(opening)
     if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
         raise ValueError(f'{name} is {store.dtype.name} {list(store.shape)} in the data')
     return store
 
 
-def _arrived(read: tuple, deadline: Deadline) -> tuple[str, list, np.ndarray]:
+def _await_piece(read: tuple, deadline: Deadline) -> tuple[str, list, np.ndarray]:
     name, devices, future, _ = read
     return name, devices, deadline.result(future)
 

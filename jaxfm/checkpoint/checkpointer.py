@@ -135,13 +135,13 @@ class Checkpointer(Reader):
                 return
             self._start(tier, step, attempt, epoch, state, extra)
             tier.blocking = time.monotonic() - started
-            if not must or self._settled(tier):
+            if not must or self._await_save(tier):
                 return
 
     def wait(self) -> None:
         """Blocks until the saves under way have ended, well or not."""
         for tier in self._tiers:
-            self._settled(tier)
+            self._await_save(tier)
 
     def close(self) -> None:
         """Lets the saves under way end, within PATIENCE_SECONDS, and gives the lease back."""
@@ -206,7 +206,7 @@ class Checkpointer(Reader):
             parts, prints = _copy(state, every_local=tier.private)
         manifest = {
             'epoch': epoch,
-            'arrays': {name: _described(state[name], parts[name], prints[name]) for name in state},
+            'arrays': {name: _describe(state[name], parts[name], prints[name]) for name in state},
             'mesh': mesh_of(state),
             'processes': jax.process_count(),
             'extra': extra,
@@ -229,8 +229,8 @@ class Checkpointer(Reader):
             )
         )
 
-    def _settled(self, tier: Tier) -> bool:
-        """Waits for the save under way; whether it is committed: the same on all processes."""
+    def _await_save(self, tier: Tier) -> bool:
+        """Waits for the save under way -> whether it is committed: the same on all processes."""
         if tier.under_way is not None:
             tier.under_way.wait()
         committed = distributed.from_primary(lambda: self._settle(tier))
@@ -279,7 +279,7 @@ def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot],
     return parts, prints
 
 
-def _described(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dict[str, Any]:
+def _describe(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dict[str, Any]:
     described = {
         'shape': list(array.shape),
         'dtype': array.dtype.name,

@@ -20,7 +20,7 @@ from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.checkpoint.verify import explained, leaves_of
+from jaxfm.checkpoint.verify import explain_read, leaves_of
 from jaxfm.errors import DamagedError, DataError, RunError
 from jaxfm.storage import open_storage
 from jaxfm.storage.posix import PosixStorage
@@ -114,13 +114,13 @@ class Reader:
           UnavailableError, PermissionDeniedError: the storage does not let itself be read.
           MissingInputError: there is no such step.
         """
-        found, manifest = self._verified(step)
+        found, manifest = self._verify(step)
         check_fit(abstract_state, leaves_of(manifest), self._name(step))
         return self._read(found, manifest, abstract_state), manifest['extra']
 
     def restore_params(self, step: int, abstract_params: dict) -> Arrays:
         """The parameters alone, {path: array}, whichever of them that phase trained or froze."""
-        found, manifest = self._verified(step)
+        found, manifest = self._verify(step)
         stored = leaves_of(manifest)
         names = {path: _name_of_param(path, stored) for path in abstract_params}
         wanted = {names[path]: leaf for path, leaf in abstract_params.items()}
@@ -130,7 +130,7 @@ class Reader:
 
     def read_manifest(self, step: int) -> dict[str, Any]:
         """What was written down about a step: position, clocks, config. Its files are verified."""
-        return self._verified(step)[1]
+        return self._verify(step)[1]
 
     def events(self) -> list[dict[str, float]]:
         """What has happened since the last call, for the records."""
@@ -157,11 +157,11 @@ class Reader:
         common = distributed.common(list(here))
         return [Found(self._local, here[name], private=True) for name in common]
 
-    def _verified(self, step: int) -> tuple[Found, dict[str, Any]]:
+    def _verify(self, step: int) -> tuple[Found, dict[str, Any]]:
         """Where a step is, and its manifest, once all its files agree with it."""
         found = next((one for one in self._candidates() if one.commit.step == step), None)
         if found is None:
-            raise self._store.missing(step, self.steps())
+            raise self._store.missing_error(step, self.steps())
         if found.commit not in self._manifests:
             self._manifests[found.commit] = self._check(found)
         return found, self._manifests[found.commit]
@@ -189,7 +189,7 @@ class Reader:
         try:
             restored = arrays.read(found.store.storage.kvstore(found.state), wanted, deadline)
         except Exception as raised:
-            error = explained(raised, found.store, found.commit.step)
+            error = explain_read(raised, found.store, found.commit.step)
             if not isinstance(error, RunError):
                 raise
         distributed.first_error(error)
@@ -199,7 +199,7 @@ class Reader:
         ]
         if differ:
             more = f' and {len(differ) - 1} more' if len(differ) > 1 else ''
-            error = found.store.damaged(found.commit.step, f'array {differ[0]}{more}')
+            error = found.store.damaged_error(found.commit.step, f'array {differ[0]}{more}')
         distributed.first_error(error)
         return restored
 

@@ -94,11 +94,11 @@ class Save:
         name = f'{job.attempt}/committed'
         if not job.private:
             patience = job.deadline.left + 60
-            distributed.from_primary(lambda: self._try(_merged, job), name, patience)
+            distributed.from_primary(lambda: self._try(_merge, job), name, patience)
             return
         error = None
         try:
-            self._try(_described, job)
+            self._try(_describe, job)
         except RunError as raised:
             error = raised
         # Nothing older is deleted before every process has this step.
@@ -126,15 +126,15 @@ def _write(job: Job) -> None:
     distributed.first_error(error, f'{job.attempt}/written', job.deadline.left)
 
 
-def _merged(job: Job) -> Commit:
+def _merge(job: Job) -> Commit:
     if jax.process_count() > 1:
         storage = job.store.storage
         parts = [_part(job.state, index) for index in range(jax.process_count())]
         arrays.merge(storage.kvstore(job.state), map(storage.kvstore, parts), job.deadline)
-    return _described(job)
+    return _describe(job)
 
 
-def _described(job: Job) -> Commit:
+def _describe(job: Job) -> Commit:
     """Everything but the commit itself, which is returned."""
     digest = job.store.write_manifest(job.step, job.attempt, job.manifest)
     if job.deadline.passed:
@@ -153,7 +153,7 @@ def _clean(job: Job) -> None:
         commits = job.store.commits(listing)
         if job.step not in commits or commits[job.step].attempt != job.attempt:
             return  # replaced since it looked: what is here is no longer this run's to delete
-        for step in outdated(commits, job):
+        for step in find_outdated(commits, job):
             job.store.remove(step)
     except Exception as error:
         log.warning('old checkpoints could not be deleted: %s', explain(error, job.store))
@@ -169,7 +169,7 @@ def _discard(job: Job) -> None:
         log.debug('the sweep of the next run will delete checkpoint %d: %s', job.step, error)
 
 
-def outdated(commits: dict[int, Commit], job: Job) -> list[int]:
+def find_outdated(commits: dict[int, Commit], job: Job) -> list[int]:
     """The steps that are neither among the newest nor to be kept whatever comes, and bad ones.
 
     On a local tier the newer steps of earlier writers too: what could not be restored from there,

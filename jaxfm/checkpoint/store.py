@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxfm.errors import DamagedError, LockedError, MissingInputError
-from jaxfm.storage import lease as leases
 from jaxfm.storage.base import Storage, Stored
+from jaxfm.storage.lease import Record, read_lease
 from jaxfm.storage.seal import seal, unseal
 
 VERSION = 1
@@ -62,8 +62,8 @@ class Store:
     def commits(self, listing: Listing | None = None) -> dict[int, Commit]:
         """The commits that count, in the order of their steps; none has been verified."""
         listing = self.storage.list() if listing is None else listing
-        written = self.written(listing)
-        lease = leases.current(self.storage, listing)
+        written = self.all_commits(listing)
+        lease = read_lease(self.storage, listing)
         if lease is None or lease.holder is None:
             return written
         return {step: commit for step, commit in written.items() if _counts(commit, lease)}
@@ -72,7 +72,7 @@ class Store:
         """{attempt: epoch} of the commits that count, for who takes the lease."""
         return {commit.directory: commit.epoch for commit in self.commits().values()}
 
-    def written(self, listing: Listing) -> dict[int, Commit]:
+    def all_commits(self, listing: Listing) -> dict[int, Commit]:
         """Every commit, also of writers that had been replaced when they made it."""
         found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]
         commits = [self._read_commit(step) for step in sorted(found)]
@@ -86,20 +86,20 @@ class Store:
         """
         manifest = self.manifest(commit)
         for what in self.differences(commit, manifest):
-            raise self.damaged(commit.step, what)
+            raise self.damaged_error(commit.step, what)
         return manifest
 
     def manifest(self, commit: Commit) -> dict[str, Any]:
         """The manifest of a commit, compared with its digest. Raises DamagedError."""
         if not commit.attempt:
-            raise self.damaged(commit.step, 'commit.json')
+            raise self.damaged_error(commit.step, 'commit.json')
         name = f'{commit.directory}/manifest.json'
         try:
             content = self.storage.read(name)
         except FileNotFoundError:
-            raise self.damaged(commit.step, f'{name} is missing') from None
+            raise self.damaged_error(commit.step, f'{name} is missing') from None
         if hashlib.sha256(content).hexdigest() != commit.digest:
-            raise self.damaged(commit.step, name)
+            raise self.damaged_error(commit.step, name)
         return json.loads(content)
 
     def differences(self, commit: Commit, manifest: dict[str, Any]) -> Iterator[str]:
@@ -117,11 +117,11 @@ class Store:
             except FileNotFoundError:  # its run deletes it just now
                 yield f'{name} is missing'
 
-    def damaged(self, step: int, what: str) -> DamagedError:
+    def damaged_error(self, step: int, what: str) -> DamagedError:
         """The error about something of a step that is not as it was saved."""
         return DamagedError(f'checkpoint {step} in {self.storage.root}: digest mismatch: {what}')
 
-    def missing(self, step: int, steps: Iterable[int]) -> MissingInputError:
+    def missing_error(self, step: int, steps: Iterable[int]) -> MissingInputError:
         """The error about a step that is not there."""
         there = ', '.join(map(str, steps)) or 'none'
         return MissingInputError(f'no checkpoint {step} in {self.storage.root}; there are: {there}')
@@ -211,5 +211,5 @@ class Store:
         }
 
 
-def _counts(commit: Commit, lease: leases.Record) -> bool:
+def _counts(commit: Commit, lease: Record) -> bool:
     return not commit.attempt or lease.admits(commit.directory, commit.epoch)

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxfm.checkpoint.store import Commit, Listing, Store
 from jaxfm.errors import DamagedError
-from jaxfm.storage import lease as leases
+from jaxfm.storage.lease import Record, read_lease
 
 COMMITTED = 'committed'
 FENCED_OFF = 'fenced off'  # committed by a writer that had been replaced: it does not count
@@ -33,14 +33,14 @@ class Survey:
     """Everything in the order of steps, and who may write."""
 
     attempts: list[Attempt]
-    lease: leases.Record | None
+    lease: Record | None
 
 
 def survey(store: Store) -> Survey:
     """Looks at names, commits and manifests: at nothing that is large."""
     listing = store.storage.list()
-    lease = leases.current(store.storage, listing)
-    counted, written = store.commits(listing), store.written(listing)
+    lease = read_lease(store.storage, listing)
+    counted, written = store.commits(listing), store.all_commits(listing)
     unfinished = UNFINISHED if lease is not None and lease.is_held else TORN
     attempts = []
     for step, name in sorted(_names(listing, written)):

@@ -29,7 +29,7 @@ _FORBIDDEN = re.compile(
 CHUNK_SECONDS = 300
 
 
-def damages(store: Store, commit: Commit) -> list[DamagedError]:
+def find_damages(store: Store, commit: Commit) -> list[DamagedError]:
     """Everything of a step that is not as it was saved; [] when it is whole.
 
     Raises:
@@ -39,8 +39,8 @@ def damages(store: Store, commit: Commit) -> list[DamagedError]:
         manifest = store.manifest(commit)
     except DamagedError as error:  # nothing else can be known
         return [error]
-    files = [store.damaged(commit.step, what) for what in store.differences(commit, manifest)]
-    return files + _damaged_arrays(store, commit, manifest)
+    files = [store.damaged_error(commit.step, what) for what in store.differences(commit, manifest)]
+    return files + _check_arrays(store, commit, manifest)
 
 
 def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -51,8 +51,8 @@ def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def explained(error: Exception, store: Store, step: int, what: str = 'it') -> Exception:
-    """Whether what could not be read of a step is damaged, or only out of reach.
+def explain_read(error: Exception, store: Store, step: int, what: str = 'it') -> Exception:
+    """The error for what could not be read of a step: it is damaged, or only out of reach.
 
     What TensorStore did not raise, such as a device that is out of memory, stays what it is.
     """
@@ -63,10 +63,10 @@ def explained(error: Exception, store: Store, step: int, what: str = 'it') -> Ex
         return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
     if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
         return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
-    return store.damaged(step, f'{what} cannot be read: {text}')
+    return store.damaged_error(step, f'{what} cannot be read: {text}')
 
 
-def _damaged_arrays(store: Store, commit: Commit, manifest: dict[str, Any]) -> list[DamagedError]:
+def _check_arrays(store: Store, commit: Commit, manifest: dict[str, Any]) -> list[DamagedError]:
     leaves, damaged = leaves_of(manifest), {}
     prints = collections.Counter()
     base = store.storage.kvstore(f'{commit.directory}/state')
@@ -74,10 +74,10 @@ def _damaged_arrays(store: Store, commit: Commit, manifest: dict[str, Any]) -> l
         if not isinstance(chunk, Exception):
             prints[name] += fingerprint_of_part(chunk, leaves[name].shape, start)
             continue
-        damaged[name] = explained(chunk, store, commit.step, f'array {name}')
+        damaged[name] = explain_read(chunk, store, commit.step, f'array {name}')
         if not isinstance(damaged[name], DamagedError):
             raise damaged[name]
     for name, entry in manifest['arrays'].items():
         if name not in damaged and prints[name] % 2**32 != entry['fingerprint']:
-            damaged[name] = store.damaged(commit.step, f'array {name}')
+            damaged[name] = store.damaged_error(commit.step, f'array {name}')
     return list(damaged.values())

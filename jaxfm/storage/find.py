@@ -56,7 +56,7 @@ class File:
     @contextlib.contextmanager
     def open(self, start: int = 0) -> Iterator[BinaryIO]:
         """A stream of the decompressed bytes from `start` on; errors name the file."""
-        with reading(self.path), contextlib.ExitStack() as stack:
+        with explain_reading(self.path), contextlib.ExitStack() as stack:
             stream = stack.enter_context(self._open_stored())
             if self.name.lower().endswith('.gz'):
                 stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
@@ -70,13 +70,13 @@ class File:
     @contextlib.contextmanager
     def seekable(self) -> Iterator[BinaryIO]:
         """The bytes as they are stored, for formats that are read from their end."""
-        with reading(self.path), self._open_stored() as stream:
+        with explain_reading(self.path), self._open_stored() as stream:
             yield stream
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[str]:
         """A path on this machine, for libraries that read no streams: a copy of a bucket's file."""
-        with reading(self.path):
+        with explain_reading(self.path):
             if not self.path.startswith(S3):
                 self._check_unchanged()
                 yield self.path
@@ -109,7 +109,7 @@ def find(patterns: str | list[str], key: str) -> list[File]:
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+def explain_reading(path: str) -> Iterator[None]:
     """Turns what a library raises about `path` into an error that a person can read."""
     try:
         yield
@@ -135,7 +135,7 @@ def extra(module: str):
 def _find_local(pattern: str, key: str) -> list[tuple[str, File]]:
     pattern = os.path.expanduser(pattern)
     root = _fixed_part(pattern)
-    with reading(pattern):
+    with explain_reading(pattern):
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not paths:
             raise MissingInputError(_nothing_matches(pattern, key))
@@ -169,7 +169,7 @@ def _find_s3(pattern: str, key: str) -> list[tuple[str, File]]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     root = fixed if glob.has_magic(pattern) else fixed.parent
-    with reading(pattern):
+    with explain_reading(pattern):
         found = s3().glob(pattern, detail=True)
         if not found:
             s3().ls(fixed.parts[0])  # says when there is no such bucket

@@ -78,7 +78,7 @@ class Record:
         return epoch == self.epoch or commit in self.inherited
 
 
-def current(storage: Storage, names: Iterable[str]) -> Record | None:
+def read_lease(storage: Storage, names: Iterable[str]) -> Record | None:
     """The lease in force, among the names of a listing; None when nobody has ever held one."""
     epochs = [int(found[1]) for name in names if (found := _NAME.fullmatch(name))]
     return _read(storage, max(epochs)) if epochs else None
@@ -109,7 +109,7 @@ class Lease:
         Raises:
           LockedError: somebody else holds it, with the name of the holder.
         """
-        before = current(self._storage, self._storage.list('lease'))
+        before = read_lease(self._storage, self._storage.list('lease'))
         if before is not None and before.is_held:
             self._outwait(before)
         inherited = commits()
@@ -166,7 +166,7 @@ class Lease:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, seconds / 10))
-            now = current(self._storage, self._storage.list('lease'))
+            now = read_lease(self._storage, self._storage.list('lease'))
             if now is None or not now.is_held:  # it has ended, without a checkpoint or with
                 return
             if now != record and now.holder is not None:  # or it is just gone, or torn
@@ -206,8 +206,8 @@ class Lease:
             self._storage.write(_name(self.epoch), record.to_json())
 
     def _look(self) -> None:
-        """Whether somebody else holds it: by a later epoch, or this one after the file was lost."""
-        newest = current(self._storage, self._storage.list('lease'))
+        """Notes who else holds it: by a later epoch, or this one after the file was lost."""
+        newest = read_lease(self._storage, self._storage.list('lease'))
         if newest is None or newest.epoch < self.epoch:
             return
         if newest.epoch > self.epoch or newest.holder not in (None, self._record.holder):

@@ -24,24 +24,24 @@ class PosixStorage:
         self.root = str(self.directory)
 
     def prepare(self) -> None:
-        with self._explained():
+        with self._explain_errors():
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory) as probe:
                 probe.write(b'room for one checkpoint?')
 
     def check_readable(self) -> None:
-        with self._explained(done='read'), contextlib.suppress(FileNotFoundError):
+        with self._explain_errors(done='read'), contextlib.suppress(FileNotFoundError):
             os.listdir(self.directory)
 
     def free_bytes(self) -> int:
-        with self._explained(done='read'):
+        with self._explain_errors(done='read'):
             place = self.directory
             while not place.exists():
                 place = place.parent
             return shutil.disk_usage(place).free
 
     def read(self, name: str) -> bytes:
-        with self._explained(name, done='read'):
+        with self._explain_errors(name, done='read'):
             return (self.directory / name).read_bytes()
 
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
@@ -52,16 +52,16 @@ class PosixStorage:
 
     def _write(self, name: str, data: bytes, exclusive: bool) -> None:
         path = self.directory / name
-        with self._explained():  # a file in its place is not the one that exclusive means
+        with self._explain_errors():  # a file in its place is not the one that exclusive means
             path.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained(name):
+        with self._explain_errors(name):
             with write_file(path, exclusive) as file:
                 file.write(data)
             sync_directory(path.parent)
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
         found = {}
-        with self._explained(done='read'):
+        with self._explain_errors(done='read'):
             for directory, _, names in os.walk(self.directory / prefix, onerror=_unless_gone):
                 for name in names:
                     path = Path(directory, name)
@@ -78,7 +78,7 @@ class PosixStorage:
 
     def remove(self, name: str) -> None:
         path = self.directory / name
-        with self._explained(name), contextlib.suppress(FileNotFoundError):
+        with self._explain_errors(name), contextlib.suppress(FileNotFoundError):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -94,7 +94,7 @@ class PosixStorage:
         return 0
 
     @contextlib.contextmanager
-    def _explained(self, name: str = '', done: str = 'written') -> Iterator[None]:
+    def _explain_errors(self, name: str = '', done: str = 'written') -> Iterator[None]:
         """Turns errors of the file system into ours: one line, the right exit code."""
         what = f'checkpoint directory {self.root}'
         try:

@@ -91,7 +91,7 @@ class S3Storage:
         for left in reversed(range(TRIES)):
             body = self._call('get_object', Key=self._prefix + name)['Body']
             try:
-                with self._explained():
+                with self._explain_errors():
                     return body.read()
             except UnavailableError:  # in the middle of the answer, where botocore does not retry
                 if not left:
@@ -166,7 +166,7 @@ class S3Storage:
     def _credentials(self) -> dict:
         """For TensorStore, whose own search finds no files of AWS: what botocore has found, which
         knows every way to credentials and renews them."""
-        with self._explained():
+        with self._explain_errors():
             found = self._session.get_credentials()
             if found is None or found.method == 'env':
                 return {'type': 'environment'}
@@ -203,19 +203,19 @@ class S3Storage:
             request_checksum_calculation='when_required',
             response_checksum_validation='when_required',
         )
-        with self._explained():
+        with self._explain_errors():
             self._session = botocore.session.get_session()
             region = self._session.get_config_variable('region') or 'us-east-1'
             return self._session.create_client('s3', region_name=region, config=config)
 
     def _call(self, operation: str, **arguments) -> dict:
-        with self._explained():
+        with self._explain_errors():
             answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
             self._retries += answer['ResponseMetadata'].get('RetryAttempts', 0)
             return answer
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         """Turns what botocore raises into ours: one line, the right exit code."""
         from botocore import exceptions as boto
 

@@ -67,7 +67,7 @@ def test_a_commit_counts_in_the_epoch_it_was_made_in_and_where_it_was_inherited(
     save(store, 2, epoch=1)  # by the holder of epoch 1, that was only asleep
     save(store, 3, epoch=2)
     assert steps(store) == [1, 3]
-    assert list(store.written(store.storage.list())) == [1, 2, 3]
+    assert list(store.all_commits(store.storage.list())) == [1, 2, 3]
 
 
 def test_another_attempt_at_an_inherited_step_is_not_inherited(store):

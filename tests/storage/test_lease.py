@@ -18,9 +18,8 @@ from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError, StorageError, UnavailableError
-from jaxfm.storage import lease as leases
 from jaxfm.storage import open_storage
-from jaxfm.storage.lease import Holder, Lease
+from jaxfm.storage.lease import Holder, Lease, Record, read_lease
 
 LONG = 60  # seconds that no test waits for
 SHORT = 0.9
@@ -321,7 +320,7 @@ def test_a_holder_that_cannot_renew_for_a_while_stays_the_holder(disk, take, mon
     before = json.loads(disk.read('lease/00000001.json'))['renewals']
     monkeypatch.setattr(disk, 'write', write)
     deadline = time.monotonic() + 10
-    while leases.current(disk, disk.list('lease')).renewals <= before:
+    while read_lease(disk, disk.list('lease')).renewals <= before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -329,7 +328,7 @@ def test_a_holder_that_cannot_renew_for_a_while_stays_the_holder(disk, take, mon
 @pytest.mark.parametrize('error', [UnavailableError('an outage'), None])
 def test_a_release_that_fails_or_hangs_is_no_error(disk, take, monkeypatch, error):
     lease, over = take(disk), threading.Event()
-    monkeypatch.setattr(leases, 'PATIENCE_SECONDS', 0.1)
+    monkeypatch.setattr('jaxfm.storage.lease.PATIENCE_SECONDS', 0.1)
 
     def fail(*arguments, **options):
         if error is not None:
@@ -356,7 +355,7 @@ def test_a_holder_whose_file_was_lost_learns_of_another_one_in_the_same_epoch(di
 
 def test_a_lease_that_vanishes_while_it_is_waited_for_is_free(disk, take):
     waited_for = Lease(disk, SHORT)
-    disk.write('lease/00000001.json', leases.Record(1, ELSEWHERE, seconds=LONG).to_json())
+    disk.write('lease/00000001.json', Record(1, ELSEWHERE, seconds=LONG).to_json())
     threading.Timer(0.3, disk.remove, ('lease',)).start()
     started = time.monotonic()
     waited_for.acquire(dict)

@@ -51,7 +51,7 @@ MAP = {
     'objectives': {'ops'},
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},
-    'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat'},
+    'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat', 'storage'},
     'data.packing': {'data', 'data.corpus', 'storage'},
     # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
     'tokenizer': {'chat', 'pretrained.gguf'},

@@ -3,14 +3,13 @@
 import hashlib
 import itertools
 import json
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus import token_cache
 from jaxfm.data.corpus.recipe import digest, drop_places, make_recipe, select_source
+from jaxfm.storage import whole
 from jaxfm.tokenizer import BPEConfig, TokenizerConfig
 from jaxfm.tokenizer.build import PATTERNS, Tokenizer, build_tokenizer, load_tokenizer
 
@@ -46,13 +45,10 @@ def train_bpe(config: BPEConfig, source_config, cache_dir: Path) -> Tokenizer:
     share = TRAINING_BYTES // len(sources)
     texts = itertools.chain(*(read_training_texts(source, share) for source in sources))
     trained = build_tokenizer(config, texts)
-    temporary = directory.with_name(f'{key}.{uuid.uuid4().hex[:8]}')
-    with token_cache.storage_errors(directory):
-        try:
+    with token_cache.explain_cache_errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with whole.write_directory(directory) as temporary:
             trained.save(temporary)
-            token_cache.publish(temporary, directory)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return trained
 
 

@@ -13,7 +13,6 @@ import logging
 import math
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.corpus.workers import make_parts
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
 log = logging.getLogger('jaxfm')
@@ -126,7 +126,7 @@ def verify_corpus(directory: Path) -> None:
 def _make_cache(directory: Path, recipe: dict, config, tokenizer: Tokenizer) -> None:
     """Makes the cache `directory` of a source's config, if it is not there yet."""
     partial = directory.with_name(f'{directory.name}.partial')
-    with token_cache.storage_errors(directory):
+    with token_cache.explain_cache_errors(directory):
         while not directory.exists():
             partial.mkdir(parents=True, exist_ok=True)
             try:
@@ -164,18 +164,13 @@ def _build(directory: Path, partial: Path, recipe: dict, config, tokenizer: Toke
 
 
 def _join(directory: Path, partial: Path, recipe: dict, parts, ledger, tokenizer) -> None:
-    joined = partial / f'joined-{uuid.uuid4().hex[:8]}'
-    try:
-        joined.mkdir()
+    with whole.write_directory(directory, within=partial) as joined:
         statistics = token_cache.join(parts, joined, tokenizer.vocab_size)
         statistics |= {'bad_records': ledger.num_bad, 'vocab_size': tokenizer.vocab_size}
         ledger.num_documents = statistics['train_documents'] + statistics['heldout_documents']
         _check_sides(statistics)
         tokenizer.save(joined / 'tokenizer')
         _finish(recipe, joined, statistics)
-        token_cache.publish(joined, directory)
-    finally:
-        shutil.rmtree(joined, ignore_errors=True)
 
 
 def _check_sides(statistics: dict) -> None:
@@ -236,7 +231,7 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
     }
     with open(directory / INDEX, 'w') as file:
         json.dump(index, file, indent=1)
-        token_cache.to_disk(file)
+        whole.sync(file)
 
 
 def _check_given(directory: Path, config, tokenizer: Tokenizer) -> None:
@@ -293,11 +288,8 @@ def _remedy(directory: Path) -> str:
 
 
 def _remove(directory: Path) -> None:
-    """Removes a directory; no half of it is left under its name."""
-    doomed = directory.with_name(f'{directory.name}.removed-{uuid.uuid4().hex[:8]}')
-    with token_cache.storage_errors(directory):
-        directory.rename(doomed)
-        shutil.rmtree(doomed)
+    with token_cache.explain_cache_errors(directory):
+        whole.remove_directory(directory)
 
 
 def _file_digest(path: Path) -> str:

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import shutil
-import uuid
 from pathlib import Path
 
 from jaxfm.data import SOURCES
@@ -17,6 +16,7 @@ from jaxfm.data.corpus.encode import make_encoder, read_chunks
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
+from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer
 
 # Part of the recipe: raise it when the files or the way to write them change.
@@ -45,15 +45,15 @@ def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir) / f'heldout-{fingerprint[:32]}'
     if not directory.exists():
-        with token_cache.storage_errors(directory):
+        with token_cache.explain_cache_errors(directory):
             _build(config, tokenizer, directory)
     return Heldout(directory, tokenizer.vocab_size, fingerprint)
 
 
 def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
-    partial = directory.with_name(f'{directory.name}.{uuid.uuid4().hex[:8]}')
-    try:
-        (partial / 'part').mkdir(parents=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with whole.write_directory(directory) as partial:
+        (partial / 'part').mkdir()
         _write(config, tokenizer, partial / 'part')
         statistics = token_cache.join([partial / 'part'], partial, tokenizer.vocab_size)
         shutil.rmtree(partial / 'part')
@@ -61,9 +61,6 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
         if not heldout['heldout_documents']:
             raise DataError('config.data: no document is held out; raise heldout_fraction')
         (partial / 'statistics.json').write_text(json.dumps(heldout))
-        token_cache.publish(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:

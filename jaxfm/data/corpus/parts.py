@@ -7,8 +7,6 @@ for the next one.
 import contextlib
 import functools
 import json
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from jaxfm.data.corpus.encode import encode_documents, read_chunks
 from jaxfm.data.documents import Document
 from jaxfm.data.sources.files import TooManyBadRecords
 from jaxfm.errors import DataError
+from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer
 
 Progress = Callable[[int, int], None]  # bytes and tokens that were added
@@ -33,16 +32,11 @@ class TooManyInShard(Exception):
 
 def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progress) -> dict:
     """Writes the part of one shard; returns its summary."""
-    temporary = part.with_name(f'{part.name}.{uuid.uuid4().hex[:8]}')
-    temporary.mkdir()
-    try:
+    with whole.write_directory(part) as temporary:
         summary = _write_part(config, shard, tokenizer, temporary, progress)
         with open(temporary / 'part.json', 'w') as file:
             json.dump(summary, file)
-            token_cache.to_disk(file)
-        token_cache.publish(temporary, part)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            whole.sync(file)
     return summary
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxfm.data.documents import Document
-from jaxfm.errors import DataError, PermissionDeniedError, StorageError
+from jaxfm.errors import DataError
+from jaxfm.storage import whole
+from jaxfm.storage.files import explain_errors
 
 SIDES = ('train', 'heldout')
 # Only so much text of the held-out documents is kept, for those who need more than their tokens.
@@ -101,7 +103,7 @@ class Writer:
 
     def _finish(self) -> None:
         for file in self._files.values():
-            to_disk(file)
+            whole.sync(file)
         rows = np.array(self._rows, np.int64).reshape(-1, 3)
         _save(self._directory / f'{self._side}.rows.npy', rows)
         if self._digests:
@@ -148,12 +150,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def to_disk(file) -> None:
-    """Makes what was written to a file survive a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _choose_kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
     """Which documents of a part are not there already, bool [D]."""
     digests = part / f'{side}.digests.npy'
@@ -180,7 +176,7 @@ def _join_arrays(parts, path: Path, dtype: np.dtype, rows, kept) -> None:
                 raise DataError(f'{source} has {size} bytes instead of {expected}; remove it')
             for start, stop in _ranges(lengths[:, 0] * dtype.itemsize, keep):
                 _copy(source, start, stop, file)
-        to_disk(file)
+        whole.sync(file)
 
 
 def _ranges(sizes: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -215,7 +211,7 @@ def _join_documents(parts, directory: Path, kept) -> None:
                     left -= len(line) * bool(is_kept)
                     if is_kept and left >= 0:
                         out.write(line)
-        to_disk(out)
+        whole.sync(out)
 
 
 def _statistics(side: str, rows: np.ndarray) -> dict[str, int]:
@@ -260,27 +256,10 @@ def _from_line(line: str) -> Document:
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, 'wb') as file:
         np.save(file, array)
-        to_disk(file)
+        whole.sync(file)
 
 
-def publish(whole: Path, directory: Path) -> None:
-    try:
-        whole.rename(directory)
-    except OSError:
-        # Another process has made the same meanwhile; its files are as good as ours.
-        if not directory.exists():
-            raise
-
-
-@contextlib.contextmanager
-def storage_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise PermissionDeniedError(
-            f'{directory.parent} cannot be written: permission denied'
-        ) from error
-    except OSError as error:
-        raise StorageError(
-            f'the token cache in {directory.parent}: {error.strerror or error}'
-        ) from error
+def explain_cache_errors(directory: Path) -> contextlib.AbstractContextManager[None]:
+    """Turns an OSError in it into an error that says where caches are kept."""
+    denied = f'{directory.parent} cannot be written: permission denied'
+    return explain_errors(f'the token cache in {directory.parent}', denied=denied)

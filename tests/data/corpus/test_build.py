@@ -29,7 +29,7 @@ from jaxfm.errors import (
     RunError,
     StorageError,
 )
-from jaxfm.storage import find
+from jaxfm.storage import find, whole
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig
 
 BYTES = make_tokenizer(BytesConfig(), None, None)
@@ -330,13 +330,13 @@ def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
 ):
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
     expected = open_corpus(config, BYTES, tmp_path / 'expected')
-    calls, to_disk = [], token_cache.to_disk
+    calls, sync = [], whole.sync
 
     def sometimes(file):
         calls.append(file)
-        return to_disk(file) if len(calls) < 30 else _no_room()
+        return sync(file) if len(calls) < 30 else _no_room()
 
-    monkeypatch.setattr(token_cache, 'to_disk', sometimes)
+    monkeypatch.setattr(whole, 'sync', sometimes)
     with pytest.raises(StorageError, match='No space left'):
         open_corpus(config, BYTES, cache_dir)
     monkeypatch.undo()
@@ -354,7 +354,7 @@ def test_a_directory_that_cannot_be_written_is_a_matter_of_permission(tmp_path, 
     def refuse(*_):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr(token_cache, 'to_disk', refuse)
+    monkeypatch.setattr(whole, 'sync', refuse)
     with pytest.raises(PermissionDeniedError, match='cache cannot be written'):
         open_corpus(records(tmp_path), BYTES, tmp_path / 'cache')
 
@@ -420,9 +420,10 @@ KILLED = """
 import os, signal, sys
 import multiprocessing
 from jaxfm.data import FilesConfig
-from jaxfm.data.corpus import build, token_cache, workers
+from jaxfm.data.corpus import build, workers
 from jaxfm.data.corpus.ledger import Ledger
 from jaxfm.data.sources import formats
+from jaxfm.storage import whole
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import build_tokenizer
 
@@ -432,13 +433,13 @@ if __name__ == '__main__':
         finish = build._finish
         build._finish = lambda *a: finish(*a) or os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[3] == 'parts':
-        done, publish = [], token_cache.publish
+        done, publish = [], whole.publish
         def publish_some(*a):
             publish(*a)
             done.append(a)
             if len(done) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-        token_cache.publish = publish_some
+        whole.publish = publish_some
     if sys.argv[3] == 'processes':
         workers.PARALLEL_BYTES = 0
         os.sched_getaffinity = lambda _: range(2)

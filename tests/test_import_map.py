@@ -54,7 +54,7 @@ MAP = {
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat', 'storage'},
     'data.packing': {'data', 'data.corpus', 'storage'},
     # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
-    'tokenizer': {'chat', 'pretrained.gguf'},
+    'tokenizer': {'chat', 'pretrained.gguf', 'storage'},
     'chat': set(),
     # Models from outside become ours. Several processes write one export, and fail as one.
     'pretrained': {

@@ -16,8 +16,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from jaxfm.errors import ConfigError, DataError, MissingInputError, PermissionDeniedError
+from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.pretrained.gguf import tokenizer as gguf_tokenizer
+from jaxfm.storage.files import check_object, explain_damage, explain_errors
 
 CONFIG_FILE = 'tokenizer_config.json'
 
@@ -92,15 +93,13 @@ def read_tokenizer_files(
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file, unpacked when its name ends in .gz."""
-    try:
+    failure, denied = f'{path} cannot be read', f'{path} may not be read'
+    with explain_errors(failure, MissingInputError, denied=denied):
         content = path.read_bytes()
+    try:
         return gzip.decompress(content) if path.suffix == '.gz' else content
-    except PermissionError as error:
-        raise PermissionDeniedError(f'{path} may not be read') from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f'{path} is damaged: {error}') from error
-    except OSError as error:
-        raise MissingInputError(f'{path} cannot be read: {error.strerror}') from error
 
 
 def read_json(path: Path) -> dict:
@@ -113,13 +112,9 @@ def to_json(value: dict) -> bytes:
 
 def parse_json(content: bytes, name) -> dict:
     """An object of JSON; DataError, with the name of the file, for anything else."""
-    try:
+    with explain_damage(f'{name} is damaged'):
         value = json.loads(content)
-    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
-        raise DataError(f'{name} is damaged: {error}') from error
-    if not isinstance(value, dict):
-        raise DataError(f'{name}: an object is expected, not a {type(value).__name__}')
-    return value
+    return check_object(value, str(name))
 
 
 def _locate(path: Path) -> Path:

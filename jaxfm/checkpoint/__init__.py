@@ -1,9 +1,9 @@
 """Checkpoints: the state of a run on storage, committed whole or not at all, verified when read.
 
-`checkpointer` saves and restores the train state with the position of its source and its clocks;
-`store` says how checkpoints lie on a `storage` (a directory, or `s3`); `arrays` writes and reads
-them with TensorStore; `fingerprint` recognises them on any mesh; `lease` lets one run write; `seal`
-shows damage of what no manifest covers; `verify` reads a step back; `survey` shows what is there.
+`checkpointer` saves the train state with the position of its source and its clocks, in a thread
+(`saver`); `reader` restores it where it fits (`fit`); `store` says how checkpoints lie on storage;
+`arrays` writes and reads them with TensorStore; `fingerprint` recognises them on any mesh; `verify`
+reads a step back; `survey` shows what is there.
 """
 
 from pydantic import Field

@@ -1,6 +1,7 @@
 """Storage: where files are kept and found, on disk and in buckets; who may write; what is whole.
 
-`base.py` says what every storage answers; `open_storage` chooses the one of a place.
+`base.py` says what every storage answers; `open_storage` chooses the one of a place. `whole.py`
+writes files and directories of this machine, `files.py` says what went wrong with one.
 """
 
 import re

@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from jaxfm import modes
+from jaxfm import distributed, modes
 from jaxfm.command_line import Parser, number
 from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for
 from jaxfm.config.resume import Change, check_resume
@@ -169,8 +169,8 @@ def _run(argv: list[str]) -> int:
     except Exception:
         traceback.print_exc()
         code = 1
-    if code not in (0, Preempted.exit_code) and 'jaxfm.distributed' in sys.modules:
-        sys.modules['jaxfm.distributed'].end_after_error(code)
+    if code not in (0, Preempted.exit_code):
+        distributed.end_after_error(code)
     return code
 
 

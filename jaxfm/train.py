@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.distributed import Preemption
+from jaxfm.distributed.preemption import Preemption
 from jaxfm.errors import NumericsError, Preempted
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import Recorder

@@ -26,7 +26,7 @@ LIGHT = {'config'}
 # room -> the rooms it may import, beside itself and the ground. `rooms` and `room/part` are keys: a
 # part has a list of its own. A room that is listed must be imported, so that the map stays true.
 MAP = {
-    'main': {'modes', 'config', 'data', 'storage'},
+    'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
         *('run', 'config', 'train', 'prefetch', 'plan', 'sampling', 'tokenizer', 'chat', 'state'),
         *('models', 'sharding', 'metrics', 'storage', 'distributed'),

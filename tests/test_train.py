@@ -15,7 +15,7 @@ from jaxfm import sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
-from jaxfm.distributed import Preemption
+from jaxfm.distributed.preemption import Preemption
 from jaxfm.errors import Preempted
 from jaxfm.evals.base import Evaluator
 from jaxfm.metrics import goodput

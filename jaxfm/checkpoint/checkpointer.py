@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import start_fingerprint
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
 from jaxfm.checkpoint.store import Store, new_attempt
+from jaxfm.distributed import agree
 from jaxfm.errors import RunError, StorageError, human_bytes
 from jaxfm.storage.lease import Lease
 
@@ -87,7 +87,7 @@ class Checkpointer(Reader):
             local = Tier(self._local, config.local.every, config.local.keep, private=True)
             self._tiers.append(local)
         self._lost = 0
-        self._steps = set(distributed.from_primary(self._open))  # of the durable tier
+        self._steps = set(agree.from_primary(self._open))  # of the durable tier
         self._open_local()
 
     def is_due(self, step: int) -> bool:
@@ -104,13 +104,13 @@ class Checkpointer(Reader):
         error = None
         try:
             missing = max(self._config.keep + 1 - len(self._steps), 1)
-            distributed.from_primary(lambda: _check_room(self._store, nbytes, missing + to_come))
+            agree.from_primary(lambda: _check_room(self._store, nbytes, missing + to_come))
             if self._local:
                 missing = self._config.local.keep + 1 - len(self._local.commits())
                 _check_room(self._local, nbytes // jax.process_count(), max(missing, 1))
         except StorageError as raised:
             error = raised
-        distributed.first_error(error)
+        agree.first_error(error)
 
     def save(self, step: int, state: Arrays, extra: dict[str, Any], must: bool = False) -> None:
         """Starts a save and returns once the state is copied: the caller may donate it right away.
@@ -130,7 +130,7 @@ class Checkpointer(Reader):
         tier = self._durable if must else tier
         while True:
             started = time.monotonic()
-            attempt, epoch = distributed.from_primary(lambda: self._decide(tier, step, must))
+            attempt, epoch = agree.from_primary(lambda: self._decide(tier, step, must))
             if attempt in ('skip', 'drop'):
                 return
             self._start(tier, step, attempt, epoch, state, extra)
@@ -174,7 +174,7 @@ class Checkpointer(Reader):
         except RunError as raised:
             error = raised
         try:
-            distributed.first_error(error)
+            agree.first_error(error)
         except RunError:
             self._lease.release()
             raise
@@ -225,7 +225,7 @@ class Checkpointer(Reader):
                 damaged=frozenset(bad for place, bad in self._damaged if place == root),
                 private=tier.private,
                 deadline=arrays.Deadline.after(self._config.timeout_seconds),
-                lease=self._lease if distributed.is_primary() else None,
+                lease=self._lease if agree.is_primary() else None,
             )
         )
 
@@ -233,7 +233,7 @@ class Checkpointer(Reader):
         """Waits for the save under way -> whether it is committed: the same on all processes."""
         if tier.under_way is not None:
             tier.under_way.wait()
-        committed = distributed.from_primary(lambda: self._settle(tier))
+        committed = agree.from_primary(lambda: self._settle(tier))
         tier.under_way = None
         return committed
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jaxfm import distributed
 from jaxfm.checkpoint import CheckpointConfig, arrays
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.verify import explain_read, leaves_of
+from jaxfm.distributed import agree
 from jaxfm.errors import DamagedError, DataError, RunError
 from jaxfm.storage import open_storage
 from jaxfm.storage.posix import PosixStorage
@@ -72,7 +72,7 @@ class Reader:
 
     def steps(self) -> list[int]:
         """The committed steps, in order; the damaged ones among them look like the others."""
-        return distributed.from_primary(lambda: list(self._store.commits()))
+        return agree.from_primary(lambda: list(self._store.commits()))
 
     def latest_step(self) -> int | None:
         """The newest committed step; None when there is no checkpoint."""
@@ -139,7 +139,7 @@ class Reader:
 
     def _candidates(self) -> list[Found]:
         """What is committed and not known to be damaged, the newest step first."""
-        commits = distributed.from_primary(
+        commits = agree.from_primary(
             lambda: [dataclasses.astuple(commit) for commit in self._store.commits().values()]
         )
         durable = [Found(self._store, Commit(*fields)) for fields in commits]
@@ -154,7 +154,7 @@ class Reader:
         if self._local is None:
             return []
         here = {commit.directory: commit for commit in self._local.commits().values()}
-        common = distributed.common(list(here))
+        common = agree.common(list(here))
         return [Found(self._local, here[name], private=True) for name in common]
 
     def _verify(self, step: int) -> tuple[Found, dict[str, Any]]:
@@ -168,13 +168,13 @@ class Reader:
 
     def _check(self, found: Found) -> dict[str, Any]:
         if not found.private:
-            return distributed.from_primary(lambda: found.store.check(found.commit))
+            return agree.from_primary(lambda: found.store.check(found.commit))
         manifest, error = None, None
         try:
             manifest = found.store.check(found.commit)
         except RunError as raised:
             error = raised
-        distributed.first_error(error)
+        agree.first_error(error)
         return manifest
 
     def _read(self, found: Found, manifest: dict, wanted: dict) -> Arrays:
@@ -192,7 +192,7 @@ class Reader:
             error = explain_read(raised, found.store, found.commit.step)
             if not isinstance(error, RunError):
                 raise
-        distributed.first_error(error)
+        agree.first_error(error)
         prints = fingerprints(restored)
         differ = [
             name for name in wanted if prints[name] != manifest['arrays'][name]['fingerprint']
@@ -200,7 +200,7 @@ class Reader:
         if differ:
             more = f' and {len(differ) - 1} more' if len(differ) > 1 else ''
             error = found.store.damaged_error(found.commit.step, f'array {differ[0]}{more}')
-        distributed.first_error(error)
+        agree.first_error(error)
         return restored
 
     def _name(self, step: int) -> str:

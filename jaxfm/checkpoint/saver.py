@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 
-from jaxfm import distributed
 from jaxfm.checkpoint import arrays
 from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.distributed import agree
 from jaxfm.errors import LockedError, RunError, StorageError
 from jaxfm.storage.lease import Lease
 
@@ -94,7 +94,7 @@ class Save:
         name = f'{job.attempt}/committed'
         if not job.private:
             patience = job.deadline.left + 60
-            distributed.from_primary(lambda: self._try(_merge, job), name, patience)
+            agree.from_primary(lambda: self._try(_merge, job), name, patience)
             return
         error = None
         try:
@@ -102,7 +102,7 @@ class Save:
         except RunError as raised:
             error = raised
         # Nothing older is deleted before every process has this step.
-        distributed.first_error(error, name, job.deadline.left + 60)
+        agree.first_error(error, name, job.deadline.left + 60)
 
     def _try(self, prepare: Callable[[Job], Commit], job: Job) -> None:
         try:
@@ -123,7 +123,7 @@ def _write(job: Job) -> None:
         arrays.write(job.store.storage.kvstore(part), job.parts, job.deadline)
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
-    distributed.first_error(error, f'{job.attempt}/written', job.deadline.left)
+    agree.first_error(error, f'{job.attempt}/written', job.deadline.left)
 
 
 def _merge(job: Job) -> Commit:
@@ -146,7 +146,7 @@ def _describe(job: Job) -> Commit:
 
 def _clean(job: Job) -> None:
     """Deletes what need not stay; what cannot be deleted now will be after the next save."""
-    if not (job.private or distributed.is_primary()):
+    if not (job.private or agree.is_primary()):
         return
     try:
         listing = job.store.storage.list()
@@ -161,7 +161,7 @@ def _clean(job: Job) -> None:
 
 def _discard(job: Job) -> None:
     """Deletes what a failed save has written: a full disk gets no fuller."""
-    if not (job.private or distributed.is_primary()):
+    if not (job.private or agree.is_primary()):
         return
     try:
         job.store.storage.remove(job.directory)

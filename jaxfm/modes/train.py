@@ -9,9 +9,10 @@ import logging
 
 import jax
 
-from jaxfm import distributed, sharding
+from jaxfm import sharding
 from jaxfm.config.resume import Change
 from jaxfm.config.run import RunConfig
+from jaxfm.distributed.preemption import Preemption
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
@@ -39,7 +40,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(start_run(config, flags.workdir))
-        preemption = stack.enter_context(distributed.Preemption())
+        preemption = stack.enter_context(Preemption())
         console = Console(config.total_steps, enabled=run.primary)
         stack.callback(console.close)
         data = open_data(config, run.workdir)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jax
 
-from jaxfm import distributed
 from jaxfm.config.load import read_config
 from jaxfm.config.run import RunConfig
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
+from jaxfm.distributed import agree
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from jaxfm.tokenizer.kinds import Tokenizer
@@ -38,16 +38,16 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     """
     cache = cache_directory() / 'corpus'
     _check_files(config)
-    primary = distributed.is_primary()
+    primary = agree.is_primary()
     if not primary:
-        distributed.barrier('corpus')
+        agree.barrier('corpus')
     tokenizer = _make_tokenizer(config, workdir, cache)
     _check_tokenizer(tokenizer, config)
     datasets = {
         phase.name: open_dataset(phase.data, tokenizer, cache) for phase in config.all_phases
     }
     if primary and jax.process_count() > 1:
-        distributed.barrier('corpus')
+        agree.barrier('corpus')
     _check_tokens(datasets.values())
     return RunData(tokenizer, datasets)
 
@@ -104,7 +104,7 @@ def _check_files(config: RunConfig) -> None:
       MissingInputError, DataError: a file that one of them has not, or in another size.
     """
     here = _file_sizes(config) if jax.process_count() > 1 else {}
-    every = distributed.compared('files', _pack(here))
+    every = agree.exchange('files', _pack(here))
     for index, packed in every.items():
         if packed != every[0]:
             _refuse_files(_unpack(every[0]), _unpack(packed), index)
@@ -126,7 +126,7 @@ def _check_tokens(datasets: Iterable[Dataset]) -> None:
     """Raises unless every process has the same tokens; what is read on the fly was compared as
     files."""
     cached = [dataset for dataset in datasets if dataset.packings]
-    every = distributed.compared('tokens', ' '.join(each.fingerprint for each in cached))
+    every = agree.exchange('tokens', ' '.join(each.fingerprint for each in cached))
     for index, fingerprints in every.items():
         if fingerprints != every[0]:
             raise DataError(

@@ -7,10 +7,10 @@ import logging
 
 import jax
 
-from jaxfm import distributed
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.config.load import make_config
 from jaxfm.config.resume import Change, check_resume
+from jaxfm.distributed import agree
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import read_records
@@ -38,7 +38,7 @@ def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
     checkpoints, changes = run.reader(), []
     newest = checkpoints.newest_whole(lambda step: (step, checkpoints.read_manifest(step)))
     if newest is None:
-        distributed.from_primary(lambda: _check_never_saved(run, checkpoints.root))
+        agree.from_primary(lambda: _check_never_saved(run, checkpoints.root))
         return False, changes
     step, manifest = newest
     if not run.has_begun:

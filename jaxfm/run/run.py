@@ -9,11 +9,13 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from jaxfm import distributed, sharding
+from jaxfm import sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import format_config
 from jaxfm.config.run import RunConfig, check_on_mesh
+from jaxfm.distributed import agree
+from jaxfm.distributed.join import initialize
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
@@ -41,13 +43,13 @@ class Run:
         self.mesh = sharding.make_mesh(sizes)
         plan.check_matmuls(config.model, self.mesh)
         plan.choices(config.model, self.mesh)  # an op that cannot run is told before anything is
-        self.primary = distributed.is_primary()
+        self.primary = agree.is_primary()
         self.make_model = model_maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
-        self.has_begun = distributed.from_primary((self.workdir / 'config.json').exists)
+        self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
             checked_layout(self.outside, config.model, *self.outside_parts)
@@ -107,7 +109,7 @@ class Run:
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path):
     """JAX set up, the other processes found, the mesh set -> Run."""
-    distributed.initialize()
+    initialize()
     jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compile'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
     run = Run(config, workdir)

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 
 from jaxfm.main import HUGE_PAGES
 from jaxfm.pretrained.huggingface.export import write_safetensors
+from tests.distributed.processes import ranks, start
 from tests.hf_directories import LLAMA, random_tensors, shapes_of, write_json, write_model
 from tests.pretrained.loading import ROOT, Counted, Loading
-from tests.test_distributed_init import ranks, started
 
 MESHES = {
     'fsdp': dict(fsdp=8),
@@ -104,13 +104,13 @@ TWO = """
     from pathlib import Path
     import jax
     import numpy as np
-    from jaxfm import distributed
+    from jaxfm.distributed import agree, join
     from jaxfm.data import BytesConfig
     from jaxfm.tokenizer.build import Bytes
     from jaxfm.pretrained import ExportConfig
     from jaxfm.pretrained.export import Exporter
     from tests.pretrained.loading import Counted, Loading
-    distributed.initialize(timeout_seconds=60)
+    join.initialize(timeout_seconds=60)
     whole, read = np.load({saved!r}), []
     for axis in ('fsdp', 'tensor'):
         loading = Loading({path!r}, {{axis: 2}})
@@ -128,7 +128,7 @@ TWO = """
         with jax.set_mesh(loading.mesh):
             exporter.write(params, Path({output!r}) / axis)
     print('read', json.dumps(read), flush=True)
-    distributed.barrier('end')
+    agree.barrier('end')
 """
 
 
@@ -144,7 +144,7 @@ def test_each_of_two_processes_reads_its_own_part_and_together_they_write(tmp_pa
     output = tmp_path / 'output'
     program = TWO.format(path=str(path), saved=str(saved), output=str(output))
     devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
-    with started(program, [environment | devices for environment in ranks(2)]) as processes:
+    with start(program, [environment | devices for environment in ranks(2)]) as processes:
         told = [process.communicate(timeout=120) for process in processes]
     read = []
     for out, error in told:
@@ -173,14 +173,14 @@ FAILING = """
     from pathlib import Path
     from types import SimpleNamespace
     import jax
-    from jaxfm import distributed
+    from jaxfm.distributed import agree, join
     from jaxfm.data import BytesConfig
     from jaxfm.tokenizer.build import Bytes
     from jaxfm.errors import RunError
     from jaxfm.pretrained import ExportConfig
     from jaxfm.pretrained.export import Exporter
     from tests.pretrained.loading import Loading
-    distributed.initialize(timeout_seconds=60)
+    join.initialize(timeout_seconds=60)
     loading = Loading({path!r}, {{'fsdp': 2}})
     params, parts = loading.load(), loading.parts
     about = ExportConfig(shard_gigabytes=1e-5), loading.config, parts.axes, parts.shapes
@@ -192,7 +192,7 @@ FAILING = """
     closed = SimpleNamespace(bos_id=0, eos_id=1, save=refuse)
 
     def export(name, tokenizer=good, limit=resource.RLIM_INFINITY):
-        if distributed.is_primary():  # the other one writes nothing and would see no limit
+        if agree.is_primary():  # the other one writes nothing and would see no limit
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
             Exporter(*about, tokenizer, {{1}}).write(params, Path({output!r}) / name)
@@ -204,7 +204,7 @@ FAILING = """
         export('full', limit=2000)
         export('closed', closed)
         export('good')
-    distributed.barrier('end')
+    agree.barrier('end')
 """
 
 
@@ -220,7 +220,7 @@ def test_what_keeps_one_of_two_processes_from_writing_both_of_them_tell(tmp_path
     (output / 'file').write_text('')
     program = FAILING.format(path=str(path), output=str(output))
     devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
-    with started(program, [environment | devices for environment in ranks(2)]) as processes:
+    with start(program, [environment | devices for environment in ranks(2)]) as processes:
         told = [process.communicate(timeout=120) for process in processes]
     expected = [
         f'met 74 {output}/file/below: cannot be written: Not a directory',

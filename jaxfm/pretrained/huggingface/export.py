@@ -13,7 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxfm import distributed
+from jaxfm.distributed import agree
 from jaxfm.models import TransformerConfig, lora
 from jaxfm.models.families.base import find, write_config
 from jaxfm.pretrained import ExportConfig
@@ -87,7 +87,7 @@ class Exporter:
             self._write_weights(params, partial, on_primary)
             on_primary(lambda: self._finish(partial, directory))
         finally:
-            if distributed.is_primary():
+            if agree.is_primary():
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _finish(self, partial: Path, directory: Path) -> None:
@@ -120,7 +120,7 @@ class Exporter:
                 _use_up(tensors)
                 raise
 
-        if not distributed.is_primary():
+        if not agree.is_primary():
             _use_up(tensors)
         on_primary(write)
 
@@ -208,7 +208,7 @@ def _on_primary(directory: Path, write: Callable[[], None]) -> None:
         with explain_errors(f'{directory}: cannot be written'):
             write()
 
-    distributed.from_primary(write_or_explain)
+    agree.from_primary(write_or_explain)
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:

@@ -49,9 +49,6 @@ class Evaluator(Protocol):
 
     def run(self, params, step: int) -> dict[str, float]: ...
 
-    def contamination(self, dataset) -> dict[str, float]:
-        """How much of what it asks stands in the training text of a phase; {} is not known."""
-
 
 @dataclasses.dataclass
 class Loop:

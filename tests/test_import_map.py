@@ -28,8 +28,8 @@ LIGHT = {'config'}
 MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
-        *('run', 'config', 'train', 'prefetch', 'plan', 'sampling', 'tokenizer', 'chat', 'state'),
-        *('models', 'sharding', 'metrics', 'storage', 'distributed'),
+        *('run', 'config', 'train', 'prefetch', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
+        *('state', 'models', 'sharding', 'metrics', 'storage', 'distributed'),
     },
     'run': {
         *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),

@@ -17,7 +17,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.distributed.preemption import Preemption
 from jaxfm.errors import Preempted
-from jaxfm.evals.base import Evaluator
+from jaxfm.evals.base import Periodic
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
@@ -171,11 +171,11 @@ class Noting:
 # The other parts of a loop
 
 
-class Probe(Evaluator):
+class Probe(Periodic):
     """An evaluator: one number that depends on every bit of the weights."""
 
     def __init__(self, every, events):
-        super().__init__(types.SimpleNamespace(every=every, at_start=True))
+        super().__init__(every, at_start=True)
         self.events = events
 
     def run(self, params, step):

@@ -20,22 +20,22 @@ class Context:
     samples_directory: Path | None  # None where this process writes nothing
 
 
-class Evaluator:
-    """What every evaluator has: when it runs, and what nobody need say of it."""
+class Periodic:
+    """The cadence that every evaluator has.
 
-    def __init__(self, config):
-        self._every, self._at_start = config.every, config.at_start
+    Args:
+      every: steps between two runs; 0 is only at the end of each phase.
+      at_start: also on the weights of step 0.
+    """
+
+    def __init__(self, every: int, at_start: bool):
+        self._every, self._at_start = every, at_start
 
     def is_due(self, step: int, last: int) -> bool:
         """Every so many steps, at the start of the run if asked, when a phase ends (at `last`)."""
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0
-
-    def contamination(self, dataset) -> dict[str, float]:
-        """How much of what it asks stands in the training text of a phase; {} is not known."""
-        del dataset
-        return {}
 
 
 def wilson_interval(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:

@@ -49,7 +49,7 @@ class Grams:
                 self.found.update(self._prompts[length].get(tuple(words[i : i + length]), ()))
 
 
-def contamination(
+def measure(
     dataset: Dataset, prompts: list[str], n: int = 13, max_bytes: int = MAX_BYTES
 ) -> dict[str, int | float]:
     """{prompts, contaminated, contaminated_share, ngram, bytes_read, bytes_total} of prompts.

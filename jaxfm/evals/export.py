@@ -3,11 +3,11 @@
 import time
 from pathlib import Path
 
-from jaxfm.evals.base import Evaluator
+from jaxfm.evals.base import Periodic
 from jaxfm.pretrained.huggingface.export import Exporter
 
 
-class PeriodicExport(Evaluator):
+class PeriodicExport(Periodic):
     """Writes the weights to <directory>/<step>.
 
     Args:
@@ -15,7 +15,7 @@ class PeriodicExport(Evaluator):
     """
 
     def __init__(self, every: int, exporter: Exporter, directory: Path):
-        self._every, self._at_start = every, False
+        super().__init__(every, at_start=False)
         self._exporter, self._directory = exporter, directory
 
     def run(self, params, step: int) -> dict[str, float]:

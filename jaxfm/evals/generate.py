@@ -5,8 +5,7 @@ import logging
 
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Context, Evaluator, wilson_interval
-from jaxfm.evals.contamination import contamination
+from jaxfm.evals.base import Context, Periodic, wilson_interval
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Request
 from jaxfm.tasks import TASKS
@@ -18,7 +17,7 @@ def _text_of(prompt) -> str:
     return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
 
 
-class Generate(Evaluator):
+class Generate(Periodic):
     """pass@1 from one sample a prompt, with its 95 % interval; also by group of prompts.
 
     Chats are put into the chat template. Other prompts are continued as they stand, without a BOS:
@@ -29,7 +28,7 @@ class Generate(Evaluator):
     """
 
     def __init__(self, config: GenerateConfig, context: Context):
-        super().__init__(config)
+        super().__init__(config.every, config.at_start)
         self._config, self._sampler, self._seed = config, context.sampler, context.seed
         self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
         self._stop_ids = self._chat.stop_ids | set(self._sampler.config.stop_ids)
@@ -78,12 +77,10 @@ class Generate(Evaluator):
             **self._by_group(scores),
         }
 
-    def contamination(self, dataset) -> dict[str, float]:
-        """How many prompts stand in the training text of a phase; {} when nobody wants to know."""
-        if not self._config.contamination_bytes:
-            return {}
-        texts = [_text_of(prompt) for prompt in self._prompts.values()]
-        return contamination(dataset, texts, max_bytes=self._config.contamination_bytes)
+    @property
+    def prompt_texts(self) -> list[str]:
+        """What is asked, as text; a chat is the contents of its messages."""
+        return [_text_of(prompt) for prompt in self._prompts.values()]
 
     def _by_group(self, scores: dict[str, float]) -> dict[str, float]:
         groups = {}

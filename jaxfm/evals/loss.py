@@ -12,11 +12,11 @@ import numpy as np
 from jaxfm import sharding
 from jaxfm.data.loader import evaluation_batches
 from jaxfm.evals import LossConfig
-from jaxfm.evals.base import Context, Evaluator
+from jaxfm.evals.base import Context, Periodic
 from jaxfm.ops.logprobs import token_logprobs
 
 
-class HeldOutLoss(Evaluator):
+class HeldOutLoss(Periodic):
     """Of the phase's held-out documents, each source of a mixture on its own and all together.
 
     Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text. Chats
@@ -24,7 +24,7 @@ class HeldOutLoss(Evaluator):
     """
 
     def __init__(self, config: LossConfig, context: Context):
-        super().__init__(config)
+        super().__init__(config.every, config.at_start)
         self._config, self._dataset, self._mesh = config, context.dataset, context.mesh
         self._length = config.sequence_length or context.dataset.sequence_length
         self._rows = sharding.whole_rows(config.batch_size, context.mesh)

@@ -13,6 +13,7 @@ from jaxfm import sharding
 from jaxfm.config.resume import Change
 from jaxfm.config.run import RunConfig
 from jaxfm.distributed.preemption import Preemption
+from jaxfm.evals import GenerateConfig, contamination
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
@@ -149,13 +150,18 @@ def _peak_flops(config) -> float | None:
 
 def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluators: dict) -> None:
     """Which share of the prompts of sampling-based evaluations stands in what was trained on."""
+    asking = {
+        name: group.contamination_bytes
+        for name, group in run.config.evals.items()
+        if isinstance(group, GenerateConfig) and group.contamination_bytes
+    }
     for phase in run.phases if run.primary else ():
         recorder.phase = phase.name
-        for name, evaluator in evaluators.items():
-            found = evaluator.contamination(data.datasets[phase.name])
+        for name, max_bytes in asking.items():
+            prompts = evaluators[name].prompt_texts
+            found = contamination.measure(data.datasets[phase.name], prompts, max_bytes=max_bytes)
             values = {f'data/contamination/{name}/{key}': value for key, value in found.items()}
-            if values:
-                recorder.write(run.config.total_steps, 'event', values)
+            recorder.write(run.config.total_steps, 'event', values)
 
 
 def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:

@@ -1,14 +1,12 @@
 """When evaluators run, and the interval of a share."""
 
-import types
-
 import pytest
 
-from jaxfm.evals.base import Evaluator, wilson_interval
+from jaxfm.evals.base import Periodic, wilson_interval
 
 
 def due(every, at_start, last):
-    cadence = Evaluator(types.SimpleNamespace(every=every, at_start=at_start))
+    cadence = Periodic(every, at_start)
     return [step for step in range(last + 1) if cadence.is_due(step, last)]
 
 

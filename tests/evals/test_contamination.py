@@ -36,7 +36,7 @@ def test_prompts_with_thirteen_words_of_the_training_text_are_found(data):
         ' '.join([*words[20:32], 'other', *words[33:44]]),  # 12 in a row
         ' '.join(words[:12][::-1]) + ' and more words in the end',
     ]
-    result = contamination.contamination(data, prompts)
+    result = contamination.measure(data, prompts)
     assert (result['prompts'], result['contaminated']) == (4, 2)
     assert result['contaminated_share'] == 0.5 and result['ngram'] == 13
 
@@ -44,26 +44,26 @@ def test_prompts_with_thirteen_words_of_the_training_text_are_found(data):
 def test_a_shorter_prompt_is_found_when_all_of_it_is_there(data):
     words = train_texts(data)[11].split()
     prompts = [' '.join(words[3:8]), ' '.join([*words[3:8], 'absent']), '!?', '']
-    assert contamination.contamination(data, prompts)['contaminated'] == 1
+    assert contamination.measure(data, prompts)['contaminated'] == 1
 
 
 def test_words_of_two_documents_are_not_in_a_row(data):
     first, second = (text.split() for text in train_texts(data)[:2])
     prompt = ' '.join(first[-7:] + second[:7])
-    assert contamination.contamination(data, [prompt])['contaminated'] == 0
+    assert contamination.measure(data, [prompt])['contaminated'] == 0
 
 
 def test_held_out_text_is_not_training_text(data):
     prompts = [document.text for document in data.heldout_documents]
-    assert prompts and contamination.contamination(data, prompts)['contaminated'] == 0
+    assert prompts and contamination.measure(data, prompts)['contaminated'] == 0
 
 
 def test_no_more_is_read_than_the_cap_and_the_result_says_how_much(data):
     prompts = [' '.join(text.split()[:13]) for text in train_texts(data)]
-    everything = contamination.contamination(data, prompts)
+    everything = contamination.measure(data, prompts)
     size = sum(len(text) for text in train_texts(data))
     assert everything['contaminated'] == len(prompts) and everything['bytes_read'] == size
-    part = contamination.contamination(data, prompts, max_bytes=size // 4)
+    part = contamination.measure(data, prompts, max_bytes=size // 4)
     assert part['bytes_read'] <= size // 4
     assert 0.2 < part['contaminated_share'] < 0.3
     assert part['bytes_total'] in (0, size)

@@ -151,6 +151,13 @@ def test_chats_go_through_the_template_and_groups_are_scored_apart(engine, monke
     assert values['pass@1/odd'] == 0.0
 
 
+def test_prompts_are_texts_for_whoever_looks_for_them_in_the_training_text(engine, monkeypatch):
+    assert evaluator(engine).prompt_texts == ['abc', 'bc', 'c']
+    turns = [{'role': 'user', 'content': 'one'}, {'role': 'user', 'content': 'two'}]
+    monkeypatch.setattr(Task, 'prompts', lambda self: [Prompt('a', '', tuple(turns))])
+    assert evaluator(engine).prompt_texts == ['one\ntwo']
+
+
 def test_it_samples_with_the_weights_it_is_given(engine):
     generate = evaluator(engine)
     generate.run('first', 0)

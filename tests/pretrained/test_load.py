@@ -105,10 +105,10 @@ TWO = """
     import jax
     import numpy as np
     from jaxfm.distributed import agree, join
-    from jaxfm.data import BytesConfig
+    from jaxfm.tokenizer import BytesConfig
     from jaxfm.tokenizer.build import Bytes
     from jaxfm.pretrained import ExportConfig
-    from jaxfm.pretrained.export import Exporter
+    from jaxfm.pretrained.huggingface.export import Exporter
     from tests.pretrained.loading import Counted, Loading
     join.initialize(timeout_seconds=60)
     whole, read = np.load({saved!r}), []
@@ -174,11 +174,11 @@ FAILING = """
     from types import SimpleNamespace
     import jax
     from jaxfm.distributed import agree, join
-    from jaxfm.data import BytesConfig
+    from jaxfm.tokenizer import BytesConfig
     from jaxfm.tokenizer.build import Bytes
     from jaxfm.errors import RunError
     from jaxfm.pretrained import ExportConfig
-    from jaxfm.pretrained.export import Exporter
+    from jaxfm.pretrained.huggingface.export import Exporter
     from tests.pretrained.loading import Loading
     join.initialize(timeout_seconds=60)
     loading = Loading({path!r}, {{'fsdp': 2}})

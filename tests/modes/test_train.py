@@ -1,0 +1,66 @@
+"""What --mode train records of a run, beside what its loop does."""
+
+from types import SimpleNamespace
+
+from jaxfm.evals import GenerateConfig, LossConfig
+from jaxfm.modes import train
+from jaxfm.tasks import PythonFunctionsConfig
+
+
+class Records:
+    """A recorder that keeps what it is given."""
+
+    phase = ''
+
+    def __init__(self):
+        self.written = []
+
+    def write(self, step, kind, values):
+        self.written.append((self.phase, step, kind, values))
+
+
+def phase(name, text):
+    dataset = SimpleNamespace(num_train_bytes=len(text), train_texts=lambda max_bytes: [text])
+    return SimpleNamespace(name=name, dataset=dataset)
+
+
+def run_with(primary=True):
+    task = PythonFunctionsConfig()
+    evals = {
+        'heldout': LossConfig(),
+        'functions': GenerateConfig(task=task),
+        'unasked': GenerateConfig(task=task, contamination_bytes=0),
+    }
+    phases = [phase('first', 'a b c'), phase('second', 'x y')]
+    config = SimpleNamespace(evals=evals, total_steps=7)
+    return SimpleNamespace(primary=primary, phases=phases, config=config)
+
+
+def test_every_phase_records_which_prompts_stand_in_its_training_text():
+    """The loss and the export ask nothing, so nothing is asked of them."""
+    asking = SimpleNamespace(prompt_texts=['b c', 'z'])
+    evaluators = {'heldout': object(), 'functions': asking, 'unasked': asking, 'export': object()}
+    records = Records()
+    train._record_contamination(records, run_with(), evaluators)
+    assert [record[:3] for record in records.written] == [
+        ('first', 7, 'event'),
+        ('second', 7, 'event'),
+    ]
+    start = 'data/contamination/functions/'
+    assert [
+        {name.removeprefix(start): value for name, value in values.items()}
+        for *_, values in records.written
+    ] == [
+        dict(
+            prompts=2,
+            contaminated=count,
+            contaminated_share=count / 2,
+            ngram=13,
+            bytes_read=size,
+            bytes_total=size,
+        )
+        for count, size in ((1, 5), (0, 3))
+    ]
+    elsewhere = Records()
+    train._record_contamination(elsewhere, run_with(primary=False), evaluators)
+    assert not elsewhere.written

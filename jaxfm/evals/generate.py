@@ -45,10 +45,11 @@ class Generate(Periodic):
     def run(self, params, step: int) -> dict[str, float]:
         """{'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'}, and 'pass@1/<group>'."""
         prompts = self._prompts
-        self._sampler.params = params
         events = complete(
             self._sampler,
             self._requests,
+            params,
+            step,
             stop=lambda id, ids: self._task.stop(prompts[id], self._tokenizer.decode(ids)),
         )
         scores = {}

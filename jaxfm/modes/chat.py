@@ -58,7 +58,8 @@ def chat(flags, config: RunConfig, changes) -> int:
             log.warning('the tokenizer has no chat template: `plain` takes its place')
         chat_format = Chat(tokenizer)
         params, step = current_params(run)
-        sampler = run.sampler(params, slots=1)
+        sampler = run.sampler(slots=1)
+        sampler.lend(params, step or 0)
         options = request_options(config, chat_format, flags)
         assistant = Assistant(sampler, tokenizer, chat_format, options)
         if step is not None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from jaxfm.chat.render import Chat
 from jaxfm.modes.output import write_lines
 from jaxfm.run.run import Run
-from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Request
 
 
@@ -48,9 +47,8 @@ def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
     return begin + tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
-def write_samples(run: Run, sampler, tokenizer, prompts, requests, path: Path | None) -> None:
-    """Runs the requests; prompts and what follows on them go to stdout, and to a file if asked."""
-    events = complete(sampler, requests)
+def write_samples(run: Run, tokenizer, prompts, requests, events, path: Path | None) -> None:
+    """Prompts and what follows on them go to stdout, and to a file if asked."""
     if not run.primary:
         return
     records = []

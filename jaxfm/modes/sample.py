@@ -9,6 +9,7 @@ from jaxfm.modes.generation import requests_for, write_samples
 from jaxfm.run.data import open_tokenizer
 from jaxfm.run.run import start_run
 from jaxfm.run.weights import current_params
+from jaxfm.sampling.engine import complete
 
 log = logging.getLogger('jaxfm')
 
@@ -21,9 +22,10 @@ def sample(flags, config: RunConfig, changes) -> int:
         tokenizer = open_tokenizer(config, run.workdir)
         params, step = current_params(run)
         prompts = flags.prompt or list(config.sampling.prompts) or ['']
-        sampler = run.sampler(params, slots=len(prompts))
+        sampler = run.sampler(slots=len(prompts))
         requests = requests_for(config, tokenizer, prompts, flags)
         if step is not None:
             log.info('sampling from step %d', step)
-        write_samples(run, sampler, tokenizer, prompts, requests, flags.output)
+        events = complete(sampler, requests, params, step or 0)
+        write_samples(run, tokenizer, prompts, requests, events, flags.output)
     return 0

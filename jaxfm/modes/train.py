@@ -27,6 +27,7 @@ from jaxfm.run.data import RunData, open_data
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import initial_state, periodic_exports
+from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Request
 from jaxfm.state import TrainState
 from jaxfm.train import Loop, train
@@ -55,7 +56,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         checkpointer = workdir.open_checkpoints(run, wanted, stack)
         sources = [_prefetch(phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
-        sampler = run.sampler(params=None)
+        sampler = run.sampler()
         evaluators = run.evaluators(data, sampler, write=run.primary)
         evaluators |= periodic_exports(run, data.tokenizer)
         prompts, requests = _last_samples(config, data.tokenizer)
@@ -93,9 +94,9 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             for phase, source in zip(run.phases, sources)
         ]
         state = _run_phases(run, data, loops, current, state, step)
-        sampler.params = state.params
+        events = complete(sampler, requests, state.params, config.total_steps)
         path = run.workdir / 'samples' / 'final.jsonl'
-        write_samples(run, sampler, data.tokenizer, prompts, requests, path)
+        write_samples(run, data.tokenizer, prompts, requests, events, path)
         recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, data, evaluators)
         workdir.report(run)

@@ -80,12 +80,12 @@ class Run:
         directory = self.workdir / 'checkpoints'
         return Checkpointer(self.config.checkpoint, directory, ends[:-1], about)
 
-    def sampler(self, params, slots: int | None = None) -> Sampler:
-        """An engine for these weights."""
+    def sampler(self, slots: int | None = None) -> Sampler:
+        """An engine for weights of this run, which are lent to it."""
         config = self.config.sampling
         if slots:
             config = config.model_copy(update={'slots': min(slots, config.slots)})
-        return Sampler(self.parts.merge, self.config.model, config, params, self.mesh)
+        return Sampler(self.parts.merge, self.config.model, config, self.mesh)
 
     def evaluators(self, data: RunData, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""

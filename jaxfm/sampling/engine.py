@@ -1,9 +1,9 @@
-"""The sampling engine: `add` requests, call `step()` until it has no work, read the events.
+"""The sampling engine: `lend` it weights, `add` requests, call `step()` until it has no work.
 
 Synchronous, no threads. `slots` sequences are decoded together; a slot that falls free takes the
 next request at the next step. Shapes are static: prompts are padded to powers of two, decoding runs
-`decode_steps` tokens a compiled call. Parameters are an argument of every call, so new weights need
-no new compilation. B slots, T padded prompt, V vocabulary.
+`decode_steps` tokens a compiled call. Weights are an argument of every call, so new weights need no
+new compilation. B slots, T padded prompt, V vocabulary.
 """
 
 import collections
@@ -25,16 +25,16 @@ from jaxfm.sampling.request import Event, Request
 
 
 class Sampler:
-    """Continuous batching over a contiguous key-value cache.
+    """Continuous batching over a contiguous key-value cache, with weights that are lent to it.
 
     Args:
       merge: {path: array} -> model, such as `Parts.merge`.
       model_config: a TransformerConfig.
-      params: the weights; replace `sampler.params` at any time between steps.
     """
 
-    def __init__(self, merge, model_config, config: SamplingConfig, params, mesh):
-        self.config, self.params, self._mesh = config, params, mesh
+    def __init__(self, merge, model_config, config: SamplingConfig, mesh):
+        self.config, self._mesh = config, mesh
+        self._params = self._version = None
         self._slots = sharding.whole_rows(config.slots, mesh)
         self._merge = merge
         self._vocab_size = model_config.vocab_size
@@ -52,21 +52,46 @@ class Sampler:
         self._prefill = jax.jit(self._prefill_slots, donate_argnums=1)
         self._decode = jax.jit(self._decode_slots, donate_argnums=1)
 
+    def lend(self, params, version: int) -> None:
+        """Lends weights, which every step reads until others are lent. They are not copied.
+
+        This may happen at any time between steps: running requests go on with the new weights, over
+        the keys and values that the old ones computed.
+
+        Args:
+          params: {path: array}.
+          version: the training step that they are of.
+        """
+        self._params, self._version = params, version
+
+    @property
+    def version(self) -> int | None:
+        """The version of the weights that are lent; None before any are."""
+        return self._version
+
+    def _check_weights(self) -> None:
+        """Raises RuntimeError unless weights are lent."""
+        if self._params is None:
+            raise RuntimeError(
+                'no weights are lent to the sampler: call lend(params, version) before add() and '
+                'step()'
+            )
+
     @property
     def has_work(self) -> bool:
         """Whether a step would produce something."""
         return bool(self._waiting) or any(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queues a request, if `check` has nothing against it."""
+        """Queues a request. Raises RuntimeError without weights, and what `check` raises."""
+        self._check_weights()
         self.check(request)
         self._waiting.append(request)
 
     def check(self, request: Request) -> None:
-        """Whether the engine can hold a request.
+        """Raises DataError unless the engine can hold a request; needs no weights.
 
-        Raises:
-          DataError: an empty prompt, ids outside the vocabulary, or more tokens than a slot holds.
+        It refuses an empty prompt, ids outside the vocabulary, and more tokens than a slot holds.
         """
         tokens = np.asarray(request.tokens)
         if tokens.size == 0:
@@ -97,7 +122,11 @@ class Sampler:
                 self._requests[slot] = None
 
     def step(self) -> list[Event]:
-        """Admits waiting requests into free slots, or else decodes every running one further."""
+        """Admits waiting requests into free slots, or else decodes every running one further.
+
+        Raises RuntimeError without weights.
+        """
+        self._check_weights()
         free = [slot for slot, request in enumerate(self._requests) if request is None]
         if self._waiting and free:
             return self._admit(free)
@@ -142,7 +171,7 @@ class Sampler:
 
     def _run(self, function, rows, slots) -> list[Event]:
         rows = sharding.distribute(rows, self._mesh)
-        self._cache, sampled = function(self.params, self._cache, rows)
+        self._cache, sampled = function(self._params, self._cache, rows)
         tokens, logprobs, sampling_logprobs = jax.device_get(sampled)  # [steps, slots] each
         events = [
             self._event(slot, tokens[:, slot], logprobs[:, slot], sampling_logprobs[:, slot])
@@ -208,11 +237,15 @@ class Sampler:
         return sample_tokens(logits_BV, rows['temperature'], rows['seeds'], positions_B)
 
 
-def complete(sampler: Sampler, requests: Iterable[Request], stop=None) -> dict[str, list[Event]]:
-    """Runs requests to their ends -> {id: events}.
+def complete(
+    sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
+) -> dict[str, list[Event]]:
+    """Lends the sampler weights and runs requests to their ends -> {id: events}.
 
+    params, version: as of `Sampler.lend`.
     stop: called with (request id, all tokens so far) after each event; True cancels the rest.
     """
+    sampler.lend(params, version)
     events = {}
     for request in requests:
         sampler.add(request)

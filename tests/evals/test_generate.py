@@ -64,7 +64,10 @@ class Engine:
 
     def __init__(self):
         self.config = SamplingConfig()
-        self.params, self.checked, self.running, self.seen = None, [], {}, []
+        self.lent, self.checked, self.running, self.seen = None, [], {}, []
+
+    def lend(self, params, version):
+        self.lent = params, version
 
     def check(self, request):
         self.checked.append(request)
@@ -72,7 +75,7 @@ class Engine:
             raise DataError('too long')
 
     def add(self, request):
-        self.seen.append((request.id, self.params))
+        self.seen.append((request.id, *self.lent))
         self.running[request.id] = self.script[''.join(map(chr, request.tokens))]
 
     def cancel(self, id):
@@ -162,7 +165,8 @@ def test_it_samples_with_the_weights_it_is_given(engine):
     generate = evaluator(engine)
     generate.run('first', 0)
     generate.run('second', 1)
-    assert [params for _, params in engine.seen] == ['first'] * 3 + ['second'] * 3
+    weights = [lent for _, *lent in engine.seen]
+    assert weights == [['first', 0]] * 3 + [['second', 1]] * 3
 
 
 def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_path):

@@ -172,12 +172,12 @@ def test_greedy_generation_is_identical_and_has_the_logprobs_of_the_trainer(mode
     with jax.set_mesh(mesh):
         params = jax.device_put(model.params, state.stored_shardings(model.parts))
         config = SamplingConfig(slots=2, max_length=48, decode_steps=4)
-        sampler = Sampler(model.parts.merge, model.config, config, params, mesh)
+        sampler = Sampler(model.parts.merge, model.config, config, mesh)
         requests = [
             Request(str(i), prompt, max_tokens=16, temperature=0.0)
             for i, prompt in enumerate(greedy['prompts'])
         ]
-        events = complete(sampler, requests)
+        events = complete(sampler, requests, params, 0)
     whole, segment_ids = np.zeros((2, 2, 35), np.int32)
     for i, (prompt, right) in enumerate(zip(greedy['prompts'], greedy['outputs'], strict=True)):
         assert [token for event in events[str(i)] for token in event.tokens] == right

@@ -55,7 +55,7 @@ class Real:
         """-> (prompt ids, ids of the answer, their log-probs) of each case of a golden file."""
         requests = [self._request(str(index), case) for index, case in enumerate(cases)]
         with jax.set_mesh(self.loading.mesh):
-            events = complete(self._sampler, requests)
+            events = complete(self._sampler, requests, self.params, 0)
         return [
             (
                 list(request.tokens),
@@ -76,7 +76,7 @@ class Real:
     def _sampler(self):
         loading = self.loading
         sampling = SamplingConfig(slots=5, max_length=272, decode_steps=16)
-        return Sampler(loading.parts.merge, loading.config, sampling, self.params, loading.mesh)
+        return Sampler(loading.parts.merge, loading.config, sampling, loading.mesh)
 
     def first_logits(self, prompts):
         """Of the token behind each prompt."""

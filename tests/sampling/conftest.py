@@ -43,7 +43,10 @@ def random_params(seed: int = 0):
 
 def new_sampler(params, mesh, **changes) -> Sampler:
     config = SamplingConfig(**{'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, **changes})
-    return Sampler(PARTS.merge, CONFIG, config, params, mesh)
+    sampler = Sampler(PARTS.merge, CONFIG, config, mesh)
+    if params is not None:
+        sampler.lend(params, 0)
+    return sampler
 
 
 @pytest.fixture(scope='session')
@@ -64,7 +67,7 @@ def one_device():
 
 @pytest.fixture
 def build():
-    """(params, mesh, config changes) -> Sampler."""
+    """(params or None, mesh, config changes) -> Sampler, to which the params are lent."""
     return new_sampler
 
 
@@ -95,7 +98,7 @@ def sampler(_shared, params, one_device):
         while _shared.has_work:
             for request in [*_shared._waiting, *filter(None, _shared._requests)]:
                 _shared.cancel(request.id)
-        _shared.params = params
+        _shared.lend(params, 0)
 
 
 @functools.partial(jax.jit, static_argnames='temperature')

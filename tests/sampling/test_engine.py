@@ -26,10 +26,11 @@ def short(**changes):
     return [request for request in requests(**changes) if len(request.tokens) <= 16]
 
 
-def run(sampler, requests, **options):
-    """{id: (tokens, log-probs, sampling log-probs, finish reason)}."""
+def run(sampler, requests, params=None, version=0, **options):
+    """{id: (tokens, log-probs, sampling log-probs, finish reason)}; None: the weights it has."""
     results = {}
-    for id, events in complete(sampler, requests, **options).items():
+    params = sampler._params if params is None else params
+    for id, events in complete(sampler, requests, params, version, **options).items():
         columns = [
             [value for event in events for value in getattr(event, name)]
             for name in ('tokens', 'logprobs', 'sampling_logprobs')
@@ -183,13 +184,47 @@ def test_a_request_that_cannot_be_held_is_refused(sampler, changes, message):
 def test_new_weights_take_effect_without_compiling_again(sampler, score, other_params):
     run(sampler, requests(temperature=0.0))
     compiled = sampler._prefill._cache_size(), sampler._decode._cache_size()
-    sampler.params = other_params
-    results = tokens_of(run(sampler, requests(temperature=0.0)))
+    results = tokens_of(run(sampler, requests(temperature=0.0), other_params, version=5))
+    assert sampler.version == 5
     for request in requests():
         greedy = score(request.tokens, results[request.id], params=other_params)[2]
         assert results[request.id] == greedy.tolist()
     assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == compiled
     assert compiled == (2, 1)  # prompts up to 16 and up to 32
+
+
+def test_weights_may_be_lent_while_requests_run(sampler, params, other_params):
+    request = requests(temperature=0.0)[0]
+    expected = tokens_of(run(sampler, [request]))[request.id]
+
+    def finish(weights):
+        """One token of the prompt and three of a step by the first weights, the rest by others."""
+        sampler.lend(params, 1)
+        sampler.add(request)
+        tokens = sampler.step()[0].tokens + sampler.step()[0].tokens
+        assert sampler.version == 1 and tokens == expected[:4]
+        sampler.lend(weights, 2)
+        while sampler.has_work:
+            tokens += sampler.step()[0].tokens
+        assert sampler.version == 2 and len(tokens) == len(expected)
+        return tokens
+
+    assert finish(params) == expected
+    assert finish(other_params) != expected
+
+
+def test_without_weights_requests_are_checked_but_not_taken(build, params, one_device):
+    with jax.set_mesh(one_device):
+        empty = build(None, one_device)
+        request = requests()[0]
+        empty.check(request)
+        for call in (lambda: empty.add(request), empty.step):
+            with pytest.raises(RuntimeError, match=r'no weights are lent.*lend\(params, version\)'):
+                call()
+        assert empty.version is None and not empty.has_work
+        empty.lend(params, 7)
+        empty.add(request)
+        assert empty.version == 7 and empty.has_work
 
 
 @pytest.mark.parametrize(

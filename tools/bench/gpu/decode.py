@@ -61,7 +61,8 @@ def _decode(smoke: bool, slots: int) -> dict:
         model = _model(smoke)
         sampling = SamplingConfig(slots=slots, max_length=length, decode_steps=steps)
         merge = model.trainer.parts.merge
-        sampler = Sampler(merge, model.config, sampling, model.params, mesh)
+        sampler = Sampler(merge, model.config, sampling, mesh)
+        sampler.lend(model.params, version=0)
         vocab = model.config.vocab_size
         for index in range(slots):
             tokens = [(7 * index + 13 * place) % vocab for place in range(prompt)]

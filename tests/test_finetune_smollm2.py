@@ -17,7 +17,8 @@ from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
 from jaxfm.pretrained.huggingface import peft
 from jaxfm.pretrained.huggingface.adapters import load_adapters
 from jaxfm.pretrained.load import load_params
@@ -91,7 +92,7 @@ def train(config, params_of, rate, rows):
         said = AdamWConfig(
             learning_rate=rate, schedule='constant', weight_decay=0.0, b1=0.9, b2=0.95, eps=1e-8
         )
-        rule = optimizer.AdamW(said, len(rows[0]), axes)
+        rule = AdamW(said, len(rows[0]), axes)
         step = state.make_train_step(parts, NextToken(NextTokenConfig()), rule, clip_norm=1.0)
         current = state.begin_phase(params_of(parts), parts, rule, seed=0)
         measured = []

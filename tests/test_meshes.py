@@ -16,7 +16,9 @@ from jaxfm.models import LoraConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optim import AdamWConfig, MuonConfig, optimizer
+from jaxfm.optim import AdamWConfig, MuonConfig
+from jaxfm.optim.adamw import AdamW
+from jaxfm.optim.muon import Muon
 from jaxfm.state import (
     Parts,
     TrainState,
@@ -78,7 +80,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     make_model: Callable
     parts: Parts
-    optimizer: optimizer.AdamW
+    optimizer: AdamW
 
     @classmethod
     @contextlib.contextmanager
@@ -88,11 +90,11 @@ class Setup:
             parts = split(make_model)
             axes = {path: parts.axes[path] for path in sorted(parts.trainable)}
             if muon:
-                rule = optimizer.Muon(MuonConfig(learning_rate=0.01), STEPS, axes)
+                rule = Muon(MuonConfig(learning_rate=0.01), STEPS, axes)
             else:
                 # The smallest gradients of adapters are rounding: with a small eps, as large steps.
                 eps = 1e-4 if model.lora else 1e-8
-                rule = optimizer.AdamW(AdamWConfig(learning_rate=0.01, eps=eps), STEPS, axes)
+                rule = AdamW(AdamWConfig(learning_rate=0.01, eps=eps), STEPS, axes)
             yield cls(mesh, make_model, parts, rule)
 
     def state(self) -> TrainState:

@@ -14,7 +14,8 @@ from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
 from jaxfm.state import begin_phase, init_state, make_train_step, split
 
 V, D, ROWS, LENGTH = 20, 6, 8, 5
@@ -125,7 +126,7 @@ def make_batch(dtype=np.float32, seed=0):
 
 def adamw(parts, **options):
     config = AdamWConfig(**dict(learning_rate=0.1, schedule='linear', final_fraction=0) | options)
-    return optimizer.AdamW(config, 10, {path: parts.axes[path] for path in sorted(parts.trainable)})
+    return AdamW(config, 10, {path: parts.axes[path] for path in sorted(parts.trainable)})
 
 
 @functools.cache

@@ -26,7 +26,8 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
-from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
 from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.train import Loop, train
@@ -57,7 +58,7 @@ def kit():
     with jax.set_mesh(mesh):
         parts = split(make_model)
         axes = {path: parts.axes[path] for path in sorted(parts.trainable)}
-        rule = optimizer.AdamW(AdamWConfig(learning_rate=0.1, schedule='constant'), 8, axes)
+        rule = AdamW(AdamWConfig(learning_rate=0.1, schedule='constant'), 8, axes)
 
         @jax.jit
         def sample(params, number):

@@ -45,6 +45,6 @@ class MuonConfig(OptimizerConfig):
 
 
 OPTIMIZERS = {
-    'adamw': Entry('jaxfm.optim.optimizer:AdamW', AdamWConfig),
-    'muon': Entry('jaxfm.optim.optimizer:Muon', MuonConfig),
+    'adamw': Entry('jaxfm.optim.adamw:AdamW', AdamWConfig),
+    'muon': Entry('jaxfm.optim.muon:Muon', MuonConfig),
 }

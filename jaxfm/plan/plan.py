@@ -13,7 +13,7 @@ from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
 from jaxfm.ops.choice import Choice, decide
-from jaxfm.optim.optimizer import is_vector
+from jaxfm.optim.rules import is_vector
 
 
 def visible_keys(length: int, window: int, causal: bool) -> float:

@@ -20,7 +20,8 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
-from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.load import load_params
@@ -126,7 +127,7 @@ def test_padding_on_the_left_changes_nothing(model):
     assert_close(result[mask > 0], arrays['left_logits'][mask > 0])
 
 
-def optimizer_of(model) -> optimizer.AdamW:
+def optimizer_of(model) -> AdamW:
     said = model.golden.about['optimizer']
     b1, b2 = said['betas']
     config = AdamWConfig(
@@ -138,7 +139,7 @@ def optimizer_of(model) -> optimizer.AdamW:
         eps=said['eps'],
         clip_norm=0.0,
     )
-    return optimizer.AdamW(config, STEPS, model.parts.axes)
+    return AdamW(config, STEPS, model.parts.axes)
 
 
 def test_gradients_and_three_steps_of_adamw_equal_those_of_torch(model):

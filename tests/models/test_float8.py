@@ -15,7 +15,8 @@ from jaxfm.models.kv_cache import init_cache
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optim import AdamWConfig, optimizer
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
 from jaxfm.plan import plan
 from jaxfm.state import init_state, make_train_step, split
 
@@ -60,7 +61,7 @@ def train(matmul_dtype: str) -> list[float]:
 
     parts = split(make)
     rule = AdamWConfig(learning_rate=1e-2, warmup_steps=10)
-    adamw = optimizer.AdamW(rule, STEPS, {path: parts.axes[path] for path in parts.trainable})
+    adamw = AdamW(rule, STEPS, {path: parts.axes[path] for path in parts.trainable})
     state = init_state(make, parts, adamw, 0)
     step = make_train_step(parts, NextToken(NextTokenConfig()), adamw, clip_norm=1.0)
     losses = []

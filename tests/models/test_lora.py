@@ -12,7 +12,9 @@ from jaxfm.models.lora import merge
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.optim import AdamWConfig, MuonConfig, optimizer
+from jaxfm.optim import AdamWConfig, MuonConfig
+from jaxfm.optim.adamw import AdamW
+from jaxfm.optim.muon import Muon
 from jaxfm.plan import plan
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=['all'])
@@ -34,7 +36,7 @@ def parts_of(config, frozen=()):
 
 def adamw(parts, **options):
     axes = {path: parts.axes[path] for path in sorted(parts.trainable)}
-    return optimizer.AdamW(AdamWConfig(learning_rate=0.01, **options), 10, axes)
+    return AdamW(AdamWConfig(learning_rate=0.01, **options), 10, axes)
 
 
 def init(config, parts, seed=0):
@@ -266,7 +268,7 @@ def test_patterns_freeze_adapters_as_they_freeze_weights(adapted):
 def test_adapters_decay_as_matrices_and_never_follow_muon(adapted):
     parts = parts_of(adapted)
     axes = {path: parts.axes[path] for path in parts.trainable}
-    muon = optimizer.Muon(MuonConfig(learning_rate=0.01, weight_decay=0.1), 10, axes)
+    muon = Muon(MuonConfig(learning_rate=0.01, weight_decay=0.1), 10, axes)
     for rules in (adamw(parts, weight_decay=0.1).rules, muon.rules):
         assert set(rules.values()) == {'adamw, decay 0.1'}
 

@@ -15,7 +15,7 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.optim import AdamWConfig
-from jaxfm.optim.optimizer import AdamW
+from jaxfm.optim.adamw import AdamW
 from jaxfm.plan.plan import model_flops_per_token
 from jaxfm.sharding import MESH_AXES
 from tools.bench.gpu import documents

@@ -1,8 +1,4 @@
-"""Optimizers as optax chains, their learning-rate schedule, and which rule each parameter follows.
-
-Rules come from the logical axes of a parameter, never from its rank: a stacked vector is no matrix.
-Parameters are a flat dict {path: array}; a rule is a word in the start-up table.
-"""
+"""Muon for the matrices inside blocks, each orthogonalised by itself; AdamW for everything else."""
 
 import functools
 
@@ -11,62 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxfm import sharding
+from jaxfm.optim.adamw import AdamW
+from jaxfm.optim.rules import decay_matrices, is_hidden_matrix
 
 # Newton-Schulz coefficients of Jordan et al., "Muon" (2024): all singular values end near one.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Axes along which a parameter is many matrices: q, k, v are separate parameters already.
 _STACK_AXES = ('layers', 'gate_up')
-
-
-def make_schedule(config, steps: int):
-    """Learning rate as a function of the number of updates applied: linear warm-up, then decay."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    decay_steps = max(1, config.decay_steps or steps - config.warmup_steps)
-    decay = {
-        'cosine': lambda: optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
-        'linear': lambda: optax.linear_schedule(peak, final, decay_steps),
-        'constant': lambda: optax.constant_schedule(peak),
-    }[config.schedule]()
-    if not config.warmup_steps:
-        return decay
-    # From peak / warmup_steps, not from zero: a first step that does nothing is a wasted one.
-    warmup = optax.linear_schedule(peak / config.warmup_steps, peak, config.warmup_steps - 1)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
-
-
-class AdamW:
-    """AdamW (Loshchilov and Hutter, 2019). Weight decay on matrices only.
-
-    `transform` gives the update direction; the caller multiplies it with minus `schedule(updates)`.
-
-    Args:
-      config: an OptimizerConfig.
-      steps: of the phase, for the schedule.
-      axes: {path: logical axes} of the trainable parameters.
-    """
-
-    def __init__(self, config, steps: int, axes: dict[str, tuple[str, ...]]):
-        self.config = config
-        self.schedule = make_schedule(config, steps)
-        self.rules = {path: self.rule(path, names) for path, names in axes.items()}
-        self.transform = self._transform(axes)
-
-    def rule(self, path: str, axes) -> str:
-        """What happens to one parameter, in words."""
-        decays = self.config.weight_decay and not is_vector(axes)
-        return f'adamw, decay {self.config.weight_decay:g}' if decays else 'adamw, no decay'
-
-    def _transform(self, axes) -> optax.GradientTransformation:
-        return self._adamw(axes)
-
-    def _adamw(self, axes) -> optax.GradientTransformation:
-        config = self.config
-        return optax.chain(
-            optax.scale_by_adam(
-                config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.moment_dtype)
-            ),
-            _decay(config.weight_decay, axes),
-        )
 
 
 class Muon(AdamW):
@@ -85,31 +32,12 @@ class Muon(AdamW):
         muon = optax.chain(
             optax.trace(config.momentum, config.nesterov, jnp.dtype(config.moment_dtype)),
             _orthogonalize_matrices(axes, config.newton_schulz_steps),
-            _decay(config.weight_decay, axes),
+            decay_matrices(config.weight_decay, axes),
             # The caller multiplies with the AdamW rate; both follow one schedule.
             optax.scale(config.muon_learning_rate / config.learning_rate),
         )
         labels = {path: 'muon' if is_hidden_matrix(axes[path]) else 'adamw' for path in axes}
         return optax.partition({'muon': muon, 'adamw': self._adamw(axes)}, labels)
-
-
-def is_vector(axes) -> bool:
-    """Norm scales and biases: what has no embed axis and is no half of an adapter."""
-    return 'embed' not in axes and 'lora' not in axes
-
-
-def is_hidden_matrix(axes) -> bool:
-    """A matrix that maps between hidden activations: not a vector, embedding, head or adapter."""
-    return 'embed' in axes and not {'vocab', 'lora'} & set(axes)
-
-
-def _decay(weight_decay: float, axes) -> optax.GradientTransformation:
-    """Adds weight_decay x weight to the update of every matrix."""
-
-    def mask(params):
-        return {path: not is_vector(axes[path]) for path in params}
-
-    return optax.add_decayed_weights(weight_decay, mask) if weight_decay else optax.identity()
 
 
 def _orthogonalize_matrices(axes, steps: int) -> optax.GradientTransformation:

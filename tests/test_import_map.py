@@ -44,7 +44,7 @@ MAP = {
     },
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'prefetch': {'sharding'},
-    'plan': {'models', 'optim', 'ops', 'sharding'},
+    'plan': {'models', 'optim', 'sharding'},
     'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
     'sampling': {'models', 'ops', 'sharding'},
     'tasks': set(),

@@ -20,7 +20,7 @@ from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.writers import Recorder
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.modes.generation import requests_for, write_samples
-from jaxfm.plan import plan
+from jaxfm.plan.tables import parameter_rows, tables
 from jaxfm.prefetch import Prefetch
 from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
@@ -76,8 +76,8 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         log.info('work directory: %s', run.workdir)
         if step is not None:
             log.info('resumed at step %d', step)
-        console.show_tables(plan.tables(config, run.phases, data.datasets, run.mesh, wanted[0]))
-        console.show_parameters(plan.parameter_rows(run.phases, run.mesh))
+        console.show_tables(tables(config, run.phases, data.datasets, run.mesh, wanted[0]))
+        console.show_parameters(parameter_rows(run.phases, run.mesh))
         loops = [
             Loop(
                 last=phase.last,

@@ -16,7 +16,7 @@ from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.optim import OPTIMIZERS
-from jaxfm.plan.plan import frozen_matmul_params, model_flops_per_token
+from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
 from jaxfm.state import (
     TrainState,
     abstract_state,

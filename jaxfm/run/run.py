@@ -19,7 +19,7 @@ from jaxfm.distributed.join import initialize
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
-from jaxfm.plan import plan
+from jaxfm.models.implementations import check_matmuls, choices
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.load import checked_layout
 from jaxfm.pretrained.source import Pretrained
@@ -41,8 +41,8 @@ class Run:
         sizes = sharding.mesh_shape(dict(config.mesh), jax.device_count())
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
-        plan.check_matmuls(config.model, self.mesh)
-        plan.choices(config.model, self.mesh)  # an op that cannot run is told before anything is
+        check_matmuls(config.model, self.mesh)
+        choices(config.model, self.mesh)  # an op that cannot run is told before anything is
         self.primary = agree.is_primary()
         self.make_model = model_maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)

@@ -12,7 +12,7 @@ from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.writers import JsonlWriter, Recorder
-from jaxfm.plan import plan
+from jaxfm.plan.memory import bytes_total
 from jaxfm.report.page import write_report
 from jaxfm.run.run import Run
 from jaxfm.state import TrainState
@@ -43,7 +43,7 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
     stack.push(remove_what_is_empty)
     checkpointer = run.checkpointer()
     stack.callback(checkpointer.close)
-    checkpointer.check_room(max(map(plan.bytes_total, wanted)))
+    checkpointer.check_room(max(map(bytes_total, wanted)))
     return checkpointer
 
 

@@ -13,7 +13,7 @@ from jaxfm.config.load import load_config, write_config
 from jaxfm.config.run import check_on_mesh
 from jaxfm.errors import ConfigError
 from jaxfm.models import MODELS
-from jaxfm.plan import plan
+from jaxfm.plan.memory import bytes_per_device, bytes_total, num_parameters
 from jaxfm.run.phase import make_phases
 from jaxfm.state import split
 
@@ -111,8 +111,8 @@ def llama_8b():
 
 
 def test_llamas_have_the_published_number_of_parameters(llama_1b, llama_8b):
-    assert plan.num_parameters(llama_1b.parts.shapes) == 1_235_814_400
-    assert plan.num_parameters(llama_8b.parts.shapes) == 8_030_261_248
+    assert num_parameters(llama_1b.parts.shapes) == 1_235_814_400
+    assert num_parameters(llama_8b.parts.shapes) == 8_030_261_248
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, re
     mesh = sharding.make_mesh(given)
     with jax.set_mesh(mesh):
         state, text = built.lower(mesh)
-    whole = plan.bytes_total(state)
-    assert whole >= 12 * plan.num_parameters(built.parts.shapes)  # weights and two moments in f32
-    assert plan.bytes_per_device(state) == pytest.approx(whole / 8, rel=0.01)
+    whole = bytes_total(state)
+    assert whole >= 12 * num_parameters(built.parts.shapes)  # weights and two moments in f32
+    assert bytes_per_device(state) == pytest.approx(whole / 8, rel=0.01)
     assert 'bf16' in text
     # Scanned: unrolled, each layer would have seven of these in the forward pass alone.
     assert text.count('dot_general') < 7 * built.config.model.num_layers

@@ -11,13 +11,13 @@ from flax import nnx
 
 from jaxfm.errors import ConfigError
 from jaxfm.models import TransformerConfig
+from jaxfm.models.implementations import check_matmuls
 from jaxfm.models.kv_cache import init_cache
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.optim import AdamWConfig
 from jaxfm.optim.adamw import AdamW
-from jaxfm.plan import plan
 from jaxfm.state import init_state, make_train_step, split
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -110,6 +110,6 @@ def test_adapters_and_old_gpus_refuse_it():
         return types.SimpleNamespace(devices=np.array([Device(capability)]))
 
     for capability in ('8.9', '9.0', '10.0', '12.0'):
-        plan.check_matmuls(config, mesh_of(capability))
+        check_matmuls(config, mesh_of(capability))
     with pytest.raises(ConfigError, match=r'A100.*compute capability 8.0.*needs 8.9'):
-        plan.check_matmuls(config, mesh_of('8.0'))
+        check_matmuls(config, mesh_of('8.0'))

@@ -15,7 +15,8 @@ from jaxfm.objectives.next_token import NextToken
 from jaxfm.optim import AdamWConfig, MuonConfig
 from jaxfm.optim.adamw import AdamW
 from jaxfm.optim.muon import Muon
-from jaxfm.plan import plan
+from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.plan.memory import bytes_total
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=['all'])
 
@@ -200,7 +201,7 @@ def test_the_train_state_is_the_weights_and_three_times_the_adapters(adapted, in
     adapters = sum(sizes[path] for path in parts.adapters)
     expected = sum(sizes.values()) + 2 * adapters
     small = 64  # step, counters, key
-    assert expected < plan.bytes_total(initial) <= expected + small
+    assert expected < bytes_total(initial) <= expected + small
 
 
 def test_gradients_of_adapters_are_those_of_the_merged_weights(adapted, build, configs, batch):
@@ -320,10 +321,8 @@ def test_flops_are_those_of_the_compiled_gradients(lora, frozen, configs):
         configs['llama'], embed_dim=128, block=block, num_layers=3, scan=False, lora=lora
     )
     found, parts = compiled_flops(config, frozen)
-    counted = plan.model_flops_per_token(
-        config, 64, causal=False, frozen=plan.frozen_matmul_params(parts)
-    )
+    counted = model_flops_per_token(config, 64, causal=False, frozen=frozen_matmul_params(parts))
     assert found == pytest.approx(counted, rel=0.1)
     if lora:
-        whole = plan.model_flops_per_token(config, 64, causal=False)
+        whole = model_flops_per_token(config, 64, causal=False)
         assert counted < 0.8 * whole

@@ -16,7 +16,7 @@ from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.optim import AdamWConfig
 from jaxfm.optim.adamw import AdamW
-from jaxfm.plan.plan import model_flops_per_token
+from jaxfm.plan.flops import model_flops_per_token
 from jaxfm.sharding import MESH_AXES
 from tools.bench.gpu import documents
 from tools.bench.gpu.stages import Refused

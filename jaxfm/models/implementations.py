@@ -1,0 +1,70 @@
+"""What the ops of a model run as on a mesh: chosen, or refused, before anything is built."""
+
+import jax
+
+from jaxfm import sharding
+from jaxfm.errors import ConfigError
+from jaxfm.models import BlockConfig, TransformerConfig
+from jaxfm.models.transformer import compute_dtype
+from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
+from jaxfm.ops.choice import Choice, decide
+
+
+def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
+    """What every op of the model runs as on the mesh, and why.
+
+    Raises:
+      ConfigError: an implementation that the config names cannot run there.
+    """
+    chosen, ops = {}, IMPLEMENTATIONS.keys() & dict(model.implementations).keys()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        for op in sorted(ops):
+            try:
+                chosen[op] = decide(op, getattr(model.implementations, op), _unsupported(op, model))
+            except ValueError as error:
+                raise ConfigError(f'config.model.implementations.{op}: {error}') from error
+    return chosen
+
+
+def _unsupported(op: str, model: TransformerConfig) -> dict[str, str]:
+    """{implementation: why some block of the model cannot have it}."""
+    dtype, found = compute_dtype(model), {}
+    if op == 'token_logprobs':
+        found |= logprobs.obstacles(dtype, model.embed_dim)
+    if op == 'rms_norm':
+        found |= norm.obstacles(model.embed_dim, dtype)
+    for block in (block for segment in model.trunk for block in segment.pattern):
+        if op == 'attention':
+            found |= attention.obstacles(
+                head_dim=block.head_dim,
+                dtype=dtype,
+                softcap=block.attention_softcap,
+                one_document=model.implementations.one_document,
+            )
+        elif op == 'rms_norm' and block.qk_norm:
+            found |= _obstacles_of_head_norms(block, dtype)
+    return found
+
+
+def _obstacles_of_head_norms(block: BlockConfig, dtype) -> dict[str, str]:
+    if not block.joint_qk_norm:
+        return norm.obstacles(block.head_dim, dtype)
+    is_split = sharding.axis_size(sharding.ACTIVATIONS, 'heads') > 1
+    split = sharding.split_axes('heads') if is_split else ()
+    widths = (heads * block.head_dim for heads in (block.num_heads, block.num_kv_heads))
+    return {k: v for width in widths for k, v in norm.obstacles(width, dtype, split).items()}
+
+
+def check_matmuls(model: TransformerConfig, mesh) -> None:
+    """Raises ConfigError unless the devices can multiply as the model wants; a CPU can, slowly.
+
+    GPUs from before Ada and Hopper have no float8.
+    """
+    device = mesh.devices.flat[0]
+    capability = getattr(device, 'compute_capability', None) if device.platform == 'gpu' else None
+    version = tuple(map(int, capability.split('.'))) if capability else (9, 0)
+    if model.matmul_dtype == 'float8' and version < (8, 9):
+        raise ConfigError(
+            f'config.model.matmul_dtype is float8, which {device.device_kind} (compute capability '
+            f'{capability}) has not: it needs 8.9 (Ada), 9.0 (Hopper) or newer; use compute'
+        )

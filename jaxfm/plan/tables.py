@@ -1,0 +1,112 @@
+"""The tables that say at start what a resolved config is and needs."""
+
+import jax
+
+from jaxfm import sharding
+from jaxfm.errors import human_bytes
+from jaxfm.models.implementations import choices
+from jaxfm.models.transformer import compute_dtype
+from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.plan.memory import bytes_per_device, num_parameters
+
+
+def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
+    """What a run is, as {title: [(name, value), ...]}.
+
+    Args:
+      config: a RunConfig. phases: its Phases. datasets: {name of a phase: its data}. state: the
+      TrainState of the first, or its shapes and shardings.
+    """
+    model = config.model
+    split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
+    chosen = choices(model, mesh)
+    sections = {
+        'run': [('steps', f'{config.total_steps:,}'), *_origin(config)],
+        'model': [
+            ('name', f'{model.name}, {model.num_layers} layers'),
+            ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
+            *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
+            (
+                'precision',
+                f'stored {model.param_dtype}, computed {compute_dtype(model).name}, logits float32',
+            ),
+            *(
+                [
+                    (
+                        'matrices of blocks',
+                        'multiplied in float8, unproven on hardware; MFU is of '
+                        f'the peak in {compute_dtype(model).name}',
+                    )
+                ]
+                if model.matmul_dtype == 'float8'
+                else []
+            ),
+        ],
+        'ops': [(op, f'{choice.name}: {choice.reason}') for op, choice in chosen.items()],
+        'devices': [
+            ('devices', f'{jax.device_count()} x {jax.devices()[0].device_kind}'),
+            ('processes', jax.process_count()),
+            ('mesh', ', '.join(split) or 'one device'),
+            ('train state', f'{human_bytes(bytes_per_device(state))} a device'),
+        ],
+    }
+    for phase in phases:
+        title = f'phase {phase.name}' if phase.name else 'training'
+        sections[title] = _phase_rows(phase, model)
+        sections[f'data of {title}'] = _data_rows(datasets[phase.name].statistics)
+    return sections
+
+
+def _origin(config) -> list[tuple]:
+    return [('weights from', config.init_from)] if config.init_from else []
+
+
+def _phase_rows(phase, model) -> list[tuple]:
+    optimizer, data = phase.config.optimizer, phase.config.data
+    total = num_parameters(phase.parts.shapes)
+    trained = num_parameters({path: phase.parts.shapes[path] for path in phase.parts.trainable})
+    frozen = frozen_matmul_params(phase.parts)
+    flops = model_flops_per_token(model, data.sequence_length, frozen=frozen)
+    tokens, steps = phase.tokens_per_step, phase.config.steps
+    return [
+        ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
+        ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
+        *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
+        ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+        *([('not counted', 'gradients of frozen weights: none are computed')] if frozen else []),
+    ]
+
+
+# What the start-up table shows of the statistics; the records and the report have them all.
+SHOWN_STATISTICS = (
+    *('train_documents', 'train_bytes', 'train_tokens', 'train_supervised_tokens'),
+    *('heldout_documents', 'heldout_tokens', 'bytes_per_token', 'share', 'rows_per_epoch'),
+    *('packing', 'packing_efficiency', 'cut_documents', 'truncated_documents'),
+    *('dropped_documents', 'bad_records', 'duplicates_dropped', 'vocab_size', 'fingerprint'),
+)
+
+
+def _data_rows(statistics: dict) -> list[tuple]:
+    """Of a mixture, '<source>/' stands before the names."""
+    return [
+        (name.replace('_', ' '), _shown(value))
+        for name, value in statistics.items()
+        if name.rpartition('/')[2] in SHOWN_STATISTICS and value != 0
+    ]
+
+
+def _shown(value) -> str:
+    if isinstance(value, int):
+        return f'{value:,}'
+    return f'{value:.4g}' if isinstance(value, float) else value[:16]
+
+
+def parameter_rows(phases, mesh):
+    """(name, shape, dtype, sharding, rule of the optimizer in each phase) of every parameter."""
+    parts = phases[0].parts
+    for path, leaf in parts.shapes.items():
+        spec = sharding.stored_spec(parts.axes[path])
+        split = [axis if axis and mesh.shape[axis] > 1 else '-' for axis in spec]
+        rules = [phase.optimizer.rules.get(path, 'frozen') for phase in phases]
+        rule = '; then '.join(dict.fromkeys(rules)) if len(set(rules)) > 1 else rules[0]
+        yield path, leaf.shape, leaf.dtype.name, ', '.join(split), rule

@@ -8,22 +8,25 @@ import base64
 import html
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxfm.metrics import goodput
 from jaxfm.metrics.console import format_seconds
 from jaxfm.metrics.writers import read_records
+from jaxfm.report.plots import draw_plots
+from jaxfm.report.series import (
+    BOUNDS,
+    CONTAMINATION,
+    Series,
+    collect_data,
+    collect_series,
+    is_bound,
+    last_account,
+    read_config,
+)
 
-# An evaluator that knows what `xz -9e` reaches on the same text records it under this name, beside
-# bits_per_byte.
-XZ_SUFFIX = '/xz_bits_per_byte'
-_BOUNDS = ('_low', '_high')
-CONTAMINATION = 'contamination/'  # before the name of an evaluator
-HISTOGRAM = 'train_length_histogram/'  # before a bucket: tokens of a document, at most
-# Steps are green, what is wasted is red.
-_COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -31,49 +34,18 @@ td, th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px sol
 img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow: auto }
 """
 
-Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
-
 
 def write_report(workdir: str | Path) -> Path:
     """Writes the report of a run into its directory and returns the path of the page."""
     workdir = Path(workdir)
     records = list(read_records(workdir / 'metrics.jsonl'))
-    series, data = _series(records), _data(records)
-    config = _read_config(workdir / 'config.json')
-    pictures = _draw(series, data, workdir / 'plots')
+    series, data = collect_series(records), collect_data(records)
+    config = read_config(workdir / 'config.json')
+    pictures = draw_plots(series, data, workdir / 'plots')
     page = _page(workdir.absolute().name, series, data, config, pictures)
     path = workdir / 'report.html'
     path.write_text(page, encoding='utf-8')
     return path
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return None
-
-
-def _series(records: Iterable[Mapping[str, Any]]) -> Series:
-    series: Series = {}
-    for record in records:
-        for name, value in record.items():
-            if name.startswith('data/'):
-                continue
-            if '/' in name and isinstance(value, int | float) and not isinstance(value, bool):
-                series.setdefault(name, []).append((record['step'], value))
-    return series
-
-
-def _data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{phase: {name: last value}} of what was said about data."""
-    data: dict[str, dict[str, Any]] = {}
-    for record in records:
-        for name, value in record.items():
-            if name.startswith('data/'):
-                phase = data.setdefault(record['phase'], {})
-                phase[name.removeprefix('data/')] = value
-    return data
 
 
 def _page(name: str, series: Series, data: dict, config: Any, pictures: list[Path]) -> str:
@@ -159,14 +131,14 @@ def _speed_rows(series: Series) -> list[tuple[str, ...]]:
 
 def _eval_rows(series: Series) -> list[tuple[str, ...]]:
     names = [
-        name for name in sorted(series) if name.startswith('eval/') and not _is_bound(name, series)
+        name for name in sorted(series) if name.startswith('eval/') and not is_bound(name, series)
     ]
     return [(name, _score(name, series, -1), _score(name, series, 0)) for name in names]
 
 
 def _goodput_section(series: Series, config: Any, picture: str) -> str:
     """Where the time of the run went, and the checkpoint interval for it; '' without records."""
-    account = _account(series)
+    account = last_account(series)
     elapsed = sum(account.values())
     if not elapsed:
         return ''
@@ -178,12 +150,6 @@ def _goodput_section(series: Series, config: Any, picture: str) -> str:
     if advice := _checkpoint_rows(series, config):
         tables += _table(('', ''), advice)
     return f'<h2>Where the time went</h2>{tables}{picture}'
-
-
-def _account(series: Series) -> dict[str, float]:
-    """{bucket: seconds} as recorded last."""
-    names = {bucket: goodput.name_of(bucket) for bucket in goodput.BUCKETS}
-    return {bucket: series[name][-1][1] for bucket, name in names.items() if name in series}
 
 
 def _checkpoint_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
@@ -209,14 +175,10 @@ def _value(config: Any, group: str, name: str) -> Any:
     return found.get(name) if isinstance(found, dict) else None
 
 
-def _is_bound(name: str, series: Series) -> bool:
-    return any(name.endswith(end) and name.removesuffix(end) in series for end in _BOUNDS)
-
-
 def _score(name: str, series: Series, which: int) -> str:
     """The value with its interval, of the first or the last record."""
     step, value = series[name][which]
-    low, high = (dict(series.get(name + end, ())).get(step) for end in _BOUNDS)
+    low, high = (dict(series.get(name + end, ())).get(step) for end in BOUNDS)
     text = _number(value)
     if low is not None and high is not None:
         text += f' ({_number(low)} to {_number(high)})'
@@ -238,111 +200,3 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _draw(series: Series, data: dict, directory: Path) -> list[Path]:
-    """{loss,eval,throughput,goodput,lengths}.png, as far as there is something to draw."""
-    panels = {
-        'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
-        'eval': _eval_panels(series),
-        'throughput': [[n] for n in ('perf/tokens_per_second', 'perf/mfu') if n in series],
-    }
-    drawn = []
-    for name, panel in panels.items():
-        if panel:
-            directory.mkdir(parents=True, exist_ok=True)
-            drawn.append(_plot(panel, series, directory / f'{name}.png'))
-    if account := _account(series):
-        directory.mkdir(parents=True, exist_ok=True)
-        drawn.append(_plot_goodput(account, directory / 'goodput.png'))
-    histograms = _histograms(data)
-    if histograms:
-        directory.mkdir(parents=True, exist_ok=True)
-        drawn.append(_plot_lengths(histograms, directory / 'lengths.png'))
-    return drawn
-
-
-def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """{phase and source: {'64': train documents of 33 to 64 tokens}}."""
-    histograms: dict[str, dict[str, int]] = {}
-    for phase, values in data.items():
-        for name, count in values.items():
-            source, is_one, bucket = name.partition(HISTOGRAM)
-            if is_one:
-                title = ' '.join(filter(None, (phase, source.strip('/')))) or 'documents'
-                histograms.setdefault(title, {})[bucket] = count
-    return histograms
-
-
-def _eval_panels(series: Series) -> list[list[str]]:
-    """Bits per byte share a panel with the line of xz, other scores have one each."""
-    names = [n for n in sorted(series) if n.startswith('eval/') and not _is_bound(n, series)]
-    panels = []
-    for name in names:
-        if name.endswith(XZ_SUFFIX):
-            continue
-        xz = name.rsplit('/', 1)[0] + XZ_SUFFIX
-        beside = [xz] if name.endswith('/bits_per_byte') and xz in series else []
-        panels.append([name, *beside])
-    return panels
-
-
-def _plot_goodput(account: dict[str, float], path: Path) -> Path:
-    """One bar, a piece for every bucket that took time."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.8), dpi=90, layout='constrained')
-    axes = figure.add_subplot(xlabel='seconds', yticks=[])
-    axes.set_title('where the time went', fontsize=10)
-    begin = 0.0
-    for bucket, seconds in account.items():
-        if seconds > 0:
-            axes.barh(0, seconds, left=begin, color=_COLORS[bucket], label=bucket)
-            begin += seconds
-    axes.set_xlim(0, begin)
-    figure.legend(loc='outside right upper', fontsize=8)
-    figure.savefig(path)
-    return path
-
-
-def _plot_lengths(histograms: dict[str, dict[str, int]], path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.2 * len(histograms)), dpi=90, layout='constrained')
-    for index, (title, counts) in enumerate(histograms.items()):
-        axes = figure.add_subplot(len(histograms), 1, index + 1, xlabel='tokens, at most')
-        axes.set_title(f'{title}: lengths of train documents', fontsize=10, parse_math=False)
-        axes.bar(list(counts), list(counts.values()))
-    figure.savefig(path)
-    return path
-
-
-def _plot(panels: list[list[str]], series: Series, path: Path) -> Path:
-    # Imported late: it takes longer than the rest of the report. Figure alone needs no display, and
-    # unlike pyplot leaves no figures behind.
-    from matplotlib.figure import Figure
-
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=90, layout='constrained')
-    for index, names in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1, xlabel='step')
-        axes.set_title(names[0], fontsize=10, parse_math=False)
-        axes.grid(alpha=0.3)
-        _draw_curves(axes, names, series)
-    figure.savefig(path)
-    return path
-
-
-def _draw_curves(axes, names: list[str], series: Series) -> None:
-    for name in names:
-        steps, values = zip(*series[name], strict=True)
-        if name.endswith(XZ_SUFFIX):
-            axes.axhline(values[-1], linestyle='--', color='gray', label='xz -9e')
-            axes.legend()
-            continue
-        axes.plot(steps, values, marker='.' if len(steps) < 50 else None)
-        low, high = (dict(series.get(name + end, ())) for end in _BOUNDS)
-        both = [step for step in steps if step in low and step in high]
-        if both:
-            axes.fill_between(both, [low[s] for s in both], [high[s] for s in both], alpha=0.2)

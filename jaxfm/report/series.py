@@ -1,0 +1,59 @@
+"""What the records of a run hold, by name: series of numbers, and what was said about data."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxfm.metrics import goodput
+
+# An evaluator that knows what `xz -9e` reaches on the same text records it under this name, beside
+# bits_per_byte.
+XZ_SUFFIX = '/xz_bits_per_byte'
+BOUNDS = ('_low', '_high')
+CONTAMINATION = 'contamination/'  # before the name of an evaluator
+HISTOGRAM = 'train_length_histogram/'  # before a bucket: tokens of a document, at most
+
+Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
+
+
+def read_config(path: Path) -> Any:
+    """The config.json of a run; None where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+def collect_series(records: Iterable[Mapping[str, Any]]) -> Series:
+    """Every number that was recorded under a name, but for what was said about data."""
+    series: Series = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith('data/'):
+                continue
+            if '/' in name and isinstance(value, int | float) and not isinstance(value, bool):
+                series.setdefault(name, []).append((record['step'], value))
+    return series
+
+
+def collect_data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{phase: {name: last value}} of what was said about data."""
+    data: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith('data/'):
+                phase = data.setdefault(record['phase'], {})
+                phase[name.removeprefix('data/')] = value
+    return data
+
+
+def last_account(series: Series) -> dict[str, float]:
+    """{bucket: seconds} as recorded last."""
+    names = {bucket: goodput.name_of(bucket) for bucket in goodput.BUCKETS}
+    return {bucket: series[name][-1][1] for bucket, name in names.items() if name in series}
+
+
+def is_bound(name: str, series: Series) -> bool:
+    """Whether a series is an end of the interval of another one."""
+    return any(name.endswith(end) and name.removesuffix(end) in series for end in BOUNDS)

@@ -241,7 +241,7 @@ def test_an_export_that_is_killed_leaves_no_directory_of_its_name(cli, tiny, sou
     program = """
 import os, signal, sys
 from jaxfm import main
-from jaxfm.pretrained.export import Exporter
+from jaxfm.pretrained.huggingface.export import Exporter
 Exporter._write_configs = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
 main.main(sys.argv[1:])
 """

@@ -406,15 +406,15 @@ BAD_TENSORS = {
 @pytest.mark.parametrize('name', BAD_TENSORS)
 def test_weights_that_are_not_those_of_the_config_are_named(name, refused, monkeypatch):
     damage, words = BAD_TENSORS[name]
-    monkeypatch.setattr('jaxfm.run.run.Run.open_tokenizer', None)  # it is not come to
     mode = 'export' if list(BAD_TENSORS).index(name) % 2 else 'sample'
+    monkeypatch.setattr(f'jaxfm.modes.{mode}.open_tokenizer', None)  # it is not come to
     code, out, error = refused(damage, mode=mode)
     assert (code, out) == (65, '')
     assert_one_message(error, ['the weights are not those of its config', *words])
 
 
 def test_training_from_bad_weights_is_refused_before_the_data_is_read(refused, tiny, monkeypatch):
-    monkeypatch.setattr('jaxfm.run.run.Run.open_data', None)
+    monkeypatch.setattr('jaxfm.modes.train.open_data', None)
     path = tiny.derive('no_model', '    del config["model"]; del config["tokenizer"]')
     damage, words = BAD_TENSORS['one is missing']
     code, _, error = refused(damage, '--config', str(path), mode='train')

@@ -60,7 +60,7 @@ class Layout:
         return {name: sorted(parts, key=lambda part: part.start) for name, parts in found.items()}
 
 
-def layout(
+def make_layout(
     family: Family,
     config: TransformerConfig,
     axes: Mapping[str, tuple[str, ...]],
@@ -126,7 +126,7 @@ def _part(name, start, path, repeat, way, names, shape, config) -> Part:
 
 
 @functools.partial(jax.jit, static_argnames=('shape', 'dtype', 'axes'))
-def zeros(shape, dtype, axes):
+def make_stack(shape, dtype, axes):
     """A parameter to be filled by `put_into`, sharded as it is stored."""
     return jnp.zeros(shape, dtype, out_sharding=sharding.stored(axes))
 
@@ -168,24 +168,24 @@ def take_from(parameter, repeat, way, axes, dtype):
 def as_tensor(value: np.ndarray, part: Part) -> np.ndarray:
     """What `take_from` gives, as it lies in a file."""
     if part.is_turned:
-        return transposed(value.reshape(part.shape[::-1]))
+        return transpose(value.reshape(part.shape[::-1]))
     return value[: part.shape[0]] if 'vocab' in part.axes else value.reshape(part.shape)
 
 
-def transposed(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
+def transpose(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
     """matrix.T as an array of its own.
 
     Made of so many rows at a time, which stay in the cache: at once it takes four times as long.
     """
     # Integers of the same size: numpy copies foreign dtypes element by element.
     bits = matrix.view(f'u{matrix.itemsize}')
-    turned = aligned(bits.shape[::-1], bits.dtype)
+    turned = allocate_aligned(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), rows):
         turned[:, start : start + rows] = bits[start : start + rows].T
     return turned.view(matrix.dtype)
 
 
-def aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+def allocate_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
     """An array to be filled, which JAX on CPU takes over without copying it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)

@@ -13,9 +13,18 @@ import jax
 from jaxfm import sharding
 from jaxfm.errors import DataError, listed
 from jaxfm.models import TransformerConfig
-from jaxfm.models.families.base import find
-from jaxfm.pretrained import layout as convert
-from jaxfm.pretrained.pipeline import ahead
+from jaxfm.models.families.base import find_family
+from jaxfm.pretrained.layout import (
+    Layout,
+    Part,
+    allocate_aligned,
+    as_parameter,
+    make_layout,
+    make_stack,
+    put_into,
+    transpose,
+)
+from jaxfm.pretrained.pipeline import run_ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 
 # What old files have beside the weights: the output projection once more where it is tied, and
@@ -29,17 +38,17 @@ def load_params(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """{path: array} of every parameter; needs the mesh to be set. Raises as `checked_layout`."""
-    layout = checked_layout(pretrained, config, axes, shapes)
+    """{path: array} of every parameter; needs the mesh to be set. Raises as `check_layout`."""
+    layout = check_layout(pretrained, config, axes, shapes)
     parts = list(itertools.chain(*layout.parts.values()))
-    places = {part: sharding.stored_sharding(_turned(part, part.axes)) for part in parts}
+    places = {part: sharding.stored_sharding(_turn(part, part.axes)) for part in parts}
     tensors = pretrained.tensors
 
     def read(part):  # in a thread, which does not know the mesh
         return _read(tensors, part, shapes[part.path], places[part])
 
     params = {}
-    for part, tensor in zip(parts, ahead(read, parts)):
+    for part, tensor in zip(parts, run_ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
         # JAX would take any number of tensors before it is done with the first of them.
@@ -47,19 +56,19 @@ def load_params(
     return params
 
 
-def checked_layout(
+def check_layout(
     pretrained: Pretrained,
     config: TransformerConfig,
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
-) -> convert.Layout:
-    """Where the tensors of a model go, if they are those of its config; no weight is read.
+) -> Layout:
+    """Where the tensors of a model go; no weight is read.
 
     Raises:
-      DataError: tensors that are missing, superfluous or of another shape.
+      DataError: they are not those of its config: missing, superfluous or of another shape.
     """
     sizes = {path: leaf.shape for path, leaf in shapes.items()}
-    layout = convert.layout(find(config.family), config, axes, sizes)
+    layout = make_layout(find_family(config.family), config, axes, sizes)
     there = pretrained.tensors.shapes
     extra = [n for n in there.keys() - layout.shapes.keys() if not n.endswith(_REDUNDANT)]
     wrong = [
@@ -80,21 +89,21 @@ def checked_layout(
     return layout
 
 
-def _turned(part: convert.Part, pair: tuple) -> tuple:
+def _turn(part: Part, pair: tuple) -> tuple:
     """Something of each dimension of a part, in the order of the parameter."""
     return pair[::-1] if part.is_turned else pair
 
 
-def _put(stack: jax.Array | None, value: jax.Array, part: convert.Part, axes, leaf) -> jax.Array:
+def _put(stack: jax.Array | None, value: jax.Array, part: Part, axes, leaf) -> jax.Array:
     """The parameter with one more of its parts; None is one that has none yet."""
     if not {'layers', 'gate_up'} & set(axes):
-        return convert.as_parameter(value, axes, leaf.shape, leaf.dtype)
+        return as_parameter(value, axes, leaf.shape, leaf.dtype)
     if stack is None:
-        stack = convert.zeros(leaf.shape, leaf.dtype, axes)
-    return convert.put_into(stack, value, part.repeat, part.way, axes)
+        stack = make_stack(leaf.shape, leaf.dtype, axes)
+    return put_into(stack, value, part.repeat, part.way, axes)
 
 
-def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
+def _read(tensors: Tensors, part: Part, leaf, place) -> jax.Array:
     """The part, turned as the parameter has it; each process has read its own shards of it."""
     shape = part.shape
     if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
@@ -102,16 +111,16 @@ def _read(tensors: Tensors, part: convert.Part, leaf, place) -> jax.Array:
 
     @functools.cache  # JAX asks once more for every replica
     def read(index):
-        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(_turned(part, index), shape))
+        rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(_turn(part, index), shape))
         count = max(0, min(rows.stop, part.shape[0]) - rows.start)  # the others are padding
         here = slice(part.start + rows.start, part.start + rows.start + count)
         if part.is_turned:
-            return convert.transposed(tensors.read(part.tensor, (here, *columns)))
+            return transpose(tensors.read(part.tensor, (here, *columns)))
         # A copy in any case: on CPU an array may else go on living in the file.
         size = tuple(i.stop - i.start for i in (rows, *columns))
-        values = convert.aligned(size, tensors.dtypes[part.tensor])
+        values = allocate_aligned(size, tensors.dtypes[part.tensor])
         values[:count] = tensors.read(part.tensor, (here, *columns)) if count else 0
         values[count:] = 0
         return values
 
-    return jax.make_array_from_callback(_turned(part, shape), place, read)
+    return jax.make_array_from_callback(_turn(part, shape), place, read)

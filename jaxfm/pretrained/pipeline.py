@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 AHEAD = 3  # results that wait, each made in a thread: what of the host's memory they may take
 
 
-def ahead(function: Callable, items: Iterable) -> Iterator:
+def run_ahead(function: Callable, items: Iterable) -> Iterator:
     """Results of the function, in order, of which AHEAD are made before they are asked for.
 
     The items are drawn by the caller's thread.

@@ -21,7 +21,7 @@ from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
 from jaxfm.models.implementations import check_matmuls, choices
 from jaxfm.pretrained import locate
-from jaxfm.pretrained.load import checked_layout
+from jaxfm.pretrained.load import check_layout
 from jaxfm.pretrained.source import Pretrained
 from jaxfm.run.data import RunData, cache_directory
 from jaxfm.run.phase import Phase, make_phases, phase_at
@@ -52,7 +52,7 @@ class Run:
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
-            checked_layout(self.outside, config.model, *self.outside_parts)
+            check_layout(self.outside, config.model, *self.outside_parts)
 
     @functools.cached_property
     def outside(self) -> Pretrained:

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxfm.errors import ConfigError, DataError, MissingInputError
-from jaxfm.pretrained.gguf import tokenizer as gguf_tokenizer
+from jaxfm.pretrained.gguf.tokenizer import read_tokenizer
 from jaxfm.storage.files import check_object, explain_damage, explain_errors
 
 CONFIG_FILE = 'tokenizer_config.json'
@@ -66,7 +66,7 @@ def read_tokenizer_files(
     vocabulary = _locate(Path(path).expanduser())
     name = _plain_name(vocabulary)
     if name.endswith('.gguf'):
-        inside, config = gguf_tokenizer.read(vocabulary)
+        inside, config = read_tokenizer(vocabulary)
     else:
         config = _config_beside(vocabulary)
     given = {'bos_token': bos_token, 'eos_token': eos_token, 'pattern': pattern}

@@ -27,11 +27,11 @@ from flax import nnx
 
 from jaxfm import sharding, state
 from jaxfm.models import TransformerConfig
-from jaxfm.models.families.base import find, write_config
+from jaxfm.models.families.base import find_family, write_config
 from jaxfm.models.transformer import Transformer
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained import layout as convert
 from jaxfm.pretrained.huggingface.export import Exporter, write_safetensors
+from jaxfm.pretrained.layout import make_layout
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from tools.bench import machine
@@ -141,7 +141,7 @@ def _write_random(config, directory: Path) -> int:
     directory.mkdir()
     parts = _parts(config)
     shapes = {path: leaf.shape for path, leaf in parts.shapes.items()}
-    layout = convert.layout(find('llama'), config, parts.axes, shapes)
+    layout = make_layout(find_family('llama'), config, parts.axes, shapes)
     random = np.random.default_rng(0)
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -87,7 +87,7 @@ class Family:
     defaults: Mapping = dataclasses.field(default_factory=dict)
 
 
-def find(model_type: str) -> Family:
+def find_family(model_type: str) -> Family:
     """A family by its name; DataError with the supported ones for any other."""
     if model_type not in FAMILIES:  # The nearest name would mislead: mixtral is no mistral.
         raise DataError(
@@ -104,7 +104,7 @@ def read_config(hf: Mapping) -> dict:
     Raises:
         DataError: an unknown family, a value that is missing, of a wrong type, or not supported.
     """
-    family = find(_model_type(hf))
+    family = find_family(_model_type(hf))
     hf = {**family.defaults, **hf}
     for name, neutral in NEUTRAL.items():
         if hf.get(name) not in neutral:
@@ -306,7 +306,7 @@ def write_config(model: TransformerConfig) -> dict:
     names = [model.family] if model.family else list(FAMILIES)
     problems = []
     for name in names:
-        family = find(name)
+        family = find_family(name)
         hf = _common_keys(family, model) | family.keys(model)
         different = _differences(model, hf)
         if not different:

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from jaxfm.errors import DataError
-from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf import container
 from jaxfm.pretrained.gguf.architectures import Architecture
 
 # Words of config.json by llama.cpp's keys behind the architecture's name: what every file has,
@@ -91,7 +91,7 @@ class Keys:
 
 
 def hf_config(
-    architecture: Architecture, name: str, metadata: dict, stored: dict[str, gguf_file.Tensor]
+    architecture: Architecture, name: str, metadata: dict, stored: dict[str, container.Tensor]
 ) -> dict:
     """What config.json would say, the ids of tokens apart."""
     keys = Keys(metadata, name)
@@ -124,7 +124,7 @@ def hf_config(
     return config
 
 
-def _vocabulary_size(keys: Keys, stored: dict[str, gguf_file.Tensor]) -> int:
+def _vocabulary_size(keys: Keys, stored: dict[str, container.Tensor]) -> int:
     if 'token_embd.weight' not in stored:
         raise DataError('lacks the tensor token_embd.weight')
     rows = stored['token_embd.weight'].shape[0]
@@ -155,7 +155,7 @@ def _window(architecture: Architecture, config: dict, keys: Keys) -> dict:
     return said
 
 
-def _rope(config: dict, keys: Keys, stored: dict[str, gguf_file.Tensor]) -> dict:
+def _rope(config: dict, keys: Keys, stored: dict[str, container.Tensor]) -> dict:
     """How the wavelengths are scaled, and what part of a head turns."""
     said = {}
     turned = keys.count('rope.dimension_count') or config['head_dim']
@@ -177,8 +177,8 @@ def _rope(config: dict, keys: Keys, stored: dict[str, gguf_file.Tensor]) -> dict
     elif long and short:
         said['rope_scaling'] = {
             'rope_type': 'longrope',
-            'long_factor': [gguf_file.shortest(value) for value in long.read().ravel()],
-            'short_factor': [gguf_file.shortest(value) for value in short.read().ravel()],
+            'long_factor': [container.shortest(value) for value in long.read().ravel()],
+            'short_factor': [container.shortest(value) for value in short.read().ravel()],
         }
     elif kind != 'none':
         said['rope_scaling'] = {'rope_type': kind, **scaling}
@@ -194,10 +194,10 @@ def _llama3_scaling(factors: np.ndarray, theta: float, turned: int) -> dict | No
     """
     if np.all(factors == 1):
         return None
-    factor = gguf_file.shortest(factors.max()) if len(factors) else 0
+    factor = container.shortest(factors.max()) if len(factors) else 0
     if factor > 1 and 2 * len(factors) == turned:
         turns = _LLAMA3_CONTEXT * theta ** (-np.arange(0, turned, 2) / turned) / (2 * np.pi)
-        for low, high in ((1.0, 4.0), *_fitted(factors, turns)):  # the first are those of Llama 3
+        for low, high in ((1.0, 4.0), *_fit_line(factors, turns)):  # the first are those of Llama 3
             part = np.clip((turns - low) / (high - low), 0, 1)
             if np.allclose(1 / ((1 - part) / factor + part), factors, rtol=1e-4):
                 return {
@@ -210,7 +210,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, turned: int) -> dict | No
     raise DataError('has rope_freqs.weight that are not those of Llama 3, not read')
 
 
-def _fitted(factors: np.ndarray, turns: np.ndarray) -> list[tuple[float, float]]:
+def _fit_line(factors: np.ndarray, turns: np.ndarray) -> list[tuple[float, float]]:
     """`low` and `high` of the line through two factors that are in between, if there are two."""
     between = np.flatnonzero((factors > 1) & (factors < factors.max()))
     if len(set(factors[between])) < 2 or len(set(turns)) < len(turns):

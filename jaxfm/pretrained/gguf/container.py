@@ -59,7 +59,7 @@ class Tensor:
         start, stop, step = last.indices(self.shape[-1])
         first = start // size
         blocks = self.blocks[leading][..., first : -(-stop // size), :]
-        values = _dequantized(blocks, self.kind, size)
+        values = _dequantize(blocks, self.kind, size)
         return values[..., start - first * size : stop - first * size : step]
 
 
@@ -137,7 +137,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         DataError: it is no GGUF file, of another version, damaged or truncated, one of several
             parts, or has tensors of a type that is not read.
     """
-    content = _mapped(path)
+    content = _map_file(path)
     header = Header(path, content)
     _check_version(header)
     tensor_count, key_count = header.numbers('Q', 2)
@@ -156,7 +156,7 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     return metadata, _tensors(header, content, alignment, infos)
 
 
-def _mapped(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> mmap.mmap:
     failure, denied = f'{path} cannot be read', f'{path} may not be read'
     with explain_errors(failure, MissingInputError, denied=denied), open(path, 'rb') as file:
         if not file.read(1):
@@ -188,7 +188,7 @@ def _tensor_info(header: Header) -> tuple[str, tuple[int, ...], int, int]:
 def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) -> dict[str, Tensor]:
     """The tensors, which lie behind the header; DataError with the names of those that are bad."""
     data = np.frombuffer(content, np.uint8)
-    start = next_at = _aligned(header.at, alignment)
+    start = next_at = _round_up(header.at, alignment)
     tensors, twice, unread, ragged, misplaced, beyond = {}, [], {}, [], [], []
     for name, shape, kind, offset in infos:
         if name in tensors:
@@ -202,7 +202,7 @@ def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) ->
             end = begin + math.prod(blocks)
             if begin != next_at:
                 misplaced.append(name)
-            next_at = _aligned(end, alignment)
+            next_at = _round_up(end, alignment)
             if shape[-1] % size or not rows:
                 ragged.append(f'{name} {list(shape)}')
             elif end > len(data):
@@ -226,7 +226,7 @@ def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) ->
     return tensors
 
 
-def _aligned(at: int, alignment: int) -> int:
+def _round_up(at: int, alignment: int) -> int:
     return -(-at // alignment) * alignment
 
 
@@ -235,7 +235,7 @@ def readable_kinds() -> list[str]:
     return [_kind_name(int(kind)) for kind in _block_sizes() if _is_read(int(kind))]
 
 
-def _dequantized(blocks: np.ndarray, kind: int, size: int) -> np.ndarray:
+def _dequantize(blocks: np.ndarray, kind: int, size: int) -> np.ndarray:
     """float32 values of [..., blocks, bytes], a chunk at a time."""
     import gguf
 
@@ -258,7 +258,7 @@ def _is_read(kind: int) -> bool:
         return False
     size, block_bytes = _block_sizes()[kind]
     try:
-        _dequantized(np.zeros((1, block_bytes), np.uint8), kind, size)
+        _dequantize(np.zeros((1, block_bytes), np.uint8), kind, size)
     except NotImplementedError:
         return False
     return True

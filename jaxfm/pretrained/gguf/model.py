@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxfm.errors import DataError, listed
-from jaxfm.pretrained.gguf import config as gguf_config
-from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf import container
 from jaxfm.pretrained.gguf.architectures import ARCHITECTURES, MATRICES, Architecture
+from jaxfm.pretrained.gguf.config import hf_config, token_ids
 from jaxfm.pretrained.source import Pretrained
 
 _OUTSIDE = {
@@ -34,7 +34,7 @@ class Weight:
         offset: was added to it.
     """
 
-    stored: gguf_file.Tensor
+    stored: container.Tensor
     heads: int = 0
     offset: float = 0.0
 
@@ -65,11 +65,11 @@ def open_gguf(path) -> Pretrained:
 
     Raises:
         MissingInputError, PermissionDeniedError: the file is not there, or closed to us.
-        DataError: the file is bad (see `gguf_file.read`), of an architecture that is not read, or
+        DataError: the file is bad (see `container.read`), of an architecture that is not read, or
             lacks or has too many keys or tensors.
     """
     path = Path(path).expanduser()
-    metadata, stored = gguf_file.read(path)
+    metadata, stored = container.read(path)
     name = metadata.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise DataError(
@@ -77,9 +77,9 @@ def open_gguf(path) -> Pretrained:
         )
     architecture = ARCHITECTURES[name]
     try:
-        config = gguf_config.hf_config(architecture, name, metadata, stored)
+        config = hf_config(architecture, name, metadata, stored)
         weights = _weights(architecture, config, stored)
-        tokens = gguf_config.token_ids(metadata)
+        tokens = token_ids(metadata)
     except DataError as error:
         raise DataError(f'{path} {error}') from error
     has_tokenizer = 'tokenizer.ggml.tokens' in metadata
@@ -88,7 +88,7 @@ def open_gguf(path) -> Pretrained:
 
 
 def _weights(
-    architecture: Architecture, config: dict, stored: dict[str, gguf_file.Tensor]
+    architecture: Architecture, config: dict, stored: dict[str, container.Tensor]
 ) -> dict[str, Weight]:
     """The weights by their Hugging Face names; DataError unless they are just what should be."""
     names = _names(architecture, config['num_hidden_layers'])

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from jaxfm.errors import DataError, listed
-from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf import container
 
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -106,14 +106,14 @@ class Vocabulary:
         return [token for token, kind in zip(self.tokens, self.kinds) if kind in kinds]
 
 
-def read(path: Path) -> tuple[bytes, dict]:
+def read_tokenizer(path: Path) -> tuple[bytes, dict]:
     """The content of tokenizer.json, and what tokenizer_config.json would say.
 
     Raises:
-        MissingInputError, PermissionDeniedError, DataError: as `gguf_file.read`.
+        MissingInputError, PermissionDeniedError, DataError: as `container.read`.
         DataError: the file has no tokenizer, one of a kind that is not read, or a damaged one.
     """
-    metadata, _ = gguf_file.read(path)
+    metadata, _ = container.read(path)
     try:
         vocabulary = _vocabulary(metadata)
         make = {'gpt2': _byte_level, 'llama': _sentencepiece}
@@ -257,7 +257,7 @@ def _roles(vocabulary: Vocabulary) -> dict:
 
 
 def _check_numbers(key: str, values, count: int) -> None:
-    """DataError where values of a key are not a number for each of `count` tokens."""
+    """Raises DataError unless a key has a number for each of `count` tokens."""
     is_right = isinstance(values, list) and len(values) == count
     if not is_right or not all(isinstance(value, int | float) for value in values):
         raise DataError(

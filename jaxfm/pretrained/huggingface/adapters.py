@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxfm import sharding
 from jaxfm.models import TransformerConfig
-from jaxfm.models.families.base import find, write_config
-from jaxfm.pretrained import layout as convert
+from jaxfm.models.families.base import find_family, write_config
 from jaxfm.pretrained.huggingface import peft
 from jaxfm.pretrained.huggingface.export import Exporter
+from jaxfm.pretrained.layout import make_layout
 
 
 def load_adapters(
@@ -27,10 +27,10 @@ def load_adapters(
     Raises:
       DataError: they are not of this model.
     """
-    family = find(config.family or write_config(config)['model_type'])
+    family = find_family(config.family or write_config(config)['model_type'])
     base = {path: names for path, names in axes.items() if 'lora' not in names}
     sizes = {path: leaf.shape for path, leaf in shapes.items()}
-    layout = convert.layout(family, config, base, sizes)
+    layout = make_layout(family, config, base, sizes)
     wanted = {path: sizes[path] for path in axes.keys() - base.keys()}
     arrays = peft.read(config.lora.path, config.lora, layout, wanted)
     return {path: _put(array, axes[path]) for path, array in arrays.items()}

@@ -82,14 +82,14 @@ class SafetensorsFiles:
                 raise DataError(f'{path}: {name} is {part.get_dtype()}; what is read is {known}')
             self.shapes[name] = tuple(part.get_shape())
             self.dtypes[name] = DTYPES[part.get_dtype()]
-        self._views |= _mapped(path, names, self.shapes, self.dtypes)
+        self._views |= _map_tensors(path, names, self.shapes, self.dtypes)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of a tensor: a view of the file, of which nothing is read before it is used."""
         return self._views[name][index]
 
 
-def _mapped(path: Path, names: set[str], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
+def _map_tensors(path: Path, names: set[str], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
     """Views of the tensors of a file that is known to be whole; the library would copy them."""
     content = np.memmap(path, mode='r')
     start = 8 + int.from_bytes(content[:8].tobytes(), 'little')

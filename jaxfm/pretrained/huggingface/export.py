@@ -15,9 +15,8 @@ import numpy as np
 
 from jaxfm.distributed import agree
 from jaxfm.models import TransformerConfig, lora
-from jaxfm.models.families.base import find, write_config
+from jaxfm.models.families.base import find_family, write_config
 from jaxfm.pretrained import ExportConfig
-from jaxfm.pretrained import layout as convert
 from jaxfm.pretrained.huggingface.directory import (
     CONFIG,
     DTYPES,
@@ -27,7 +26,8 @@ from jaxfm.pretrained.huggingface.directory import (
     WEIGHTS,
     read_json,
 )
-from jaxfm.pretrained.pipeline import ahead
+from jaxfm.pretrained.layout import as_tensor, make_layout, take_from
+from jaxfm.pretrained.pipeline import run_ahead
 from jaxfm.storage.files import explain_errors
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -59,9 +59,9 @@ class Exporter:
         self._config, self._model = config, model
         self._axes, self._tokenizer, self._stop_ids = axes, tokenizer, stop_ids
         self._hf_config = write_config(model)
-        family = find(self._hf_config['model_type'])
+        family = find_family(self._hf_config['model_type'])
         sizes = {path: leaf.shape for path, leaf in shapes.items()}
-        self._layout = convert.layout(family, model, axes, sizes)
+        self._layout = make_layout(family, model, axes, sizes)
         name = model.param_dtype if config.dtype == 'auto' else config.dtype
         self._dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
 
@@ -111,7 +111,7 @@ class Exporter:
     def _write_file(self, params, path: Path, names: list[str], on_primary: Callable) -> None:
         """One file of weights. What brings them together needs every process, to the last one."""
         shapes = {name: self._layout.shapes[name] for name in names}
-        tensors = ahead(self._as_tensor, ((name, self._take(params, name)) for name in names))
+        tensors = run_ahead(self._as_tensor, ((name, self._take(params, name)) for name in names))
 
         def write():
             try:
@@ -142,7 +142,7 @@ class Exporter:
     def _take(self, params, name: str) -> list[jax.Array]:
         """The parts of a tensor, whole on every device."""
         return [
-            convert.take_from(
+            take_from(
                 self._parameter(params, part.path),
                 part.repeat,
                 part.way,
@@ -163,7 +163,7 @@ class Exporter:
     def _as_tensor(self, item: tuple[str, list[jax.Array]]) -> np.ndarray:
         name, taken = item
         parts = self._layout.parts_of(name)
-        rows = [convert.as_tensor(np.asarray(x), part) for x, part in zip(taken, parts)]
+        rows = [as_tensor(np.asarray(x), part) for x, part in zip(taken, parts)]
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
     def _write_configs(self, directory: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from jaxfm.errors import DataError, listed
 from jaxfm.models import TARGETS, LoraConfig
 from jaxfm.models.families import FAMILIES
-from jaxfm.models.families.base import find
+from jaxfm.models.families.base import find_family
 from jaxfm.pretrained.huggingface.directory import SafetensorsFiles, read_json
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -103,7 +103,7 @@ def read(
 
     Args:
         lora: as `describe` says.
-        layout: the `convert.Layout` of the model without adapters.
+        layout: the `Layout` of the model without adapters.
         shapes: {path: shape} of the adapters.
 
     Raises:
@@ -140,7 +140,7 @@ def write(
 
     Args:
         params: {path: array} of the adapters, whole.
-        layout: the `convert.Layout` of the model without adapters.
+        layout: the `Layout` of the model without adapters.
         base: the model that they adapt, as a person would name it.
     """
     expected = _expected(layout, lora)
@@ -261,7 +261,7 @@ def _targets(module: str) -> tuple[str, ...]:
 @functools.cache
 def _table() -> dict[str, tuple[str, ...]]:
     table = {}
-    for family in map(find, FAMILIES):
+    for family in map(find_family, FAMILIES):
         for template, target in family.weights.items():
             targets = (target,) if isinstance(target, str) else target
             if all(name.removesuffix('/0').removesuffix('/1') in TARGETS for name in targets):
@@ -284,7 +284,7 @@ def _expected(layout, lora: LoraConfig) -> dict[str, list]:
 
 
 def _check_ranks(tensors: SafetensorsFiles, scaling: _Scaling, directory: Path) -> None:
-    """Whether matrices are of the rank that the config says."""
+    """Raises DataError unless matrices are of the rank that the config says."""
     wrong = []
     for name, shape in sorted(tensors.shapes.items()):
         module, half = _NAME.fullmatch(name).groups()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxfm.errors import DataError, MissingInputError, PermissionDeniedError
-from jaxfm.pretrained.gguf import file as gguf_file
+from jaxfm.pretrained.gguf import container
 from jaxfm.pretrained.gguf.architectures import ARCHITECTURES
 from jaxfm.pretrained.gguf.model import open_gguf
 from tests import gguf_files
@@ -476,7 +476,7 @@ def test_a_file_that_may_not_be_read_is_said_to_be_closed(path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, 'Permission denied')
 
-    monkeypatch.setattr(gguf_file, 'open', refuse, raising=False)
+    monkeypatch.setattr(container, 'open', refuse, raising=False)
     with pytest.raises(PermissionDeniedError, match='model.gguf may not be read'):
         open_gguf(path)
 
@@ -541,13 +541,13 @@ def test_a_damaged_header_gives_an_error_of_ours_or_none(name, path):
 
 
 def test_every_type_that_is_read_gives_its_number_of_values():
-    read = gguf_file.readable_kinds()
+    read = container.readable_kinds()
     assert {'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K', 'IQ4_XS', 'MXFP4'} <= set(read)
     for name in set(read) - {'F32', 'F16', 'BF16'}:
         kind = gguf_files.TYPES[name]
         size, length = gguf.GGML_QUANT_SIZES[kind]
         blocks = np.zeros((3, 2, length), np.uint8)
-        stored = gguf_file.Tensor((3, 2 * size), int(kind), blocks)
+        stored = container.Tensor((3, 2 * size), int(kind), blocks)
         assert stored.read((slice(1, 3), slice(size - 1, size + 2))).shape == (2, 3)
 
 

@@ -90,7 +90,7 @@ def stored_spec(axes) -> P:
     return _spec(STORED, axes)
 
 
-def stored(axes) -> P | None:
+def stored_weight(axes) -> P | None:
     """`stored_spec` for `out_sharding=`; None where no mesh is set (one device)."""
     return None if jax.sharding.get_abstract_mesh().empty else stored_spec(axes)
 
@@ -119,7 +119,7 @@ def place(x, *names):
     return x if spec is None else jax.reshard(x, spec)
 
 
-def replicated(x):
+def replicate(x):
     """An array moved whole to every device."""
     return place(x, *(None,) * x.ndim)
 
@@ -266,14 +266,13 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def check_weights(shapes: dict, axes: dict, mesh) -> None:
-    """Every stored dimension divides its mesh axis.
+    """Raises ConfigError unless every stored dimension divides its mesh axis.
+
+    It names each weight, with the arithmetic.
 
     Args:
       shapes: {path: shape}, stacked layers included.
       axes: {path: logical axes}, one a dimension.
-
-    Raises:
-      ConfigError: naming each weight, with the arithmetic.
     """
     problems = []
     for path, shape in shapes.items():
@@ -286,22 +285,16 @@ def check_weights(shapes: dict, axes: dict, mesh) -> None:
 
 
 def check_replication(arrays: dict[str, jax.ShapeDtypeStruct], mesh) -> None:
-    """No large array of the train state is whole on every device by accident.
+    """Raises ConfigError, naming each array, if large ones are whole on every device by accident.
 
     Args:
       arrays: {path: shape with sharding}: weights and moments.
-
-    Raises:
-      ConfigError: naming each array.
     """
     can_split = math.prod(mesh.shape[axis] for axis in set(STORED.values()) - {None})
     problems = [
         f'{path}: {leaf.size:,} elements would be replicated on all {mesh.size} devices'
         for path, leaf in arrays.items()
-        if leaf.size >= LARGE_PARAMETER
-        and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
-        # An adapter is small beside its matrix, and half of it has no dimension to split.
-        and '_lora/' not in path
+        if leaf.size >= LARGE_PARAMETER and leaf.sharding.shard_shape(leaf.shape) == leaf.shape
     ]
     if can_split > 1 and problems:
         axes = ', '.join(sorted(set(STORED.values()) - {None}))

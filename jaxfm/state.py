@@ -40,11 +40,15 @@ class TrainState:
     def to_tree(self) -> dict[str, jax.Array]:
         """The same arrays as a flat dict with readable names: what a checkpoint holds."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self)
-        return {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in leaves}
+        return {_name(path): leaf for path, leaf in leaves}
 
     def with_tree(self, tree: dict[str, jax.Array]) -> 'TrainState':
         """This structure with the arrays of `to_tree`; self may hold only shapes."""
         return jax.tree.unflatten(jax.tree.structure(self), [tree[name] for name in self.to_tree()])
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,11 +194,11 @@ def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState
         lambda: _make_state(make_model, parts, optimizer, jax.random.key(seed))
     )
 
-    def concrete(leaf):
+    def give_place(leaf):
         place = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    return jax.tree.map(concrete, shapes)
+    return jax.tree.map(give_place, shapes)
 
 
 def stored_shardings(parts: Parts) -> dict:
@@ -209,6 +213,24 @@ def abstract_params(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
         for path, leaf in parts.shapes.items()
     }
+
+
+def check_replication(state: TrainState, parts: Parts, mesh) -> None:
+    """Raises ConfigError if a large weight or moment is whole on every device by accident.
+
+    Adapters and their moments may be: an adapter is small beside its matrix, and half of it has no
+    dimension to split.
+
+    Args:
+      state: of arrays, or of their shapes and shardings.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    adapters = parts.adapters
+    # Weights and moments are dicts by the path of the parameter: the last key of a leaf.
+    arrays = {
+        _name(path): leaf for path, leaf in leaves if getattr(path[-1], 'key', None) not in adapters
+    }
+    sharding.check_replication(arrays, mesh)
 
 
 def make_train_step(

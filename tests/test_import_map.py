@@ -29,7 +29,7 @@ MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
         *('run', 'config', 'train', 'prefetch', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
-        *('state', 'models', 'sharding', 'metrics', 'storage', 'distributed'),
+        *('state', 'models', 'metrics', 'storage', 'distributed'),
     },
     'run': {
         *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),

@@ -97,13 +97,6 @@ def test_an_array_may_stay_whole_where_it_is_small_split_or_nothing_could_split_
     check_replication(LARGE, ('norm', 'head_dim'))
 
 
-def test_half_an_adapter_may_stay_whole():
-    mesh = make_mesh(fsdp=8)
-    place = NamedSharding(mesh, sharding.stored_spec(('lora', 'heads')))
-    half = jax.ShapeDtypeStruct(LARGE, np.float32, sharding=place)
-    sharding.check_replication({'trainable/trunk/0/0/attention/q_lora/b': half}, mesh)
-
-
 def test_weights_move_between_stored_and_used_places():
     with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
         weight = jax.jit(lambda x: sharding.place_stored(x, ('embed', 'mlp')))(np.ones((4, 6)))

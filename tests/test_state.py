@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jaxfm import sharding
 from jaxfm.errors import ConfigError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.transformer import Transformer
@@ -16,7 +17,14 @@ from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.optim import AdamWConfig
 from jaxfm.optim.adamw import AdamW
-from jaxfm.state import begin_phase, init_state, make_train_step, split
+from jaxfm.state import (
+    abstract_state,
+    begin_phase,
+    check_replication,
+    init_state,
+    make_train_step,
+    split,
+)
 
 V, D, ROWS, LENGTH = 20, 6, 8, 5
 BLOCK = dict(num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=16)
@@ -365,6 +373,41 @@ def test_axes_of_stacked_blocks_begin_with_layers():
 
 
 # The state as a pytree
+
+
+def wide_state(**block):
+    """(state, parts, mesh) of a model with a wide adapter, as shapes on eight devices."""
+    config = TransformerConfig.model_validate(
+        dict(
+            vocab_size=V,
+            embed_dim=1024,
+            num_layers=1,
+            block=BLOCK | dict(num_heads=64, head_dim=64) | block,
+            lora=dict(rank=256, targets=['attention/q']),
+        )
+    )
+
+    def make(key):
+        return Transformer(config, nnx.Rngs(key))
+
+    parts = split(make)
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1) | dict(fsdp=8))
+    with jax.set_mesh(mesh):
+        return abstract_state(make, parts, adamw(parts), 0), parts, mesh
+
+
+def test_half_an_adapter_and_its_moments_may_stay_whole():
+    state, parts, mesh = wide_state()
+    check_replication(state, parts, mesh)
+    with pytest.raises(ConfigError) as told:  # were they not adapters
+        sharding.check_replication(state.to_tree(), mesh)
+    assert str(told.value).count('attention/q_lora/b: 1,048,576 elements') == 3
+
+
+def test_what_is_no_adapter_may_not_stay_whole_beside_one():
+    with pytest.raises(ConfigError, match='frozen/trunk/0/0/mlp/gate_up_bias: 2,097,152') as told:
+        check_replication(*wide_state(mlp_dim=2**20, mlp_bias=True))
+    assert 'lora' not in str(told.value)
 
 
 def test_a_state_goes_to_a_flat_tree_and_back():

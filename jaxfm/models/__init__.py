@@ -111,9 +111,14 @@ class LoraConfig(Group):
         return self.alpha / self.rank
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         """For people."""
         return f'rank {self.rank}, alpha {self.alpha:g} on {", ".join(self.matrices)}'
+
+
+def adapter_paths(path: str) -> tuple[str, str]:
+    """The paths of A and B of the adapter of a matrix."""
+    return f'{path}_lora/a', f'{path}_lora/b'
 
 
 class ImplementationsConfig(Group):

@@ -20,13 +20,13 @@ def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         for op in sorted(ops):
             try:
-                chosen[op] = decide(op, getattr(model.implementations, op), _unsupported(op, model))
+                chosen[op] = decide(op, getattr(model.implementations, op), _obstacles(op, model))
             except ValueError as error:
                 raise ConfigError(f'config.model.implementations.{op}: {error}') from error
     return chosen
 
 
-def _unsupported(op: str, model: TransformerConfig) -> dict[str, str]:
+def _obstacles(op: str, model: TransformerConfig) -> dict[str, str]:
     """{implementation: why some block of the model cannot have it}."""
     dtype, found = compute_dtype(model), {}
     if op == 'token_logprobs':

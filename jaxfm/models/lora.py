@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from jaxfm.models import LoraConfig, TransformerConfig
+from jaxfm.models import LoraConfig, TransformerConfig, adapter_paths
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import activation
 
@@ -86,19 +86,20 @@ _PRODUCTS = {
 
 def merge(params: dict[str, jax.Array], config: TransformerConfig) -> dict[str, jax.Array]:
     """The parameters of the same model without adapters, each stored in the dtype that it has."""
+    adapters = {name for path in params for name in adapter_paths(path)}
     return {
-        path: merged(params, path, config.lora).astype(value.dtype)
+        path: merge_parameter(params, path, config.lora).astype(value.dtype)
         for path, value in params.items()
-        if '_lora/' not in path
+        if path not in adapters
     }
 
 
-def merged(params: dict[str, jax.Array], path: str, config: LoraConfig) -> jax.Array:
+def merge_parameter(params: dict[str, jax.Array], path: str, config: LoraConfig) -> jax.Array:
     """One parameter with what its adapter adds, W + scale A B in float32, sharded as W is.
 
     What has no adapter comes as it is.
     """
-    w, a, b = (params.get(name) for name in (path, f'{path}_lora/a', f'{path}_lora/b'))
+    w, a, b = (params.get(name) for name in (path, *adapter_paths(path)))
     target = '/'.join(path.split('/')[-2:])
     return w if a is None else _sum(w, a, b, _PRODUCTS[target], config.scale)
 

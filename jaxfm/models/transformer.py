@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
         head_std = 0.0 if config.zero_init_outputs else unit_length * config.init_scale
         self.head = None if config.tie_embeddings else table(std=head_std)
 
-    def _used(self, module: nnx.Module) -> nnx.Module:
+    def _gather_module(self, module: nnx.Module) -> nnx.Module:
         """The same module with its weights cast and gathered."""
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)
         return nnx.merge(graphdef, self._gather(params), rest)
@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
           segment_ids_BT: attention stays inside equal ids; 0 is padding.
           cache: from `kv_cache.init_cache`; keys then come from it, new ones are stored in it.
         """
-        x_BTD = self._used(self.embedding)(tokens_BT, compute_dtype(self.config))
+        x_BTD = self._gather_module(self.embedding)(tokens_BT, compute_dtype(self.config))
         if self.config.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
         if self.embedding_norm:
@@ -196,7 +196,7 @@ class Transformer(nnx.Module):
         """The output projection, cast and gathered; hand it to `ops.logprobs`."""
         table = self.embedding if self.config.tie_embeddings else self.head
         return Unembedding(
-            self._used(table).table[...],
+            self._gather_module(table).table[...],
             self.config.vocab_size,
             self.config.logits_softcap,
             self.config.implementations.token_logprobs,

@@ -9,7 +9,6 @@ import logging
 
 import jax
 
-from jaxfm import sharding
 from jaxfm.config.resume import Change
 from jaxfm.config.run import RunConfig
 from jaxfm.distributed.preemption import Preemption
@@ -29,7 +28,7 @@ from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import initial_state, periodic_exports
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Request
-from jaxfm.state import TrainState
+from jaxfm.state import TrainState, check_replication
 from jaxfm.train import Loop, train
 
 log = logging.getLogger('jaxfm')
@@ -47,7 +46,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         stack.callback(console.close)
         data = open_data(config, run.workdir)
         wanted = [phase.abstract_state() for phase in run.phases]
-        sharding.check_replication(wanted[0].to_tree(), run.mesh)
+        check_replication(wanted[0], run.parts, run.mesh)
         is_finished, changes_of_saved = restart.find_end(run, flags.allow_change)
         if is_finished:
             if not (run.workdir / 'report.html').exists():

@@ -25,7 +25,7 @@ def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
         'model': [
             ('name', f'{model.name}, {model.num_layers} layers'),
             ('parameters', f'{num_parameters(phases[0].parts.shapes):,}'),
-            *([('adapters', f'{model.lora.described}, stored float32')] if model.lora else []),
+            *([('adapters', f'{model.lora.description}, stored float32')] if model.lora else []),
             (
                 'precision',
                 f'stored {model.param_dtype}, computed {compute_dtype(model).name}, logits float32',
@@ -89,13 +89,13 @@ SHOWN_STATISTICS = (
 def _data_rows(statistics: dict) -> list[tuple]:
     """Of a mixture, '<source>/' stands before the names."""
     return [
-        (name.replace('_', ' '), _shown(value))
+        (name.replace('_', ' '), _format_value(value))
         for name, value in statistics.items()
         if name.rpartition('/')[2] in SHOWN_STATISTICS and value != 0
     ]
 
 
-def _shown(value) -> str:
+def _format_value(value) -> str:
     if isinstance(value, int):
         return f'{value:,}'
     return f'{value:.4g}' if isinstance(value, float) else value[:16]

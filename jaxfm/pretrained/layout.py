@@ -128,13 +128,13 @@ def _part(name, start, path, repeat, way, names, shape, config) -> Part:
 @functools.partial(jax.jit, static_argnames=('shape', 'dtype', 'axes'))
 def make_stack(shape, dtype, axes):
     """A parameter to be filled by `put_into`, sharded as it is stored."""
-    return jnp.zeros(shape, dtype, out_sharding=sharding.stored(axes))
+    return jnp.zeros(shape, dtype, out_sharding=sharding.stored_weight(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes', 'shape', 'dtype'))
 def as_parameter(value, axes, shape, dtype):
     """A parameter that is not stacked, of its only part."""
-    return jnp.reshape(value.astype(dtype), shape, out_sharding=sharding.stored(axes))
+    return jnp.reshape(value.astype(dtype), shape, out_sharding=sharding.stored_weight(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes',), donate_argnums=0)
@@ -146,7 +146,7 @@ def put_into(stack, value, repeat, way, axes):
     """
     shape = tuple(1 if name in ('layers', 'gate_up') else n for name, n in zip(axes, stack.shape))
     starts = [{'layers': repeat, 'gate_up': way}.get(name, 0) for name in axes]
-    value = jnp.reshape(value.astype(stack.dtype), shape, out_sharding=sharding.stored(axes))
+    value = jnp.reshape(value.astype(stack.dtype), shape, out_sharding=sharding.stored_weight(axes))
     return jax.lax.dynamic_update_slice(stack, value, starts)
 
 
@@ -162,7 +162,7 @@ def take_from(parameter, repeat, way, axes, dtype):
             at = axes.index(name)
             parameter = jax.lax.dynamic_index_in_dim(parameter, index, at, keepdims=False)
             axes = axes[:at] + axes[at + 1 :]
-    return sharding.replicated(parameter.astype(dtype))
+    return sharding.replicate(parameter.astype(dtype))
 
 
 def as_tensor(value: np.ndarray, part: Part) -> np.ndarray:

@@ -211,7 +211,7 @@ class Sampler:
         last_BD = jnp.sum(jnp.where(is_last_BT[..., None], hidden_BTD, 0), axis=1)
         sampled = self._sample(model, last_BD, rows, lengths_B)
         # Every process reads the sampled tokens, so that all of them schedule alike.
-        return extras['cache'], tuple(sharding.replicated(x)[None] for x in sampled)
+        return extras['cache'], tuple(sharding.replicate(x)[None] for x in sampled)
 
     def _decode_slots(self, params, cache, rows):
         """`decode_steps` tokens for every slot; position -1 marks a slot without a request."""
@@ -229,7 +229,7 @@ class Sampler:
 
         carry = (cache, rows['last'], rows['positions'])
         (cache, *_), sampled = lax.scan(body, carry, length=self.config.decode_steps)
-        return cache, tuple(sharding.replicated(x) for x in sampled)
+        return cache, tuple(sharding.replicate(x) for x in sampled)
 
     def _sample(self, model, hidden_BD, rows, positions_B):
         logits_B1V = logits(hidden_BD[:, None], model.unembed())

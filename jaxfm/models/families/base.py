@@ -147,7 +147,7 @@ _MOST_LAYERS = 10_000  # a config is built for each, so a damaged number would t
 
 
 def _check_values(hf: Mapping) -> None:
-    """The values that most families have, where they are given, by their names in the file."""
+    """Raises DataError if a value that most families have is there and is none that can be."""
     given = {name: hf[name] for name in (*_SIZES, *_NUMBERS) if hf.get(name) is not None}
     for name, value in given.items():
         is_number = isinstance(value, int if name in _SIZES else int | float)

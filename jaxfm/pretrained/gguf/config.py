@@ -75,7 +75,7 @@ class Keys:
             raise DataError(f'has {self._architecture}.{key} {value}, which is no whole number')
         return value
 
-    def required(self) -> dict:
+    def read_required(self) -> dict:
         """What every model has, by the words of config.json."""
         found = {name: self.count(key) for key, name in _COUNTS.items()}
         found |= {name: self.number(key) for key, name in _NUMBERS.items()}
@@ -84,7 +84,7 @@ class Keys:
             raise DataError(f'does not say {", ".join(missing)}')
         return found
 
-    def optional(self, keys: dict[str, str], read) -> dict:
+    def read_optional(self, keys: dict[str, str], read) -> dict:
         """What is there of `keys`, each read by `read`, by the words of config.json."""
         found = {name: read(key) for key, name in keys.items()}
         return {name: value for name, value in found.items() if value is not None}
@@ -98,7 +98,7 @@ def hf_config(
     if keys.number('expert_count'):
         raise DataError('is a mixture of experts, which is not read')
     config = {'model_type': architecture.model_type, 'architectures': [architecture.class_name]}
-    config |= keys.required()
+    config |= keys.read_required()
     heads, layers = config['num_attention_heads'], config['num_hidden_layers']
     if layers > len(stored):
         raise DataError(f'has {len(stored)} tensors for {layers} layers')
@@ -110,8 +110,8 @@ def hf_config(
         'attention_bias': 'blk.0.attn_q.bias' in stored,
         'mlp_bias': 'blk.0.ffn_up.bias' in stored,
         **architecture.config,
-        **keys.optional(_SOME_COUNTS, keys.count),
-        **keys.optional(_SOME_NUMBERS, keys.number),
+        **keys.read_optional(_SOME_COUNTS, keys.count),
+        **keys.read_optional(_SOME_NUMBERS, keys.number),
     }
     if not (config['head_dim'] and config['num_key_value_heads'] and config['rope_theta']):
         raise DataError('has heads of no size, no heads of keys, or RoPE of no wavelength')
@@ -164,7 +164,7 @@ def _rope(config: dict, keys: Keys, stored: dict[str, container.Tensor]) -> dict
     if turned < config['head_dim']:
         said['partial_rotary_factor'] = turned / config['head_dim']
     scaling_keys = {f'rope.scaling.{key}': name for key, name in _SCALING.items()}
-    scaling = keys.optional(scaling_keys, keys.number)
+    scaling = keys.read_optional(scaling_keys, keys.number)
     if context := scaling.get('original_max_position_embeddings'):
         said['original_max_position_embeddings'] = context
     kind = keys.get('rope.scaling.type') or ('linear' if scaling.get('factor', 1) != 1 else 'none')
@@ -177,8 +177,8 @@ def _rope(config: dict, keys: Keys, stored: dict[str, container.Tensor]) -> dict
     elif long and short:
         said['rope_scaling'] = {
             'rope_type': 'longrope',
-            'long_factor': [container.shortest(value) for value in long.read().ravel()],
-            'short_factor': [container.shortest(value) for value in short.read().ravel()],
+            'long_factor': [container.shortest_decimal(value) for value in long.read().ravel()],
+            'short_factor': [container.shortest_decimal(value) for value in short.read().ravel()],
         }
     elif kind != 'none':
         said['rope_scaling'] = {'rope_type': kind, **scaling}
@@ -194,7 +194,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, turned: int) -> dict | No
     """
     if np.all(factors == 1):
         return None
-    factor = container.shortest(factors.max()) if len(factors) else 0
+    factor = container.shortest_decimal(factors.max()) if len(factors) else 0
     if factor > 1 and 2 * len(factors) == turned:
         turns = _LLAMA3_CONTEXT * theta ** (-np.arange(0, turned, 2) / turned) / (2 * np.pi)
         for low, high in ((1.0, 4.0), *_fit_line(factors, turns)):  # the first are those of Llama 3

@@ -70,7 +70,7 @@ class Header:
         self.path, self.at = path, 0
         self._content = content
 
-    def damaged(self, what: str) -> DataError:
+    def error(self, what: str) -> DataError:
         return DataError(f'{self.path} is damaged: {what}')
 
     def numbers(self, letter: str, count: int = 1) -> tuple:
@@ -92,21 +92,21 @@ class Header:
         length_of, found = struct.Struct('<Q').unpack_from, []
         for _ in range(count):
             if at + 8 > end or (stop := at + 8 + length_of(content, at)[0]) > end:
-                raise self.damaged(f'a text that starts at byte {at} does not end in the file')
+                raise self.error(f'a text that starts at byte {at} does not end in the file')
             found.append(content[at + 8 : stop])
             at = stop
         self.at = at
         try:
             return [text.decode() for text in found]
         except UnicodeDecodeError as error:
-            raise self.damaged(f'a text of its header is not UTF-8: {error}') from error
+            raise self.error(f'a text of its header is not UTF-8: {error}') from error
 
     def value(self):
         """A value of metadata, with its type before it."""
         kind = self.number('I')
         if kind != _ARRAY:
             value = self.values(kind, 1)[0]
-            return shortest(value) if kind == _FLOAT32 else value
+            return shortest_decimal(value) if kind == _FLOAT32 else value
         kind, count = self.number('I'), self.number('Q')
         return self.values(kind, count)
 
@@ -114,17 +114,17 @@ class Header:
         if kind == _STRING:
             return self.strings(count)
         if kind not in _SCALARS:
-            raise self.damaged(f'metadata has a value of type {kind} at byte {self.at}')
+            raise self.error(f'metadata has a value of type {kind} at byte {self.at}')
         return list(self.numbers(_SCALARS[kind], count))
 
     def _check(self, size: int) -> None:
         if self.at + size > len(self._content):
-            raise self.damaged(
+            raise self.error(
                 f'its header goes on behind the end of the file, {len(self._content)} bytes'
             )
 
 
-def shortest(value: float) -> float:
+def shortest_decimal(value: float) -> float:
     """The decimal that a float32 was made of: 1e-5 instead of 9.99999975e-06."""
     return float(str(np.float32(value)))
 
@@ -145,14 +145,14 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     for _ in range(key_count):
         key = header.string()
         if key in metadata:
-            raise header.damaged(f'{key} is there twice')
+            raise header.error(f'{key} is there twice')
         metadata[key] = header.value()
     if (parts := metadata.get('split.count', 1)) != 1:
         raise DataError(f'{path} is one of {parts} parts: join them with llama-gguf-split --merge')
     infos = [_tensor_info(header) for _ in range(tensor_count)]
     alignment = metadata.get('general.alignment', 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise header.damaged(f'general.alignment is {alignment!r}')
+        raise header.error(f'general.alignment is {alignment!r}')
     return metadata, _tensors(header, content, alignment, infos)
 
 
@@ -180,7 +180,7 @@ def _tensor_info(header: Header) -> tuple[str, tuple[int, ...], int, int]:
     """Name, shape, type and offset of a tensor."""
     name, dimensions = header.string(), header.number('I')
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
-        raise header.damaged(f'{name} has {dimensions} dimensions')
+        raise header.error(f'{name} has {dimensions} dimensions')
     shape = header.numbers('Q', dimensions)[::-1]  # the file has the fastest first
     return name, shape, header.number('I'), header.number('Q')
 

@@ -60,7 +60,7 @@ class AdapterExporter(Exporter):
 
     def _write_weights(self, params, partial: Path, on_primary: Callable) -> None:
         adapters = {path: params[path] for path in self._adapters}
-        whole = jax.device_get(jax.jit(lambda x: jax.tree.map(sharding.replicated, x))(adapters))
+        whole = jax.device_get(jax.jit(lambda x: jax.tree.map(sharding.replicate, x))(adapters))
         lora, layout = self._model.lora, self._layout
         on_primary(lambda: peft.write(partial, whole, lora, layout, self._base))
 

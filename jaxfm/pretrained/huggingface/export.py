@@ -157,7 +157,7 @@ class Exporter:
         if not self._model.lora:
             return params[path]
         if self._merged[0] != path:
-            self._merged = path, lora.merged(params, path, self._model.lora)
+            self._merged = path, lora.merge_parameter(params, path, self._model.lora)
         return self._merged[1]
 
     def _as_tensor(self, item: tuple[str, list[jax.Array]]) -> np.ndarray:

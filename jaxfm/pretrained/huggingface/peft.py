@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from jaxfm.errors import DataError, listed
-from jaxfm.models import TARGETS, LoraConfig
+from jaxfm.models import TARGETS, LoraConfig, adapter_paths
 from jaxfm.models.families import FAMILIES
 from jaxfm.models.families.base import find_family
 from jaxfm.pretrained.huggingface.directory import SafetensorsFiles, read_json
@@ -112,7 +112,7 @@ def read(
     directory = Path(directory)
     scaling = _read_scaling(directory / CONFIG)
     tensors = _open(directory)
-    expected = _expected(layout, lora)
+    expected = _adapted_parts(layout, lora)
     _check_tensors(tensors, expected, scaling, directory)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for module, parts in expected.items():
@@ -143,7 +143,7 @@ def write(
         layout: the `Layout` of the model without adapters.
         base: the model that they adapt, as a person would name it.
     """
-    expected = _expected(layout, lora)
+    expected = _adapted_parts(layout, lora)
     ways = _blocks(expected, params)
     tensors = {}
     for module, parts in expected.items():
@@ -269,7 +269,7 @@ def _table() -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _expected(layout, lora: LoraConfig) -> dict[str, list]:
+def _adapted_parts(layout, lora: LoraConfig) -> dict[str, list]:
     """{module: its parts that have an adapter} of every layer."""
     found = {}
     for name in layout.shapes:
@@ -321,7 +321,7 @@ def _check_tensors(
 
 def _halves(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:
     """Views of A [*inputs, r] and B [r, *outputs] of one matrix of one layer."""
-    a, b = (arrays[f'{part.path}_lora/{half}'][part.repeat] for half in 'ab')
+    a, b = (arrays[name][part.repeat] for name in adapter_paths(part.path))
     return (a, b) if part.way is None else (a[..., part.way, :], b[part.way])
 
 

@@ -119,7 +119,7 @@ def _check_files(config) -> None:
     """Raises unless the files are there that all phases read; a cache needs none."""
     for phase in (phase for phase in config.all_phases if not phase.data.cache):
         for source in phase.data.all_sources.values():
-            SOURCES[source.name].load()(source).files()
+            SOURCES.load(source.name)(source).files()
 
 
 def _check_mode(flags, config) -> None:

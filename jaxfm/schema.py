@@ -1,12 +1,10 @@
-"""What a config group is: typed, frozen and complete; how a name in a config finds its class.
+"""What a config group is: typed, frozen and complete; what is said of one that is wrong.
 
-Each room's `__init__.py` declares its groups and a plain dict of name -> Entry, so that a config is
-checked without importing jax. `jaxfm.config` reads these; a room hands the checked group on whole.
+Each room's `__init__.py` declares its groups, so that a config is checked without importing jax.
+`jaxfm.config` reads these; a room hands the checked group on whole.
 """
 
 import dataclasses
-import importlib
-from typing import Annotated, Union
 
 import pydantic
 
@@ -53,29 +51,3 @@ class Group(pydantic.BaseModel):
     def find_conflicts(cls, parts: dict) -> list[Problem]:
         """What is wrong between values of the group; `parts` has those that are sound."""
         return []
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One choice of a registry: where its class is ("module:Class"), and the group it takes."""
-
-    target: str
-    schema: type[Group]
-
-    def load(self):
-        """Imports and returns the class; only now are jax or other heavy modules imported."""
-        return load_target(self.target)
-
-
-def load_target(target: str):
-    """What "module:name" names; its module is imported only now."""
-    module, name = target.split(':')
-    return getattr(importlib.import_module(module), name)
-
-
-def one_of(registry: dict[str, Entry]):
-    """The type of a group that its `name` key selects from a registry."""
-    schemas = tuple(dict.fromkeys(entry.schema for entry in registry.values()))
-    if len(schemas) == 1:
-        return schemas[0]
-    return Annotated[Union[schemas], pydantic.Field(discriminator='name')]

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from jaxfm.errors import (
     MissingInputError,
     PermissionDeniedError,
 )
+from jaxfm.registry import locate_error
 from jaxfm.schema import Problem
 from jaxfm.storage.files import explain_damage, explain_errors
 from jaxfm.storage.whole import write_file
@@ -40,7 +40,7 @@ def run_file(config_argument: str, problems: list[Problem]) -> dict:
         values = make_plain(get_config(*arguments), (), problems)
     except Exception as error:
         called = '' if argument is None else f' (with the argument {argument!r})'
-        raise ConfigError(_locate_error(error, path) + called) from None
+        raise ConfigError(locate_error(error, path) + called) from None
     if not isinstance(values, dict):
         raise ConfigError(f'{path}: get_config returns {format_value(values)}, not a ConfigDict')
     return values
@@ -53,7 +53,7 @@ def _find_get_config(path: Path) -> Callable:
     try:
         exec(compile(source, str(path), 'exec'), namespace)
     except Exception as error:
-        raise ConfigError(_locate_error(error, path)) from None
+        raise ConfigError(locate_error(error, path)) from None
     get_config = namespace.get('get_config')
     if not callable(get_config):
         raise ConfigError(f'{path}: has no function get_config(), which returns the config')
@@ -71,18 +71,6 @@ def _read_file(path: Path) -> bytes:
         names = sorted(other.name for other in path.parent.glob('*.py'))
         hint = suggest(path.name, names) or '; there is no .py file beside it'
         raise MissingInputError(f'{path}: no such config file{hint}') from None
-
-
-def _locate_error(error: Exception, path: Path) -> str:
-    """'configs/a.py:12: NameError: ...': the last line of the file itself that the error passed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines, message = [error.lineno], error.msg
-    else:
-        message = ' '.join(str(error).split())
-    place = f'{path}:{lines[-1]}' if lines else str(path)
-    return f'{place}: {type(error).__name__}: {message}'
 
 
 def write_whole(path: Path, text: str) -> None:

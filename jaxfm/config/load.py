@@ -22,6 +22,7 @@ from jaxfm.config.overrides import (
 from jaxfm.config.run import RunConfig
 from jaxfm.config.validation import format_path, validate
 from jaxfm.errors import ConfigError, UsageError
+from jaxfm.registry import find_code, search_beside, search_recorded
 from jaxfm.schema import Group, Problem
 
 
@@ -70,6 +71,7 @@ def load_config(
         ConfigError: everything that is wrong, one line each, with where the value came from.
     """
     problems, overrides = [], list(overrides)
+    search_beside(split_file(config_argument)[0].parent)
     values = run_file(config_argument, problems)
     named = [text.partition('=')[2] for text in overrides if text.startswith('init_from=')]
     tokenizer = None
@@ -78,7 +80,16 @@ def load_config(
     given, refusals = _apply_overrides(values, overrides, schema)
     values = make_plain(values, (), problems)
     inherit(values, read_inherited(workdir), tokenizer)
+    _record_code(values, problems)
     return _resolve(schema, values, config_argument, problems, given, refusals)
+
+
+def _record_code(values: dict, problems: list[Problem]) -> None:
+    """Puts into `values` what they name of code that is not jaxfm's."""
+    if 'code' in values:
+        problems.append(Problem.at(('code',), 'is recorded by a run and cannot be given'))
+    if code := find_code(values):
+        values['code'] = code
 
 
 def _apply_overrides(values: dict, overrides: list[str], schema) -> tuple[list[Override], list]:
@@ -145,4 +156,5 @@ def read_config(path: str | os.PathLike, schema: type[Group] = RunConfig):
 
 def make_config(values: dict, where: str, schema: type[Group] = RunConfig):
     """The config whose JSON was kept somewhere. Raises ConfigError as `read_config` does."""
+    search_recorded(values)
     return _resolve(schema, values, where)

@@ -17,6 +17,7 @@ import pydantic_core
 
 from jaxfm.config.validation import format_path, format_value, is_group, list_names, select_kinds
 from jaxfm.errors import ConfigError
+from jaxfm.registry import OneOf
 from jaxfm.schema import Group, KeyPath, Problem
 
 _PART = re.compile(r"""\.([A-Za-z_][\w-]*) | \[(\d+)\] | \[(['"])(.+?)\3\]""", re.VERBOSE)
@@ -131,8 +132,15 @@ def _is_text(kind) -> bool:
 
 
 def _choose(kinds: list, container) -> list:
-    """The alternative that the `name` in the container selects; all while it selects none."""
+    """The alternative that the `name` in the container selects; all while it selects none.
+
+    Raises:
+        ConfigError: it is the path of a class that is not there.
+    """
     name = container.get('name') if isinstance(container, dict) else None
+    for choice in kinds:
+        if isinstance(choice, OneOf) and isinstance(name, str) and ':' in name:
+            return [choice.registry.find(name).schema]
     return [kind for kind in kinds if is_group(kind) and name in list_names(kind)] or kinds
 
 

@@ -91,6 +91,8 @@ def _find_group(path: str) -> str:
 
 
 def _is_free(path: str) -> bool:
+    if path.startswith('code.') and path.endswith('.path'):  # the same code may lie elsewhere
+        return True
     return any(path == free or path.startswith(free + '.') for free in FREE_ON_RESUME)
 
 

@@ -19,8 +19,9 @@ from jaxfm.models import MODELS
 from jaxfm.objectives import OBJECTIVES, NextTokenConfig
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.pretrained import ExportConfig
+from jaxfm.registry import one_of
 from jaxfm.sampling import SamplingConfig
-from jaxfm.schema import ConflictError, Group, Problem, one_of
+from jaxfm.schema import ConflictError, Group, Problem
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig
 
 
@@ -58,6 +59,13 @@ class MeshConfig(Group):
             )
             raise ConflictError(Problem(tuple((axis,) for axis in free), sentence))
         return self
+
+
+class CodeConfig(Group):
+    """The file of a class that a config names by its path, as it was when the config was read."""
+
+    path: str
+    sha256: str
 
 
 class PhaseConfig(Group):
@@ -98,6 +106,8 @@ class RunConfig(Group):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     export: ExportConfig = ExportConfig()
+    # {module:Class: where it is and what it is} of what is not jaxfm's; recorded, not given.
+    code: dict[str, CodeConfig] = Field({}, json_schema_extra={'recorded': True})
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:

@@ -2,7 +2,7 @@
 
 Values are what JSON can hold, and are checked as JSON, so that a config from a file, from the
 command line and from a run's config.json are the same thing. Pydantic finds the faults; here they
-get their place in the config (tags of alternatives removed), a sentence and the nearest right name.
+get their place in the config, a sentence and the nearest right name.
 """
 
 import copy
@@ -13,6 +13,7 @@ import typing
 
 import pydantic
 
+from jaxfm.registry import OneOf
 from jaxfm.schema import ConflictError, Group, Problem
 
 
@@ -43,11 +44,18 @@ def suggest(name: str, names, owner: str = 'there is') -> str:
     return f'; {owner} {", ".join(names)}' if names else ''
 
 
-def find_kinds(annotation) -> list:
-    """The plain types an annotation allows: unions are opened, metadata dropped."""
+def find_kinds(annotation, metadata=()) -> list:
+    """The plain types an annotation allows: unions are opened, metadata dropped.
+
+    Of a group that its name selects: the schemas that are known, and the OneOf that knows others.
+    """
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return find_kinds(typing.get_args(annotation)[0])
+        annotation, *metadata = typing.get_args(annotation)
+        return find_kinds(annotation, metadata)
+    for choice in metadata:
+        if isinstance(choice, OneOf):
+            return [*(entry.schema for entry in choice.registry.values()), choice]
     if origin in (typing.Union, types.UnionType):
         return [kind for arg in typing.get_args(annotation) for kind in find_kinds(arg)]
     return [annotation]
@@ -64,7 +72,8 @@ def select_kinds(kinds: list, part: str | int) -> list | None:
         if is_group(kind) and isinstance(part, str):
             is_container = True
             if part in kind.model_fields:
-                found += find_kinds(kind.model_fields[part].annotation)
+                field = kind.model_fields[part]
+                found += find_kinds(field.annotation, field.metadata)
         elif (origin is dict) if isinstance(part, str) else (origin in (list, tuple)):
             is_container = True
             found += find_kinds(args[1] if origin is dict else args[0])
@@ -79,6 +88,12 @@ def list_names(kind: type[Group]) -> tuple[str, ...]:
     """What the `name` key of an alternative may be."""
     field = kind.model_fields.get('name')
     return typing.get_args(field.annotation) if field else ()
+
+
+def list_keys(group: type[Group]) -> list[str]:
+    """What may be given of a group: all but what a run records."""
+    fields = group.model_fields.items()
+    return [key for key, field in fields if not (field.json_schema_extra or {}).get('recorded')]
 
 
 def format_path(path) -> str:
@@ -120,14 +135,10 @@ def _find_sound_parts(schema, values, broken: set) -> dict:
 
 
 def _locate(schema, loc) -> tuple[tuple, list, list]:
-    """Pydantic's place of a fault -> path without tags, the types there, the types around it."""
+    """Pydantic's place of a fault -> path without labels, the types there, the types around it."""
     path, kinds, around, parts = [], [schema], [], list(loc)
     while parts:
-        groups = [kind for kind in kinds if is_group(kind)]
         part = parts.pop(0)
-        if len(groups) > 1:  # the tag that chose one of several alternatives
-            kinds = [group for group in groups if part in list_names(group)]
-            continue
         selected = select_kinds(kinds, part)
         if selected is None:  # labels of a union of plain types
             break
@@ -143,6 +154,11 @@ def _explain(schema, fault: dict) -> list[Problem]:
         error = context['error']
         found = error.problems if isinstance(error, ConflictError) else [Problem.at((), str(error))]
         return [problem.under(path) for problem in found]
+    if kind == 'in_group':
+        inner = [found for each in context['faults'] for found in _explain(context['schema'], each)]
+        return [problem.under(path) for problem in inner]
+    if kind == 'no_such_class':
+        return [Problem.at((*path, 'name'), context['sentence'])]
     if kind in ('union_tag_invalid', 'union_tag_not_found'):
         names = [name for group in kinds if is_group(group) for name in list_names(group)]
         return [Problem.at((*path, 'name'), _explain_choice(given.get('name'), names))]
@@ -152,7 +168,7 @@ def _explain(schema, fault: dict) -> list[Problem]:
     if kind == 'extra_forbidden':
         (group,) = filter(is_group, around)
         owner = f'{list_names(group)[0]} has' if list_names(group) else 'there is'
-        hint = suggest(path[-1], group.model_fields, owner)
+        hint = suggest(path[-1], list_keys(group), owner)
         return [Problem.at(path, f'unknown key{hint}', is_unknown_key=True)]
     if kind == 'missing':
         return [Problem.at(path, 'is required and not given')]
@@ -166,6 +182,9 @@ def _shorten(limit):
 
 
 def _explain_choice(given, names) -> str:
+    if not names:
+        found = 'is required and not given' if given is None else f'got {format_value(given)}'
+        return f'{found}; it is the path of a class, module:Class'
     listed = ', '.join(format_value(name) for name in names)
     if given is None:
         return f'is required and not given; it is one of {listed}'

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from jaxfm.schema import ConflictError, Entry, Group, Problem, one_of
+from jaxfm.registry import Entry, Registry, one_of
+from jaxfm.schema import ConflictError, Group, Problem
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -79,11 +80,13 @@ class ProblemsConfig(Group):
     seed: int = Field(default=0, ge=0, lt=2**32)  # which of all possible problems
 
 
-SOURCES = {
-    'python_stdlib': Entry('jaxfm.data.sources.python_stdlib:PythonStdlib', PythonStdlibConfig),
-    'files': Entry('jaxfm.data.sources.files:Files', FilesConfig),
-    'problems': Entry('jaxfm.data.sources.problems:Problems', ProblemsConfig),
-}
+SOURCES = Registry(
+    {
+        'python_stdlib': Entry('jaxfm.data.sources.python_stdlib:PythonStdlib', PythonStdlibConfig),
+        'files': Entry('jaxfm.data.sources.files:Files', FilesConfig),
+        'problems': Entry('jaxfm.data.sources.problems:Problems', ProblemsConfig),
+    }
+)
 
 
 class BatchConfig(Group):
@@ -108,7 +111,7 @@ class BatchConfig(Group):
     @property
     def all_sources(self) -> dict[str, Group]:
         """{name: group of the source}, without what says how rows are made."""
-        group = SOURCES[self.name].schema
+        group = SOURCES.find(self.name).schema
         values = {name: getattr(self, name) for name in group.model_fields}
         return {self.name: group.model_construct(**values)}
 
@@ -158,7 +161,13 @@ class MixtureData(BatchConfig):
         return self.weights
 
 
-DATA = (PythonStdlibData, FilesData, ProblemsData, MixtureData)
-DataConfig = Annotated[
-    PythonStdlibData | FilesData | ProblemsData | MixtureData, Field(discriminator='name')
-]
+DATA = Registry(
+    {
+        'python_stdlib': Entry('jaxfm.data.dataset:Dataset', PythonStdlibData),
+        'files': Entry('jaxfm.data.dataset:Dataset', FilesData),
+        'problems': Entry('jaxfm.data.dataset:Dataset', ProblemsData),
+        'mixture': Entry('jaxfm.data.dataset:Dataset', MixtureData),
+    },
+    beside=BatchConfig,
+)
+DataConfig = one_of(DATA)

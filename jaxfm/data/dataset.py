@@ -65,7 +65,7 @@ class Dataset:
         return OnTheFly(streams, fingerprints, self.weights, config, vocab_size, rows)
 
     def _stream(self, config: Group) -> Stream:
-        make_source = functools.partial(SOURCES[config.name].load(), config)
+        make_source = functools.partial(SOURCES.load(config.name), config)
         return Stream(make_source, make_encoder(config, self.tokenizer), self.config)
 
     @functools.cached_property
@@ -168,7 +168,7 @@ def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> D
 
 
 def _read(config: Group) -> Iterator[str]:
-    source = SOURCES[config.name].load()(config)
+    source = SOURCES.load(config.name)(config)
     for shard in source.shards():
         for is_heldout, document in source.read(shard):
             if not is_heldout:

@@ -33,7 +33,7 @@ class Generate(Periodic):
         self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
         self._stop_ids = self._chat.stop_ids | set(self._sampler.config.stop_ids)
         documents = context.dataset.heldout_documents
-        self._task = TASKS[config.task.name].load()(config.task, documents)
+        self._task = TASKS.load(config.task.name)(config.task, documents)
         self._name, self._directory = context.name, context.samples_directory
         self._prompts = {prompt.id: prompt for prompt in self._task.prompts()}
         if not self._prompts:

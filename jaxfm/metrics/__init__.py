@@ -6,7 +6,11 @@
 
 from pydantic import Field
 
+from jaxfm.registry import Registry, one_of
 from jaxfm.schema import Group
+
+# What hears the records beside metrics.jsonl and the console: built as `Sink(group, workdir)`.
+SINKS = Registry({})
 
 
 class MetricsConfig(Group):
@@ -17,3 +21,5 @@ class MetricsConfig(Group):
     # Failures of the whole job a day, all hosts together: for these the report recommends a
     # checkpoint.every, once saves were measured; 0 is no recommendation.
     failures_per_day: float = Field(default=1.0, ge=0)
+    # By any name: writers of your own, each as `dict(name='module:Class', ...)`.
+    sinks: dict[str, one_of(SINKS)] = {}

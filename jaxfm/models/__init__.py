@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from jaxfm.models.families import FAMILIES
 from jaxfm.ops import IMPLEMENTATIONS
-from jaxfm.schema import ConflictError, Entry, Group, Problem
+from jaxfm.registry import Entry, Registry
+from jaxfm.schema import ConflictError, Group, Problem
 
 
 class RopeConfig(Group):
@@ -197,4 +198,7 @@ class TransformerConfig(Group):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-MODELS = {'transformer': Entry('jaxfm.models.transformer:Transformer', TransformerConfig)}
+MODELS = Registry(
+    {'transformer': Entry('jaxfm.models.transformer:Transformer', TransformerConfig)},
+    base=TransformerConfig,
+)

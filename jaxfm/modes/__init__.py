@@ -3,7 +3,7 @@
 `changes` is what of the config differs from the run that the work directory holds.
 """
 
-from jaxfm.schema import load_target
+from jaxfm.registry import load_target
 
 MODES = {
     'train': 'jaxfm.modes.train:run_training',

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxfm.schema import Entry, Group
+from jaxfm.registry import Entry, Registry
+from jaxfm.schema import Group
 
 
 class NextTokenConfig(Group):
@@ -14,4 +15,6 @@ class NextTokenConfig(Group):
     z_loss: float = Field(0.0, ge=0)  # coefficient of the squared log-partition (PaLM, section 5)
 
 
-OBJECTIVES = {'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig)}
+OBJECTIVES = Registry(
+    {'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig)}
+)

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxfm.schema import Entry, Group
+from jaxfm.registry import Entry, Registry
+from jaxfm.schema import Group
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -44,7 +45,10 @@ class MuonConfig(OptimizerConfig):
     newton_schulz_steps: int = Field(5, ge=1)
 
 
-OPTIMIZERS = {
-    'adamw': Entry('jaxfm.optim.adamw:AdamW', AdamWConfig),
-    'muon': Entry('jaxfm.optim.muon:Muon', MuonConfig),
-}
+OPTIMIZERS = Registry(
+    {
+        'adamw': Entry('jaxfm.optim.adamw:AdamW', AdamWConfig),
+        'muon': Entry('jaxfm.optim.muon:Muon', MuonConfig),
+    },
+    base=OptimizerConfig,
+)

@@ -116,7 +116,7 @@ def _file_sizes(config: RunConfig) -> dict[str, int]:
     for phase in (phase for phase in config.all_phases if not phase.data.cache):
         sources = phase.data.all_sources
         for name, source in sources.items():
-            found = SOURCES[source.name].load()(source).files() or ()
+            found = SOURCES.load(source.name)(source).files() or ()
             where = [part for part in (phase.name, name if len(sources) > 1 else '') if part]
             sizes |= {'/'.join([*where, file.name]): file.size for file, _ in found}
     return sizes

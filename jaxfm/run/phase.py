@@ -47,9 +47,9 @@ class Phase:
         patterns = config.optimizer.frozen
         self.parts = split(self.make_model, patterns, f'{self.where}.optimizer.frozen')
         trained = {path: self.parts.axes[path] for path in sorted(self.parts.trainable)}
-        optimizer_class = OPTIMIZERS[config.optimizer.name].load()
+        optimizer_class = OPTIMIZERS.load(config.optimizer.name)
         self.optimizer = optimizer_class(config.optimizer, config.steps, trained)
-        self.objective = OBJECTIVES[config.objective.name].load()(config.objective)
+        self.objective = OBJECTIVES.load(config.objective.name)(config.objective)
 
     @property
     def tokens_per_step(self) -> int:

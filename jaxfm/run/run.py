@@ -90,7 +90,7 @@ class Run:
     def evaluators(self, data: RunData, sampler: Sampler, write: bool) -> dict:
         """Every evaluator of the config, by name."""
         return {
-            name: EVALUATORS[group.name].load()(
+            name: EVALUATORS.load(group.name)(
                 group,
                 Context(
                     name=name,
@@ -119,5 +119,5 @@ def start_run(config: RunConfig, workdir: Path):
 
 def model_maker(model: TransformerConfig):
     """key -> the model with fresh weights."""
-    model_class = MODELS[model.name].load()
+    model_class = MODELS.load(model.name)
     return lambda key: model_class(model, nnx.Rngs(key))

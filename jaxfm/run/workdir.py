@@ -8,7 +8,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.config.inherit import write_inherited
 from jaxfm.config.load import write_config
 from jaxfm.errors import RunError
-from jaxfm.metrics import goodput
+from jaxfm.metrics import SINKS, goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.writers import JsonlWriter, Recorder
@@ -61,7 +61,9 @@ def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new
                 tokenizer.save(directory)
     console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
-    recorder = Recorder(jsonl, console, enabled=run.primary)
+    groups = run.config.metrics.sinks.values() if run.primary else ()
+    sinks = [SINKS.load(group.name)(group, run.workdir) for group in groups]
+    recorder = Recorder(jsonl, console, *sinks, enabled=run.primary)
     stack.callback(recorder.close)
     stack.push(_log_refusal)
     return recorder

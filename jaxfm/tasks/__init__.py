@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxfm.schema import Entry, Group
+from jaxfm.registry import Entry, Registry
+from jaxfm.schema import Group
 
 
 class PythonFunctionsConfig(Group):
@@ -29,9 +30,11 @@ class ExactAnswerConfig(Group):
     num_prompts: int = Field(default=256, ge=1)
 
 
-TASKS = {
-    'exact_answer': Entry('jaxfm.tasks.exact_answer:ExactAnswer', ExactAnswerConfig),
-    'python_functions': Entry(
-        'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
-    ),
-}
+TASKS = Registry(
+    {
+        'exact_answer': Entry('jaxfm.tasks.exact_answer:ExactAnswer', ExactAnswerConfig),
+        'python_functions': Entry(
+            'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
+        ),
+    }
+)

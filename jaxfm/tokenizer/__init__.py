@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from jaxfm.schema import Entry, Group
+from jaxfm.registry import Entry, Registry
+from jaxfm.schema import Group
 
 
 class TokenizerConfig(Group):
@@ -47,8 +48,11 @@ class TokenizerFileConfig(TokenizerConfig):
     eos_token: str = ''
 
 
-TOKENIZERS = {
-    'bytes': Entry('jaxfm.tokenizer.build:Bytes', BytesConfig),
-    'bpe': Entry('jaxfm.tokenizer.build:BPE', BPEConfig),
-    'file': Entry('jaxfm.tokenizer.build:load_tokenizer_file', TokenizerFileConfig),
-}
+TOKENIZERS = Registry(
+    {
+        'bytes': Entry('jaxfm.tokenizer.build:Bytes', BytesConfig),
+        'bpe': Entry('jaxfm.tokenizer.build:BPE', BPEConfig),
+        'file': Entry('jaxfm.tokenizer.build:load_tokenizer_file', TokenizerFileConfig),
+    },
+    base=TokenizerConfig,
+)

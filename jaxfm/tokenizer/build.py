@@ -73,7 +73,7 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     Raises:
         MissingInputError, DataError, ConfigError: as `load_tokenizer`, and for the chat template.
     """
-    return TOKENIZERS[config.name].load()(config, texts)
+    return TOKENIZERS.load(config.name)(config, texts)
 
 
 def load_tokenizer_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokenizer:

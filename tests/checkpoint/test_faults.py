@@ -375,7 +375,8 @@ def test_credentials_region_and_endpoint_may_come_from_the_usual_files(
 # How long silence is borne TensorStore asks once a process.
 STALLED = """
 import sys, time
-from jaxfm.checkpoint import CheckpointConfig, checkpointer, lease, s3
+from jaxfm.checkpoint import CheckpointConfig, checkpointer
+from jaxfm.storage import lease, s3
 s3.STALL_SECONDS, s3.TRIES = 1, 1
 checkpointer.PATIENCE_SECONDS = lease.PATIENCE_SECONDS = 0.5
 from jaxfm.errors import RunError

@@ -15,7 +15,8 @@ from jaxfm.config.checks import reads, run_checks
 from jaxfm.config.inherit import write_inherited
 from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for, write_config
 from jaxfm.config.run import check_on_mesh
-from jaxfm.schema import ConflictError, Entry, Group, Problem, one_of
+from jaxfm.registry import Entry, Registry, one_of
+from jaxfm.schema import ConflictError, Group, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,7 @@ class LargeConfig(Group):
     activation: Literal['silu', 'gelu'] = 'silu'
 
 
-MODELS = {'small': Entry('m:Small', SmallConfig), 'large': Entry('m:Large', LargeConfig)}
+MODELS = Registry({'small': Entry('m:Small', SmallConfig), 'large': Entry('m:Large', LargeConfig)})
 
 
 class ScheduleConfig(Group):

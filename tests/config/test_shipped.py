@@ -81,7 +81,7 @@ class Built:
 
     def __init__(self, path):
         self.config = load_config(path, ['model.compute_dtype=bfloat16'])
-        model_class = MODELS[self.config.model.name].load()
+        model_class = MODELS.load(self.config.model.name)
         self.make_model = lambda key: model_class(self.config.model, nnx.Rngs(key))
         self.parts = split(self.make_model)
 

@@ -9,6 +9,7 @@ from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig, generate
 from jaxfm.evals.base import Context, wilson_interval
 from jaxfm.evals.generate import Generate
+from jaxfm.registry import Registry
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
 from jaxfm.tasks import PythonFunctionsConfig
@@ -99,7 +100,7 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     entry = types.SimpleNamespace(load=lambda: Task)
-    monkeypatch.setattr(generate, 'TASKS', {'python_functions': entry})
+    monkeypatch.setattr(generate, 'TASKS', Registry({'python_functions': entry}))
     return Engine()
 
 

@@ -118,4 +118,4 @@ def test_a_masked_target_changes_nothing(model, batch):
 
 
 def test_the_registry_leads_to_it():
-    assert OBJECTIVES['next_token'].load() is NextToken
+    assert OBJECTIVES.load('next_token') is NextToken

@@ -57,7 +57,7 @@ def read_training_texts(config, num_bytes: int) -> Iterator[str]:
     if hasattr(config, 'max_bad_records'):
         # The build that follows complains, about the record that comes first in the files.
         config = config.model_copy(update={'max_bad_records': 1 << 62})
-    source, left, seen = SOURCES[config.name].load()(config), num_bytes, set()
+    source, left, seen = SOURCES.load(config.name)(config), num_bytes, set()
     shards = sorted(enumerate(source.shards()), key=lambda shard: digest(str(shard[0])))
     for _, shard in shards:
         for heldout, document in source.read(shard):

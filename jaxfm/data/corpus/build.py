@@ -145,7 +145,7 @@ def _make_cache(directory: Path, recipe: dict, config, tokenizer: Tokenizer) -> 
 
 def _build(directory: Path, partial: Path, recipe: dict, config, tokenizer: Tokenizer) -> None:
     started = time.perf_counter()
-    source = SOURCES[config.name].load()(config)
+    source = SOURCES.load(config.name)(config)
     shards = source.shards()
     parts = [partial / 'parts' / f'{i:06d}' for i in range(len(shards))]
     parts[0].parent.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ class Heldout:
 
 def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
     """Opens the held-out documents of a source's config, after tokenising them if need be."""
-    source = SOURCES[config.name].load()(config)
+    source = SOURCES.load(config.name)(config)
     recipe = [FORMAT, config.model_dump(mode='json'), source.fingerprint(), tokenizer.fingerprint]
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir) / f'heldout-{fingerprint[:32]}'
@@ -64,7 +64,7 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:
-    source, encode = SOURCES[config.name].load()(config), make_encoder(config, tokenizer)
+    source, encode = SOURCES.load(config.name)(config), make_encoder(config, tokenizer)
     documents = (pair for shard in source.shards() for pair in source.read(shard) if pair[0])
     # `join` wants both sides, this one stays empty.
     with token_cache.Writer(part, 'train', tokenizer.vocab_size):

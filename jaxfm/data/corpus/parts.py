@@ -41,7 +41,7 @@ def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progres
 
 
 def _write_part(config, shard, tokenizer: Tokenizer, directory: Path, progress: Progress) -> dict:
-    source = SOURCES[config.name].load()(config)
+    source = SOURCES.load(config.name)(config)
     summary = {'texts': '', 'chats': '', 'bad': []}
     has_digest = getattr(shard, 'has_whole_files', False)
     refuse = functools.partial(_refuse, source, shard)

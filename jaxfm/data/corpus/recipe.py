@@ -3,6 +3,7 @@
 import hashlib
 
 from jaxfm.data import SOURCES
+from jaxfm.registry import find_code
 from jaxfm.tokenizer.build import Tokenizer
 
 # Part of every recipe: raise it when the files of a cache or the way to write them change.
@@ -13,18 +14,19 @@ PLACES = frozenset({'path', 'heldout_path'})
 
 def select_source(config):
     """The part of a data config that says what the documents are."""
-    schema = SOURCES[config.name].schema
+    schema = SOURCES.find(config.name).schema
     return schema.model_validate({name: getattr(config, name) for name in schema.model_fields})
 
 
 def make_recipe(config, tokenizer: Tokenizer | None) -> dict:
     """Everything that decides the files of a cache; MissingInputError when an input is absent."""
-    source = SOURCES[config.name].load()(config)
+    source = SOURCES.load(config.name)(config)
     source.files()
+    code = [found['sha256'] for found in find_code({'name': config.name}).values()]
     return {
         'format': FORMAT,
         'source': config.model_dump(mode='json'),
-        'files': source.fingerprint(),
+        'files': [source.fingerprint(), *code] if code else source.fingerprint(),
         'tokenizer': tokenizer.fingerprint if tokenizer else '',
     }
 

@@ -1,0 +1,426 @@
+"""Names of a config: entries of registries, and classes of one's own by their dotted path."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxfm import main as command
+from jaxfm.config.load import load_config, read_config, write_config
+from jaxfm.data import DATA, SOURCES, BatchConfig
+from jaxfm.errors import ConfigError
+from jaxfm.metrics.writers import read_records
+from jaxfm.objectives import OBJECTIVES, NextTokenConfig
+from jaxfm.optim import OPTIMIZERS
+from jaxfm.registry import find_code, search_beside
+
+LAB = '''
+"""Everything of one's own that a run can use."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from jaxfm.data.documents import Document
+from jaxfm.evals import EvaluatorConfig
+from jaxfm.evals.base import Periodic
+from jaxfm.objectives import NextTokenConfig
+from jaxfm.objectives.next_token import NextToken
+from jaxfm.optim import AdamWConfig
+from jaxfm.optim.adamw import AdamW
+from jaxfm.schema import Group
+from jaxfm.tasks.base import Prompt
+
+
+class ScaledConfig(NextTokenConfig):
+    scale: float = 1.0
+
+
+class Scaled(NextToken):
+    Config = ScaledConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.coefficients = {name: config.scale for name in self.coefficients}
+
+
+class SlowConfig(AdamWConfig):
+    slower: int = 1
+
+
+class Slow(AdamW):
+    Config = SlowConfig
+
+    def __init__(self, config, steps, axes):
+        rate = config.learning_rate / config.slower
+        super().__init__(config.model_copy(update={'learning_rate': rate}), steps, axes)
+
+
+class CountingConfig(Group):
+    documents: int = 40
+
+
+class Counting:
+    Config = CountingConfig
+
+    def __init__(self, config):
+        self._count = config.documents
+
+    def files(self):
+        return None
+
+    def fingerprint(self):
+        return self._count
+
+    def shards(self):
+        return [0, 1]
+
+    def read(self, shard):
+        for number in range(shard, self._count, 2):
+            text = ' '.join(str(number + i) for i in range(60))
+            yield number % 5 == 0, Document(f'numbers/{number}', text)
+
+
+class EchoConfig(Group):
+    prompts: int = 2
+
+
+class Echo:
+    Config = EchoConfig
+
+    def __init__(self, config, documents):
+        self._prompts = [Prompt(str(i), f'{i} {i + 1}') for i in range(config.prompts)]
+
+    def prompts(self):
+        return self._prompts
+
+    def evaluate(self, prompt, completion):
+        return 1.0
+
+    reward = evaluate
+
+    def stop(self, prompt, completion):
+        return len(completion) > 3
+
+
+class NormConfig(EvaluatorConfig):
+    power: int = 2
+
+
+class Norm(Periodic):
+    Config = NormConfig
+
+    def __init__(self, config, context):
+        super().__init__(config.every, config.at_start)
+        self._power = config.power
+
+    def run(self, params, step):
+        leaves = jax.tree.leaves(params)
+        return {'norm': float(sum(jnp.sum(jnp.abs(x) ** self._power) for x in leaves))}
+
+
+class LinesConfig(Group):
+    file: str = 'lines.txt'
+
+
+class Lines:
+    Config = LinesConfig
+
+    def __init__(self, config, workdir):
+        self._file = open(workdir / config.file, 'w')
+
+    def write(self, record):
+        self._file.write(json.dumps(record['kind']) + chr(10))
+
+    def close(self):
+        self._file.close()
+'''
+
+CHANGE = """
+    config.objective = dict(name='my_lab:Scaled', scale=2.0)
+    config.optimizer = dict(name='my_lab:Slow', learning_rate=1e-2, warmup_steps=2, slower=2)
+    config.data = dict(name='my_lab:Counting', documents=60, sequence_length=32, batch_size=8)
+    task = dict(name='my_lab:Echo', prompts=3)
+    config.evals = dict(
+        echo=dict(name='generate', task=task, max_tokens=4),
+        norm=dict(name='my_lab:Norm', power=1),
+    )
+    config.metrics = dict(log_every=2, sinks=dict(mine=dict(name='my_lab:Lines')))
+    config.steps = 4
+"""
+
+
+@pytest.fixture(scope='module')
+def config_file(tiny) -> Path:
+    (tiny.root / 'my_lab.py').write_text(LAB)
+    return tiny.derive('own', CHANGE)
+
+
+@pytest.fixture(scope='module')
+def run(tiny, config_file) -> Path:
+    """The work directory of a run of which every part that can be is one's own."""
+    workdir = tiny.root / 'own'
+    process = tiny.start(workdir, '--config.sampling.num_samples=0', config=config_file)
+    process.communicate(timeout=300)
+    assert process.returncode == 0, Path(f'{workdir}.stderr').read_text()
+    return workdir
+
+
+def records_of(run, kind):
+    return [record for record in read_records(run / 'metrics.jsonl') if record['kind'] == kind]
+
+
+def test_an_objective_of_ones_own_is_minimised(run):
+    # Fresh weights know nothing of 300 tokens, and the loss is scaled by two.
+    first = records_of(run, 'train')[0]
+    assert first['train/loss'] == pytest.approx(2 * math.log(300), rel=0.1)
+
+
+def test_an_optimizer_of_ones_own_moves_the_weights(run):
+    # After the warm-up of two steps the rate is the half of what the config says.
+    assert records_of(run, 'train')[1]['train/learning_rate'] == pytest.approx(5e-3)
+
+
+def test_a_source_of_ones_own_is_read(run):
+    data = next(r for r in records_of(run, 'event') if 'data/train_documents' in r)
+    assert (data['data/train_documents'], data['data/heldout_documents']) == (48, 12)
+
+
+def test_a_task_of_ones_own_judges(run):
+    scores = [r['eval/echo/pass@1'] for r in records_of(run, 'eval') if 'eval/echo/pass@1' in r]
+    assert scores and set(scores) == {1.0}
+
+
+def test_an_evaluator_of_ones_own_measures(run):
+    norms = [r['eval/norm/norm'] for r in records_of(run, 'eval') if 'eval/norm/norm' in r]
+    assert len(norms) == 2 and norms[0] != norms[1] > 0
+
+
+def test_a_sink_of_ones_own_hears_every_record(run):
+    kinds = [json.loads(line) for line in (run / 'lines.txt').read_text().splitlines()]
+    assert kinds == [r['kind'] for r in read_records(run / 'metrics.jsonl')][-len(kinds) :]
+    assert {'train', 'perf', 'eval', 'event'} <= set(kinds)
+
+
+def test_what_a_run_has_used_is_recorded(run):
+    config = read_config(run / 'config.json')
+    names = ('Counting', 'Echo', 'Lines', 'Norm', 'Scaled', 'Slow')
+    assert list(config.code) == [f'my_lab:{name}' for name in names]
+    [path] = {found.path for found in config.code.values()}
+    assert Path(path).read_text() == LAB
+    assert config.objective.scale == 2.0
+
+
+def test_a_run_whose_code_has_changed_says_so(run, tiny, config_file, capsys):
+    arguments = ['--config', str(config_file), '--workdir', str(run), '--mode', 'eval']
+    path = tiny.root / 'my_lab.py'
+    path.write_text(LAB + '# changed\n')
+    try:
+        assert command.main([*arguments, '--config.sampling.num_samples=0']) == 78
+    finally:
+        path.write_text(LAB)
+    said = capsys.readouterr().err
+    assert 'config.code.my_lab:Scaled.sha256: ' in said and '--allow_change=code' in said
+
+
+def test_code_that_has_moved_is_the_same_run(run, tiny, config_file, tmp_path):
+    for path in (config_file, tiny.root / 'my_lab.py'):
+        (tmp_path / path.name).write_text(path.read_text())
+    program = (
+        'import sys; from pathlib import Path; from jaxfm.config.load import *\n'
+        'from jaxfm.config.resume import check_resume\n'
+        'new, old = load_config(sys.argv[2], sys.argv[3:]), read_config(sys.argv[1])\n'
+        'print(*(path for path, *_ in check_resume(old, new)))'
+    )
+    given = [run / 'config.json', tmp_path / config_file.name, 'sampling.num_samples=0']
+    done = subprocess.run(
+        [sys.executable, '-c', program, *map(str, given)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parent.parent,
+        check=True,
+    )
+    assert set(done.stdout.split()) == {
+        f'code.{name}.path' for name in read_config(run / 'config.json').code
+    }
+
+
+# Checked with all else
+
+
+SMALL = """
+from jaxfm.objectives import NextTokenConfig
+from jaxfm.schema import Group
+
+
+class FocalConfig(NextTokenConfig):
+    gamma: float = 2.0
+
+
+class Focal:
+    Config = FocalConfig
+
+
+class Bare:
+    pass
+
+
+class PoemsConfig(Group):
+    poets: int = 3
+
+
+class Poems:
+    Config = PoemsConfig
+
+
+class Greedy:
+    class Config(Group):
+        batch_size: int = 1
+"""
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A directory with a module of its own, which no test before has imported."""
+    name = f'lab_{abs(hash(tmp_path)) % 10**9}'
+    (tmp_path / f'{name}.py').write_text(SMALL)
+    monkeypatch.setattr('jaxfm.registry._SEARCHED', [])
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    return tmp_path, name
+
+
+RUN = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.steps = 2
+    config.model = dict(
+        name='transformer', vocab_size=300, embed_dim=32, num_layers=1,
+        block=dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64),
+    )
+    config.tokenizer = dict(name='bytes')
+    config.data = dict(name='python_stdlib', sequence_length=32, batch_size=8)
+    config.optimizer = dict(name='adamw', learning_rate=1e-2)
+    return config
+"""
+
+
+def load(beside, *overrides):
+    directory, name = beside
+    (directory / 'run.py').write_text(RUN)
+    given = [text.replace('LAB', name) for text in overrides]
+    return load_config(str(directory / 'run.py'), given)
+
+
+def refusal(beside, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(beside, *overrides)
+    return str(caught.value).replace(beside[1], 'LAB').replace(str(beside[0]), 'DIR')
+
+
+def test_its_group_is_checked_like_any_other(beside):
+    config = load(beside, 'objective.name=LAB:Focal', 'objective.gamma=3', 'objective.z_loss=1e-4')
+    assert (config.objective.gamma, config.objective.z_loss) == (3, 1e-4)
+    assert config.objective.name == f'{beside[1]}:Focal'
+    assert isinstance(config.objective, NextTokenConfig)
+    said = refusal(beside, 'objective.name=LAB:Focal', 'objective.gama=3', 'steps=x')
+    assert said.splitlines() == [
+        "config.steps: must be a whole number, got 'x' (given by --config.steps=x)",
+        'config.objective.gama: unknown key; did you mean gamma? '
+        '(given by --config.objective.gama=3)',
+    ]
+
+
+def test_a_written_config_is_read_again(beside):
+    config = load(beside, 'objective.name=LAB:Focal')
+    write_config(config, beside[0] / 'config.json')
+    assert read_config(beside[0] / 'config.json') == config
+
+
+@pytest.mark.parametrize(
+    ('name', 'said'),
+    [
+        ('LAB:Fokal', 'DIR/LAB.py has no Fokal; did you mean Focal?'),
+        ('no_lab:Focal', 'there is no module no_lab in DIR, and none is installed'),
+        ('LAB:Bare', 'LAB:Bare needs an attribute Config, a group that is a kind of '
+         'jaxfm.schema.Group'),
+        ('LAB:', "'LAB:' is no path of a class: want module:Class"),
+        ('json:dumps', 'json:dumps needs an attribute Config, a group that is a kind of '
+         'jaxfm.schema.Group'),
+    ],
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_says_why(beside, name, said):
+    given = f'objective.name={name}'
+    line = f'config.objective.name: {said} (given by --config.{given})'
+    assert line in refusal(beside, given)
+
+
+def test_a_module_that_fails_names_its_line(beside):
+    (beside[0] / 'bad_lab.py').write_text('\nimport jax\nraise ValueError("too early")\n')
+    said = refusal(beside, 'objective.name=bad_lab:Focal')
+    assert 'config.objective.name: DIR/bad_lab.py:3: ValueError: too early' in said
+
+
+def test_a_module_that_misses_another_says_which(beside):
+    (beside[0] / 'poor_lab.py').write_text('import no_such_dependency\n')
+    said = refusal(beside, 'objective.name=poor_lab:Focal')
+    assert "poor_lab:Focal: No module named 'no_such_dependency'" in said
+
+
+def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_it(beside):
+    (beside[0] / 'fractions.py').write_text(SMALL)
+    said = refusal(beside, 'objective.name=fractions:Focal')
+    assert 'fractions beside the config is hidden by ' in said
+
+
+def test_a_group_must_be_of_the_kind_that_its_place_needs(beside):
+    said = refusal(beside, 'optimizer.name=LAB:Focal')
+    assert 'LAB:Focal needs an attribute Config, a group that is a kind of jaxfm.optim.Op' in said
+
+
+def test_keys_of_rows_stand_beside_those_of_a_source(beside):
+    config = load(beside, 'data.name=LAB:Poems', 'data.poets=5', 'data.packing=none')
+    assert (config.data.poets, config.data.packing) == (5, 'none')
+    [source] = config.data.all_sources.values()
+    assert source.model_dump() == {'poets': 5, 'name': f'{beside[1]}:Poems'}
+    said = refusal(beside, 'data.name=LAB:Greedy')
+    assert 'LAB:Greedy: its Config has keys that are taken: batch_size' in said
+
+
+def test_code_is_recorded_not_given(beside):
+    sentence = 'config.code: is recorded by a run and cannot be given'
+    assert refusal(beside, 'code={}') == f'{sentence} (given by --config.code={{}})'
+
+
+def test_only_paths_are_code(beside):
+    search_beside(beside[0])
+    name = f'{beside[1]}:Focal'
+    values = {'a': [{'name': name}], 'b': {'name': 'adamw'}, 'c': {'name': 'no_lab:X'}}
+    assert list(find_code(values)) == [name]
+
+
+def test_a_process_that_gets_a_group_makes_it_anew(beside):
+    search_beside(beside[0])
+    group = DATA.find(f'{beside[1]}:Poems').schema(poets=7, sequence_length=8, batch_size=2)
+    assert isinstance(group, BatchConfig)
+    packed = pickle.dumps(group)
+    program = 'import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).poets)'
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, '-c', program]
+    done = subprocess.run(command, input=packed, capture_output=True, cwd=root, check=True)
+    assert done.stdout == b'7\n'
+    assert pickle.loads(packed) == group
+
+
+def test_a_name_is_an_entry_of_its_registry():
+    assert OBJECTIVES.find('next_token').schema is NextTokenConfig
+    assert SOURCES.load('files').__name__ == 'Files'
+    with pytest.raises(KeyError):
+        OPTIMIZERS.find('adamx')

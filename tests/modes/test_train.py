@@ -19,9 +19,17 @@ class Records:
         self.written.append((self.phase, step, kind, values))
 
 
-def phase(name, text):
-    dataset = SimpleNamespace(num_train_bytes=len(text), train_texts=lambda max_bytes: [text])
-    return SimpleNamespace(name=name, dataset=dataset)
+def data_of(**texts):
+    datasets = {
+        name: SimpleNamespace(
+            num_train_bytes=len(text), train_texts=lambda max_bytes, text=text: [text]
+        )
+        for name, text in texts.items()
+    }
+    return SimpleNamespace(datasets=datasets)
+
+
+DATA = data_of(first='a b c', second='x y')
 
 
 def run_with(primary=True):
@@ -31,7 +39,7 @@ def run_with(primary=True):
         'functions': GenerateConfig(task=task),
         'unasked': GenerateConfig(task=task, contamination_bytes=0),
     }
-    phases = [phase('first', 'a b c'), phase('second', 'x y')]
+    phases = [SimpleNamespace(name=name) for name in DATA.datasets]
     config = SimpleNamespace(evals=evals, total_steps=7)
     return SimpleNamespace(primary=primary, phases=phases, config=config)
 
@@ -41,7 +49,7 @@ def test_every_phase_records_which_prompts_stand_in_its_training_text():
     asking = SimpleNamespace(prompt_texts=['b c', 'z'])
     evaluators = {'heldout': object(), 'functions': asking, 'unasked': asking, 'export': object()}
     records = Records()
-    train._record_contamination(records, run_with(), evaluators)
+    train._record_contamination(records, run_with(), DATA, evaluators)
     assert [record[:3] for record in records.written] == [
         ('first', 7, 'event'),
         ('second', 7, 'event'),
@@ -62,5 +70,5 @@ def test_every_phase_records_which_prompts_stand_in_its_training_text():
         for count, size in ((1, 5), (0, 3))
     ]
     elsewhere = Records()
-    train._record_contamination(elsewhere, run_with(primary=False), evaluators)
+    train._record_contamination(elsewhere, run_with(primary=False), DATA, evaluators)
     assert not elsewhere.written

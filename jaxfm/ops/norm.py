@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import mesh_axes, on_shards, spec_of
 from pallas_kernels import rms_norm as kernels
-from pallas_kernels.rms_norm import reference
 
 
 def obstacles(width: int, dtype, split: tuple = ()) -> dict[str, str]:
@@ -18,7 +17,7 @@ def obstacles(width: int, dtype, split: tuple = ()) -> dict[str, str]:
     Args:
       split: mesh axes that those elements are split over.
     """
-    obstacle = kernels.obstacle(width, dtype)
+    obstacle = kernels.obstacle(width=width, dtype=dtype)
     if split:
         obstacle = f'the norm goes over elements that are split over {", ".join(split)}'
     return {'mosaic': f"{obstacle}; say 'xla'"} if obstacle else {}
@@ -33,7 +32,7 @@ def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
     unsupported = obstacles(scale.size, x.dtype, _split(spec_of(x)[x.ndim - scale.ndim :]))
     name = choose('rms_norm', implementation, unsupported)
     if name == 'xla':
-        return reference.forward(x, scale, epsilon=epsilon)[0]
+        return kernels.reference.forward(x, scale, epsilon=epsilon)[0]
     return _rms_norm(x, scale, epsilon, name == 'interpret')
 
 

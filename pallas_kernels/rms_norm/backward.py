@@ -9,8 +9,8 @@ from jax import lax
 
 from pallas_kernels._compat import launch, pl, plgpu
 from pallas_kernels._padding import whole_tiles
-from pallas_kernels.rms_norm.forward import load
-from pallas_kernels.rms_norm.tiles import Tiles
+from pallas_kernels.rms_norm.forward import layout_of, load
+from pallas_kernels.rms_norm.tiles import Tiles, choose_tiles
 
 
 def backward(
@@ -30,10 +30,10 @@ def backward(
       x_MD: what was normed, residual included.
     """
     M, D = x_MD.shape
-    tiles = tiles or Tiles.for_shape('backward', M, D, x_MD.dtype)
+    tiles = tiles or choose_tiles('backward', rows=M, width=D, dtype=x_MD.dtype)
     steps = -(-M // tiles.rows)
     blocks = min(steps, tiles.blocks)
-    layout, row_tile = tiles.layout, tiles.row_tile
+    layout, row_tile = layout_of(tiles), tiles.row_tile
     count = D // tiles.columns
     arrays = [dy_MD, x_MD, inverse_rms_M] + ([] if dsum_MD is None else [dsum_MD])
     arrays = [whole_tiles(array, tiles.rows, 0) for array in arrays]

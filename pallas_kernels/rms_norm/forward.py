@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import launch, pl, plgpu
+from pallas_kernels._compat import launch, pl, plgpu, tiled_layout
 from pallas_kernels._padding import whole_tiles
-from pallas_kernels.rms_norm.tiles import Tiles
+from pallas_kernels.rms_norm.tiles import Tiles, choose_tiles
 
 
 def forward(
@@ -28,10 +28,10 @@ def forward(
       normed [M, D] in x's dtype, the sum with the residual (None without), 1 / rms [M] float32.
     """
     M, D = x_MD.shape
-    tiles = tiles or Tiles.for_shape('forward', M, D, x_MD.dtype)
+    tiles = tiles or choose_tiles('forward', rows=M, width=D, dtype=x_MD.dtype)
     steps = -(-M // tiles.rows)
     blocks = min(steps, tiles.blocks)
-    layout, has_residual = tiles.layout, residual_MD is not None
+    layout, has_residual = layout_of(tiles), residual_MD is not None
     chunks = [pl.ds(start, tiles.columns) for start in range(0, D, tiles.columns)]
     arrays = [x_MD, residual_MD] if has_residual else [x_MD]
     arrays = [whole_tiles(array, tiles.rows, 0) for array in arrays]
@@ -79,6 +79,16 @@ def forward(
     )(*arrays, scale_D.astype(jnp.float32))
     y_MD, *total, inverse_M = (output[:M] for output in outputs)
     return y_MD, total[0] if has_residual else None, inverse_M
+
+
+def layout_of(tiles: Tiles) -> plgpu.Layout:
+    """Of [rows, columns] in registers."""
+    lane_rows, width = 32 // tiles.lanes, tiles.lanes * tiles.vector
+    return tiled_layout(
+        ((tiles.row_tile, tiles.warps * width), (lane_rows, width), (1, tiles.vector)),
+        warp_dims=(-6, -5),
+        lane_dims=(-4, -3),
+    )
 
 
 def load(ref, layout, *index):

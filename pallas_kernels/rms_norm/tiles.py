@@ -9,7 +9,6 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_kernels import _tables
-from pallas_kernels._compat import plgpu, tiled_layout
 
 DTYPES = ('bfloat16', 'float16', 'float32')
 WIDEST = 16384
@@ -43,31 +42,28 @@ class Tiles:
         """Of one step of a block."""
         return self.row_tile * self.groups
 
-    @property
-    def layout(self) -> plgpu.Layout:
-        """Of [rows, columns] in registers."""
-        lane_rows, width = 32 // self.lanes, self.lanes * self.vector
-        return tiled_layout(
-            ((self.row_tile, self.warps * width), (lane_rows, width), (1, self.vector)),
-            warp_dims=(-6, -5),
-            lane_dims=(-4, -3),
-        )
 
-    @classmethod
-    def for_shape(cls, part: str, rows: int, width: int, dtype) -> 'Tiles':
-        """What was measured to be best on the device of the mesh that is set, else a good guess.
-
-        Args:
-          part: 'forward' or 'backward'.
-        """
-        key = table_key(part, rows, width, dtype)
-        measured = _tables.measured(__file__, **key)
-        if measured is not None:
-            return cls(**measured)
-        return _heuristic(part, rows, width, dtype)
+def obstacle(*, width: int, dtype) -> str | None:
+    """Why rows of this width cannot be normed by the kernels, and what would be right."""
+    name = jnp.dtype(dtype).name
+    if name not in DTYPES:
+        return f'its arrays are {", ".join(DTYPES)}, these are {name}'
+    if not 64 <= width <= WIDEST or width % 32:
+        return f'its rows have 64 to {WIDEST} elements, a multiple of 32, these have {width}'
+    return None
 
 
-def table_key(part: str, rows: int, width: int, dtype) -> dict:
+def choose_tiles(part: str, *, rows: int, width: int, dtype) -> Tiles:
+    """What was measured to be best on the device of the mesh that is set, else a good guess.
+
+    Args:
+      part: 'forward' or 'backward'.
+    """
+    measured = _tables.measured(__file__, **table_key(part, rows=rows, width=width, dtype=dtype))
+    return Tiles(**measured) if measured else _guess(part, rows, width, dtype)
+
+
+def table_key(part: str, *, rows: int, width: int, dtype) -> dict:
     """What the table knows a shape by; rows by the power of two above them."""
     return {
         'part': part,
@@ -77,14 +73,21 @@ def table_key(part: str, rows: int, width: int, dtype) -> dict:
     }
 
 
-def obstacle(width: int, dtype) -> str | None:
-    """Why rows of this width cannot be normed by the kernels, and what would be right."""
-    name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        return f'its arrays are {", ".join(DTYPES)}, these are {name}'
-    if not 64 <= width <= WIDEST or width % 32:
-        return f'its rows have 64 to {WIDEST} elements, a multiple of 32, these have {width}'
-    return None
+def candidates(part: str, *, rows: int, width: int, dtype) -> list[Tiles]:
+    """What a tuner may try for a shape: the guess, and its neighbours."""
+    guess = _guess(part, rows, width, dtype)
+    tried = {guess}
+    for vector, lanes, warps in _ways(width, jnp.dtype(dtype).itemsize):
+        row_tile, most = (4 // warps) * (32 // lanes), HELD[part] * lanes * warps
+        if vector < guess.vector:
+            continue
+        for groups in (1, 2, 4, 8):
+            if groups * width > most or rows % (groups * row_tile):
+                continue
+            for blocks in (2, 3, 4, 8, 16):
+                blocks *= MULTIPROCESSORS
+                tried.add(Tiles(vector, lanes, warps, groups, width, blocks))
+    return sorted(tried, key=dataclasses.astuple)
 
 
 def _ways(width: int, itemsize: int):
@@ -103,7 +106,7 @@ def _columns(width: int, unit: int, most: int) -> int:
     return unit * max(fitting, default=1)
 
 
-def _heuristic(part: str, rows: int, width: int, dtype) -> Tiles:
+def _guess(part: str, rows: int, width: int, dtype) -> Tiles:
     """Whole rows in registers where they fit, wide loads, as few warps as possible on a row."""
     held = HELD[part]
 
@@ -120,20 +123,3 @@ def _heuristic(part: str, rows: int, width: int, dtype) -> Tiles:
     # Rows that fill whole steps are not padded.
     groups = next((n for n in (8, 4, 2) if n <= most and rows % (n * row_tile) == 0), 1)
     return Tiles(vector, lanes, warps, groups, columns, BLOCKS[part])
-
-
-def candidates(part: str, rows: int, width: int, dtype) -> list[Tiles]:
-    """What a tuner may try for a shape: the guess, and its neighbours."""
-    guess = _heuristic(part, rows, width, dtype)
-    tried = {guess}
-    for vector, lanes, warps in _ways(width, jnp.dtype(dtype).itemsize):
-        row_tile, most = (4 // warps) * (32 // lanes), HELD[part] * lanes * warps
-        if vector < guess.vector:
-            continue
-        for groups in (1, 2, 4, 8):
-            if groups * width > most or rows % (groups * row_tile):
-                continue
-            for blocks in (2, 3, 4, 8, 16):
-                blocks *= MULTIPROCESSORS
-                tried.add(Tiles(vector, lanes, warps, groups, width, blocks))
-    return sorted(tried, key=dataclasses.astuple)

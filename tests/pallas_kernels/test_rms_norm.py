@@ -11,7 +11,8 @@ from jax.test_util import check_grads
 
 from pallas_kernels import _tables, rms_norm
 from pallas_kernels._compat import interpreted_races
-from pallas_kernels.rms_norm import Tiles, reference
+from pallas_kernels.rms_norm import choose_tiles, reference
+from pallas_kernels.rms_norm.tiles import Tiles
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
@@ -163,20 +164,21 @@ def test_every_entry_of_the_table_compiles(gpu_compiler):
 
 def test_a_table_is_looked_up_before_a_guess_is_made(monkeypatch):
     measured = dict(vector=4, lanes=32, warps=4, groups=2, columns=512, blocks=264)
-    key = rms_norm.table_key('forward', 4000, 512, jnp.bfloat16)
+    shape = dict(rows=4000, width=512, dtype=jnp.bfloat16)
+    key = rms_norm.table_key('forward', **shape)
     assert key == dict(part='forward', dtype='bfloat16', width=512, rows=4096)
     entry = {'device': 'H200', **key, 'tiles': measured, 'measured': {}}
     monkeypatch.setattr(_tables, '_read', lambda path: [entry])
     with deviceless.target():
-        assert Tiles.for_shape('forward', 4000, 512, jnp.bfloat16) == Tiles(**measured)
-        assert Tiles.for_shape('backward', 4000, 512, jnp.bfloat16) != Tiles(**measured)
+        assert choose_tiles('forward', **shape) == Tiles(**measured)
+        assert choose_tiles('backward', **shape) != Tiles(**measured)
 
 
 @pytest.mark.parametrize('part', ['forward', 'backward'])
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_every_supported_width_has_tiles_that_cover_it(dtype, part):
     for width in range(64, 16384 + 1, 32):
-        tiles = Tiles.for_shape(part, 4096, width, dtype)
+        tiles = choose_tiles(part, rows=4096, width=width, dtype=dtype)
         threads = tiles.lanes * tiles.warps
         assert tiles.columns % (threads * tiles.vector) == 0
         assert width % tiles.columns == 0
@@ -189,13 +191,14 @@ def test_every_supported_width_has_tiles_that_cover_it(dtype, part):
     [(80, 'bfloat16', 'multiple of 32'), (32, 'bfloat16', '64 to'), (64, 'int8', 'are int8')],
 )
 def test_what_is_not_supported_is_said(width, dtype, word):
-    assert word in rms_norm.obstacle(width, dtype)
+    assert word in rms_norm.obstacle(width=width, dtype=dtype)
 
 
 def test_a_tuner_is_offered_tiles_that_cover_the_rows():
+    shape = dict(rows=16384, width=4096, dtype='bfloat16')
     for part in ('forward', 'backward'):
-        offered = rms_norm.candidates(part, 16384, 4096, 'bfloat16')
-        assert Tiles.for_shape(part, 16384, 4096, 'bfloat16') in offered
+        offered = rms_norm.candidates(part, **shape)
+        assert choose_tiles(part, **shape) in offered
         assert len(offered) >= 5
 
 

@@ -68,6 +68,7 @@ class Problem:
             'rms_norm': lambda: dict(part=self.part, rows=shape.M, width=shape.D),
             'flash_attention': lambda: dict(head_dim=shape.H),
             'decode_attention': lambda: dict(
+                part=self.part,
                 batch=shape.B,
                 num_kv_heads=shape.K,
                 head_dim=shape.H,

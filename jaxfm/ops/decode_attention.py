@@ -41,7 +41,13 @@ def decode_attention(
       softcap: scores become cap * tanh(scores / cap); 0 is off.
       implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
     """
-    problem = kernels.obstacle(q_BNH, k_pages_PLKH, v_pages_PLKH)
+    problem = kernels.obstacle(
+        num_heads=q_BNH.shape[1],
+        num_kv_heads=k_pages_PLKH.shape[2],
+        head_dim=q_BNH.shape[2],
+        page_size=k_pages_PLKH.shape[1],
+        dtypes=(q_BNH.dtype, k_pages_PLKH.dtype, v_pages_PLKH.dtype),
+    )
     unsupported = {'mosaic': f"{problem}; say 'xla'"} if problem else {}
     name = choose('decode_attention', implementation, unsupported)
     if name == 'xla':

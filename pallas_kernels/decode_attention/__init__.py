@@ -1,7 +1,7 @@
 """Decode attention: one query a sequence over paged keys and values."""
 
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.decode_attention.kernel import forward, merge, obstacle
-from pallas_kernels.decode_attention.tiles import Tiles, candidates, table_key
+from pallas_kernels.decode_attention.forward import forward
+from pallas_kernels.decode_attention.tiles import candidates, choose_tiles, obstacle, table_key
 
-__all__ = ['Tiles', 'candidates', 'forward', 'merge', 'obstacle', 'reference', 'table_key']
+__all__ = ['candidates', 'choose_tiles', 'forward', 'obstacle', 'reference', 'table_key']

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import accumulate, launch, matmul, operand, pl, plgpu
-from pallas_kernels.decode_attention.tiles import HEAD_DIMS, ROWS, Tiles
+from pallas_kernels.decode_attention.tiles import ROWS, Tiles, choose_tiles, obstacle
 
 LOG2_E = math.log2(math.e)
 # Below every score; finite, so that differences of two of them are no NaN.
@@ -56,7 +56,7 @@ def forward(
       lengths_B: int32, tokens in the cache, that of the query included; at most M L.
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off.
-      tiles: None is `Tiles.for_shape`.
+      tiles: None is `choose_tiles`.
 
     Returns:
       out, and lse in float32, the natural logarithm of the sum of exponentials of scores.
@@ -64,9 +64,17 @@ def forward(
     B, N, H = q_BNH.shape
     P, L, K, _ = k_pages_PLKH.shape
     M = page_table_BM.shape[1]
-    if problem := obstacle(q_BNH, k_pages_PLKH, v_pages_PLKH):
+    problem = obstacle(
+        num_heads=N,
+        num_kv_heads=K,
+        head_dim=H,
+        page_size=L,
+        dtypes=(q_BNH.dtype, k_pages_PLKH.dtype, v_pages_PLKH.dtype),
+    )
+    if problem:
         raise ValueError(f'decode_attention: {problem}')
-    tiles = tiles or Tiles.for_shape(
+    tiles = tiles or choose_tiles(
+        'forward',
         batch=B,
         num_kv_heads=K,
         head_dim=H,
@@ -74,7 +82,7 @@ def forward(
         max_length=min(M * L, window or M * L),
         dtype=q_BNH.dtype,
     )
-    if problem := tiles.obstacle(head_dim=H, page_size=L):
+    if problem := tiles.misfit(head_dim=H, page_size=L):
         raise ValueError(f'decode_attention: {problem}')
     G = N // K
     rows = -(-G // 8) * 8  # TMA and the layout of SMEM go by 8 rows
@@ -95,22 +103,6 @@ def forward(
     )
     out_BKGH, lse_BKG = merge(out_CBKGH[..., :G, :], lse_CBKG[..., :G])
     return out_BKGH.reshape(B, N, H).astype(q_BNH.dtype), lse_BKG.reshape(B, N)
-
-
-def obstacle(q_BNH, k_pages_PLKH, v_pages_PLKH) -> str | None:
-    """Why the kernel cannot take these arrays (or their shapes), and what it takes."""
-    N, H = q_BNH.shape[1:]
-    L, K = k_pages_PLKH.shape[1:3]
-    dtypes = {x.dtype.name for x in (q_BNH, k_pages_PLKH, v_pages_PLKH)}
-    if len(dtypes) > 1 or not dtypes <= {'bfloat16', 'float16'}:
-        return f'{", ".join(sorted(dtypes))}: all bfloat16 or all float16'
-    if H not in HEAD_DIMS:
-        return f'head_dim {H} is none of {", ".join(map(str, HEAD_DIMS))}'
-    if L < 8 or L & (L - 1):
-        return f'pages of {L} tokens: a power of two, 8 at least'
-    if N // K > ROWS:
-        return f'{N // K} query heads of one kv head, at most {ROWS}'
-    return None
 
 
 def seen(length, *, window: int, piece: int):

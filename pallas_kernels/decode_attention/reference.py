@@ -14,7 +14,7 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
 ):
-    """As `kernel.forward`; scores and softmax are float32."""
+    """As the kernel; scores and softmax are float32."""
     B, N, H = q_BNH.shape
     P, L, K, _ = k_pages_PLKH.shape
     S = page_table_BM.shape[1] * L

@@ -5,6 +5,7 @@ use for point nowhere.
 """
 
 import functools
+import importlib
 import itertools
 from pathlib import Path
 
@@ -15,10 +16,19 @@ import pytest
 
 from pallas_kernels import _tables
 from pallas_kernels._compat import interpreted_races
-from pallas_kernels.decode_attention import Tiles, candidates, forward, kernel, reference, table_key
+from pallas_kernels.decode_attention import (
+    candidates,
+    choose_tiles,
+    forward,
+    reference,
+    table_key,
+)
+from pallas_kernels.decode_attention.tiles import Tiles
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
+# The package's attribute of this name is the function.
+kernel = importlib.import_module('pallas_kernels.decode_attention.forward')
 NOWHERE = 1_000_000
 
 
@@ -241,7 +251,8 @@ def compiled(forward, head_dim, page_size=16, dtype='bfloat16', **options):
 
 
 def guess(head_dim, page_size, dtype='bfloat16'):
-    return Tiles.for_shape(
+    return choose_tiles(
+        'forward',
         batch=4,
         num_kv_heads=2,
         head_dim=head_dim,
@@ -321,12 +332,13 @@ def test_too_many_values_in_registers_are_found_by_the_compiler(gpu_compiler):
 
 def test_tiles_come_from_the_table_else_by_rule(monkeypatch):
     shape = dict(head_dim=128, page_size=16, max_length=8000, dtype='bfloat16')
-    key = table_key(batch=60, num_kv_heads=8, **shape)
-    assert key == dict(head_dim=128, page_size=16, max_length=8192, dtype='bfloat16', streams=512)
-    assert Tiles.for_shape(batch=60, num_kv_heads=8, **shape) == Tiles(64, 2, 3)
+    key = table_key('forward', batch=60, num_kv_heads=8, **shape)
+    sizes = dict(head_dim=128, page_size=16, max_length=8192, streams=512)
+    assert key == dict(part='forward', dtype='bfloat16', **sizes)
+    assert choose_tiles('forward', batch=60, num_kv_heads=8, **shape) == Tiles(64, 2, 3)
     entry = dict(device='cpu', **key, tiles=dict(tokens=64, slots=4, splits=2))
     monkeypatch.setattr(_tables, '_read', lambda path: [entry])
-    assert Tiles.for_shape(batch=64, num_kv_heads=8, **shape) == Tiles(64, 4, 2)
+    assert choose_tiles('forward', batch=64, num_kv_heads=8, **shape) == Tiles(64, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +346,7 @@ def test_tiles_come_from_the_table_else_by_rule(monkeypatch):
 )
 def test_a_few_sequences_are_split_more_than_many(streams, max_length, splits):
     shape = dict(head_dim=128, page_size=16, max_length=max_length, dtype='bfloat16')
-    assert Tiles.for_shape(batch=streams, num_kv_heads=1, **shape).splits == splits
+    assert choose_tiles('forward', batch=streams, num_kv_heads=1, **shape).splits == splits
 
 
 def test_everything_the_tuner_tries_can_run():
@@ -343,10 +355,10 @@ def test_everything_the_tuner_tries_can_run():
     ):
         shape = dict(head_dim=head_dim, page_size=page_size)
         key = dict(batch=batch, num_kv_heads=8, max_length=max_length, dtype='bfloat16', **shape)
-        found = candidates(**key)
+        found = candidates('forward', **key)
         assert len(set(found)) == len(found) > 1
-        assert Tiles.for_shape(**key) in found
-        assert all(tiles.obstacle(**shape) is None for tiles in found)
+        assert choose_tiles('forward', **key) in found
+        assert all(tiles.misfit(**shape) is None for tiles in found)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +431,7 @@ def test_sizes_the_tuner_tries_are_right_on_a_gpu(head_dim):
     """A quarter of them; the tuner compares the results of all."""
     shapes = dict(head_dim=head_dim, page_size=16, dtype='bfloat16')
     arrays = inputs([5, 900, 4096], heads=(2, 4), **shapes)
-    for tiles in list(candidates(batch=3, num_kv_heads=2, max_length=4096, **shapes))[::4]:
+    shape = dict(batch=3, num_kv_heads=2, max_length=4096, **shapes)
+    for tiles in candidates('forward', **shape)[::4]:
         found = jax.jit(functools.partial(forward, scale=0.1, tiles=tiles))(*arrays)
         check(found, arrays, scale=0.1)

@@ -1,6 +1,6 @@
 """Finds the tile sizes of a kernel that are quickest on the GPU of this machine.
 
-    python -m tools.tune --op flash_attention --out pallas_kernels [--dry_run]
+    python -m tools.tune --op attention --out pallas_kernels [--dry_run]
 
 Every candidate is compiled, compared with the first one, and timed at the benchmark's shapes; the
 winner goes into OUT/<op>/tiles.json, where kernels look for it. Where several shapes share a key
@@ -29,14 +29,14 @@ TOLERANCE = 0.02  # between candidates, relative to the norm: they add up in oth
 # Of which module of an op `table_key` and `candidates` are; both take a shape in its words.
 MODULES = {
     'rms_norm': 'tiles',
-    'flash_attention': '{part}',
+    'attention': 'tiles',
     'decode_attention': 'tiles',
     'cross_entropy': 'kernels',
 }
 # Beside the shapes of the benchmark.
 MORE_SHAPES = (
     speed.RmsNorm(16384, 2048),
-    speed.FlashAttention('causal', 2, 4096, 16, 16, 256),
+    speed.Attention('causal', 2, 4096, 16, 16, 256),
     speed.DecodeAttention(64, 2048, 32, 8, 64),
     speed.CrossEntropy(16384, 4096, 8192),  # a chunk of the op's backward pass
     speed.CrossEntropy(32768, 2048, 4096),
@@ -66,7 +66,7 @@ class Problem:
         shape = self.shape
         return {'dtype': 'bfloat16'} | {
             'rms_norm': lambda: dict(part=self.part, rows=shape.M, width=shape.D),
-            'flash_attention': lambda: dict(head_dim=shape.H),
+            'attention': lambda: dict(part=self.part, head_dim=shape.H),
             'decode_attention': lambda: dict(
                 part=self.part,
                 batch=shape.B,

@@ -13,8 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
-from pallas_kernels import flash_attention
-from pallas_kernels.flash_attention import schedule
+from pallas_kernels import attention as kernels
+from pallas_kernels.attention import schedule
 
 # What the backward pass of the kernel needs of the forward one; remat policies know these names.
 SAVED_NAMES = ('attention_out', 'attention_lse')
@@ -51,7 +51,7 @@ def obstacles(
 ) -> dict[str, str]:
     """{implementation: why it cannot do such attention, and what would be right}."""
     dtype, found = jnp.dtype(dtype).name, {}
-    if obstacle := flash_attention.obstacle(head_dim, dtype):
+    if obstacle := kernels.obstacle(head_dim=head_dim, dtype=dtype):
         found['mosaic'] = f"{obstacle}; say 'xla'"
     if dtype not in ('bfloat16', 'float16'):
         found['cudnn'] = f'q, k and v must be bfloat16 or float16, not {dtype}'
@@ -154,7 +154,7 @@ def _flash(q_BTNH, k_BSKH, v_BSKH, ids, options):
 
 
 def _flash_forward(q_BTNH, k_BSKH, v_BSKH, ids, options):
-    forward = functools.partial(flash_attention.forward, **dict(options))
+    forward = functools.partial(kernels.forward, **dict(options))
     in_names = (_QUERIES, _KEYS, _KEYS, *_IDS)
     out, lse = per_shard(forward, in_names, [_QUERIES, _LSE])(q_BTNH, k_BSKH, v_BSKH, *ids)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), SAVED_NAMES))
@@ -165,7 +165,7 @@ def _flash_backward(options, residuals, dout_BTNH):
     *arrays, ids = residuals
 
     def backward(*arrays):
-        dq, dk, dv = flash_attention.backward(*arrays, **dict(options))
+        dq, dk, dv = kernels.backward(*arrays, **dict(options))
         # Every device has the part of its own queries.
         if axis_size(ACTIVATIONS, 'position') > 1:
             dk, dv = lax.psum((dk, dv), split_axes('position'))

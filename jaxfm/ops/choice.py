@@ -18,7 +18,7 @@ log = logging.getLogger('jaxfm')
 # The parts of a device kind that say compute capability 9.0: 'NVIDIA H100 80GB HBM3'.
 HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
 # The folder in pallas_kernels, where it is not called like the op.
-KERNELS = {'attention': 'flash_attention', 'token_logprobs': 'cross_entropy'}
+KERNELS = {'token_logprobs': 'cross_entropy'}
 # These need an NVIDIA GPU of any kind.
 NEED_GPU = ('cudnn', 'fa3', 'mosaic')
 NEED_HOPPER = ('fa3', 'mosaic')

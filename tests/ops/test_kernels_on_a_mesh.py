@@ -11,9 +11,9 @@ import pytest
 from jaxfm import sharding
 from jaxfm.ops.attention import SAVED_NAMES, KeyValues, attention
 from jaxfm.ops.norm import rms_norm
-from pallas_kernels import flash_attention
+from pallas_kernels import attention as attention_kernels
 from pallas_kernels import rms_norm as rms_norm_kernels
-from pallas_kernels.flash_attention import reference as flash_reference
+from pallas_kernels.attention import reference as attention_reference
 from pallas_kernels.rms_norm import reference as norm_reference
 from tools import deviceless
 
@@ -115,15 +115,17 @@ def test_a_policy_that_keeps_what_attention_returns_runs_it_once(gpu_compiler, n
 def references(monkeypatch):
     def backward(q, k, v, out, lse, dout, *ids, interpret, **options):
         def forward(q, k, v):
-            return flash_reference.forward(q, k, v, *ids, **options)[0]
+            return attention_reference.forward(q, k, v, *ids, **options)[0]
 
         return jax.vjp(forward, q, k, v)[1](dout)
 
     def without_interpret(function):
         return lambda *arrays, interpret, **options: function(*arrays, **options)
 
-    monkeypatch.setattr(flash_attention, 'forward', without_interpret(flash_reference.forward))
-    monkeypatch.setattr(flash_attention, 'backward', backward)
+    monkeypatch.setattr(
+        attention_kernels, 'forward', without_interpret(attention_reference.forward)
+    )
+    monkeypatch.setattr(attention_kernels, 'backward', backward)
     monkeypatch.setattr(rms_norm_kernels, 'forward', without_interpret(norm_reference.forward))
     monkeypatch.setattr(rms_norm_kernels, 'backward', without_interpret(norm_reference.backward))
 

@@ -55,8 +55,9 @@ def test_smoke_of_kernels(kernels_record, capsys):
     failed = [row for row in kernels_record.rows if 'failed' in row]
     assert not failed
     for op in numerics.OPS:
-        rows = [row for row in kernels_record.rows if row['name'].startswith(op)]
-        assert rows and all(row['held'] for row in rows), op
+        rows = kernels_record.stage('numerics').items()
+        own = [row for name, row in rows if name.split()[0] == op]
+        assert own and all(row['held'] for row in own), op
     refused = {outcome(row) for row in kernels_record.rows if 'refused' in row}
     said = ('not installed', 'no public way')
     assert all(any(words in reason for words in said) for reason in refused), refused
@@ -182,7 +183,7 @@ def test_no_stage_of_kernels_waits_for_a_hang_until_its_time_is_out(plan):
 def test_the_op_with_most_cases_has_most_of_the_time_and_ours_come_before_others(plan):
     stages, _, _ = plan(pace=0.4)
     limits = {options['op']: limit for stage, limit, _, options in stages if stage == 'numerics'}
-    assert list(limits)[-1] == 'flash_attention' and limits['flash_attention'] > 180
+    assert list(limits)[-1] == 'attention' and limits['attention'] > 180
     groups = [options['implementations'] for stage, *_, options in stages if stage == 'speed']
     assert groups[0] == ['mosaic'] and 'mosaic' not in sum(groups[1:], [])
 
@@ -191,7 +192,7 @@ def test_a_stage_can_be_asked_for_alone(plan):
     stages, files, _ = plan('numerics')
     assert {stage for stage, *_ in stages} == {'timing', 'numerics'} and not files
     limits = {options['op']: limit for _, limit, _, options in stages[1:]}
-    assert limits['flash_attention'] > 200
+    assert limits['attention'] > 200
 
 
 def test_gpu_tests_run_file_by_file_and_those_left_out_are_named(plan, monkeypatch):
@@ -366,7 +367,7 @@ def test_with_one_key_rounding_is_no_failure_and_a_wrong_gradient_is_one():
         got = {'dq': jnp.full(8, error), 'dk': jnp.zeros(8)}
         row = numerics.compare(lambda got=got: got, zeros, zeros, least=case.least)
         assert row['held'] == held
-    assert not numerics.FlashAttention(1, 128, 2, 1, 64).least
+    assert not numerics.Attention(1, 128, 2, 1, 64).least
 
 
 def record_of(tmp_path, *ops: str) -> Record:
@@ -407,28 +408,28 @@ def test_what_passed_is_proven_and_says_of_which_source_and_how_fast(op, tmp_pat
 
 
 def without_a_case(record):
-    name = numerics.names('flash_attention')[7]
+    name = numerics.names('attention')[7]
     record.values['rows'] = [row for row in record.rows if row['name'] != name]
 
 
 def with_a_case_cut_off(record):
-    name = numerics.names('flash_attention')[7]
+    name = numerics.names('attention')[7]
     record.add({'stage': 'numerics', 'name': name, 'not_run': 'the time is out'})
 
 
 def with_a_case_wrong(record):
-    row = {'name': numerics.names('flash_attention')[7], 'held': False, 'error': 1, 'of_xla': 0}
-    record.add({'stage': 'numerics', 'source': source_digest('flash_attention')} | row)
+    row = {'name': numerics.names('attention')[7], 'held': False, 'error': 1, 'of_xla': 0}
+    record.add({'stage': 'numerics', 'source': source_digest('attention')} | row)
 
 
 def with_a_case_of_another_source(record):
-    name = numerics.names('flash_attention')[7]
+    name = numerics.names('attention')[7]
     [row] = [row for row in record.rows if row['name'] == name]
     row['source'] = 'other'
 
 
 def change_tests(record, **changes):
-    file = kernels.test_files('flash_attention')[1]
+    file = kernels.test_files('attention')[1]
     record.values['tests'][file] |= changes
 
 
@@ -451,24 +452,24 @@ LACKING = {
 @pytest.mark.parametrize('name', LACKING)
 def test_less_than_all_is_no_proof_and_what_failed_is_struck_off(name, tmp_path):
     change, stays = LACKING[name]
-    record, path = record_of(tmp_path, 'flash_attention', 'rms_norm'), tmp_path / 'proven.json'
-    earlier = [{'op': 'flash_attention', 'device': device} for device in ('H100', 'H200')]
+    record, path = record_of(tmp_path, 'attention', 'rms_norm'), tmp_path / 'proven.json'
+    earlier = [{'op': 'attention', 'device': device} for device in ('H100', 'H200')]
     path.write_text(json.dumps(earlier))
     change(record)
-    assert 'flash_attention' not in kernels.proven(record)
+    assert 'attention' not in kernels.proven(record)
     found = kernels.record_proven(record, path)
-    kept = [entry for entry in found if entry['op'] == 'flash_attention']
+    kept = [entry for entry in found if entry['op'] == 'attention']
     assert kept == earlier[: 2 if stays else 1]
 
 
 def test_speed_over_xla_is_that_of_the_worst_shape_and_of_all_shapes(tmp_path):
-    record = record_of(tmp_path, 'flash_attention')
-    *_, call, last = calls('flash_attention')
+    record = record_of(tmp_path, 'attention')
+    *_, call, last = calls('attention')
 
     def speed_after(**changes):
         [row] = [row for row in record.rows if row['name'] == f'{call} / xla']
         row |= changes
-        return kernels.speed_over_xla(record, 'flash_attention')
+        return kernels.speed_over_xla(record, 'attention')
 
     assert speed_after(microseconds=8.0) == pytest.approx(0.8)
     record.add({'stage': 'speed', 'name': f'{last} / xla', 'failed': 'out of memory'})

@@ -86,7 +86,7 @@ def test_files(op: str = '') -> list[str]:
 def _op(file: str) -> str:
     """The op whose tests a file holds, its kernel's or those of jaxfm/ops; '' for another."""
     tested = Path(file).stem.removeprefix('test_')
-    tested = {'attention': 'flash_attention', 'norm': 'rms_norm'}.get(tested, tested)
+    tested = {'norm': 'rms_norm'}.get(tested, tested)
     return next((op for op in OPS if tested.startswith(op)), '')
 
 

@@ -20,7 +20,7 @@ from tools.bench.gpu.timing import normal
 # The kernels of an op, by their names in its package.
 KERNELS = {
     'rms_norm': ('forward', 'backward'),
-    'flash_attention': ('forward', 'backward'),
+    'attention': ('forward', 'backward'),
     'decode_attention': ('forward',),
     'cross_entropy': ('forward', 'logit_gradients'),
 }
@@ -136,7 +136,7 @@ class RmsNorm:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlashAttention:
+class Attention:
     B: int
     T: int
     N: int
@@ -149,7 +149,7 @@ class FlashAttention:
     dtype: str = 'bfloat16'
     stretched: bool = False  # scores ten times as large
 
-    op = 'flash_attention'
+    op = 'attention'
 
     @property
     def least(self) -> dict:
@@ -275,23 +275,23 @@ GRID = (
     RmsNorm(1, 4096),
     RmsNorm(300, 8192, dtype='float16'),
     RmsNorm(512, 2048, residual=False, dtype='float16'),
-    FlashAttention(2, 512, 8, 8, 64),
-    FlashAttention(2, 512, 8, 2, 128),
-    FlashAttention(1, 512, 8, 1, 256),
-    FlashAttention(2, 1000, 8, 2, 128, 'packed'),
-    FlashAttention(2, 1000, 8, 1, 64, 'packed', window=100, softcap=50.0),
-    FlashAttention(1, 777, 8, 2, 256, 'packed'),
-    FlashAttention(2, 512, 4, 4, 128, window=32),
-    FlashAttention(2, 512, 4, 4, 128, softcap=30.0),
-    FlashAttention(2, 512, 8, 2, 128, 'packed', stretched=True),
-    FlashAttention(2, 300, 4, 1, 128, 'single'),
-    FlashAttention(2, 512, 4, 1, 64, 'masked'),
-    FlashAttention(2, 512, 4, 1, 128, 'permuted'),
-    FlashAttention(2, 128, 8, 2, 128, 'continued', S=640),
-    FlashAttention(1, 4096, 4, 1, 128, 'packed', window=1024),
-    FlashAttention(2, 1000, 8, 2, 64, 'packed', dtype='float16'),
-    FlashAttention(2, 1000, 8, 2, 128, 'packed', dtype='float16'),
-    FlashAttention(1, 500, 8, 2, 256, 'packed', dtype='float16'),
+    Attention(2, 512, 8, 8, 64),
+    Attention(2, 512, 8, 2, 128),
+    Attention(1, 512, 8, 1, 256),
+    Attention(2, 1000, 8, 2, 128, 'packed'),
+    Attention(2, 1000, 8, 1, 64, 'packed', window=100, softcap=50.0),
+    Attention(1, 777, 8, 2, 256, 'packed'),
+    Attention(2, 512, 4, 4, 128, window=32),
+    Attention(2, 512, 4, 4, 128, softcap=30.0),
+    Attention(2, 512, 8, 2, 128, 'packed', stretched=True),
+    Attention(2, 300, 4, 1, 128, 'single'),
+    Attention(2, 512, 4, 1, 64, 'masked'),
+    Attention(2, 512, 4, 1, 128, 'permuted'),
+    Attention(2, 128, 8, 2, 128, 'continued', S=640),
+    Attention(1, 4096, 4, 1, 128, 'packed', window=1024),
+    Attention(2, 1000, 8, 2, 64, 'packed', dtype='float16'),
+    Attention(2, 1000, 8, 2, 128, 'packed', dtype='float16'),
+    Attention(1, 500, 8, 2, 256, 'packed', dtype='float16'),
     DecodeAttention(8, 32, 8, 128, 16),
     DecodeAttention(8, 8, 8, 64, 16),
     DecodeAttention(3, 8, 1, 256, 7),
@@ -306,7 +306,7 @@ GRID = (
 )
 SMOKE_GRID = (
     RmsNorm(16, 256),
-    FlashAttention(1, 128, 2, 1, 64, 'packed'),
+    Attention(1, 128, 2, 1, 64, 'packed'),
     DecodeAttention(2, 8, 1, 64, 2),
     CrossEntropy(128, 64, 256),
 )
@@ -337,7 +337,7 @@ def check(case, smoke: bool) -> dict:
 
 
 def _described(case) -> str:
-    """'flash_attention B2 T512 N8 K2 H128 packed window 32'."""
+    """'attention B2 T512 N8 K2 H128 packed window 32'."""
     words = [case.op]
     for field in dataclasses.fields(case):
         value = getattr(case, field.name)

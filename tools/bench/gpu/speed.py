@@ -82,7 +82,7 @@ class RmsNorm:
 
 
 @dataclasses.dataclass(frozen=True)
-class FlashAttention:
+class Attention:
     title: str
     B: int
     T: int
@@ -93,7 +93,7 @@ class FlashAttention:
     window: int = 0
     compared: bool = True  # with more than XLA: where there is a goal for it
 
-    op = 'flash_attention'
+    op = 'attention'
     parts = ('forward', 'backward')
 
     @property
@@ -235,18 +235,18 @@ class CrossEntropy:
 
 SHAPES = (
     RmsNorm(16384, 4096),
-    FlashAttention('causal', 4, 4096, 32, 32, 128),
-    FlashAttention('1B shape', 8, 4096, 32, 8, 64, compared=False),
-    FlashAttention('GQA', 4, 4096, 32, 8, 128, compared=False),
-    FlashAttention('packed', 4, 4096, 32, 8, 128, packed=True),
-    FlashAttention('packed, 1B shape', 8, 4096, 32, 8, 64, packed=True, compared=False),
-    FlashAttention('window 1024', 4, 4096, 32, 8, 128, window=1024, compared=False),
+    Attention('causal', 4, 4096, 32, 32, 128),
+    Attention('1B shape', 8, 4096, 32, 8, 64, compared=False),
+    Attention('GQA', 4, 4096, 32, 8, 128, compared=False),
+    Attention('packed', 4, 4096, 32, 8, 128, packed=True),
+    Attention('packed, 1B shape', 8, 4096, 32, 8, 64, packed=True, compared=False),
+    Attention('window 1024', 4, 4096, 32, 8, 128, window=1024, compared=False),
     DecodeAttention(64, 8192, 32, 8, 128),
     CrossEntropy(16384, 4096, 131072),
 )
 SMOKE_SHAPES = (
     RmsNorm(16, 256),
-    FlashAttention('packed', 1, 128, 2, 1, 64, packed=True),
+    Attention('packed', 1, 128, 2, 1, 64, packed=True),
     DecodeAttention(2, 128, 8, 1, 64),
     CrossEntropy(128, 64, 256),
 )

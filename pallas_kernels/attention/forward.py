@@ -9,14 +9,12 @@ ready. The two halves take turns in beginning, so that while one does its softma
 work for the other.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _tables
 from pallas_kernels._compat import (
     accumulate,
     add_product,
@@ -30,61 +28,13 @@ from pallas_kernels._compat import (
     tanh,
 )
 from pallas_kernels._padding import whole_tiles
-from pallas_kernels.flash_attention import schedule
+from pallas_kernels.attention import schedule
+from pallas_kernels.attention.tiles import COMPUTE, ForwardTiles, choose_tiles, obstacle
 
-HEAD_DIMS = (64, 128, 256)
 _LOG2E = math.log2(math.e)
-_COMPUTE = 2  # warpgroups
-_COPY = 2  # index of the third
+_COPY = COMPUTE  # index of the warpgroup that copies
 # Where a running maximum starts: finite, so that a row that sees nothing has no NaN.
 _LOWEST = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes that change speed, not results."""
-
-    rows: int = 64  # queries of one warpgroup
-    kv_tile: int = 128
-    slots: int = 2  # tiles of K and of V in flight
-
-    @property
-    def q_tile(self) -> int:
-        return _COMPUTE * self.rows
-
-    @classmethod
-    def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
-        """What was measured on the device of the program, else a guess."""
-        found = _tables.measured(__file__, **table_key(head_dim=head_dim, dtype=dtype))
-        return cls(**(found or _GUESSES[head_dim]))
-
-
-# As many scores as the registers of a thread take beside the output: 64 columns of either are 32.
-_GUESSES = {
-    64: dict(rows=64, kv_tile=128, slots=4),
-    128: dict(rows=64, kv_tile=128, slots=2),
-    256: dict(rows=64, kv_tile=64, slots=2),
-}
-
-
-def table_key(*, head_dim: int, dtype) -> dict:
-    """What an entry of tiles.json is found by, beside the device."""
-    return dict(kernel='forward', dtype=jnp.dtype(dtype).name, head_dim=head_dim)
-
-
-def candidates(*, head_dim: int, dtype) -> list[Tiles]:
-    """What is worth measuring: all of it fits in shared memory and in registers."""
-    del dtype  # both have two bytes
-    return [Tiles(*sizes) for sizes in _CANDIDATES[head_dim]]
-
-
-# rows, kv_tile, slots. A product with V takes its keys in pieces of 64. What is left out spills:
-# 192 or 256 keys, 128 rows from head_dim 128 on.
-_CANDIDATES = {
-    64: ((64, 128, 4), (64, 192, 3), (128, 64, 4)),
-    128: ((64, 128, 2), (64, 64, 4)),
-    256: ((64, 64, 2),),
-}
 
 
 def forward(
@@ -99,7 +49,7 @@ def forward(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tiles: Tiles | None = None,
+    tiles: ForwardTiles | None = None,
     interpret: bool = False,
 ):
     """softmax(scale * q k' with soft-cap and mask) v, and the log of each row's sum.
@@ -114,7 +64,7 @@ def forward(
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     _check(q_BTNH, k_BSKH, v_BSKH, scale)
-    tiles = tiles or Tiles.for_shape(head_dim=H, dtype=q_BTNH.dtype)
+    tiles = tiles or choose_tiles('forward', head_dim=H, dtype=q_BTNH.dtype)
     rows, kv_tile, slots = tiles.rows, tiles.kv_tile, tiles.slots
     dtype = q_BTNH.dtype
     plan = schedule.for_queries(
@@ -182,7 +132,7 @@ def forward(
         @pl.when(thread == _COPY)
         def _():
             plgpu.set_max_registers(40, action='decrease')
-            for half in range(_COMPUTE):
+            for half in range(COMPUTE):
                 own = queries_of(half)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, own, head], q_smem.at[half], q_ready.at[half])
                 plgpu.copy_gmem_to_smem(
@@ -351,7 +301,7 @@ def forward(
             plgpu.copy_smem_to_gmem(lse_smem.at[thread], lse_ref.at[b, head, own])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.when(thread < _COMPUTE)(compute)
+        pl.when(thread < COMPUTE)(compute)
 
     out_BTNH, lse_BNT = launch(
         block,
@@ -362,43 +312,34 @@ def forward(
             jax.ShapeDtypeStruct((B, N, padded_T), jnp.float32),
         ),
         scratch_types=dict(
-            q_smem=operand((_COMPUTE, rows, H), dtype),
+            q_smem=operand((COMPUTE, rows, H), dtype),
             k_smem=operand((slots, kv_tile, H), dtype),
             v_smem=operand((slots, kv_tile, H), dtype),
-            q_ids_smem=plgpu.SMEM((_COMPUTE, 2, rows), jnp.int32),
+            q_ids_smem=plgpu.SMEM((COMPUTE, 2, rows), jnp.int32),
             kv_ids_smem=plgpu.SMEM((slots, 2, kv_tile), jnp.int32),
-            lse_smem=plgpu.SMEM((_COMPUTE, rows), jnp.float32),
-            q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTE),
+            lse_smem=plgpu.SMEM((COMPUTE, rows), jnp.float32),
+            q_ready=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
             k_ready=plgpu.Barrier(num_arrivals=2, num_barriers=slots),
             v_ready=plgpu.Barrier(num_barriers=slots),
-            k_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
-            v_free=plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=slots),
-            turn=plgpu.Barrier(num_barriers=_COMPUTE),
+            k_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
+            v_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=slots),
+            turn=plgpu.Barrier(num_barriers=COMPUTE),
         ),
         grid=(B, padded_T // tiles.q_tile, N),
         grid_names=('batch', 'row', 'head'),
-        num_threads=_COMPUTE + 1,
+        num_threads=COMPUTE + 1,
         thread_name='warpgroup',
     )(q_BTNH, k_BSKH, v_BSKH, q_ids_B2T, kv_ids_B2S, *plan)
     return out_BTNH[:, :T], lse_BNT[:, :, :T]
 
 
-def obstacle(head_dim: int, dtype) -> str | None:
-    """Why the kernels cannot take such heads, and what they take."""
-    if head_dim not in HEAD_DIMS:
-        return f'head_dim must be one of {", ".join(map(str, HEAD_DIMS))}, not {head_dim}'
-    if jnp.dtype(dtype).name not in ('bfloat16', 'float16'):
-        return f'q, k and v must be bfloat16 or float16, not {jnp.dtype(dtype).name}'
-    return None
-
-
 def _check(q_BTNH, k_BSKH, v_BSKH, scale: float) -> None:
-    """What the kernel cannot do is said here, in the caller's terms."""
+    """Raises ValueError, in the caller's terms, unless the kernel can do it."""
     dtypes = sorted({x.dtype.name for x in (q_BTNH, k_BSKH, v_BSKH)})
     if len(dtypes) > 1:
         raise ValueError(f'q, k and v must have one dtype, not {", ".join(dtypes)}')
     (N, H), K = q_BTNH.shape[2:], k_BSKH.shape[2]
-    if problem := obstacle(H, q_BTNH.dtype):
+    if problem := obstacle(head_dim=H, dtype=q_BTNH.dtype):
         raise ValueError(problem)
     if N % K:
         raise ValueError(f'num_heads ({N}) must be a multiple of num_kv_heads ({K})')

@@ -5,7 +5,7 @@ B batch, T query position, S key position, N heads, K kv heads, G = N / K, H hea
 
 import jax.numpy as jnp
 
-from pallas_kernels.flash_attention import schedule
+from pallas_kernels.attention import schedule
 
 
 def forward(

@@ -12,7 +12,6 @@ the softmax goes from registers into the next matrix product.
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -20,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _tables
 from pallas_kernels._compat import (
     add_product,
     launch,
@@ -32,57 +30,14 @@ from pallas_kernels._compat import (
     tanh,
 )
 from pallas_kernels._padding import whole_tiles
-from pallas_kernels.flash_attention import schedule
+from pallas_kernels.attention import schedule
+from pallas_kernels.attention.tiles import BackwardTiles, choose_tiles
 
 # What a warpgroup owns: the rows of one instruction of the tensor cores.
 _ROWS = 64
 _LOG2E = math.log2(math.e)
 _OF_ROW = plgpu.Layout.WGMMA.reduce(1)  # vectors with a value for each row of a matrix
 _OF_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Sizes that change speed, not results, but for the last bits."""
-
-    dkv_warpgroups: int = 2  # that compute; each owns 64 rows
-    dkv_q: int = 64  # queries visited at a time
-    dkv_stages: int = 2  # of the ring
-    dq_warpgroups: int = 2
-    dq_kv: int = 64  # keys visited at a time
-    dq_stages: int = 2
-
-    @classmethod
-    def for_shape(cls, *, head_dim: int, dtype) -> 'Tiles':
-        """What was measured on the device of the program, else a guess."""
-        found = _tables.measured(__file__, **table_key(head_dim=head_dim, dtype=dtype))
-        return cls(**(found or _GUESSES[head_dim]))
-
-
-# All of shared memory for the rings, and no spills.
-_GUESSES = {
-    64: dict(dkv_stages=4, dq_stages=4),
-    128: dict(dkv_stages=4, dq_stages=4),
-    256: dict(dq_warpgroups=1),
-}
-
-
-def table_key(*, head_dim: int, dtype) -> dict:
-    """What an entry of tiles.json is found by, beside the device."""
-    return dict(kernel='backward', dtype=jnp.dtype(dtype).name, head_dim=head_dim)
-
-
-def candidates(*, head_dim: int, dtype) -> list[Tiles]:
-    """What is worth measuring: all of it fits in shared memory and in registers."""
-    del dtype  # both have two bytes
-    return [Tiles(**sizes) for sizes in _CANDIDATES[head_dim]]
-
-
-_CANDIDATES = {
-    64: (_GUESSES[64], dict(dkv_stages=2, dq_stages=2)),
-    128: (_GUESSES[128], dict(dkv_stages=3, dq_stages=3)),
-    256: (_GUESSES[256], dict(dq_kv=32)),
-}
 
 
 def backward(
@@ -100,7 +55,7 @@ def backward(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tiles: Tiles | None = None,
+    tiles: BackwardTiles | None = None,
     interpret: bool = False,
 ):
     """(dq, dk, dv) of arrays that `forward` took, with its two results and dout_BTNH of the first.
@@ -109,7 +64,7 @@ def backward(
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     S = k_BSKH.shape[1]
-    tiles = tiles or Tiles.for_shape(head_dim=H, dtype=q_BTNH.dtype)
+    tiles = tiles or choose_tiles('backward', head_dim=H, dtype=q_BTNH.dtype)
     dkv_kv = _ROWS if _one_output_each(H, softcap) else _ROWS * tiles.dkv_warpgroups
     dq_q = _ROWS * tiles.dq_warpgroups
     q_tile, kv_tile = math.lcm(tiles.dkv_q, dq_q), math.lcm(dkv_kv, tiles.dq_kv)

@@ -11,19 +11,19 @@ import pytest
 
 from pallas_kernels import _tables
 from pallas_kernels._compat import interpreted_races
-from pallas_kernels.flash_attention import reference, schedule
+from pallas_kernels.attention import candidates, choose_tiles, reference, schedule
+from pallas_kernels.attention.tiles import HEAD_DIMS, BackwardTiles
 from tests.pallas_kernels.attention_cases import Case, exact_gradients
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
 # The package's attribute of this name is the function.
-kernel = importlib.import_module('pallas_kernels.flash_attention.backward')
-DIRECTORY = _tables.DIRECTORY / 'flash_attention'
-HEAD_DIMS = (64, 128, 256)
+kernel = importlib.import_module('pallas_kernels.attention.backward')
+DIRECTORY = _tables.DIRECTORY / 'attention'
 NAMES = ('dq', 'dk', 'dv')
 # Two slots of a ring are soon used again.
-SMALL = kernel.Tiles(dkv_stages=2, dq_stages=2)
-ONE_WARPGROUP = kernel.Tiles(dq_warpgroups=1)
+SMALL = BackwardTiles(dkv_stages=2, dq_stages=2)
+ONE_WARPGROUP = BackwardTiles(dq_warpgroups=1)
 
 # Of the same shape and options as far as possible: what is compiled for one serves the next.
 PACKED = Case(num_heads=4, lengths=(64, 70, 1, 1, 31))
@@ -149,7 +149,7 @@ def assert_fits(head_dim: int, dtype: str, tiles, **options):
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_kernels_compile_without_spills(head_dim, dtype, gpu_compiler):
     """bfloat16 at its simplest, float16 with a window and a soft-cap."""
-    tiles = kernel.Tiles.for_shape(head_dim=head_dim, dtype=dtype)
+    tiles = choose_tiles('backward', head_dim=head_dim, dtype=dtype)
     options = {'bfloat16': dict(), 'float16': dict(window=1000, softcap=50.0)}[dtype]
     assert_fits(head_dim, dtype, tiles, **options)
 
@@ -158,12 +158,12 @@ def measurable() -> list:
     """Tiles that a tuner may try and those that one has chosen, beside what is tested above."""
     found = []
     for head_dim in HEAD_DIMS:
-        default = kernel.Tiles.for_shape(head_dim=head_dim, dtype='bfloat16')
-        tiles = kernel.candidates(head_dim=head_dim, dtype='bfloat16')
+        default = choose_tiles('backward', head_dim=head_dim, dtype='bfloat16')
+        tiles = candidates('backward', head_dim=head_dim, dtype='bfloat16')
         found += [(head_dim, 'bfloat16', x) for x in tiles if x != default]
     for entry in _tables.entries(DIRECTORY):
-        if entry['kernel'] == 'backward':
-            found.append((entry['head_dim'], entry['dtype'], kernel.Tiles(**entry['tiles'])))
+        if entry['part'] == 'backward':
+            found.append((entry['head_dim'], entry['dtype'], BackwardTiles(**entry['tiles'])))
     return list(dict.fromkeys(found))
 
 

@@ -13,16 +13,17 @@ from jax.test_util import check_grads
 
 from pallas_kernels import _tables
 from pallas_kernels._compat import interpreted_races
-from pallas_kernels.flash_attention import reference, schedule
+from pallas_kernels.attention import candidates, choose_tiles, reference, schedule
+from pallas_kernels.attention.tiles import HEAD_DIMS, ForwardTiles
 from tests.pallas_kernels.attention_cases import Case, exact
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
 # The package's attribute of this name is the function.
-kernel = importlib.import_module('pallas_kernels.flash_attention.forward')
-DIRECTORY = _tables.DIRECTORY / 'flash_attention'
+kernel = importlib.import_module('pallas_kernels.attention.forward')
+DIRECTORY = _tables.DIRECTORY / 'attention'
 # The smallest tiles, so that few tokens are many tiles.
-SMALL = kernel.Tiles(rows=64, kv_tile=64, slots=2)
+SMALL = ForwardTiles(rows=64, kv_tile=64, slots=2)
 
 CASES = {
     'causal': Case(num_kv_heads=2),
@@ -88,7 +89,7 @@ def test_kernel_agrees_with_float64_in_the_interpreter(name, interpreter):
 
 def test_tiles_do_not_change_results_in_the_interpreter(interpreter):
     case = Case(num_queries=300, num_keys=300, num_heads=1, lengths=(170, 100))
-    tiles = kernel.Tiles(rows=128, kv_tile=128, slots=3)
+    tiles = ForwardTiles(rows=128, kv_tile=128, slots=3)
     assert within(case, partial(kernel.forward, tiles=tiles, interpret=True))
 
 
@@ -215,12 +216,12 @@ def assert_fits(function, head_dim: int, dtype: str):
         assert code.smem_bytes <= 227 * 1024
 
 
-@pytest.mark.parametrize('head_dim', kernel.HEAD_DIMS)
+@pytest.mark.parametrize('head_dim', HEAD_DIMS)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_kernel_compiles_without_spills(head_dim, dtype, gpu_compiler):
     """With the mask at its largest; bfloat16 without soft-cap, float16 with it."""
     softcap = {'bfloat16': 0.0, 'float16': 50.0}[dtype]
-    tiles = kernel.Tiles.for_shape(head_dim=head_dim, dtype=dtype)
+    tiles = choose_tiles('forward', head_dim=head_dim, dtype=dtype)
     options = dict(scale=0.1, window=1000, softcap=softcap, tiles=tiles)
     assert_fits(partial(kernel.forward, **options), head_dim, dtype)
 
@@ -228,13 +229,13 @@ def test_kernel_compiles_without_spills(head_dim, dtype, gpu_compiler):
 def measurable() -> list:
     """Tiles that a tuner may try and those that one has chosen, beside what is tested above."""
     found = []
-    for head_dim in kernel.HEAD_DIMS:
-        default = kernel.Tiles.for_shape(head_dim=head_dim, dtype='bfloat16')
-        tiles = kernel.candidates(head_dim=head_dim, dtype='bfloat16')
+    for head_dim in HEAD_DIMS:
+        default = choose_tiles('forward', head_dim=head_dim, dtype='bfloat16')
+        tiles = candidates('forward', head_dim=head_dim, dtype='bfloat16')
         found += [(head_dim, 'bfloat16', x) for x in tiles if x != default]
     for entry in _tables.entries(DIRECTORY):
-        if entry['kernel'] == 'forward':
-            found.append((entry['head_dim'], entry['dtype'], kernel.Tiles(**entry['tiles'])))
+        if entry['part'] == 'forward':
+            found.append((entry['head_dim'], entry['dtype'], ForwardTiles(**entry['tiles'])))
     return list(dict.fromkeys(found))
 
 
@@ -353,7 +354,7 @@ def test_kernel_agrees_with_float64_on_the_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('head_dim', kernel.HEAD_DIMS)
+@pytest.mark.parametrize('head_dim', HEAD_DIMS)
 def test_kernel_repeats_its_bits_on_the_gpu(head_dim):
     case = Case(2048, 2048, 16, 4, head_dim, lengths=(700, 3, 900), window=500)
     arrays = case.arrays()

@@ -31,18 +31,18 @@ MODULES = {
     'rms_norm': 'tiles',
     'attention': 'tiles',
     'decode_attention': 'tiles',
-    'cross_entropy': 'kernels',
+    'token_logprobs': 'tiles',
 }
 # Beside the shapes of the benchmark.
 MORE_SHAPES = (
     speed.RmsNorm(16384, 2048),
     speed.Attention('causal', 2, 4096, 16, 16, 256),
     speed.DecodeAttention(64, 2048, 32, 8, 64),
-    speed.CrossEntropy(16384, 4096, 8192),  # a chunk of the op's backward pass
-    speed.CrossEntropy(32768, 2048, 4096),
+    speed.TokenLogprobs(16384, 4096, 8192),  # a chunk of the op's backward pass
+    speed.TokenLogprobs(32768, 2048, 4096),
 )
 # The kernels themselves, where the benchmark times the op around them.
-PARTS = {'cross_entropy': ('forward', 'logit_gradients')}
+PARTS = {'token_logprobs': ('forward', 'backward')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Problem:
                 page_size=shape.page,
                 max_length=shape.L,
             ),
-            'cross_entropy': lambda: dict(
-                kernel=self.part, rows=shape.M, vocab=shape.V, dim=shape.D
+            'token_logprobs': lambda: dict(
+                part=self.part, rows=shape.M, vocab=shape.V, dim=shape.D
             ),
         }[shape.op]()
 

@@ -17,8 +17,6 @@ log = logging.getLogger('jaxfm')
 
 # The parts of a device kind that say compute capability 9.0: 'NVIDIA H100 80GB HBM3'.
 HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
-# The folder in pallas_kernels, where it is not called like the op.
-KERNELS = {'token_logprobs': 'cross_entropy'}
 # These need an NVIDIA GPU of any kind.
 NEED_GPU = ('cudnn', 'fa3', 'mosaic')
 NEED_HOPPER = ('fa3', 'mosaic')
@@ -88,7 +86,7 @@ def _best(op: str, unsupported: Mapping[str, str]) -> Choice:
     if 'mosaic' not in IMPLEMENTATIONS[op]:
         return Choice('xla', 'there is no kernel of ours')
     device = target()
-    proof = _tables.proof(KERNELS.get(op, op), device.kind)
+    proof = _tables.proof(op, device.kind)
     if not HOPPER.search(device.kind):
         return Choice('xla', f'the kernel is for Hopper GPUs, this is {_shown(device)}')
     if proof is None:

@@ -14,8 +14,8 @@ from jax import lax
 from jaxfm.ops.choice import choose
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
-from pallas_kernels import cross_entropy
-from pallas_kernels.cross_entropy import reference
+from pallas_kernels import token_logprobs as kernels
+from pallas_kernels.token_logprobs import reference
 
 CHUNK_BYTES = 1 << 28  # logits that a device may hold at once, or their gradients
 _ALIGNMENT = 256  # ids a chunk: the widest tile of the kernel
@@ -53,7 +53,7 @@ def logits(hidden_BTD, unembedding: Unembedding):
 
 def obstacles(dtype, dim: int) -> dict[str, str]:
     """{implementation: why it cannot do such hidden states, and what would be right}."""
-    reason = cross_entropy.unsupported(jnp.dtype(dtype), dim)
+    reason = kernels.obstacle(dim=dim, dtype=dtype)
     return {'mosaic': f"{reason}; say 'xla'"} if reason else {}
 
 
@@ -126,7 +126,7 @@ def _forward(hidden_BTD, unembedding, targets_BT, chunk_size):
         elif unembedding.implementation == 'xla':
             parts = local.reduce_chunks(hidden_BTD, targets_BT, chunk_size)
         else:
-            parts = local.run_kernel(cross_entropy.forward, hidden_BTD, weight_VD, targets_BT)
+            parts = local.run_kernel(kernels.forward, hidden_BTD, weight_VD, targets_BT)
         logsumexp, picked = _merge_shards(*parts)
         return picked - logsumexp, logsumexp, products
 
@@ -215,9 +215,8 @@ class _Shard:
     def logit_gradients(self, hidden_BTD, chunk_CD, start, rows):
         """[B, T, C] in the dtype of the hidden states."""
         if self.unembedding.implementation == 'xla':
-            return reference.logit_gradients(hidden_BTD, chunk_CD, *rows, **self.part(start))
-        kernel = cross_entropy.logit_gradients
-        return self.run_kernel(kernel, hidden_BTD, chunk_CD, *rows, start=start)
+            return reference.backward(hidden_BTD, chunk_CD, *rows, **self.part(start))
+        return self.run_kernel(kernels.backward, hidden_BTD, chunk_CD, *rows, start=start)
 
     def run_kernel(self, kernel, hidden_BTD, weight_CD, *rows, start=0):
         """The kernel, which knows no batches: [B, T, ...] is [M, ...] there."""

@@ -22,7 +22,7 @@ KERNELS = {
     'rms_norm': ('forward', 'backward'),
     'attention': ('forward', 'backward'),
     'decode_attention': ('forward',),
-    'cross_entropy': ('forward', 'logit_gradients'),
+    'token_logprobs': ('forward', 'backward'),
 }
 OPS = tuple(KERNELS)
 CAP = 0.02  # of the relative error
@@ -219,7 +219,7 @@ class DecodeAttention:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
+class TokenLogprobs:
     M: int
     D: int
     V: int
@@ -228,7 +228,7 @@ class CrossEntropy:
     softcap: float = 0.0
     dtype: str = 'bfloat16'
 
-    op = 'cross_entropy'
+    op = 'token_logprobs'
 
     def outputs(self, interpret: bool) -> tuple:
         package = kernels(self.op)
@@ -242,7 +242,7 @@ class CrossEntropy:
         def kernel(hidden, weight, targets, dpicked, dlse):
             more = dict(interpret=interpret, **options)
             lse, picked = package.forward(hidden, weight, targets, **more)
-            gradient = package.logit_gradients(hidden, weight, targets, lse, dpicked, dlse, **more)
+            gradient = package.backward(hidden, weight, targets, lse, dpicked, dlse, **more)
             return dict(lse=lse, picked=picked, gradient=gradient)
 
         def reference(hidden, weight, targets, dpicked, dlse):
@@ -298,17 +298,17 @@ GRID = (
     DecodeAttention(8, 32, 8, 128, 16, window=100, softcap=50.0),
     DecodeAttention(8, 32, 8, 128, 16, dtype='float16'),
     DecodeAttention(64, 32, 8, 64, 32),
-    CrossEntropy(1024, 2048, 4096),
-    CrossEntropy(1000, 1024, 3000),
-    CrossEntropy(512, 2048, 2048, vocab_size=1999),
-    CrossEntropy(512, 2048, 2048, vocab_size=4000, first_id=2048, softcap=30.0),
-    CrossEntropy(777, 4096, 8192, dtype='float16'),
+    TokenLogprobs(1024, 2048, 4096),
+    TokenLogprobs(1000, 1024, 3000),
+    TokenLogprobs(512, 2048, 2048, vocab_size=1999),
+    TokenLogprobs(512, 2048, 2048, vocab_size=4000, first_id=2048, softcap=30.0),
+    TokenLogprobs(777, 4096, 8192, dtype='float16'),
 )
 SMOKE_GRID = (
     RmsNorm(16, 256),
     Attention(1, 128, 2, 1, 64, 'packed'),
     DecodeAttention(2, 8, 1, 64, 2),
-    CrossEntropy(128, 64, 256),
+    TokenLogprobs(128, 64, 256),
 )
 
 

@@ -193,14 +193,14 @@ class DecodeAttention:
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy:
+class TokenLogprobs:
     """Loss and both gradients; three products at least."""
 
     M: int
     D: int
     V: int
 
-    op = 'cross_entropy'
+    op = 'token_logprobs'
     parts = ('loss and gradients',)
     implementations = ('mosaic', 'xla', 'naive', 'tokamax')
 
@@ -242,13 +242,13 @@ SHAPES = (
     Attention('packed, 1B shape', 8, 4096, 32, 8, 64, packed=True, compared=False),
     Attention('window 1024', 4, 4096, 32, 8, 128, window=1024, compared=False),
     DecodeAttention(64, 8192, 32, 8, 128),
-    CrossEntropy(16384, 4096, 131072),
+    TokenLogprobs(16384, 4096, 131072),
 )
 SMOKE_SHAPES = (
     RmsNorm(16, 256),
     Attention('packed', 1, 128, 2, 1, 64, packed=True),
     DecodeAttention(2, 128, 8, 1, 64),
-    CrossEntropy(128, 64, 256),
+    TokenLogprobs(128, 64, 256),
 )
 
 

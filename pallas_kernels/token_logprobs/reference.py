@@ -32,7 +32,7 @@ def forward(hidden, weight_CD, targets, *, vocab_size: int, first_id=0, softcap:
 def reduce(values, targets, *, vocab_size: int, first_id=0, softcap: float = 0.0):
     """`forward` from products."""
     ids = _ids(values, first_id)
-    logits = jnp.where(ids < vocab_size, _capped(values, softcap), -jnp.inf)
+    logits = jnp.where(ids < vocab_size, _cap(values, softcap), -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     largest = jnp.where(largest == -jnp.inf, 0.0, largest)
     logsumexp = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1)) + largest[..., 0]
@@ -41,7 +41,7 @@ def reduce(values, targets, *, vocab_size: int, first_id=0, softcap: float = 0.0
     return logsumexp, picked
 
 
-def logit_gradients(
+def backward(
     hidden,
     weight_CD,
     targets,
@@ -84,7 +84,7 @@ def product_gradients(
       dpicked, dlogsumexp: gradients of the target's logit and of the log-sum-exp.
     """
     ids = _ids(values, first_id)
-    logits = _capped(values, softcap)
+    logits = _cap(values, softcap)
     gradients = dlogsumexp[..., None] * jnp.exp(logits - logsumexp[..., None])
     gradients += jnp.where(ids == targets[..., None], dpicked[..., None], 0.0)
     if softcap:
@@ -92,7 +92,7 @@ def product_gradients(
     return jnp.where(ids < vocab_size, gradients, 0.0)
 
 
-def _capped(values, softcap: float):
+def _cap(values, softcap: float):
     return softcap * jnp.tanh(values / softcap) if softcap else values
 
 

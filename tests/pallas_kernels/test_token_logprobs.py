@@ -1,24 +1,32 @@
-"""Cross-entropy without logits: reference and kernels against float64, races, machine code."""
+"""Log-probs without logits: reference and kernels against float64, races, machine code."""
 
 import contextlib
 import dataclasses
 import functools
-import json
+import importlib
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfm.ops.logprobs import Unembedding, token_logprobs
+from jaxfm.ops import logprobs
+from jaxfm.ops.logprobs import Unembedding
 from jaxfm.sharding import MESH_AXES, make_mesh, place
-from pallas_kernels import cross_entropy
+from pallas_kernels import _tables, token_logprobs
 from pallas_kernels._compat import interpreted_races
-from pallas_kernels.cross_entropy import Tiles, kernels, reference
+from pallas_kernels.token_logprobs import candidates, choose_tiles, reference, walk
+from pallas_kernels.token_logprobs.tiles import Tiles
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
+
+# The package has functions of the same names.
+FORWARD, BACKWARD = (
+    importlib.import_module(f'pallas_kernels.token_logprobs.{name}')
+    for name in ('forward', 'backward')
+)
+KERNELS = {'forward': FORWARD, 'backward': BACKWARD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Case:
         return jnp.asarray(np.logaddexp(here, 1.0), jnp.float32)
 
     def exact(self, gradients: bool = False):
-        """What `forward` should give, or `logit_gradients`, in float64."""
+        """What `forward` should give, or `backward`, in float64."""
         hidden, weight, targets = (np.asarray(x) for x in self.arrays)
         logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
         if self.softcap:
@@ -85,15 +93,15 @@ class Case:
             result *= 1 - (logits / self.softcap) ** 2
         return result * is_known
 
-    def forward(self, module=kernels, **options):
+    def forward(self, module=FORWARD, **options):
         function = functools.partial(module.forward, **self.options, **options)
         return jax.jit(function)(*self.arrays)
 
-    def gradients(self, module=kernels, **options):
-        function = functools.partial(module.logit_gradients, **self.options, **options)
+    def backward(self, module=BACKWARD, **options):
+        function = functools.partial(module.backward, **self.options, **options)
         return jax.jit(function)(*self.arrays, self.logsumexp, *self.cotangents)
 
-    def check_forward(self, module=kernels, **options):
+    def check_forward(self, module=FORWARD, **options):
         """As near to float64 as the reference is, within a factor; so does the next."""
         for result, known, exact in zip(
             self.forward(module, **options), self.forward(reference), self.exact(), strict=True
@@ -101,10 +109,10 @@ class Case:
             assert result.dtype == jnp.float32
             assert_near(result, known, exact, rounding=2e-6)
 
-    def check_gradients(self, module=kernels, **options):
-        result = self.gradients(module, **options)
+    def check_backward(self, module=BACKWARD, **options):
+        result = self.backward(module, **options)
         assert result.dtype == self.dtype and result.shape == (self.M, self.V)
-        assert_near(result, self.gradients(reference), self.exact(gradients=True), rounding=1e-6)
+        assert_near(result, self.backward(reference), self.exact(gradients=True), rounding=1e-6)
 
 
 def assert_near(result, known, exact, rounding):
@@ -145,7 +153,7 @@ def test_reference_equals_float64(case):
     with jax.default_matmul_precision('float32'):
         for result, right in zip(exact.forward(reference), exact.exact(), strict=True):
             np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5 * case.size)
-        result, right = exact.gradients(reference), exact.exact(gradients=True)
+        result, right = exact.backward(reference), exact.exact(gradients=True)
         np.testing.assert_allclose(result, right, rtol=1e-4, atol=1e-5)
 
 
@@ -170,7 +178,7 @@ def test_gradients_of_the_reference_are_those_of_its_forward():
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_kernels_equal_float64(case, interpreter):
     case.check_forward(tiles=case.tiles, interpret=True)
-    case.check_gradients(tiles=case.tiles, interpret=True)
+    case.check_backward(tiles=case.tiles, interpret=True)
 
 
 def test_the_first_id_may_be_traced(interpreter):
@@ -180,7 +188,7 @@ def test_the_first_id_may_be_traced(interpreter):
 
     @jax.jit
     def forward(first_id):
-        return kernels.forward(*arrays, first_id=first_id, **options)
+        return FORWARD.forward(*arrays, first_id=first_id, **options)
 
     for result, right in zip(forward(jnp.int32(32)), case.exact(), strict=True):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-5)
@@ -193,82 +201,99 @@ def test_what_kernels_cannot_do_is_an_error_that_says_so():
         Case(D=96).forward()
 
 
-# Each mistake with the kernel that it is looked for in, and what finds it. The interpreter runs a
-# product at once, so that a slot given back too early shows in the machine code alone.
+# Each mistake by where it stands, with the kernel that it is looked for in, and what finds it. The
+# interpreter runs a product at once, so that a slot given back too early shows in the machine code
+# alone.
 MISTAKES = {
     'products do not wait for the copy': (
-        ('plgpu.barrier_wait(ready.at[slot])', 'None'),
+        (walk, 'plgpu.barrier_wait(ready.at[slot])', 'None'),
         ('forward', 'race'),
     ),
     'the copy does not wait for a free slot': (
-        ('plgpu.barrier_wait(free.at[slot])', 'None'),
+        (walk, 'plgpu.barrier_wait(free.at[slot])', 'None'),
         ('forward', 'race'),
     ),
     'a result leaves before it is committed': (
-        ('                plgpu.commit_smem()\n                columns', '                columns'),
-        ('gradients', 'race'),
+        (BACKWARD, 16 * ' ' + 'plgpu.commit_smem()\n' + 16 * ' ' + 'columns', 16 * ' ' + 'columns'),
+        ('backward', 'race'),
     ),
     'a result overwrites the last one': (
-        ('plgpu.wait_smem_to_gmem(0, wait_read_only=True)', 'None'),
-        ('gradients', 'race'),
+        (BACKWARD, 'plgpu.wait_smem_to_gmem(0, wait_read_only=True)', 'None'),
+        ('backward', 'race'),
     ),
     'one padding id counts': (
-        ('ids < limit_ref[0], logits', 'ids <= limit_ref[0], logits'),
+        (FORWARD, 'ids < limit_ref[0], logits', 'ids <= limit_ref[0], logits'),
         ('forward', 'numbers'),
     ),
     'one padding id has a gradient': (
-        ('ids < limit_ref[0], gradients', 'ids <= limit_ref[0], gradients'),
-        ('gradients', 'numbers'),
+        (BACKWARD, 'ids < limit_ref[0], gradients', 'ids <= limit_ref[0], gradients'),
+        ('backward', 'numbers'),
     ),
     'the last id counts as padding': (
-        ('jnp.minimum(vocab_size - first_id,', 'jnp.minimum(vocab_size - 1 - first_id,'),
+        (walk, 'jnp.minimum(vocab_size - first_id,', 'jnp.minimum(vocab_size - 1 - first_id,'),
         ('forward', 'numbers'),
     ),
     'no derivative of the soft-cap': (
-        ('                if softcap:\n', '                if False:\n'),
-        ('gradients', 'numbers'),
+        (BACKWARD, '                if softcap:\n', '                if False:\n'),
+        ('backward', 'numbers'),
     ),
     'targets are not moved to the first id': (
-        ('(targets_M - first_id)', '(targets_M)'),
+        (walk, '(targets_M - first_id)', '(targets_M)'),
         ('forward', 'numbers'),
     ),
     'tiles of the vocabulary are swapped': (
-        ('tile = first_tile + lax.div(', 'tile = first_tile + count - 1 - lax.div('),
-        ('gradients', 'numbers'),
+        (walk, 'tile = first_tile + lax.div(', 'tile = first_tile + count - 1 - lax.div('),
+        ('backward', 'numbers'),
     ),
     'halves of the rows are swapped': (
-        ('hidden_smem.at[slot, pl.ds(thread', 'hidden_smem.at[slot, pl.ds((1 - thread)'),
+        (walk, 'hidden_smem.at[slot, pl.ds(thread', 'hidden_smem.at[slot, pl.ds((1 - thread)'),
         ('forward', 'numbers'),
     ),
     'the sum is not scaled to a new maximum': (
-        ('total * jnp.exp2((largest - new) * _LOG2E)', 'total'),
+        (FORWARD, 'total * jnp.exp2((largest - new) * LOG2E)', 'total'),
         ('forward', 'numbers'),
     ),
     'a part walks into the next one': (
-        ('- first_tile, self._tiles_a_split)', '- first_tile, self._tiles_a_split + 1)'),
+        (walk, '- first_tile, self._tiles_a_split)', '- first_tile, self._tiles_a_split + 1)'),
         ('forward', 'numbers'),
     ),
 }
 
 
+@pytest.fixture
+def plant(monkeypatch):
+    """A function: the module of a kernel with a mistake in it, or in the walk that it makes."""
+
+    def plant(kernel, module, old, new):
+        made = mutant(module, old, new)
+        if module is not walk:
+            return made
+        for name in ('Walk', 'own_ids'):
+            monkeypatch.setattr(KERNELS[kernel], name, getattr(made, name))
+        return KERNELS[kernel]
+
+    return plant
+
+
 @pytest.mark.parametrize('mistake', MISTAKES)
-def test_a_planted_mistake_is_found(mistake):
+def test_a_planted_mistake_is_found(mistake, plant):
     change, (kernel, finder) = MISTAKES[mistake]
     check = getattr(MIXED, f'check_{kernel}')
+    module = plant(kernel, *change)
     with interpreted_races() as found_race:
         if finder == 'numbers':
             with pytest.raises(AssertionError):
-                check(mutant(kernels, *change), tiles=MIXED.tiles, interpret=True)
+                check(module, tiles=MIXED.tiles, interpret=True)
             assert not found_race()
         else:
             # Numbers may be wrong too, or memory may be read that nobody has written.
             with contextlib.suppress(Exception):
-                check(mutant(kernels, *change), tiles=MIXED.tiles, interpret=True)
+                check(module, tiles=MIXED.tiles, interpret=True)
             assert found_race()
 
 
-def test_a_target_of_the_next_part_is_not_taken_for_a_row_that_fills_a_tile(interpreter):
-    module = mutant(kernels, 'jnp.where(targets < V, targets, -1)', 'targets')
+def test_a_target_of_the_next_part_is_not_taken_for_a_row_that_fills_a_tile(interpreter, plant):
+    module = plant('forward', walk, 'jnp.where(targets < V, targets, -1)', 'targets')
     with pytest.raises(AssertionError):
         CASES['ragged'].check_forward(module, tiles=CASES['ragged'].tiles, interpret=True)
 
@@ -280,8 +305,8 @@ def shapes(M, V, D, dtype):
     return hidden, weight, targets, *[jax.ShapeDtypeStruct((M,), jnp.float32)] * 3
 
 
-def machine_code(module, kernel, M, V, D, dtype=jnp.bfloat16, softcap=0.0, tiles=None):
-    function = getattr(module, kernel)
+def machine_code(kernel, M, V, D, dtype=jnp.bfloat16, softcap=0.0, tiles=None):
+    function = getattr(KERNELS[kernel], kernel)
     arrays = shapes(M, V, D, dtype)[: 3 if kernel == 'forward' else 6]
     options = dict(vocab_size=V - 3, softcap=softcap, tiles=tiles)
     [code] = deviceless.compile_kernels(functools.partial(function, **options), *arrays)
@@ -298,7 +323,7 @@ def assert_good(code):
     assert 'WARPGROUP.DEPBAR.LE gsb0, 0x1' in code.sass
 
 
-@pytest.mark.parametrize('kernel', ['forward', 'logit_gradients'])
+@pytest.mark.parametrize('kernel', KERNELS)
 @pytest.mark.parametrize(
     'shape',
     [
@@ -310,31 +335,32 @@ def assert_good(code):
     ids=str,
 )
 def test_machine_code_spills_nothing_and_multiplies_on_tensor_cores(gpu_compiler, kernel, shape):
-    assert_good(machine_code(kernels, kernel, **shape))
+    assert_good(machine_code(kernel, **shape))
 
 
 def test_every_measured_tile_compiles(gpu_compiler):
-    table = json.loads((Path(kernels.__file__).parent / 'tiles.json').read_text())
-    for entry in table:
+    for entry in _tables.entries(token_logprobs.__path__[0]):
         tiles, dtype = Tiles(**entry['tiles']), jnp.dtype(entry['dtype'])
         sizes = entry['rows'], entry['vocab'], entry['dim'], dtype
-        assert_good(machine_code(kernels, entry['kernel'], *sizes, tiles=tiles))
+        assert_good(machine_code(entry['part'], *sizes, tiles=tiles))
 
 
-def test_a_slot_given_back_too_early_shows_in_the_machine_code(gpu_compiler):
-    module = mutant(kernels, 'plgpu.wgmma_wait(1)', 'None')
+def test_a_slot_given_back_too_early_shows_in_the_machine_code(gpu_compiler, plant):
+    plant('forward', walk, 'plgpu.wgmma_wait(1)', 'None')
     with pytest.raises(AssertionError):
-        assert_good(machine_code(module, 'forward', M=256, V=512, D=128))
+        assert_good(machine_code('forward', M=256, V=512, D=128))
 
 
 def test_the_guess_fills_processors_and_fits_memory():
-    for kernel in ('forward', 'logit_gradients'):
-        tiles = Tiles.for_shape(kernel, 16384, 131072, 4096, jnp.bfloat16)
+    shape = dict(rows=16384, vocab=131072, dim=4096, dtype=jnp.bfloat16)
+    for kernel in KERNELS:
+        tiles = choose_tiles(kernel, **shape)
         assert tiles.vocab_tile == 256
         # 1024 rows are 8 blocks: with one part each, 124 of 132 processors would idle.
-        assert Tiles.for_shape(kernel, 1024, 131072, 4096, jnp.bfloat16).splits == 16
-        assert Tiles.for_shape(kernel, 1024, 128 * 999, 4096, jnp.bfloat16).vocab_tile == 128
-        assert tiles in cross_entropy.candidates(kernel, 16384, 131072, 4096, jnp.bfloat16)
+        assert choose_tiles(kernel, **shape | dict(rows=1024)).splits == 16
+        uneven = shape | dict(rows=1024, vocab=128 * 999)
+        assert choose_tiles(kernel, **uneven).vocab_tile == 128
+        assert tiles in candidates(kernel, **shape)
 
 
 def value_and_gradients(implementation, chunk_size=None, mesh=None):
@@ -347,7 +373,7 @@ def value_and_gradients(implementation, chunk_size=None, mesh=None):
 
     def total(hidden, weight):
         unembedding = Unembedding(weight, V, 5.0, implementation)
-        values = token_logprobs(hidden, unembedding, targets, chunk_size)
+        values = logprobs.token_logprobs(hidden, unembedding, targets, chunk_size)
         return jnp.sum(jnp.sin(values[0])) + 0.1 * jnp.sum(jnp.square(values[1])), values
 
     if mesh is not None:
@@ -379,8 +405,8 @@ def test_every_device_gives_the_kernel_its_part(sizes, monkeypatch):
     def stand_in(function):
         return lambda *arrays, interpret, **options: function(*arrays, **options)
 
-    for name in ('forward', 'logit_gradients'):
-        monkeypatch.setattr(cross_entropy, name, stand_in(getattr(reference, name)))
+    for name in KERNELS:
+        monkeypatch.setattr(token_logprobs, name, stand_in(getattr(reference, name)))
     shape = dict.fromkeys(MESH_AXES, 1) | sizes
     with jax.set_mesh(mesh := make_mesh(shape, jax.devices()[: math.prod(sizes.values())])):
         results = value_and_gradients('interpret', mesh=mesh)
@@ -394,7 +420,7 @@ def test_a_training_step_with_the_kernel_never_holds_logits(gpu_compiler):
 
         def loss(hidden, weight, targets, implementation=implementation):
             unembedding = Unembedding(weight, V - 3, 0.0, implementation)
-            return -jnp.mean(token_logprobs(hidden, unembedding, targets)[0])
+            return -jnp.mean(logprobs.token_logprobs(hidden, unembedding, targets)[0])
 
         hidden, weight, targets = shapes(M, V, D, jnp.bfloat16)[:3]
         hidden = jax.ShapeDtypeStruct((1, M, D), hidden.dtype)
@@ -412,8 +438,8 @@ def test_a_training_step_with_the_kernel_never_holds_logits(gpu_compiler):
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_kernels_on_the_device_equal_float64_and_repeat_bit_for_bit(case):
     case.check_forward(tiles=case.tiles)
-    case.check_gradients(tiles=case.tiles)
-    runs = [(*case.forward(tiles=case.tiles), case.gradients(tiles=case.tiles)) for _ in range(3)]
+    case.check_backward(tiles=case.tiles)
+    runs = [(*case.forward(tiles=case.tiles), case.backward(tiles=case.tiles)) for _ in range(3)]
     for run in runs[1:]:
         jax.tree.map(np.testing.assert_array_equal, run, runs[0])
 
@@ -422,4 +448,4 @@ def test_kernels_on_the_device_equal_float64_and_repeat_bit_for_bit(case):
 def test_a_large_shape_on_the_device_equals_float64():
     case = Case(M=2048, D=2048, V=16384, vocab_size=16300, softcap=30.0, size=3.0, tiles=None)
     case.check_forward()
-    case.check_gradients()
+    case.check_backward()

@@ -1,0 +1,16 @@
+"""Log-sum-exp and targets' logits of hidden states, and their gradient, without all the logits."""
+
+from pallas_kernels.token_logprobs import reference
+from pallas_kernels.token_logprobs.backward import backward
+from pallas_kernels.token_logprobs.forward import forward
+from pallas_kernels.token_logprobs.tiles import candidates, choose_tiles, obstacle, table_key
+
+__all__ = [
+    'backward',
+    'candidates',
+    'choose_tiles',
+    'forward',
+    'obstacle',
+    'reference',
+    'table_key',
+]

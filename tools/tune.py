@@ -11,7 +11,6 @@ an H200 instead and tells registers, spills and shared memory.
 import argparse
 import dataclasses
 import datetime
-import importlib
 import json
 from pathlib import Path
 
@@ -21,18 +20,10 @@ import jax.numpy as jnp
 from pallas_kernels._tables import short_kind
 from tools import deviceless
 from tools.bench.gpu import speed
+from tools.bench.gpu.numerics import OPS, kernels
 from tools.bench.gpu.timing import microseconds
 
 TOLERANCE = 0.02  # between candidates, relative to the norm: they add up in other orders
-
-
-# Of which module of an op `table_key` and `candidates` are; both take a shape in its words.
-MODULES = {
-    'rms_norm': 'tiles',
-    'attention': 'tiles',
-    'decode_attention': 'tiles',
-    'token_logprobs': 'tiles',
-}
 # Beside the shapes of the benchmark.
 MORE_SHAPES = (
     speed.RmsNorm(16384, 2048),
@@ -41,8 +32,6 @@ MORE_SHAPES = (
     speed.TokenLogprobs(16384, 4096, 8192),  # a chunk of the op's backward pass
     speed.TokenLogprobs(32768, 2048, 4096),
 )
-# The kernels themselves, where the benchmark times the op around them.
-PARTS = {'token_logprobs': ('forward', 'backward')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,47 +46,19 @@ class Problem:
         return f'{self.shape.name} {self.part}'
 
     @property
-    def _module(self):
-        op = self.shape.op
-        return importlib.import_module(f'pallas_kernels.{op}.{MODULES[op].format(part=self.part)}')
-
-    @property
-    def _words(self) -> dict:
-        shape = self.shape
-        return {'dtype': 'bfloat16'} | {
-            'rms_norm': lambda: dict(part=self.part, rows=shape.M, width=shape.D),
-            'attention': lambda: dict(part=self.part, head_dim=shape.H),
-            'decode_attention': lambda: dict(
-                part=self.part,
-                batch=shape.B,
-                num_kv_heads=shape.K,
-                head_dim=shape.H,
-                page_size=shape.page,
-                max_length=shape.L,
-            ),
-            'token_logprobs': lambda: dict(
-                part=self.part, rows=shape.M, vocab=shape.V, dim=shape.D
-            ),
-        }[shape.op]()
-
-    @property
     def key(self) -> dict:
         """What the table knows it by, beside the device."""
-        return self._module.table_key(**self._words)
+        return kernels(self.shape.op).table_key(self.part, **self.shape.words)
 
     @property
     def candidates(self) -> list:
-        return self._module.candidates(**self._words)
+        return kernels(self.shape.op).candidates(self.part, **self.shape.words)
 
 
 def problems(op: str, shapes=(*speed.SHAPES, *MORE_SHAPES)) -> list[Problem]:
     """Every kernel of an op at every shape."""
-    return [
-        Problem(shape, part)
-        for shape in shapes
-        if shape.op == op
-        for part in PARTS.get(op, shape.parts)
-    ]
+    parts = [part for part in ('forward', 'backward') if hasattr(kernels(op), part)]
+    return [Problem(shape, part) for shape in shapes if shape.op == op for part in parts]
 
 
 def tune(op: str, table: Path, found: list[Problem], measure) -> None:
@@ -211,7 +172,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--op', choices=MODULES, required=True)
+    parser.add_argument('--op', choices=OPS, required=True)
     parser.add_argument('--out', type=Path, default=Path('pallas_kernels'))
     parser.add_argument('--dry_run', action='store_true')
     return parser.parse_args(argv)

@@ -86,7 +86,7 @@ def test_a_candidate_that_does_not_compile_is_told(capsys):
     assert 'does not fit' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('op', tune.MODULES)
+@pytest.mark.parametrize('op', tune.OPS)
 def test_every_kernel_has_candidates_for_the_shapes_of_the_benchmark(op):
     problems = tune.problems(op)
     assert problems

@@ -84,9 +84,8 @@ def test_files(op: str = '') -> list[str]:
 
 
 def _op(file: str) -> str:
-    """The op whose tests a file holds, its kernel's or those of jaxfm/ops; '' for another."""
+    """The op whose tests a file holds, by the file's name; '' for another."""
     tested = Path(file).stem.removeprefix('test_')
-    tested = {'norm': 'rms_norm'}.get(tested, tested)
     return next((op for op in OPS if tested.startswith(op)), '')
 
 

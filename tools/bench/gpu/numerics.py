@@ -12,19 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfm.ops import IMPLEMENTATIONS
 from pallas_kernels._tables import source_digest
 from tools.bench.gpu import documents, references
-from tools.bench.gpu.stages import Refused, Task
+from tools.bench.gpu.stages import Task
 from tools.bench.gpu.timing import normal
 
-# The kernels of an op, by their names in its package.
-KERNELS = {
-    'rms_norm': ('forward', 'backward'),
-    'attention': ('forward', 'backward'),
-    'decode_attention': ('forward',),
-    'token_logprobs': ('forward', 'backward'),
-}
-OPS = tuple(KERNELS)
+OPS = tuple(op for op, names in IMPLEMENTATIONS.items() if 'mosaic' in names)
 CAP = 0.02  # of the relative error
 STRETCHED_CAP = 0.1  # where scores are ten times as large, and so is what rounding does to them
 WORST_CAP = 0.1  # of the largest single error, relative to the largest value
@@ -34,14 +28,7 @@ LEAST = 0.01  # inputs are of unit size: what is smaller than this counts as thi
 
 def kernels(op: str):
     """The package of an op's kernels."""
-    try:
-        package = importlib.import_module(f'pallas_kernels.{op}')
-    except ModuleNotFoundError as error:
-        raise Refused(f'pallas_kernels has no {op}') from error
-    missing = [name for name in KERNELS[op] if not hasattr(package, name)]
-    if missing:
-        raise Refused(f'pallas_kernels.{op} has no {", ".join(missing)}')
-    return package
+    return importlib.import_module(f'pallas_kernels.{op}')
 
 
 def compare(kernel, plain, exact, cap: float = CAP, repeats: int = 3, least=None) -> dict:

@@ -52,6 +52,11 @@ class RmsNorm:
         return f'add + rms_norm {self.M} x {self.D}'
 
     @property
+    def words(self) -> dict:
+        """The shape as the kernel's tiles are chosen by it."""
+        return dict(rows=self.M, width=self.D, dtype='bfloat16')
+
+    @property
     def _arrays(self) -> tuple:
         scale = 1 + normal(4, (self.D,), jnp.float32, 0.1)
         return *(normal(i, (self.M, self.D)) for i in range(4)), scale
@@ -103,6 +108,11 @@ class Attention:
     @property
     def name(self) -> str:
         return f'attention {self.title} B{self.B} S{self.T} H{self.N}/{self.K} D{self.H}'
+
+    @property
+    def words(self) -> dict:
+        """The shape as the kernels' tiles are chosen by it."""
+        return dict(head_dim=self.H, dtype='bfloat16')
 
     @property
     def _arrays(self) -> tuple:
@@ -169,6 +179,18 @@ class DecodeAttention:
         return f'paged decode B{self.B} L{self.L} H{self.N}/{self.K} D{self.H}'
 
     @property
+    def words(self) -> dict:
+        """The shape as the kernel's tiles are chosen by it."""
+        return dict(
+            batch=self.B,
+            num_kv_heads=self.K,
+            head_dim=self.H,
+            page_size=self.page,
+            max_length=self.L,
+            dtype='bfloat16',
+        )
+
+    @property
     def _arrays(self) -> tuple:
         pages = self.L // self.page
         order = 1 + jax.random.permutation(jax.random.key(3), self.B * pages)
@@ -207,6 +229,11 @@ class TokenLogprobs:
     @property
     def name(self) -> str:
         return f'cross-entropy {self.M} x {self.D} x {self.V}'
+
+    @property
+    def words(self) -> dict:
+        """The shape as the kernels' tiles are chosen by it."""
+        return dict(rows=self.M, vocab=self.V, dim=self.D, dtype='bfloat16')
 
     @property
     def _arrays(self) -> tuple:

@@ -23,7 +23,7 @@ __all__ = [
     'launch',
     'matmul',
     'operand',
-    'overlapped',
+    'overlap',
     'pl',
     'plgpu',
     'read',
@@ -73,7 +73,7 @@ def matmul(a, b, *, interpret: bool, meanwhile=lambda: None):
     shape = (a.shape[0], b.shape[1])
     if interpret:
         meanwhile()
-        return _simulated(a, b)
+        return _simulate(a, b)
 
     def product(acc_ref):
         plgpu.wgmma(acc_ref, a, b)
@@ -86,7 +86,7 @@ def matmul(a, b, *, interpret: bool, meanwhile=lambda: None):
 def accumulate(acc, a, b, *, interpret: bool):
     """acc + a b, as `matmul`; acc [M, N] float32 has the layout of WGMMA."""
     if interpret:
-        return acc + _simulated(a, b)
+        return acc + _simulate(a, b)
 
     def product(acc_ref):
         plgpu.wgmma(acc_ref, a, b)
@@ -94,7 +94,7 @@ def accumulate(acc, a, b, *, interpret: bool):
     return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
-def overlapped(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpret: bool) -> tuple:
+def overlap(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpret: bool) -> tuple:
     """The sums after body(sums, products), in which matrix products run beside other work.
 
     The body begins products by `add_product` and takes a result by `read`; all that it has begun
@@ -124,7 +124,7 @@ def overlapped(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpre
 def add_product(accumulator, a, b):
     """Begins accumulator += a b; operands as in `matmul`."""
     if isinstance(accumulator, _Accumulator):
-        accumulator.value = accumulator.value + _simulated(a, b)
+        accumulator.value = accumulator.value + _simulate(a, b)
     else:
         plgpu.wgmma(accumulator, a, b)
 
@@ -143,7 +143,7 @@ class _Accumulator:
         self.value = value
 
 
-def _simulated(a, b):
+def _simulate(a, b):
     """The interpreter cannot carry accumulators of WGMMA through a loop."""
     a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))  # a view is no jax.Ref
     # WGMMA reads as the copy engine does; this read is one of the program, so it has to be closed

@@ -27,7 +27,7 @@ def find(directory: Path, device_kind: str, **key) -> dict | None:
     return None
 
 
-def measured(file: str, **key) -> dict | None:
+def look_up(file: str, **key) -> dict | None:
     """`find` in the table beside a kernel's source file, for the device a program is made for."""
     return find(Path(file).parent, target_device().device_kind, **key)
 

@@ -44,7 +44,7 @@ def compile_llama(*overrides: str) -> Gate:
 
 def judge(program, phase, config) -> Gate:
     with jax.set_mesh(phase.mesh):
-        needs = traffic.needed(phase, config.model)
+        needs = traffic.list_needs(phase, config.model)
     return Gate(program, needs, deviceless.problems(program, phase, config))
 
 

@@ -84,7 +84,7 @@ def ls(flags) -> None:
     print(store.storage.root)
     if found.attempts:
         Console(width=1000, soft_wrap=True, highlight=False).print(table)  # names stay whole
-    print(_said_of(found.lease))
+    print(_describe(found.lease))
 
 
 def verify(flags) -> None:
@@ -114,10 +114,10 @@ def sweep(flags) -> None:
     if flags.dry_run:
         lease = read_lease(store.storage, listing)
         if lease is not None and lease.is_held:
-            log.warning('%s; what it is writing may be among these', _said_of(lease))
+            log.warning('%s; what it is writing may be among these', _describe(lease))
         orphans = store.orphans(listing, store.commits(listing))
     else:
-        orphans = _swept(store)
+        orphans = _sweep_alone(store)
     for name, size in orphans.items():
         print(f'{name}  {human_bytes(size, 1000, 3)}')
     verb = 'would be deleted' if flags.dry_run else 'deleted'
@@ -168,7 +168,7 @@ def _row(attempt: Attempt) -> list[str]:
     ]
 
 
-def _said_of(lease: Record | None) -> str:
+def _describe(lease: Record | None) -> str:
     if lease is None:
         return 'lease: nobody has it'
     who = f'lease {lease.epoch}: {lease.holder or "somebody, its file cannot be read"}'
@@ -195,7 +195,7 @@ def _is_whole(store: Store, commit: Commit) -> bool:
     return not found
 
 
-def _swept(store: Store) -> dict[str, int]:
+def _sweep_alone(store: Store) -> dict[str, int]:
     """Sweeps as a run does that begins: nobody else may write meanwhile."""
     lease = Lease(store.storage, CheckpointConfig().lease_seconds)
     lease.acquire(store.epochs)

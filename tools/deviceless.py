@@ -190,9 +190,9 @@ def compile_step(phase: Phase) -> StepProgram:
 def problems(program: StepProgram, phase: Phase, config: RunConfig) -> list[str]:
     """What is wrong with how the program spreads its work over devices, in sentences."""
     with jax.set_mesh(phase.mesh):
-        needs = traffic.needed(phase, config.model)
+        needs = traffic.list_needs(phase, config.model)
     sentences = traffic.differences(hlo.collectives(program.text), needs)
-    sentences += traffic.saved_weights(hlo.carried(program.text), phase)
+    sentences += traffic.saved_weights(hlo.list_carried(program.text), phase)
     if program.peak > MEMORY:
         sentences.append(f'{human_bytes(program.peak)} a device, which has {human_bytes(MEMORY)}')
     return sentences
@@ -245,7 +245,7 @@ def _show(program: StepProgram, phase: Phase, config: RunConfig) -> None:
         f'{human_bytes(program.temporaries)})'
     )
     with jax.set_mesh(phase.mesh):
-        needs = traffic.needed(phase, config.model)
+        needs = traffic.list_needs(phase, config.model)
     _print_table(
         ('what', 'collective', 'dtype', 'elements', 'devices', 'times', 'a device sends'),
         [

@@ -74,7 +74,7 @@ def collectives(text: str) -> Counter[Collective]:
     """{collective: times that a device runs it in one execution of the program}."""
     computations, entry = _parse(text)
     found = Counter()
-    for name, times in _executed(computations, entry):
+    for name, times in _walk(computations, entry):
         arrays = {each.name: each.arrays for each in computations[name]}
         for each in computations[name]:
             kind = each.opcode.removesuffix('-start')
@@ -87,12 +87,12 @@ def collectives(text: str) -> Counter[Collective]:
     return found
 
 
-def carried(text: str) -> list[Array]:
+def list_carried(text: str) -> list[Array]:
     """What the while loops carry from one iteration to the next, results included."""
     computations, entry = _parse(text)
     return [
         array
-        for name, _ in _executed(computations, entry)
+        for name, _ in _walk(computations, entry)
         for each in computations[name]
         if each.opcode == 'while'
         for array in each.arrays
@@ -103,7 +103,7 @@ def custom_calls(text: str) -> Counter[str]:
     """{target of a custom call: times that a device runs it}: library calls and kernels."""
     computations, entry = _parse(text)
     found = Counter()
-    for name, times in _executed(computations, entry):
+    for name, times in _walk(computations, entry):
         for each in computations[name]:
             if each.opcode == 'custom-call':
                 found[re.search(r'custom_call_target="([^"]*)"', each.attributes)[1]] += times
@@ -127,15 +127,15 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 def _instruction(name: str, rest: str) -> _Instruction:
     """`rest` is: type opcode(operands), attributes; the type may be a tuple."""
-    end = _closing(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
+    end = _find_close(rest, 0) + 1 if rest.startswith('(') else rest.index(' ')
     result, rest = rest[:end], rest[end:].lstrip()
     opcode, _, _ = rest.partition('(')
-    end = _closing(rest, len(opcode))
+    end = _find_close(rest, len(opcode))
     operands = re.findall(r'%([\w.-]+)', rest[len(opcode) : end])
     return _Instruction(name, _arrays(result), opcode, operands, rest[end + 1 :])
 
 
-def _closing(text: str, start: int) -> int:
+def _find_close(text: str, start: int) -> int:
     """Where the parenthesis closes that opens at `start`."""
     depth = 0
     for found in re.finditer(r'[()]', text[start:]):
@@ -152,7 +152,7 @@ def _arrays(result: str) -> list[Array]:
     ]
 
 
-def _executed(computations, entry: str, times: int = 1) -> Iterator[tuple[str, int]]:
+def _walk(computations, entry: str, times: int = 1) -> Iterator[tuple[str, int]]:
     """(computation, how often it runs), from the entry down.
 
     Of a conditional every branch counts, so that none is overlooked.
@@ -163,7 +163,7 @@ def _executed(computations, entry: str, times: int = 1) -> Iterator[tuple[str, i
         if branches := _BRANCHES.search(each.attributes):
             called += re.findall(r'%([\w.-]+)', branches[1])
         for name in called:
-            yield from _executed(computations, name, times * _trips(each))
+            yield from _walk(computations, name, times * _trips(each))
 
 
 def _trips(instruction: _Instruction) -> int:

@@ -36,7 +36,7 @@ class Need:
         return self.times * self.collective.sent
 
 
-def needed(phase, model) -> list[Need]:
+def list_needs(phase, model) -> list[Need]:
     """The collectives of a train step of a phase; those of fewer than 1 KiB in all are left out."""
     needs = [*_of_weights(phase, model), *_of_activations(phase, model)]
     return [need for need in needs if need.sent >= 1024]

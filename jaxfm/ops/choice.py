@@ -88,7 +88,7 @@ def _best(op: str, unsupported: Mapping[str, str]) -> Choice:
     device = target()
     proof = _tables.proof(op, device.kind)
     if not HOPPER.search(device.kind):
-        return Choice('xla', f'the kernel is for Hopper GPUs, this is {_shown(device)}')
+        return Choice('xla', f'the kernel is for Hopper GPUs, this is {_describe(device)}')
     if proof is None:
         return Choice('xla', f'the kernel is not proven on {device.kind}')
     if obstacle := _obstacle('mosaic', unsupported):
@@ -118,9 +118,9 @@ def _wrong_device(implementation: str, known: tuple[str, ...]) -> str | None:
     instead = "say 'xla'"
     if implementation == 'mosaic' and 'interpret' in known:
         instead += ", or 'interpret' to simulate the kernel"
-    return f'it needs {wanted}, and the device is {_shown(device)}; {instead}'
+    return f'it needs {wanted}, and the device is {_describe(device)}; {instead}'
 
 
-def _shown(device: Device) -> str:
+def _describe(device: Device) -> str:
     same = device.kind == device.platform
     return device.kind if same else f'{device.kind} ({device.platform})'

@@ -23,7 +23,7 @@ from pallas_kernels._compat import (
     add_product,
     launch,
     operand,
-    overlapped,
+    overlap,
     pl,
     plgpu,
     read,
@@ -234,7 +234,7 @@ def _dkv(
                         dscores = slopes.astype(jnp.float32) * dweights
                         add_product(sums[0], dscores.astype(q.dtype), q_tile_ref)
 
-                sums = overlapped(body, sums + started, (shape,), interpret=interpret)
+                sums = overlap(body, sums + started, (shape,), interpret=interpret)
                 _release(consumed.at[slot])
                 return sums[: makes_dk + makes_dv]
 
@@ -394,7 +394,7 @@ def _dq(
                     dscores = slopes * (dweights + over_rows(statistics_smem, 1))
                     add_product(sums[0], dscores.astype(q.dtype), k_tile)
 
-                sums = overlapped(body, sums, (shape, shape), interpret=interpret)
+                sums = overlap(body, sums, (shape, shape), interpret=interpret)
                 _release(consumed.at[slot])
                 return sums
 

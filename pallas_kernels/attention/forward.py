@@ -21,7 +21,7 @@ from pallas_kernels._compat import (
     launch,
     matmul,
     operand,
-    overlapped,
+    overlap,
     pl,
     plgpu,
     read,
@@ -242,8 +242,8 @@ def forward(
                         is_partial=is_partial,
                     )
 
-                unwritten = filled((rows, kv_tile), 0)
-                acc, weights, new_max, new_sum, correction = overlapped(
+                unwritten = fill((rows, kv_tile), 0)
+                acc, weights, new_max, new_sum, correction = overlap(
                     products,
                     (acc,),
                     ((rows, kv_tile),),
@@ -268,14 +268,14 @@ def forward(
                 acc = accumulate(acc, weights, values_of(num_visited - 1), interpret=interpret)
                 return acc, row_max, row_sum, weights
 
-            def filled(shape, value, layout=plgpu.Layout.WGMMA, dtype=jnp.float32):
+            def fill(shape, value, layout=plgpu.Layout.WGMMA, dtype=jnp.float32):
                 return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
 
             carry = (
-                filled((rows, H), 0),
-                filled((rows,), _LOWEST, plgpu.Layout.WGMMA.reduce(1)),
-                filled((rows,), 0, plgpu.Layout.WGMMA.reduce(1)),
-                filled((rows, kv_tile), 0, dtype=dtype),
+                fill((rows, H), 0),
+                fill((rows,), _LOWEST, plgpu.Layout.WGMMA.reduce(1)),
+                fill((rows,), 0, plgpu.Layout.WGMMA.reduce(1)),
+                fill((rows, kv_tile), 0, dtype=dtype),
             )
             plgpu.barrier_wait(q_ready.at[thread])
             # The first half begins: the second one gives it the first turn.

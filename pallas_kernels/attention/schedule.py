@@ -49,7 +49,7 @@ def for_queries(
     window: int = 0,
 ) -> Schedule:
     """For each tile of queries the tiles of keys: forward, dq."""
-    return _ordered(
+    return _order(
         _tile_kinds(
             _summary(q_positions_BT, q_segment_ids_BT, q_tile),
             _summary(kv_positions_BS, kv_segment_ids_BS, kv_tile),
@@ -74,7 +74,7 @@ def for_keys(
         _summary(kv_positions_BS, kv_segment_ids_BS, kv_tile),
         window,
     )
-    return _ordered(jnp.swapaxes(kinds_BIJ, 1, 2))
+    return _order(jnp.swapaxes(kinds_BIJ, 1, 2))
 
 
 def token_ids(positions_BX, segment_ids_BX, tile: int):
@@ -158,7 +158,7 @@ def _tile_kinds(queries: _Summary, keys: _Summary, window: int):
     return jnp.where(is_full, _FULL, jnp.where(is_possible, _PARTIAL, _SKIPPED))
 
 
-def _ordered(kinds_BXY) -> Schedule:
+def _order(kinds_BXY) -> Schedule:
     num_full_BX = jnp.sum(kinds_BXY == _FULL, axis=-1, dtype=jnp.int32)
     num_visited_BX = jnp.sum(kinds_BXY != _SKIPPED, axis=-1, dtype=jnp.int32)
     return Schedule(

@@ -50,7 +50,7 @@ def choose_tiles(part: str, *, head_dim: int, dtype) -> ForwardTiles | BackwardT
     Args:
       part: 'forward' or 'backward'.
     """
-    measured = _tables.measured(__file__, **table_key(part, head_dim=head_dim, dtype=dtype))
+    measured = _tables.look_up(__file__, **table_key(part, head_dim=head_dim, dtype=dtype))
     return _TILES[part](**(measured or _SIZES[part][head_dim][0]))
 
 

@@ -105,7 +105,7 @@ def forward(
     return out_BKGH.reshape(B, N, H).astype(q_BNH.dtype), lse_BKG.reshape(B, N)
 
 
-def seen(length, *, window: int, piece: int):
+def find_seen(length, *, window: int, piece: int):
     """The first key that the query sees, its piece, and the piece after that of the last key.
 
     A piece is `piece` tokens of the sequence.
@@ -156,7 +156,7 @@ def _attend_to_splits(
         split = lax.axis_index('split')
 
         length = lengths_ref[batch]
-        start, first_piece, end_piece = seen(length, window=window, piece=piece)
+        start, first_piece, end_piece = find_seen(length, window=window, piece=piece)
         num_tiles = pl.cdiv(end_piece - first_piece, jnp.int32(pieces_a_tile))
         tiles_a_split = pl.cdiv(num_tiles, jnp.int32(tiles.splits))
         first_tile = jnp.minimum(split * tiles_a_split, num_tiles)

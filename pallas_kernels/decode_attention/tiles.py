@@ -88,7 +88,7 @@ def choose_tiles(
         max_length=max_length,
         dtype=dtype,
     )
-    if found := _tables.measured(__file__, **key):
+    if found := _tables.look_up(__file__, **key):
         return Tiles(**found)
     return _guess(*_RINGS[head_dim][0], batch * num_kv_heads, head_dim, max_length)
 

@@ -59,7 +59,7 @@ def choose_tiles(part: str, *, rows: int, width: int, dtype) -> Tiles:
     Args:
       part: 'forward' or 'backward'.
     """
-    measured = _tables.measured(__file__, **table_key(part, rows=rows, width=width, dtype=dtype))
+    measured = _tables.look_up(__file__, **table_key(part, rows=rows, width=width, dtype=dtype))
     return Tiles(**measured) if measured else _guess(part, rows, width, dtype)
 
 

@@ -50,7 +50,7 @@ def forward(
 
         def compute(thread, rows, each_tile):
             target = load_row(targets_ref, rows)
-            filled = lambda value: plgpu.layout_cast(jnp.full(ROWS, value, jnp.float32), layout)  # noqa: E731
+            fill = lambda value: plgpu.layout_cast(jnp.full(ROWS, value, jnp.float32), layout)  # noqa: E731
 
             def use(first, products, carry):
                 largest, total, picked = carry
@@ -64,7 +64,7 @@ def forward(
                 total = total * jnp.exp2((largest - new) * LOG2E) + jnp.sum(weights, axis=1)
                 return new, total, picked
 
-            start = filled(_LOWEST), filled(0), filled(0)
+            start = fill(_LOWEST), fill(0), fill(0)
             largest, total, picked = each_tile(use, start)
             results_smem[thread, 0] = jnp.where(total > 0, largest + jnp.log(total), -jnp.inf)
             results_smem[thread, 1] = picked

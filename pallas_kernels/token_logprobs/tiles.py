@@ -40,7 +40,7 @@ def choose_tiles(part: str, *, rows: int, vocab: int, dim: int, dtype) -> Tiles:
       part: 'forward' or 'backward'.
     """
     key = table_key(part, rows=rows, vocab=vocab, dim=dim, dtype=dtype)
-    measured = _tables.measured(__file__, **key)
+    measured = _tables.look_up(__file__, **key)
     return Tiles(**measured) if measured else _guess(part, rows, vocab, dtype)
 
 

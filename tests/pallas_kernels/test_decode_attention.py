@@ -158,7 +158,7 @@ def loads_what_is_seen(kernel) -> bool:
     """Every piece that holds a key within window and length, and no other one."""
     lengths = jnp.arange(70)
     for window, piece in itertools.product([0, 1, 8, 9, 100], [8, 16]):
-        found = kernel.seen(lengths, window=window, piece=piece)
+        found = kernel.find_seen(lengths, window=window, piece=piece)
         found = (np.broadcast_to(x, lengths.shape) for x in found)
         for length, start, first, end in zip(lengths.tolist(), *found):
             keys = range(max(0, length - window) if window else 0, length)

@@ -151,7 +151,7 @@ def test_less_than_all_is_no_proof_and_what_failed_is_struck_off(name, tmp_path)
     earlier = [{'op': 'attention', 'device': device} for device in ('H100', 'H200')]
     path.write_text(json.dumps(earlier))
     change(record)
-    assert 'attention' not in kernels.proven(record)
+    assert 'attention' not in kernels.list_proven(record)
     found = kernels.record_proven(record, path)
     kept = [entry for entry in found if entry['op'] == 'attention']
     assert kept == earlier[: 2 if stays else 1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.hlo import Array, Collective, carried, collectives, custom_calls
+from tools.hlo import Array, Collective, collectives, custom_calls, list_carried
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -59,7 +59,7 @@ def test_collectives_are_counted_with_the_loops_around_them():
 
 
 def test_loops_carry_arrays_and_custom_calls_have_targets():
-    assert carried(TEXT) == [Array('s32', ()), Array('bf16', (16, 2))]
+    assert list_carried(TEXT) == [Array('s32', ()), Array('bf16', (16, 2))]
     assert custom_calls(TEXT) == {'__cublas$gemm': 1}
 
 

@@ -146,7 +146,7 @@ def _at(place: str, state: dict[str, jax.Array], repeats: int) -> dict[str, Any]
     ours, peers = f'{place}/ours', f'{place}/peer'
     repeated: list[dict[str, float]] = []
     for repeat in range(repeats + 1):
-        measured = _copied(state)
+        measured = _time_copy(state)
         works = [lambda into=measured: into.update(_ours(ours, state)),
                  lambda into=measured: into.update(_peer(peers, state))]  # fmt: skip
         for work in works if repeat % 2 else reversed(works):
@@ -166,36 +166,34 @@ def _with_shares(one: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _copied(state: dict[str, jax.Array]) -> dict[str, float]:
+def _time_copy(state: dict[str, jax.Array]) -> dict[str, float]:
     """What a save needs on the device and on the way from it, each by itself."""
 
     def copy():
         return [np.array(shard.data) for array in state.values()
                 for shard in array.addressable_shards if shard.replica_id == 0]  # fmt: skip
 
-    return {'copy': _timed(copy)[0], 'fingerprints': _timed(lambda: fingerprints(state))[0]}
+    return {'copy': _time(copy)[0], 'fingerprints': _time(lambda: fingerprints(state))[0]}
 
 
 def _ours(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
-    with _removed(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
+    with _keep_clear(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
         started = time.perf_counter()
-        blocked, _ = _timed(lambda: made.save(1, state, EXTRA))
+        blocked, _ = _time(lambda: made.save(1, state, EXTRA))
         made.wait()
         save = time.perf_counter() - started
         if made.steps() != [1]:
             raise RuntimeError('the save has failed')
-        restore, (restored, _) = _timed(
-            lambda: jax.block_until_ready(made.restore(1, _like(state)))
-        )
+        restore, (restored, _) = _time(lambda: jax.block_until_ready(made.restore(1, _like(state))))
         _check(restored, state)
     return {'save': save, 'blocked': blocked, 'restore': restore}
 
 
 def _peer(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
-    with _removed(place):
+    with _keep_clear(place):
         base = open_storage(place).kvstore('state')
-        save, _ = _timed(lambda: _write(base, state))
-        restore, restored = _timed(lambda: jax.block_until_ready(_read(base, _like(state))))
+        save, _ = _time(lambda: _write(base, state))
+        restore, restored = _time(lambda: jax.block_until_ready(_read(base, _like(state))))
         _check(restored, state)
     return {'peer_save': save, 'peer_restore': restore}
 
@@ -245,7 +243,7 @@ def _spec(base: dict, name: str) -> dict:
 
 def _counts(place: str, state: dict[str, jax.Array]) -> dict[str, Any]:
     """Objects that a save leaves, and the requests of TensorStore and of botocore for it."""
-    with _removed(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
+    with _keep_clear(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
         storage = made._store.storage
         before, small = _requests(), []
         if place.startswith(S3):
@@ -277,14 +275,14 @@ def _check(restored: dict[str, jax.Array], state: dict[str, jax.Array]) -> None:
             raise RuntimeError(f'{name} is not what was saved')
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _time(work: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
     result = work()
     return time.perf_counter() - began, result
 
 
 @contextlib.contextmanager
-def _removed(place: str) -> Iterator[None]:
+def _keep_clear(place: str) -> Iterator[None]:
     """Nothing is at the place before and after."""
 
     def clear():

@@ -88,8 +88,8 @@ def measure(directory: Path, repeats: int, megabytes: int) -> dict:
     digest, copies = _write(path, documents, megabytes << 20)
     results = []
     for name, opened in _tokenizers(directory, path).items():
-        results += _tokenising(name, opened, path, directory, repeats)
-        results += _reading(name, opened, path, directory, repeats)
+        results += _measure_tokenising(name, opened, path, directory, repeats)
+        results += _measure_reading(name, opened, path, directory, repeats)
     return {
         **machine.about(PACKAGES),
         'corpus_sha256': digest,
@@ -101,7 +101,9 @@ def measure(directory: Path, repeats: int, megabytes: int) -> dict:
     }
 
 
-def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) -> Iterator[Result]:
+def _measure_tokenising(
+    name: str, opened, path: Path, directory: Path, repeats: int
+) -> Iterator[Result]:
     config = FilesConfig(path=str(path), heldout_fraction=0.05)
     count = iter(range(repeats + 1))
 
@@ -109,7 +111,7 @@ def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) ->
         made = open_corpus(config, opened, directory / f'{name}-{next(count)}')
         return made.train.num_tokens + made.heldout.num_tokens
 
-    yield _timed(f'tokenise + cache, {name}', build, repeats, warm_up=False)
+    yield _time(f'tokenise + cache, {name}', build, repeats, warm_up=False)
 
     data = FilesData(
         path=str(path),
@@ -123,10 +125,12 @@ def _tokenising(name: str, opened, path: Path, directory: Path, repeats: int) ->
     def read() -> int:
         return sum(batches.next(None, step)['tokens'].size for step in range(64))
 
-    yield _timed(f'rows on the fly, {name}', read, repeats)
+    yield _time(f'rows on the fly, {name}', read, repeats)
 
 
-def _reading(name: str, opened, path: Path, directory: Path, repeats: int) -> Iterator[Result]:
+def _measure_reading(
+    name: str, opened, path: Path, directory: Path, repeats: int
+) -> Iterator[Result]:
     config = FilesConfig(path=str(path), heldout_fraction=0.05)
     cache = open_corpus(config, opened, directory / f'{name}-0').directory
     for packing in PACKINGS:
@@ -134,10 +138,10 @@ def _reading(name: str, opened, path: Path, directory: Path, repeats: int) -> It
             for processes in (1, 2):
                 title = f'{packing} rows of {length}, {name}, {processes} process'
                 title += 'es' if processes > 1 else ''
-                yield _reading_in_processes(title, cache, packing, length, processes, repeats)
+                yield _read_in_processes(title, cache, packing, length, processes, repeats)
 
 
-def _reading_in_processes(title, cache, packing, length, processes, repeats) -> Result:
+def _read_in_processes(title, cache, packing, length, processes, repeats) -> Result:
     """Every process makes its rows of the same batches, as the processes of a run do."""
     context = multiprocessing.get_context('spawn')
     barrier, queue = context.Barrier(processes), context.Queue()
@@ -164,11 +168,11 @@ def _read_rows(index, cache, packing, length, processes, repeats, barrier, queue
         return sum(batches.next(None, step)['tokens'].size for step in range(100))
 
     barrier.wait()
-    result = _timed('', read, repeats)
+    result = _time('', read, repeats)
     queue.put((result.tokens_per_second, result.cpu_seconds, result.tokens))
 
 
-def _timed(name: str, work: Callable[[], int], repeats: int, warm_up: bool = True) -> Result:
+def _time(name: str, work: Callable[[], int], repeats: int, warm_up: bool = True) -> Result:
     if warm_up:
         work()
     rates, seconds, tokens = [], [], 0

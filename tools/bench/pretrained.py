@@ -81,11 +81,11 @@ def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> d
     seconds = {'import': [], 'export': [], 'copy': []}
     target = directory / 'target'
     for _ in range(repeats):
-        seconds['copy'].append(_timed(_copy, source, target))
+        seconds['copy'].append(_time(_copy, source, target))
         shutil.rmtree(target)
         params, took = _import(source, config)
         seconds['import'].append(took)
-        seconds['export'].append(_timed(_export, config, params, target))
+        seconds['export'].append(_time(_export, config, params, target))
         del params
         assert (target / 'model.safetensors').stat().st_size >= size
         shutil.rmtree(target)
@@ -122,7 +122,7 @@ def show(record: dict) -> None:
         )
 
 
-def _timed(function, *arguments) -> float:
+def _time(function, *arguments) -> float:
     start = time.monotonic()
     function(*arguments)
     return time.monotonic() - start

@@ -97,7 +97,7 @@ def random_model(family: Family, seed: int):
     return model
 
 
-def rounded_otherwise(model, seed: int):
+def round_otherwise(model, seed: int):
     """A copy with every weight changed by at most one unit in its last place."""
     other = copy.deepcopy(model)
     random = torch.Generator().manual_seed(seed)
@@ -145,10 +145,10 @@ def batches(random: np.random.Generator) -> dict[str, np.ndarray]:
         'targets': tokens[..., 1:],
         'attention_mask': real,
         'loss_mask': real & counted,
-    } | left_padded(tokens[0, :, :-1], real[0])
+    } | pad_left(tokens[0, :, :-1], real[0])
 
 
-def left_padded(inputs: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+def pad_left(inputs: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
     """The first batch with its padding before the row instead of after it."""
     shifts = (~real).sum(-1)
     mask = np.stack([np.roll(row, shift) for row, shift in zip(real, shifts)])
@@ -165,7 +165,7 @@ def left_padded(inputs: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
 def write_golden(directory: Path, model, arrays, seed: int, train: bool) -> dict:
     """Writes golden.safetensors; returns what golden.json says."""
     arrays = dict(arrays, **forward(model, arrays))
-    other = rounded_otherwise(model, seed)
+    other = round_otherwise(model, seed)
     moved = forward(other, arrays)
     if train:
         arrays |= learn(copy.deepcopy(model), arrays)
@@ -249,7 +249,7 @@ def greedy(model, random: np.random.Generator) -> tuple[list, list, float]:
         gap = 0.0
         while gap < LEAST_GAP:
             prompt = random.integers(0, 67, length)
-            output, gap = continued(model, prompt)
+            output, gap = continue_greedily(model, prompt)
         model.generation_config.eos_token_id = None
         ids = torch.from_numpy(prompt)[None]
         cached = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
@@ -261,7 +261,7 @@ def greedy(model, random: np.random.Generator) -> tuple[list, list, float]:
     return prompts, outputs, round(min(gaps), 5)
 
 
-def continued(model, prompt: np.ndarray) -> tuple[list[int], float]:
+def continue_greedily(model, prompt: np.ndarray) -> tuple[list[int], float]:
     """The greedy continuation of one prompt, reading everything again for every token."""
     ids, gap = list(prompt), np.inf
     for _ in range(NEW_TOKENS):

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools.goldens.families import lines, read_json, rounded_otherwise
+from tools.goldens.families import lines, read_json, round_otherwise
 
 STEPS, ROWS, LENGTH = 20, 2, 256
 CHECKED_STEPS = 5  # of TRL, and of the run with weights rounded otherwise
@@ -133,7 +133,7 @@ def run_full(flags, report) -> dict:
 def run_noise(flags, report) -> dict:
     """The largest relative difference when every weight starts off by its last bit."""
     batches = read_batches(flags.output)[:CHECKED_STEPS]
-    moved = train(rounded_otherwise(load(flags), 0), batches, FULL_RATE)
+    moved = train(round_otherwise(load(flags), 0), batches, FULL_RATE)
     return differences(moved, report['full'])
 
 

@@ -135,7 +135,7 @@ def _resume(smoke: bool, implementations: dict) -> dict:
         said = _main(config, resumed, smoke)
         if f'resumed at step {steps[-2]}' not in said:
             raise RuntimeError(f'the run did not resume at step {steps[-2]}: {said[-300:]}')
-        before, after = (_saved(workdir, steps[-1]) for workdir in (straight, resumed))
+        before, after = (_digest_checkpoint(workdir, steps[-1]) for workdir in (straight, resumed))
     different = _different([before, after])
     return {'equal': not different, 'different': different, 'resumed_at': steps[-2]}
 
@@ -175,7 +175,7 @@ def _main(config: Path, workdir: Path, smoke: bool) -> str:
     return done.stderr
 
 
-def _saved(workdir: Path, step: int) -> dict[str, str]:
+def _digest_checkpoint(workdir: Path, step: int) -> dict[str, str]:
     """The digests of all arrays of a checkpoint."""
     reader = Reader(CheckpointConfig(), workdir / 'checkpoints')
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

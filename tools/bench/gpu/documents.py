@@ -68,7 +68,7 @@ def layout(name: str, B: int, T: int, S: int):
     return tuple(map(jnp.asarray, (*queries, *keys)))
 
 
-def paged(B: int, pages: int, page: int):
+def make_paged(B: int, pages: int, page: int):
     """A page table [B, pages] in random order and lengths [B]: one empty, one of a token, one full.
 
     Page 0 belongs to nobody: unused entries of the table point there.

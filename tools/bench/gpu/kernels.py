@@ -18,7 +18,7 @@ from tempfile import TemporaryFile
 from pallas_kernels._tables import short_kind, source_digest
 from tools.bench.gpu import numerics, speed
 from tools.bench.gpu.numerics import OPS
-from tools.bench.gpu.record import Record, bar, outcome, passed, show_bars
+from tools.bench.gpu.record import Record, all_passed, bar, outcome, show_bars
 from tools.bench.gpu.stages import ENVIRONMENT, ROOT, Runner, passes, quick
 from tools.bench.gpu.timing import floor_microseconds
 
@@ -128,7 +128,7 @@ def _verdict(found: dict) -> str:
     return failed + (counts or found['said'])
 
 
-def unproven(record: Record, op: str) -> str:
+def explain_unproven(record: Record, op: str) -> str:
     """Why an op is not proven: its whole grid has to be held, and all its tests to pass."""
     if record.values.get('platform') != 'gpu' or record.values['smoke']:
         return 'not without a GPU'
@@ -136,7 +136,7 @@ def unproven(record: Record, op: str) -> str:
     names, files, source = numerics.names(op), test_files(op), source_digest(op)
     if lacking := [name for name in names if not rows.get(name, {}).get('held')]:
         return f'{len(lacking)} of {len(names)} cases are not held: --only numerics'
-    if lacking := [file for file in files if not passed(tests.get(file, {}))]:
+    if lacking := [file for file in files if not all_passed(tests.get(file, {}))]:
         return f'{", ".join(lacking)}: not all passed: --only tests'
     measured = [rows[name] for name in names] + [tests[file] for file in files]
     if any(found['source'] != source for found in measured):
@@ -144,12 +144,12 @@ def unproven(record: Record, op: str) -> str:
     return ''
 
 
-def proven(record: Record) -> list[str]:
+def list_proven(record: Record) -> list[str]:
     """The ops whose whole grid of numerics is held here, and whose tests passed."""
-    return [op for op in OPS if not unproven(record, op)]
+    return [op for op in OPS if not explain_unproven(record, op)]
 
 
-def _failed(record: Record, op: str) -> bool:
+def _has_failed(record: Record, op: str) -> bool:
     """Whether something of an op is wrong, and not only left out."""
     rows = [row for row in record.rows if row['stage'] == 'numerics']
     return any(_op(file) == op for file in record.failed_tests) or any(
@@ -163,7 +163,7 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
     values, kind = record.values, short_kind(record.values['device'])
     if values['platform'] != 'gpu' or values['smoke']:
         raise SystemExit('nothing is proven without a GPU')
-    judged = {*proven(record), *(op for op in OPS if _failed(record, op))}
+    judged = {*list_proven(record), *(op for op in OPS if _has_failed(record, op))}
     entries = [
         entry
         for entry in json.loads(path.read_text())
@@ -177,7 +177,7 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
             'source': source_digest(op),
             'speed_over_xla': speed_over_xla(record, op),
         }
-        for op in proven(record)
+        for op in list_proven(record)
     ]
     entries.sort(key=lambda entry: (entry['device'], entry['op']))
     path.write_text(json.dumps(entries, indent=1) + '\n')
@@ -265,7 +265,7 @@ def show(record: Record) -> None:
     for op in OPS:
         own = [row for row in rows if row['name'].split()[0] == op]
         held = sum(bool(row.get('held')) for row in own)
-        why_not = unproven(record, op)
+        why_not = explain_unproven(record, op)
         verdict = f'not proven: {why_not}' if why_not else 'PROVEN'
         print(f'{op}: {held} of {len(own)} cases held; {verdict}')
         for row in own:

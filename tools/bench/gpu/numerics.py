@@ -119,7 +119,7 @@ class RmsNorm:
 
         arrays = (x, scale, dy, dsum, total, *more)
         exact = references.exact(reference, *arrays)
-        return _jitted(kernel, x, scale, dy, dsum, *more), jax.jit(reference)(*arrays), exact
+        return _jit(kernel, x, scale, dy, dsum, *more), jax.jit(reference)(*arrays), exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,18 +188,18 @@ class DecodeAttention:
     def outputs(self, interpret: bool) -> tuple:
         package = kernels(self.op)
         q = normal(0, (self.B, self.N, self.H), self.dtype)
-        table, lengths = documents.paged(self.B, self.pages, self.page)
+        table, lengths = documents.make_paged(self.B, self.pages, self.page)
         shape = (self.B * self.pages + 1, self.page, self.K, self.H)
         k, v = (normal(i, shape, self.dtype) for i in (1, 2))
         options = dict(scale=self.H**-0.5, window=self.window, softcap=self.softcap)
 
         def kernel(q, k, v, table, lengths):
-            return named(package.forward(q, k, v, table, lengths, interpret=interpret, **options))
+            return label(package.forward(q, k, v, table, lengths, interpret=interpret, **options))
 
         def reference(q, k, v, table, lengths):
-            return named(references.decode_attention(q, k, v, table, lengths, **options))
+            return label(references.decode_attention(q, k, v, table, lengths, **options))
 
-        def named(outputs):
+        def label(outputs):
             return dict(zip(('out', 'lse'), outputs))
 
         return _outputs(kernel, reference, q, k, v, table, lengths)
@@ -247,10 +247,10 @@ class TokenLogprobs:
 def _outputs(kernel, reference, *arrays) -> tuple:
     """What `compare` takes, of a kernel that is called as its reference is."""
     exact = references.exact(reference, *arrays)
-    return _jitted(kernel, *arrays), jax.jit(reference)(*arrays), exact
+    return _jit(kernel, *arrays), jax.jit(reference)(*arrays), exact
 
 
-def _jitted(function, *arrays):
+def _jit(function, *arrays):
     """A call without arguments. What it is called with is no constant, which XLA would fold."""
     return functools.partial(jax.jit(function), *arrays)
 
@@ -303,7 +303,7 @@ def tasks(smoke: bool, op: str) -> list[Task]:
     """The cases of an op."""
     grid = SMOKE_GRID if smoke else GRID
     return [
-        Task(_described(case), functools.partial(check, case, smoke))
+        Task(_describe(case), functools.partial(check, case, smoke))
         for case in grid
         if case.op == op
     ]
@@ -311,7 +311,7 @@ def tasks(smoke: bool, op: str) -> list[Task]:
 
 def names(op: str) -> list[str]:
     """All that has to be held before an op is proven."""
-    return [_described(case) for case in GRID if case.op == op]
+    return [_describe(case) for case in GRID if case.op == op]
 
 
 def check(case, smoke: bool) -> dict:
@@ -323,7 +323,7 @@ def check(case, smoke: bool) -> dict:
     return row | {'source': source_digest(case.op)}
 
 
-def _described(case) -> str:
+def _describe(case) -> str:
     """'attention B2 T512 N8 K2 H128 packed window 32'."""
     words = [case.op]
     for field in dataclasses.fields(case):

@@ -40,7 +40,7 @@ class Rows:
         return jnp.asarray(np.concatenate([[0], np.cumsum(flat)]), jnp.int32)
 
 
-def installed(package: str):
+def import_installed(package: str):
     """The package, or Refused."""
     if importlib.util.find_spec(package) is None:
         raise Refused(f'{package} is not installed')
@@ -63,7 +63,7 @@ def cudnn(q, k, v, rows: Rows, scale: float):
 
 
 def tokamax(q, k, v, rows: Rows, scale: float):
-    library = installed('tokamax')
+    library = import_installed('tokamax')
     window = (rows.window - 1, 0) if rows.window else None
     mask = rows.mask_BTS[:, None] if rows.is_packed else None
     return library.dot_product_attention(
@@ -79,7 +79,7 @@ def tokamax(q, k, v, rows: Rows, scale: float):
 
 
 def fa3(q, k, v, rows: Rows, scale: float):
-    library = installed('flash_attn3_jax')
+    library = import_installed('flash_attn3_jax')
     window = (rows.window - 1, 0) if rows.window else (-1, -1)
     options = dict(softmax_scale=float(scale), is_causal=True, window_size=window)
     if not rows.is_packed:
@@ -97,14 +97,14 @@ ATTENTION = {'xla': xla, 'cudnn': cudnn, 'fa3': fa3, 'tokamax': tokamax}
 
 def tokamax_rms_norm(x, scale, residual, epsilon: float):
     total = x + residual
-    normed = installed('tokamax').layer_norm(
+    normed = import_installed('tokamax').layer_norm(
         total, scale, None, epsilon=epsilon, subtract_mean=False
     )
     return normed, total
 
 
 def tokamax_cross_entropy(hidden, weight, targets):
-    library = installed('tokamax')
+    library = import_installed('tokamax')
     return library.linear_softmax_cross_entropy_loss(
         hidden, targets, weight.T, reduction='sum', implementation='chunked_xla'
     )

@@ -54,9 +54,8 @@ class Record:
     def failed_tests(self) -> list[str]:
         """The files whose tests were begun and did not all pass."""
         tests = self.values.get('tests', {})
-        return [
-            file for file, found in tests.items() if 'not_run' not in found and not passed(found)
-        ]
+        begun = {file: found for file, found in tests.items() if 'not_run' not in found}
+        return [file for file, found in begun.items() if not all_passed(found)]
 
     def add(self, row: dict) -> None:
         """Keeps, saves and prints a row; one of the same stage and name gives way to it."""
@@ -98,7 +97,7 @@ def outcome(row: dict) -> str:
     return next((f'{words[key]}: {row[key]}' for key in words if key in row), '')
 
 
-def passed(tests: dict) -> bool:
+def all_passed(tests: dict) -> bool:
     """Whether all tests of a file ran, and none failed."""
     return tests.get('exit_code') == 0 and set(tests['counts']) == {'PASSED'}
 

@@ -16,11 +16,11 @@ MASKED = -1e30
 def exact(function, *arguments):
     """The function of float32 copies, without the shortcuts that devices take for float32."""
 
-    def widened(x):
+    def widen(x):
         return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     with jax.default_matmul_precision('highest'):
-        return jax.jit(function)(*jax.tree.map(widened, arguments))
+        return jax.jit(function)(*jax.tree.map(widen, arguments))
 
 
 def rms_norm(x_MD, scale_D, residual_MD=None, *, epsilon):

@@ -18,7 +18,7 @@ from tools.bench.gpu.stages import Task
 from tools.bench.gpu.timing import microseconds, normal, rates
 
 
-def measured(function, *arrays, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
+def measure(function, *arrays, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
     """What a row says of a call."""
     times = microseconds(jax.jit(function), *arrays, smoke=smoke)
     work = {'flops': flops} if flops else {}
@@ -307,5 +307,5 @@ def _run(shape, part: str, implementation: str, smoke: bool) -> dict:
         jax.eval_shape(call_kernel)  # simulated, its time would say nothing
         return {'traced': True}
     call = shape.kernel(part) if implementation == 'mosaic' else shape.other(part, implementation)
-    row = measured(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)
+    row = measure(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)
     return row | ({'source': source_digest(shape.op)} if implementation == 'mosaic' else {})

@@ -13,8 +13,7 @@ from jaxfm.ops.linear import linear
 from jaxfm.ops.logprobs import Unembedding, token_logprobs
 from jaxfm.ops.norm import rms_norm
 from jaxfm.ops.rope import apply_rope, rope_frequencies
-from tools.bench.gpu import models, peers
-from tools.bench.gpu.speed import measured
+from tools.bench.gpu import models, peers, speed
 from tools.bench.gpu.stages import Task
 from tools.bench.gpu.timing import normal
 
@@ -27,7 +26,7 @@ def tasks(smoke: bool) -> list[Task]:
     block, B, layers, D = config.block, 2 if smoke else ROWS, config.num_layers, config.embed_dim
     N, K, H, F = block.num_heads, block.num_kv_heads, block.head_dim, block.mlp_dim
     V, M = config.padded_vocab_size, B * T
-    measure = functools.partial(_measured, smoke=smoke)
+    measure = functools.partial(_measure, smoke=smoke)
 
     def matmul(inputs, outputs):
         x, w = normal(0, (B, T, inputs)), normal(1, (inputs, outputs), scale=inputs**-0.5)
@@ -65,7 +64,7 @@ def tasks(smoke: bool) -> list[Task]:
 
         flops = 3 * 2 * M * D * V
         function = jax.value_and_grad(loss, (0, 1))
-        return measured(function, hidden, weight, smoke=smoke, flops=flops)
+        return speed.measure(function, hidden, weight, smoke=smoke, flops=flops)
 
     def norm():
         x, scale = normal(0, (B, T, D)), jnp.ones((D,), jnp.float32)
@@ -115,7 +114,7 @@ def tasks(smoke: bool) -> list[Task]:
 
             size = sum(p.nbytes for p in state.trainable.values())
             arrays = (state.trainable, state.opt_state, grads)
-            return measured(function, *arrays, smoke=smoke, moved=7 * size)
+            return speed.measure(function, *arrays, smoke=smoke, moved=7 * size)
 
     products = {
         'attention/q': (1, D, N * H),
@@ -140,16 +139,15 @@ def tasks(smoke: bool) -> list[Task]:
         'optimizer: adamw': (1, optimize),
     }
     return [
-        Task(name, functools.partial(_counted, run, count, M))
-        for name, (count, run) in found.items()
+        Task(name, functools.partial(_count, run, count, M)) for name, (count, run) in found.items()
     ]
 
 
-def _counted(run, count: int, tokens: int) -> dict:
+def _count(run, count: int, tokens: int) -> dict:
     return {'count': count, 'tokens': tokens, **run()}
 
 
-def _measured(function, *arrays, like, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
+def _measure(function, *arrays, like, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
     """Forward and backward in one program; `like` is the shape of the result."""
 
     def both(dout, *arrays):
@@ -157,4 +155,4 @@ def _measured(function, *arrays, like, smoke: bool, flops: float = 0, moved: flo
         return out, back(dout)
 
     dout = normal(9, like)
-    return measured(both, dout, *arrays, smoke=smoke, flops=flops, moved=moved)
+    return speed.measure(both, dout, *arrays, smoke=smoke, flops=flops, moved=moved)

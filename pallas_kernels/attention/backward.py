@@ -36,8 +36,6 @@ from pallas_kernels.attention.tiles import BackwardTiles, choose_tiles
 # What a warpgroup owns: the rows of one instruction of the tensor cores.
 _ROWS = 64
 _LOG2E = math.log2(math.e)
-_OF_ROW = plgpu.Layout.WGMMA.reduce(1)  # vectors with a value for each row of a matrix
-_OF_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
 def backward(
@@ -196,11 +194,11 @@ def _dkv(
                 q_tile_ref, dout_tile_ref = q_ring.at[slot], dout_ring.at[slot]
 
                 def over_columns(ref, i):
-                    vector = plgpu.load(ref.at[slot, i], layout=_OF_COLUMN)
+                    vector = plgpu.load(ref.at[slot, i], layout=_of_column())
                     return lax.broadcast_in_dim(vector, shape, [1])
 
                 def over_rows(i):
-                    vector = plgpu.load(kv_ids_smem.at[own, i], layout=_OF_ROW)
+                    vector = plgpu.load(kv_ids_smem.at[own, i], layout=_of_row())
                     return lax.broadcast_in_dim(vector, shape, [0])
 
                 def softmax(products):
@@ -362,7 +360,7 @@ def _dq(
             plgpu.barrier_wait(owned)
 
             def over_rows(ref, i):
-                vector = plgpu.load(ref.at[warpgroup, i], layout=_OF_ROW)
+                vector = plgpu.load(ref.at[warpgroup, i], layout=_of_row())
                 return lax.broadcast_in_dim(vector, shape, [0])
 
             def visit(step, sums, is_partial: bool):
@@ -373,7 +371,7 @@ def _dq(
                 q_tile, dout_tile = q_smem.at[own], dout_smem.at[own]
 
                 def over_columns(i):
-                    vector = plgpu.load(kv_ids_ring.at[slot, i], layout=_OF_COLUMN)
+                    vector = plgpu.load(kv_ids_ring.at[slot, i], layout=_of_column())
                     return lax.broadcast_in_dim(vector, shape, [1])
 
                 def body(sums, products):
@@ -432,7 +430,17 @@ def _dq(
     )(q, dout, statistics, q_ids, k, v, kv_ids, *visits)
 
 
-_copy = plgpu.copy_gmem_to_smem
+def _of_row():
+    """The layout of vectors with a value for each row of a matrix."""
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def _of_column():
+    return plgpu.Layout.WGMMA.reduce(0)
+
+
+def _copy(source, target, barrier) -> None:
+    plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
 def _operand(shape, dtype, summed: int):

@@ -81,7 +81,7 @@ def forward(
     return y_MD, total[0] if has_residual else None, inverse_M
 
 
-def layout_of(tiles: Tiles) -> plgpu.Layout:
+def layout_of(tiles: Tiles) -> 'plgpu.Layout':
     """Of [rows, columns] in registers."""
     lane_rows, width = 32 // tiles.lanes, tiles.lanes * tiles.vector
     return tiled_layout(

@@ -13,7 +13,6 @@ import difflib
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import re
 import sys
@@ -132,6 +131,8 @@ class OneOf:
 
 # Directories whose modules a dotted path may name, the nearest first.
 _SEARCHED: list[Path] = []
+# {file of a module that was imported: its sha256 then}.
+_DIGESTS: dict[str, str] = {}
 
 
 def search_beside(directory: Path, first: bool = True) -> None:
@@ -155,9 +156,8 @@ def find_code(values) -> dict[str, dict[str, str]]:
     code = {}
     for name in sorted(_dotted_names(values)):
         with contextlib.suppress(ConfigError):
-            path = Path(_import(name).__file__)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            code[name] = {'path': str(path), 'sha256': digest}
+            path = _import(name).__file__
+            code[name] = {'path': path, 'sha256': _DIGESTS[path]}
     return code
 
 
@@ -231,7 +231,8 @@ def _import(name: str):
     if not re.fullmatch(r'[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*', name):
         raise ConfigError(f'{name!r} is no path of a class: want module:Class')
     module_name = name.split(':')[0]
-    directory = next((each for each in _SEARCHED if _has(each, module_name)), None)
+    parts = module_name.split('.')
+    directory = next((each for each in _SEARCHED if _has(each.joinpath(*parts))), None)
     if directory is not None and str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
         importlib.invalidate_caches()
@@ -242,18 +243,27 @@ def _import(name: str):
             raise ConfigError(f'{name}: {error}') from error
         raise ConfigError(f'there is no module {module_name}{_hint(module_name)}') from None
     except Exception as error:
-        path = getattr(importlib.util.find_spec(module_name), 'origin', None) or module_name
-        raise ConfigError(locate_error(error, Path(path))) from error
+        path = directory.joinpath(*parts).with_suffix('.py') if directory else Path(module_name)
+        raise ConfigError(locate_error(error, path)) from error
+    if getattr(module, '__file__', None) is None:
+        raise ConfigError(f'{module_name} is no file of Python')
     if directory is not None and not Path(module.__file__).resolve().is_relative_to(directory):
         raise ConfigError(
             f'{module_name} beside the config is hidden by {module.__file__}: rename it'
         )
+    _check_unchanged(module.__file__)
     return module
 
 
-def _has(directory: Path, module_name: str) -> bool:
-    top = directory / module_name.split('.')[0]
-    return top.with_suffix('.py').is_file() or (top / '__init__.py').is_file()
+def _check_unchanged(path: str) -> None:
+    """Raises ConfigError unless a module that was imported is still what its file says."""
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if _DIGESTS.setdefault(path, digest) != digest:
+        raise ConfigError(f'{path} has changed since this process imported it: start a new one')
+
+
+def _has(module: Path) -> bool:
+    return module.with_suffix('.py').is_file() or (module / '__init__.py').is_file()
 
 
 def _hint(module_name: str) -> str:

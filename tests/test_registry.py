@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm import main as command
 from jaxfm.config.load import load_config, read_config, write_config
 from jaxfm.data import DATA, SOURCES, BatchConfig
 from jaxfm.errors import ConfigError
@@ -216,15 +215,18 @@ def test_what_a_run_has_used_is_recorded(run):
     assert config.objective.scale == 2.0
 
 
-def test_a_run_whose_code_has_changed_says_so(run, tiny, config_file, capsys):
-    arguments = ['--config', str(config_file), '--workdir', str(run), '--mode', 'eval']
-    path = tiny.root / 'my_lab.py'
+def test_a_run_whose_code_has_changed_says_so(run, tiny, config_file):
+    path, errors = tiny.root / 'my_lab.py', Path(f'{run}.stderr')
+    before = len(errors.read_text())
     path.write_text(LAB + '# changed\n')
     try:
-        assert command.main([*arguments, '--config.sampling.num_samples=0']) == 78
+        given = ('--mode', 'eval', '--config.sampling.num_samples=0')
+        process = tiny.start(run, *given, config=config_file)
+        process.communicate(timeout=120)
     finally:
         path.write_text(LAB)
-    said = capsys.readouterr().err
+    said = errors.read_text()[before:]
+    assert process.returncode == 78
     assert 'config.code.my_lab:Scaled.sha256: ' in said and '--allow_change=code' in said
 
 
@@ -352,6 +354,7 @@ def test_a_written_config_is_read_again(beside):
         ('LAB:Bare', 'LAB:Bare needs an attribute Config, a group that is a kind of '
          'jaxfm.schema.Group'),
         ('LAB:', "'LAB:' is no path of a class: want module:Class"),
+        ('sys:path', 'sys is no file of Python'),
         ('json:dumps', 'json:dumps needs an attribute Config, a group that is a kind of '
          'jaxfm.schema.Group'),
     ],
@@ -378,6 +381,21 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_it(beside):
     (beside[0] / 'fractions.py').write_text(SMALL)
     said = refusal(beside, 'objective.name=fractions:Focal')
     assert 'fractions beside the config is hidden by ' in said
+
+
+def test_a_module_that_has_changed_since_it_was_imported_is_refused(beside):
+    load(beside, 'objective.name=LAB:Focal')
+    (beside[0] / f'{beside[1]}.py').write_text(SMALL + '# changed')
+    said = refusal(beside, 'objective.name=LAB:Focal')
+    assert 'DIR/LAB.py has changed since this process imported it: start a new one' in said
+
+
+def test_a_module_may_be_inside_a_directory(beside):
+    (beside[0] / f'inner_{beside[1]}').mkdir()
+    (beside[0] / f'inner_{beside[1]}' / 'deep.py').write_text(SMALL)
+    config = load(beside, 'objective.name=inner_LAB.deep:Focal')
+    write_config(config, beside[0] / 'config.json')
+    assert read_config(beside[0] / 'config.json').objective.gamma == 2.0
 
 
 def test_a_group_must_be_of_the_kind_that_its_place_needs(beside):

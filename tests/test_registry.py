@@ -9,13 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm.config.load import load_config, read_config, write_config
+from jaxfm.code import find_code, find_digest, search_beside
+from jaxfm.config.load import format_config, load_config, read_config, write_config
+from jaxfm.config.resume import check_resume
+from jaxfm.config.run import OriginConfig
 from jaxfm.data import DATA, SOURCES, BatchConfig
+from jaxfm.data.corpus import heldout
+from jaxfm.distributed import agree
 from jaxfm.errors import ConfigError
 from jaxfm.metrics.writers import read_records
+from jaxfm.models import MODELS
 from jaxfm.objectives import OBJECTIVES, NextTokenConfig
 from jaxfm.optim import OPTIMIZERS
-from jaxfm.registry import find_code, search_beside
+from jaxfm.run import run as run_module
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import Bytes
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LAB = '''
 """Everything of one's own that a run can use."""
@@ -244,7 +254,7 @@ def test_code_that_has_moved_is_the_same_run(run, tiny, config_file, tmp_path):
         [sys.executable, '-c', program, *map(str, given)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
         check=True,
     )
     assert set(done.stdout.split()) == {
@@ -283,6 +293,10 @@ class Poems:
 class Greedy:
     class Config(Group):
         batch_size: int = 1
+
+
+class Plain:
+    Config = Group
 """
 
 
@@ -291,7 +305,8 @@ def beside(tmp_path, monkeypatch):
     """A directory with a module of its own, which no test before has imported."""
     name = f'lab_{abs(hash(tmp_path)) % 10**9}'
     (tmp_path / f'{name}.py').write_text(SMALL)
-    monkeypatch.setattr('jaxfm.registry._SEARCHED', [])
+    monkeypatch.setattr('jaxfm.code._BESIDE', [])
+    monkeypatch.setattr('jaxfm.code._RECORDED', [])
     monkeypatch.setattr(sys, 'path', list(sys.path))
     return tmp_path, name
 
@@ -383,6 +398,115 @@ def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_it(beside):
     assert 'fractions beside the config is hidden by ' in said
 
 
+def test_a_class_may_have_no_values_of_its_own(beside):
+    config = load(beside, 'objective.name=LAB:Plain', 'data.name=LAB:Plain')
+    assert config.objective.model_dump() == {'name': f'{beside[1]}:Plain'}
+    assert config.data.sequence_length == 32
+
+
+def test_a_mixture_takes_sources_of_ones_own(beside):
+    given = "data={'name': 'mixture', 'sequence_length': 8, 'batch_size': 8, 'weights': {'a': 1}, "
+    config = load(beside, given + "'sources': {'a': {'name': 'LAB:Poems', 'poets': 2}}}")
+    assert config.data.sources['a'].poets == 2
+    assert list(config.code) == [f'{beside[1]}:Poems']
+
+
+def test_models_and_tokenizers_are_those_that_come_with_jaxfm(beside):
+    assert "config.model.name: must be one of 'transformer', got 'LAB:Focal'" in refusal(
+        beside, 'model.name=LAB:Focal'
+    )
+
+
+def test_what_is_installed_comes_before_where_an_earlier_run_found_it(beside, tmp_path_factory):
+    """Nor is the other place in front of anything that is imported later."""
+    directory, name = beside
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
+    (elsewhere / f'{name}.py').write_text(SMALL.replace('2.0', '3.0'))
+    config = load(beside, 'objective.name=LAB:Focal')
+    values = json.loads(format_config(config))
+    for found in values['code'].values():
+        found['path'] = str(elsewhere / f'{name}.py')
+    (directory / 'config.json').write_text(json.dumps(values))
+    assert read_config(directory / 'config.json').objective.gamma == 2.0
+    assert str(elsewhere) not in sys.path
+
+
+def test_a_module_is_found_where_the_run_found_it(beside):
+    """The file of the config is elsewhere now, and another process reads what the run has kept."""
+    directory, name = beside
+    write_config(load(beside, 'objective.name=LAB:Focal'), directory / 'config.json')
+    program = 'import sys; from jaxfm.config.load import read_config\n'
+    program += 'print(read_config(sys.argv[1]).objective.gamma)'
+    command = [sys.executable, '-c', program, str(directory / 'config.json')]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == '2.0\n'
+    (directory / f'{name}.py').unlink()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert f'config.objective.name: there is no module {name}' in done.stderr
+
+
+def test_weights_are_taken_from_a_run_whose_code_is_gone(beside):
+    """Nor is code of a directory of weights ever run."""
+    directory, name = beside
+    values = json.loads(format_config(load(beside, 'objective.name=LAB:Focal')))
+    text = json.dumps(values).replace(name, 'no_such_lab')
+    (directory / 'config.json').write_text(text)
+    earlier = read_config(directory / 'config.json', OriginConfig)
+    assert earlier.model.embed_dim == 32
+
+
+def test_code_that_is_free_to_change_is_not_bound(beside):
+    before = load(beside)
+    task = dict(name='generate', task=dict(name=f'{beside[1]}:Plain'))
+    after = load(beside, f'evals={dict(mine=task)!r}')
+    assert {path for path, *_ in check_resume(before, after)} == {
+        'evals',
+        *(f'evals.mine.{key}' for key in after.model_dump()['evals']['mine'] if key != 'task'),
+        'evals.mine.task.name',
+        *(f'code.{beside[1]}:Plain.{key}' for key in ('path', 'sha256')),
+    }
+
+
+def test_bound_code_may_change_when_it_is_allowed(beside):
+    before = load(beside, 'objective.name=LAB:Focal')
+    changed = {
+        name: found.model_copy(update={'sha256': 'x'}) for name, found in before.code.items()
+    }
+    after = before.model_copy(update={'code': changed})
+    with pytest.raises(ConfigError, match='--allow_change=code'):
+        check_resume(before, after)
+    assert len(check_resume(before, after, ['code'])) == 1
+
+
+def test_code_must_be_the_same_on_all_hosts(beside, monkeypatch):
+    config = load(beside, 'objective.name=LAB:Focal')
+    name, there = f'{beside[1]}:Focal', {}
+    monkeypatch.setattr(agree, 'exchange', lambda name, value: {0: value, 3: json.dumps(there)})
+    there[name] = config.code[name].sha256
+    run_module._check_code(config)
+    there[name] = 'other'
+    with pytest.raises(ConfigError, match=f'{name} is not the same on the hosts of processes 0'):
+        run_module._check_code(config)
+
+
+def test_a_cache_is_of_the_code_that_made_it(beside):
+    group = load(beside, 'data.name=LAB:Poems').data.all_sources
+    [digest] = {found['sha256'] for found in find_code({'name': f'{beside[1]}:Poems'}).values()}
+    assert [find_digest(source.name) for source in group.values()] == [digest]
+    assert find_digest('files') is None
+
+
+def test_held_out_documents_are_of_the_code_that_made_them(beside, monkeypatch):
+    directory, name = beside
+    (directory / f'full_{name}.py').write_text(LAB)
+    group = load(beside, 'data.name=full_LAB:Counting').data.all_sources[f'full_{name}:Counting']
+    first = heldout.open_heldout(group, Bytes(BytesConfig(), ()), directory)
+    assert len(first.heldout_documents) == 8
+    monkeypatch.setattr(heldout, 'find_digest', lambda name: 'of changed code')
+    second = heldout.open_heldout(group, Bytes(BytesConfig(), ()), directory)
+    assert second.directory != first.directory and second.fingerprint != first.fingerprint
+
+
 def test_a_module_that_has_changed_since_it_was_imported_is_refused(beside):
     load(beside, 'objective.name=LAB:Focal')
     (beside[0] / f'{beside[1]}.py').write_text(SMALL + '# changed')
@@ -430,9 +554,8 @@ def test_a_process_that_gets_a_group_makes_it_anew(beside):
     assert isinstance(group, BatchConfig)
     packed = pickle.dumps(group)
     program = 'import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).poets)'
-    root = Path(__file__).resolve().parent.parent
     command = [sys.executable, '-c', program]
-    done = subprocess.run(command, input=packed, capture_output=True, cwd=root, check=True)
+    done = subprocess.run(command, input=packed, capture_output=True, cwd=ROOT, check=True)
     assert done.stdout == b'7\n'
     assert pickle.loads(packed) == group
 
@@ -440,5 +563,6 @@ def test_a_process_that_gets_a_group_makes_it_anew(beside):
 def test_a_name_is_an_entry_of_its_registry():
     assert OBJECTIVES.find('next_token').schema is NextTokenConfig
     assert SOURCES.load('files').__name__ == 'Files'
-    with pytest.raises(KeyError):
-        OPTIMIZERS.find('adamx')
+    for registry, name in ((OPTIMIZERS, 'adamx'), (MODELS, 'jaxfm.models.transformer:Transformer')):
+        with pytest.raises(KeyError):
+            registry.find(name)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxfm.code import locate_error
 from jaxfm.config.overrides import make_plain
 from jaxfm.config.validation import format_value, suggest
 from jaxfm.errors import (
@@ -13,7 +14,6 @@ from jaxfm.errors import (
     MissingInputError,
     PermissionDeniedError,
 )
-from jaxfm.registry import locate_error
 from jaxfm.schema import Problem
 from jaxfm.storage.files import explain_damage, explain_errors
 from jaxfm.storage.whole import write_file

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from jaxfm.code import find_code, search_beside, search_recorded
 from jaxfm.config.file import read_json, run_file, split_file, write_whole
 from jaxfm.config.inherit import inherit, read_inherited, remove_inherited
 from jaxfm.config.overrides import (
@@ -22,7 +23,6 @@ from jaxfm.config.overrides import (
 from jaxfm.config.run import RunConfig
 from jaxfm.config.validation import format_path, validate
 from jaxfm.errors import ConfigError, UsageError
-from jaxfm.registry import find_code, search_beside, search_recorded
 from jaxfm.schema import Group, Problem
 
 
@@ -88,7 +88,12 @@ def _record_code(values: dict, problems: list[Problem]) -> None:
     """Puts into `values` what they name of code that is not jaxfm's."""
     if 'code' in values:
         problems.append(Problem.at(('code',), 'is recorded by a run and cannot be given'))
-    if code := find_code(values):
+    try:
+        code = find_code(values)
+    except ConfigError as error:
+        problems.append(Problem.at(('code',), str(error)))
+        return
+    if code:
         values['code'] = code
 
 
@@ -151,10 +156,12 @@ def read_config(path: str | os.PathLike, schema: type[Group] = RunConfig):
         DataError: the file is not JSON.
         ConfigError: it says something that this version does not know.
     """
-    return make_config(read_json(path), str(path), schema)
+    values = read_json(path)
+    if schema is RunConfig:
+        search_recorded(values)
+    return make_config(values, str(path), schema)
 
 
 def make_config(values: dict, where: str, schema: type[Group] = RunConfig):
     """The config whose JSON was kept somewhere. Raises ConfigError as `read_config` does."""
-    search_recorded(values)
     return _resolve(schema, values, where)

@@ -7,6 +7,7 @@ they may change. The model may not, because the weights are those of the old one
 
 from collections.abc import Iterable
 
+from jaxfm.code import is_path
 from jaxfm.config.validation import format_path, format_value, suggest
 from jaxfm.errors import ConfigError, UsageError
 from jaxfm.schema import Group
@@ -36,18 +37,23 @@ Change = tuple[str, object, object]
 def find_changes(old: Group, new: Group) -> list[Change]:
     """Every value that differs; ABSENT stands for a key that one of the two does not have."""
     old, new = _list_leaves(old.model_dump(), ()), _list_leaves(new.model_dump(), ())
-    pairs = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in {**old, **new}]
+    paths = [path for path in {**old, **new} if path != ('code',)]  # without any
+    pairs = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in paths]
     return [(format_path(path), before, after) for path, before, after in pairs if before != after]
 
 
 def check_resume(
-    old: Group, new: Group, allow: Iterable[str] = (), place: str = 'this work directory'
+    old: Group,
+    new: Group,
+    allow: Iterable[str] = (),
+    place: str = 'this work directory',
+    elsewhere: str = '--workdir',
 ) -> list[Change]:
     """Raises ConfigError unless a run of `old` may go on as `new`; returns what differs.
 
     Args:
         allow: top-level names of the config that may change (`--allow_change=optimizer,data`).
-        place: what holds the run of `old`.
+        place: what holds the run of `old`. elsewhere: the flag that names another such place.
 
     Raises:
         UsageError: `allow` has a name that nobody may allow, or that is none.
@@ -57,19 +63,19 @@ def check_resume(
     for name in sorted(allow):
         _check_allowable(name, type(new))
     changes = find_changes(old, new)
-    bound = [change for change in changes if not _is_free(change[0])]
+    code = _find_bound_code(old) | _find_bound_code(new)
+    bound = [change for change in changes if not _is_free(change[0], code)]
     refused = [change for change in bound if _find_group(change[0]) not in allow]
     if not refused:
         return changes
     lines = [f'  config.{path}: {format_value(a)} -> {format_value(b)}' for path, a, b in refused]
     raise ConfigError(
-        '\n'.join([f'{place} holds a run of another config:', *lines, _advise(bound, place)])
+        '\n'.join([f'{place} holds a run of another config:', *lines, _advise(bound, elsewhere)])
     )
 
 
-def _advise(changes: list[Change], place: str) -> str:
+def _advise(changes: list[Change], elsewhere: str) -> str:
     groups = sorted({_find_group(path) for path, *_ in changes})
-    elsewhere = '--workdir' if 'work directory' in place else '--config.checkpoint.directory'
     if FIXED in groups:
         return f'the {FIXED} of a run cannot change; for a new run give another {elsewhere}'
     return (
@@ -90,9 +96,17 @@ def _find_group(path: str) -> str:
     return path.partition('.')[0].partition('[')[0]
 
 
-def _is_free(path: str) -> bool:
-    if path.startswith('code.') and path.endswith('.path'):  # the same code may lie elsewhere
-        return True
+def _find_bound_code(config: Group) -> set[str]:
+    """The paths of classes that a config names where it may not change."""
+    leaves = _list_leaves(config.model_dump(), ()).items()
+    named = {path: value for path, value in leaves if path[-1] == 'name' and is_path(value)}
+    return {value for path, value in named.items() if not _is_free(format_path(path))}
+
+
+def _is_free(path: str, bound_code: Iterable[str] = ()) -> bool:
+    if path.startswith('code.'):  # the same code may be elsewhere, and what is free may change
+        name, _, key = path.removeprefix('code.').rpartition('.')
+        return key == 'path' or name not in bound_code
     return any(path == free or path.startswith(free + '.') for free in FREE_ON_RESUME)
 
 

@@ -134,6 +134,16 @@ class RunConfig(Group):
         return sum(phase.steps for phase in self.all_phases)
 
 
+class OriginConfig(Group):
+    """What of an earlier run's config another run needs to start from its weights."""
+
+    model_config = pydantic.ConfigDict(extra='ignore')
+
+    init_from: str = ''
+    model: one_of(MODELS)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
 def check_on_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
     """The checks between groups once more, with the mesh of the devices that are really there.
 

@@ -1,8 +1,9 @@
 """Data: from documents to batches of token ids, all on the host.
 
 `sources` find and read documents, `corpus` keeps their ids in a cache on disk (`build` makes it),
-`packing` says which tokens a row holds, `loader` delivers batches of rows, `dataset` is all of that
-for one phase of a run. Nothing here touches a device.
+`streaming` encodes them while training; `packing` says which tokens a row holds, `order` and
+`mixture` which row comes next; `loader` delivers batches of rows, and `dataset` is all of that for
+one phase of a run. Nothing here touches a device.
 """
 
 from typing import Annotated, Literal
@@ -85,7 +86,8 @@ SOURCES = Registry(
         'python_stdlib': Entry('jaxfm.data.sources.python_stdlib:PythonStdlib', PythonStdlibConfig),
         'files': Entry('jaxfm.data.sources.files:Files', FilesConfig),
         'problems': Entry('jaxfm.data.sources.problems:Problems', ProblemsConfig),
-    }
+    },
+    base=Group,
 )
 
 
@@ -168,6 +170,7 @@ DATA = Registry(
         'problems': Entry('jaxfm.data.dataset:Dataset', ProblemsData),
         'mixture': Entry('jaxfm.data.dataset:Dataset', MixtureData),
     },
+    base=Group,
     beside=BatchConfig,
 )
 DataConfig = one_of(DATA)

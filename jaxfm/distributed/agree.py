@@ -89,10 +89,15 @@ def from_primary(compute: Callable[[], Any], name: str = '', timeout_seconds: fl
     try:
         value = compute()
     except errors.RunError as error:
-        publish(name, json.dumps({'error': type(error).__name__, 'message': str(error)}))
+        publish(name, json.dumps({'error': _name_kind(error), 'message': str(error)}))
         raise
     publish(name, json.dumps({'value': value}))
     return value
+
+
+def _name_kind(error: errors.RunError) -> str:
+    """The name of the nearest kind of error that every process knows."""
+    return next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
 
 
 def first_error(
@@ -111,7 +116,7 @@ def first_error(
         for kind, message in filter(None, met):
             raise getattr(errors, kind)(message)
 
-    _from_all(error and [type(error).__name__, str(error)], look, name, timeout_seconds)
+    _from_all(error and [_name_kind(error), str(error)], look, name, timeout_seconds)
 
 
 def common(values: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a run measures: its records, clocks and console.
 
 `writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time, `goodput` says what for;
-`console` tells a person. This room imports nothing of ours but errors.
+`console` tells a person. This room imports no other but storage.
 """
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from jaxfm.registry import Registry, one_of
 from jaxfm.schema import Group
 
 # What hears the records beside metrics.jsonl and the console: built as `Sink(group, workdir)`.
-SINKS = Registry({})
+SINKS = Registry({}, base=Group)
 
 
 class MetricsConfig(Group):

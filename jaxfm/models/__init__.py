@@ -198,7 +198,4 @@ class TransformerConfig(Group):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-MODELS = Registry(
-    {'transformer': Entry('jaxfm.models.transformer:Transformer', TransformerConfig)},
-    base=TransformerConfig,
-)
+MODELS = Registry({'transformer': Entry('jaxfm.models.transformer:Transformer', TransformerConfig)})

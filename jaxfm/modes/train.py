@@ -153,7 +153,9 @@ def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluator
     asking = {
         name: group.contamination_bytes
         for name, group in run.config.evals.items()
-        if isinstance(group, GenerateConfig) and group.contamination_bytes
+        if isinstance(group, GenerateConfig)
+        and group.contamination_bytes
+        and hasattr(evaluators[name], 'prompt_texts')  # one of somebody's own may ask nothing
     }
     for phase in run.phases if run.primary else ():
         recorder.phase = phase.name

@@ -16,5 +16,5 @@ class NextTokenConfig(Group):
 
 
 OBJECTIVES = Registry(
-    {'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig)}
+    {'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig)}, base=Group
 )

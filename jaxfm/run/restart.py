@@ -44,7 +44,7 @@ def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
     if not run.has_begun:
         root = checkpoints.root
         config = make_config(manifest['config'], f'the run in {root}')
-        changes = check_resume(config, run.config, allowed, root)
+        changes = check_resume(config, run.config, allowed, root, '--config.checkpoint.directory')
     if step < run.config.total_steps:
         return False, changes
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
@@ -66,7 +66,7 @@ def restore_newest(
     Args:
       wanted: shapes and shardings of the state, phase by phase, as the sources are.
     """
-    may_change = bool({'data', 'phases', 'tokenizer'} & set(allowed))
+    may_change = bool({'data', 'phases', 'tokenizer', 'code'} & set(allowed))
 
     def restore(step: int):
         index = run.phases.index(run.phase_at(step))

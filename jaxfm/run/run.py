@@ -16,6 +16,7 @@ from jaxfm.config.load import format_config
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.distributed import agree
 from jaxfm.distributed.join import initialize
+from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
@@ -44,6 +45,7 @@ class Run:
         check_matmuls(config.model, self.mesh)
         choices(config.model, self.mesh)  # an op that cannot run is told before anything is
         self.primary = agree.is_primary()
+        _check_code(config)
         self.make_model = model_maker(config.model)
         self.phases = make_phases(config, self.make_model, self.mesh)
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
@@ -115,6 +117,19 @@ def start_run(config: RunConfig, workdir: Path):
     run = Run(config, workdir)
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _check_code(config: RunConfig) -> None:
+    """Raises ConfigError unless every process has the code of the first: programs would differ."""
+    digests = {name: found.sha256 for name, found in config.code.items()}
+    every = agree.exchange('code', json.dumps(digests))
+    for index, theirs in every.items():
+        for name, digest in json.loads(every[0]).items():
+            if json.loads(theirs).get(name) != digest:
+                raise ConfigError(
+                    f'config.code: the file of {name} is not the same on the hosts of processes 0 '
+                    f'and {index}: copy it once more'
+                )
 
 
 def model_maker(model: TransformerConfig):

@@ -6,7 +6,7 @@ from pathlib import Path
 from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import read_config
-from jaxfm.config.run import RunConfig
+from jaxfm.config.run import OriginConfig
 from jaxfm.errors import MissingInputError
 from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import lora
@@ -78,7 +78,7 @@ def _earlier_params(run: Run) -> dict:
     name, adapters, model = run.config.init_from, run.parts.adapters, run.config.model
     directory = Path(name).expanduser()
     if locate.is_run(directory):
-        earlier = read_config(directory / 'config.json')
+        earlier = read_config(directory / 'config.json', OriginConfig)
         params, step = _params_of(run, earlier, directory)
         log.info('weights of %s at step %d', directory, step)
     else:
@@ -91,7 +91,7 @@ def _earlier_params(run: Run) -> dict:
     return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
 
 
-def _params_of(run: Run, earlier: RunConfig, directory: Path) -> tuple[dict, int]:
+def _params_of(run: Run, earlier: OriginConfig, directory: Path) -> tuple[dict, int]:
     """The newest weights of an earlier run and their step.
 
     Its adapters are merged into the weights where this run has none.
@@ -107,7 +107,7 @@ def _params_of(run: Run, earlier: RunConfig, directory: Path) -> tuple[dict, int
 def _base_of(init_from: str) -> str:
     """The model that the adapters of a run stand beside: behind the runs that trained them, too."""
     while init_from and locate.is_run(Path(init_from)):
-        earlier = read_config(Path(init_from) / 'config.json')
+        earlier = read_config(Path(init_from) / 'config.json', OriginConfig)
         if earlier.model.lora is None:
             break
         init_from = earlier.init_from

@@ -11,7 +11,7 @@ from jaxfm.errors import RunError
 from jaxfm.metrics import SINKS, goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.console import Console
-from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.metrics.writers import JsonlWriter, Recorder, Sink
 from jaxfm.plan.memory import bytes_total
 from jaxfm.report.page import write_report
 from jaxfm.run.run import Run
@@ -61,12 +61,22 @@ def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new
                 tokenizer.save(directory)
     console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)
-    groups = run.config.metrics.sinks.values() if run.primary else ()
-    sinks = [SINKS.load(group.name)(group, run.workdir) for group in groups]
+    sinks = _open_sinks(run) if run.primary else ()
     recorder = Recorder(jsonl, console, *sinks, enabled=run.primary)
     stack.callback(recorder.close)
     stack.push(_log_refusal)
     return recorder
+
+
+def _open_sinks(run: Run) -> list[Sink]:
+    """The sinks of the config; as later, one that fails gets no metrics, and stops no run."""
+    sinks = []
+    for name, group in run.config.metrics.sinks.items():
+        try:
+            sinks.append(SINKS.load(group.name)(group, run.workdir))
+        except Exception as error:
+            log.warning('config.metrics.sinks.%s gets no metrics: %s', name, error)
+    return sinks
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:

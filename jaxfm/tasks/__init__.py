@@ -36,5 +36,6 @@ TASKS = Registry(
         'python_functions': Entry(
             'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
         ),
-    }
+    },
+    base=Group,
 )

@@ -29,7 +29,7 @@ class BPEConfig(TokenizerConfig):
     name: Literal['bpe'] = 'bpe'
     # Special tokens and the 256 bytes included.
     vocab_size: int = Field(default=2048, ge=258)
-    # How text is cut before merging; `build.PATTERNS` explains the choices.
+    # How text is cut before merging; `tokenizer.build.PATTERNS` explains the choices.
     pattern: Literal['code', 'gpt2'] = 'gpt2'
     special_tokens: list[str] = []
 
@@ -53,6 +53,5 @@ TOKENIZERS = Registry(
         'bytes': Entry('jaxfm.tokenizer.build:Bytes', BytesConfig),
         'bpe': Entry('jaxfm.tokenizer.build:BPE', BPEConfig),
         'file': Entry('jaxfm.tokenizer.build:load_tokenizer_file', TokenizerFileConfig),
-    },
-    base=TokenizerConfig,
+    }
 )

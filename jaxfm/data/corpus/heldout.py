@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from jaxfm.code import find_digest
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus import token_cache
 from jaxfm.data.corpus.encode import make_encoder, read_chunks
@@ -42,6 +43,8 @@ def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
     """Opens the held-out documents of a source's config, after tokenising them if need be."""
     source = SOURCES.load(config.name)(config)
     recipe = [FORMAT, config.model_dump(mode='json'), source.fingerprint(), tokenizer.fingerprint]
+    if code := find_digest(config.name):
+        recipe.append(code)
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
     directory = Path(cache_dir) / f'heldout-{fingerprint[:32]}'
     if not directory.exists():

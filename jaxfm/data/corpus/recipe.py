@@ -2,8 +2,8 @@
 
 import hashlib
 
+from jaxfm.code import find_digest
 from jaxfm.data import SOURCES
-from jaxfm.registry import find_code
 from jaxfm.tokenizer.build import Tokenizer
 
 # Part of every recipe: raise it when the files of a cache or the way to write them change.
@@ -22,11 +22,11 @@ def make_recipe(config, tokenizer: Tokenizer | None) -> dict:
     """Everything that decides the files of a cache; MissingInputError when an input is absent."""
     source = SOURCES.load(config.name)(config)
     source.files()
-    code = [found['sha256'] for found in find_code({'name': config.name}).values()]
-    return {
+    code = find_digest(config.name)
+    return ({'code': code} if code else {}) | {
         'format': FORMAT,
         'source': config.model_dump(mode='json'),
-        'files': [source.fingerprint(), *code] if code else source.fingerprint(),
+        'files': source.fingerprint(),
         'tokenizer': tokenizer.fingerprint if tokenizer else '',
     }
 
@@ -44,6 +44,8 @@ def list_differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
         for key, what in names.items()
         if made.get(key) != wanted[key]
     ]
+    if made.get('code') != wanted.get('code'):
+        differences.append('the code of the source is not the same')
     there = made.get('source', {})
     for key in sorted(there.keys() | wanted['source'].keys() - ignored):
         a, b = there.get(key), wanted['source'].get(key)

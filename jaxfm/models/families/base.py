@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.models import BlockConfig, RopeConfig, TransformerConfig
 from jaxfm.models.families import FAMILIES
+from jaxfm.registry import load_target
 
 # Where the rows of a tensor go: a parameter, or several parts of one tensor in their order.
 Target = str | tuple[str, ...]
@@ -94,8 +94,7 @@ def find_family(model_type: str) -> Family:
             f'model_type {model_type!r} is not supported; supported are '
             f'{", ".join(FAMILIES)} (no mixture-of-experts models yet)'
         )
-    module, name = FAMILIES[model_type].split(':')
-    return getattr(importlib.import_module(module), name)
+    return load_target(FAMILIES[model_type])
 
 
 def read_config(hf: Mapping) -> dict:

@@ -75,7 +75,7 @@ def ls(flags) -> None:
     store = _open(flags.path)
     found = survey(store)
     if not found.attempts and found.lease is None:
-        raise _nothing_in(store)
+        raise _explain_empty(store)
     table = Table(box=None)
     for title in COLUMNS:
         table.add_column(title, justify='right' if title in ('step', 'size', 'age') else 'left')
@@ -92,7 +92,7 @@ def verify(flags) -> None:
     store = _open(flags.path)
     commits = store.commits()
     if not commits:
-        raise _nothing_in(store)
+        raise _explain_empty(store)
     if flags.step is not None:
         if flags.step not in commits:
             raise store.missing_error(flags.step, commits)
@@ -110,7 +110,7 @@ def sweep(flags) -> None:
     store = _open(flags.path)
     listing = store.storage.list()
     if not survey(store).attempts and not store.orphans(listing, {}):
-        raise _nothing_in(store)
+        raise _explain_empty(store)
     if flags.dry_run:
         lease = read_lease(store.storage, listing)
         if lease is not None and lease.is_held:
@@ -148,7 +148,7 @@ def _open(path: str) -> Store:
     return Store(open_storage(place))
 
 
-def _nothing_in(store: Store) -> MissingInputError:
+def _explain_empty(store: Store) -> MissingInputError:
     return MissingInputError(f'{store.storage.root} holds no checkpoints')
 
 

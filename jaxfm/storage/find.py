@@ -138,7 +138,7 @@ def _find_local(pattern: str, key: str) -> list[tuple[str, File]]:
     with explain_reading(pattern):
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
         if not paths:
-            raise MissingInputError(_nothing_matches(pattern, key))
+            raise MissingInputError(_explain_no_match(pattern, key))
         return [_local_file(path, root) for path in paths]
 
 
@@ -155,7 +155,7 @@ def _fixed_part(pattern: str) -> Path:
     return fixed.parent if fixed == Path(pattern) else fixed
 
 
-def _nothing_matches(pattern: str, key: str) -> str:
+def _explain_no_match(pattern: str, key: str) -> str:
     if Path(pattern).is_dir():
         return f'{key}: {pattern} is a directory; name its files, as in {pattern}/**/*.txt'
     nearest = _fixed_part(pattern)

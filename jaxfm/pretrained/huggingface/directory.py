@@ -103,7 +103,7 @@ def _map_tensors(path: Path, names: set[str], shapes: dict, dtypes: dict) -> dic
 
 def _weight_files(path: Path, config: dict) -> dict[Path, set[str] | None]:
     if (path / INDEX).is_file():
-        return _indexed_files(path)
+        return _list_indexed_files(path)
     if (path / WEIGHTS).is_file():
         return {path / WEIGHTS: None}
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
@@ -117,7 +117,7 @@ def _weight_files(path: Path, config: dict) -> dict[Path, set[str] | None]:
     raise MissingInputError(f'{path} has no weights: neither {WEIGHTS} nor {INDEX}')
 
 
-def _indexed_files(path: Path) -> dict[Path, set[str]]:
+def _list_indexed_files(path: Path) -> dict[Path, set[str]]:
     """{file: names} of an index; no file outside of the directory."""
     weight_map = read_json(path / INDEX).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:

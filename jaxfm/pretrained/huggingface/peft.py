@@ -112,7 +112,7 @@ def read(
     directory = Path(directory)
     scaling = _read_scaling(directory / CONFIG)
     tensors = _open(directory)
-    expected = _adapted_parts(layout, lora)
+    expected = _find_adapted_parts(layout, lora)
     _check_tensors(tensors, expected, scaling, directory)
     arrays = {path: np.zeros(shape, np.float32) for path, shape in shapes.items()}
     for module, parts in expected.items():
@@ -143,7 +143,7 @@ def write(
         layout: the `Layout` of the model without adapters.
         base: the model that they adapt, as a person would name it.
     """
-    expected = _adapted_parts(layout, lora)
+    expected = _find_adapted_parts(layout, lora)
     ways = _blocks(expected, params)
     tensors = {}
     for module, parts in expected.items():
@@ -269,7 +269,7 @@ def _table() -> dict[str, tuple[str, ...]]:
     return table
 
 
-def _adapted_parts(layout, lora: LoraConfig) -> dict[str, list]:
+def _find_adapted_parts(layout, lora: LoraConfig) -> dict[str, list]:
     """{module: its parts that have an adapter} of every layer."""
     found = {}
     for name in layout.shapes:

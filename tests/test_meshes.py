@@ -156,7 +156,9 @@ def sharded(request) -> Result:
 
 
 def assert_same_run(result, reference):
-    np.testing.assert_allclose(result.losses, reference.losses, rtol=2e-6)
+    # The order of float32 sums differs. On some processors the seventh loss of fsdp 2 x tensor 4 is
+    # 20 units in the last place off, 2.01e-6.
+    np.testing.assert_allclose(result.losses, reference.losses, rtol=3e-6)
     assert len(set(reference.losses)) == STEPS
 
 

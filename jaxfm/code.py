@@ -9,6 +9,7 @@ config is read.
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import re
 import sys
 import traceback
@@ -98,20 +99,20 @@ def import_module(name: str) -> ModuleType:
         raise ConfigError(f'{name!r} is no path of a class: want module:Class')
     module_name = name.split(':')[0]
     file = _find_file(module_name, _BESIDE)
+    if file is None and not _is_installed(module_name):
+        file = _find_file(module_name, _RECORDED)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f'{module_name}.'.startswith(f'{error.name}.'):
             raise ConfigError(f'{name}: {error}') from error
-        if not _find_file(module_name, _RECORDED):
-            raise ConfigError(f'there is no module {module_name}{_hint(module_name)}') from None
-        module = importlib.import_module(module_name)
+        raise ConfigError(f'there is no module {module_name}{_hint(module_name)}') from None
     except Exception as error:
         raise ConfigError(locate_error(error, file or Path(module_name))) from error
     found = getattr(module, '__file__', None)
     if found is None:
         raise ConfigError(f'{module_name} is no file of Python')
-    if file is not None and Path(found).resolve() != file:
+    if file is not None and not file.samefile(found):
         raise ConfigError(f'{module_name} beside the config is hidden by {found}: rename it')
     if found not in _DIGESTS:
         _DIGESTS[found] = _read_digest(found)
@@ -144,6 +145,11 @@ def _find_file(module_name: str, directories: list[Path]) -> Path | None:
                     importlib.invalidate_caches()
                 return file
     return None
+
+
+def _is_installed(module_name: str) -> bool:
+    top = module_name.split('.')[0]
+    return top in sys.modules or importlib.util.find_spec(top) is not None
 
 
 def _read_digest(path: str) -> str:

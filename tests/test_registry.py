@@ -445,6 +445,25 @@ def test_a_module_is_found_where_the_run_found_it(beside):
     assert f'config.objective.name: there is no module {name}' in done.stderr
 
 
+def test_a_recorded_module_that_fails_names_its_line(beside, tmp_path_factory):
+    directory, name = beside
+    write_config(load(beside, 'objective.name=LAB:Focal'), directory / 'config.json')
+    elsewhere = tmp_path_factory.mktemp('elsewhere')
+    text = (directory / 'config.json').read_text().replace(str(directory), str(elsewhere))
+    (directory / 'config.json').write_text(text.replace(name, f'late_{name}'))
+    (elsewhere / f'late_{name}.py').write_text('raise ValueError("too late")')
+    with pytest.raises(ConfigError, match=f'{elsewhere}/late_{name}.py:1: ValueError: too late'):
+        read_config(directory / 'config.json')
+
+
+def test_a_module_may_be_a_link(beside, tmp_path_factory):
+    directory, name = beside
+    kept = tmp_path_factory.mktemp('kept') / 'lab.py'
+    kept.write_text(SMALL)
+    (directory / f'link_{name}.py').symlink_to(kept)
+    assert load(beside, 'objective.name=link_LAB:Focal').objective.gamma == 2.0
+
+
 def test_weights_are_taken_from_a_run_whose_code_is_gone(beside):
     """Nor is code of a directory of weights ever run."""
     directory, name = beside

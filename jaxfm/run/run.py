@@ -123,13 +123,14 @@ def _check_code(config: RunConfig) -> None:
     """Raises ConfigError unless every process has the code of the first: programs would differ."""
     digests = {name: found.sha256 for name, found in config.code.items()}
     every = agree.exchange('code', json.dumps(digests))
+    first = json.loads(every[0])
     for index, theirs in every.items():
-        for name, digest in json.loads(every[0]).items():
-            if json.loads(theirs).get(name) != digest:
-                raise ConfigError(
-                    f'config.code: the file of {name} is not the same on the hosts of processes 0 '
-                    f'and {index}: copy it once more'
-                )
+        differ = first.items() ^ json.loads(theirs).items()
+        if differ:
+            raise ConfigError(
+                f'config.code: the file of {min(name for name, _ in differ)} is not the same on '
+                f'the hosts of processes 0 and {index}: copy it once more'
+            )
 
 
 def model_maker(model: TransformerConfig):

@@ -52,10 +52,12 @@ class Registry(dict[str, Entry]):
         super().__init__(entries)
         self.base, self.beside = base, beside
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a name may be the path of a class from outside."""
-        return self.base is not None
+    def takes(self, name) -> bool:
+        """Whether it is the name of an entry, or the path of a class where the registry is open."""
+        return isinstance(name, str) and (name in self or self._is_outside(name))
+
+    def _is_outside(self, name: str) -> bool:
+        return self.base is not None and is_path(name)
 
     def find(self, name: str) -> Entry:
         """The entry of a name, or of a dotted path.
@@ -64,7 +66,7 @@ class Registry(dict[str, Entry]):
           KeyError: a name that is neither.
           ConfigError: a dotted path that cannot be imported, or is of no class with a `Config`.
         """
-        if not self.is_open or not is_path(name):
+        if not self._is_outside(name):
             return self[name]
         return Entry(name, _make_schema(name, self.base, self.beside))
 
@@ -95,8 +97,7 @@ class OneOf:
 
     def find_schema(self, name) -> type[Group] | None:
         """The schema that a name selects; None when it selects none, or there is a choice."""
-        is_outside = self.registry.is_open and is_path(name)
-        if is_outside or (isinstance(name, str) and name in self.registry):
+        if self.registry.takes(name):
             return self.registry.find(name).schema
         # The only one there is says itself what is wrong with its name, and with all else.
         return next(iter(self.registry.values())).schema if len(self.registry) == 1 else None

@@ -47,6 +47,12 @@ class Group(pydantic.BaseModel):
         extra='forbid', frozen=True, strict=True, protected_namespaces=(), validate_default=True
     )
 
+    @pydantic.model_validator(mode='after')
+    def _check_conflicts(self):
+        if problems := self.find_conflicts(dict(self)):
+            raise ConflictError(*problems)
+        return self
+
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
         """What is wrong between values of the group; `parts` has those that are sound."""

@@ -15,7 +15,7 @@ from jaxfm.errors import (
     PermissionDeniedError,
 )
 from jaxfm.schema import Problem
-from jaxfm.storage.files import explain_damage, explain_errors
+from jaxfm.storage.files import explain_damage, explain_write
 from jaxfm.storage.whole import write_file
 
 
@@ -74,7 +74,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def write_whole(path: Path, text: str) -> None:
-    with explain_errors(f'{path}: cannot be written'), write_file(path) as file:
+    with explain_write(path), write_file(path) as file:
         file.write(text.encode())
 
 

@@ -16,7 +16,6 @@ import typing
 import pydantic
 import pydantic_core
 
-from jaxfm.code import is_path
 from jaxfm.config.validation import format_path, format_value, is_group, list_names, select_kinds
 from jaxfm.errors import ConfigError
 from jaxfm.registry import OneOf
@@ -137,10 +136,10 @@ def _choose(kinds: list, container) -> list:
     """The alternative that the `name` in the container selects; all while it selects none."""
     name = container.get('name') if isinstance(container, dict) else None
     for choice in kinds:
-        if isinstance(choice, OneOf) and choice.registry.is_open and is_path(name):
+        if isinstance(choice, OneOf) and choice.registry.takes(name):
             with contextlib.suppress(ConfigError):  # which the check of the whole tells
                 return [choice.registry.find(name).schema]
-    return [kind for kind in kinds if is_group(kind) and name in list_names(kind)] or kinds
+    return kinds
 
 
 def _check_holds(container, part, path) -> None:

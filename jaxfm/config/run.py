@@ -113,13 +113,6 @@ class RunConfig(Group):
     def find_conflicts(cls, parts: dict) -> list[Problem]:
         return checks.find_conflicts(parts)
 
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        problems = self.find_conflicts(dict(self))
-        if problems:
-            raise ConflictError(*problems)
-        return self
-
     @property
     def all_phases(self) -> list[PhaseConfig]:
         """The phases; those of a run that lists none are one, without a name, or none at all."""

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
-from jaxfm.storage.files import explain_errors
+from jaxfm.storage.files import explain_write
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """Writes JSON lines; directories that lack are made."""
-    with explain_errors(f'{path}: cannot be written'):
+    with explain_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
 

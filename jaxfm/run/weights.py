@@ -50,10 +50,10 @@ def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
 def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport]:
     """The export of every so many steps, as an evaluator by its name, if it is asked for."""
     every = run.config.export.every
-    directory = run.workdir / 'export'
-    return (
-        {'export': PeriodicExport(every, make_exporter(run, tokenizer), directory)} if every else {}
-    )
+    if not every:
+        return {}
+    exporter = make_exporter(run, tokenizer)
+    return {'export': PeriodicExport(every, exporter, run.workdir / 'export')}
 
 
 def _restore_params(checkpoints: Reader, parts: Parts) -> tuple[dict, int]:

@@ -17,7 +17,7 @@ from jaxfm.report.page import write_report
 from jaxfm.run.run import Run
 from jaxfm.state import TrainState
 from jaxfm.storage.base import S3
-from jaxfm.storage.files import explain_errors
+from jaxfm.storage.files import explain_write
 from jaxfm.tokenizer.kinds import Tokenizer
 
 log = logging.getLogger('jaxfm')
@@ -50,14 +50,14 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
 def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new: bool) -> Recorder:
     """The work directory's files: config, tokenizer, log, metrics."""
     if run.primary:
-        with explain_errors(f'{run.workdir}: cannot be written'):
+        with explain_write(run.workdir):
             run.workdir.mkdir(parents=True, exist_ok=True)
         write_inherited(run.config, run.workdir)
         write_config(run.config, run.workdir / 'config.json')
         # A checkpoint belongs to the tokenizer it was trained with.
         if is_new or not (run.workdir / 'tokenizer').exists():
             directory = run.workdir / 'tokenizer'
-            with explain_errors(f'{directory}: cannot be written'):
+            with explain_write(directory):
                 tokenizer.save(directory)
     console.log_to(run.workdir / 'log.txt')
     jsonl = JsonlWriter(run.workdir / 'metrics.jsonl', enabled=run.primary)

@@ -36,6 +36,11 @@ def explain_errors(
         raise kind(sentence) from error
 
 
+def explain_write(path: Any) -> contextlib.AbstractContextManager:
+    """`explain_errors` of what is written to a path."""
+    return explain_errors(f'{path}: cannot be written')
+
+
 @contextlib.contextmanager
 def explain_damage(failure: str) -> Iterator[None]:
     """Turns what a decoder of text or JSON raises into a DataError: `failure`, and the reason."""

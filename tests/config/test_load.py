@@ -16,7 +16,7 @@ from jaxfm.config.inherit import write_inherited
 from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for, write_config
 from jaxfm.config.run import check_on_mesh
 from jaxfm.registry import Entry, Registry, one_of
-from jaxfm.schema import ConflictError, Group, Problem
+from jaxfm.schema import Group, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,13 +74,6 @@ class StandInConfig(Group):
     @classmethod
     def find_conflicts(cls, parts):
         return run_checks((steps_are_even, width_fits), parts)
-
-    @pydantic.model_validator(mode='after')
-    def _check(self):
-        problems = self.find_conflicts(dict(self))
-        if problems:
-            raise ConflictError(*problems)
-        return self
 
 
 @pytest.fixture

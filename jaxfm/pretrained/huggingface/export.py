@@ -28,7 +28,7 @@ from jaxfm.pretrained.huggingface.directory import (
 )
 from jaxfm.pretrained.layout import as_tensor, make_layout, take_from
 from jaxfm.pretrained.pipeline import run_ahead
-from jaxfm.storage.files import explain_errors
+from jaxfm.storage.files import explain_write
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -205,7 +205,7 @@ def _on_primary(directory: Path, write: Callable[[], None]) -> None:
     """
 
     def write_or_explain():
-        with explain_errors(f'{directory}: cannot be written'):
+        with explain_write(directory):
             write()
 
     agree.from_primary(write_or_explain)

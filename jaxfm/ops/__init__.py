@@ -1,10 +1,10 @@
-"""Pure functions on arrays, one file an op; each chooses its implementation (None: the best known).
+"""Pure functions on arrays, one file per op; each chooses its implementation (None: best known).
 
-A name given as `implementation` means that one or an error, never a quiet fallback. What can be
-named stands here, so that a config is checked without jax; `choice.py` chooses.
+An `implementation` given by name runs or raises an error; there is no silent fallback. The names
+are listed here so that configs can be checked without importing jax; `choice.py` chooses.
 """
 
-# What each op can run as, best first; 'xla' runs everywhere.
+# The implementations of each op, best first; 'xla' runs everywhere.
 IMPLEMENTATIONS = {
     'attention': ('mosaic', 'cudnn', 'fa3', 'xla', 'interpret'),
     'decode_attention': ('mosaic', 'xla', 'interpret'),

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention; its mask comes from positions and segment ids, not array indices.
+"""Scaled dot-product attention, masked by positions and segment ids instead of array indices.
 
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -16,27 +16,27 @@ from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place,
 from pallas_kernels import attention as kernels
 from pallas_kernels.attention import schedule
 
-# What the backward pass of the kernel needs of the forward one; remat policies know these names.
+# Forward results that the kernel's backward pass needs; remat policies refer to these names.
 SAVED_NAMES = ('attention_out', 'attention_lse')
 
-# Fewer a row, as in decoding, and most of a tile of the kernel would be for nothing.
+# With fewer queries per row, as in decoding, most of each kernel tile would be wasted.
 _LEAST_QUERIES = 64
 
-# Below every score; finite, so that a row of nothing else has no NaN.
+# Below every score, but finite, so that a fully masked row gives no NaN.
 MASKED = -1e30
 
 
 class KeyValues(NamedTuple):
-    """Keys and values with what the mask needs to know of them: the view a cache gives."""
+    """Keys and values, with the positions and segment ids that the mask needs."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
     positions_BS: jax.Array
-    segment_ids_BS: jax.Array  # 0 is padding: never attended to
+    segment_ids_BS: jax.Array  # 0 is padding, which is never attended to
 
 
 def attention_mask(positions_BT, segment_ids_BT, keys: KeyValues, window: int = 0):
-    """True where a query may see a key: same segment, not in its future, within the window."""
+    """[B, T, S], True where a query sees a key: same segment, not in its future, in its window."""
     return schedule.visible(
         positions_BT[:, :, None],
         segment_ids_BT[:, :, None],
@@ -49,28 +49,28 @@ def attention_mask(positions_BT, segment_ids_BT, keys: KeyValues, window: int = 
 def obstacles(
     *, head_dim: int, dtype, softcap: float = 0.0, one_document: bool = False
 ) -> dict[str, str]:
-    """{implementation: why it cannot do such attention, and what would be right}."""
+    """{implementation: why it cannot run such a call, and what to use instead}."""
     dtype, found = jnp.dtype(dtype).name, {}
     if obstacle := kernels.obstacle(head_dim=head_dim, dtype=dtype):
-        found['mosaic'] = f"{obstacle}; say 'xla'"
+        found['mosaic'] = f"{obstacle}; use 'xla'"
     if dtype not in ('bfloat16', 'float16'):
         found['cudnn'] = f'q, k and v must be bfloat16 or float16, not {dtype}'
     if head_dim % 8 or head_dim > 256:
-        found['cudnn'] = f"head_dim must be a multiple of 8 up to 256, not {head_dim}; say 'xla'"
+        found['cudnn'] = f"head_dim must be a multiple of 8 up to 256, not {head_dim}; use 'xla'"
     if softcap:
-        found['cudnn'] = f"it has no soft-cap ({softcap:g} here); say 'mosaic' or 'xla'"
+        found['cudnn'] = f"it has no soft-cap ({softcap:g} here); use 'mosaic' or 'xla'"
     if not one_document:
         found['cudnn'] = (
-            'it would attend across documents, because its public interface has no segment ids: it '
-            'is right only where every row is one document from position 0 with padding behind it. '
-            "Promise that by one_document=True (data.packing='none'), which cannot be for keys of "
-            "a cache, as in sampling, or say 'mosaic' or 'xla'"
+            'it would attend across documents, because its public interface has no segment ids; it '
+            'is correct only if every row is one document from position 0 with padding at the end. '
+            "Promise that with one_document=True (data.packing='none'), which is not possible with "
+            "a cache, as in sampling, or use 'mosaic' or 'xla'"
         )
     if axis_size(ACTIVATIONS, 'position') > 1:
-        found['cudnn'] = "its mask is wrong for rows split over context; say 'mosaic' or 'xla'"
+        found['cudnn'] = "its mask is wrong for rows split over context; use 'mosaic' or 'xla'"
     found['fa3'] = (
-        'the package flash-attn3-jax has head_dim 128 only, and wants a list of documents of fixed '
-        "length, which a packed batch has not; say 'mosaic' or 'xla'"
+        'the package flash-attn3-jax supports only head_dim 128 and needs a list of documents of '
+        "fixed length, which a packed batch does not have; use 'mosaic' or 'xla'"
     )
     return found
 
@@ -89,20 +89,23 @@ def attention(
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> [B, T, N, H] in q's dtype.
 
-    Scores and softmax are float32. A query that may see nothing (padding) gets zeros.
+    Scores and softmax are float32. A query that sees no key (padding) gets zeros.
 
     Args:
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off (Gemma 2).
-      one_document: a promise that every row is one document, its positions 0, 1, 2, ..., its keys
-      those of the queries, and padding only behind it.
-      implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
+      one_document: promises that every row is one document at positions 0, 1, 2, ..., padded only
+      at the end, with keys from the same tokens as the queries.
+      implementation: a name in `ops.IMPLEMENTATIONS`; None picks the best known.
+
+    Raises:
+      ValueError: the named implementation cannot run this call.
     """
     unsupported = obstacles(
         head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document
     )
     if implementation is None and q_BTNH.shape[1] < _LEAST_QUERIES:
-        unsupported['mosaic'] = 'a few queries a row, and the kernel computes tiles of them'
+        unsupported['mosaic'] = 'too few queries per row to fill a tile of the kernel'
     name = choose('attention', implementation, unsupported)
     keys = _whole_keys(keys)
     if name == 'xla':
@@ -136,11 +139,11 @@ def _xla(q_BTNH, keys: KeyValues, positions_BT, segment_ids_BT, scale, window, s
     if softcap:
         scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     mask_BTS = attention_mask(positions_BT, segment_ids_BT, keys, window)
-    # Added, not selected: nothing is left to do for the mask in the backward pass.
+    # Adding the mask instead of selecting leaves no work for it in the backward pass.
     scores_BKGTS += jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(q_BTNH.dtype)
     out_BTKGH = jnp.einsum('bkgts,bskh->btkgh', weights_BKGTS, keys.v_BSKH)
-    # A row that sees nothing has come out as a mean of all values.
+    # A query that sees no key has averaged all values; it gets zeros.
     sees_BT = jnp.any(mask_BTS, axis=-1)
     out_BTKGH = jnp.where(sees_BT[:, :, None, None, None], out_BTKGH, 0)
     merged = activation('batch', 'position', 'heads', 'head_dim')
@@ -149,7 +152,7 @@ def _xla(q_BTNH, keys: KeyValues, positions_BT, segment_ids_BT, scale, window, s
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _flash(q_BTNH, k_BSKH, v_BSKH, ids, options):
-    """Our kernel: each device has its rows, heads and queries, and all keys of those."""
+    """Our kernel: a device computes its shard of rows, heads and queries against all their keys."""
     return _flash_forward(q_BTNH, k_BSKH, v_BSKH, ids, options)[0]
 
 
@@ -166,7 +169,7 @@ def _flash_backward(options, residuals, dout_BTNH):
 
     def backward(*arrays):
         dq, dk, dv = kernels.backward(*arrays, **dict(options))
-        # Every device has the part of its own queries.
+        # Each device has computed only the contribution of its own queries.
         if axis_size(ACTIVATIONS, 'position') > 1:
             dk, dv = lax.psum((dk, dv), split_axes('position'))
         return dq, dk, dv
@@ -180,7 +183,7 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _cudnn(q_BTNH, keys: KeyValues, segment_ids_BT, scale: float, window: int):
-    """Causal attention of rows of one document, in which index and position are the same."""
+    """Causal attention by index, correct where each row is one document starting at position 0."""
 
     def attend(q, k, v):
         return jax.nn.dot_product_attention(
@@ -195,7 +198,7 @@ def _cudnn(q_BTNH, keys: KeyValues, segment_ids_BT, scale: float, window: int):
 
     attend = per_shard(attend, (_QUERIES, _KEYS, _KEYS), _QUERIES)
     out_BTNH = attend(q_BTNH, keys.k_BSKH, keys.v_BSKH)
-    # No token sees the padding behind it, but padding sees tokens.
+    # Tokens do not see the padding after them, but padding sees tokens: zero it.
     return jnp.where(segment_ids_BT[:, :, None, None] > 0, out_BTNH, 0)
 
 

@@ -1,8 +1,8 @@
-"""Which implementation of an op runs, and why.
+"""Chooses the implementation of an op and says why.
 
-mosaic: our kernel (pallas_kernels), on a Hopper GPU. interpret: the same kernel simulated, slow,
-with a search for races. xla: plain jnp, everywhere. cudnn, fa3: libraries of NVIDIA and of the
-authors of FlashAttention 3, for attention alone.
+mosaic: our kernel (pallas_kernels), on a Hopper GPU. interpret: the same kernel in a slow simulator
+that also detects races. xla: plain jnp, everywhere. cudnn, fa3: the libraries of NVIDIA and of
+the FlashAttention 3 authors, for attention only.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from pallas_kernels import _tables
 
 log = logging.getLogger('jaxfm')
 
-# The parts of a device kind that say compute capability 9.0: 'NVIDIA H100 80GB HBM3'.
+# Matches device kinds of compute capability 9.0, such as 'NVIDIA H100 80GB HBM3'.
 HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
-# These need an NVIDIA GPU of any kind.
+# Implementations that need an NVIDIA GPU.
 NEED_GPU = ('cudnn', 'fa3', 'mosaic')
 NEED_HOPPER = ('fa3', 'mosaic')
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a program is made for, which need not be here."""
+    """The device that a program is compiled for, which need not be present."""
 
     platform: str
     kind: str
@@ -32,14 +32,14 @@ class Device:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation, and why it is that one."""
+    """An implementation, and the reason for choosing it."""
 
     name: str
     reason: str
 
 
 def target() -> Device:
-    """The device of the mesh that is set, else the default one."""
+    """The device kind of the current mesh, or the default device without a mesh."""
     device = _tables.target_device()
     return Device(device.platform or '', device.device_kind)
 
@@ -47,7 +47,7 @@ def target() -> Device:
 def choose(
     op: str, implementation: str | None, unsupported: Mapping[str, str] | None = None
 ) -> str:
-    """The name of `decide`'s choice; the log says once what None has come to and why."""
+    """The name that `decide` chooses. For None, logs the choice and its reason once per op."""
     choice = decide(op, implementation, unsupported)
     if implementation is None and (op, choice.name) not in _told:
         _told.add((op, choice.name))
@@ -61,41 +61,43 @@ _told: set[tuple[str, str]] = set()
 def decide(
     op: str, implementation: str | None, unsupported: Mapping[str, str] | None = None
 ) -> Choice:
-    """The implementation that is named; for None the best one that is proven and can do it.
+    """The named implementation, or for None the best one that is proven and supports the call.
 
     Args:
-      unsupported: {implementation: why it cannot do what is asked and what would be right}, as far
-      as that does not depend on the device; 'interpret' can do what 'mosaic' can.
+      unsupported: {implementation: why it cannot run this call, and what to use instead}, apart
+      from device requirements. An entry for 'mosaic' also covers 'interpret'.
 
     Raises:
-      ValueError: the one that is named cannot run.
+      ValueError: the named implementation does not exist or cannot run.
     """
     known, unsupported = IMPLEMENTATIONS[op], unsupported or {}
     if implementation is None:
         return _best(op, unsupported)
     if implementation not in known:
-        raise ValueError(f'{op} has no implementation {implementation!r}, only {", ".join(known)}')
+        raise ValueError(
+            f'{op} has no implementation {implementation!r}; it has {", ".join(known)}'
+        )
     obstacle = _wrong_device(implementation, known) or _obstacle(implementation, unsupported)
     if obstacle:
         raise ValueError(f'{op} cannot run as {implementation!r}: {obstacle}')
-    return Choice(implementation, 'it is asked for by name')
+    return Choice(implementation, 'it was requested by name')
 
 
 def _best(op: str, unsupported: Mapping[str, str]) -> Choice:
-    """Our kernel where it is right and not slower on a GPU like this one, else XLA."""
+    """Our kernel if it is proven correct and no slower than XLA on this GPU, else XLA."""
     if 'mosaic' not in IMPLEMENTATIONS[op]:
-        return Choice('xla', 'there is no kernel of ours')
+        return Choice('xla', 'the project has no kernel for this op')
     device = target()
     proof = _tables.proof(op, device.kind)
     if not HOPPER.search(device.kind):
-        return Choice('xla', f'the kernel is for Hopper GPUs, this is {_describe(device)}')
+        return Choice('xla', f'the kernel needs a Hopper GPU, this is {_describe(device)}')
     if proof is None:
         return Choice('xla', f'the kernel is not proven on {device.kind}')
     if obstacle := _obstacle('mosaic', unsupported):
         return Choice('xla', obstacle)
     speed = proof['speed_over_xla']
     if speed is None or speed < 1:
-        measured = 'never timed' if speed is None else f'at {speed:.2f} of the speed of XLA'
+        measured = 'was never timed' if speed is None else f"runs at {speed:.2f} of XLA's speed"
         return Choice('xla', f'the kernel is proven on {device.kind}, but {measured}')
     return Choice('mosaic', f'proven on {device.kind} on {proof["date"]}')
 
@@ -105,7 +107,7 @@ def _obstacle(implementation: str, unsupported: Mapping[str, str]) -> str | None
 
 
 def _wrong_device(implementation: str, known: tuple[str, ...]) -> str | None:
-    """Why the device cannot run it, and what would be right here."""
+    """Why the device cannot run it, and what to use instead; None if it can."""
     device = target()
     if implementation not in NEED_GPU:
         return None
@@ -115,10 +117,10 @@ def _wrong_device(implementation: str, known: tuple[str, ...]) -> str | None:
         is_right, wanted = device.platform == 'gpu', 'an NVIDIA GPU'
     if is_right:
         return None
-    instead = "say 'xla'"
+    instead = "use 'xla'"
     if implementation == 'mosaic' and 'interpret' in known:
         instead += ", or 'interpret' to simulate the kernel"
-    return f'it needs {wanted}, and the device is {_describe(device)}; {instead}'
+    return f'it needs {wanted}, but the device is {_describe(device)}; {instead}'
 
 
 def _describe(device: Device) -> str:

@@ -1,6 +1,6 @@
-"""Attention of one query a sequence to keys and values that lie in pages, for decoding.
+"""Decoding attention: one query per sequence, keys and values in pages.
 
-B batch, N heads, K kv heads, H head dim, P pages, L tokens a page, M pages of a sequence at most.
+B batch, N heads, K kv heads, H head dim, P pages, L tokens per page, M most pages of a sequence.
 """
 
 import functools
@@ -28,18 +28,21 @@ def decode_attention(
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> [B, N, H] in q's dtype.
 
-    Key j of a sequence is in page page_table[j // L], slot j % L, and its query is at
-    length - 1. What lies beyond a length, in the table or in a page, is never used. A sequence
-    of length 0 gets zeros. Scores and softmax are float32.
+    Key j of a sequence is in page page_table[j // L], slot j % L; its query is at position
+    length - 1. Table entries and slots past the length are never used. A sequence of length 0 gets
+    zeros. Scores and softmax are float32.
 
-    On a mesh the pages are split as the batch is: each device has a pool for its own sequences, and
-    the numbers in their tables are those of that pool.
+    On a mesh the pages are sharded like the batch: each device has a pool for its own sequences,
+    and their page tables hold indices into that pool.
 
     Args:
-      lengths_B: int32, tokens of each sequence, that of the query included.
+      lengths_B: int32, tokens of each sequence, including the query's token.
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off.
-      implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
+      implementation: a name in `ops.IMPLEMENTATIONS`; None picks the best known.
+
+    Raises:
+      ValueError: the named implementation cannot run this call.
     """
     problem = kernels.obstacle(
         num_heads=q_BNH.shape[1],
@@ -48,7 +51,7 @@ def decode_attention(
         page_size=k_pages_PLKH.shape[1],
         dtypes=(q_BNH.dtype, k_pages_PLKH.dtype, v_pages_PLKH.dtype),
     )
-    unsupported = {'mosaic': f"{problem}; say 'xla'"} if problem else {}
+    unsupported = {'mosaic': f"{problem}; use 'xla'"} if problem else {}
     name = choose('decode_attention', implementation, unsupported)
     if name == 'xla':
         forward = kernels.reference.forward

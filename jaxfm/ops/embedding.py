@@ -1,4 +1,4 @@
-"""Rows of a table by token id.
+"""Embedding lookup: rows of a table by token id.
 
 B batch, T position, V vocab, D embed.
 """
@@ -15,10 +15,10 @@ from jaxfm.sharding import activation, per_shard, place, split_axes
 def look_up(table_VD, tokens_BT, dtype):
     """-> [B, T, D] in `dtype`.
 
-    The gradient of the table is summed in float32 on a device, because a bfloat16 sum of ones stops
-    at 256, and over devices in the dtype of the table.
+    The table's gradient is summed in float32 on each device, because a bfloat16 sum of ones stops
+    at 256, and in the table's dtype across devices.
     """
-    # Where nothing is gathered it still has the sharding in which it is stored, in name.
+    # If no axis is gathered, the table's type still has the sharding of a stored weight.
     table_VD = place(table_VD, 'vocab', 'embed')
     return _look_up(table_VD, tokens_BT, jnp.dtype(dtype))
 
@@ -30,7 +30,7 @@ def _look_up(table_VD, tokens_BT, dtype):
 
 
 def _forward(table_VD, tokens_BT, dtype):
-    # The empty array carries size and dtype of the table.
+    # An array without elements carries the table's size and dtype to the backward pass.
     about = jnp.zeros((table_VD.shape[0], 0), table_VD.dtype)
     return _look_up(table_VD, tokens_BT, dtype), (tokens_BT, about)
 
@@ -39,11 +39,11 @@ def _backward(dtype, residuals, gradient_BTD):
     tokens_BT, about = residuals
     vocab, rows = split_axes('vocab'), split_axes('batch', 'position')
 
-    # By hand, because the sum over devices would be made in float32, before the cast.
+    # Written by hand: autodiff would sum over devices in float32, before the cast.
     def shard(tokens_BT, gradient_BTD):
         size = about.shape[0] // lax.axis_size(vocab) if vocab else about.shape[0]
         ids = tokens_BT - lax.axis_index(vocab) * size if vocab else tokens_BT
-        ids = jnp.where(ids < 0, size, ids)  # an id of another device: beyond the end, dropped
+        ids = jnp.where(ids < 0, size, ids)  # another device's id: out of bounds, dropped
         sums_VD = jnp.zeros((size, gradient_BTD.shape[-1]), jnp.float32)
         sums_VD = sums_VD.at[ids].add(gradient_BTD.astype(jnp.float32), mode='drop')
         sums_VD = sums_VD.astype(about.dtype)

@@ -1,8 +1,8 @@
-"""Products of activations with weights, with the gradient written so that little is moved.
+"""Matmuls of activations with weights, with a hand-written gradient that moves little data.
 
-In float8 (Micikevicius et al., 2022) activations and weights are e4m3 and gradients e5m2, each
-tensor with one scale that is made from its largest element now. On a mesh that is the largest one
-of all devices, so that the numbers do not depend on the mesh.
+In float8 (Micikevicius et al., 2022) activations and weights are e4m3 and gradients e5m2. Each
+tensor has one scale, computed from its current largest element; on a mesh, from the largest across
+all devices, so that results do not depend on the mesh.
 """
 
 import functools
@@ -28,17 +28,17 @@ def linear(
 ):
     """x [B, T, *I] times weight [*I, *O] -> [B, T, *O], in the dtype of x.
 
-    A weight of a wider dtype has its gradient in that: devices sum what they have of it so.
+    If the weight's dtype is wider than x's, its gradient (and the cross-device reduction) uses the
+    weight's dtype. Each gradient has the sharding of its operand.
 
-    On CPU the product that gives a weight's gradient transposes its first operand. Autodiff puts
-    the gradient of the output there, whatever its size; this puts the narrower of the two. The
-    gradients have the shardings of what they belong to.
+    On CPU the matmul for the weight's gradient transposes its first operand. Autodiff always puts
+    the output's gradient there; this puts the smaller of the two.
 
     Args:
       contracted: how many trailing dimensions of x are summed over.
-      out_sharding: of the result, where the sum is over a sharded dimension.
-      out_dtype: of the result; the sums are float32 for bfloat16 operands in any case.
-      float8: multiplies in 8 bits, here and for both gradients; the result has the dtype of x.
+      out_sharding: of the result; needed if the sum is over a sharded dimension.
+      out_dtype: of the result; bfloat16 operands are accumulated in float32 either way.
+      float8: multiplies in float8, here and for both gradients; the result has x's dtype.
     """
     if float8:
         return _linear_8(x, weight, contracted, out_sharding)
@@ -62,7 +62,7 @@ def _linear(x, weight, contracted, out_sharding, out_dtype):
 
 
 def _forward(x, weight, contracted, out_sharding, out_dtype):
-    # Not by way of _linear: a remat policy that saves products must see a dot_general.
+    # Not through _linear: a remat policy that saves products must see the dot_general.
     return _product(x, weight, contracted, out_sharding, out_dtype), (x, weight)
 
 
@@ -104,20 +104,20 @@ _linear.defvjp(_forward, _backward)
 
 
 def quantize(x, dtype):
-    """x / scale in 8 bits, and the float32 scale: the largest element is just in range."""
+    """x / scale in float8, and the float32 scale, which maps max |x| to the dtype's maximum."""
     largest = float(jnp.finfo(dtype).max)
     amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
     scale = jnp.where(amax == 0, 1.0, amax / largest)
-    # Rounding may leave the range, and e4m3 has no infinity: that would be NaN.
+    # Rounding may exceed the range; e4m3 has no infinity, so that would give NaN.
     scaled = jnp.clip(x.astype(jnp.float32) / scale, -largest, largest)
     return scaled.astype(dtype), scale
 
 
 def _product_8(a, b, dimensions, dtype, out_sharding=None, precision=lax.Precision.DEFAULT):
-    """The product of two quantised arrays, scaled back.
+    """The product of two quantised arrays (values, scale), rescaled.
 
-    XLA makes one matmul in 8 bits of this, scales included. On Hopper it sums with fewer bits than
-    float32 unless the highest precision is asked for, which is for gradients alone.
+    XLA fuses this into one float8 matmul, scales included. On Hopper that accumulates with fewer
+    bits than float32 unless the highest precision is requested, as it is for gradients only.
     """
     (a, a_scale), (b, b_scale) = a, b
     product = lax.dot_general(
@@ -157,9 +157,11 @@ def _backward_8(contracted, out_sharding, operands, gradient):
 
 
 def _gradient_8(a, b, dimensions, dtype, out_spec):
-    """Scaled back before it is summed over devices, so that nothing is between that sum and what
-    follows: XLA makes one of several sums, or a reduce-scatter where the move to where a weight is
-    stored follows."""
+    """A gradient, rescaled on each device before the sum over devices.
+
+    With nothing between that sum and what follows, XLA can combine several sums into one, or turn
+    a sum and the resharding to a stored weight into a reduce-scatter.
+    """
     (a, a_spec), (b, b_spec) = a, b
 
     def shard(a, b):

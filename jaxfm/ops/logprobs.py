@@ -1,6 +1,6 @@
-"""From final hidden states to logits and log-probs: the one place that knows the vocabulary.
+"""Final hidden states to logits and log-probs: the only place that computes over the vocabulary.
 
-`token_logprobs` is what objectives call; it never holds the logits of more than a chunk of ids.
+Objectives call `token_logprobs`, which holds the logits of at most one chunk of the vocabulary.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place,
 from pallas_kernels import token_logprobs as kernels
 from pallas_kernels.token_logprobs import reference
 
-CHUNK_BYTES = 1 << 28  # logits that a device may hold at once, or their gradients
-_ALIGNMENT = 256  # ids a chunk: the widest tile of the kernel
+CHUNK_BYTES = 1 << 28  # most bytes of logits, or of their gradients, on a device at once
+_ALIGNMENT = 256  # chunks have a multiple of this many ids: the kernel's widest tile
 _HIDDEN = ('batch', 'position', 'embed')
 _WEIGHT = ('vocab', 'embed')
 _ROWS = ('batch', 'position')
@@ -28,12 +28,12 @@ _PRODUCTS = ('batch', 'position', 'vocab')
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unembedding:
-    """The output projection: weight [V padded, D] and what turns its products into logits."""
+    """The output projection: weight [V padded, D], vocabulary size and soft-cap of the logits."""
 
     weight_VD: jax.Array
     vocab_size: int = dataclasses.field(metadata={'static': True})  # ids from here on are padding
     softcap: float = dataclasses.field(default=0.0, metadata={'static': True})
-    # What token_logprobs runs as; None is the best known.
+    # Of token_logprobs; None picks the best known.
     implementation: str | None = dataclasses.field(default=None, metadata={'static': True})
 
 
@@ -52,20 +52,23 @@ def logits(hidden_BTD, unembedding: Unembedding):
 
 
 def obstacles(dtype, dim: int) -> dict[str, str]:
-    """{implementation: why it cannot do such hidden states, and what would be right}."""
+    """{implementation: why it cannot take such hidden states, and what to use instead}."""
     reason = kernels.obstacle(dim=dim, dtype=dtype)
-    return {'mosaic': f"{reason}; say 'xla'"} if reason else {}
+    return {'mosaic': f"{reason}; use 'xla'"} if reason else {}
 
 
 def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size: int | None = None):
     """Log-probability of each target under the full softmax, and the log-partition for z-loss.
 
-    Works on `chunk_size` ids of the vocabulary at a time and makes their products again in the
-    backward pass; the default keeps what is made under CHUNK_BYTES a device. XLA keeps a chunk that
-    holds the whole vocabulary instead; the kernel's forward pass never writes products.
+    Processes `chunk_size` ids of the vocabulary at a time and recomputes their logits in the
+    backward pass; the default chunk stays under CHUNK_BYTES per device. If one chunk holds the
+    whole vocabulary, 'xla' saves its logits instead; the kernel's forward pass never writes logits.
 
     Returns:
       logprobs [B, T] and logsumexp [B, T], float32.
+
+    Raises:
+      ValueError: the implementation that the unembedding names cannot run here.
     """
     hidden_BTD = place(hidden_BTD, *_HIDDEN)
     weight_VD = place(unembedding.weight_VD, *_WEIGHT)
@@ -88,16 +91,16 @@ def _ids_a_device(weight_VD) -> int:
 
 
 def _chunk_size(bytes_an_id: int, vocab_size: int) -> int:
-    """Ids a chunk: as few chunks as fit CHUNK_BYTES each, of about the same size."""
+    """Ids per chunk: the fewest chunks of at most CHUNK_BYTES each, of about equal size."""
     largest = max(CHUNK_BYTES // bytes_an_id // _ALIGNMENT, 1) * _ALIGNMENT
     even = vocab_size / math.ceil(vocab_size / largest)
     return min(math.ceil(even / _ALIGNMENT) * _ALIGNMENT, vocab_size)
 
 
-# The gradient is by hand for three reasons. Products are made again chunk by chunk, not kept. A
-# chunk is a part of the vocabulary, so that the rows of the weight's gradient are each written
-# once, from a sum in float32, and only the smaller gradient of the hidden states is added up. And
-# what devices exchange is the size of the result: the products of a device stay there.
+# The gradient is written by hand for three reasons. Products (x W', before the soft-cap) are
+# recomputed chunk by chunk, not saved. A chunk is a range of the vocabulary, so each row of the
+# weight's gradient is written once, from a float32 sum, and only the smaller gradient of the hidden
+# states is accumulated. And devices exchange results, never products.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -113,7 +116,7 @@ def _save(hidden_BTD, unembedding, targets_BT, chunk_size):
 
 
 def _forward(hidden_BTD, unembedding, targets_BT, chunk_size):
-    """-> logprobs, logsumexp, and the products [B, T, V] where XLA keeps them."""
+    """-> logprobs, logsumexp, and the products [B, T, V] if XLA saves them, else None."""
     is_kept = chunk_size >= _ids_a_device(unembedding.weight_VD)
     is_kept &= unembedding.implementation == 'xla'
 
@@ -143,12 +146,12 @@ def _backward(chunk_size, residuals, cotangents):
     rows = targets_BT, logsumexp_BT, dlogprobs_BT, dlogsumexp_BT - dlogprobs_BT
 
     def shard(hidden_BTD, stored_VD, products, *rows):
-        # Before the weight is cut into chunks, so that XLA can drop the cast that came before.
+        # Cast the whole weight, not its chunks: XLA then cancels this cast against `gather`'s.
         weight_VD = stored_VD.astype(hidden_BTD.dtype)
         local = _Shard.of(unembedding, weight_VD)
 
         def gradients(d_products, weight_CD):
-            """-> of the hidden states, in float32, and of the rows of the weight."""
+            """-> gradients of the hidden states, in float32, and of these rows of the weight."""
             dhidden = lax.dot_general(
                 d_products, weight_CD, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
@@ -182,10 +185,10 @@ _logprobs.defvjp(_save, _backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """What one device has of the unembedding."""
+    """One device's shard of the unembedding."""
 
     unembedding: Unembedding
-    first_id: jax.Array | int  # of its first row
+    first_id: jax.Array | int  # the id of its first row
 
     @classmethod
     def of(cls, unembedding: Unembedding, weight_VD) -> '_Shard':
@@ -194,7 +197,7 @@ class _Shard:
         return cls(dataclasses.replace(unembedding, weight_VD=weight_VD), first_id)
 
     def part(self, start=0) -> dict:
-        """What the reference and the kernel are told of the rows from `start` on."""
+        """Keyword arguments of the reference and the kernel for the rows from `start` on."""
         return dict(
             vocab_size=self.unembedding.vocab_size,
             first_id=self.first_id + start,
@@ -202,7 +205,7 @@ class _Shard:
         )
 
     def reduce_chunks(self, hidden_BTD, targets_BT, chunk_size):
-        """-> log-sum-exp and the target's logit, by XLA."""
+        """-> the shard's log-sum-exp and the target's logit (0 if not in it), by XLA."""
 
         def add_chunk(sums, chunk_CD, start):
             logsumexp, picked = sums
@@ -213,13 +216,13 @@ class _Shard:
         return _over_chunks(add_chunk, nothing, self.unembedding.weight_VD, chunk_size)
 
     def logit_gradients(self, hidden_BTD, chunk_CD, start, rows):
-        """[B, T, C] in the dtype of the hidden states."""
+        """The gradient of a chunk's products, [B, T, C] in the dtype of the hidden states."""
         if self.unembedding.implementation == 'xla':
             return reference.backward(hidden_BTD, chunk_CD, *rows, **self.part(start))
         return self.run_kernel(kernels.backward, hidden_BTD, chunk_CD, *rows, start=start)
 
     def run_kernel(self, kernel, hidden_BTD, weight_CD, *rows, start=0):
-        """The kernel, which knows no batches: [B, T, ...] is [M, ...] there."""
+        """Runs the kernel, which has a single row dimension: [B, T, ...] becomes [M, ...]."""
         B, T, D = hidden_BTD.shape
         results = kernel(
             hidden_BTD.reshape(B * T, D),
@@ -232,9 +235,10 @@ class _Shard:
 
 
 def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
-    """[C, D]. On CPU a product over rows transposes its first operand: the narrower goes there.
+    """The gradient [C, D] of a chunk's rows.
 
-    Not where dtypes are mixed: XLA then folds the transpose into a product that it cannot run.
+    On CPU a product over rows transposes its first operand, so the narrower one goes first. Not
+    with mixed dtypes: XLA then folds the transpose into a product that it cannot run.
     """
     product = functools.partial(
         lax.dot_general,
@@ -247,7 +251,10 @@ def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
 
 
 def _over_chunks(add_chunk, sums, weight_VD, chunk_size):
-    """add_chunk(sums, rows of the weight, where they start) for all; the last may be fewer."""
+    """Folds add_chunk(sums, rows of the weight, index of the first) over all chunks.
+
+    The last chunk may be smaller.
+    """
     V, D = weight_VD.shape
 
     def add(index, sums):
@@ -263,7 +270,7 @@ def _over_chunks(add_chunk, sums, weight_VD, chunk_size):
 
 
 def _merge_shards(logsumexp_BT, picked_BT):
-    """Of a device's part of the vocabulary -> of all of it. Each row has a logit somewhere."""
+    """Combines results over vocabulary shards; some shard has a finite logit for each row."""
     axes = split_axes('vocab')
     if not axes:
         return logsumexp_BT, picked_BT

@@ -12,22 +12,27 @@ from pallas_kernels import rms_norm as kernels
 
 
 def obstacles(width: int, dtype, split: tuple = ()) -> dict[str, str]:
-    """{implementation: why it cannot do a norm over so many elements, and what would be right}.
+    """{implementation: why it cannot normalise `width` elements, and what to use instead}.
 
     Args:
-      split: mesh axes that those elements are split over.
+      split: mesh axes that shard those elements.
     """
     obstacle = kernels.obstacle(width=width, dtype=dtype)
     if split:
-        obstacle = f'the norm goes over elements that are split over {", ".join(split)}'
-    return {'mosaic': f"{obstacle}; say 'xla'"} if obstacle else {}
+        obstacle = f'the normalised elements are sharded over {", ".join(split)}'
+    return {'mosaic': f"{obstacle}; use 'xla'"} if obstacle else {}
 
 
 def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
-    """x / rms(x) * scale over the last axes of x, those of scale; float32 inside, x's dtype out.
+    """x / rms(x) * scale, with the rms over the last scale.ndim axes of x.
+
+    Computes in float32 and returns x's dtype and shape.
 
     Args:
-      implementation: None is the best known, a name of `ops.IMPLEMENTATIONS` that one.
+      implementation: a name in `ops.IMPLEMENTATIONS`; None picks the best known.
+
+    Raises:
+      ValueError: the named implementation cannot run this call.
     """
     unsupported = obstacles(scale.size, x.dtype, _split(spec_of(x)[x.ndim - scale.ndim :]))
     name = choose('rms_norm', implementation, unsupported)
@@ -77,6 +82,6 @@ _rms_norm.defvjp(_forward, _backward)
 
 
 def _split(entries) -> tuple[str, ...]:
-    """The mesh axes, of more than one device, that dimensions are split over."""
+    """The mesh axes of size above 1 that shard the dimensions of these spec entries."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh_axes(entries) if mesh.shape.get(axis, 1) > 1)

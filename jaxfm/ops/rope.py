@@ -19,9 +19,13 @@ def rope_frequencies(
 ) -> tuple[np.ndarray, float]:
     """Radians per position of each pair of dimensions, [head_dim / 2] float64, and a magnitude.
 
-    `linear` divides every frequency by the factor (position interpolation); `llama3` divides only
-    those whose wavelength exceeds the original context, with a ramp between (Llama 3.1). `yarn`
-    (Peng et al., 2023) ramps over the pairs' numbers and makes q and k larger by the magnitude.
+    `linear` divides every frequency by the factor (position interpolation). `llama3` (Llama 3.1)
+    divides frequencies that turn less than low_freq_factor times over the original context, keeps
+    those above high_freq_factor and interpolates in between. `yarn` (Peng et al., 2023)
+    interpolates by pair index and multiplies q and k by the magnitude, which is 1 otherwise.
+
+    Raises:
+      ValueError: an unknown scaling.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling == 'linear':
@@ -32,7 +36,7 @@ def rope_frequencies(
         ramp = np.clip(ramp, 0, 1)
         return frequencies * (ramp + (1 - ramp) / factor), 1.0
     if scaling == 'yarn':
-        # The number of the pair that makes so many turns over the original context.
+        # The (fractional) index of the pair that makes `turns` turns over the original context.
         fast, slow = (
             head_dim * np.log(original_max_position / (2 * np.pi * turns)) / (2 * np.log(theta))
             for turns in (beta_fast, beta_slow)
@@ -42,12 +46,12 @@ def rope_frequencies(
         magnitude = attention_factor or 0.1 * np.log(factor) + 1
         return frequencies * (keep + (1 - keep) / factor), float(magnitude)
     if scaling != 'none':
-        raise ValueError(f"scaling is 'none', 'linear', 'llama3' or 'yarn', not {scaling!r}")
+        raise ValueError(f"scaling must be 'none', 'linear', 'llama3' or 'yarn', not {scaling!r}")
     return frequencies, 1.0
 
 
 def apply_rope(x_BTNH, positions_BT, frequencies, magnitude: float = 1.0):
-    """Rotates pairs (i, i + H/2) of the last axis by position x frequency; float32 inside."""
+    """Rotates pairs (i, i + H/2) of the last axis by position x frequency, computed in float32."""
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(
         frequencies, jnp.float32
     ).reshape(1, 1, 1, -1)

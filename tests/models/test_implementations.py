@@ -85,7 +85,7 @@ def test_every_op_of_the_model_is_told_with_the_reason():
     chosen = choices(with_ops(rms_norm='mosaic'), on_gpus())
     assert chosen.keys() == {'attention', 'rms_norm', 'token_logprobs'}
     assert (chosen['rms_norm'].name, chosen['attention'].name) == ('mosaic', 'xla')
-    assert 'asked for by name' in chosen['rms_norm'].reason
+    assert 'requested by name' in chosen['rms_norm'].reason
     assert 'not proven on NVIDIA H200' in chosen['attention'].reason
 
 
@@ -101,7 +101,7 @@ def test_every_op_of_the_model_is_told_with_the_reason():
         (on_gpus(), {}, dict(attention='fa3'), 'flash-attn3-jax'),
         (on_gpus(), dict(qk_norm=True, head_dim=48), dict(rms_norm='mosaic'), 'these have 48'),
         (on_gpus(tensor=2), dict(qk_norm=True, joint_qk_norm=True), dict(rms_norm='mosaic'),
-         'split over tensor'),
+         'sharded over tensor'),
     ],
 )  # fmt: skip
 def test_a_name_that_cannot_run_is_an_error_of_the_config(mesh, block, words, sentence):

@@ -256,13 +256,13 @@ def test_cudnn_is_asked_for_what_is_right_where_rows_are_one_document(
 @pytest.mark.parametrize(
     'name, changes, words',
     [
-        ('mosaic', dict(head_dim=80), ['64, 128, 256, not 80', "say 'xla'"]),
+        ('mosaic', dict(head_dim=80), ['64, 128, 256, not 80', "use 'xla'"]),
         ('mosaic', dict(dtype='float32'), ['bfloat16 or float16, not float32']),
         ('cudnn', dict(one_document=False), ['across documents', 'packing', 'one_document=True']),
-        ('cudnn', dict(softcap=30.0), ['no soft-cap', "say 'mosaic'"]),
+        ('cudnn', dict(softcap=30.0), ['no soft-cap', "use 'mosaic'"]),
         ('cudnn', dict(dtype='float32'), ['bfloat16 or float16, not float32']),
         ('cudnn', dict(head_dim=264), ['multiple of 8 up to 256, not 264']),
-        ('fa3', {}, ['flash-attn3-jax', "say 'mosaic'"]),
+        ('fa3', {}, ['flash-attn3-jax', "use 'mosaic'"]),
     ],
 )
 def test_what_an_implementation_cannot_do_is_refused_with_what_would_be_right(name, changes, words):

@@ -55,8 +55,8 @@ def test_kernels_run_on_hopper(kind):
     'kind, platform, name, words',
     [
         ('cpu', 'cpu', 'mosaic', ['needs a Hopper GPU', 'the device is cpu', "'interpret' to sim"]),
-        ('cpu', 'cpu', 'fa3', ['needs a Hopper GPU', 'the device is cpu', "say 'xla'"]),
-        ('cpu', 'cpu', 'cudnn', ['needs an NVIDIA GPU', 'the device is cpu', "say 'xla'"]),
+        ('cpu', 'cpu', 'fa3', ['needs a Hopper GPU', 'the device is cpu', "use 'xla'"]),
+        ('cpu', 'cpu', 'cudnn', ['needs an NVIDIA GPU', 'the device is cpu', "use 'xla'"]),
         ('NVIDIA A100-SXM4-40GB', 'gpu', 'mosaic', ['needs a Hopper GPU', 'A100-SXM4-40GB (gpu)']),
         ('NVIDIA B200', 'gpu', 'mosaic', ['needs a Hopper GPU', 'NVIDIA B200 (gpu)']),
     ],
@@ -68,7 +68,7 @@ def test_a_name_that_the_device_cannot_run_is_an_error(kind, platform, name, wor
 
 
 def test_a_name_nobody_knows_is_an_error_that_lists_the_names():
-    with pytest.raises(ValueError, match="'triton', only mosaic, cudnn, fa3, xla, interpret"):
+    with pytest.raises(ValueError, match="'triton'; it has mosaic, cudnn, fa3, xla, interpret"):
         choose('op', 'triton')
 
 
@@ -84,7 +84,7 @@ def test_simulating_a_kernel_needs_no_gpu():
 
 @pytest.mark.parametrize(
     'kind, why',
-    [('cpu', 'for Hopper GPUs, this is cpu'), ('NVIDIA H200', 'not proven on NVIDIA H200')],
+    [('cpu', 'needs a Hopper GPU, this is cpu'), ('NVIDIA H200', 'not proven on NVIDIA H200')],
 )
 def test_nothing_is_chosen_that_no_gpu_has_run(kind, why):
     with on(kind):
@@ -105,7 +105,7 @@ def test_a_proven_kernel_is_chosen_where_it_can_do_what_is_asked(proven):
 @pytest.mark.parametrize(
     'change, why',
     [
-        ({'speed_over_xla': 0.9}, 'at 0.90 of the speed of XLA'),
+        ({'speed_over_xla': 0.9}, "runs at 0.90 of XLA's speed"),
         ({'speed_over_xla': None}, 'never timed'),
         ({'source': 'of another kernel'}, 'not proven on NVIDIA H200'),
     ],
@@ -123,7 +123,7 @@ def test_the_log_says_once_what_none_has_come_to(caplog):
             choose('op', None)
             choose('op', 'xla')
     [record] = caplog.records
-    assert record.message == 'op runs as xla: the kernel is for Hopper GPUs, this is cpu'
+    assert record.message == 'op runs as xla: the kernel needs a Hopper GPU, this is cpu'
 
 
 @pytest.mark.parametrize('op', sorted(ops.IMPLEMENTATIONS))

@@ -87,7 +87,7 @@ def test_what_the_kernel_cannot_do_is_refused(width, dtype, words):
 def test_a_norm_over_heads_that_are_split_over_devices_is_refused():
     with jax.set_mesh(make_mesh(dict.fromkeys(MESH_AXES, 1) | {'tensor': 8})):
         x = jnp.ones((2, 3, 8, 64), jnp.bfloat16, out_sharding=P(None, None, 'tensor', None))
-        with pytest.raises(ValueError, match='split over tensor'):
+        with pytest.raises(ValueError, match='sharded over tensor'):
             rms_norm(x, jnp.ones((8, 64)), epsilon=1e-5, implementation='interpret')
         rms_norm(x, jnp.ones((8, 64)), epsilon=1e-5)
     assert not obstacles(512, jnp.bfloat16)

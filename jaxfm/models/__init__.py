@@ -1,6 +1,6 @@
 """The model definitions: one decoder-only transformer assembled from named pieces.
 
-This file holds what a config may say of a model; `transformer.py` is the model.
+This file defines the model's config; `transformer.py` defines the model.
 """
 
 from typing import Literal
@@ -18,13 +18,13 @@ class RopeConfig(Group):
 
     theta: float = Field(10_000.0, gt=0)
     scaling: Literal['none', 'linear', 'llama3', 'yarn'] = 'none'
-    factor: float = Field(1.0, ge=1)  # how much longer than original_max_position the context is
+    factor: float = Field(1.0, ge=1)  # context length / original_max_position
     low_freq_factor: float = Field(1.0, gt=0)  # llama3: wavelengths above original / low are scaled
     high_freq_factor: float = Field(4.0, gt=0)  # llama3: wavelengths below original / high are kept
-    beta_slow: float = Field(1.0, gt=0)  # yarn: as low_freq_factor, in turns over the original
-    beta_fast: float = Field(32.0, gt=0)  # yarn: as high_freq_factor
-    attention_factor: float = Field(0.0, ge=0)  # yarn: of rotated q and k; 0: 0.1 ln(factor) + 1
-    original_max_position: int = Field(8192, ge=1)
+    beta_slow: float = Field(1.0, gt=0)  # yarn: pairs with fewer turns than this are scaled
+    beta_fast: float = Field(32.0, gt=0)  # yarn: pairs with more turns than this are kept
+    attention_factor: float = Field(0.0, ge=0)  # yarn: scales q and k; 0: 0.1 ln(factor) + 1
+    original_max_position: int = Field(8192, ge=1)  # turns are counted over this context
 
     @model_validator(mode='after')
     def _check(self):
@@ -51,11 +51,11 @@ class BlockConfig(Group):
     activation: Literal['silu', 'gelu', 'gelu_tanh', 'relu_squared'] = 'silu'
     gated: bool = True  # activation(gate) * up (SwiGLU, GeGLU); False: activation(up)
     rope: RopeConfig | None = RopeConfig()  # None: no position embedding in this block (NoPE)
-    window: int = Field(0, ge=0)  # keys a query sees, itself included; 0 is all before it
-    query_scale: float = Field(0.0, ge=0)  # 0 is 1 / sqrt(head_dim)
-    attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0 is off
+    window: int = Field(0, ge=0)  # latest keys a query sees, itself included; 0: all
+    query_scale: float = Field(0.0, ge=0)  # 0: 1 / sqrt(head_dim)
+    attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0: off
     qk_norm: bool = False
-    joint_qk_norm: bool = False  # the norm goes over all heads together (OLMo 2), not over each
+    joint_qk_norm: bool = False  # normalise all heads together (OLMo 2), not each one alone
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -72,16 +72,16 @@ class BlockConfig(Group):
             )
             raise ConflictError(Problem((('num_heads',), ('num_kv_heads',)), sentence))
         if not (self.pre_norm or self.post_norm):
-            sentence = 'pre_norm and post_norm are both off; a block needs one of them'
+            sentence = 'pre_norm and post_norm are both off; a block needs at least one'
             raise ConflictError(Problem((('pre_norm',), ('post_norm',)), sentence))
         if self.joint_qk_norm and not self.qk_norm:
-            sentence = 'joint_qk_norm says how qk_norm works, which is off'
+            sentence = 'joint_qk_norm needs qk_norm, which is off'
             raise ConflictError(Problem((('joint_qk_norm',), ('qk_norm',)), sentence))
         return self
 
 
 class SegmentConfig(Group):
-    """A pattern of blocks and how often it repeats: three local and one global, eight times."""
+    """A pattern of blocks and its repeats, such as three local blocks and a global one, 8 times."""
 
     pattern: list[BlockConfig] = Field(min_length=1)
     repeats: int = Field(ge=1)
@@ -91,15 +91,15 @@ TARGETS = ('attention/q', 'attention/k', 'attention/v', 'attention/out', 'mlp/ga
 
 
 class LoraConfig(Group):
-    """Low-rank adapters (Hu et al., 2021) beside matrices of every block; they alone are trained.
+    """Low-rank adapters (Hu et al., 2021) on matrices of every block; only they are trained.
 
     A matrix W becomes W + alpha / rank x A B.
     """
 
-    path: str = ''  # a directory that PEFT has written: its rank, alpha, targets and weights count
+    path: str = ''  # a PEFT adapter directory: sets rank, alpha, targets and weights
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
-    # Names of matrices in a block, or 'all'.
+    # Matrices of a block, or 'all'.
     targets: list[Literal[(*TARGETS, 'all')]] = Field(['attention/q', 'attention/v'], min_length=1)
 
     @property
@@ -113,26 +113,26 @@ class LoraConfig(Group):
 
     @property
     def description(self) -> str:
-        """For people."""
+        """One line for logs."""
         return f'rank {self.rank}, alpha {self.alpha:g} on {", ".join(self.matrices)}'
 
 
 def adapter_paths(path: str) -> tuple[str, str]:
-    """The paths of A and B of the adapter of a matrix."""
+    """The parameter paths of the adapter's A and B for the matrix at `path`."""
     return f'{path}_lora/a', f'{path}_lora/b'
 
 
 class ImplementationsConfig(Group):
-    """What the model's ops run as, by name; None is the best that is proven on the device.
+    """The implementation of each op; None picks the best one proven on the device.
 
-    A name that cannot run is an error at start; `jaxfm.ops.choice` says what the names mean.
+    An implementation that cannot run is an error at start-up; `jaxfm.ops.choice` defines the names.
     """
 
     attention: Literal[IMPLEMENTATIONS['attention']] | None = None
     rms_norm: Literal[IMPLEMENTATIONS['rms_norm']] | None = None
     token_logprobs: Literal[IMPLEMENTATIONS['token_logprobs']] | None = None
-    # A promise that cudnn needs, for what is not read from a cache: every row is one document, its
-    # positions 0, 1, 2, ..., with padding behind it. A run must keep it: data.packing='none'.
+    # A promise that cudnn needs wherever there is no cache: every row is one document at positions
+    # 0, 1, 2, ..., padded only at the end. data.packing='none' keeps the promise.
     one_document: bool = False
 
 
@@ -140,28 +140,28 @@ class TransformerConfig(Group):
     """A decoder-only transformer."""
 
     name: Literal['transformer'] = 'transformer'
-    family: str = ''  # whose weight names its files have; '' is the first that can express it
-    context_length: int = Field(0, ge=0)  # tokens of a document it was trained for; 0: not said
+    family: str = ''  # names the weights in files; '': the first family that fits
+    context_length: int = Field(0, ge=0)  # longest document it trained on; 0: unknown
     vocab_size: int = Field(ge=2)
-    vocab_multiple: int = Field(128, ge=1)  # tables are padded to it; padding gets probability 0
+    vocab_multiple: int = Field(128, ge=1)  # of table rows; padding ids have probability 0
     embed_dim: int = Field(ge=1)
     num_layers: int = Field(ge=1)
-    block: BlockConfig  # every block, unless segments says otherwise
+    block: BlockConfig  # every block, unless segments is given
     segments: list[SegmentConfig] = []
     tie_embeddings: bool = False
     embedding_scale: float = Field(1.0, gt=0)  # Gemma: sqrt(embed_dim)
-    embedding_norm: bool = False  # RMSNorm right after the look-up (BLOOM)
-    embedding_std: float = Field(0.0, ge=0)  # of the initial table; 0: 1, tied 1 / sqrt(embed_dim)
+    embedding_norm: bool = False  # RMSNorm right after the lookup (BLOOM)
+    embedding_std: float = Field(0.0, ge=0)  # at init; 0: 1, or 1 / sqrt(embed_dim) if tied
     logits_softcap: float = Field(0.0, ge=0)
-    init_scale: float = Field(1.0, gt=0)  # multiplies the fan-in initialisation of every matrix
-    zero_init_outputs: bool = False  # output projections of attention, MLP and model start at zero
+    init_scale: float = Field(1.0, gt=0)  # multiplies the fan-in init of every matrix
+    zero_init_outputs: bool = False  # zero the output projections of attention, MLP and model
     scan: bool = True  # lax.scan over the repeats of a segment; False unrolls them
     remat: Literal['none', 'dots', 'full'] = 'none'
     param_dtype: Literal['float32', 'bfloat16'] = 'float32'
-    compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # bfloat16, but float32 on CPU
+    compute_dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16, float32 on CPU
     gradient_reduce_dtype: Literal['compute', 'float32'] = 'compute'
-    # Of products with the matrices of blocks, in training and where the loss is evaluated: float8
-    # with a scale for each tensor. Embedding, output, attention and sampling keep compute_dtype.
+    # For matmuls with the blocks' weights, in training and loss evaluation; float8 has one scale
+    # per tensor. Embedding, output projection, attention and sampling use compute_dtype.
     matmul_dtype: Literal['compute', 'float8'] = 'compute'
     implementations: ImplementationsConfig = ImplementationsConfig()
     lora: LoraConfig | None = None
@@ -169,17 +169,15 @@ class TransformerConfig(Group):
     @model_validator(mode='after')
     def _check(self):
         if self.family and self.family not in FAMILIES:
-            sentence = f'family {self.family} is none of {", ".join(FAMILIES)}'
+            sentence = f'family {self.family} is not one of {", ".join(FAMILIES)}'
             raise ConflictError(Problem((('family',),), sentence))
         if self.lora and self.matmul_dtype != 'compute':
-            sentence = (
-                'matmul_dtype float8 is for training all weights; with lora it must be compute'
-            )
+            sentence = 'matmul_dtype float8 needs all weights to be trained; with lora use compute'
             raise ConflictError(Problem((('matmul_dtype',), ('lora',)), sentence))
         layers = sum(len(s.pattern) * s.repeats for s in self.segments)
         if self.segments and layers != self.num_layers:
             terms = ' + '.join(f'{s.repeats} x {len(s.pattern)}' for s in self.segments)
-            sentence = f'segments hold {terms} = {layers} blocks, num_layers is {self.num_layers}'
+            sentence = f'segments have {terms} = {layers} blocks, num_layers is {self.num_layers}'
             numbers = [
                 ('segments', index, key)
                 for index in range(len(self.segments))
@@ -190,7 +188,7 @@ class TransformerConfig(Group):
 
     @property
     def trunk(self) -> list[SegmentConfig]:
-        """The segments; a uniform model is one segment."""
+        """All segments in order; a model without `segments` is a single segment."""
         return self.segments or [SegmentConfig(pattern=[self.block], repeats=self.num_layers)]
 
     @property

@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped key-value heads, rotary positions and an optional cache.
+"""Multi-head attention with grouped key-value heads, RoPE and an optional cache.
 
 B batch, T query position, D embed, N heads, K kv heads, H head dim.
 """
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self.k_lora = adapter(lora, 'attention/k', self.k, rngs)
         self.v_lora = adapter(lora, 'attention/v', self.v, rngs)
         self.out_lora = adapter(lora, 'attention/out', self.out, rngs, num_inputs=2)
-        # Each attribute is assigned once: nnx fixes at the first assignment whether it is data.
+        # Assign each attribute once: nnx decides at the first assignment whether it is data.
         heads, kv_heads = ('heads', 'head_dim'), ('kv_heads', 'head_dim')
         self.q_bias = vector(0.0, (N, H), heads) if config.qkv_bias else None
         self.k_bias = vector(0.0, (K, H), kv_heads) if config.qkv_bias else None
@@ -69,14 +69,14 @@ class Attention(nnx.Module):
         return apply_rope(heads, positions_BT, *rope_frequencies(heads.shape[-1], **dict(rope)))
 
     def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None, layer):
-        """-> (out [B, T, D], updated cache). Without a cache the keys are those of x itself.
+        """-> (out [B, T, D], updated cache). Without a cache, queries attend to x itself.
 
         Args:
-          layer: which of the cache's stack of layers this is.
+          layer: index of this layer in the cache's stack.
         """
         config = self.config
-        # One scale for all rows of a batch: with a cache, where rows are of others, it would make
-        # an answer depend on its neighbours.
+        # The float8 scale is shared by all rows of a batch. When sampling (with a cache), that
+        # would make one request's output depend on the others in its batch.
         float8 = self.float8 and cache is None
         q_BTNH, k_BTKH, v_BTKH = (
             self._project(x_BTD, *piece, float8)

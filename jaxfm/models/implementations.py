@@ -1,4 +1,4 @@
-"""What the ops of a model run as on a mesh: chosen, or refused, before anything is built."""
+"""Chooses the implementation of each op of a model on a mesh, before anything is built."""
 
 import jax
 
@@ -11,10 +11,10 @@ from jaxfm.ops.choice import Choice, decide
 
 
 def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
-    """What every op of the model runs as on the mesh, and why.
+    """{op: the implementation that runs on the mesh, and why}.
 
     Raises:
-      ConfigError: an implementation that the config names cannot run there.
+      ConfigError: the config names an implementation that cannot run there.
     """
     chosen, ops = {}, IMPLEMENTATIONS.keys() & dict(model.implementations).keys()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -27,7 +27,7 @@ def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
 
 
 def _obstacles(op: str, model: TransformerConfig) -> dict[str, str]:
-    """{implementation: why some block of the model cannot have it}."""
+    """{implementation: why some block of the model cannot use it}."""
     dtype, found = compute_dtype(model), {}
     if op == 'token_logprobs':
         found |= logprobs.obstacles(dtype, model.embed_dim)
@@ -56,9 +56,9 @@ def _obstacles_of_head_norms(block: BlockConfig, dtype) -> dict[str, str]:
 
 
 def check_matmuls(model: TransformerConfig, mesh) -> None:
-    """Raises ConfigError unless the devices can multiply as the model wants; a CPU can, slowly.
+    """Raises ConfigError unless the devices support the model's matmul_dtype.
 
-    GPUs from before Ada and Hopper have no float8.
+    GPUs older than Ada and Hopper have no float8; CPUs emulate it slowly.
     """
     device = mesh.devices.flat[0]
     capability = getattr(device, 'compute_capability', None) if device.platform == 'gpu' else None
@@ -66,5 +66,6 @@ def check_matmuls(model: TransformerConfig, mesh) -> None:
     if model.matmul_dtype == 'float8' and version < (8, 9):
         raise ConfigError(
             f'config.model.matmul_dtype is float8, which {device.device_kind} (compute capability '
-            f'{capability}) has not: it needs 8.9 (Ada), 9.0 (Hopper) or newer; use compute'
+            f'{capability}) does not support: it needs 8.9 (Ada), 9.0 (Hopper) or newer; '
+            'use compute'
         )

@@ -1,6 +1,6 @@
 """The contiguous key-value cache: slot s of a row holds the token at position s.
 
-A layer only ever calls `update`, which stores new keys and returns the view that attention reads.
+A layer only calls `update`, which stores new keys and values and returns what attention reads.
 R repeats of a segment, B row, S slot, K kv heads, H head dim.
 """
 
@@ -24,13 +24,13 @@ class LayerCache:
     v: jax.Array
 
     def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT):
-        """Stores keys of a layer at their positions (padding is dropped) -> (cache, view of it).
+        """Stores a layer's keys and values at their positions -> (cache, the layer's KeyValues).
 
-        Slots that were never written, or belong to an earlier request, lie in the query's future
-        and are masked by position alone.
+        Padding is not stored. Slots never written, or left by an earlier request, lie in the
+        query's future, so the causal mask hides them.
         """
         rows, slots = self.k.shape[1:3]
-        at_BT = jnp.where(segment_ids_BT > 0, positions_BT, slots)  # beyond the end: dropped
+        at_BT = jnp.where(segment_ids_BT > 0, positions_BT, slots)  # out of bounds: dropped
         cache = LayerCache(
             _store(self.k, layer, k_BTKH, at_BT), _store(self.v, layer, v_BTKH, at_BT)
         )
@@ -52,7 +52,10 @@ def _store(cache_RBSKH, layer, new_BTKH, at_BT):
 
 
 def init_cache(config: TransformerConfig, rows: int, length: int, dtype) -> list[list[LayerCache]]:
-    """Zero caches for `rows` sequences of up to `length` tokens, one stack a pattern position."""
+    """Empty caches for `rows` sequences of up to `length` tokens.
+
+    Indexed [segment][position in its pattern]; each entry stacks all repeats of that block.
+    """
     spec = activation('layers', 'batch', 'key_position', 'kv_heads', 'head_dim')
 
     def stack(block, repeats):

@@ -1,7 +1,7 @@
-"""The pieces of a block that are not attention: weights, norm, embedding, MLP.
+"""The layers other than attention: weights, norm, embedding, MLP.
 
-Every weight is stored with the logical names of its dimensions (`axes`); `jaxfm.sharding` says what
-they mean on a mesh. B batch, T position, D embed, F mlp, V vocab.
+Every weight carries the logical names of its dimensions (`axes`); `jaxfm.sharding` maps them to
+mesh axes. B batch, T position, D embed, F mlp, V vocab.
 """
 
 import jax
@@ -23,7 +23,7 @@ ACTIVATION_FUNCTIONS = {
 
 
 def matrix(rngs: nnx.Rngs, shape, axes, fan_in: int, scale: float, dtype) -> nnx.Param:
-    """A weight with standard deviation scale / sqrt(fan_in), normal truncated at two sigma."""
+    """A weight drawn from a normal with std scale / sqrt(fan_in), truncated at two sigma."""
     init = jax.nn.initializers.truncated_normal(scale / fan_in**0.5)
     return nnx.Param(init(rngs.params(), shape, jnp.float32).astype(dtype), axes=axes)
 
@@ -34,7 +34,7 @@ def vector(value: float, size, axes) -> nnx.Param:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) times a learned scale; with unit_offset the scale is stored minus one."""
+    """x / rms(x) times a learned scale; with unit_offset, what is stored is scale - 1."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class RMSNorm(nnx.Module):
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
     def __call__(self, x, last_axes: int = 1):
-        """Over so many of the last axes of x together, which have as many elements as the scale."""
+        """Normalises the last `last_axes` axes jointly; their size must equal the scale's."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
         scale = scale.reshape(x.shape[-last_axes:])
         return rms_norm(x, scale, epsilon=self.epsilon, implementation=self.implementation)
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]; unit variance, so that the residual stream starts at unit scale."""
+    """A table [V, D] with initial standard deviation `std`."""
 
     def __init__(self, vocab_size: int, embed_dim: int, *, std: float, dtype, rngs: nnx.Rngs):
         axes = ('vocab', 'embed')
@@ -67,7 +67,7 @@ class Embedding(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """(activation(x gate) * (x up)) down, gate and up in one matmul; or activation(x up) down."""
+    """(activation(x gate) * (x up)) down, or activation(x up) down; gate and up share a matmul."""
 
     def __init__(
         self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, float8, rngs
@@ -84,7 +84,7 @@ class Mlp(nnx.Module):
         self.down_bias = vector(0.0, (D,), ('norm',)) if config.mlp_bias else None
 
     def __call__(self, x_BTD, has_cache: bool = False):
-        float8 = self.float8 and not has_cache  # as in attention
+        float8 = self.float8 and not has_cache  # for the same reason as in attention
         hidden = project(x_BTD, self.gate_up, self.gate_up_lora, float8=float8)
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]

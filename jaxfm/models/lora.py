@@ -1,9 +1,9 @@
-"""LoRA (Hu et al., 2021): beside a frozen matrix W a trained product of low rank, W + scale A B.
+"""LoRA (Hu et al., 2021): a frozen matrix W plus a trained low-rank product, W + scale A B.
 
-A maps the inputs of W to `rank` numbers, B those to its outputs; scale is alpha / rank. B starts at
-zero, so a model with fresh adapters computes what it computed without them. Both are float32 at
-rest whatever W is stored in, and are cast and gathered as every weight is. The two ways of gate_up
-have an A and a B each, in one pair of arrays [D, 2, r] and [2, r, F].
+A maps W's inputs to `rank` values, B maps these to W's outputs; scale is alpha / rank. B starts at
+zero, so fresh adapters do not change the model's outputs. Both are stored in float32 whatever W's
+dtype, then cast and gathered like every weight. Gate and up have an A and a B each, stored
+together as [D, 2, r] and [2, r, F].
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxfm.models import LoraConfig, TransformerConfig, adapter_paths
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import activation
 
-_WAYS = 'gate_up'  # the axis of matrices that lie side by side in one parameter
+_WAYS = 'gate_up'  # the axis that stacks several matrices in one parameter
 
 
 class Lora(nnx.Module):
@@ -29,7 +29,8 @@ class Lora(nnx.Module):
         outputs = num_inputs + (_WAYS in axes)
         ways = slice(num_inputs, outputs)
         self.num_inputs, self.scale = num_inputs, config.scale
-        # What PEFT draws (kaiming_uniform with a = sqrt(5)). One rounding: the same on every mesh.
+        # PEFT's init (kaiming_uniform with a = sqrt(5)). Scaling [-1, 1) rounds only once, so that
+        # every mesh gives the same bits.
         bound = math.prod(shape[:num_inputs]) ** -0.5
         a_shape = (*shape[:outputs], config.rank)
         a = bound * jax.random.uniform(rngs.lora(), a_shape, jnp.float32, -1.0, 1.0)
@@ -38,8 +39,8 @@ class Lora(nnx.Module):
         self.b = nnx.Param(b, axes=(*axes[ways], 'lora', *axes[outputs:]))
 
     def __call__(self, x, out_sharding=None):
-        """x [B, T, *inputs] -> what is added to the product with the matrix."""
-        # The inputs of `out` and `down` are split over devices; the rank is not.
+        """x [B, T, *inputs] -> scale x A B, to be added to x W."""
+        # `out` and `down` have sharded inputs; the rank dimension is never sharded.
         spec = activation('batch', 'position', *self.a.axes[self.num_inputs :])
         low = linear(x, self.a[...], contracted=self.num_inputs, out_sharding=spec) * self.scale
         if _WAYS not in self.a.axes:
@@ -49,10 +50,10 @@ class Lora(nnx.Module):
 
 
 def adapter(config: LoraConfig | None, target: str, matrix: nnx.Param, rngs, num_inputs: int = 1):
-    """The adapter of the matrix that targets call `target`, or None where it has none.
+    """An adapter for the matrix named `target`, or None if the config does not target it.
 
     Args:
-      num_inputs: how many of the leading dimensions of the matrix are inputs.
+      num_inputs: how many leading dimensions of the matrix are inputs.
     """
     if config is None or target not in config.matrices:
         return None
@@ -68,12 +69,12 @@ def project(
     out_sharding=None,
     float8: bool = False,
 ):
-    """`ops.linear` with a matrix, and what its adapter adds."""
+    """`ops.linear` of x and the matrix, plus the output of the adapter if there is one."""
     out = linear(x, matrix[...], contracted=contracted, out_sharding=out_sharding, float8=float8)
     return out if lora is None else out + lora(x, out_sharding)
 
 
-# A B of every layer of a stack, by the target.
+# Einsums that compute A B for a stack of layers, by target.
 _PRODUCTS = {
     'attention/q': 'ldr,lrnh->ldnh',
     'attention/k': 'ldr,lrkh->ldkh',
@@ -85,7 +86,7 @@ _PRODUCTS = {
 
 
 def merge(params: dict[str, jax.Array], config: TransformerConfig) -> dict[str, jax.Array]:
-    """The parameters of the same model without adapters, each stored in the dtype that it has."""
+    """The parameters with adapters merged into their weights; every weight keeps its dtype."""
     adapters = {name for path in params for name in adapter_paths(path)}
     return {
         path: merge_parameter(params, path, config.lora).astype(value.dtype)
@@ -95,10 +96,7 @@ def merge(params: dict[str, jax.Array], config: TransformerConfig) -> dict[str, 
 
 
 def merge_parameter(params: dict[str, jax.Array], path: str, config: LoraConfig) -> jax.Array:
-    """One parameter with what its adapter adds, W + scale A B in float32, sharded as W is.
-
-    What has no adapter comes as it is.
-    """
+    """W + scale A B in float32, sharded like W; a parameter without an adapter unchanged."""
     w, a, b = (params.get(name) for name in (path, *adapter_paths(path)))
     target = '/'.join(path.split('/')[-2:])
     return w if a is None else _sum(w, a, b, _PRODUCTS[target], config.scale)

@@ -1,8 +1,8 @@
 """The decoder-only transformer: embedding, a trunk of repeated patterns of blocks, a final norm.
 
-One forward serves training, prefill and decode: a cache is an argument. It returns hidden states;
-`unembed()` is separate, so that nobody has to hold the logits of a whole batch. The model is
-written as if there were one device.
+One forward serves training, prefill and decode: the cache is an argument. It returns hidden states;
+`unembed()` is separate, so that the logits of a whole batch never need to be in memory. The model
+is written as if there were one device.
 """
 
 import functools
@@ -21,17 +21,17 @@ from jaxfm.ops.attention import SAVED_NAMES
 from jaxfm.ops.choice import target
 from jaxfm.ops.logprobs import Unembedding
 
-# Bringing weights together and casting them: recomputed in the backward pass, never saved, so that
-# no gathered weight outlives its block. Under remat 'none' too, where weights are gathered at all.
+# Gathers and casts of weights are recomputed in the backward pass, never saved, so that no gathered
+# weight outlives its block. This also holds under remat 'none' if weights are gathered or cast.
 _WEIGHT_MOVES = ('reshard', 'convert_element_type')
 
 
 def _policy(remat: str):
-    """A jax.checkpoint policy by name; each of them refuses to save gathered weights."""
+    """The jax.checkpoint policy for a `remat` value; none of them saves gathered weights."""
     policies = jax.checkpoint_policies
     saveable = {
         'none': lambda *_, **__: True,
-        # What our attention kernel returns is one of two products, but no dot_general.
+        # Our attention kernel's outputs are products too, but not of a dot_general: save by name.
         'dots': policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
             policies.save_only_these_names(*SAVED_NAMES),
@@ -44,7 +44,7 @@ def _policy(remat: str):
 
 
 def compute_dtype(config: TransformerConfig) -> jnp.dtype:
-    """The dtype of matmuls and the residual stream; 'auto' is bfloat16, and float32 on CPU."""
+    """The dtype of matmuls and the residual stream; 'auto' is bfloat16, or float32 on CPU."""
     name = config.compute_dtype
     if name == 'auto':
         name = 'float32' if target().platform == 'cpu' else 'bfloat16'
@@ -88,10 +88,10 @@ class Block(nnx.Module):
 
 
 def _stack(block: BlockConfig, config: TransformerConfig, repeats: int, rngs: nnx.Rngs) -> Block:
-    """`repeats` blocks as one, every weight with a leading layers axis."""
+    """`repeats` blocks stacked into one module: every weight has a leading layers axis."""
 
     def make(key):
-        # Adapters draw from a stream of their own: with and without them the weights are the same.
+        # Adapters have their own random stream, so that they do not change the initial weights.
         return Block(block, config, nnx.Rngs(key, lora=jax.random.fold_in(key, 2**31)))
 
     return nnx.vmap(make)(jax.random.split(rngs.params(), repeats))
@@ -106,7 +106,8 @@ class Transformer(nnx.Module):
         table = functools.partial(
             Embedding, config.padded_vocab_size, config.embed_dim, dtype=dtype, rngs=rngs
         )
-        # A tied table is also the output projection: its rows start at unit length.
+        # A tied table is also the output projection, so its rows start at unit length. Otherwise
+        # entries have unit variance and the residual stream starts at unit scale.
         unit_length = config.embed_dim**-0.5
         std = config.embedding_std or (unit_length if config.tie_embeddings else 1.0)
         self.embedding = table(std=std)
@@ -141,9 +142,9 @@ class Transformer(nnx.Module):
         """Final hidden states [B, T, D] in the compute dtype, and extras ({'cache': updated}).
 
         Args:
-          positions_BT: position in the document; masks and RoPE use nothing else.
-          segment_ids_BT: attention stays inside equal ids; 0 is padding.
-          cache: from `kv_cache.init_cache`; keys then come from it, new ones are stored in it.
+          positions_BT: position in the document, the only position that masks and RoPE use.
+          segment_ids_BT: a token attends only to tokens of its own segment; 0 is padding.
+          cache: from `kv_cache.init_cache`; new keys are stored in it and attention reads it.
         """
         x_BTD = self._gather_module(self.embedding)(tokens_BT, compute_dtype(self.config))
         if self.config.embedding_scale != 1.0:
@@ -163,7 +164,7 @@ class Transformer(nnx.Module):
         """All repeats of a pattern, scanned or unrolled; weights are gathered inside."""
         graphdefs, params, rest = zip(*(nnx.split(s, nnx.Param, ...) for s in stacks), strict=True)
 
-        # The caches are carried, not scanned over: a step stores one token a row, in place.
+        # Caches are part of the carry, not scanned over, so that decoding updates them in place.
         def body(carry, layer):
             x, caches = carry
             index, params, rest = layer
@@ -178,7 +179,7 @@ class Transformer(nnx.Module):
         layers = (jnp.arange(segment.repeats), params, rest)
         is_scanned = self.config.scan and segment.repeats > 1
         if caches is None and (self.config.remat != 'none' or self._moves_weights()):
-            # Inside a scan nothing can undo the recomputation; elsewhere XLA would.
+            # Outside a scan, XLA's common-subexpression elimination would undo the recomputation.
             policy = _policy(self.config.remat)
             body = jax.checkpoint(body, policy=policy, prevent_cse=not is_scanned)
         if is_scanned:
@@ -193,7 +194,7 @@ class Transformer(nnx.Module):
         return cast or sharding.is_gathered()
 
     def unembed(self) -> Unembedding:
-        """The output projection, cast and gathered; hand it to `ops.logprobs`."""
+        """The output projection, cast and gathered, for `ops.logprobs`."""
         table = self.embedding if self.config.tie_embeddings else self.head
         return Unembedding(
             self._gather_module(table).table[...],

@@ -96,7 +96,7 @@ def test_blocks_alone_multiply_in_8_bits_and_not_with_a_cache():
 
 
 def test_adapters_and_old_gpus_refuse_it():
-    with pytest.raises(ValueError, match='with lora it must be compute'):
+    with pytest.raises(ValueError, match='with lora use compute'):
         TransformerConfig.model_validate({**MODEL, 'matmul_dtype': 'float8', 'lora': {}})
     config = TransformerConfig.model_validate({**MODEL, 'matmul_dtype': 'float8'})
 

@@ -1,11 +1,11 @@
 """The families of published models: one small file each, and their registry. No jax.
 
-A family file says which pieces a config.json of Hugging Face's layout chooses, and has a table of
-weight names; `base.py` reads such a file, `jaxfm.pretrained.layout` such a table, both in both
-directions.
+A family file maps config.json values to our blocks and back, and Hugging Face weight names to our
+parameters. `base.py` applies the config mapping, `jaxfm.pretrained.layout` the weight names, both
+in both directions.
 """
 
-# By the model_type of a config.json. An export that may choose takes the first that fits.
+# Keyed by the model_type of config.json. An export without a family uses the first that fits.
 FAMILIES = {
     'llama': 'jaxfm.models.families.llama:FAMILY',  # Llama 2, 3, 3.1 to 3.3; SmolLM2
     'qwen3': 'jaxfm.models.families.qwen3:FAMILY',

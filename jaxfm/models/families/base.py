@@ -1,6 +1,6 @@
-"""What a family is, and how a config.json becomes the config of a model and the other way round.
+"""Defines a model family and converts between config.json and our model config, both ways.
 
-`hf` is everywhere a config.json in Hugging Face's layout, of transformers 4 or 5.
+Throughout, `hf` is the content of a Hugging Face config.json, from transformers 4 or 5.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from jaxfm.models import BlockConfig, RopeConfig, TransformerConfig
 from jaxfm.models.families import FAMILIES
 from jaxfm.registry import load_target
 
-# Where the rows of a tensor go: a parameter, or several parts of one tensor in their order.
+# The parameter that a tensor becomes, or for a fused tensor the parameters of its row blocks, in
+# order.
 Target = str | tuple[str, ...]
 
-# Names that most families share. A layer's target is relative to its block; /0 and /1 are the two
-# ways of gate_up.
+# Names that most families share. A layer's target is relative to its block; /0 and /1 are gate and
+# up in gate_up.
 LLAMA_WEIGHTS: Mapping[str, Target] = {
     'model.embed_tokens.weight': 'embedding/table',
     'model.norm.weight': 'final_norm/scale',
@@ -53,8 +54,8 @@ ACTIVATIONS = {
     'gelu_new': 'gelu_tanh',
     'relu2': 'relu_squared',
 }
-# What would change the outputs and is not in any of our families: refused unless it is the value
-# that changes nothing.
+# Options that change the outputs and that no family here implements, with the values that leave the
+# outputs unchanged. Any other value is refused.
 NEUTRAL = {
     'partial_rotary_factor': (None, 1.0),
     'attention_multiplier': (None, 1.0),
@@ -72,10 +73,10 @@ NEUTRAL = {
 class Family:
     """One family of models.
 
-    block(hf, layer): what the block of a layer has beside what `_block` reads for all families.
-    model(hf): the same of the whole model.
-    keys(model): what its config.json has beside what `write_config` writes for all families.
-    defaults: what a config.json leaves out.
+    block(hf, layer): BlockConfig values of a layer, added to what `_block` reads for all families.
+    model(hf): TransformerConfig values, added to what `read_config` reads for all families.
+    keys(model): config.json keys, added to what `write_config` writes for all families.
+    defaults: values of the keys that a config.json may omit.
     """
 
     model_type: str
@@ -88,20 +89,21 @@ class Family:
 
 
 def find_family(model_type: str) -> Family:
-    """A family by its name; DataError with the supported ones for any other."""
-    if model_type not in FAMILIES:  # The nearest name would mislead: mixtral is no mistral.
+    """The family of a model_type; raises DataError, which lists the supported ones, if unknown."""
+    # No "did you mean": the nearest name would mislead, as mixtral is not mistral.
+    if model_type not in FAMILIES:
         raise DataError(
-            f'model_type {model_type!r} is not supported; supported are '
+            f'model_type {model_type!r} is not supported; supported: '
             f'{", ".join(FAMILIES)} (no mixture-of-experts models yet)'
         )
     return load_target(FAMILIES[model_type])
 
 
 def read_config(hf: Mapping) -> dict:
-    """A config.json as values of a TransformerConfig.
+    """The TransformerConfig values of a config.json.
 
     Raises:
-        DataError: an unknown family, a value that is missing, of a wrong type, or not supported.
+        DataError: the family is unknown, or a value is missing, of a wrong type or unsupported.
     """
     family = find_family(_model_type(hf))
     hf = {**family.defaults, **hf}
@@ -128,11 +130,9 @@ def read_config(hf: Mapping) -> dict:
     except ValidationError as error:
         first = error.errors()[0]
         where = '.'.join(map(str, first['loc']))
-        raise DataError(
-            f'it does not describe a {family.model_type} model: {where}: {first["msg"]}'
-        ) from None
+        raise DataError(f'not a valid {family.model_type} model: {where}: {first["msg"]}') from None
     except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
-        raise DataError(f'a value is of the wrong type or length: {error}') from None
+        raise DataError(f'a value has the wrong type or length: {error}') from None
     return values
 
 
@@ -142,11 +142,11 @@ _SIZES = (
     *('sliding_window', 'no_rope_layer_interval'),
 )
 _NUMBERS = ('rms_norm_eps', 'rope_theta', 'rope_local_base_freq', 'query_pre_attn_scalar')
-_MOST_LAYERS = 10_000  # a config is built for each, so a damaged number would take for ever
+_MOST_LAYERS = 10_000  # every layer gets a config, so a corrupt number would hang the reader
 
 
 def _check_values(hf: Mapping) -> None:
-    """Raises DataError if a value that most families have is there and is none that can be."""
+    """Raises DataError if a common key is present with an impossible value."""
     given = {name: hf[name] for name in (*_SIZES, *_NUMBERS) if hf.get(name) is not None}
     for name, value in given.items():
         is_number = isinstance(value, int if name in _SIZES else int | float)
@@ -155,21 +155,23 @@ def _check_values(hf: Mapping) -> None:
             raise DataError(f'{name} must be {wanted} above 0, not {value!r}')
     layers = given.get('num_hidden_layers', 0)
     if layers > _MOST_LAYERS:
-        raise DataError(f'num_hidden_layers {layers} is more than {_MOST_LAYERS}')
+        raise DataError(f'num_hidden_layers {layers} is more than the limit of {_MOST_LAYERS}')
     for name in ('layer_types', 'no_rope_layers'):
         entries = hf.get(name)
         if entries and layers and not (isinstance(entries, list) and len(entries) == layers):
-            raise DataError(f'{name} must be a list of {layers} entries, one a layer: {entries!r}')
+            raise DataError(
+                f'{name} must be a list of {layers} entries, one per layer, not {entries!r}'
+            )
     for name in ('rope_parameters', 'rope_scaling'):
         if not isinstance(hf.get(name) or {}, Mapping):
             raise DataError(f'{name} must be an object, not {hf[name]!r}')
 
 
 def _model_type(hf: Mapping) -> str:
-    """The name of the family; a vision-language model is not the text model inside it."""
+    """The model_type at the top level: a vision-language model must not pass as its text model."""
     name = hf.get('model_type')
     if not isinstance(name, str) or not name:
-        raise DataError('model_type is missing: it names the family of the model')
+        raise DataError('model_type is missing; it must name the model family, such as llama')
     return name
 
 
@@ -178,7 +180,7 @@ def _block(family: Family, hf: Mapping, layer: int) -> dict:
     activation = hf.get('hidden_activation') or hf.get('hidden_act') or 'silu'
     if activation not in ACTIVATIONS:
         known = ', '.join(ACTIVATIONS)
-        raise DataError(f'hidden_act {activation!r} is not supported, only {known}')
+        raise DataError(f'hidden_act {activation!r} is not supported; supported: {known}')
     values = dict(
         num_heads=heads,
         num_kv_heads=hf.get('num_key_value_heads') or heads,
@@ -192,7 +194,7 @@ def _block(family: Family, hf: Mapping, layer: int) -> dict:
 
 
 def rope(hf: Mapping, layer_type: str = 'full_attention') -> dict:
-    """RopeConfig values of the layers of one type."""
+    """RopeConfig values for layers of one type; DataError if the scaling is unsupported."""
     said = hf.get('rope_parameters')
     if said is None:
         said = {'rope_theta': hf.get('rope_theta', 10_000.0), **(hf.get('rope_scaling') or {})}
@@ -203,7 +205,7 @@ def rope(hf: Mapping, layer_type: str = 'full_attention') -> dict:
         raise DataError(f'partial_rotary_factor {said["partial_rotary_factor"]!r} is not supported')
     known = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3', 'yarn': 'yarn'}
     if kind not in known:
-        raise DataError(f'RoPE scaling {kind!r} is not supported, only {", ".join(known)}')
+        raise DataError(f'RoPE scaling {kind!r} is not supported; supported: {", ".join(known)}')
     values = {'theta': theta, 'scaling': known[kind]}
     if kind == 'default':
         return values
@@ -214,9 +216,9 @@ def rope(hf: Mapping, layer_type: str = 'full_attention') -> dict:
     if kind == 'yarn':
         for name in ('mscale', 'mscale_all_dim'):
             if said.get(name):
-                raise DataError(f'{name} of RoPE scaling yarn is not supported')
+                raise DataError(f'RoPE scaling yarn with {name} is not supported')
         if not said.get('truncate', True):
-            raise DataError('truncate = false of RoPE scaling yarn is not supported')
+            raise DataError('RoPE scaling yarn with truncate = false is not supported')
         values |= {name: float(said.get(name) or default) for name, default in _YARN.items()}
     if kind != 'linear':
         length = said.get('original_max_position_embeddings') or hf['max_position_embeddings']
@@ -228,7 +230,7 @@ _YARN = {'beta_slow': 1.0, 'beta_fast': 32.0, 'attention_factor': 0.0}
 
 
 def rope_keys(config: RopeConfig) -> dict:
-    """rope_theta and rope_scaling of a config.json."""
+    """The config.json keys rope_theta and rope_scaling."""
     keys = {'rope_theta': config.theta}
     if config.scaling == 'none':
         return keys
@@ -243,7 +245,7 @@ def rope_keys(config: RopeConfig) -> dict:
 
 
 def layer_types(hf: Mapping, period: int) -> list[str]:
-    """Which attention each layer has; where nothing says, every `period`-th is the full one."""
+    """The attention type of each layer; by default, every `period`-th layer has full attention."""
     said = hf.get('layer_types')
     if said is None:
         count = hf['num_hidden_layers']
@@ -259,7 +261,7 @@ def _layer_type(is_sliding: bool) -> str:
 
 
 def layer_type_keys(model: TransformerConfig) -> dict:
-    """layer_types and sliding_window of a config.json."""
+    """The config.json keys layer_types and sliding_window."""
     windows = [block.window for block in blocks_of(model)]
     return {
         'layer_types': [_layer_type(window > 0) for window in windows],
@@ -268,12 +270,12 @@ def layer_type_keys(model: TransformerConfig) -> dict:
 
 
 def blocks_of(model: TransformerConfig) -> list[BlockConfig]:
-    """The block of every layer."""
+    """The block config of every layer, in order."""
     return [b for s in model.trunk for _ in range(s.repeats) for b in s.pattern]
 
 
 def _segments(blocks: list[dict]) -> dict:
-    """The trunk of these blocks: nothing to say where all are alike, else repeated patterns."""
+    """`segments` that cover these blocks with repeated patterns; {} if all blocks are equal."""
     if all(block == blocks[0] for block in blocks):
         return {}
     segments, start = [], 0
@@ -287,7 +289,7 @@ def _segments(blocks: list[dict]) -> dict:
 
 
 def _repetitions(blocks: list[dict]):
-    """(period, times) of patterns at the start; those of more than one block occur twice."""
+    """(period, times) of each pattern repeated at the start; a single block need not repeat."""
     for period in range(1, len(blocks) // 2 + 1) or (1,):
         times = 1
         while blocks[times * period :][:period] == blocks[:period]:
@@ -297,10 +299,10 @@ def _repetitions(blocks: list[dict]):
 
 
 def write_config(model: TransformerConfig) -> dict:
-    """The config.json of a model: of the family it names, else of the first that can express it.
+    """The config.json of a model, for its `family` or else the first that can express it.
 
     Raises:
-        ConfigError: no family can, with what the nearest ones lack.
+        ConfigError: no family can; lists for each one tried what it cannot express.
     """
     names = [model.family] if model.family else list(FAMILIES)
     problems = []
@@ -313,7 +315,7 @@ def write_config(model: TransformerConfig) -> dict:
         problems.append(f'  {name}: {", ".join(different)}')
     which = f'family {model.family} cannot' if model.family else 'no family can'
     raise ConfigError(
-        f'{which} express this model in the layout of Hugging Face; what would be lost:\n'
+        f"{which} express this model in Hugging Face's layout; these values would be lost:\n"
         + '\n'.join(problems)
     )
 
@@ -342,7 +344,7 @@ def _common_keys(family: Family, model: TransformerConfig) -> dict:
     }
 
 
-# What decides the function that a model computes; the rest is how it is trained and run.
+# Values that define the function a model computes; the others affect only how it trains and runs.
 _MEANING = (
     *('vocab_size', 'embed_dim', 'num_layers', 'tie_embeddings', 'embedding_scale'),
     *('embedding_norm', 'logits_softcap'),
@@ -350,7 +352,7 @@ _MEANING = (
 
 
 def _differences(model: TransformerConfig, hf: Mapping) -> list[str]:
-    """What a config.json, read again, would change in the model."""
+    """Names of the values that would change if the model were read back from this config.json."""
     try:
         again = TransformerConfig.model_validate(read_config(hf))
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Gemma 2 (Gemma Team, 2024): soft-caps, windows in every other layer, norms on both sides."""
+"""Gemma 2 (Gemma Team, 2024): soft-caps, windows in every other layer, pre- and post-norms."""
 
 from jaxfm.models.families.base import (
     LLAMA_WEIGHTS,
@@ -8,7 +8,8 @@ from jaxfm.models.families.base import (
     layer_types,
 )
 
-# Where Llama has one norm in front of the MLP, Gemma has one behind attention and two more.
+# Llama's post_attention_layernorm is the norm before the MLP; Gemma's is the norm after attention,
+# and the MLP has a norm before and one after.
 GEMMA_WEIGHTS = LLAMA_WEIGHTS | {
     'model.layers.{}.post_attention_layernorm.weight': 'post_attention/scale',
     'model.layers.{}.pre_feedforward_layernorm.weight': 'pre_mlp/scale',
@@ -17,7 +18,7 @@ GEMMA_WEIGHTS = LLAMA_WEIGHTS | {
 
 
 def gemma_block(hf, layer: int, period: int) -> dict:
-    """What the blocks of Gemma 2 and 3 share; every `period`-th layer sees everything."""
+    """The block values that Gemma 2 and 3 share; every `period`-th layer has no window."""
     is_sliding = layer_types(hf, period)[layer] == 'sliding_attention'
     return dict(
         window=hf['sliding_window'] if is_sliding else 0,
@@ -31,7 +32,7 @@ def gemma_block(hf, layer: int, period: int) -> dict:
 
 
 def gemma_model(hf) -> dict:
-    """Embeddings are scaled up by sqrt(embed_dim), logits may have a cap."""
+    """Embeddings are multiplied by sqrt(embed_dim); logits may have a soft-cap."""
     return dict(
         embedding_scale=float(hf['hidden_size']) ** 0.5,
         logits_softcap=float(hf.get('final_logit_softcapping') or 0.0),
@@ -52,7 +53,7 @@ def gemma_keys(model) -> dict:
 
 
 def _whole(value: float) -> int | float:
-    """transformers takes a whole number alone; our query_scale is its inverse square root."""
+    """Undoes rounding: query_scale is scalar ** -0.5, and transformers wants the scalar whole."""
     return round(value) if abs(value - round(value)) < 1e-6 * value else value
 
 

@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team, 2025), text: five local layers, one global, each kind with its own RoPE."""
+"""Gemma 3 (Gemma Team, 2025), text: five local layers per global one, each kind with its RoPE."""
 
 from jaxfm.models.families.base import QK_NORM_WEIGHTS, Family, blocks_of, rope
 from jaxfm.models.families.gemma2 import (

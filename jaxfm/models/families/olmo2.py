@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo Team, 2024): norms only behind attention and MLP; one over all heads."""
+"""OLMo 2 (OLMo Team, 2024): norms only after attention and MLP; q and k norms over all heads."""
 
 from jaxfm.models.families.base import LLAMA_WEIGHTS, QK_NORM_WEIGHTS, Family, blocks_of
 

@@ -22,7 +22,7 @@ def _block(hf, layer):
 
 
 def _keys(model):
-    # transformers 5 gives local layers a theta of its own unless it is said by layer type.
+    # transformers 5 gives local layers its own default theta unless each layer type has one.
     by_type = {}
     for block in blocks_of(model):
         keys = rope_keys(block.rope) if block.rope else {}

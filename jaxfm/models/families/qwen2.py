@@ -4,7 +4,7 @@ from jaxfm.models.families.base import Family, layer_type_keys, layer_types
 
 
 def window(hf, layer: int) -> int:
-    """Of a layer: windows are used if asked for, from layer max_window_layers on."""
+    """The window of a layer; only with use_sliding_window, and from max_window_layers on."""
     if not hf.get('use_sliding_window'):
         return 0
     if hf.get('layer_types'):

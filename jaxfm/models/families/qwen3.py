@@ -1,4 +1,4 @@
-"""Qwen 3 (Yang et al., 2025), dense: a norm of each head's queries and keys, no biases."""
+"""Qwen 3 (Yang et al., 2025), dense: q and k norms per head, no biases."""
 
 from jaxfm.models.families.base import LLAMA_WEIGHTS, QK_NORM_WEIGHTS, Family, blocks_of
 from jaxfm.models.families.qwen2 import window, window_keys

@@ -5,7 +5,7 @@ from jaxfm.models.families.qwen2 import window, window_keys
 
 
 def _window(hf, layer, has_rope):
-    """Unlike Qwen 2, where no layer_types say otherwise the layers without RoPE have it."""
+    """As in Qwen 2, except that without layer_types the layers without RoPE have the window."""
     if hf.get('layer_types'):
         return window(hf, layer)
     is_sliding = hf.get('use_sliding_window') and not has_rope
@@ -15,7 +15,7 @@ def _window(hf, layer, has_rope):
 def _block(hf, layer):
     bias = bool(hf.get('attention_bias'))
     period = hf.get('no_rope_layer_interval') or 4
-    # In no_rope_layers 1 stands for a layer that does have RoPE.
+    # Despite its name, no_rope_layers has 1 for a layer with RoPE.
     said = hf.get('no_rope_layers')
     has_rope = bool(said[layer]) if said else (layer + 1) % period != 0
     return dict(

@@ -1,8 +1,7 @@
-"""Models that others made, and ours for others: the formats of the outside world.
+"""Import and export of models in public formats.
 
-Whatever the format, a model arrives as `source.Pretrained`: the config of Hugging Face and tensors
-under the names of Hugging Face, of which any part is read alone. This file holds what a config may
-say of writing one.
+Whatever its format, a model is opened as a `source.Pretrained`: a Hugging Face config, and tensors
+under Hugging Face names that can be read in part. This file defines the config of exports.
 """
 
 from typing import Literal
@@ -13,10 +12,10 @@ from jaxfm.schema import Group
 
 
 class ExportConfig(Group):
-    """A model in Hugging Face's layout, for others to read."""
+    """Export of the model in Hugging Face's layout."""
 
-    every: int = Field(0, ge=0)  # steps, into <workdir>/export/<step>; 0 is by --mode export alone
-    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: as weights are stored
-    # Of a model with adapters: merged into its weights, or they alone in the layout of PEFT.
+    every: int = Field(0, ge=0)  # steps, to <workdir>/export/<step>; 0: only with --mode export
+    dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'  # auto: model.param_dtype
+    # A model with adapters: merge them into the weights, or write only them, in PEFT's layout.
     adapters: Literal['merge', 'peft'] = 'merge'
-    shard_gigabytes: float = Field(5.0, gt=0)  # of a file; of 10^9 bytes
+    shard_gigabytes: float = Field(5.0, gt=0)  # most per file; 10^9 bytes

@@ -1,9 +1,9 @@
 """Weight names and layouts: from the tensors of a file to the parameters of a model, and back.
 
-A file has one tensor a layer and matrices as [outputs, inputs]; a parameter stacks the layers of a
-segment and has matrices as [inputs, outputs] with heads and their dimensions apart. The table of a
-family (`Family.weights`) says which tensor is which parameter; here it is applied, in both
-directions. Nothing here reads a file.
+A file has one tensor per layer and matrices as [outputs, inputs]. A parameter stacks the layers of
+a segment and has matrices as [inputs, outputs], with heads and head dimension as separate axes.
+`Family.weights` maps tensor names to parameters; this module applies it in both directions. It
+reads no files. The "ways" of a parameter are gate and up, its slices along the gate_up axis.
 """
 
 import dataclasses
@@ -22,34 +22,34 @@ from jaxfm.models.families.base import Family
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Rows of a tensor in a file, and the part of a parameter that they are."""
+    """A block of rows of a tensor in a file, and the slice of a parameter that it fills."""
 
     tensor: str
     start: int  # rows [start, start + shape[0]) of the tensor
-    shape: tuple[int, ...]  # of these rows, as in the file: [outputs, inputs], or [size]
-    axes: tuple[str, ...]  # the logical axis along which each of these dimensions is sharded
-    path: str
-    repeat: int | None = None  # index in the stack of layers
-    way: int | None = None  # index along gate_up
+    shape: tuple[int, ...]  # of the block, as in the file: [outputs, inputs], or [size]
+    axes: tuple[str, ...]  # the logical axis by which each dimension of `shape` is sharded
+    path: str  # of the parameter
+    repeat: int | None = None  # index in the parameter's stack of layers
+    way: int | None = None  # index along its gate_up axis
 
     @property
     def is_turned(self) -> bool:
-        """Whether the parameter has it transposed: a matrix that is no table of tokens."""
+        """Whether the parameter stores it transposed: all matrices except embedding tables."""
         return len(self.shape) == 2 and 'vocab' not in self.axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Every tensor that a file of a model must have, and where it goes.
+    """Every tensor that the files of a model must have, and the parameters they fill.
 
-    shapes: {tensor: shape}. parts: {path of a parameter: its parts}; each in order.
+    shapes: {tensor: shape}. parts: {path of a parameter: its parts}, in order.
     """
 
     shapes: dict[str, tuple[int, ...]]
     parts: dict[str, list[Part]]
 
     def parts_of(self, tensor: str) -> list[Part]:
-        """The parts of a tensor, by row."""
+        """The parts of a tensor, ordered by row."""
         return self._by_tensor[tensor]
 
     @functools.cached_property
@@ -69,7 +69,10 @@ def make_layout(
     """The layout of a model in the files of a family.
 
     Args:
-      axes, shapes: {path of a parameter: logical axes, shape}, stacked layers included.
+      axes, shapes: {path of a parameter: logical axes or shape}, including the layers axis.
+
+    Raises:
+      ValueError: the family has no name for some parameter.
     """
     tensors, parts = {}, {}
     for name, prefix, repeat, targets in _tensors(family, config):
@@ -80,18 +83,18 @@ def make_layout(
                 part = _part(name, start, path, repeat, way, axes[path], shapes[path], config)
                 rows.append(part)
                 start += part.shape[0]
-        if len(rows) == len(targets):  # biases, a head and norms that this model has not
+        if len(rows) == len(targets):  # else it is optional (bias, head, norm) and absent here
             tensors[name] = (start, *rows[0].shape[1:])
             for part in rows:
                 parts.setdefault(part.path, []).append(part)
     uncovered = sorted(axes.keys() - parts.keys())
     if uncovered:
-        raise ValueError(f'the names of {family.model_type} have none for {", ".join(uncovered)}')
+        raise ValueError(f'{family.model_type} has no weight names for {", ".join(uncovered)}')
     return Layout(tensors, parts)
 
 
 def _tensors(family: Family, config: TransformerConfig):
-    """(name, prefix of the paths, repeat, targets) of every tensor that the family may have."""
+    """(name, path prefix, repeat, targets) of every tensor that the family may have."""
     for template, target in family.weights.items():
         targets = (target,) if isinstance(target, str) else target
         if '{}' not in template:
@@ -127,22 +130,23 @@ def _part(name, start, path, repeat, way, names, shape, config) -> Part:
 
 @functools.partial(jax.jit, static_argnames=('shape', 'dtype', 'axes'))
 def make_stack(shape, dtype, axes):
-    """A parameter to be filled by `put_into`, sharded as it is stored."""
+    """A zero parameter with the sharding of a stored weight, to be filled by `put_into`."""
     return jnp.zeros(shape, dtype, out_sharding=sharding.stored_weight(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes', 'shape', 'dtype'))
 def as_parameter(value, axes, shape, dtype):
-    """A parameter that is not stacked, of its only part."""
+    """A parameter without layers or gate_up axis, from its only part."""
     return jnp.reshape(value.astype(dtype), shape, out_sharding=sharding.stored_weight(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes',), donate_argnums=0)
 def put_into(stack, value, repeat, way, axes):
-    """A stacked parameter, which is donated, with one layer (and way) replaced.
+    """Replaces one layer (and way) of a stacked parameter, which is donated.
 
     Args:
-      axes: of the stack. way: None where it has no gate_up axis.
+      way: None if the stack has no gate_up axis.
+      axes: of the stack.
     """
     shape = tuple(1 if name in ('layers', 'gate_up') else n for name, n in zip(axes, stack.shape))
     starts = [{'layers': repeat, 'gate_up': way}.get(name, 0) for name in axes]
@@ -152,7 +156,7 @@ def put_into(stack, value, repeat, way, axes):
 
 @functools.partial(jax.jit, static_argnames=('axes', 'dtype'))
 def take_from(parameter, repeat, way, axes, dtype):
-    """One layer (and way) of a parameter, whole on every device.
+    """One layer (and way) of a parameter, replicated on every device.
 
     Args:
       axes: of the parameter.
@@ -166,18 +170,19 @@ def take_from(parameter, repeat, way, axes, dtype):
 
 
 def as_tensor(value: np.ndarray, part: Part) -> np.ndarray:
-    """What `take_from` gives, as it lies in a file."""
+    """Converts a result of `take_from` to the layout of a file."""
     if part.is_turned:
         return transpose(value.reshape(part.shape[::-1]))
     return value[: part.shape[0]] if 'vocab' in part.axes else value.reshape(part.shape)
 
 
 def transpose(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
-    """matrix.T as an array of its own.
+    """A contiguous copy of matrix.T.
 
-    Made of so many rows at a time, which stay in the cache: at once it takes four times as long.
+    Copies `rows` rows at a time, so that they stay in the CPU cache: one copy of the whole takes
+    four times as long.
     """
-    # Integers of the same size: numpy copies foreign dtypes element by element.
+    # View as integers of the same size: numpy copies foreign dtypes element by element.
     bits = matrix.view(f'u{matrix.itemsize}')
     turned = allocate_aligned(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), rows):
@@ -186,7 +191,7 @@ def transpose(matrix: np.ndarray, rows: int = 64) -> np.ndarray:
 
 
 def allocate_aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array to be filled, which JAX on CPU takes over without copying it."""
+    """An uninitialised array, aligned to 64 bytes so that JAX on CPU adopts it without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + 64, np.uint8)
     start = -room.ctypes.data % 64

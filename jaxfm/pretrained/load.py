@@ -1,7 +1,7 @@
-"""The weights of a model from outside, streamed into arrays that are sharded as they are stored.
+"""Streams the weights of a pretrained model into arrays with the sharding of stored weights.
 
-A few tensors of the file are in the host's memory at a time, of each only what this process holds:
-the next ones are read while one is turned and put into its stack on the devices.
+Host memory holds only a few tensors at a time, and of each only this process's shards: the next
+tensors are prefetched while one is put into its stack on the devices.
 """
 
 import functools
@@ -27,8 +27,8 @@ from jaxfm.pretrained.layout import (
 from jaxfm.pretrained.pipeline import run_ahead
 from jaxfm.pretrained.source import Pretrained, Tensors
 
-# What old files have beside the weights: the output projection once more where it is tied, and
-# what can be computed.
+# Tensors of older files that are ignored: a second copy of a tied output projection, and buffers
+# that can be computed.
 _REDUNDANT = ('lm_head.weight', '.rotary_emb.inv_freq', '.self_attn.masked_bias')
 
 
@@ -38,20 +38,20 @@ def load_params(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """{path: array} of every parameter; needs the mesh to be set. Raises as `check_layout`."""
+    """{path: array} of every parameter. Needs a current mesh; raises what `check_layout` raises."""
     layout = check_layout(pretrained, config, axes, shapes)
     parts = list(itertools.chain(*layout.parts.values()))
     places = {part: sharding.stored_sharding(_turn(part, part.axes)) for part in parts}
     tensors = pretrained.tensors
 
-    def read(part):  # in a thread, which does not know the mesh
+    def read(part):  # runs in a thread, which does not inherit the current mesh
         return _read(tensors, part, shapes[part.path], places[part])
 
     params = {}
     for part, tensor in zip(parts, run_ahead(read, parts)):
         path = part.path
         params[path] = _put(params.get(path), tensor, part, axes[path], shapes[path])
-        # JAX would take any number of tensors before it is done with the first of them.
+        # Dispatch is asynchronous: without a wait, any number of tensors could pile up in memory.
         params[path].block_until_ready()
     return params
 
@@ -62,10 +62,10 @@ def check_layout(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> Layout:
-    """Where the tensors of a model go; no weight is read.
+    """The layout of a model, checked against the tensors it has; reads no weights.
 
     Raises:
-      DataError: they are not those of its config: missing, superfluous or of another shape.
+      DataError: tensors are missing, unexpected or of another shape than the config implies.
     """
     sizes = {path: leaf.shape for path, leaf in shapes.items()}
     layout = make_layout(find_family(config.family), config, axes, sizes)
@@ -78,24 +78,24 @@ def check_layout(
     ]
     problems = {
         'missing': sorted(layout.shapes.keys() - there.keys()),
-        'not of this model': sorted(extra),
-        'misshapen': wrong,
+        'unexpected': sorted(extra),
+        'wrong shape': wrong,
     }
     lines = [f'{what}: {listed(names)}' for what, names in problems.items() if names]
     if lines:
         raise DataError(
-            f'{pretrained.path}: the weights are not those of its config; ' + '; '.join(lines)
+            f'{pretrained.path}: the weights do not match its config; ' + '; '.join(lines)
         )
     return layout
 
 
 def _turn(part: Part, pair: tuple) -> tuple:
-    """Something of each dimension of a part, in the order of the parameter."""
+    """Reorders one value per dimension from the axis order of the file to the parameter's."""
     return pair[::-1] if part.is_turned else pair
 
 
 def _put(stack: jax.Array | None, value: jax.Array, part: Part, axes, leaf) -> jax.Array:
-    """The parameter with one more of its parts; None is one that has none yet."""
+    """The parameter with one more part filled in; `stack` is None before its first part."""
     if not {'layers', 'gate_up'} & set(axes):
         return as_parameter(value, axes, leaf.shape, leaf.dtype)
     if stack is None:
@@ -104,19 +104,19 @@ def _put(stack: jax.Array | None, value: jax.Array, part: Part, axes, leaf) -> j
 
 
 def _read(tensors: Tensors, part: Part, leaf, place) -> jax.Array:
-    """The part, turned as the parameter has it; each process has read its own shards of it."""
+    """The part in the parameter's orientation; each process reads only its own shards."""
     shape = part.shape
-    if 'vocab' in part.axes:  # rows up to a multiple, for tokens that do not exist
+    if 'vocab' in part.axes:  # padded to model.vocab_multiple
         shape = (leaf.shape[0], shape[1])
 
-    @functools.cache  # JAX asks once more for every replica
+    @functools.cache  # JAX calls it again for every replica
     def read(index):
         rows, *columns = (slice(*i.indices(n)[:2]) for i, n in zip(_turn(part, index), shape))
-        count = max(0, min(rows.stop, part.shape[0]) - rows.start)  # the others are padding
+        count = max(0, min(rows.stop, part.shape[0]) - rows.start)  # the rest is padding
         here = slice(part.start + rows.start, part.start + rows.start + count)
         if part.is_turned:
             return transpose(tensors.read(part.tensor, (here, *columns)))
-        # A copy in any case: on CPU an array may else go on living in the file.
+        # Always copy: on CPU the array could otherwise alias the memory-mapped file.
         size = tuple(i.stop - i.start for i in (rows, *columns))
         values = allocate_aligned(size, tensors.dtypes[part.tensor])
         values[:count] = tensors.read(part.tensor, (here, *columns)) if count else 0

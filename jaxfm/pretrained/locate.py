@@ -1,4 +1,4 @@
-"""What `init_from` names: a run of ours, a directory, a .gguf file, a model on the hub. No jax."""
+"""Finds what `init_from` names: a run of ours, a directory, a .gguf file or a hub model. No jax."""
 
 import difflib
 import re
@@ -13,7 +13,7 @@ _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is the work directory of a run: its config.json has our groups."""
+    """Whether a directory is the work directory of a run, judged by its config.json."""
     if not (path / directory.CONFIG).is_file():
         return False
     config = directory.read_json(path / directory.CONFIG)
@@ -21,18 +21,18 @@ def is_run(path: Path) -> bool:
 
 
 def open_pretrained(name: str) -> Pretrained:
-    """The model that a path or an id of the hub names, if it is none of our runs.
+    """The model at a path, or on the hub under this id. Not for runs of ours: see `is_run`.
 
     Raises:
-        MissingInputError: there is nothing of this name, with the nearest one that there is.
-        DataError: it is damaged, or of a kind that we do not read.
+        MissingInputError: nothing has this name; the message suggests the nearest that exists.
+        DataError: the model is damaged, or in a format that is not supported.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return _open_file(path)
     if path.is_dir():
         ggufs = sorted(path.glob('*.gguf'))
-        # A config.json lies beside .gguf files, too.
+        # A directory of .gguf files may have a config.json, too.
         is_gguf = ggufs and not any(path.glob('*.safetensors'))
         if (path / directory.CONFIG).is_file() and not is_gguf:
             return directory.open_directory(path)
@@ -40,9 +40,9 @@ def open_pretrained(name: str) -> Pretrained:
             return _open_file(ggufs[0])
         if ggufs:
             names = ', '.join(file.name for file in ggufs)
-            raise DataError(f'{path} has several models, name the file of one: {names}')
-        raise MissingInputError(f'{path} holds no model: no config.json and no .gguf file')
-    is_of_runs = path.parts[:1] == ('runs',)  # where runs are unless told otherwise
+            raise DataError(f'{path} has several models; name one of the files: {names}')
+        raise MissingInputError(f'{path} has no model: neither config.json nor a .gguf file')
+    is_of_runs = path.parts[:1] == ('runs',)  # the default place of runs, not a hub organisation
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_of_runs:
         from jaxfm.pretrained.huggingface.hub import download
 
@@ -54,16 +54,16 @@ def open_pretrained(name: str) -> Pretrained:
 
 def _open_file(path: Path) -> Pretrained:
     if path.suffix == '.gguf':
-        from jaxfm.pretrained.gguf.model import open_gguf  # its library is needed for nothing else
+        from jaxfm.pretrained.gguf.model import open_gguf  # imported late: only .gguf files need it
 
         return open_gguf(path)
     if path.suffix == '.safetensors':
-        raise DataError(f'{path} has weights alone: name its directory, which has the config.json')
-    raise DataError(f'{path} is no model by its name: name a directory or a .gguf file')
+        raise DataError(f'{path} has only weights: name its directory, which has the config.json')
+    raise DataError(f'{path} is not a model: name a directory or a .gguf file')
 
 
 def _nearest(path: Path) -> str:
-    """What has nearly this name beside it: runs, directories with a model, .gguf files."""
+    """The end of a message: the nearest name among the models beside `path`, else all of them."""
     if not path.parent.is_dir():
         return ''
     models = [
@@ -73,12 +73,12 @@ def _nearest(path: Path) -> str:
     ]
     near = difflib.get_close_matches(path.name, models, 1)
     if near:
-        return f'; do you mean {path.parent / near[0]}?'
-    return f'; there is {listed(sorted(models))}' if models else ''
+        return f'; did you mean {path.parent / near[0]}?'
+    return f'; available: {listed(sorted(models))}' if models else ''
 
 
 def values_of(pretrained: Pretrained) -> dict:
-    """What the config of a run takes over from a model: {group: values}."""
+    """The config values that a run takes from a model, {group: values}."""
     try:
         model = read_config(pretrained.hf_config)
     except DataError as error:
@@ -94,7 +94,7 @@ def values_of(pretrained: Pretrained) -> dict:
 
 
 def _dtype(pretrained: Pretrained) -> str:
-    """The widest of the weights, so that an export has every bit of them."""
+    """The dtype of exports: bfloat16 or float16 if all weights have it, else float32."""
     names = {str(dtype) for dtype in pretrained.tensors.dtypes.values()}
     if len(names) == 1:
         name = names.pop()

@@ -1,16 +1,16 @@
-"""Work on the host while the devices, or a file, are busy with what was made before."""
+"""Prefetch: host threads work ahead while devices or files consume earlier results."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-AHEAD = 3  # results that wait, each made in a thread: what of the host's memory they may take
+AHEAD = 3  # threads, and results made ahead; bounds the host memory they take
 
 
 def run_ahead(function: Callable, items: Iterable) -> Iterator:
-    """Results of the function, in order, of which AHEAD are made before they are asked for.
+    """Yields function(item) in order, computing up to AHEAD results in advance in threads.
 
-    The items are drawn by the caller's thread.
+    The caller's thread iterates over `items`.
     """
     with ThreadPoolExecutor(AHEAD) as pool:
         running = collections.deque()

@@ -1,4 +1,4 @@
-"""A model from outside, whatever format it is stored in."""
+"""What every reader of a public format returns: a pretrained model, not yet loaded."""
 
 import dataclasses
 from pathlib import Path
@@ -8,23 +8,23 @@ import numpy as np
 
 
 class Tensors(Protocol):
-    """Weights by their Hugging Face names, in the layout of Hugging Face."""
+    """Weights under their Hugging Face names, in Hugging Face's layout."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of a tensor, all of it by default; only that part is read and held."""
+        """A slice of a tensor, by default all of it; only the slice is read into memory."""
 
 
 @dataclasses.dataclass
 class Pretrained:
-    """A model as it was found: nothing of its weights is read yet.
+    """A model whose weights have not been read yet.
 
     Attributes:
-        hf_config: what config.json says, or would say.
-        tokenizer: the path to give to the tokenizer config, '' where there is none.
-        generation: what generation_config.json says, or would say.
+        hf_config: the content of config.json, or its equivalent in another format.
+        tokenizer: the value for `tokenizer.path` in a config; '' if the model has no tokenizer.
+        generation: the content of generation_config.json, or its equivalent.
     """
 
     path: Path

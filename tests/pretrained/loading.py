@@ -1,4 +1,4 @@
-"""A model of a directory on a mesh of its own, loaded as a run would."""
+"""Loads the model of a directory on its own mesh, as a run loads it."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @dataclasses.dataclass
 class Loading:
-    """mesh: sizes of its axes by name; those that are not given are 1."""
+    """mesh: {axis: size}; axes that are not given have size 1."""
 
     path: Path
     mesh: dict = dataclasses.field(default_factory=dict)
@@ -46,11 +46,11 @@ class Loading:
 
 
 class Counted:
-    """Tensors that count what is read of them.
+    """Tensors that count what is read from them.
 
     Attributes:
-        elements: that were read, and of matrices alone.
-        largest: {name: elements of the largest part that was read}.
+        elements, matrices: how many elements were read, in all and of matrices only.
+        largest: {name: elements of the largest slice that was read}.
         size: elements of all tensors.
     """
 

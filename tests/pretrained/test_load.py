@@ -1,5 +1,5 @@
-"""Weights stream from the file to where they are stored: each process reads its own part of each
-tensor, once, and never holds more than a few of them."""
+"""Weights stream from the file to their shards: each process reads its own part of each tensor
+once, and never holds more than a few tensors."""
 
 import json
 import os
@@ -23,14 +23,14 @@ MESHES = {
     'tensor': dict(fsdp=2, tensor=2),
     'replicas': dict(replica=2, fsdp=2, tensor=2),
 }
-# Rows of the vocabulary: some devices have a few that are padding, or nothing else.
+# Vocabulary sizes with which some devices hold a few padding rows, or only padding.
 VOCABULARIES = {'some padding': 300, 'shards of padding': 60}
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 
 def fused(tensors: dict) -> dict:
-    """The same tensors as Phi-3 has them."""
+    """The same tensors in Phi-3's layout."""
     rest, parts = {}, {}
     places = {'q_proj': 'qkv_proj', 'k_proj': 'qkv_proj', 'v_proj': 'qkv_proj'}
     places |= {'gate_proj': 'gate_up_proj', 'up_proj': 'gate_up_proj'}
@@ -79,7 +79,7 @@ def test_weights_on_a_mesh_are_those_on_one_device_and_lie_where_a_state_has_the
         assert value.sharding == places[path], path
         np.testing.assert_array_equal(value, whole[path], path)
     counted = loading.pretrained.tensors
-    assert counted.elements == counted.size  # of replicas, too, everything once
+    assert counted.elements == counted.size  # each element once, also with replicas
     ways = loading.mesh.shape['fsdp'] * loading.mesh.shape['tensor']
     down = 'model.layers.0.mlp.down_proj.weight'
     assert counted.largest[down] == np.prod(counted.shapes[down]) / ways
@@ -151,9 +151,9 @@ def test_each_of_two_processes_reads_its_own_part_and_together_they_write(tmp_pa
         lines = [line for line in out.splitlines() if line.startswith('read ')]
         assert lines, error[-2000:]
         read.append(json.loads(lines[0].removeprefix('read ')))
-    vectors = 16 * 5  # norms, which are whole everywhere
+    vectors = 16 * 5  # norms, which every process reads whole
     matrices = Counted(Loading(path).pretrained.tensors).size - vectors
-    tables = 2 * 60 * 16  # of the second of two processes on `tensor` padding alone
+    tables = 2 * 60 * 16  # on `tensor`, the second of two processes has only padding
     by_fsdp, by_tensor = zip(*read)
     assert by_fsdp == ([matrices // 2 + vectors, matrices // 2],) * 2
     layers = (matrices - tables) // 2
@@ -235,9 +235,9 @@ def test_what_keeps_one_of_two_processes_from_writing_both_of_them_tell(tmp_path
 
 # Memory
 
-# Tensors that may be in memory beside the weights that this process keeps: those that are read
-# ahead, one behind them and one that is turned, each as the file has it and as JAX does, and what
-# malloc keeps of that for each thread; what compilation keeps is in it, too. 7.2 were seen.
+# How many tensors may be in memory besides this process's weights: the prefetched ones, one after
+# them and one being transposed, each as in the file and as in JAX, plus what malloc keeps per
+# thread and what compilation keeps. 7.2 were measured.
 TENSORS = 10
 
 BIG = LLAMA | {
@@ -292,7 +292,7 @@ print(json.dumps([before, streamed, peak_of(run), sum(sizes)]))
 
 @pytest.fixture(scope='module')
 def big_model(tmp_path_factory):
-    """Bytes of a model of more than 300 MB, written by our own writer, and its directory."""
+    """(bytes, directory) of a model of more than 300 MB, written by our own writer."""
     path = tmp_path_factory.mktemp('big')
     shapes = shapes_of(BIG)
     block = np.random.default_rng(0).integers(0, 2**14, 2**24, np.uint16).view(ml_dtypes.bfloat16)
@@ -318,4 +318,4 @@ def test_peak_memory_is_the_local_shards_and_a_few_tensors(big_model, tmp_path):
     largest = 2 * BIG['vocab_size'] * BIG['hidden_size']
     assert shards > 20 * largest
     assert streamed - before < shards + TENSORS * largest
-    assert all_first - before > shards + TENSORS * largest  # or nothing was measured
+    assert all_first - before > shards + TENSORS * largest  # else the measurement saw nothing

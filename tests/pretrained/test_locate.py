@@ -1,4 +1,4 @@
-"""What `init_from` may name, and what is said when there is nothing of that name."""
+"""What `init_from` may name, and the message when nothing has that name."""
 
 import importlib
 import sys
@@ -33,13 +33,13 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize(
     'name, kind, words',
     [
-        ('smoll', MissingInputError, r'there is no .*smoll.*do you mean .*models\d*/smol\?'),
-        ('other', MissingInputError, r'there is no .*other.*; there is .*smol'),
+        ('smoll', MissingInputError, r'there is no .*smoll.*did you mean .*models\d*/smol\?'),
+        ('other', MissingInputError, r'there is no .*other.*; available: .*smol'),
         ('nowhere/else/model', MissingInputError, r'there is no .*nowhere/else/model'),
-        ('empty', MissingInputError, r'empty holds no model: no config.json and no .gguf'),
+        ('empty', MissingInputError, r'empty has no model: neither config.json nor a .gguf'),
         ('two', DataError, r'two has several models.*a.gguf, b.gguf'),
-        ('smol/model.safetensors', DataError, r'weights alone: name its directory'),
-        ('pytorch_model.bin', DataError, r'pytorch_model.bin is no model by its name'),
+        ('smol/model.safetensors', DataError, r'has only weights: name its directory'),
+        ('pytorch_model.bin', DataError, r'pytorch_model.bin is not a model'),
         ('one', DataError, r'tiny.gguf'),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_the_config_says_goes_before_what_the_model_says(models):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """The real library without a network -> the directory where it keeps what it has fetched."""
+    """The real hub library without a network -> its cache directory."""
     constants = pytest.importorskip('huggingface_hub.constants')
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))

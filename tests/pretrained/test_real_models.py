@@ -1,4 +1,4 @@
-"""Real models answer as they do in transformers, and still do after they were written by us."""
+"""Real models answer as in transformers, also after we have exported them."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
 
 @pytest.fixture(scope='module')
 def command_line(tiny, tmp_path_factory):
-    """Runs `python -m jaxfm.main` on one device with the config of models as they are -> stdout."""
+    """Runs `python -m jaxfm.main` on one device with the config `pretrained` -> stdout."""
 
     def run(path, *argv):
         command = [sys.executable, '-m', 'jaxfm.main', f'--config={PRETRAINED}:smoke']
@@ -52,7 +52,7 @@ class Real:
         self.tokenizer = build_tokenizer(self.config.tokenizer, ())
 
     def answers(self, cases):
-        """-> (prompt ids, ids of the answer, their log-probs) of each case of a golden file."""
+        """-> (prompt ids, answer ids, their log-probs) of each case of a golden file."""
         requests = [self._request(str(index), case) for index, case in enumerate(cases)]
         with jax.set_mesh(self.loading.mesh):
             events = complete(self._sampler, requests, self.params, 0)
@@ -79,7 +79,7 @@ class Real:
         return Sampler(loading.parts.merge, loading.config, sampling, loading.mesh)
 
     def first_logits(self, prompts):
-        """Of the token behind each prompt."""
+        """The logits of the token after each prompt."""
         lengths = np.array([len(ids) for ids in prompts])
         tokens = np.zeros((len(prompts), lengths.max()), np.int32)
         for row, ids in zip(tokens, prompts):
@@ -143,7 +143,7 @@ def test_the_command_line_tells_the_stories(stories, stories_cases, command_line
     assert len(records[0]['completion']) == 565
 
 
-# SmolLM2-135M-Instruct, a .gguf file of four bits
+# SmolLM2-135M-Instruct, a 4-bit .gguf file
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +154,7 @@ def smollm2_cases(shared_data):
 
 @pytest.fixture(scope='module')
 def exported(smollm2_gguf, command_line, tmp_path_factory):
-    """The real model as our command line has written it."""
+    """The real model, exported by our command line."""
     path = tmp_path_factory.mktemp('exported') / 'model'
     assert command_line(smollm2_gguf, '--mode=export', f'--output={path}') == ''
     return path

@@ -1,6 +1,6 @@
-"""The architectures of llama.cpp that are read, as tables.
+"""The supported llama.cpp architectures, as tables.
 
-The names in a layer are those of `gguf.TensorNameMap`, beside those of Hugging Face.
+Each maps a layer's tensor names in `gguf.TensorNameMap` to Hugging Face's.
 """
 
 import dataclasses
@@ -28,19 +28,19 @@ _BOTH_NORMS = _POST_NORM | {
     'attn_norm': 'input_layernorm',
     'ffn_norm': 'pre_feedforward_layernorm',
 }
-MATRICES = _ATTENTION | _MLP | _FUSED  # they may have a bias, norms have none
+MATRICES = _ATTENTION | _MLP | _FUSED  # may have a bias; norms have none
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp calls an architecture.
+    """An architecture in llama.cpp's sense.
 
     Attributes:
-        layer: names in a layer, ours by theirs.
-        config: what the file leaves out, as it is for all models of the architecture.
-        is_interleaved: q and k are stored so that the two numbers that RoPE turns are neighbours.
-        norm_offset: was added to the weights of norms.
-        window_pattern: every how many layers one sees everything, where others have a window.
+        layer: {llama.cpp's tensor name in a layer: Hugging Face's}.
+        config: config.json values that the file omits, common to all models of the architecture.
+        is_interleaved: in q and k, the two dimensions that RoPE rotates together are adjacent.
+        norm_offset: the value that the converter adds to the weights of norms.
+        window_pattern: every n-th layer has full attention, the others a window; 0 if not fixed.
     """
 
     model_type: str
@@ -54,7 +54,7 @@ class Architecture:
 
 _LLAMA = _ATTENTION | _MLP | _PRE_NORM
 _GELU = {'hidden_activation': 'gelu_pytorch_tanh'}
-# llama.cpp's defaults where a file is too old to say.
+# llama.cpp's defaults for older files, which lack these keys.
 _GEMMA2 = _GELU | {
     'attn_logit_softcapping': 50.0,
     'final_logit_softcapping': 30.0,

@@ -1,8 +1,8 @@
-"""The container of GGUF: metadata by key, and tensors by name, in one file that is mapped.
+"""The GGUF container: metadata by key and tensors by name, in one memory-mapped file.
 
-The format is that of ggml (docs/gguf.md there), versions 2 and 3, little-endian. The header is read
-here, because the package `gguf` takes three seconds for a vocabulary of 49k tokens (0.1 s here) and
-follows lengths that are damaged; what the quantised blocks mean is left to it.
+Format: ggml's docs/gguf.md, versions 2 and 3, little-endian. We parse the header ourselves, because
+the package `gguf` takes three seconds for a vocabulary of 49k tokens (0.1 s here) and trusts
+corrupt lengths. The package only dequantises blocks.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from jaxfm.storage.files import explain_errors
 MAGIC, VERSIONS = b'GGUF', (2, 3)
 
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
-# Letters of `struct` by the number of a type of metadata.
+# {number of a metadata type: its format character in `struct`}.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, _FLOAT32, 7, 10, 11, 12), 'BbHhIif?Qqd'))
-_MOST_DIMENSIONS = 4  # of ggml
-# Types of tensors that are stored as they are, by their numbers in ggml.
+_MOST_DIMENSIONS = 4  # ggml's limit
+# Tensor types that are not quantised, by their number in ggml.
 _PLAIN = {0: np.dtype('<f4'), 1: np.dtype('<f2'), 30: np.dtype(ml_dtypes.bfloat16)}
-# Values that are dequantised at once: what they need beside the result stays in the cache.
+# Values dequantised at once, so that temporary arrays stay in the CPU cache.
 _CHUNK = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor as stored: rows of blocks along the last axis; the bytes stay in the file.
+    """A tensor as stored, in blocks along the last axis; the bytes stay in the mapped file.
 
     Attributes:
         kind: the number of its type in ggml.
-        blocks: [..., blocks of a row, bytes of a block], uint8.
+        blocks: [..., blocks per row, bytes per block], uint8.
     """
 
     shape: tuple[int, ...]
@@ -45,12 +45,16 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """The file's for plain numbers, float32 for quantised ones."""
+        """The file's dtype, or float32 if the tensor is quantised."""
         return _PLAIN.get(self.kind, np.dtype(np.float32))
 
     def read(self, index: tuple = ()) -> np.ndarray:
-        """A part; of the leading axes an index is a slice or an array, of the last a slice
-        that does not go backwards."""
+        """A slice of the tensor.
+
+        Args:
+            index: a slice or an array for each leading axis, a slice with a positive step for the
+                last one. Missing entries mean all.
+        """
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         leading, last = index[:-1], index[-1]
         if self.kind in _PLAIN:
@@ -64,7 +68,7 @@ class Tensor:
 
 
 class Header:
-    """Reads one value after another; DataError where the file ends before the value does."""
+    """Reads values one after another; raises DataError if the file ends within a value."""
 
     def __init__(self, path: Path, content: mmap.mmap):
         self.path, self.at = path, 0
@@ -74,7 +78,7 @@ class Header:
         return DataError(f'{self.path} is damaged: {what}')
 
     def numbers(self, letter: str, count: int = 1) -> tuple:
-        """`count` numbers of the type that `struct` knows by a letter."""
+        """`count` numbers of the `struct` format character `letter`."""
         self._check(count * struct.calcsize(f'<{letter}'))
         values = struct.unpack_from(f'<{count}{letter}', self._content, self.at)
         self.at += count * struct.calcsize(f'<{letter}')
@@ -92,17 +96,17 @@ class Header:
         length_of, found = struct.Struct('<Q').unpack_from, []
         for _ in range(count):
             if at + 8 > end or (stop := at + 8 + length_of(content, at)[0]) > end:
-                raise self.error(f'a text that starts at byte {at} does not end in the file')
+                raise self.error(f'the string at byte {at} runs past the end of the file')
             found.append(content[at + 8 : stop])
             at = stop
         self.at = at
         try:
             return [text.decode() for text in found]
         except UnicodeDecodeError as error:
-            raise self.error(f'a text of its header is not UTF-8: {error}') from error
+            raise self.error(f'a string in the header is not UTF-8: {error}') from error
 
     def value(self):
-        """A value of metadata, with its type before it."""
+        """A metadata value, which is preceded by its type."""
         kind = self.number('I')
         if kind != _ARRAY:
             value = self.values(kind, 1)[0]
@@ -114,18 +118,18 @@ class Header:
         if kind == _STRING:
             return self.strings(count)
         if kind not in _SCALARS:
-            raise self.error(f'metadata has a value of type {kind} at byte {self.at}')
+            raise self.error(f'unknown metadata type {kind} at byte {self.at}')
         return list(self.numbers(_SCALARS[kind], count))
 
     def _check(self, size: int) -> None:
         if self.at + size > len(self._content):
             raise self.error(
-                f'its header goes on behind the end of the file, {len(self._content)} bytes'
+                f'the header runs past the end of the file at {len(self._content)} bytes'
             )
 
 
 def shortest_decimal(value: float) -> float:
-    """The decimal that a float32 was made of: 1e-5 instead of 9.99999975e-06."""
+    """The shortest decimal that rounds to this float32: 1e-5 instead of 9.99999975e-06."""
     return float(str(np.float32(value)))
 
 
@@ -133,9 +137,9 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Metadata and tensors of a file.
 
     Raises:
-        MissingInputError, PermissionDeniedError: the file is not there, or closed to us.
-        DataError: it is no GGUF file, of another version, damaged or truncated, one of several
-            parts, or has tensors of a type that is not read.
+        MissingInputError, PermissionDeniedError: the file does not exist or is not readable.
+        DataError: it is not a GGUF file, has an unsupported version, is damaged or truncated, is
+            one of several parts, or has tensors of an unsupported type.
     """
     content = _map_file(path)
     header = Header(path, content)
@@ -145,14 +149,14 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     for _ in range(key_count):
         key = header.string()
         if key in metadata:
-            raise header.error(f'{key} is there twice')
+            raise header.error(f'the key {key} occurs twice')
         metadata[key] = header.value()
     if (parts := metadata.get('split.count', 1)) != 1:
         raise DataError(f'{path} is one of {parts} parts: join them with llama-gguf-split --merge')
     infos = [_tensor_info(header) for _ in range(tensor_count)]
     alignment = metadata.get('general.alignment', 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise header.error(f'general.alignment is {alignment!r}')
+        raise header.error(f'general.alignment is {alignment!r}, not a whole number above 0')
     return metadata, _tensors(header, content, alignment, infos)
 
 
@@ -160,33 +164,35 @@ def _map_file(path: Path) -> mmap.mmap:
     failure, denied = f'{path} cannot be read', f'{path} may not be read'
     with explain_errors(failure, MissingInputError, denied=denied), open(path, 'rb') as file:
         if not file.read(1):
-            raise DataError(f'{path} is no GGUF file: it is empty')
+            raise DataError(f'{path} is not a GGUF file: it is empty')
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _check_version(header: Header) -> None:
     magic = bytes(header.numbers('B', 4))
     if magic != MAGIC:
-        raise DataError(f'{header.path} is no GGUF file: it starts with {magic!r}, not {MAGIC!r}')
+        raise DataError(
+            f'{header.path} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}'
+        )
     version = header.number('I')
     if version in VERSIONS:
         return
     if int.from_bytes(version.to_bytes(4, 'big'), 'little') in VERSIONS:
-        raise DataError(f'{header.path} is for big-endian machines, which is not read')
-    raise DataError(f'{header.path} is GGUF version {version}; versions 2 and 3 are read')
+        raise DataError(f'{header.path} is big-endian; only little-endian files are supported')
+    raise DataError(f'{header.path} is GGUF version {version}; versions 2 and 3 are supported')
 
 
 def _tensor_info(header: Header) -> tuple[str, tuple[int, ...], int, int]:
     """Name, shape, type and offset of a tensor."""
     name, dimensions = header.string(), header.number('I')
     if not 1 <= dimensions <= _MOST_DIMENSIONS:
-        raise header.error(f'{name} has {dimensions} dimensions')
-    shape = header.numbers('Q', dimensions)[::-1]  # the file has the fastest first
+        raise header.error(f'{name} has {dimensions} dimensions, not 1 to {_MOST_DIMENSIONS}')
+    shape = header.numbers('Q', dimensions)[::-1]  # the file lists the fastest axis first
     return name, shape, header.number('I'), header.number('Q')
 
 
 def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) -> dict[str, Tensor]:
-    """The tensors, which lie behind the header; DataError with the names of those that are bad."""
+    """The tensors, which follow the header; raises DataError with the names of bad ones."""
     data = np.frombuffer(content, np.uint8)
     start = next_at = _round_up(header.at, alignment)
     tensors, twice, unread, ragged, misplaced, beyond = {}, [], {}, [], [], []
@@ -212,14 +218,14 @@ def _tensors(header: Header, content: mmap.mmap, alignment: int, infos: list) ->
     if unread:
         found = ', '.join(f'{kind} ({listed(names)})' for kind, names in unread.items())
         raise DataError(
-            f'{header.path} has tensors of types that are not read: {found}; read are '
+            f'{header.path} has tensors of unsupported types: {found}; supported: '
             f'{", ".join(readable_kinds())}'
         )
     for names, what in (
-        (twice, 'is damaged: tensors are there twice'),
-        (ragged, 'is damaged: the shapes of tensors do not fit their types'),
-        (misplaced, 'is damaged: tensors do not begin where those before them end'),
-        (beyond, f'is truncated: tensors go on behind its end at {len(data)} bytes'),
+        (twice, 'is damaged: tensors occur twice'),
+        (ragged, 'is damaged: tensor shapes do not fit the block size of their types'),
+        (misplaced, 'is damaged: tensors do not start where the previous one ends'),
+        (beyond, f'is truncated: tensors run past its end at {len(data)} bytes'),
     ):
         if names:
             raise DataError(f'{header.path} {what}: {listed(names)}')
@@ -231,12 +237,12 @@ def _round_up(at: int, alignment: int) -> int:
 
 
 def readable_kinds() -> list[str]:
-    """The names of all types of tensors that are read."""
+    """The names of all supported tensor types."""
     return [_kind_name(int(kind)) for kind in _block_sizes() if _is_read(int(kind))]
 
 
 def _dequantize(blocks: np.ndarray, kind: int, size: int) -> np.ndarray:
-    """float32 values of [..., blocks, bytes], a chunk at a time."""
+    """The float32 values of blocks [..., blocks, bytes], computed chunk by chunk."""
     import gguf
 
     type_of_blocks = gguf.GGMLQuantizationType(kind)
@@ -245,7 +251,7 @@ def _dequantize(blocks: np.ndarray, kind: int, size: int) -> np.ndarray:
     step = max(_CHUNK // size, 1)
     for i in range(0, len(flat), step):
         chunk = flat[i : i + step]
-        row = chunk.reshape(1, -1)  # the package goes through rows, sixteen at a time
+        row = chunk.reshape(1, -1)  # one row: the package loops over rows, sixteen at a time
         values[i : i + step] = gguf.dequantize(row, type_of_blocks).reshape(-1, size)
     return values.reshape(*blocks.shape[:-2], blocks.shape[-2] * size)
 
@@ -266,8 +272,8 @@ def _is_read(kind: int) -> bool:
 
 @functools.cache
 def _block_sizes() -> dict[int, tuple[int, int]]:
-    """By type: how many values a block has, and how many bytes."""
-    import gguf  # 0.1 s, and only models are read with it
+    """{type: (values per block, bytes per block)}."""
+    import gguf  # imported late: it takes 0.1 s, and only .gguf files need it
 
     return gguf.GGML_QUANT_SIZES
 

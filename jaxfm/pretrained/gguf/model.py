@@ -1,7 +1,7 @@
-"""A `.gguf` file of llama.cpp as a Hugging Face model.
+"""A llama.cpp `.gguf` file as a Hugging Face model.
 
-What llama.cpp's converter does to weights is undone here: names, the rows of q and k that it lays
-out for another form of RoPE, and the one that it adds to the norms of Gemma.
+This undoes what llama.cpp's converter does to weights: it renames them, permutes the rows of q and
+k for interleaved RoPE, and adds 1 to Gemma's norms.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ _OUTSIDE = {
     'output_norm': 'model.norm',
     'output': 'lm_head',
 }
-# Factors by which the wavelengths of RoPE are stretched: part of the config, not of the weights.
+# Factors that stretch RoPE wavelengths: read as part of the config, not as weights.
 _ROPE_FACTORS = ('rope_freqs', 'rope_factors_long', 'rope_factors_short')
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A tensor of the file, and what was done to it.
+    """A tensor of the file, and the converter's changes that `read` undoes.
 
     Attributes:
-        heads: the rows of so many heads are interleaved; 0, they are as Hugging Face has them.
-        offset: was added to it.
+        heads: number of heads whose rows are interleaved; 0 if rows are in Hugging Face's order.
+        offset: the value that the converter added.
     """
 
     stored: container.Tensor
@@ -48,7 +48,7 @@ class Weight:
 
 
 class GgufTensors:
-    """The weights of a file, dequantised when they are read; of rows alone, only those rows."""
+    """The weights of a file; reading some rows dequantises only those rows."""
 
     def __init__(self, weights: dict[str, Weight]):
         self._weights = weights
@@ -56,24 +56,25 @@ class GgufTensors:
         self.dtypes = {name: weight.stored.dtype for name, weight in weights.items()}
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of a tensor; for quantised ones float32, for others what the file has."""
+        """A slice of a tensor: float32 if it is quantised, else in the file's dtype."""
         return self._weights[name].read(index)
 
 
 def open_gguf(path) -> Pretrained:
-    """The model in a file; its weights are mapped, not read.
+    """The model in a file; its weights are memory-mapped, not read.
 
     Raises:
-        MissingInputError, PermissionDeniedError: the file is not there, or closed to us.
-        DataError: the file is bad (see `container.read`), of an architecture that is not read, or
-            lacks or has too many keys or tensors.
+        MissingInputError, PermissionDeniedError: the file does not exist or is not readable.
+        DataError: the file is bad (see `container.read`), its architecture is not supported, or
+            keys or tensors are missing or unexpected.
     """
     path = Path(path).expanduser()
     metadata, stored = container.read(path)
     name = metadata.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise DataError(
-            f'{path} has the architecture {name!r}; read are {", ".join(ARCHITECTURES)}'
+            f'{path} has the architecture {name!r}, which is not supported; supported: '
+            f'{", ".join(ARCHITECTURES)}'
         )
     architecture = ARCHITECTURES[name]
     try:
@@ -90,10 +91,10 @@ def open_gguf(path) -> Pretrained:
 def _weights(
     architecture: Architecture, config: dict, stored: dict[str, container.Tensor]
 ) -> dict[str, Weight]:
-    """The weights by their Hugging Face names; DataError unless they are just what should be."""
+    """The weights by Hugging Face name; raises DataError if any is missing or unexpected."""
     names = _names(architecture, config['num_hidden_layers'])
     optional = {name for name in names if name.endswith('.bias')} | {'output.weight'}
-    factors = {f'{name}.weight' for name in _ROPE_FACTORS}  # read already
+    factors = {f'{name}.weight' for name in _ROPE_FACTORS}  # already read by hf_config
     for what, found in (
         ('lacks the tensors', [name for name in names if name not in stored.keys() | optional]),
         ('has unknown tensors', [name for name in stored if name not in names.keys() | factors]),
@@ -105,8 +106,8 @@ def _weights(
         heads = _interleaved_heads(name, config) if architecture.is_interleaved else 0
         if heads and stored[name].shape[0] != heads * config['head_dim']:
             raise DataError(
-                f'has {name} of shape {list(stored[name].shape)}, '
-                f'for {heads} heads of {config["head_dim"]}'
+                f'has {name} of shape {list(stored[name].shape)}, which does not fit '
+                f'{heads} heads of {config["head_dim"]}'
             )
         offset = architecture.norm_offset if name.endswith('norm.weight') else 0.0
         weights[names[name]] = Weight(stored[name], heads, offset)
@@ -114,7 +115,7 @@ def _weights(
 
 
 def _names(architecture: Architecture, layers: int) -> dict[str, str]:
-    """All names that a file may have, with those of Hugging Face; biases may be absent."""
+    """{GGUF name: Hugging Face name} of all tensors that a file may have; biases are optional."""
     names = {f'{theirs}.weight': f'{ours}.weight' for theirs, ours in _OUTSIDE.items()}
     for i in range(layers):
         for theirs, ours in architecture.layer.items():

@@ -1,8 +1,8 @@
-"""The tokenizer in a `.gguf` file, as the tokenizer.json that it was made of.
+"""The tokenizer in a `.gguf` file, converted back to a tokenizer.json.
 
-llama.cpp keeps tokens, their types, and merges or scores; how text is cut is a name, `pre`, whose
-patterns are those of the original tokenizers, as its source (llama-vocab.cpp) and the converter of
-`transformers` quote them.
+The file stores tokens, their types, and merges or scores. For pre-tokenization it stores only a
+name, `pre`; the patterns behind each name come from the original tokenizers, as quoted in
+llama.cpp's llama-vocab.cpp and the converter of `transformers`.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxfm.errors import DataError, listed
 from jaxfm.pretrained.gguf import container
 
-# Types of tokens.
+# Token types in tokenizer.ggml.token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-_SPACE = '▁'  # by which SentencePiece writes one
+_SPACE = '▁'  # SentencePiece's symbol for a space
 
 
 @dataclasses.dataclass(frozen=True)
 class Pre:
-    """How a byte-level tokenizer cuts a text before it merges.
+    """The pre-tokenization of a byte-level tokenizer.
 
     Attributes:
-        patterns: each cuts the pieces that the one before left, apart from what it matches.
-        ignore_merges: a piece that is a token is not merged.
-        add_bos: unless the file says otherwise.
-        nfc: the text is normalized.
+        patterns: applied in order; each splits the pieces left by the previous one at its matches.
+        ignore_merges: a piece that is itself a token is not merged.
+        add_bos: whether documents begin with bos if the file does not say.
+        nfc: whether the text is NFC-normalized first.
     """
 
     patterns: tuple[str, ...]
@@ -50,13 +50,13 @@ _GPT4O = (
     rf'|\p{{N}}{{1,3}}|{_PATHS}'
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut out one by one before GPT-2's pattern cuts the rest; here in one pattern, which is
-# encoded quickly (see word_encoder): white space before a digit is at the end of its piece.
+# The original splits off single digits, then applies GPT-2's pattern. This is the same in one
+# pattern, which takes the fast path of word_encoder: white space before a digit ends its piece.
 _DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 _LLAMA = Pre((_LLAMA3,), ignore_merges=True, add_bos=True)
 
 PRE_NAMES = {
-    # What llama.cpp does where a file does not say; of no model that is known.
+    # llama.cpp's fallback for files without `pre`; no known model uses it.
     'default': Pre(
         (
             r'[\p{P}\$\+<=>\^~\|]+',
@@ -85,13 +85,13 @@ _ROLES = {
     'unk_token': 'unknown_token_id',
     'pad_token': 'padding_token_id',
 }
-# Tokens behind which Phi-3 takes white space along are all special ones but these.
+# Phi-3's special tokens strip the white space after them, except these.
 _PHI3_PLAIN = ('<unk>', '<s>', '<|endoftext|>')
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of its tokens; `kinds` has the type of each."""
+    """The tokens of a file, their types (`kinds`) and its other tokenizer.ggml keys (`said`)."""
 
     said: dict
     architecture: str
@@ -107,11 +107,11 @@ class Vocabulary:
 
 
 def read_tokenizer(path: Path) -> tuple[bytes, dict]:
-    """The content of tokenizer.json, and what tokenizer_config.json would say.
+    """The content of tokenizer.json, and the equivalent of tokenizer_config.json.
 
     Raises:
         MissingInputError, PermissionDeniedError, DataError: as `container.read`.
-        DataError: the file has no tokenizer, one of a kind that is not read, or a damaged one.
+        DataError: the file has no tokenizer, or one that is damaged or not supported.
     """
     metadata, _ = container.read(path)
     try:
@@ -119,7 +119,7 @@ def read_tokenizer(path: Path) -> tuple[bytes, dict]:
         make = {'gpt2': _byte_level, 'llama': _sentencepiece}
         kind = _text(vocabulary.said, 'model', '')
         if kind not in make:
-            raise DataError(f'has a tokenizer of the kind {kind!r}; read are {", ".join(make)}')
+            raise DataError(f'has a tokenizer of kind {kind!r}; supported: {", ".join(make)}')
         backend, add_bos = make[kind](vocabulary)
         _add_tokens(backend, vocabulary)
         config = _roles(vocabulary)
@@ -137,34 +137,35 @@ def _vocabulary(metadata: dict) -> Vocabulary:
     if not (tokens := _texts(said, 'tokens')):
         raise DataError('has no tokenizer: no tokenizer.ggml.tokens')
     kinds = said.get('token_type')
-    if kinds is None:  # in old files
+    if kinds is None:  # older files
         special = [said.get(role) for role in _ROLES.values()]
         kinds = [_CONTROL if i in special else _NORMAL for i in range(len(tokens))]
     _check_numbers('token_type', kinds, len(tokens))
     architecture = str(metadata.get('general.architecture', ''))
     if architecture.startswith('gemma'):
-        # Runs of spaces are called user-defined and spelled as spaces, but merged like words.
+        # Runs of spaces are marked user-defined and spelled with spaces, but merge like words.
         runs = [i for i, token in enumerate(tokens) if len(token) > 1 and not token.strip(' ')]
         for i in runs:
             tokens[i], kinds[i] = _SPACE * len(tokens[i]), _NORMAL
     vocabulary = Vocabulary(said, architecture, tokens, kinds)
     if len(vocabulary.ids) < len(tokens):
         twice = [token for i, token in enumerate(tokens) if vocabulary.ids[token] != i]
-        raise DataError(f'is damaged: tokens are there twice: {listed(twice)}')
+        raise DataError(f'is damaged: tokens occur twice: {listed(twice)}')
     return vocabulary
 
 
 def _byte_level(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-    """A backend, and whether documents begin with a token for it."""
+    """A backend, and whether documents begin with bos by default."""
     name = _text(vocabulary.said, 'pre', 'default')
     if name not in PRE_NAMES:
         raise DataError(
-            f'cuts text by the rule {name!r} (tokenizer.ggml.pre); known are {", ".join(PRE_NAMES)}'
+            f'has the pre-tokenizer {name!r} (tokenizer.ggml.pre), which is not supported; '
+            f'supported: {", ".join(PRE_NAMES)}'
         )
     pre = PRE_NAMES[name]
     merges = [tuple(merge.split(' ')) for merge in _texts(vocabulary.said, 'merges')]
     if any(len(pair) != 2 for pair in merges):
-        raise DataError('is damaged: one of tokenizer.ggml.merges is not a pair of tokens')
+        raise DataError('is damaged: an entry of tokenizer.ggml.merges is not a pair of tokens')
     backend = _bpe(vocabulary, merges, ignore_merges=pre.ignore_merges)
     cuts = [pre_tokenizers.Split(Regex(pattern), 'isolated') for pattern in pre.patterns]
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -176,7 +177,7 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
-    """A backend, and that documents begin with a token for it."""
+    """A backend, and True: by default documents begin with bos."""
     unknown = vocabulary.of_kind(_UNKNOWN)
     backend = _bpe(
         vocabulary,
@@ -196,9 +197,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """The merges that scores stand for: of what can be merged, what gives the best token first.
+    """The merges that the scores imply: all pairs of tokens that make a token, best token first.
 
-    Those of Gemma are in the order of its tokens, its scores are not.
+    Gemma's merges follow the order of its tokens, not its scores.
     """
     count = len(vocabulary.tokens)
     scores = vocabulary.said.get('scores')
@@ -226,11 +227,11 @@ def _bpe(vocabulary: Vocabulary, merges: list[tuple[str, str]], **options) -> to
     try:
         return tokenizers.Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, **options))
     except Exception as error:  # The library raises bare Exceptions.
-        raise DataError(f'is damaged: its tokens and merges do not fit: {error}') from error
+        raise DataError(f'is damaged: tokens and merges do not match: {error}') from error
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
-    """Tokens that are found in a text as a whole; they keep their ids."""
+    """Adds the tokens that are matched whole in a text before merging; they keep their ids."""
     is_phi3 = vocabulary.architecture == 'phi3' and vocabulary.said.get('model') == 'llama'
     special = [
         AddedToken(token, rstrip=is_phi3 and token not in _PHI3_PLAIN, normalized=False)
@@ -242,7 +243,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
 
 
 def _roles(vocabulary: Vocabulary) -> dict:
-    """Tokens by what they are for."""
+    """{role: token}, with the roles of tokenizer_config.json."""
     roles = {}
     for role, key in _ROLES.items():
         i = vocabulary.said.get(key)
@@ -250,30 +251,31 @@ def _roles(vocabulary: Vocabulary) -> dict:
             continue
         if not isinstance(i, int) or not 0 <= i < len(vocabulary.tokens):
             raise DataError(
-                f'is damaged: tokenizer.ggml.{key} is {i}, of {len(vocabulary.tokens)} tokens'
+                f'is damaged: tokenizer.ggml.{key} is {i!r}, but there are '
+                f'{len(vocabulary.tokens)} tokens'
             )
         roles[role] = vocabulary.tokens[i]
     return roles
 
 
 def _check_numbers(key: str, values, count: int) -> None:
-    """Raises DataError unless a key has a number for each of `count` tokens."""
+    """Raises DataError unless the values of a key are one number for each of `count` tokens."""
     is_right = isinstance(values, list) and len(values) == count
     if not is_right or not all(isinstance(value, int | float) for value in values):
         raise DataError(
-            f'is damaged: its {count} tokens do not have a number each in tokenizer.ggml.{key}'
+            f'is damaged: tokenizer.ggml.{key} must have one number for each of {count} tokens'
         )
 
 
 def _text(said: dict, key: str, default: str) -> str:
     text = said.get(key, default)
     if not isinstance(text, str):
-        raise DataError(f'is damaged: tokenizer.ggml.{key} is no text')
+        raise DataError(f'is damaged: tokenizer.ggml.{key} is not a string')
     return text
 
 
 def _texts(said: dict, key: str) -> list[str]:
     texts = said.get(key, [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f'is damaged: tokenizer.ggml.{key} is no list of texts')
+        raise DataError(f'is damaged: tokenizer.ggml.{key} is not a list of strings')
     return list(texts)

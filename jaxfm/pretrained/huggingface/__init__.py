@@ -1,1 +1,1 @@
-"""Models in Hugging Face's layout, in and out: safetensors, the hub, adapters of PEFT."""
+"""Import and export in Hugging Face's layout: safetensors, the hub, PEFT adapters."""

@@ -1,4 +1,4 @@
-"""Adapters between a directory in the layout of PEFT and sharded arrays."""
+"""Loads and exports LoRA adapters: a directory in PEFT's layout to sharded arrays, and back."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +19,13 @@ def load_adapters(
     axes: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> dict[str, jax.Array]:
-    """{path: array} of the adapters in `config.lora.path`; needs the mesh to be set.
+    """{path: array} of the adapters in `config.lora.path`. Needs a current mesh.
 
     Args:
-      axes, shapes: {path: logical axes, ShapeDtypeStruct} of every parameter of the model.
+      axes, shapes: {path: logical axes or ShapeDtypeStruct} of every parameter of the model.
 
     Raises:
-      DataError: they are not of this model.
+      DataError: the adapters do not fit the model, or are damaged.
     """
     family = find_family(config.family or write_config(config)['model_type'])
     base = {path: names for path, names in axes.items() if 'lora' not in names}
@@ -42,10 +42,10 @@ def _put(array: np.ndarray, axes: tuple[str, ...]) -> jax.Array:
 
 
 class AdapterExporter(Exporter):
-    """Writes the adapters of a model alone, in the layout of PEFT.
+    """Writes only the adapters of a model, in PEFT's layout.
 
     Args:
-      base: the model that they adapt, as a person would name it.
+      base: the base model's name or path, for `base_model_name_or_path`.
     """
 
     def __init__(self, config, model, axes, shapes, *arguments, base: str):
@@ -55,7 +55,7 @@ class AdapterExporter(Exporter):
 
     @property
     def num_bytes(self) -> int:
-        """Of all adapters, as they are written: float32."""
+        """Bytes of all adapters as written, in float32."""
         return 4 * sum(leaf.size for leaf in self._adapters.values())
 
     def _write_weights(self, params, partial: Path, on_primary: Callable) -> None:
@@ -65,4 +65,4 @@ class AdapterExporter(Exporter):
         on_primary(lambda: peft.write(partial, whole, lora, layout, self._base))
 
     def _write_configs(self, directory: Path) -> None:
-        """That of the adapters is written with them."""
+        """Does nothing: `_write_weights` has written adapter_config.json with the weights."""

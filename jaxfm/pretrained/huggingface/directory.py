@@ -1,6 +1,6 @@
-"""A model in Hugging Face's layout: a directory with config.json and one or many .safetensors.
+"""Reads a model in Hugging Face's layout: a directory with config.json and .safetensors files.
 
-Nothing in it is ever run: weights in pickle files and code of a model's own are refused.
+Nothing in it is ever executed: pickled weights and custom model code are refused.
 """
 
 import json
@@ -24,17 +24,17 @@ DTYPES = {
     'F16': np.dtype(np.float16),
     'BF16': np.dtype(ml_dtypes.bfloat16),
 }
-# A tokenizer is there if one of these is.
+# A directory has a tokenizer if it has one of these.
 _TOKENIZERS = ('tokenizer.json', 'tokenizer.model', 'vocab.json')
 _PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
 
 
 def open_directory(path: Path) -> Pretrained:
-    """The model in a directory; of its weights the headers are read.
+    """The model in a directory; of its weights, only the headers are read.
 
     Raises:
-        MissingInputError: it has no config.json or no weights.
-        DataError: a file is damaged, or the index and the files do not agree.
+        MissingInputError: config.json or the weights are missing.
+        DataError: a file is damaged, or the index does not match the files.
     """
     config = read_json(path / CONFIG)
     has_tokenizer = any((path / name).is_file() for name in _TOKENIZERS)
@@ -49,10 +49,10 @@ def open_directory(path: Path) -> Pretrained:
 
 
 class SafetensorsFiles:
-    """The tensors of one or many files; parts of them are read on demand (`source.Tensors`).
+    """The tensors of one or more files, read on demand (`source.Tensors`).
 
     Args:
-        files: {path: names that it must have, or None for whatever it has}.
+        files: {path: names of the tensors that it must have, or None to take all}.
     """
 
     def __init__(self, files: dict[Path, set[str] | None]):
@@ -64,7 +64,7 @@ class SafetensorsFiles:
 
     def _open(self, path: Path, names: set[str] | None) -> None:
         try:
-            file = safe_open(path, framework='np')  # checks the header and that all is there
+            file = safe_open(path, framework='np')  # checks the header and the file's size
         except FileNotFoundError:
             raise MissingInputError(f'{path} is missing') from None
         except PermissionError:
@@ -73,24 +73,24 @@ class SafetensorsFiles:
             raise DataError(f'{path} is damaged: {error}') from None
         missing = sorted((names or set()) - set(file.keys()))
         if missing:
-            raise DataError(f'{path} lacks what {INDEX} says it has: {listed(missing)}')
+            raise DataError(f'{path} lacks tensors that {INDEX} lists: {listed(missing)}')
         names = set(file.keys()) if names is None else names
         for name in sorted(names):
             part = file.get_slice(name)
             if part.get_dtype() not in DTYPES:
                 known = ', '.join(DTYPES)
-                raise DataError(f'{path}: {name} is {part.get_dtype()}; what is read is {known}')
+                raise DataError(f'{path}: {name} is {part.get_dtype()}; supported: {known}')
             self.shapes[name] = tuple(part.get_shape())
             self.dtypes[name] = DTYPES[part.get_dtype()]
         self._views |= _map_tensors(path, names, self.shapes, self.dtypes)
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of a tensor: a view of the file, of which nothing is read before it is used."""
+        """A slice of a tensor: a view of the memory-mapped file, read only when it is used."""
         return self._views[name][index]
 
 
 def _map_tensors(path: Path, names: set[str], shapes: dict, dtypes: dict) -> dict[str, np.ndarray]:
-    """Views of the tensors of a file that is known to be whole; the library would copy them."""
+    """Views of the tensors of a checked file; the safetensors library would copy them."""
     content = np.memmap(path, mode='r')
     start = 8 + int.from_bytes(content[:8].tobytes(), 'little')
     header = json.loads(content[8:start].tobytes())
@@ -110,34 +110,36 @@ def _weight_files(path: Path, config: dict) -> dict[Path, set[str] | None]:
     if pickles:
         raise DataError(
             f'{path} has its weights in {listed(pickles)}, which is never loaded: reading a pickle '
-            'runs whatever code it holds; save the model as safetensors'
+            'runs any code in it; save the model as safetensors'
         )
     if config.get('auto_map'):
-        raise DataError(f'{path} brings code of its own (auto_map), which is never run')
+        raise DataError(f'{path} needs its own model code (auto_map), which is never run')
     raise MissingInputError(f'{path} has no weights: neither {WEIGHTS} nor {INDEX}')
 
 
 def _list_indexed_files(path: Path) -> dict[Path, set[str]]:
-    """{file: names} of an index; no file outside of the directory."""
+    """{file: names of its tensors} of an index; refuses files outside the directory."""
     weight_map = read_json(path / INDEX).get('weight_map')
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f'{path / INDEX} is damaged: it has no weight_map')
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise DataError(f'{path / INDEX}: {name} is said to be in {file!r}, no name of a file')
+            raise DataError(f'{path / INDEX}: {name} is in {file!r}, which is not a file name')
         files.setdefault(path / file, set()).add(name)
     missing = sorted(file.name for file in files if not file.is_file())
     if missing:
-        raise DataError(f'{path / INDEX} names what is not there: {listed(missing)}')
+        raise DataError(f'{path / INDEX} lists missing files: {listed(missing)}')
     return files
 
 
 def read_json(path: Path) -> dict:
-    """An object of JSON.
+    """The JSON object in a file.
 
     Raises:
-        MissingInputError, PermissionDeniedError, DataError: as their names say.
+        MissingInputError: the file is missing.
+        PermissionDeniedError: the file is not readable.
+        DataError: it is not a JSON object.
     """
     reading = explain_errors(
         f'{path} cannot be read',

@@ -1,6 +1,7 @@
-"""A model of ours as a directory in Hugging Face's layout: weights, configs, tokenizer, template.
+"""Exports a model as a directory in Hugging Face's layout: weights, configs, tokenizer, template.
 
-It is written beside its place and renamed at the end: whoever finds a directory finds all of it.
+The directory is written under a temporary name and renamed at the end, so that a directory with the
+final name is always complete.
 """
 
 import functools
@@ -34,16 +35,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Exporter:
-    """Writes weights of one model; whether a family can express it is found when this is built.
+    """Writes the weights of one model, with adapters merged.
 
-    Adapters are merged into the weights.
+    The constructor checks that a family can express the model.
 
     Args:
-      axes, shapes: {path of a parameter: logical axes, ShapeDtypeStruct}.
-      stop_ids: what ends a text of this model.
+      axes, shapes: {path of a parameter: logical axes or ShapeDtypeStruct}.
+      stop_ids: the token ids that end a text, for eos_token_id.
 
     Raises:
-      ConfigError: no family of the layout can express the model.
+      ConfigError: no family can express the model.
     """
 
     def __init__(
@@ -67,17 +68,17 @@ class Exporter:
 
     @property
     def num_bytes(self) -> int:
-        """Of all weights, as they are written."""
+        """Bytes of all weights as written."""
         return sum(map(self._size, self._layout.shapes))
 
     def _size(self, name: str) -> int:
         return int(np.prod(self._layout.shapes[name])) * self._dtype.itemsize
 
     def write(self, params: Mapping[str, jax.Array], directory: Path) -> None:
-        """Writes the model of these weights in place of what is there; called by all processes.
+        """Writes the model, replacing the directory if it exists. All processes must call this.
 
         Raises:
-          StorageError, PermissionDeniedError: it cannot be written; nothing is left of it.
+          StorageError, PermissionDeniedError: it cannot be written; no partial files remain.
         """
         directory = directory.absolute()
         partial = directory.with_name(directory.name + '.partial')
@@ -91,7 +92,7 @@ class Exporter:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _finish(self, partial: Path, directory: Path) -> None:
-        """Adds what is not weights, and gives the directory its name."""
+        """Adds configs and tokenizer, then renames the directory to its final name."""
         self._write_configs(partial)
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
@@ -109,7 +110,11 @@ class Exporter:
             on_primary(lambda: _write_json(partial / INDEX, index))
 
     def _write_file(self, params, path: Path, names: list[str], on_primary: Callable) -> None:
-        """One file of weights. What brings them together needs every process, to the last one."""
+        """Writes one file of weights.
+
+        Gathering a tensor is a collective: every process must take part until the last one, even
+        if writing fails.
+        """
         shapes = {name: self._layout.shapes[name] for name in names}
         tensors = run_ahead(self._as_tensor, ((name, self._take(params, name)) for name in names))
 
@@ -125,7 +130,7 @@ class Exporter:
         on_primary(write)
 
     def _files(self) -> list[list[str]]:
-        """The names of each file, none larger than `shard_gigabytes` but of a single tensor."""
+        """The tensor names of each file; only a single tensor may exceed `shard_gigabytes`."""
         most, files, size = self._config.shard_gigabytes * 1e9, [[]], 0
         for name in self._layout.shapes:
             if files[-1] and size + self._size(name) > most:
@@ -136,11 +141,11 @@ class Exporter:
         return files
 
     def tensor(self, params: Mapping[str, jax.Array], name: str) -> np.ndarray:
-        """One tensor as it lies in a file."""
+        """One tensor in the layout of a file."""
         return self._as_tensor((name, self._take(params, name)))
 
     def _take(self, params, name: str) -> list[jax.Array]:
-        """The parts of a tensor, whole on every device."""
+        """The parts of a tensor, replicated on every device."""
         return [
             take_from(
                 self._parameter(params, part.path),
@@ -153,7 +158,7 @@ class Exporter:
         ]
 
     def _parameter(self, params, path: str) -> jax.Array:
-        """A parameter with its adapter merged; the last one is kept, for its other layers."""
+        """A parameter with its adapter merged; caches the last one, which serves many layers."""
         if not self._model.lora:
             return params[path]
         if self._merged[0] != path:
@@ -169,7 +174,8 @@ class Exporter:
     def _write_configs(self, directory: Path) -> None:
         ids = {'bos_token_id': self._tokenizer.bos_id, 'eos_token_id': sorted(self._stop_ids)}
         dtype = {'torch_dtype': self._dtype.name}
-        # One id here, for there may be several below; and none where a family has one by default.
+        # config.json gets a single eos id; generation_config.json may have several. An explicit
+        # null stops transformers from using a family's default pad id.
         first = {'eos_token_id': self._tokenizer.eos_id, 'pad_token_id': None}
         _write_json(directory / CONFIG, self._hf_config | ids | first | dtype)
         _write_json(directory / GENERATION, ids)
@@ -180,10 +186,10 @@ class Exporter:
 
 
 def _reader(directory: Path, tokenizer) -> dict:
-    """What transformers needs to know to take the vocabulary of a directory as it is."""
+    """tokenizer_config.json keys that make transformers load the vocabulary unchanged."""
     if not (directory / 'tokenizer.model').exists():
         return {'tokenizer_class': 'PreTrainedTokenizerFast'}
-    # One of SentencePiece does not say itself whether texts begin with bos.
+    # A SentencePiece model does not record whether texts begin with bos.
     return {'tokenizer_class': 'LlamaTokenizer', 'add_bos_token': tokenizer.bos_id is not None}
 
 
@@ -198,7 +204,7 @@ def _use_up(tensors: Iterator) -> None:
 
 
 def _on_primary(directory: Path, write: Callable[[], None]) -> None:
-    """Writes on the primary process; what it meets, all of them raise.
+    """Calls `write` on the primary process; if it fails, every process raises the error.
 
     Raises:
       StorageError, PermissionDeniedError: the directory cannot be written.
@@ -212,7 +218,7 @@ def _on_primary(directory: Path, write: Callable[[], None]) -> None:
 
 
 def _put_bos_in_front(path: Path, tokenizer) -> None:
-    """Says to others what we know: that texts begin with bos, where they do."""
+    """Makes tokenizer.json add bos to the front of texts if our tokenizer does."""
     if tokenizer.bos_id is None or not path.is_file():
         return
     said = read_json(path)
@@ -228,7 +234,7 @@ def _put_bos_in_front(path: Path, tokenizer) -> None:
         'pair': [first, *pair],
         'special_tokens': ids,
     }
-    # Behind what it had: byte-level tokenizers correct offsets there.
+    # After the existing post-processor, in which byte-level tokenizers correct offsets.
     before = [said['post_processor']] if said.get('post_processor') else []
     said['post_processor'] = {'type': 'Sequence', 'processors': [*before, template]}
     path.write_text(json.dumps(said, ensure_ascii=False), 'utf-8')
@@ -240,9 +246,9 @@ def write_safetensors(
     dtype: np.dtype,
     tensors: Iterator[np.ndarray],
 ) -> None:
-    """One file, tensor by tensor: the library would want all of them in memory at once.
+    """Writes one file, tensor by tensor; the library needs all of them in memory at once.
 
-    The format: eight bytes with the length of a JSON header, the header, the tensors.
+    The format: the length of the header in eight bytes, a JSON header, the tensors.
     """
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, shape in shapes.items():
@@ -253,7 +259,7 @@ def write_safetensors(
             'data_offsets': [start, end],
         }
     text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # so that tensors are aligned
+    text += b' ' * (-len(text) % 8)  # aligns the tensors
     with path.open('wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         for tensor in tensors:

@@ -1,10 +1,10 @@
-"""Adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
+"""Reads and writes PEFT adapters: adapter_config.json and adapter_model.safetensors. No jax.
 
-It names modules as Hugging Face does and has two matrices a module and layer, lora_A [r, inputs]
-and lora_B [outputs, r]. A fused module (Phi-3's qkv_proj) has one pair for several matrices of
-ours: they share A, and each takes its rows of B. There modules may differ in rank and scale, ours
-have the largest rank and one scale: the rest of a smaller one is zeros, and what its scale differs
-by goes into B. No jax, so that a config can be checked with it.
+PEFT uses Hugging Face's module names and has two matrices per module and layer, lora_A [r, inputs]
+and lora_B [outputs, r]. A fused module (Phi-3's qkv_proj) has one pair for several of our matrices:
+they share A, and each takes its rows of B. In PEFT, modules may differ in rank and scale; our
+adapters have one rank, the largest, and one scale. Smaller ranks are padded with zeros, and the
+ratio of the scales is multiplied into B.
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ from jaxfm.pretrained.huggingface.directory import SafetensorsFiles, read_json
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _NAME = re.compile(r'base_model\.model\.(.+)\.lora_([AB])\.weight')
 
-# What would change the outputs and we do not have: refused unless it is empty or false.
+# Options that change the outputs and are not implemented: refused unless empty or false.
 _REFUSED = (
     *('modules_to_save', 'layers_to_transform', 'layer_replication'),
     *('trainable_token_indices', 'target_parameters', 'fan_in_fan_out'),
     *('use_dora', 'use_qalora', 'use_bdlora', 'lora_bias', 'alora_invocation_tokens'),
     *('arrow_config', 'kasa_config', 'velora_config', 'monteclora_config'),
 )
-# Of the ways to begin, those that leave the weights of the model as they are.
+# Values of init_lora_weights that leave the base model's weights unchanged.
 _BEGINNINGS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
-# Of rank_pattern and alpha_pattern, regular expressions of anybody's, those that are mere names.
+# Keys of rank_pattern and alpha_pattern are regular expressions; we accept only plain module names.
 _MODULE = re.compile(r'\^?[\w.]+')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaling:
-    """Rank and scale of every module, as an adapter_config.json says them."""
+    """Rank and scale of every module according to adapter_config.json."""
 
     rank: int
     alpha: float
@@ -58,7 +58,7 @@ class _Scaling:
         return self._scale(alpha, self.rank_of(module))
 
     def alpha_at(self, rank: int) -> float:
-        """That of ours, which at this rank gives modules without a pattern their scale."""
+        """The LoraConfig.alpha that, at this rank, gives modules without a pattern their scale."""
         alpha = self.alpha * math.sqrt(self.rank) if self.by_root else float(self.alpha)
         return alpha * (rank / self.rank)
 
@@ -67,16 +67,16 @@ class _Scaling:
 
 
 def _key(pattern: Mapping[str, float], module: str) -> str | None:
-    """The first key of a pattern that is a module or ends it, found as PEFT finds it."""
+    """The first key of a pattern that equals or ends the module's name, matched as in PEFT."""
     return next((key for key in pattern if re.match(rf'(.*\.)?({key})$', module)), None)
 
 
 def describe(directory: str | Path) -> dict:
-    """rank, alpha and targets of an adapter, as `model.lora` has them; weights are not read.
+    """The `model.lora` values rank, alpha and targets of an adapter; reads no weights.
 
     Raises:
-        MissingInputError: there is none, or a file is missing.
-        DataError: it is damaged, or has what we cannot express: with the names.
+        MissingInputError: a file of the adapter is missing.
+        DataError: it is damaged, or has options or modules that are not supported.
     """
     directory = Path(directory)
     scaling = _read_scaling(directory / CONFIG)
@@ -86,7 +86,10 @@ def describe(directory: str | Path) -> dict:
     targets = {target for module in modules for target in _targets(module)}
     alone = {'mlp/gate_up/0', 'mlp/gate_up/1'} - targets
     if len(alone) == 1:
-        raise DataError(f'{directory}: gate_proj and up_proj have adapters together or not at all')
+        raise DataError(
+            f'{directory} has an adapter for only one of gate_proj and up_proj, which is not '
+            'supported'
+        )
     names = {target.removesuffix('/0').removesuffix('/1') for target in targets}
     rank = max(map(scaling.rank_of, modules))
     return {
@@ -102,12 +105,12 @@ def read(
     """{path: float32 array} of every adapter of a model.
 
     Args:
-        lora: as `describe` says.
+        lora: with the values of `describe`.
         layout: the `Layout` of the model without adapters.
         shapes: {path: shape} of the adapters.
 
     Raises:
-        DataError: adapters that are missing, of other layers, of another shape or not finite.
+        DataError: adapters are missing, unexpected, of the wrong shape or not finite.
     """
     directory = Path(directory)
     scaling = _read_scaling(directory / CONFIG)
@@ -133,15 +136,15 @@ def read(
 def write(
     directory: Path, params: Mapping[str, np.ndarray], lora: LoraConfig, layout, base: str
 ) -> None:
-    """Writes the adapters of a model into a directory that exists.
+    """Writes the adapters of a model into an existing directory.
 
-    A fused module has one pair of matrices: where the As of its parts differ, the parts stand one
-    below the other in A and as blocks in B, which is exact at a multiple of the rank.
+    A fused module has one pair of matrices. If the As of its parts differ, they are stacked in A
+    and B is block-diagonal, which is exact at the cost of a multiple of the rank.
 
     Args:
-        params: {path: array} of the adapters, whole.
+        params: {path: array} of the adapters, not sharded.
         layout: the `Layout` of the model without adapters.
-        base: the model that they adapt, as a person would name it.
+        base: the base model's name or path, for `base_model_name_or_path`.
     """
     expected = _find_adapted_parts(layout, lora)
     ways = _blocks(expected, params)
@@ -176,13 +179,15 @@ def write(
 
 
 def _read_scaling(where: Path) -> _Scaling:
-    """What an adapter_config.json says, if it has nothing that we have not."""
+    """Rank and scale from adapter_config.json; DataError if it needs unsupported options."""
     config = read_json(where)
     if config.get('peft_type') != 'LORA':
-        raise DataError(f'{where}: peft_type is {config.get("peft_type")!r}, LORA is supported')
+        raise DataError(
+            f'{where}: peft_type {config.get("peft_type")!r} is not supported, only LORA'
+        )
     refused = [name for name in _REFUSED if config.get(name)]
     refused += ['bias'] if config.get('bias', 'none') != 'none' else []
-    if config.get('init_lora_weights') not in _BEGINNINGS:  # PiSSA and the like change the weights
+    if config.get('init_lora_weights') not in _BEGINNINGS:  # PiSSA, for example, changes weights
         refused.append('init_lora_weights')
     if refused:
         named = listed([f'{name} {config[name]!r}' for name in refused])
@@ -216,8 +221,8 @@ def _check_pattern(name: str, pattern, is_right, where: Path) -> None:
     ]
     if wrong:
         raise DataError(
-            f'{where}: {name} {listed(wrong)} is not supported: give each module by its name, or '
-            'the end of it, and a number above 0'
+            f'{where}: {name} {listed(wrong)} is not supported: each key must be a module name, or '
+            'the end of one, and each value a number above 0'
         )
 
 
@@ -225,7 +230,7 @@ def _open(directory: Path) -> SafetensorsFiles:
     if not (directory / WEIGHTS).exists() and (directory / 'adapter_model.bin').exists():
         raise DataError(
             f'{directory} has its weights in adapter_model.bin, which is never loaded: reading a '
-            'pickle runs whatever code it holds; save the adapter as safetensors'
+            'pickle runs any code in it; save the adapter as safetensors'
         )
     return SafetensorsFiles({directory / WEIGHTS: None})
 
@@ -235,13 +240,13 @@ def _tensor(module: str, half: str) -> str:
 
 
 def _modules(tensors: SafetensorsFiles) -> list[str]:
-    """The modules that have an adapter, one of a matrix that we can give one to."""
+    """The modules that have an adapter; DataError if one is not a matrix that LoRA supports."""
     found = {name: _NAME.fullmatch(name) for name in tensors.shapes}
     unknown = sorted(n for n, match in found.items() if not match or not _targets(match[1]))
     if unknown:
         raise DataError(
-            f'adapters of {listed(unknown)} are not supported; supported are those of the matrices '
-            'of attention and MLP'
+            f'adapters of {listed(unknown)} are not supported; supported: the matrices of '
+            'attention and MLP'
         )
     if not found:
         raise DataError(f'{WEIGHTS} has no adapters')
@@ -249,12 +254,12 @@ def _modules(tensors: SafetensorsFiles) -> list[str]:
 
 
 def _last(module: str) -> str:
-    """What PEFT knows a module by, in every layer."""
+    """The last part of a module's name, by which PEFT targets it in every layer."""
     return module.rpartition('.')[2]
 
 
 def _targets(module: str) -> tuple[str, ...]:
-    """Of a module of any family: the matrices of a block that it is, as in its table of weights."""
+    """The LoRA targets that a module of any family holds; () if it is not a supported matrix."""
     return _table().get(re.sub(r'\.\d+\.', '.{}.', module), ())
 
 
@@ -270,7 +275,7 @@ def _table() -> dict[str, tuple[str, ...]]:
 
 
 def _find_adapted_parts(layout, lora: LoraConfig) -> dict[str, list]:
-    """{module: its parts that have an adapter} of every layer."""
+    """{module: its parts that have an adapter}, for every layer."""
     found = {}
     for name in layout.shapes:
         parts = [
@@ -284,15 +289,15 @@ def _find_adapted_parts(layout, lora: LoraConfig) -> dict[str, list]:
 
 
 def _check_ranks(tensors: SafetensorsFiles, scaling: _Scaling, directory: Path) -> None:
-    """Raises DataError unless matrices are of the rank that the config says."""
+    """Raises DataError unless every matrix has the rank that the config gives it."""
     wrong = []
     for name, shape in sorted(tensors.shapes.items()):
         module, half = _NAME.fullmatch(name).groups()
         rank = scaling.rank_of(module)
         if len(shape) != 2 or shape['AB'.index(half)] != rank:
-            wrong.append(f'{name} is {list(shape)}, of rank {rank}')
+            wrong.append(f'{name} is {list(shape)}, but its rank should be {rank}')
     if wrong:
-        raise DataError(f'{directory / WEIGHTS} is not what {CONFIG} says: {listed(wrong)}')
+        raise DataError(f'{directory / WEIGHTS} does not match {CONFIG}: {listed(wrong)}')
 
 
 def _check_tensors(
@@ -311,12 +316,12 @@ def _check_tensors(
     ]
     problems = {
         'missing': sorted(shapes.keys() - there.keys()),
-        'not of this model': sorted(there.keys() - shapes.keys()),
-        'misshapen': wrong,
+        'unexpected': sorted(there.keys() - shapes.keys()),
+        'wrong shape': wrong,
     }
     lines = [f'{what}: {listed(names)}' for what, names in problems.items() if names]
     if lines:
-        raise DataError(f'{directory} is no adapter of this model; ' + '; '.join(lines))
+        raise DataError(f'{directory} is not an adapter of this model; ' + '; '.join(lines))
 
 
 def _halves(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:
@@ -326,13 +331,13 @@ def _halves(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndar
 
 
 def _flat(arrays: Mapping[str, np.ndarray], part) -> tuple[np.ndarray, np.ndarray]:
-    """A [r, inputs] and B [outputs, r] of one matrix, as PEFT has them."""
+    """A [r, inputs] and B [outputs, r] of one matrix, in PEFT's layout."""
     a, b = _halves(arrays, part)
     return a.reshape(-1, a.shape[-1]).T, b.reshape(b.shape[0], -1).T
 
 
 def _blocks(expected: dict, params: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How often the rank each module has, by its last name: once where all parts share their A."""
+    """{last name of a module: its rank as a multiple of ours}; 1 if its parts share their A."""
     blocks = {}
     for module, parts in expected.items():
         first, *others = (_flat(params, part)[0] for part in parts)

@@ -1,4 +1,4 @@
-"""The golden of every family, converted to .gguf, is the model that it was."""
+"""The golden of every family, converted to .gguf, loads as the same model."""
 
 import json
 
@@ -11,14 +11,14 @@ from jaxfm.pretrained.gguf.model import open_gguf
 from tests import gguf_files
 from tests.models import goldens
 
-# What llama.cpp calls them; it has one name for some.
+# llama.cpp's architecture of each family; some share one.
 ARCHITECTURES = {'llama3': 'llama', 'mistral': 'llama', 'olmo3': 'olmo2'}
 
 
 def converted(golden: goldens.Golden, path) -> dict:
-    """Writes the file; the config of the golden, but for what no such file has."""
+    """Writes the file -> the golden's config, without what a .gguf file cannot store."""
     config = json.loads((golden.path / 'config_v4.json').read_text())
-    if golden.name == 'llama3':  # a file does not have the context: that of Llama 3 is taken
+    if golden.name == 'llama3':  # a file lacks the original context length, so Llama 3's is assumed
         config['rope_scaling']['original_max_position_embeddings'] = 8192
         config['rope_theta'] = 5e5
     config.setdefault('head_dim', config['hidden_size'] // config['num_attention_heads'])
@@ -83,7 +83,7 @@ def test_a_golden_of_every_family_is_the_same_model_in_a_gguf(name, tmp_path):
     config = converted(golden, tmp_path / 'model.gguf')
     model = open_gguf(tmp_path / 'model.gguf')
     said = dict(model.hf_config)
-    if 'gemma' in name:  # of two sizes that llama.cpp knows, it is neither
+    if 'gemma' in name:  # it has neither of the two sizes that llama.cpp knows
         said['query_pre_attn_scalar'] = config['query_pre_attn_scalar']
     ours, theirs = flat(read_config(said)), flat(read_config(config))
     assert ours.keys() == theirs.keys()
@@ -92,6 +92,6 @@ def test_a_golden_of_every_family_is_the_same_model_in_a_gguf(name, tmp_path):
     tensors = goldens.read_safetensors(golden.path / 'model.safetensors')
     assert model.tensors.shapes == {name: tensor.shape for name, tensor in tensors.items()}
     for tensor_name, tensor in tensors.items():
-        # One and a number near zero make a number with fewer of its bits.
+        # Adding one to a number near zero loses some of its bits.
         lost = 1e-6 if 'gemma' in name and tensor_name.endswith('norm.weight') else 0
         np.testing.assert_allclose(model.tensors.read(tensor_name), tensor, 0, lost, tensor_name)

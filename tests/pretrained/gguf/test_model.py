@@ -1,4 +1,4 @@
-"""Models in .gguf files: real ones, ones of every architecture, and bad ones."""
+"""Models in .gguf files: a real one, one of every architecture, and bad ones."""
 
 import json
 import math
@@ -57,7 +57,7 @@ HF_TYPES = {'gemma3': ('gemma3_text', 'Gemma3ForCausalLM')} | {
 
 
 def shapes(architecture: str) -> dict[str, tuple[int, ...]]:
-    """The tensors that Hugging Face's model of HF has."""
+    """The shapes of the Hugging Face model with the config HF."""
     width, inner = HF['hidden_size'], HF['intermediate_size']
     q, kv = 4 * HF['head_dim'], 2 * HF['head_dim']
     found = {'model.embed_tokens.weight': (VOCAB, width), 'model.norm.weight': (width,)}
@@ -84,7 +84,7 @@ def shapes(architecture: str) -> dict[str, tuple[int, ...]]:
 
 def random_tensors(wanted: dict, seed=0) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
-    # Eighths: adding one to a norm loses nothing.
+    # Multiples of 1/8, so that adding one to a norm is exact.
     return {
         name: (draw.integers(-64, 64, shape) / 8).astype(np.float32)
         for name, shape in wanted.items()
@@ -92,7 +92,7 @@ def random_tensors(wanted: dict, seed=0) -> dict[str, np.ndarray]:
 
 
 def converted(architecture: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What llama.cpp's converter makes of them, under the names that the package gguf gives."""
+    """Applies llama.cpp's conversion to the tensors, with names from the package gguf."""
     [kind] = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
     names = gguf.get_tensor_name_map(kind, HF['num_hidden_layers'])
     found = {}
@@ -113,7 +113,7 @@ def keys(**changed) -> dict:
 
 
 def make(path, architecture='llama', extra=None, without=(), kinds=None, more=None, **changed):
-    """A small file of an architecture; `changed` are keys, with __ for a dot, None to leave out."""
+    """A small file of an architecture; `changed` sets keys (__ for a dot; None removes one)."""
     tensors = converted(architecture, random_tensors(shapes(architecture) | (extra or {})))
     tensors = {name: t for name, t in (tensors | (more or {})).items() if name not in without}
     return gguf_files.write(path, architecture, keys(**changed), tensors, kinds)
@@ -197,7 +197,7 @@ def test_the_config_of_the_real_model_is_that_of_its_hugging_face_repository(rea
 
 
 def test_the_real_model_is_read_in_seconds(smollm2_gguf):
-    started_at = time.process_time()  # the clock on the wall is that of a machine shared by others
+    started_at = time.process_time()  # other processes on the machine do not count
     model = open_gguf(smollm2_gguf)
     for name in model.tensors.shapes:
         model.tensors.read(name)
@@ -387,17 +387,17 @@ def test_factors_that_stretch_nothing_are_no_scaling(path):
 BAD = {
     'unknown architecture': (
         dict(architecture='mamba'),
-        r"has the architecture 'mamba'; read are llama, smollm3, qwen2, qwen3, gemma2, gemma3",
+        r"the architecture 'mamba', which is not supported; supported: llama, smollm3, qwen2, ",
     ),
     'mixture': (dict(expert_count=8), 'is a mixture of experts'),
     'missing key': (
         dict(block_count=None, context_length=None),
-        'does not say llama.block_count, llama.context_length',
+        'lacks the metadata llama.block_count, llama.context_length',
     ),
     'key of text': (dict(embedding_length='many'), "has llama.embedding_length 'many'"),
     'layers that differ': (
         dict(attention__head_count_kv=[1, 2]),
-        'layers that differ in llama.attention.head_count_kv',
+        'layers with different llama.attention.head_count_kv',
     ),
     'missing tensor': (
         dict(without=('blk.1.ffn_up.weight', 'output_norm.weight')),
@@ -408,20 +408,23 @@ BAD = {
         dict(more={'blk.0.attn_sinks.weight': np.ones(4, np.float32)}),
         'has unknown tensors blk.0.attn_sinks.weight',
     ),
-    'heads': (dict(attention__head_count=2), r'attn_q.weight of shape \[64, 32\], for 2 heads of'),
-    'layers': (dict(block_count=1 << 31), 'has 20 tensors for 2147483648 layers'),
-    'size': (dict(attention__key_length=0), 'has heads of no size'),
-    'negative': (dict(rope__freq_base=-1.0), 'has llama.rope.freq_base -1.0, which cannot be'),
-    'fraction': (dict(block_count=1.5), 'block_count 1.5, which is no whole number'),
-    'turned': (dict(rope__dimension_count=32), 'turns 32 numbers of heads of 16'),
+    'heads': (
+        dict(attention__head_count=2),
+        r'attn_q.weight of shape \[64, 32\], .* not fit 2 heads of',
+    ),
+    'layers': (dict(block_count=1 << 31), 'has only 20 tensors for 2147483648 layers'),
+    'size': (dict(attention__key_length=0), 'has a head size, .* of zero'),
+    'negative': (dict(rope__freq_base=-1.0), 'has llama.rope.freq_base -1.0, which must be'),
+    'fraction': (dict(block_count=1.5), 'block_count 1.5, which is not a whole number'),
+    'turned': (dict(rope__dimension_count=32), 'rotates 32 dimensions of heads of only 16'),
     'windows': (
         dict(attention__sliding_window=8, attention__sliding_window_pattern=[True]),
-        r'has windows \[True\] for 2 layers',
+        r'has the window pattern \[True\] for 2 layers',
     ),
-    'values': (dict(attention__value_length=8), 'heads whose values have another size'),
+    'values': (dict(attention__value_length=8), 'values and keys of different head sizes'),
     'rope': (
         dict(more={'rope_freqs.weight': np.linspace(1, 3, 8, dtype=np.float32)}),
-        'has rope_freqs.weight that are not those of Llama 3',
+        "has a rope_freqs.weight unlike Llama 3's",
     ),
     'types': (
         dict(
@@ -430,10 +433,10 @@ BAD = {
                 'output_norm.weight': np.ones(32),
             }
         ),
-        r'types that are not read: F64 \(output_norm.weight\), I8 \(blk.0.ffn_up.weight\); '
-        'read are F32, F16, Q4_0, ',
+        r'unsupported types: F64 \(output_norm.weight\), I8 \(blk.0.ffn_up.weight\); '
+        'supported: F32, F16, Q4_0, ',
     ),
-    'tokens': (dict(tokens=VOCAB + 1), 'tokenizer of 41 tokens and embeddings of 40'),
+    'tokens': (dict(tokens=VOCAB + 1), 'tokenizer of 41 tokens, but embeddings for only 40'),
     'parts': (dict(split=3), 'is one of 3 parts: join them'),
 }
 
@@ -461,11 +464,11 @@ def test_what_is_no_gguf_file_is_said_to_be_none(path):
     with pytest.raises(MissingInputError, match='cannot be read: No such file'):
         open_gguf(path)
     for content, message in (
-        (b'', 'is no GGUF file: it is empty'),
-        (b'PK\x03\x04' * 10, "is no GGUF file: it starts with b'PK"),
-        (b'GGUF\x01\x00\x00\x00' + bytes(16), 'is GGUF version 1; versions 2 and 3 are read'),
-        (b'GGUF\x00\x00\x00\x03' + bytes(16), 'is for big-endian machines'),
-        (b'GG', 'is damaged: its header goes on behind the end of the file, 2 bytes'),
+        (b'', 'is not a GGUF file: it is empty'),
+        (b'PK\x03\x04' * 10, "is not a GGUF file: it starts with b'PK"),
+        (b'GGUF\x01\x00\x00\x00' + bytes(16), 'is GGUF version 1; versions 2 and 3 are supported'),
+        (b'GGUF\x00\x00\x00\x03' + bytes(16), 'is big-endian; only little-endian'),
+        (b'GG', 'is damaged: the header runs past the end of the file at 2 bytes'),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
@@ -484,10 +487,10 @@ def test_a_file_that_may_not_be_read_is_said_to_be_closed(path, monkeypatch):
 def test_a_tensor_that_is_there_twice_is_named(path):
     content = make(path).read_bytes()
     path.write_bytes(content.replace(b'blk.1.ffn_up.weight', b'blk.0.ffn_up.weight'))
-    with pytest.raises(DataError, match='tensors are there twice: blk.0.ffn_up.weight'):
+    with pytest.raises(DataError, match='tensors occur twice: blk.0.ffn_up.weight'):
         open_gguf(path)
     path.write_bytes(content.replace(b'llama.context_length', b'llama.rope.freq_base'))
-    with pytest.raises(DataError, match='llama.rope.freq_base is there twice'):
+    with pytest.raises(DataError, match='the key llama.rope.freq_base occurs twice'):
         open_gguf(path)
 
 
@@ -498,7 +501,7 @@ def test_a_tensor_that_begins_elsewhere_is_named(path):
     assert int.from_bytes(content[at : at + 8], 'little') % 32 == 0
     content[at : at + 8] = (64).to_bytes(8, 'little')
     path.write_bytes(content)
-    with pytest.raises(DataError, match='do not begin where those before .*: blk.0.ffn_up.weight'):
+    with pytest.raises(DataError, match='do not start where the previous .*: blk.0.ffn_up.weight'):
         open_gguf(path)
 
 
@@ -517,7 +520,7 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
         with pytest.raises(DataError, match='is damaged|is truncated') as caught:
             open_gguf(path)
         assert str(path) in str(caught.value)
-    assert 'tensors go on behind its end' in str(caught.value)
+    assert 'tensors run past its end' in str(caught.value)
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""Tokenizers inside .gguf files: a real one, and real ones written into one."""
+"""Tokenizers in .gguf files: a real file, and real tokenizers written into one."""
 
 import gzip
 import json
@@ -40,7 +40,7 @@ def golden(shared_data):
 
 
 def write(path, keys, architecture='llama', **changed):
-    """A file that is all tokenizer; `changed` keys are of tokenizer.ggml, None leaves one out."""
+    """A file with only a tokenizer; `changed` sets keys of tokenizer.ggml (None removes one)."""
     keys = keys | {f'tokenizer.ggml.{key}': value for key, value in changed.items()}
     keys = {key: value for key, value in keys.items() if value is not None}
     return gguf_files.write(path, architecture, keys, {})
@@ -58,7 +58,7 @@ def qwen3_keys(shared_data, **changed) -> dict:
 
 
 def words_keys(pre='gpt-2', **changed) -> dict:
-    """A byte-level vocabulary of letters, and of a word whose merges do not reach it."""
+    """A byte-level vocabulary of letters, and a word that its merges cannot produce."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, 'he', 'll', 'hello', '<|end|>', '<think>']
     kinds = [1] * (len(tokens) - 2) + [3, 4]
@@ -146,7 +146,7 @@ def test_a_sentencepiece_vocabulary_in_a_gguf_is_what_it_was(path, shared_data):
     )
     for name in ('vocab', 'byte_fallback', 'unk_token', 'fuse_unk'):
         assert ours[name] == theirs[name]
-    # Of two that make the same token, either may come first.
+    # Two merges that make the same token may come in either order.
     joined = [[''.join(pair) for pair in model['merges']] for model in (ours, theirs)]
     assert joined[0] == joined[1]
     assert set(map(tuple, ours['merges'])) == set(map(tuple, theirs['merges']))
@@ -272,29 +272,32 @@ def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
 BAD = {
     'rule': (
         dict(pre='bloom'),
-        r"cuts text by the rule 'bloom' \(tokenizer.ggml.pre\); known are "
+        r"has the pre-tokenizer 'bloom' \(tokenizer.ggml.pre\), which is not supported; supported: "
         'default, gpt-2, smollm, ',
     ),
-    'kind': (dict(model='rwkv'), "a tokenizer of the kind 'rwkv'; read are gpt2, llama"),
+    'kind': (dict(model='rwkv'), "a tokenizer of kind 'rwkv'; supported: gpt2, llama"),
     'no tokens': (dict(tokens=None), 'has no tokenizer: no tokenizer.ggml.tokens'),
-    'numbers': (dict(tokens=[1, 2]), 'tokenizer.ggml.tokens is no list of texts'),
-    'types': (dict(token_type=[1, 1]), 'its 261 tokens do not have a number each in .*token_type'),
-    'types of text': (dict(token_type=['a'] * 261), r'a number each in tokenizer.ggml.token_type'),
-    'twice': (dict(tokens=['a', 'b', 'a'], token_type=[1] * 3), 'tokens are there twice: a'),
+    'numbers': (dict(tokens=[1, 2]), 'tokenizer.ggml.tokens is not a list of strings'),
+    'types': (dict(token_type=[1, 1]), 'token_type must have one number for each of 261 tokens'),
+    'types of text': (
+        dict(token_type=['a'] * 261),
+        'tokenizer.ggml.token_type must have one number',
+    ),
+    'twice': (dict(tokens=['a', 'b', 'a'], token_type=[1] * 3), 'tokens occur twice: a'),
     'merge': (dict(merges=['h e', 'hello']), 'tokenizer.ggml.merges is not a pair of tokens'),
-    'unknown merge': (dict(merges=['h zzz']), 'its tokens and merges do not fit: .*zzz'),
-    'eos': (dict(eos_token_id=261), 'tokenizer.ggml.eos_token_id is 261, of 261 tokens'),
+    'unknown merge': (dict(merges=['h zzz']), 'tokens and merges do not match: .*zzz'),
+    'eos': (dict(eos_token_id=261), 'tokenizer.ggml.eos_token_id is 261, but there are 261 tokens'),
     'eos in an old file': (
         dict(eos_token_id=[1, 2], token_type=None),
-        r'tokenizer.ggml.eos_token_id is \[1, 2\], of 261 tokens',
+        r'tokenizer.ggml.eos_token_id is \[1, 2\], but there are 261 tokens',
     ),
-    'scores': (dict(model='llama'), 'its 261 tokens do not have a number each in .*ggml.scores'),
+    'scores': (dict(model='llama'), 'ggml.scores must have one number for each of 261 tokens'),
     'scores of text': (
         dict(model='llama', scores=['high'] * 261),
-        'its 261 tokens do not have a number each in tokenizer.ggml.scores',
+        'tokenizer.ggml.scores must have one number for each of 261 tokens',
     ),
-    'several kinds': (dict(model=['gpt2', 'llama']), 'tokenizer.ggml.model is no text'),
-    'several rules': (dict(pre=['gpt-2']), 'tokenizer.ggml.pre is no text'),
+    'several kinds': (dict(model=['gpt2', 'llama']), 'tokenizer.ggml.model is not a string'),
+    'several rules': (dict(pre=['gpt-2']), 'tokenizer.ggml.pre is not a string'),
 }
 
 
@@ -314,7 +317,7 @@ def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(path):
 
 def test_what_is_no_gguf_file_is_refused(path, tmp_path):
     path.write_bytes(b'{"model": 1}')
-    with pytest.raises(DataError, match='model.gguf is no GGUF file'):
+    with pytest.raises(DataError, match='model.gguf is not a GGUF file'):
         load_tokenizer(path)
     with pytest.raises(MissingInputError, match='there is no .*other.gguf; there is model.gguf'):
         load_tokenizer(tmp_path / 'other.gguf')

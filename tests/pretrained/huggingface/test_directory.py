@@ -1,5 +1,5 @@
-"""Directories in Hugging Face's layout that are damaged, unknown or hostile: each is told in one
-message, with its exit code, before anything is written, and nothing in them is ever run."""
+"""Damaged, unknown or hostile directories in Hugging Face's layout: each is refused with one
+message and its exit code before anything is written, and nothing in them is ever run."""
 
 import json
 import os
@@ -29,11 +29,11 @@ UP_PROJ = 'model.layers.0.mlp.up_proj.weight'
 pytestmark = pytest.mark.usefixtures('compilation_cache_as_before')
 
 
-# Damages of the directory of a good model.
+# Ways to damage the directory of a good model.
 
 
 def said(**changes):
-    """Other values in config.json; None takes one away."""
+    """Sets values in config.json; None removes a key."""
 
     def change(path):
         config = json.loads((path / 'config.json').read_text()) | changes
@@ -61,7 +61,7 @@ def cut(name, end):
 
 
 def header(change):
-    """Another header in front of the same tensors."""
+    """Replaces the header in front of the same tensors."""
 
     def rewrite(path):
         data = (path / WEIGHTS).read_bytes()
@@ -73,7 +73,7 @@ def header(change):
 
 
 def indexed(weight_map=None, **entries):
-    """An index of the one file, with other entries for some tensors."""
+    """Adds an index of the one file, with changed entries for some tensors."""
 
     def write(path):
         names = dict.fromkeys(load_file(path / WEIGHTS), WEIGHTS) | entries
@@ -106,7 +106,7 @@ def scaled(**rope_scaling):
 
 # {name: (damage, exit code, words)}: found without jax.
 FIRST_STAGE = {
-    'no config': (removed('config.json'), 66, ['no config.json']),
+    'no config': (removed('config.json'), 66, ['neither config.json']),
     'config is no JSON': (written('config.json', '{"a": '), 65, ['config.json', 'damaged']),
     'config is no UTF-8': (written('config.json', b'\xff\xfe'), 65, ['config.json', 'damaged']),
     'config is nested without end': (
@@ -117,7 +117,7 @@ FIRST_STAGE = {
     'config is a directory': (
         lambda path: [removed('config.json')(path), (path / 'config.json').mkdir()],
         66,
-        ['no config.json'],
+        ['neither config.json'],
     ),
     'config is a list': (written('config.json', '[1]'), 65, ['config.json', 'not a list']),
     'generation config is damaged': (
@@ -254,7 +254,7 @@ def damaged(good, path, damage):
 
 @pytest.fixture(scope='module')
 def first_stage(good, tmp_path_factory):
-    """Every damage of FIRST_STAGE, sampled from by a command line in one process."""
+    """The result of a command line for every damage of FIRST_STAGE, all in one process."""
     root = tmp_path_factory.mktemp('first')
     commands = {}
     for number, (name, (damage, *_)) in enumerate(FIRST_STAGE.items()):
@@ -343,12 +343,12 @@ def test_an_index_names_what_is_read_and_a_tensor_beside_it_is_not(good, tmp_pat
     assert open_directory(path).tensors.shapes == {n: v.shape for n, v in tensors.items()}
 
 
-# The second stage: jax is there, nothing is written yet.
+# The second stage: jax is imported, but nothing is written yet.
 
 
 @pytest.fixture
 def refused(tiny, good, tmp_path, monkeypatch, capsys):
-    """Uses a damaged model by a command line in this process -> (code, stdout, stderr)."""
+    """Runs a command line on a damaged model in this process -> (code, stdout, stderr)."""
     monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
     monkeypatch.chdir(tmp_path)
 
@@ -380,25 +380,25 @@ BAD_TENSORS = {
     ),
     'one too many': (
         tensors(lambda t: t.update({'model.more.weight': np.zeros(3, np.float32)})),
-        ['not of this model', 'model.more.weight'],
+        ['unexpected', 'model.more.weight'],
     ),
     'a bias too many': (
         tensors(
             lambda t: t.update({'model.layers.1.self_attn.q_proj.bias': np.zeros(16, np.float32)})
         ),
-        ['not of this model', 'layers.1.self_attn.q_proj.bias'],
+        ['unexpected', 'layers.1.self_attn.q_proj.bias'],
     ),
     'one of another shape': (
         tensors(lambda t: t.update({UP_PROJ: np.zeros((16, 24), np.float32)})),
-        ['misshapen', f'{UP_PROJ} is [16, 24], not [24, 16]'],
+        ['wrong shape', f'{UP_PROJ} is [16, 24], not [24, 16]'],
     ),
     'one without dimensions': (
         tensors(lambda t: t.update({'model.norm.weight': np.zeros((), np.float32)})),
-        ['misshapen', 'model.norm.weight is [], not [16]'],
+        ['wrong shape', 'model.norm.weight is [], not [16]'],
     ),
     'another vocabulary': (said(vocab_size=280), ['embed_tokens.weight is [300, 16], not [280']),
     'too many layers': (said(num_hidden_layers=3), ['missing', 'model.layers.2.', 'and 3 more']),
-    'too few layers': (said(num_hidden_layers=1), ['not of this model', 'model.layers.1.']),
+    'too few layers': (said(num_hidden_layers=1), ['unexpected', 'model.layers.1.']),
     'another family': (said(model_type='qwen3'), ['missing', 'self_attn.q_norm.weight']),
 }
 
@@ -407,10 +407,10 @@ BAD_TENSORS = {
 def test_weights_that_are_not_those_of_the_config_are_named(name, refused, monkeypatch):
     damage, words = BAD_TENSORS[name]
     mode = 'export' if list(BAD_TENSORS).index(name) % 2 else 'sample'
-    monkeypatch.setattr(f'jaxfm.modes.{mode}.open_tokenizer', None)  # it is not come to
+    monkeypatch.setattr(f'jaxfm.modes.{mode}.open_tokenizer', None)  # must not be reached
     code, out, error = refused(damage, mode=mode)
     assert (code, out) == (65, '')
-    assert_one_message(error, ['the weights are not those of its config', *words])
+    assert_one_message(error, ['the weights do not match its config', *words])
 
 
 def test_training_from_bad_weights_is_refused_before_the_data_is_read(refused, tiny, monkeypatch):
@@ -423,7 +423,7 @@ def test_training_from_bad_weights_is_refused_before_the_data_is_read(refused, t
 
 
 def test_a_tied_head_that_is_there_once_more_is_no_mistake(good, tmp_path):
-    from tests.pretrained.loading import Loading  # jax
+    from tests.pretrained.loading import Loading  # imports jax
 
     path = damaged(good, tmp_path / 'model', said(tie_word_embeddings=True))
     inverse = tensors(

@@ -1,4 +1,4 @@
-"""Exports: whole or absent, the same from any mesh, and read again as what they were."""
+"""Exports: complete or absent, identical from any mesh, and equal when read back."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def write(source, output, mesh=None, tokenizer=None, **config):
 
 
 def weights(path) -> dict[str, np.ndarray]:
-    """Of a directory, of however many files."""
+    """{name: array} of a directory with any number of files."""
     found = {}
     for file in sorted(path.glob('*.safetensors')):
         found |= load_file(file)
@@ -113,10 +113,10 @@ def test_weights_are_written_in_the_dtype_that_is_asked_for(source, tmp_path, na
     assert_equal(weights(path), rounded)
     assert json.loads((path / 'config.json').read_text())['torch_dtype'] == name
     config = load_config(PRETRAINED, [f'init_from={path}'])
-    assert config.export.dtype == name  # and so is an export of it
+    assert config.export.dtype == name  # an export of the export has the same dtype
 
 
-# By the command line
+# Command line
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def cli(tiny, monkeypatch, capsys):
 
 
 def export(init_from, output):
-    """The arguments for a model as it is."""
+    """The arguments to export a pretrained model unchanged."""
     argv = ['--config', PRETRAINED, f'--config.init_from={init_from}', '--mode=export']
     return [*argv, '--workdir', output.with_name('unused'), '--output', output]
 
@@ -250,7 +250,7 @@ main.main(sys.argv[1:])
     done = subprocess.run([sys.executable, '-c', program, *argv], env=environment)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ['out.partial']
-    assert cli(*argv)[0] == 0  # what is left of it is not in the way
+    assert cli(*argv)[0] == 0  # leftovers do not block the next export
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert_equal(weights(tmp_path / 'out'), load_file(source / WEIGHTS))
 
@@ -260,7 +260,7 @@ main.main(sys.argv[1:])
 
 @pytest.fixture(scope='module')
 def exporting(tiny):
-    """A run that exports on its way, on one device -> (its config file, work directory)."""
+    """A run on one device that exports during training -> (its config file, work directory)."""
     change = '    config.export = dict(every=4)\n    config.steps = 6'
     config, workdir = tiny.derive('exporting', change), tiny.root / 'exporting'
     process = tiny.start(workdir, '--config.sampling.num_samples=0', config=config)
@@ -275,7 +275,7 @@ def test_a_run_exports_every_so_many_steps_and_at_its_end(exporting, tiny):
     loading = Loading(workdir / 'export' / '6')
     params, saved = loading.load(), tiny.saved_state(workdir, 6)
     for path, value in params.items():
-        # Rows of tables that are no token are not written.
+        # Padding rows of the tables are not written.
         used = slice(loading.config.vocab_size if path.endswith('table') else None)
         np.testing.assert_array_equal(value[used], saved[f'trainable/{path}'][used], path)
     earlier = weights(workdir / 'export' / '4')
@@ -329,7 +329,7 @@ def test_a_model_that_no_family_has_is_told_before_the_run_begins(cli, tiny, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-# Which family takes a model made here
+# Which family can express a model defined here
 
 
 def model(block=None, **changes) -> TransformerConfig:

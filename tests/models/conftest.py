@@ -1,4 +1,4 @@
-"""Small models that together use every option of a block, compiled once each."""
+"""Small models that together use every block option; each is compiled once."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from jaxfm.models.kv_cache import init_cache
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import logits
 
-B, T = 4, 16  # every test of a model uses these shapes, so that it is compiled once
+B, T = 4, 16  # all tests of a model use these shapes, so that it compiles once
 BLOCK = BlockConfig(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
 
 
@@ -27,7 +27,7 @@ def _configs() -> dict[str, TransformerConfig]:
     llama = TransformerConfig(
         vocab_size=60, vocab_multiple=16, embed_dim=16, num_layers=2, block=BLOCK
     )
-    # Three local, one global, twice; before them one layer of another kind.
+    # One layer of its own kind, then (three local, one global) twice.
     norms = dict(post_norm=True, qk_norm=True, norm_unit_offset=True)
     soft = dict(attention_softcap=3.0, activation='gelu_tanh', query_scale=0.3)
     local = changed(BLOCK, **norms, **soft, num_kv_heads=1, window=4)
@@ -43,14 +43,14 @@ def _configs() -> dict[str, TransformerConfig]:
         embedding_scale=4.0,
         logits_softcap=5.0,
     )
-    # Biases and adapters everywhere, norms after only, no gate, every second block no positions.
+    # Biases and adapters everywhere, post-norms only, no gate, no positions in every second block.
     biases = dict(qkv_bias=True, output_bias=True, mlp_bias=True, gated=False)
     llama3 = RopeConfig(scaling='llama3', factor=4.0, original_max_position=16)
     rotary = changed(
         BLOCK, **biases, rope=llama3, pre_norm=False, post_norm=True, activation='relu_squared'
     )
     nope = changed(BLOCK, **biases, rope=None, num_kv_heads=4, window=6)
-    # The norms of queries and keys over all heads, and the YaRN extension, as OLMo 3 has them.
+    # q and k norms over all heads, and YaRN, as in OLMo 3.
     yarn = RopeConfig(scaling='yarn', factor=4.0, original_max_position=8, theta=100.0)
     olmo = changed(BLOCK, qk_norm=True, joint_qk_norm=True, rope=yarn)
     mixed = changed(
@@ -71,7 +71,7 @@ CONFIGS = _configs()
 
 @dataclasses.dataclass
 class Model:
-    """A config with random weights, norms and biases included, and its compiled functions."""
+    """A config with random weights, including norms and biases, and its compiled functions."""
 
     config: TransformerConfig
     parts: state.Parts
@@ -125,7 +125,7 @@ def build():
 
 @pytest.fixture
 def batch():
-    """tokens, positions, segment_ids [B, T] of rows that are one document each."""
+    """tokens, positions, segment_ids [B, T]; each row is one document."""
     tokens = np.random.default_rng(0).integers(0, 60, (B, T)).astype(np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     return tokens, positions, np.ones((B, T), np.int32)
@@ -133,4 +133,4 @@ def batch():
 
 @pytest.fixture(scope='module', autouse=True)
 def _compile_quickly(quick_compilation):
-    """Here nearly all of the time is compilation."""
+    """Compiles without optimisation: these tests spend nearly all their time compiling."""

@@ -1,4 +1,4 @@
-"""Reads tests/goldens with numpy alone; the README there tells what they hold."""
+"""Reads tests/goldens with numpy only; their README describes the contents."""
 
 import json
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Golden:
-    """One directory: a checkpoint in the HF layout and what PyTorch makes of it."""
+    """One directory: a checkpoint in Hugging Face's layout, and PyTorch's results for it."""
 
     name: str
 
@@ -44,7 +44,7 @@ class Golden:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of one file, of the dtypes that the goldens use."""
+    """Every tensor of one file; supports only the dtypes in the goldens."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], 'little')
     header = json.loads(data[8 : 8 + size])

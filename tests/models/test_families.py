@@ -1,4 +1,4 @@
-"""Every family against transformers: outputs, gradients, training, generation, and the way back."""
+"""Every family against transformers: outputs, gradients, training, generation and export."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ STEPS = 3
 
 @dataclasses.dataclass
 class Model:
-    """A golden, loaded as a run would."""
+    """A golden, loaded as a run loads it."""
 
     golden: goldens.Golden
 
@@ -59,7 +59,7 @@ class Model:
         return exporter_of(self)
 
     def tensors(self, params) -> dict[str, np.ndarray]:
-        """By their names in the file."""
+        """{name in the file: array}."""
         return {name: self.exporter.tensor(params, name) for name in self.pretrained.tensors.shapes}
 
     @functools.cached_property
@@ -113,7 +113,7 @@ def test_logits_equal_those_of_transformers(model):
     mask = batch['segment_ids'] > 0
     result = model.logits(batch['tokens'], batch['positions'], batch['segment_ids'])
     assert_close(result[mask], arrays['logits'][mask])
-    assert np.std(result[mask]) > 1  # small ones would hide a mistake
+    assert np.std(result[mask]) > 1  # small logits would hide a mistake
 
 
 def test_padding_on_the_left_changes_nothing(model):
@@ -149,7 +149,7 @@ def test_gradients_and_three_steps_of_adamw_equal_those_of_torch(model):
     for number in range(STEPS):
         current, metrics = step(current, batch_of(model.golden.arrays, number))
         assert_close(metrics['loss'], model.golden.arrays['losses'][number])
-        if number == 0:  # the first moments are then a share of the gradient
+        if number == 0:  # then the first moments are proportional to the gradient
             gradient = jax.tree.map(lambda mu: mu / (1 - rule.config.b1), current.opt_state[0].mu)
             assert_gradients(model, gradient)
     found, before = model.tensors(current.params), model.tensors(model.params)
@@ -196,7 +196,7 @@ def test_a_packed_row_equals_its_documents_alone(model):
     positions = np.concatenate([np.arange(9), np.arange(15)]).astype(np.int32)
     positions = np.stack([positions, positions])
     packed = model.logits(tokens, positions, np.repeat([[1, 2]] * 2, [9, 15], axis=1))
-    # The first row has the first document alone, the second the other.
+    # Row 0 has only the first document, row 1 only the second.
     alone = model.logits(tokens, positions, np.repeat([[1, 0], [0, 1]], [9, 15], axis=1))
     np.testing.assert_allclose(packed[0, :9], alone[0, :9], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(packed[1, 9:], alone[1, 9:], rtol=1e-4, atol=1e-4)
@@ -221,7 +221,7 @@ def test_both_layouts_of_a_config_and_the_one_that_is_written_say_the_same(model
 
 
 def test_what_is_written_has_the_types_that_transformers_wants(model):
-    """It refuses 11.0 where it wants 11."""
+    """It refuses 11.0 for an integer value."""
     hf = json.loads((model.golden.path / 'config.json').read_text())
     written = json.loads(json.dumps(write_config(model.config)))
     for name in hf.keys() & written.keys():

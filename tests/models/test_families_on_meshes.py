@@ -21,7 +21,7 @@ ROWS, LENGTH = 4, 12
 
 
 def pieces_of(name) -> TransformerConfig:
-    """The pieces of a golden in sizes that every mesh divides."""
+    """The config of a golden, enlarged to sizes that every mesh divides."""
     values = values_of(open_pretrained(str(goldens.Golden(name).path)))['model']
     sizes = dict(num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16)
     blocks = [values['block']]
@@ -46,7 +46,7 @@ def make_batch():
 
 
 def gradient_on(config, sizes):
-    """(loss, {path: gradient}) of random weights, which are the same on every mesh."""
+    """(loss, {path: gradient}) of random weights that are the same on every mesh."""
     mesh = sharding.make_mesh(
         dict.fromkeys(sharding.MESH_AXES, 1) | sizes, jax.devices()[: math.prod(sizes.values())]
     )

@@ -1,4 +1,4 @@
-"""Training with matrices multiplied in 8 bits: it learns as in bfloat16, and what refuses it."""
+"""Training with float8 matmuls: it learns as in bfloat16; adapters and old GPUs refuse it."""
 
 import dataclasses
 import types
@@ -34,7 +34,7 @@ MODEL = dict(
 
 
 def batches():
-    """Chains of tokens in which every token has four successors: about 1.1 nats a token."""
+    """Chains of tokens in which every token has four successors: about 1.1 nats per token."""
     draw = np.random.default_rng(0)
     successors = draw.integers(0, V, (V, 4))
     for _ in range(STEPS):

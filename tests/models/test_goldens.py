@@ -1,4 +1,4 @@
-"""The committed goldens agree with themselves."""
+"""The committed goldens are consistent with each other."""
 
 import numpy as np
 import pytest

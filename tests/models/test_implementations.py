@@ -1,6 +1,6 @@
-"""What the ops of a model run as: told with the reason, or refused.
+"""The implementations of a model's ops: chosen with a reason, or refused.
 
-A model whose ops run as kernels, simulated, has the loss and gradients of one without them.
+A model with simulated kernels has the loss and gradients of a model without them.
 """
 
 import types
@@ -29,7 +29,7 @@ def hidden_and_gradients(**words):
         embed_dim=64,
         num_layers=2,
         block=BlockConfig(num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=64, qk_norm=True),
-        # With nothing cast nothing is recomputed, which the simulation cannot be.
+        # Without casts nothing is recomputed; a simulated kernel cannot be.
         param_dtype='bfloat16',
         compute_dtype='bfloat16',
         implementations=ImplementationsConfig(**words),
@@ -65,7 +65,7 @@ LLAMA_1B = TransformerConfig(
 
 
 def on_gpus(kind='NVIDIA H200', **sizes):
-    """A mesh of devices that are not here."""
+    """A mesh of devices that need not be present."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=132, platform='gpu')
     mesh = jax.sharding.AbstractMesh(
         tuple((dict.fromkeys(sharding.MESH_AXES, 1) | sizes).values()),

@@ -1,4 +1,4 @@
-"""Decoding through the cache equals the forward over the whole text."""
+"""Decoding with the cache equals one forward over the whole text."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,18 +6,18 @@ import pytest
 
 from jaxfm.models.kv_cache import LayerCache
 
-LENGTH = 20  # slots: more than any text here has
+LENGTH = 20  # slots, more than any text here needs
 
 
 def assert_close(result, expected):
-    # One unit in the last place of the weights moves the nine-layer model by 2e-5.
+    # A change of one ulp in the weights moves the nine-layer model's outputs by 2e-5.
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=5e-5)
 
 
 def decode(model, tokens, starts, cache):
     """Feeds tokens[b, starts[b]:] one by one -> (hidden, log-probs) by position, and the cache.
 
-    Rows that have ended are padding while the others go on.
+    Rows that have ended are fed padding until all have.
     """
     B, T = tokens.shape
     rows = np.arange(B)
@@ -38,7 +38,7 @@ def decode(model, tokens, starts, cache):
 
 
 def prefill(model, tokens, lengths, cache):
-    """The first lengths[b] tokens of each row, padded behind."""
+    """Prefills the first lengths[b] tokens of each row, padded at the end."""
     positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (tokens.shape[0], 1))
     inside = (positions < np.array(lengths)[:, None]).astype(np.int32)
     return model(tokens * inside, positions, inside, cache)
@@ -98,7 +98,7 @@ def test_an_update_stores_at_positions_and_drops_padding():
     segment_ids = jnp.asarray([[1, 1, 0], [1, 0, 1]])
     cache, keys = layer_cache(5).update(1, new, -new, positions, segment_ids)
     np.testing.assert_array_equal(cache.k[1, ..., 0, 0], [[2, 0, 0, 1, 0], [6, 0, 4, 0, 0]])
-    assert not cache.k[0].any() and not cache.k[2].any()  # the other layers of the stack
+    assert not cache.k[0].any() and not cache.k[2].any()  # other layers: untouched
     np.testing.assert_array_equal(cache.v, -cache.k)
     np.testing.assert_array_equal(keys.positions_BS, [range(5)] * 2)
     np.testing.assert_array_equal(keys.k_BSKH, cache.k[1])

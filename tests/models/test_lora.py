@@ -1,4 +1,4 @@
-"""Adapters: at first they change nothing, then they are a change of the matrix beside them."""
+"""Adapters: fresh ones change nothing, trained ones equal a change of their matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def changed(group, **changes):
 
 @pytest.fixture(scope='module')
 def adapted(configs):
-    """The llama model with adapters beside every matrix."""
+    """The llama model with adapters on every matrix."""
     return changed(configs['llama'], lora=ALL)
 
 
@@ -46,7 +46,7 @@ def init(config, parts, seed=0):
 
 @pytest.fixture(scope='module')
 def initial(adapted):
-    """The train state at its beginning; a step takes a copy."""
+    """The initial train state; a step takes a copy."""
     return init(adapted, parts_of(adapted))
 
 
@@ -92,7 +92,7 @@ def test_a_is_drawn_as_peft_draws_it_and_b_is_zero(initial):
         bound = fan_in.get(target, 16) ** -0.5
         assert 0.8 * bound < np.abs(value).max() <= bound, path
         np.testing.assert_allclose(value.std(), bound / 3**0.5, rtol=0.2)
-        assert np.abs(value[0] - value[1]).max() > bound / 10  # every layer has its own
+        assert np.abs(value[0] - value[1]).max() > bound / 10  # every layer has its own draw
     q, k = (params[f'trunk/0/0/attention/{name}_lora/a'] for name in 'qk')
     assert np.abs(q - k).max() > 0.1
 
@@ -290,11 +290,11 @@ def test_fresh_adapters_are_those_of_a_new_run_and_depend_on_the_seed_alone(adap
         assert path.endswith('b') or np.abs(other[path] - value).max() > 0.1, path
 
 
-# What it costs
+# Cost
 
 
 def compiled_flops(config, frozen=()):
-    """FLOPs of one step's gradients, counted by XLA, in rows of 4096 positions in one chunk."""
+    """FLOPs of one step's gradients as XLA counts them, for rows of 4096 positions in one chunk."""
     parts = parts_of(config, frozen)
     ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
 

@@ -1,4 +1,4 @@
-"""The whole model against a plain float64 one that reads the same weights, layer by layer."""
+"""The whole model against a plain float64 model with the same weights, layer by layer."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ ACTIVATIONS = {
 
 
 class Reference:
-    """One row, one document; names are those of the parameters."""
+    """The float64 model, for one row with one document; names follow the parameters."""
 
     def __init__(self, model):
         self.config = model.config
@@ -47,7 +47,7 @@ class Reference:
         return hidden, cap * np.tanh(logits / cap) if cap else logits
 
     def product(self, a, b, adapted):
-        """A B of every layer, and of every way of gate_up."""
+        """A B for every layer, and for gate and up each."""
         if adapted.endswith('gate_up'):
             return np.einsum('ldcr,lcrf->ldcf', a, b)
         return np.stack([np.tensordot(*halves, 1) for halves in zip(a, b, strict=True)])
@@ -77,7 +77,7 @@ class Reference:
                 f'{name}_bias', 0
             )
             if block.qk_norm and name != 'v':
-                # Over each head, or over all of them as one vector.
+                # Over each head alone, or over all heads as one vector.
                 together = heads[name].reshape(T, -1) if block.joint_qk_norm else heads[name]
                 normed = self.norm(together, weights[f'{name}_norm/scale'], block)
                 heads[name] = normed.reshape(heads[name].shape)
@@ -137,7 +137,7 @@ def test_hidden_states_and_logprobs_equal_the_reference(model, batch, row):
 
 
 def test_the_models_of_these_tests_use_every_option(configs):
-    """A new option of a block must come into the reference, too."""
+    """A new block option must also be added to the reference."""
     blocks = [b for c in configs.values() for s in c.trunk for b in s.pattern]
     single = set()
     for name in type(blocks[0]).model_fields:

@@ -1,4 +1,4 @@
-"""How the trunk is run changes nothing: scanned, unrolled, recomputed; what a model is made of."""
+"""Scanning, unrolling or recomputing the trunk changes no result; initial weights and dtypes."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def changed(group, **changes):
 
 @pytest.fixture(scope='module')
 def loss_and_gradients(build, configs):
-    """(config changes) -> loss, {path: gradient} of the `llama` model, one row packed; cached."""
+    """(config changes) -> loss, {path: gradient} of the `llama` model on a packed row; cached."""
     params = build(configs['llama']).params
     tokens = np.random.default_rng(0).integers(0, 60, (2, 12)).astype(np.int32)
     positions = np.array([[*range(5), *range(5), 0, 0], range(12)], np.int32)

@@ -1,4 +1,4 @@
-"""Weights are cast, then gathered, inside their block; what is gathered is never kept."""
+"""Weights are cast, then gathered, inside their block; gathered weights are never saved."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def stored(shape, axes, mesh):
 
 
 def moves(function, *arguments):
-    """The casts and reshards of a function in their order, with the dtype that comes out."""
+    """The casts and reshards of a function in order, with their output dtypes."""
     names = ('convert_element_type', 'reshard')
     found = []
 
@@ -57,7 +57,7 @@ def test_a_weight_is_cast_before_it_is_gathered_and_its_gradient_reduced_as_conf
 
     weight = stored(WEIGHT, axes, mesh)
     forward = [('convert_element_type', 'bfloat16'), ('reshard', 'bfloat16')]
-    # In use its dtype is that of its gradient.
+    # The weight in use has the dtype of its gradient.
     last = [('convert_element_type', reduce_dtype)] if reduce_dtype else []
     assert moves(gather, weight) == forward + last
     both = moves(jax.grad(lambda w: jnp.sum(gather(w))), weight)
@@ -67,7 +67,7 @@ def test_a_weight_is_cast_before_it_is_gathered_and_its_gradient_reduced_as_conf
 
 
 def residuals(config, mesh):
-    """Types of what the forward keeps for the backward pass, as text, parameters left out."""
+    """Types of the residuals saved for the backward pass, as text, without parameters."""
     parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
     params = {
         path: stored(leaf.shape, parts.axes[path], mesh) for path, leaf in parts.shapes.items()
@@ -107,7 +107,7 @@ def test_no_gathered_weight_is_kept_for_the_backward_pass(small, mesh, remat, sc
         )
     ]
     assert not [line for line in saved if line.startswith(tuple(gathered))]
-    # The test can see what scans keep: activations are there.
+    # Check that the test sees what scans save: activations are listed.
     hidden = f'bf16[{layers}8@(replica,fsdp,expert),4@context,32]'
     assert any(line.startswith(hidden) for line in saved)
 
@@ -129,7 +129,7 @@ def test_remat_keeps_what_its_name_says(small, mesh):
     'scan, num_layers, pinned', [(True, 3, False), (True, 1, True), (False, 3, True)]
 )
 def test_only_inside_a_scan_may_a_recomputation_go_unpinned(small, scan, num_layers, pinned):
-    """Elsewhere XLA would merge it with the forward pass, and so save what it was to forget."""
+    """Outside a scan, XLA would merge the recomputation with the forward pass and undo it."""
     config = small(remat='full', scan=scan, num_layers=num_layers, compute_dtype='float32')
     parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
     ids = np.zeros((1, 4), np.int32)

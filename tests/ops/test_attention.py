@@ -19,7 +19,7 @@ SEGMENTS = np.array([[1] * 5 + [2] * 5 + [0] * 2, [1] * T], np.int32)
 
 
 def reference(q, k, v, positions, segments, *, scale, window=0, softcap=0.0):
-    """[B, T, N, H] float64, one query and one head at a time."""
+    """-> [B, T, N, H] float64, computed one query and one head at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     group = q.shape[2] // k.shape[2]
@@ -153,11 +153,11 @@ def test_naming_the_implementation_changes_nothing():
     np.testing.assert_array_equal(named, attend(*arrays, POSITIONS, SEGMENTS, scale=1.0))
 
 
-# The kernel, simulated, and cuDNN, whose place on a CPU XLA takes behind the same interface.
+# The simulated kernel, and cuDNN, which on a CPU is replaced by XLA behind the same interface.
 
 
 def ragged(width, lengths, seed=0):
-    """Positions and segment ids of rows of documents, a list of lengths a row."""
+    """Positions and segment ids of rows of documents, given each row's list of lengths."""
     positions, segments = np.zeros((2, len(lengths), width), np.int32)
     for row, documents in enumerate(lengths):
         ends = np.cumsum(documents)
@@ -181,7 +181,7 @@ def value_and_gradients(arrays, positions, segments, **options):
 
 
 def assert_as_near_as_xla(found, arrays, positions, segments, **options):
-    """To float32: at most twice as far as XLA with the same bfloat16 inputs."""
+    """The error against float32 is at most twice XLA's error with the same bfloat16 inputs."""
     options |= dict(implementation='xla', one_document=False)
     exact = value_and_gradients(
         [x.astype(jnp.float32) for x in arrays], positions, segments, **options
@@ -220,7 +220,7 @@ def test_a_few_queries_are_not_padded_to_a_tile_unless_the_kernel_is_named(monke
 
 
 def test_the_kernel_reads_a_cache(interpreter):
-    """Keys of a whole row, queries its last tokens."""
+    """The keys are a whole row, the queries its last tokens."""
     (q, k, v), (positions, segments) = wide(100, 2, 1), ragged(100, PACKED)
     keys = KeyValues(k, v, positions, segments)
     last = [x[:, -5:] for x in (q, positions, segments)]

@@ -1,4 +1,4 @@
-"""What an op runs as: by name or an error, by None what is proven, on the device it is made for."""
+"""The choice of an implementation: a name runs or is an error, None takes what is proven."""
 
 import logging
 
@@ -22,7 +22,7 @@ def an_op_with_everything(monkeypatch):
 
 @pytest.fixture
 def proven(monkeypatch):
-    """The op is proven on an H200; what was measured may be changed."""
+    """Marks the op as proven on an H200, with measurements that a test may change."""
     entry = {'op': 'op', 'device': 'H200', 'date': '2026-11-27', 'speed_over_xla': 1.2}
     entry['source'] = _tables.source_digest('op')
     monkeypatch.setattr(_tables, '_read', lambda path: [entry])

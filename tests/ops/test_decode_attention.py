@@ -1,4 +1,4 @@
-"""The op over pages equals attention over the same tokens in a row, on one device and on eight."""
+"""Attention over pages equals attention over contiguous rows, on one device and on eight."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ POOL = B * M + 2
 
 
 def inputs(group=4, dtype=jnp.float32, seed=0):
-    """(q, k_pages, v_pages, table, lengths); pages lie in any order."""
+    """(q, k_pages, v_pages, table, lengths), with pages in random order."""
     random = np.random.default_rng(seed)
     shapes = [(B, K * group, H), (POOL, L, K, H), (POOL, L, K, H)]
     matrices = [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
@@ -35,7 +35,7 @@ def attend(*arrays, **options):
 
 
 def attend_to_rows(q_BNH, k_pages, v_pages, table, lengths, **options):
-    """The same by `attention`, over a cache in which every sequence lies in a row."""
+    """The same result by `attention`, over a cache with one row per sequence."""
     k_BSKH, v_BSKH = (pages[table].reshape(B, M * L, K, H) for pages in (k_pages, v_pages))
     positions_BS = jnp.broadcast_to(jnp.arange(M * L), (B, M * L))
     lengths_B1 = lengths[:, None]
@@ -89,7 +89,7 @@ def test_the_order_of_pages_means_nothing():
 
 
 def specs():
-    """Where the arrays of `inputs` are on the mesh that is set."""
+    """The shardings of `inputs` on the current mesh."""
     pages = sharding.activation('batch', None, 'kv_heads', None)
     queries, table = sharding.activation('batch', 'heads', None), sharding.activation('batch', None)
     return queries, pages, pages, table, sharding.activation('batch')
@@ -107,7 +107,7 @@ def test_a_mesh_equals_one_device(sizes):
     shape = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(list(sizes.values()))])
     with jax.set_mesh(mesh):
-        # Each device has the pages of its own sequences, in the order of their tables.
+        # Each device holds the pages of its own sequences, in the order of their tables.
         pages = (x[np.asarray(table).reshape(-1)] for x in (k_pages, v_pages))
         rows = B // sharding.batch_shards(mesh)
         own_table = jnp.tile(jnp.arange(rows * M).reshape(rows, M), (B // rows, 1))

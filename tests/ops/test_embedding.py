@@ -1,4 +1,4 @@
-"""Rows of a table: equal on every mesh, with the table stored in shards or brought together."""
+"""Embedding lookups are equal on every mesh, whether the table is sharded or gathered."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_rows_and_their_gradient_are_those_of_numpy(sizes):
     weights = random.standard_normal((B, T, D)).astype(np.float32)
     mesh = a_mesh(sizes)
     axes = ('vocab', 'embed')
-    # As a model hands it over: in shards where nothing is gathered, else whole in embed.
+    # As a model passes it: sharded if nothing is gathered, else whole along embed.
     spec = sharding.used_spec(axes) if sizes else sharding.stored_spec(axes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(table, NamedSharding(mesh, spec))

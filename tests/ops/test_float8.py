@@ -1,7 +1,7 @@
-"""Products in 8 bits: how far they are from exact ones, on one device and on meshes, and what runs.
+"""Float8 products: their error, on one device and on meshes, and which matmuls a GPU runs.
 
-Rounding to e4m3 is off by 2.6 % of a number in the mean square, to e5m2 by 5.2 %. A product of two
-such arrays of random numbers is off by the square root of the sum of squares.
+The root mean square relative error of rounding to e4m3 is 2.6 %, to e5m2 5.2 %. The error of a
+product of two rounded random arrays is the root of the sum of their squared errors.
 """
 
 import math
@@ -33,7 +33,7 @@ def gradients(x, weight, cotangent, **options):
 
 
 def error(value, exact) -> float:
-    """Root of the mean square of the difference, in parts of that of the exact one."""
+    """The root mean square of the difference, relative to that of the exact result."""
     value, exact = np.asarray(value, np.float64), np.asarray(exact, np.float64)
     return float(np.sqrt(np.mean((value - exact) ** 2) / np.mean(exact**2)))
 
@@ -45,14 +45,14 @@ def test_products_and_gradients_are_off_by_the_rounding_to_8_bits_and_no_more(dt
     values = gradients(*operands, float8=True)
     assert [value.dtype for value in values] == [dtype] * 3
     out, dx, dweight = map(error, values, exact)
-    # The lower bounds say that it is 8 bits that were multiplied.
+    # The lower bounds prove that the product was computed in float8.
     assert 0.03 < out < 0.042  # e4m3 by e4m3
     assert 0.045 < dx < 0.065 and 0.045 < dweight < 0.065  # e5m2 by e4m3
 
 
 def test_products_over_two_dimensions_and_in_a_wider_gradient():
     x, _, cotangent = arrays(dtype=jnp.bfloat16)
-    weight = jax.random.normal(jax.random.key(9), (N, H, D))  # float32: the dtype of its gradient
+    weight = jax.random.normal(jax.random.key(9), (N, H, D))  # float32 is the dtype of its gradient
     exact = gradients(cotangent.astype(jnp.float32), weight, x.astype(jnp.float32), contracted=2)
     values = gradients(cotangent, weight, x, contracted=2, float8=True)
     assert [value.dtype for value in values] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
@@ -83,7 +83,7 @@ def test_zeros_give_zeros_and_what_is_not_finite_stays_so():
 )
 def test_every_mesh_gives_the_numbers_of_one_device(sizes):
     x, weight, cotangent = arrays()
-    # Rows that differ by orders of magnitude: a scale of each device would give other numbers.
+    # Rows of very different magnitudes: one scale per device would give other results.
     x *= 10.0 ** jnp.arange(B)[:, None, None]
     alone = jax.jit(lambda *a: gradients(*a, float8=True))(x, weight, cotangent)
     axes = {axis: 1 for axis in sharding.MESH_AXES}
@@ -91,7 +91,7 @@ def test_every_mesh_gives_the_numbers_of_one_device(sizes):
     with jax.set_mesh(mesh):
         rows = sharding.activation('batch', 'position', 'embed')
         heads = sharding.activation('batch', 'position', 'heads', 'head_dim')
-        # Where nothing is gathered a weight keeps the sharding in which it is stored, in name.
+        # If no axis is gathered, a weight's type keeps the sharding of a stored weight.
         spec_of = sharding.used_spec if sharding.is_gathered() else sharding.stored_spec
         specs = rows, spec_of(('embed', 'heads', 'head_dim')), heads
         placed = [
@@ -113,7 +113,7 @@ def test_a_gpu_multiplies_in_8_bits_forward_and_for_both_gradients():
             for shape in shapes
         ]
         lowered = jax.jit(lambda *a: gradients(*a, float8=True)).lower(*operands)
-    # Without measurements XLA would take its own products everywhere; these are cuBLAS's.
+    # Without autotuning XLA would use its own matmuls everywhere; these are cuBLAS's.
     compiled = deviceless.compile_lowered(lowered, xla_gpu_enable_triton_gemm=False)
     calls = hlo.custom_calls(compiled.as_text())
     assert calls['__cublas$lt$matmul$f8'] == 3

@@ -1,4 +1,4 @@
-"""Kernels under the Explicit mesh, compiled for four GPUs: no collective that nobody needs."""
+"""Kernels under the Explicit mesh, compiled for four GPUs: no unnecessary collectives."""
 
 import functools
 import re
@@ -34,7 +34,7 @@ def abstract(shape, dtype, *names):
 
 
 def collectives(function, *shapes) -> list[str]:
-    """Of the compiled program: its kind and what it brings, "all-reduce f32[512]"."""
+    """The collectives of the compiled program, by kind and result: "all-reduce f32[512]"."""
     text = deviceless.compile_lowered(jax.jit(function).lower(*shapes)).as_text()
     kinds = 'all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute'
     found = re.findall(rf'= (\S+?)(?:{{\S*}})? ({kinds})(?:-start)?\(', text)
@@ -80,7 +80,7 @@ def test_a_norm_sums_the_gradient_of_its_scale_alone(gpu_compiler, shape, names,
 
 
 def kernels(jaxpr) -> int:
-    """How often a program runs one."""
+    """How many kernel calls a program has."""
     count = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == 'mpmd_map':
@@ -94,7 +94,7 @@ def kernels(jaxpr) -> int:
 
 @pytest.mark.parametrize('names, times', [(SAVED_NAMES, 1), ((), 2)])
 def test_a_policy_that_keeps_what_attention_returns_runs_it_once(gpu_compiler, names, times):
-    """Forward, and again in the backward pass unless its results are kept."""
+    """Otherwise the forward kernel runs again in the backward pass."""
     policy = jax.checkpoint_policies.save_only_these_names(*names)
 
     def loss(q, k, v, positions, segments, dout):
@@ -105,10 +105,10 @@ def test_a_policy_that_keeps_what_attention_returns_runs_it_once(gpu_compiler, n
     with mesh_of_gpus():
         gradient = jax.grad(jax.checkpoint(loss, policy=policy))
         jaxpr = jax.make_jaxpr(gradient)(*attention_shapes())
-    assert kernels(jaxpr.jaxpr) == times + 2  # those of the backward pass
+    assert kernels(jaxpr.jaxpr) == times + 2  # the kernels of the backward pass
 
 
-# The simulator takes one kernel at a time, so the kernels' references stand in for them here.
+# The simulator runs only one kernel at a time, so references replace the kernels here.
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ SIZES = [dict(fsdp=2, context=2, tensor=2), dict(fsdp=8), dict(context=4, tensor
 
 
 def on_mesh(sizes, function, arrays, names):
-    """The results of `function`, whole, on eight CPU devices; without sizes on one, by XLA."""
+    """The unsharded results of `function` on eight CPU devices; without sizes, on one, by XLA."""
     if not sizes:
         return jax.device_get(function('xla', *arrays))
     sizes = dict.fromkeys(sharding.MESH_AXES, 1) | sizes

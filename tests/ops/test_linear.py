@@ -9,7 +9,7 @@ from jaxfm.ops.linear import linear
 from jaxfm.sharding import MESH_AXES, make_mesh, place, used_spec
 
 B, T = 4, 3
-# Input and output dimensions, and how many of x are summed over: narrower, wider, split, merged.
+# Input and output dimensions, and how many of x's are contracted: narrower, wider, split, merged.
 SHAPES = {
     'narrow': ((8,), (2,)),
     'wide': ((4,), (2, 6)),

@@ -64,7 +64,7 @@ def test_equals_float64(softcap, chunk_size):
 def test_chunks_change_neither_values_nor_gradients(softcap):
     hidden, weight, targets = arrays(1)
     whole = value_and_gradients(hidden, weight, targets, softcap)
-    for chunk_size in (CHUNK, 60):  # the last of 60 has nothing but padding
+    for chunk_size in (CHUNK, 60):  # the last chunk of 60 has only padding
         chunked = value_and_gradients(hidden, weight, targets, softcap, chunk_size)
         for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
@@ -86,7 +86,7 @@ def test_gradients_equal_finite_differences_in_float64():
 
 def test_padding_of_the_vocabulary_gets_no_probability_and_no_gradient():
     hidden, weight, targets = arrays()
-    weight = weight.at[V:].mul(100.0)  # it would win everywhere
+    weight = weight.at[V:].mul(100.0)  # it would have the largest logit everywhere
     values = np.asarray(logits(hidden, Unembedding(weight, V, 4.0)))
     assert (values[..., V:] == -np.inf).all()
     assert np.isfinite(values[..., :V]).all()
@@ -146,13 +146,13 @@ def test_the_default_chunk_keeps_logits_under_the_limit(monkeypatch, chunks):
     assert f'f32[{B},{T},{size}]' in jaxpr
     if chunks > 1:
         assert f'f32[{B},{T},{vocab}]' not in jaxpr
-    # One chunk is kept; more are made again in the backward pass.
+    # A single chunk is saved; several are recomputed in the backward pass.
     made = re.findall(rf'f32\[{B},{T},{size}\] = dot_general', jaxpr)
     assert len(made) == (1 if chunks == 1 else 2)
 
 
 def step_of(function, vocab, tokens, dim):
-    """-> a gradient step of a mean loss with z-loss, and the shapes of what it takes."""
+    """-> a gradient step of a mean loss with z-loss, and its argument shapes."""
 
     def loss(hidden, weight, targets):
         logprobs, logsumexp = function(hidden, Unembedding(weight, vocab - 7, 30.0), targets)
@@ -167,7 +167,7 @@ def step_of(function, vocab, tokens, dim):
 
 
 def naive_logprobs(hidden, unembedding, targets):
-    """What one would write who has the memory."""
+    """The straightforward version, which holds all logits in memory."""
     weight = unembedding.weight_VD
     values = jnp.einsum('btd,vd->btv', hidden, weight, preferred_element_type=jnp.float32)
     values = unembedding.softcap * jnp.tanh(values / unembedding.softcap)
@@ -211,7 +211,7 @@ def test_splitting_over_eight_devices_changes_nothing(sizes, chunk_size):
         compiled = value_and_gradients.lower(hidden, split, targets, 4.0, chunk_size).compile()
         values, gradients = compiled(hidden, split, targets)
         assert gradients[1].sharding.spec[0] == 'tensor'
-        # Each device has logits of its own ids and rows only.
+        # Each device computes logits only of its own ids and rows.
         rows, positions = hidden.sharding.shard_shape(hidden.shape)[:2]
         ids = chunk_size or PADDED // sizes['tensor']
         assert f'f32[{rows},{positions},{ids}]' in compiled.as_text()
@@ -221,7 +221,7 @@ def test_splitting_over_eight_devices_changes_nothing(sizes, chunk_size):
 
 
 def assert_small_collectives(hlo, vocab):
-    """Devices exchange rows [B, T], gradients [B, T, D] and [V, D], never logits, nor in a loop."""
+    """Devices exchange only [B, T], [B, T, D] and [V, D], never logits, and never in a loop."""
     found = re.findall(r'= (.*?) all-(?:reduce|gather)(?:-start)?\((.*)', hlo)
     assert found
     for result, rest in found:
@@ -249,7 +249,7 @@ def test_gradients_of_bfloat16_do_not_lose_by_chunks(which):
 
     exact = gradient(weight.astype(jnp.float32), hidden.astype(jnp.float32), V)
     error = jnp.linalg.norm(gradient(weight, hidden, 1) - exact) / jnp.linalg.norm(exact)
-    assert error < 5e-3, error  # sums in bfloat16 are several times as wrong
+    assert error < 5e-3, error  # sums in bfloat16 would have several times the error
 
 
 def test_a_weight_in_float32_under_products_in_bfloat16_keeps_its_gradient_in_float32():

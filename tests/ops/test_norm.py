@@ -30,7 +30,7 @@ def test_bfloat16_is_rounded_once_at_the_end():
     scale = jnp.asarray(random.normal(size=256), jnp.float32)
     result = rms_norm(x, scale, epsilon=1e-6)
     assert result.dtype == jnp.bfloat16
-    # Half a unit in the last of 8 bits.
+    # Half an ulp of bfloat16's 8 bits.
     np.testing.assert_allclose(
         np.asarray(result, np.float64), reference(x, scale, 1e-6), rtol=2**-8, atol=0
     )
@@ -64,11 +64,11 @@ def value_and_gradients(shape, scale_shape, implementation, dtype=jnp.bfloat16):
     'shape, scale_shape', [((3, 2, 128), (128,)), ((2, 2, 3, 64), (64,)), ((2, 3, 2, 64), (2, 64))]
 )
 def test_the_kernel_equals_xla(interpreter, shape, scale_shape):
-    """Over a row, over each head, over all heads together."""
+    """Norms over a row, over each head and over all heads together."""
     kernel = value_and_gradients(shape, scale_shape, 'interpret')
     for ours, xla in zip(kernel, value_and_gradients(shape, scale_shape, 'xla')):
         assert (ours.dtype, ours.shape) == (xla.dtype, xla.shape)
-        # XLA's gradient of x is rounded more than once.
+        # XLA rounds the gradient of x more than once.
         ours, xla = (np.asarray(value, np.float64) for value in (ours, xla))
         np.testing.assert_allclose(ours, xla, rtol=2**-6, atol=2**-6)
 

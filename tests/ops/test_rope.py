@@ -1,4 +1,4 @@
-"""Rotary embedding against an independent formula (complex rotations), and its one property."""
+"""RoPE against an independent formula (complex rotations), and its relative-position property."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ LLAMA3 = dict(
 
 
 def llama3_by_wavelength(head_dim, theta):
-    """Llama 3.1 as its authors wrote it: case by case on the wavelength of each frequency."""
+    """Llama 3.1's published form: case by case on the wavelength of each frequency."""
     frequencies = []
     for i in range(head_dim // 2):
         frequency = 1 / theta ** (2 * i / head_dim)
@@ -48,11 +48,11 @@ def test_llama3_scaling_equals_the_published_cases():
     ratio = plain / frequencies
     assert ratio[0] == 1
     np.testing.assert_allclose(ratio[-1], 8)
-    assert ((ratio > 1.01) & (ratio < 7.99)).any()  # the ramp is met as well
+    assert ((ratio > 1.01) & (ratio < 7.99)).any()  # some frequencies are on the ramp
 
 
 def test_yarn_keeps_fast_pairs_and_slows_down_slow_ones():
-    """OLMo 3's: the ramp runs between the pairs that turn 32 times and once over the original."""
+    """OLMo 3's values: the ramp lies between the pairs that turn 32 times and once."""
     said = dict(scaling='yarn', factor=8.0, original_max_position=8192)
     frequencies, magnitude = rope_frequencies(128, theta=5e5, **said)
     plain, _ = rope_frequencies(128, theta=5e5)
@@ -63,7 +63,7 @@ def test_yarn_keeps_fast_pairs_and_slows_down_slow_ones():
     kept = (frequencies / plain - 1 / 8) / (1 - 1 / 8)
     between = (kept > 1e-9) & (kept < 1 - 1e-9)
     assert between.sum() > 10
-    np.testing.assert_allclose(np.diff(kept[between], n=2), 0, atol=1e-9)  # a straight line
+    np.testing.assert_allclose(np.diff(kept[between], n=2), 0, atol=1e-9)  # linear in between
     assert rope_frequencies(128, theta=5e5, **said, attention_factor=1.5)[1] == 1.5
 
 
@@ -87,7 +87,7 @@ def test_a_pair_turns_by_position_times_frequency():
     turned = (x[..., :4] + 1j * x[..., 4:]) * turns
     result = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), frequencies)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(result, expected, rtol=0, atol=3e-4)  # angles up to 1000 in float32
+    np.testing.assert_allclose(result, expected, rtol=0, atol=3e-4)  # float32 angles up to 1000
 
 
 def test_a_product_of_query_and_key_depends_on_their_distance_alone():

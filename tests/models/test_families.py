@@ -212,7 +212,7 @@ def test_import_then_export_is_bit_equal(model, tmp_path):
         np.testing.assert_array_equal(after[name], value, name)
 
 
-def test_both_layouts_of_a_config_and_the_one_that_is_written_say_the_same(model):
+def test_old_new_and_written_config_layouts_agree(model):
     hf = json.loads((model.golden.path / 'config.json').read_text())
     old = json.loads((model.golden.path / 'config_v4.json').read_text())
     assert read_config(old) == read_config(hf)
@@ -220,7 +220,7 @@ def test_both_layouts_of_a_config_and_the_one_that_is_written_say_the_same(model
     assert TransformerConfig.model_validate(again) == model.config
 
 
-def test_what_is_written_has_the_types_that_transformers_wants(model):
+def test_written_values_have_the_types_that_transformers_expects(model):
     """It refuses 11.0 for an integer value."""
     hf = json.loads((model.golden.path / 'config.json').read_text())
     written = json.loads(json.dumps(write_config(model.config)))
@@ -240,7 +240,7 @@ def test_what_is_written_has_the_types_that_transformers_wants(model):
     ],
     ids=str,
 )
-def test_the_window_of_smollm3_is_that_of_the_layers_without_rope(changes, with_window):
+def test_smollm3_has_windows_in_the_layers_without_rope(changes, with_window):
     hf = json.loads((goldens.Golden('smollm3').path / 'config.json').read_text())
     hf = {key: value for key, value in hf.items() if key not in ('layer_types', 'no_rope_layers')}
     hf |= dict(num_hidden_layers=8, use_sliding_window=True, sliding_window=16, max_window_layers=2)

@@ -79,7 +79,7 @@ def test_the_loss_of_a_small_run_is_within_one_per_cent_of_that_in_bfloat16():
     assert np.mean(ours[-10:]) == pytest.approx(np.mean(theirs[-10:]), rel=0.01)
 
 
-def test_blocks_alone_multiply_in_8_bits_and_not_with_a_cache():
+def test_only_blocks_multiply_in_float8_and_never_with_a_cache():
     config = TransformerConfig.model_validate({**MODEL, 'matmul_dtype': 'float8'})
     model = Transformer(config, nnx.Rngs(0))
     tokens, ones = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32)
@@ -95,7 +95,7 @@ def test_blocks_alone_multiply_in_8_bits_and_not_with_a_cache():
     assert 'f8_e4m3fn[' not in str(jax.make_jaxpr(lambda: forward(cache))())
 
 
-def test_adapters_and_old_gpus_refuse_it():
+def test_float8_is_refused_with_adapters_and_on_old_gpus():
     with pytest.raises(ValueError, match='with lora use compute'):
         TransformerConfig.model_validate({**MODEL, 'matmul_dtype': 'float8', 'lora': {}})
     config = TransformerConfig.model_validate({**MODEL, 'matmul_dtype': 'float8'})

@@ -7,7 +7,7 @@ from tests.models.goldens import FAMILIES, Golden, read_safetensors
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_gradients_and_trained_parameters_are_of_the_tensors_in_the_checkpoint(name):
+def test_gradients_and_trained_parameters_match_the_tensors_of_the_checkpoint(name):
     golden = Golden(name)
     weights = read_safetensors(golden.path / 'model.safetensors')
     for kind in ('gradient', 'after'):

@@ -46,7 +46,7 @@ def test_a_packed_row_equals_its_documents_alone(model, batch):
         assert_close(logprobs[0, document], logprobs[row, :length])
 
 
-def test_what_stands_in_the_padding_changes_nothing(model, batch):
+def test_the_content_of_padding_changes_nothing(model, batch):
     tokens, positions, segment_ids = (x.copy() for x in batch)
     segment_ids[:, 10:] = segment_ids[:2, :2] = 0
     before = model(tokens, positions, segment_ids)[0]
@@ -76,7 +76,7 @@ def test_a_permuted_row_gives_the_permuted_result(model, batch):
     assert_close(permuted[1], straight[1][:, order])
 
 
-def test_the_number_of_a_segment_means_nothing(model, batch):
+def test_the_value_of_a_segment_id_does_not_matter(model, batch):
     tokens, positions, segment_ids = batch
     np.testing.assert_array_equal(
         model(tokens, positions, 5 * segment_ids)[0], model(tokens, positions, segment_ids)[0]

@@ -81,7 +81,7 @@ def with_ops(block=BLOCK_1B, **implementations):
     return changed(LLAMA_1B, block=block, implementations=words)
 
 
-def test_every_op_of_the_model_is_told_with_the_reason():
+def test_every_op_has_a_choice_and_a_reason():
     chosen = choices(with_ops(rms_norm='mosaic'), on_gpus())
     assert chosen.keys() == {'attention', 'rms_norm', 'token_logprobs'}
     assert (chosen['rms_norm'].name, chosen['attention'].name) == ('mosaic', 'xla')
@@ -104,20 +104,20 @@ def test_every_op_of_the_model_is_told_with_the_reason():
          'sharded over tensor'),
     ],
 )  # fmt: skip
-def test_a_name_that_cannot_run_is_an_error_of_the_config(mesh, block, words, sentence):
+def test_a_name_that_cannot_run_is_a_config_error(mesh, block, words, sentence):
     model = with_ops(changed(BLOCK_1B, **block), **words)
     with pytest.raises(ConfigError, match='^config.model.implementations.') as told:
         choices(model, mesh)
     assert sentence in str(told.value)
 
 
-def test_what_suits_the_model_can_be_named():
+def test_an_implementation_that_suits_the_model_can_be_named():
     words = dict(attention='cudnn', rms_norm='mosaic', one_document=True)
     chosen = choices(with_ops(**words), on_gpus(fsdp=2, tensor=2))
     assert (chosen['attention'].name, chosen['rms_norm'].name) == ('cudnn', 'mosaic')
 
 
-def test_what_the_dtype_forbids_is_an_error_of_the_config():
+def test_an_implementation_that_the_dtype_forbids_is_a_config_error():
     model = changed(with_ops(token_logprobs='mosaic'), compute_dtype='float32')
     with pytest.raises(ConfigError, match='implementations.token_logprobs.*not float32'):
         choices(model, on_gpus())

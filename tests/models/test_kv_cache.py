@@ -67,7 +67,7 @@ def test_prompts_of_unequal_lengths_then_tokens_equal_the_full_forward(model, ba
             assert_close(rest_values[row, length:], expected[row, length:])
 
 
-def test_a_used_slot_shows_nothing_of_the_request_before(model, batch):
+def test_a_reused_slot_hides_the_previous_request(model, batch):
     lengths, new = [2, 5, 1, 7], np.roll(batch[0], 1, axis=0)
     *_, used = model(*batch, model.new_cache(LENGTH))
     results = []

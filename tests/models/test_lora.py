@@ -73,7 +73,7 @@ def test_fresh_adapters_change_nothing_bit_for_bit(build, configs, adapted, init
         np.testing.assert_array_equal(result, expected)
 
 
-def test_the_weights_beside_adapters_are_those_of_the_model_without(configs, initial):
+def test_adapters_do_not_change_the_initial_weights(configs, initial):
     without = init(configs['llama'], parts_of(configs['llama'])).params
     assert without.keys() == initial.frozen.keys()
     for path, value in without.items():
@@ -274,7 +274,7 @@ def test_adapters_decay_as_matrices_and_never_follow_muon(adapted):
         assert set(rules.values()) == {'adamw, decay 0.1'}
 
 
-def test_fresh_adapters_are_those_of_a_new_run_and_depend_on_the_seed_alone(adapted, initial):
+def test_fresh_adapters_equal_those_of_a_new_run_and_depend_only_on_the_seed(adapted, initial):
     parts = parts_of(adapted)
 
     def fresh(seed):
@@ -314,7 +314,7 @@ def compiled_flops(config, frozen=()):
 
 @pytest.mark.parametrize('lora', [None, LoraConfig(rank=8, targets=['all'])], ids=str)
 @pytest.mark.parametrize('frozen', [[], ['head/*', '*/mlp/*']], ids=str)
-def test_flops_are_those_of_the_compiled_gradients(lora, frozen, configs):
+def test_flops_equal_those_of_the_compiled_gradients(lora, frozen, configs):
     """Gradients of frozen weights are neither counted nor computed."""
     block = changed(configs['llama'].block, num_heads=8, num_kv_heads=4, head_dim=16, mlp_dim=512)
     config = changed(

@@ -128,7 +128,7 @@ def test_remat_keeps_what_its_name_says(small, mesh):
 @pytest.mark.parametrize(
     'scan, num_layers, pinned', [(True, 3, False), (True, 1, True), (False, 3, True)]
 )
-def test_only_inside_a_scan_may_a_recomputation_go_unpinned(small, scan, num_layers, pinned):
+def test_a_recomputation_is_unpinned_only_inside_a_scan(small, scan, num_layers, pinned):
     """Outside a scan, XLA would merge the recomputation with the forward pass and undo it."""
     config = small(remat='full', scan=scan, num_layers=num_layers, compute_dtype='float32')
     parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))

@@ -66,7 +66,7 @@ def test_equals_float64(heads, window, softcap):
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_order_of_a_row_means_nothing():
+def test_the_order_of_a_row_does_not_matter():
     q, k, v = inputs(4, 2)
     order = np.random.default_rng(1).permutation(T)
     rows = [x[:, order] for x in (q, k, v, POSITIONS, SEGMENTS)]
@@ -244,9 +244,7 @@ def cudnn_played_by_xla(monkeypatch):
 
 
 @pytest.mark.parametrize('window, heads', [(0, (4, 1)), (1, (2, 2)), (33, (4, 1))])
-def test_cudnn_is_asked_for_what_is_right_where_rows_are_one_document(
-    cudnn_played_by_xla, heads, window
-):
+def test_the_cudnn_call_is_right_for_rows_of_one_document(cudnn_played_by_xla, heads, window):
     arrays, ids = wide(100, *heads, seed=window), ragged(100, ALONE)
     options = dict(scale=0.125, window=window, one_document=True)
     found = value_and_gradients(arrays, *ids, **options, implementation='cudnn')
@@ -265,7 +263,7 @@ def test_cudnn_is_asked_for_what_is_right_where_rows_are_one_document(
         ('fa3', {}, ['flash-attn3-jax', "use 'mosaic'"]),
     ],
 )
-def test_what_an_implementation_cannot_do_is_refused_with_what_would_be_right(name, changes, words):
+def test_an_unsupported_call_is_refused_with_an_alternative(name, changes, words):
     case = dict(head_dim=128, dtype='bfloat16', one_document=True) | changes
     q = jnp.zeros((2, T, 2, case.pop('head_dim')), case.pop('dtype'))
     keys = KeyValues(q, q, POSITIONS, SEGMENTS)
@@ -280,7 +278,7 @@ def test_cudnn_is_refused_where_rows_are_split_over_devices():
     assert 'split over context' in found['cudnn']
 
 
-def test_what_can_be_done_has_no_obstacle():
+def test_a_supported_call_has_no_obstacle():
     found = obstacles(head_dim=128, dtype='bfloat16', one_document=True)
     assert found.keys() == {'fa3'}
 

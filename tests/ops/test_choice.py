@@ -34,7 +34,7 @@ def on(kind: str, platform: str = 'gpu'):
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def test_the_device_is_that_of_the_mesh():
+def test_the_target_is_the_device_of_the_mesh():
     assert target() == Device('cpu', 'cpu')
     with on('NVIDIA H200'):
         assert target() == Device('gpu', 'NVIDIA H200')
@@ -67,13 +67,13 @@ def test_a_name_that_the_device_cannot_run_is_an_error(kind, platform, name, wor
     assert all(word in str(told.value) for word in words)
 
 
-def test_a_name_nobody_knows_is_an_error_that_lists_the_names():
+def test_an_unknown_name_is_an_error_that_lists_the_names():
     with pytest.raises(ValueError, match="'triton'; it has mosaic, cudnn, fa3, xla, interpret"):
         choose('op', 'triton')
 
 
 @pytest.mark.parametrize('name', ['mosaic', 'interpret'])
-def test_a_name_that_cannot_do_what_is_asked_is_an_error(name):
+def test_a_name_that_cannot_run_the_call_is_an_error(name):
     with on('NVIDIA H200'), pytest.raises(ValueError, match=f"'{name}': head_dim 80"):
         choose('op', name, {'mosaic': 'head_dim 80 is none of 64, 128, 256'})
 
@@ -86,14 +86,14 @@ def test_simulating_a_kernel_needs_no_gpu():
     'kind, why',
     [('cpu', 'needs a Hopper GPU, this is cpu'), ('NVIDIA H200', 'not proven on NVIDIA H200')],
 )
-def test_nothing_is_chosen_that_no_gpu_has_run(kind, why):
+def test_an_unproven_kernel_is_not_chosen(kind, why):
     with on(kind):
         chosen = decide('op', None)
     assert chosen.name == 'xla'
     assert why in chosen.reason
 
 
-def test_a_proven_kernel_is_chosen_where_it_can_do_what_is_asked(proven):
+def test_a_proven_kernel_is_chosen_if_it_supports_the_call(proven):
     with on('NVIDIA H200'):
         assert decide('op', None) == choice.Choice('mosaic', 'proven on NVIDIA H200 on 2026-11-27')
         assert decide('op', None, {'mosaic': 'too wide'}) == choice.Choice('xla', 'too wide')
@@ -117,7 +117,7 @@ def test_a_kernel_that_is_slower_or_has_changed_since_is_not_chosen(proven, chan
     assert chosen.name == 'xla' and why in chosen.reason
 
 
-def test_the_log_says_once_what_none_has_come_to(caplog):
+def test_the_choice_for_none_is_logged_once(caplog):
     with caplog.at_level(logging.INFO, 'jaxfm'):
         for _ in range(3):
             choose('op', None)

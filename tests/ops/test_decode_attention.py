@@ -65,7 +65,7 @@ def test_pages_equal_rows_in_the_simulated_kernel():
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0.02, atol=0.02)
 
 
-def test_what_is_beyond_a_length_never_matters():
+def test_what_lies_past_the_length_is_ignored():
     q, k_pages, v_pages, table, lengths = inputs()
     table, spoilt = np.array(table), np.ones((POOL, L), bool)
     for b, length in enumerate(LENGTHS):
@@ -79,7 +79,7 @@ def test_what_is_beyond_a_length_never_matters():
     np.testing.assert_array_equal(found, expected)
 
 
-def test_the_order_of_pages_means_nothing():
+def test_the_order_of_pages_does_not_matter():
     q, k_pages, v_pages, table, lengths = inputs()
     order = np.random.default_rng(1).permutation(POOL)
     moved = np.argsort(order)[np.asarray(table)]

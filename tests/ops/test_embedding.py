@@ -19,7 +19,7 @@ def a_mesh(sizes):
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
-def test_rows_and_their_gradient_are_those_of_numpy(sizes):
+def test_rows_and_their_gradient_equal_numpy(sizes):
     random = np.random.default_rng(0)
     table = random.standard_normal((V, D)).astype(np.float32)
     tokens = random.integers(0, V, (B, T)).astype(np.int32)
@@ -44,7 +44,7 @@ def test_rows_and_their_gradient_are_those_of_numpy(sizes):
     assert gradient.sharding.spec == placed.sharding.spec
 
 
-def test_a_frequent_token_has_all_of_its_gradient():
+def test_a_frequent_token_gets_its_whole_gradient():
     """A sum of ones in bfloat16 stops at 256."""
     table, tokens = jnp.zeros((2, 8), jnp.bfloat16), jnp.zeros((1, 1000), jnp.int32)
     gradient = jax.grad(lambda t: jnp.sum(look_up(t, tokens, jnp.bfloat16)).astype(jnp.float32))

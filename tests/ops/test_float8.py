@@ -39,7 +39,7 @@ def error(value, exact) -> float:
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
-def test_products_and_gradients_are_off_by_the_rounding_to_8_bits_and_no_more(dtype):
+def test_products_and_gradients_have_only_the_error_of_rounding_to_8_bits(dtype):
     operands = arrays(dtype=dtype)
     exact = gradients(*(x.astype(jnp.float32) for x in operands))
     values = gradients(*operands, float8=True)
@@ -70,7 +70,7 @@ def test_the_largest_element_stays_in_range_whatever_its_size(dtype, size):
     assert abs(back).max() == pytest.approx(size, rel=1e-5)
 
 
-def test_zeros_give_zeros_and_what_is_not_finite_stays_so():
+def test_zeros_give_zeros_and_nonfinite_values_stay_nonfinite():
     x, weight, cotangent = arrays()
     for each in gradients(jnp.zeros_like(x), weight, jnp.zeros_like(cotangent), float8=True):
         np.testing.assert_array_equal(each, 0.0)
@@ -81,7 +81,7 @@ def test_zeros_give_zeros_and_what_is_not_finite_stays_so():
 @pytest.mark.parametrize(
     'sizes', [{}, dict(replica=4), dict(fsdp=4), dict(fsdp=2, tensor=2), dict(replica=2, fsdp=2)]
 )
-def test_every_mesh_gives_the_numbers_of_one_device(sizes):
+def test_every_mesh_gives_the_result_of_one_device(sizes):
     x, weight, cotangent = arrays()
     # Rows of very different magnitudes: one scale per device would give other results.
     x *= 10.0 ** jnp.arange(B)[:, None, None]

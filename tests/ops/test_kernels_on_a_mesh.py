@@ -66,7 +66,7 @@ def test_attention_needs_no_collective(gpu_compiler):
     'shape, names, size',
     [((B, T, D), ('batch', 'position', 'embed'), D), ((B, T, N, H), QUERIES, H)],
 )
-def test_a_norm_sums_the_gradient_of_its_scale_alone(gpu_compiler, shape, names, size):
+def test_a_norm_reduces_only_the_gradient_of_its_scale(gpu_compiler, shape, names, size):
     def norm(x, scale, dy):
         value, pull = jax.vjp(
             lambda *arrays: rms_norm(*arrays, epsilon=1e-6, implementation='mosaic'), x, scale
@@ -93,7 +93,7 @@ def kernels(jaxpr) -> int:
 
 
 @pytest.mark.parametrize('names, times', [(SAVED_NAMES, 1), ((), 2)])
-def test_a_policy_that_keeps_what_attention_returns_runs_it_once(gpu_compiler, names, times):
+def test_a_policy_that_saves_attention_outputs_runs_attention_once(gpu_compiler, names, times):
     """Otherwise the forward kernel runs again in the backward pass."""
     policy = jax.checkpoint_policies.save_only_these_names(*names)
 
@@ -147,7 +147,7 @@ def on_mesh(sizes, function, arrays, names):
 
 
 @pytest.mark.parametrize('sizes', SIZES, ids=str)
-def test_every_device_gives_attention_its_part(references, sizes):
+def test_every_device_computes_its_part_of_attention(references, sizes):
     random = np.random.default_rng(0)
     shapes = (8, 16, 4, 64), (8, 16, 2, 64), (8, 16, 2, 64), (8, 16, 4, 64)
     q, k, v, dout = (jnp.asarray(random.normal(size=s), jnp.bfloat16) for s in shapes)
@@ -174,7 +174,7 @@ def test_every_device_gives_attention_its_part(references, sizes):
 @pytest.mark.parametrize(
     'shape, names', [((8, 16, 64), ('batch', 'position', 'embed')), ((8, 16, 4, 64), QUERIES)]
 )
-def test_every_device_gives_a_norm_its_rows(references, sizes, shape, names):
+def test_every_device_normalises_its_own_rows(references, sizes, shape, names):
     random = np.random.default_rng(0)
     x, dy = (jnp.asarray(random.normal(size=shape), jnp.float32) for _ in range(2))
     scale = jnp.asarray(random.normal(size=shape[-1:]), jnp.float32)

@@ -41,7 +41,7 @@ def values(product, x, weight, factor):
 
 
 @pytest.mark.parametrize('name', SHAPES)
-def test_values_and_gradients_equal_those_of_an_einsum(name):
+def test_values_and_gradients_equal_an_einsum(name):
     x, weight, factor, letters, contracted = case(name)
     ours = values(lambda x, w: linear(x, w, contracted=contracted), x, weight, factor)
     theirs = values(lambda x, w: jnp.einsum(letters, x, w), x, weight, factor)
@@ -64,7 +64,7 @@ def test_bfloat16_operands_may_give_a_float32_result():
         ('merge', ('heads', 'head_dim', 'embed')),
     ],
 )
-def test_a_mesh_changes_nothing_and_gradients_live_where_their_arrays_do(name, axes):
+def test_a_mesh_changes_nothing_and_gradients_are_sharded_like_their_arrays(name, axes):
     x, weight, factor, _, contracted = case(name)
     alone = values(lambda x, w: linear(x, w, contracted=contracted), x, weight, factor)
     with jax.set_mesh(make_mesh({a: 1 for a in MESH_AXES} | {'fsdp': 2, 'tensor': 4})):

@@ -232,7 +232,7 @@ def assert_small_collectives(hlo, vocab):
 
 
 @pytest.mark.parametrize('which', ['weight', 'hidden'])
-def test_gradients_of_bfloat16_do_not_lose_by_chunks(which):
+def test_chunks_do_not_make_bfloat16_gradients_less_exact(which):
     B, T, D, V = 2, 64, 8, 64
     draw = np.random.default_rng(0)
     hidden = jnp.asarray(draw.normal(size=(B, T, D)), jnp.bfloat16)

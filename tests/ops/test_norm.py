@@ -77,7 +77,7 @@ def test_the_kernel_equals_xla(interpreter, shape, scale_shape):
     'width, dtype, words',
     [(100, 'bfloat16', 'multiple of 32, these have 100'), (128, 'int8', 'these are int8')],
 )
-def test_what_the_kernel_cannot_do_is_refused(width, dtype, words):
+def test_a_call_that_the_kernel_does_not_support_is_refused(width, dtype, words):
     x = jnp.zeros((2, width), dtype)
     with deviceless.target(), pytest.raises(ValueError, match=words):
         rms_norm(x, jnp.ones(width), epsilon=1e-5, implementation='mosaic')

@@ -67,7 +67,7 @@ def test_yarn_keeps_fast_pairs_and_slows_down_slow_ones():
     assert rope_frequencies(128, theta=5e5, **said, attention_factor=1.5)[1] == 1.5
 
 
-def test_the_magnitude_makes_what_is_turned_larger():
+def test_the_magnitude_scales_what_is_rotated():
     x = jnp.ones((1, 2, 1, 4))
     turned = apply_rope(x, jnp.array([[0, 3]]), np.array([1.0, 0.1]), 1.5)
     np.testing.assert_allclose(jnp.linalg.norm(turned, axis=-1), 3, rtol=1e-6)
@@ -90,7 +90,7 @@ def test_a_pair_turns_by_position_times_frequency():
     np.testing.assert_allclose(result, expected, rtol=0, atol=3e-4)  # float32 angles up to 1000
 
 
-def test_a_product_of_query_and_key_depends_on_their_distance_alone():
+def test_a_product_of_query_and_key_depends_only_on_their_distance():
     random = np.random.default_rng(1)
     q, k = (jnp.asarray(random.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in 'qk')
     frequencies, _ = rope_frequencies(16, theta=1e4, **LLAMA3)

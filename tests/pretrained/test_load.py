@@ -68,7 +68,7 @@ def whole(models):
 
 @pytest.mark.parametrize('family', ['llama', 'phi3'])
 @pytest.mark.parametrize('mesh', MESHES)
-def test_weights_on_a_mesh_are_those_on_one_device_and_lie_where_a_state_has_them(
+def test_weights_on_a_mesh_equal_those_on_one_device_and_are_sharded_as_in_a_state(
     mesh, family, models, whole
 ):
     loading = Loading(models[family], MESHES[mesh])
@@ -85,7 +85,7 @@ def test_weights_on_a_mesh_are_those_on_one_device_and_lie_where_a_state_has_the
     assert counted.largest[down] == np.prod(counted.shapes[down]) / ways
 
 
-def test_stacked_layers_are_those_of_the_file(models, whole, vocabulary):
+def test_stacked_layers_equal_those_of_the_file(models, whole, vocabulary):
     tensors = random_tensors(LLAMA | {'vocab_size': vocabulary})
     for layer in range(2):
         prefix = f'model.layers.{layer}.'
@@ -208,7 +208,7 @@ FAILING = """
 """
 
 
-def test_what_keeps_one_of_two_processes_from_writing_both_of_them_tell(tmp_path):
+def test_if_one_of_two_processes_cannot_write_both_report_it(tmp_path):
     path = write_model(
         tmp_path / 'model',
         random_tensors(LLAMA | {'vocab_size': 60}),

@@ -43,17 +43,17 @@ def models(tmp_path_factory):
         ('one', DataError, r'tiny.gguf'),
     ],
 )
-def test_what_is_no_model_is_told_with_what_there_is(models, name, kind, words):
+def test_a_name_without_a_model_is_refused_with_an_alternative(models, name, kind, words):
     with pytest.raises(kind, match=f'config.init_from: .*{words}'):
         load_config(PRETRAINED, [f'init_from={models / name}'])
 
 
-def test_a_name_that_is_too_long_is_told():
+def test_a_name_that_is_too_long_is_refused():
     with pytest.raises(MissingInputError, match='config.init_from: aaa.*: File name too long'):
         load_config(PRETRAINED, [f'init_from={"a" * 300}'])
 
 
-def test_a_gguf_beside_a_config_is_the_model(models, tmp_path):
+def test_a_gguf_file_next_to_a_config_is_the_model(models, tmp_path):
     (tmp_path / 'model.gguf').write_bytes(b'no GGUF')
     (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
     with pytest.raises(DataError, match='model.gguf'):
@@ -80,13 +80,13 @@ def test_a_home_directory_may_be_written_as_a_tilde(models, monkeypatch, tiny):
         ({}, {'eos_token_id': None}, []),
     ],
 )
-def test_what_ends_a_text_is_taken_over(tmp_path, generation, config, stop_ids):
+def test_stop_ids_are_taken_from_the_model(tmp_path, generation, config, stop_ids):
     path = write_model(tmp_path / 'model', **config)
     write_json(path / 'generation_config.json', generation)
     assert load_config(PRETRAINED, [f'init_from={path}']).sampling.stop_ids == stop_ids
 
 
-def test_what_the_config_says_goes_before_what_the_model_says(models):
+def test_the_config_takes_precedence_over_the_model(models):
     said = ['model.param_dtype=bfloat16', 'sampling.stop_ids=[9]', 'export.dtype=float16']
     config = load_config(PRETRAINED, [f'init_from={models / "smol"}', *said])
     assert config.model.param_dtype == 'bfloat16' and config.model.num_layers == 2
@@ -108,12 +108,12 @@ def offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['org/name', 'org/name@main'])
-def test_without_a_network_a_name_on_the_hub_is_told(offline, name):
+def test_without_a_network_a_hub_name_is_refused(offline, name):
     with pytest.raises(UnavailableError, match=f'{name}: the hub does not answer(.|\n)*directory'):
         load_config(PRETRAINED, [f'init_from={name}'])
 
 
-def test_what_was_fetched_before_is_found_without_a_network(offline):
+def test_a_cached_hub_model_is_found_without_a_network(offline):
     place = offline / 'models--org--name'
     write_model(place / 'snapshots' / ('0' * 40))
     (place / 'refs').mkdir()
@@ -124,19 +124,19 @@ def test_what_was_fetched_before_is_found_without_a_network(offline):
 
 
 @pytest.mark.parametrize('name', ['runs/mistake', 'orgname', '../org/name', '/org/name'])
-def test_what_is_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, name):
+def test_a_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, 'download', None)
     with pytest.raises(MissingInputError, match=f'there is no {name}'):
         load_config(PRETRAINED, [f'init_from={name}'])
 
 
-def test_a_name_that_the_hub_cannot_have_is_told(offline):
+def test_a_name_that_is_invalid_on_the_hub_is_refused(offline):
     with pytest.raises(MissingInputError, match='org/na--me'):
         load_config(PRETRAINED, ['init_from=org/na--me'])
 
 
-def test_without_the_extra_it_is_named(tmp_path, monkeypatch):
+def test_without_the_hub_extra_the_message_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(MissingInputError, match=r"org/name(.|\n)*pip install -e '.\[hub\]'"):
@@ -166,7 +166,7 @@ def test_each_refusal_of_the_hub_has_its_message(monkeypatch, refusal, kind, wor
         hub.download('org/name')
 
 
-def test_a_connection_that_breaks_is_told(monkeypatch):
+def test_a_broken_connection_is_reported(monkeypatch):
     library, httpx = pytest.importorskip('huggingface_hub'), pytest.importorskip('httpx2')
 
     def refuse(*arguments, **options):
@@ -177,7 +177,7 @@ def test_a_connection_that_breaks_is_told(monkeypatch):
         hub.download('org/name')
 
 
-def test_nothing_that_could_be_run_is_fetched(monkeypatch, tmp_path):
+def test_nothing_executable_is_downloaded(monkeypatch, tmp_path):
     library, asked = pytest.importorskip('huggingface_hub'), {}
 
     def fetch(name, **options):

@@ -115,7 +115,7 @@ def stories_cases(stories):
     return json.loads((stories / 'golden_greedy.json').read_text())['cases']
 
 
-def test_stories_are_those_of_transformers_token_for_token(stories, stories_cases):
+def test_stories_equal_those_of_transformers_token_for_token(stories, stories_cases):
     real = Real(stories)
     answers = real.answers(stories_cases)
     for case, answer in zip(stories_cases, answers, strict=True):
@@ -177,7 +177,7 @@ def test_the_real_chat_model_answers_by_its_own_template(
         assert record['finish_reason'] == 'stop'
 
 
-def test_the_export_of_the_real_model_has_every_bit_of_it(smollm2_gguf, exported):
+def test_the_export_of_the_real_model_is_bit_exact(smollm2_gguf, exported):
     before, after = open_pretrained(str(smollm2_gguf)), open_pretrained(str(exported))
     assert after.tensors.shapes == before.tensors.shapes
     for name in before.tensors.shapes:

@@ -130,7 +130,7 @@ def real(smollm2_gguf):
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
-def test_every_architecture_comes_back_with_the_names_and_rows_of_hugging_face(name, path):
+def test_every_architecture_is_read_with_hugging_faces_names_and_rows(name, path):
     model = open_gguf(make(path, name))
     tensors = random_tensors(shapes(name))
     assert model.tensors.shapes == {name: tensor.shape for name, tensor in tensors.items()}
@@ -144,7 +144,7 @@ def test_every_architecture_comes_back_with_the_names_and_rows_of_hugging_face(n
     assert json.loads(json.dumps(model.hf_config)) == model.hf_config
 
 
-def test_a_real_llama_comes_back_bit_for_bit(path, shared_data):
+def test_a_real_llama_is_read_bit_for_bit(path, shared_data):
     directory = shared_data / 'stories260k_hf'
     model = open_gguf(gguf_files.stories(path, directory))
     tensors = gguf_files.read_safetensors(directory / 'model.safetensors')
@@ -158,7 +158,7 @@ def test_a_real_llama_comes_back_bit_for_bit(path, shared_data):
     assert (model.path, model.tokenizer) == (path, str(path))
 
 
-def test_the_real_quantised_model_is_dequantised_as_the_package_does(real, smollm2_gguf):
+def test_the_real_model_is_dequantised_as_by_the_gguf_package(real, smollm2_gguf):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
     by_name = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_gguf).tensors}
     assert len(by_name) == len(real.tensors.shapes) == 272
@@ -172,7 +172,7 @@ def test_the_real_quantised_model_is_dequantised_as_the_package_does(real, smoll
     assert sum(math.prod(shape) for shape in real.tensors.shapes.values()) == 134515008
 
 
-def test_the_config_of_the_real_model_is_that_of_its_hugging_face_repository(real):
+def test_the_config_of_the_real_model_equals_its_hugging_face_repository(real):
     expected = {
         'architectures': ['LlamaForCausalLM'],
         'attention_bias': False,
@@ -216,7 +216,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize('kind', [None, 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'BF16', 'F16'])
-def test_a_part_of_a_tensor_is_that_part_of_the_whole(kind, path):
+def test_a_slice_of_a_tensor_equals_the_slice_of_the_whole(kind, path):
     name = 'blk.0.ffn_down.weight'
     kinds = {f'blk.0.attn_{x}.weight': gguf_files.TYPES[kind] for x in 'qk'} if kind else {}
     kinds |= {name: gguf_files.TYPES[kind]} if kind else {}
@@ -242,7 +242,7 @@ def test_numbers_that_are_not_quantised_keep_their_type(path):
     assert found == {'up': 'bfloat16', 'down': 'float16', 'gate': 'float32'}
 
 
-def test_only_what_is_asked_for_is_dequantised_and_held(real):
+def test_only_the_requested_rows_are_dequantised_and_held(real):
     name = 'model.embed_tokens.weight'
     real.tensors.read(name, (slice(0, 1),))
     tracemalloc.start()
@@ -256,7 +256,7 @@ def test_only_what_is_asked_for_is_dequantised_and_held(real):
     assert most < whole.nbytes + 4e6
 
 
-def test_words_that_files_have_only_for_some_models(path):
+def test_keys_that_only_some_models_have(path):
     said = open_gguf(make(path, extra={'lm_head.weight': (VOCAB, 32)})).hf_config
     assert said['tie_word_embeddings'] is False
     said = open_gguf(make(path, attention__sliding_window=64)).hf_config
@@ -281,7 +281,7 @@ def test_windows_and_caps_of_gemma(path):
     assert said['hidden_activation'] == 'gelu_pytorch_tanh'
 
 
-def test_olmo3_is_told_by_its_windows(path):
+def test_olmo3_is_recognised_by_its_windows(path):
     pattern = {'attention__sliding_window_pattern': [True, False]}
     said = open_gguf(make(path, 'olmo2', attention__sliding_window=64, **pattern)).hf_config
     assert (said['model_type'], said['architectures']) == ('olmo3', ['Olmo3ForCausalLM'])
@@ -294,7 +294,7 @@ def test_smollm3_leaves_every_fourth_layer_without_rope(path, monkeypatch):
     assert (said['no_rope_layers'], said['no_rope_layer_interval']) == ([1, 1, 1, 0, 1], 4)
 
 
-def test_every_sixth_layer_of_gemma3_sees_everything(path, monkeypatch):
+def test_every_sixth_layer_of_gemma3_has_full_attention(path, monkeypatch):
     monkeypatch.setitem(HF, 'num_hidden_layers', 7)
     said = open_gguf(make(path, 'gemma3', attention__sliding_window=512)).hf_config
     assert [kind.split('_')[0] for kind in said['layer_types']] == [
@@ -310,7 +310,7 @@ def test_the_largest_gemma_scales_by_its_width(name, layers, path, monkeypatch):
     assert open_gguf(make(path, name)).hf_config['query_pre_attn_scalar'] == 8
 
 
-def test_a_text_ends_with_its_last_turn_as_well(path):
+def test_the_end_of_turn_token_ends_a_text_too(path):
     ids = {'tokenizer.ggml.eos_token_id': 3, 'tokenizer.ggml.eot_token_id': 7}
     tensors = converted('llama', random_tensors(shapes('llama')))
     gguf_files.write(path, 'llama', keys() | ids, tensors)
@@ -379,7 +379,7 @@ def test_the_rope_scaling_of_llama3_is_recovered(turned, factor, low, high, path
     assert 'rope_freqs.weight' not in model.tensors.shapes
 
 
-def test_factors_that_stretch_nothing_are_no_scaling(path):
+def test_factors_of_one_mean_no_scaling(path):
     ones = {'rope_freqs.weight': np.ones(8, np.float32)}
     assert open_gguf(make(path, more=ones)).hf_config['rope_scaling'] is None
 
@@ -460,7 +460,7 @@ def test_a_file_that_cannot_be_a_model_is_refused_with_the_names(case, path):
     assert str(path) in str(caught.value) and '\n' not in str(caught.value)
 
 
-def test_what_is_no_gguf_file_is_said_to_be_none(path):
+def test_a_file_that_is_not_gguf_is_refused(path):
     with pytest.raises(MissingInputError, match='cannot be read: No such file'):
         open_gguf(path)
     for content, message in (
@@ -475,7 +475,7 @@ def test_what_is_no_gguf_file_is_said_to_be_none(path):
             open_gguf(path)
 
 
-def test_a_file_that_may_not_be_read_is_said_to_be_closed(path, monkeypatch):
+def test_an_unreadable_gguf_file_is_a_permission_error(path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, 'Permission denied')
 
@@ -484,7 +484,7 @@ def test_a_file_that_may_not_be_read_is_said_to_be_closed(path, monkeypatch):
         open_gguf(path)
 
 
-def test_a_tensor_that_is_there_twice_is_named(path):
+def test_a_tensor_that_occurs_twice_is_named(path):
     content = make(path).read_bytes()
     path.write_bytes(content.replace(b'blk.1.ffn_up.weight', b'blk.0.ffn_up.weight'))
     with pytest.raises(DataError, match='tensors occur twice: blk.0.ffn_up.weight'):
@@ -494,7 +494,7 @@ def test_a_tensor_that_is_there_twice_is_named(path):
         open_gguf(path)
 
 
-def test_a_tensor_that_begins_elsewhere_is_named(path):
+def test_a_tensor_at_the_wrong_offset_is_named(path):
     content = bytearray(make(path).read_bytes())
     name = b'blk.0.ffn_up.weight'
     at = content.index(name) + len(name) + 4 + 2 * 8 + 4
@@ -524,7 +524,7 @@ def test_a_file_that_ends_early_is_refused_wherever_it_ends(path):
 
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
-def test_a_damaged_header_gives_an_error_of_ours_or_none(name, path):
+def test_a_damaged_header_gives_a_clear_error_or_none(name, path):
     content = make(path, name, rope__scaling__type='linear').read_bytes()
     end, refused = content.index(b'blk.1.') + 400, 0
     for seed in range(80):
@@ -543,7 +543,7 @@ def test_a_damaged_header_gives_an_error_of_ours_or_none(name, path):
     assert refused > 40
 
 
-def test_every_type_that_is_read_gives_its_number_of_values():
+def test_every_supported_type_gives_its_number_of_values():
     read = container.readable_kinds()
     assert {'F32', 'F16', 'BF16', 'Q8_0', 'Q4_K', 'Q6_K', 'IQ4_XS', 'MXFP4'} <= set(read)
     for name in set(read) - {'F32', 'F16', 'BF16'}:

@@ -78,7 +78,7 @@ def pieces_keys(pieces: dict[str, float], defined=(), special=('<unk>', '<s>', '
     return {f'tokenizer.ggml.{key}': value for key, value in keys.items()}
 
 
-def test_the_real_model_gets_the_prompts_of_the_goldens(real, golden):
+def test_the_real_tokenizer_makes_the_prompts_of_the_goldens(real, golden):
     chat = Chat(real)
     for case in golden:
         message = {'role': 'user', 'content': case['prompt']}
@@ -104,7 +104,7 @@ def test_a_directory_with_one_gguf_file_has_its_tokenizer(real, smollm2_gguf, tm
         load_tokenizer(tmp_path)
 
 
-def test_a_saved_tokenizer_needs_no_gguf_any_more(real, tmp_path):
+def test_a_saved_tokenizer_no_longer_needs_the_gguf_file(real, tmp_path):
     real.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.fingerprint == real.fingerprint
@@ -136,7 +136,7 @@ def test_gpt2_in_a_gguf_is_gpt2(path, shared_data):
         assert inside.encode(text) == original.encode(text)
 
 
-def test_a_sentencepiece_vocabulary_in_a_gguf_is_what_it_was(path, shared_data):
+def test_a_sentencepiece_vocabulary_survives_the_gguf_file(path, shared_data):
     pytest.importorskip('sentencepiece')
     directory = shared_data / 'stories260k_hf'
     gguf_files.stories(path, directory)
@@ -172,7 +172,7 @@ def test_scores_decide_what_merges_first(path):
     assert [coder._token_id(piece) for piece in ('▁', 'ab', 'c')] == coder.encode('abc')
 
 
-def test_a_space_is_put_before_a_text_unless_the_file_says_no(path):
+def test_a_space_is_prepended_unless_the_file_forbids_it(path):
     keys = pieces_keys(dict.fromkeys('▁ab', -1.0))
     coder = load_tokenizer(write(path, keys))
     assert coder.encode('a b') == [3, 4, 3, 5] and coder.decode([3, 4, 3, 5]) == 'a b'
@@ -180,7 +180,7 @@ def test_a_space_is_put_before_a_text_unless_the_file_says_no(path):
     assert coder.encode('a b') == [4, 3, 5] and coder.decode([3, 4]) == ' a'
 
 
-def test_gemma_merges_by_the_order_of_its_tokens_and_runs_of_spaces_too(path):
+def test_gemma_merges_in_token_order_including_runs_of_spaces(path):
     pieces = dict.fromkeys('▁abc', 0.0) | {'ab': -5.0, 'bc': -1.0}
     keys = pieces_keys(pieces, defined=['\n\n', '  '])
     coder = load_tokenizer(write(path, keys, 'gemma2', add_space_prefix=False))
@@ -191,7 +191,7 @@ def test_gemma_merges_by_the_order_of_its_tokens_and_runs_of_spaces_too(path):
     assert coder.decode([named['▁▁'], named['a']]) == '  a'
 
 
-def test_phi3_takes_the_white_space_behind_its_special_tokens_along(path):
+def test_phi3_strips_white_space_after_its_special_tokens(path):
     special = ('<unk>', '<s>', '</s>', '<|endoftext|>', '<|end|>')
     keys = pieces_keys(dict.fromkeys('▁a\n', -1.0), special=special)
     coder = load_tokenizer(write(path, keys, 'phi3'))
@@ -216,13 +216,13 @@ CUTS = {
 
 
 @pytest.mark.parametrize('name', CUTS)
-def test_a_rule_cuts_text_as_its_models_do(name, path):
+def test_a_pre_tokenizer_splits_text_as_the_original_does(name, path):
     coder = load_tokenizer(write(path, words_keys(name)))
     pieces = coder._backend.pre_tokenizer.pre_tokenize_str(TEXT)
     assert '|'.join(TEXT[start:stop] for _, (start, stop) in pieces) == CUTS[name]
 
 
-def test_digits_are_cut_out_before_the_pattern_of_gpt2_cuts(path):
+def test_digits_are_split_off_before_the_gpt2_pattern_applies(path):
     ours = load_tokenizer(write(path, words_keys('smollm')))._backend.pre_tokenizer
     theirs = pre_tokenizers.Sequence(
         [
@@ -238,21 +238,21 @@ def test_digits_are_cut_out_before_the_pattern_of_gpt2_cuts(path):
 
 
 @pytest.mark.parametrize('name', PRE_NAMES)
-def test_every_rule_gives_every_text_back(name, path):
+def test_every_pre_tokenizer_round_trips_every_text(name, path):
     coder = load_tokenizer(write(path, words_keys(name)))
     for text in random_texts(40):
         back = coder.decode(coder.encode(text))
         assert back == text or PRE_NAMES[name].nfc
 
 
-def test_where_merges_are_ignored_a_piece_that_is_a_token_is_one(path):
+def test_with_ignore_merges_a_piece_that_is_a_token_stays_whole(path):
     coder = load_tokenizer(write(path, words_keys('llama-bpe')))
     assert coder.encode('hello') == [258]
     coder = load_tokenizer(write(path, words_keys('smaug-bpe')))
     assert len(coder.encode('hello')) == 3
 
 
-def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
+def test_documents_begin_with_bos_if_the_file_or_the_kind_says_so(path):
     for pre, said, bos in (
         ('llama-bpe', None, 259),
         ('llama-bpe', False, None),
@@ -263,7 +263,7 @@ def test_documents_begin_with_a_token_where_the_file_or_the_kind_says_so(path):
         assert load_tokenizer(write(path, keys)).bos_id == bos
 
 
-def test_tokens_without_types_are_words_but_for_those_that_have_a_role(path):
+def test_tokens_without_types_are_words_except_those_with_a_role(path):
     coder = load_tokenizer(write(path, words_keys(token_type=None, padding_token_id=260)))
     assert coder.special_tokens == {'<|end|>': 259, '<think>': 260}
     assert 260 not in coder.encode('a<think>')
@@ -315,7 +315,7 @@ def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(path):
         load_tokenizer(path)
 
 
-def test_what_is_no_gguf_file_is_refused(path, tmp_path):
+def test_a_file_without_a_gguf_header_is_refused(path, tmp_path):
     path.write_bytes(b'{"model": 1}')
     with pytest.raises(DataError, match='model.gguf is not a GGUF file'):
         load_tokenizer(path)

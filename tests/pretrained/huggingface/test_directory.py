@@ -293,7 +293,7 @@ def assert_one_message(error: str, words):
 
 
 @pytest.mark.parametrize('name', FIRST_STAGE)
-def test_a_bad_directory_is_told_without_jax_and_nothing_is_written(name, first_stage):
+def test_a_bad_directory_is_refused_without_jax_and_nothing_is_written(name, first_stage):
     _, expected, words = FIRST_STAGE[name]
     code, out, error, has_jax = first_stage[name]
     assert (code, out, has_jax) == (expected, '', False), error
@@ -310,7 +310,7 @@ def test_the_undamaged_directory_is_read(good):
         np.testing.assert_array_equal(pretrained.tensors.read(name), value)
 
 
-def test_an_unreadable_file_is_told(good, tmp_path, monkeypatch):
+def test_an_unreadable_file_is_a_permission_error(good, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise PermissionError(13, 'Permission denied')
 
@@ -319,7 +319,7 @@ def test_an_unreadable_file_is_told(good, tmp_path, monkeypatch):
     assert main.main([*argv, '--workdir', str(tmp_path / 'run')]) == 77
 
 
-def test_code_and_pickles_beside_good_weights_are_left_alone(good, tmp_path, monkeypatch):
+def test_code_and_pickles_next_to_good_weights_are_ignored(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = damaged(good, tmp_path / 'model', pickled)
     shutil.copy(good / WEIGHTS, path)
@@ -330,7 +330,7 @@ def test_code_and_pickles_beside_good_weights_are_left_alone(good, tmp_path, mon
     assert not (tmp_path / 'ran').exists()
 
 
-def test_an_index_names_what_is_read_and_a_tensor_beside_it_is_not(good, tmp_path):
+def test_only_tensors_in_the_index_are_read(good, tmp_path):
     path = damaged(good, tmp_path / 'model', lambda path: None)
     tensors = load_file(path / WEIGHTS)
     names = sorted(tensors)
@@ -404,7 +404,7 @@ BAD_TENSORS = {
 
 
 @pytest.mark.parametrize('name', BAD_TENSORS)
-def test_weights_that_are_not_those_of_the_config_are_named(name, refused, monkeypatch):
+def test_weights_that_do_not_match_the_config_are_named(name, refused, monkeypatch):
     damage, words = BAD_TENSORS[name]
     mode = 'export' if list(BAD_TENSORS).index(name) % 2 else 'sample'
     monkeypatch.setattr(f'jaxfm.modes.{mode}.open_tokenizer', None)  # must not be reached
@@ -422,7 +422,7 @@ def test_training_from_bad_weights_is_refused_before_the_data_is_read(refused, t
     assert_one_message(error, words)
 
 
-def test_a_tied_head_that_is_there_once_more_is_no_mistake(good, tmp_path):
+def test_a_second_copy_of_a_tied_head_is_allowed(good, tmp_path):
     from tests.pretrained.loading import Loading  # imports jax
 
     path = damaged(good, tmp_path / 'model', said(tie_word_embeddings=True))
@@ -458,7 +458,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_damaged_tokenizer_is_told(refused, name, content, words):
+def test_a_damaged_tokenizer_is_refused(refused, name, content, words):
     code, out, error = refused(written(name, content))
     assert (code, out) == (65, '')
     assert_one_message(error, words)
@@ -478,7 +478,7 @@ def test_a_template_does_not_leave_its_sandbox(refused, mode):
     assert_one_message(error, ['chat template', 'unsafe'])
 
 
-def test_a_run_without_checkpoints_is_no_model_and_leaves_no_work_directory(
+def test_a_run_without_checkpoints_is_refused_and_leaves_no_work_directory(
     tiny, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])

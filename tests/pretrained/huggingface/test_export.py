@@ -76,7 +76,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(found[name], value, name)
 
 
-def test_many_files_are_one_model(source, tmp_path):
+def test_several_files_make_one_model(source, tmp_path):
     path = write(source, tmp_path / 'out', shard_gigabytes=12e-6)
     files = sorted(file.name for file in path.glob('*.safetensors'))
     assert len(files) > 3
@@ -95,7 +95,7 @@ def test_many_files_are_one_model(source, tmp_path):
 
 
 @pytest.mark.parametrize('mesh', [dict(fsdp=8), dict(replica=2, fsdp=2, tensor=2)], ids=str)
-def test_eight_devices_write_what_one_does(source, tmp_path, mesh):
+def test_eight_devices_write_the_same_files_as_one(source, tmp_path, mesh):
     alone = write(source, tmp_path / 'alone')
     together = write(source, tmp_path / 'together', mesh)
     assert sorted(file.name for file in together.iterdir()) == sorted(
@@ -106,7 +106,7 @@ def test_eight_devices_write_what_one_does(source, tmp_path, mesh):
 
 
 @pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
-def test_weights_are_written_in_the_dtype_that_is_asked_for(source, tmp_path, name):
+def test_weights_are_written_in_the_requested_dtype(source, tmp_path, name):
     path = write(source, tmp_path / 'out', dtype=name)
     dtype = np.dtype(getattr(ml_dtypes, name, None) or name)
     rounded = {key: value.astype(dtype) for key, value in load_file(source / WEIGHTS).items()}
@@ -147,7 +147,7 @@ def assert_one_message(error: str, words):
         assert word in message
 
 
-def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
+def test_tokenizer_template_and_stop_ids_round_trip(cli, source, tmp_path):
     assert cli(*export(source, tmp_path / 'out'))[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     before, after = (
@@ -173,7 +173,7 @@ def test_tokenizer_template_and_ends_come_back(cli, source, tmp_path):
         ('tokenizer.json', None, dict(tokenizer_class='PreTrainedTokenizerFast')),
     ],
 )
-def test_an_export_says_how_transformers_reads_its_tokenizer(
+def test_an_export_tells_transformers_how_to_read_its_tokenizer(
     source, tmp_path, name, bos_id, expected
 ):
     def save(directory):
@@ -186,7 +186,7 @@ def test_an_export_says_how_transformers_reads_its_tokenizer(
     assert said == {'eos_token': '</s>'} | expected
 
 
-def test_what_is_there_is_not_overwritten(cli, source, tmp_path, monkeypatch):
+def test_an_existing_output_is_not_overwritten(cli, source, tmp_path, monkeypatch):
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'precious').write_text('')
     (tmp_path / 'file').write_text('')
@@ -202,7 +202,7 @@ def test_what_is_there_is_not_overwritten(cli, source, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['empty', 'file', 'full']
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     cli, source, tmp_path, monkeypatch
 ):
     monkeypatch.setattr('jaxfm.modes.load', None)
@@ -225,9 +225,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(
     ],
     ids=['full', 'closed', 'interrupted'],
 )
-def test_of_an_export_that_fails_nothing_is_left(
-    source, tmp_path, monkeypatch, refusal, kind, words
-):
+def test_a_failed_export_leaves_nothing(source, tmp_path, monkeypatch, refusal, kind, words):
     def refuse(*arguments):
         raise refusal
 
@@ -237,7 +235,7 @@ def test_of_an_export_that_fails_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_that_is_killed_leaves_no_directory_of_its_name(cli, tiny, source, tmp_path):
+def test_a_killed_export_leaves_no_directory_with_the_final_name(cli, tiny, source, tmp_path):
     program = """
 import os, signal, sys
 from jaxfm import main
@@ -269,7 +267,7 @@ def exporting(tiny):
     return config, workdir
 
 
-def test_a_run_exports_every_so_many_steps_and_at_its_end(exporting, tiny):
+def test_a_run_exports_at_its_cadence_and_at_the_end(exporting, tiny):
     config, workdir = exporting
     assert sorted(path.name for path in (workdir / 'export').iterdir()) == ['4', '6']
     loading = Loading(workdir / 'export' / '6')
@@ -298,7 +296,7 @@ def test_the_mode_exports_a_work_directory_a_run_and_a_directory_alike(cli, expo
             assert (tmp_path / name / file).read_bytes() == right, (name, file)
 
 
-def test_a_run_goes_on_from_an_export_as_from_the_run_itself(cli, exporting, tiny, tmp_path):
+def test_a_run_starts_from_an_export_as_from_the_run_itself(cli, exporting, tiny, tmp_path):
     _, workdir = exporting
     found = []
     for number, origin in enumerate((workdir, workdir / 'export' / '6')):
@@ -319,7 +317,7 @@ def test_evaluation_exports_nothing(cli, exporting):
     assert {path: path.stat().st_mtime_ns for path in (workdir / 'export').rglob('*')} == before
 
 
-def test_a_model_that_no_family_has_is_told_before_the_run_begins(cli, tiny, tmp_path):
+def test_a_model_that_no_family_can_express_is_refused_before_the_run_begins(cli, tiny, tmp_path):
     more = ['--config.model.embedding_norm=true', '--config.export.every=4']
     code, error = cli(*tiny.arguments(tmp_path / 'new' / 'run', *more))
     assert code == 78
@@ -351,7 +349,7 @@ def model(block=None, **changes) -> TransformerConfig:
         ('olmo2', dict(pre_norm=False, post_norm=True, qk_norm=True, joint_qk_norm=True)),
     ],
 )
-def test_a_model_of_ours_goes_to_the_first_family_that_has_its_pieces(family, block):
+def test_a_model_goes_to_the_first_family_that_can_express_it(family, block):
     config = model(block)
     hf = write_config(config)
     assert hf['model_type'] == family
@@ -381,12 +379,12 @@ def test_what_each_family_would_lose_is_listed(name, config):
     assert name in lines[0]
 
 
-def test_a_model_that_names_its_family_is_told_what_that_one_lacks():
+def test_a_model_with_a_family_lists_only_what_that_family_would_lose():
     with pytest.raises(ConfigError, match=r'family llama cannot(.|\n)*llama: block\.qk_norm$'):
         write_config(model(dict(qk_norm=True), family='llama'))
 
 
-def test_others_put_bos_in_front_of_a_text_as_we_do(source, tmp_path):
+def test_an_exported_tokenizer_puts_bos_in_front_of_a_text(source, tmp_path):
     written = write(source, tmp_path / 'out') / 'tokenizer.json'
     assert tokenizers.Tokenizer.from_file(str(written)).encode('a').ids == [0, 99]
     assert load_tokenizer(tmp_path / 'out').bos_id == 0

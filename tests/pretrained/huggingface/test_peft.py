@@ -154,7 +154,7 @@ def _by_name(model, adapters):
     return found
 
 
-def test_in_and_out_is_bit_equal(model, tmp_path):
+def test_import_then_export_of_an_adapter_is_bit_equal(model, tmp_path):
     written = model.export(model.adapters, tmp_path / 'out')
     original = load_file(model.directory / peft.WEIGHTS)
     assert written.keys() == original.keys()
@@ -188,7 +188,7 @@ def deltas(tensors, config):
 
 
 @pytest.mark.parametrize('targets', [None, ['attention/q', 'attention/v', 'mlp/down']], ids=str)
-def test_a_fused_module_has_its_parts_as_blocks_once_they_are_trained(phi3, targets, tmp_path):
+def test_a_trained_fused_module_has_its_parts_as_blocks(phi3, targets, tmp_path):
     config = phi3.config
     if targets:
         lora = config.lora.model_copy(update={'targets': targets})
@@ -232,7 +232,7 @@ def test_a_fused_module_has_its_parts_as_blocks_once_they_are_trained(phi3, targ
     assert np.abs(expected - phi3.logits(phi3.adapters)).max() > 0.1
 
 
-def test_modules_of_several_ranks_and_scales_compute_what_peft_says(directory):
+def test_modules_of_several_ranks_and_scales_compute_as_in_peft(directory):
     path = directory / peft.CONFIG
     patterns = {
         'rank_pattern': {'^model.layers.0.self_attn.q_proj': 2, 'q_proj': 3, 'other': 9},
@@ -297,7 +297,7 @@ def load(tmp_path):
     return load
 
 
-def test_a_config_takes_over_what_an_adapter_says(load):
+def test_a_config_takes_rank_alpha_and_targets_from_an_adapter(load):
     path = goldens.DIRECTORY / 'llama3_lora'
     lora = load(f'model.lora.path={path}').model.lora
     assert (lora.rank, lora.alpha, lora.targets) == (4, 8.0, ['attention/q', 'attention/v'])
@@ -307,7 +307,7 @@ def test_a_config_takes_over_what_an_adapter_says(load):
         load(f'model.lora.path={path.parent}')
 
 
-def test_an_adapter_wants_a_model_and_its_export_adapters(load):
+def test_an_adapter_needs_a_model_and_a_peft_export_needs_adapters(load):
     with pytest.raises(ConfigError, match='export.adapters is peft, but model.lora'):
         load('export.adapters=peft')
     path = goldens.DIRECTORY / 'llama3_lora'
@@ -355,7 +355,7 @@ def spoil(directory, change):
     ],
     ids=str,
 )
-def test_what_a_config_of_peft_says_and_we_cannot_is_refused(directory, change, message):
+def test_unsupported_values_in_a_peft_config_are_refused(directory, change, message):
     path = directory / peft.CONFIG
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written | change))
@@ -363,7 +363,7 @@ def test_what_a_config_of_peft_says_and_we_cannot_is_refused(directory, change, 
         peft.describe(directory)
 
 
-def test_files_that_are_not_there_or_damaged_are_named(directory):
+def test_missing_or_damaged_files_are_named(directory):
     weights = directory / peft.WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
@@ -416,7 +416,7 @@ def ones(*shape):
         (lambda t: t.update({Q.format(1, 'B'): ones(32)}), r'lora_B.weight is \[32\], but .* be 4'),
     ],
 )
-def test_adapters_of_other_things_are_refused(directory, change, message):
+def test_adapters_of_unsupported_modules_are_refused(directory, change, message):
     spoil(directory, change)
     with pytest.raises(DataError, match=message):
         peft.describe(directory)

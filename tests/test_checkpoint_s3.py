@@ -83,7 +83,7 @@ def test_killed_twice_a_run_resumes_from_s3_bit_for_bit_even_in_a_new_work_direc
     process = start(tmp_path / 'third', at(place), '--config.model.num_layers=3')
     finish(process, 78)
     said = stderr_of(tmp_path / 'third')
-    assert f'{place} holds a run of another config' in said
+    assert f'{place} holds a run with another config' in said
     assert 'config.model.num_layers: 2 -> 3' in said
     assert not (tmp_path / 'third').exists()
 

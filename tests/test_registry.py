@@ -556,7 +556,7 @@ def test_keys_of_rows_stand_beside_those_of_a_source(beside):
 
 
 def test_code_is_recorded_not_given(beside):
-    sentence = 'config.code: is recorded by a run and cannot be given'
+    sentence = 'config.code: is recorded by the run and cannot be set'
     assert refusal(beside, 'code={}') == f'{sentence} (given by --config.code={{}})'
 
 

@@ -1,5 +1,5 @@
-"""The config of a run: read, checked whole and without jax, compared with an earlier one.
+"""The config of a run: loading it, checking it without importing jax, comparing it on resume.
 
-`load.py` is where it starts; `run.py` says what a config may hold, `checks.py` what must hold
-between its values.
+Start reading at `load.py`. `run.py` declares the groups and keys of a config; `checks.py` holds the
+rules that relate several values.
 """

@@ -1,9 +1,10 @@
-"""What must hold between the values of a run.
+"""Rules that relate several values of a run's config.
 
-A check is given the parts of a run that it reads and a prefix, and yields the problems it finds,
-each with the paths of the values that it comes from. It runs when these parts are sound, whatever
-is wrong with the others. The prefix is where the parts of a phase are: () in a run without a list
-of phases, else ('phases', 1); the mesh, the model and what else belongs to the run are at the root.
+A check takes the parts of a run that it reads and a prefix. It yields the problems that it finds,
+each with the paths of the values that cause it. A check runs as soon as its own parts are valid,
+even if other parts of the config are not. The prefix is the path of the phase: () in a run without
+a list of phases, ('phases', 1) for the second phase. The mesh, the model and everything else that
+belongs to the whole run are at the root.
 """
 
 import dataclasses
@@ -17,19 +18,19 @@ from jaxfm.schema import KeyPath, Problem
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One check, and the parts of a run that it reads: it is given these alone."""
+    """One check, and the names of the parts that it reads. It sees no others."""
 
     reads: tuple[str, ...]
     find: Callable[[SimpleNamespace, KeyPath], Iterable[Problem]]
 
 
 def reads(*names: str):
-    """Makes a Check of a function that reads these parts."""
+    """Decorator: turns a function that reads these parts into a Check."""
     return lambda find: Check(names, find)
 
 
 def find_conflicts(parts: dict) -> list[Problem]:
-    """What is wrong between the values of a run, as far as `parts` has them."""
+    """Runs every check whose values are all in `parts`, and returns the problems."""
     problems = run_checks(RUN_CHECKS, parts)
     given = {name: value for name, value in parts.items() if value is not None}
     if not given.get('phases'):
@@ -40,7 +41,7 @@ def find_conflicts(parts: dict) -> list[Problem]:
 
 
 def run_checks(checks: Iterable[Check], parts: dict, prefix: KeyPath = ()) -> list[Problem]:
-    """What the checks find; one that reads a part which is not there is left out."""
+    """The problems that the checks find; skips a check if `parts` lacks something it reads."""
     problems = []
     for check in checks:
         if all(name in parts for name in check.reads):
@@ -50,7 +51,7 @@ def run_checks(checks: Iterable[Check], parts: dict, prefix: KeyPath = ()) -> li
 
 
 def path_to(keys: str, prefix: KeyPath = ()) -> KeyPath:
-    """'data.batch_size' -> ('data', 'batch_size'), behind a prefix."""
+    """'data.batch_size' -> (*prefix, 'data', 'batch_size')."""
     return (*prefix, *keys.split('.'))
 
 
@@ -59,10 +60,10 @@ def phases_or_one(run, prefix):
     own = {'steps': run.steps, 'data': run.data, 'optimizer': run.optimizer}
     given = [name for name, value in own.items() if value is not None]
     if run.init_from and not run.phases and not given:
-        return  # a model to be used as it is
+        return  # an existing model, to be sampled or exported rather than trained
     for name in own:
         if run.phases and name in given:
-            sentence = f'{name} belongs into a phase, because phases is given'
+            sentence = f'{name} must be set in each phase, because this run lists phases'
             yield Problem(((name,), ('phases',)), sentence)
         elif not run.phases and name not in given:
             yield Problem(((name,),), f'{name} is required and not given')
@@ -75,27 +76,28 @@ def phase_names_differ(run, prefix):
         paths.setdefault(phase.name, []).append(('phases', index, 'name'))
     for name in sorted(paths):
         if len(paths[name]) > 1:
-            sentence = f'phases: {name} is the name of more than one phase'
+            sentence = f'phases: more than one phase is named {name}'
             yield Problem(tuple(paths[name]), sentence)
 
 
 @reads('phases')
 def optimizer_can_be_kept(run, prefix):
-    """Moments fit the parameters and the rules that they were made for."""
+    """Optimizer moments are valid only for the same parameters and the same optimizer."""
     for index, phase in enumerate(run.phases):
         flag = ('phases', index, 'keep_optimizer')
         if not phase.keep_optimizer:
             continue
         if index == 0:
-            yield Problem((flag,), f'{format_path(flag)}: there is no phase before it')
+            yield Problem((flag,), f'{format_path(flag)}: the first phase has no optimizer to keep')
             continue
         for key in ('name', 'frozen', 'moment_dtype'):
             ours, theirs = (getattr(run.phases[i].optimizer, key) for i in (index, index - 1))
             paths = [('phases', i, 'optimizer', key) for i in (index, index - 1)]
             if ours != theirs:
                 sentence = (
-                    f'{format_path(flag)}: {format_path(paths[0])} is not that of the phase '
-                    f'before: {format_value(ours)}, not {format_value(theirs)}'
+                    f'{format_path(flag)} requires the same optimizer as in the phase before, but '
+                    f'{format_path(paths[0])} is {format_value(ours)} and '
+                    f'{format_path(paths[1])} is {format_value(theirs)}'
                 )
                 yield Problem((flag, *paths), sentence)
 
@@ -108,33 +110,33 @@ def evaluators_name_phases(run, prefix):
         path = ('evals', name, 'phase')
         if names and not config.phase:
             sentence = (
-                f'{format_path(path)} is required and not given: whose held-out documents? '
-                f'it is one of {", ".join(names)}'
+                f'{format_path(path)} is required: it names the phase whose held-out documents are '
+                f'used, one of {", ".join(names)}'
             )
             yield Problem((path, ('evals', name, 'name'), ('phases',)), sentence)
         elif config.phase and config.phase not in names:
-            hint = suggest(config.phase, names) or '; this run does not list phases'
+            hint = suggest(config.phase, names) or '; this run lists no phases'
             sentence = f'{format_path(path)}: there is no phase {config.phase}{hint}'
             yield Problem((path, ('phases',), *name_paths), sentence)
 
 
 @reads('model', 'tokenizer')
 def vocabulary_fits(run, prefix):
-    # A tokenizer whose size is known only once it is built is checked then.
+    # Some tokenizers have a known size only once they are built; `run/data.py` checks those.
     size, largest = getattr(run.tokenizer, 'vocab_size', 0), run.model.vocab_size
     if size > largest:
         sentence = (
             f'tokenizer.vocab_size {size} is more than model.vocab_size {largest}: '
             f'{size - largest} tokens would have no embedding'
         )
-        # The name decides the default of the size.
+        # tokenizer.name is listed because it determines the default of tokenizer.vocab_size.
         keys = ('tokenizer.name', 'tokenizer.vocab_size', 'model.vocab_size')
         yield Problem(tuple(map(path_to, keys)), sentence)
 
 
 @reads('model', 'mesh')
 def model_divides(run, prefix):
-    problems = {}  # several blocks may say the same
+    problems = {}  # several blocks may have the same problem
     for name, path, size, axis in _list_splits(run.model):
         ways = getattr(run.mesh, axis.removeprefix('mesh.'))
         if ways != -1 and size % ways:
@@ -145,7 +147,7 @@ def model_divides(run, prefix):
 
 
 def _list_splits(model) -> list[tuple[str, KeyPath, int, str]]:
-    """(name, path, size, axis of the mesh) of all that a mesh splits in a model."""
+    """(name, path, size, mesh axis) of every dimension of the model that a mesh splits."""
     blocks = {
         ('model', 'segments', i, 'pattern', j): block
         for i, segment in enumerate(model.segments)
@@ -166,10 +168,10 @@ def _divide(size: int, ways: int) -> str:
 @reads('model', 'init_from', 'export')
 def adapters_fit(run, prefix):
     if run.model.lora and run.model.lora.path and not run.init_from:
-        sentence = 'model.lora.path is an adapter of a model: init_from must name that one'
+        sentence = 'model.lora.path is an adapter: init_from must name the model it belongs to'
         yield Problem((path_to('model.lora.path'), ('init_from',)), sentence)
     if run.export.adapters == 'peft' and not run.model.lora:
-        sentence = 'export.adapters is peft, but model.lora gives the model no adapters'
+        sentence = 'export.adapters is peft, but the model has no adapters: set model.lora'
         yield Problem((path_to('export.adapters'), path_to('model.lora')), sentence)
 
 
@@ -183,8 +185,8 @@ def completions_fit(run, prefix):
     for path, tokens in wanted.items():
         if tokens >= longest:
             sentence = (
-                f'{format_path(path)} {tokens} leaves no room for a prompt in '
-                f'{format_path(room)} {longest}'
+                f'{format_path(path)} {tokens} must be less than {format_path(room)} {longest}, '
+                'which includes the prompt'
             )
             yield Problem((path, room), sentence)
 
@@ -193,23 +195,23 @@ def completions_fit(run, prefix):
 def export_has_its_name(run, prefix):
     if run.export.every and 'export' in run.evals:
         sentence = (
-            f'evals.export has the name of the export of every export.every {run.export.every} '
-            'steps, which is measured beside the evaluators: give it another one'
+            f'evals.export: with export.every {run.export.every} this name is taken by the '
+            'periodic export; rename the evaluator'
         )
         yield Problem((path_to('evals.export.name'), path_to('export.every')), sentence)
 
 
 @reads('model', 'evals', 'sampling')
 def nothing_is_packed(run, prefix):
-    """Held-out documents stand side by side, and samples read a cache."""
+    """cuDNN attention supports neither packed held-out rows nor a KV cache."""
     readers = [('evals', name, 'name') for name in run.evals]
     if run.sampling.num_samples:
         readers.append(path_to('sampling.num_samples'))
     if readers and run.model.implementations.attention == 'cudnn':
         sentence = (
-            "model.implementations.attention 'cudnn' is right for rows of one document alone: "
-            'evals pack them and samples read a cache; say evals={} and sampling.num_samples=0, '
-            'or mosaic or xla'
+            "model.implementations.attention 'cudnn' supports only rows of one document, but evals "
+            'pack several into a row and sampling uses a KV cache; set evals={} and '
+            'sampling.num_samples=0, or use mosaic or xla'
         )
         yield Problem((path_to('model.implementations.attention'), *readers), sentence)
 
@@ -251,8 +253,8 @@ def rows_are_one_document(run, prefix):
     if run.model.implementations.one_document and run.data.packing != 'none':
         packing = path_to('data.packing', prefix)
         sentence = (
-            'model.implementations.one_document promises rows of one document, '
-            f'{format_path(packing)} is {run.data.packing}: say none'
+            'model.implementations.one_document requires rows of one document, but '
+            f'{format_path(packing)} is {run.data.packing}: set it to none'
         )
         yield Problem((path_to('model.implementations.one_document'), packing), sentence)
 

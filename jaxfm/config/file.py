@@ -1,4 +1,4 @@
-"""The files of a config: the Python file that gives it, and the JSON that a run keeps of it."""
+"""Reading and writing config files: the Python file a user writes, the JSON a run stores."""
 
 import inspect
 import json
@@ -26,7 +26,15 @@ def split_file(config_argument: str) -> tuple[Path, str | None]:
 
 
 def run_file(config_argument: str, problems: list[Problem]) -> dict:
-    """What the file's get_config returns, as plain values; its own faults name their line."""
+    """Calls the file's get_config and returns the result as plain values.
+
+    Values that a config cannot hold are appended to `problems`.
+
+    Raises:
+        MissingInputError, PermissionDeniedError: the file cannot be read.
+        ConfigError: the file fails (the message names the line), takes other arguments, or returns
+            something other than a ConfigDict.
+    """
     path, argument = split_file(config_argument)
     arguments = () if argument is None else (argument,)
     get_config = _find_get_config(path)
@@ -35,14 +43,16 @@ def run_file(config_argument: str, problems: list[Problem]) -> dict:
     except TypeError:
         wrong = 'needs an argument' if argument is None else f'takes no argument, got {argument!r}'
         right = f'{path}:ARG' if argument is None else str(path)
-        raise ConfigError(f'{path}: its get_config {wrong}; write --config={right}') from None
+        raise ConfigError(f'{path}: get_config {wrong}; use --config={right}') from None
     try:
         values = make_plain(get_config(*arguments), (), problems)
     except Exception as error:
         called = '' if argument is None else f' (with the argument {argument!r})'
         raise ConfigError(locate_error(error, path) + called) from None
     if not isinstance(values, dict):
-        raise ConfigError(f'{path}: get_config returns {format_value(values)}, not a ConfigDict')
+        raise ConfigError(
+            f'{path}: get_config must return a ConfigDict, it returned {format_value(values)}'
+        )
     return values
 
 
@@ -56,7 +66,7 @@ def _find_get_config(path: Path) -> Callable:
         raise ConfigError(locate_error(error, path)) from None
     get_config = namespace.get('get_config')
     if not callable(get_config):
-        raise ConfigError(f'{path}: has no function get_config(), which returns the config')
+        raise ConfigError(f'{path}: must define get_config(), a function that returns the config')
     return get_config
 
 
@@ -64,12 +74,12 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except PermissionError:
-        raise PermissionDeniedError(f'{path}: this config file may not be read') from None
+        raise PermissionDeniedError(f'{path}: no permission to read this config file') from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if not path.parent.is_dir():
             raise MissingInputError(f'{path}: there is no directory {path.parent}') from None
         names = sorted(other.name for other in path.parent.glob('*.py'))
-        hint = suggest(path.name, names) or '; there is no .py file beside it'
+        hint = suggest(path.name, names) or '; there are no .py files in that directory'
         raise MissingInputError(f'{path}: no such config file{hint}') from None
 
 
@@ -80,7 +90,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_json(path: str | os.PathLike) -> dict:
     try:
-        with explain_damage(f'{path}: not a config in JSON'):
+        with explain_damage(f'{path}: not a JSON config'):
             return json.loads(Path(path).read_text('utf-8'))
     except FileNotFoundError:
         raise MissingInputError(f'{path}: no such file') from None

@@ -1,6 +1,7 @@
-"""What a config takes over from the model that `init_from` names, and from adapters.
+"""What a config inherits from the model that `init_from` names, and from an adapter.
 
-A run keeps it in its work directory, so that it can go on when the others are gone.
+A run stores the inherited values in its work directory, so it can resume after the model or the
+adapter has been deleted.
 """
 
 import json
@@ -12,10 +13,10 @@ from jaxfm.config.validation import format_value
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.storage.files import explain_errors
 
-# {place in the config: {what it names: what that said of itself}}, in the work directory.
+# A file in the work directory: {config key: {name of the model or adapter: its values}}.
 INHERITED = 'inherited.json'
 
-# What of `model` says how it is trained and run, not what it is.
+# Keys of `model` that say how the model is trained and run, not what its architecture is.
 _NOT_INHERITED = (
     *('name', 'scan', 'remat', 'param_dtype', 'compute_dtype', 'gradient_reduce_dtype', 'lora'),
     *('implementations', 'matmul_dtype'),
@@ -23,10 +24,10 @@ _NOT_INHERITED = (
 
 
 def remove_inherited(values: dict) -> dict:
-    """Takes out of a file's values what the model of `init_from` decides -> its tokenizer.
+    """Removes from a file's values what the model of `init_from` decides; returns its tokenizer.
 
-    So any config can start from any model. What the command line says later is said of the
-    inherited values, not of those of the file, nor of defaults.
+    This lets any config start from any model. Command-line overrides are applied later, on top of
+    the inherited values rather than of the file's values or the defaults.
     """
     model, tokenizer = values.get('model'), values.get('tokenizer') or {}
     if isinstance(model, dict):
@@ -37,24 +38,26 @@ def remove_inherited(values: dict) -> dict:
 
 
 def inherit(values: dict, inherited: dict, tokenizer: dict | None) -> None:
-    """Fills in what the model and the adapter that a config names say of themselves.
+    """Fills in the values that the named model and adapter specify about themselves.
 
-    inherited: what they said when the run began, if it has.
-    tokenizer: that of the file, for a model that brings none.
+    Args:
+        inherited: the values stored when the run began, {} for a new run.
+        tokenizer: the config file's tokenizer, used if the model comes without one.
 
     Raises:
-        ConfigError: the config says something else of them.
-        MissingInputError, DataError: there is none, or it is not one that we read.
+        ConfigError: the config contradicts them.
+        MissingInputError, DataError: the model or adapter does not exist or has a format that jaxfm
+            does not read.
     """
     if isinstance(values.get('init_from'), str) and values['init_from']:
         _inherit_model(values, inherited, tokenizer)
     elif 'init_from' in values and 'model' not in values:
-        raise ConfigError('config.init_from is empty: which model? --config.init_from=PATH')
+        raise ConfigError('config.init_from is empty: name a model with --config.init_from=PATH')
     _inherit_adapter(values, inherited)
 
 
 def _inherit_model(values: dict, inherited: dict, tokenizer: dict) -> None:
-    """Fills in what the model that `init_from` names says of itself, where `values` does not."""
+    """Fills in the values of the model that `init_from` names, where `values` has none."""
     earlier = _describe('init_from', values['init_from'], inherited, values.get('checkpoint'))
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
@@ -63,7 +66,7 @@ def _inherit_model(values: dict, inherited: dict, tokenizer: dict) -> None:
     values['tokenizer'] = values['tokenizer'] or tokenizer
     if not values['tokenizer']:
         raise ConfigError(
-            'config.tokenizer is required: the model of init_from brings none; '
+            'config.tokenizer is required, because the model of init_from comes without one; give '
             '--config.tokenizer.name=file --config.tokenizer.path=PATH'
         )
     if earlier['model'].get('lora'):
@@ -71,7 +74,7 @@ def _inherit_model(values: dict, inherited: dict, tokenizer: dict) -> None:
 
 
 def _merge(theirs: dict, ours: dict) -> dict:
-    """Ours over theirs, group by group."""
+    """Merges recursively; ours wins. `lora` is taken whole."""
     merged = theirs | ours
     for key in theirs.keys() & ours.keys():
         if isinstance(theirs[key], dict) and isinstance(ours[key], dict) and key != 'lora':
@@ -80,10 +83,10 @@ def _merge(theirs: dict, ours: dict) -> dict:
 
 
 def _inherit_adapter(values: dict, inherited: dict) -> None:
-    """Fills in what the adapter that `model.lora.path` names says of itself.
+    """Fills in the values of the adapter that `model.lora.path` names.
 
     Raises:
-        ConfigError: the config says something else of it.
+        ConfigError: the config contradicts the adapter.
     """
     model = values.get('model')
     lora = model.get('lora') if isinstance(model, dict) else None
@@ -94,65 +97,71 @@ def _inherit_adapter(values: dict, inherited: dict) -> None:
     for key, value in theirs.items():
         if lora.get(key, value) != value:
             raise ConfigError(
-                f'config.model.lora.{key}: is {format_value(lora[key])}, but that of the adapter '
-                f'in {path} is {format_value(value)}: leave it out'
+                f'config.model.lora.{key} is {format_value(lora[key])}, but the adapter in {path} '
+                f'has {format_value(value)}: leave this key out'
             )
     model['lora'] = lora | theirs
 
 
 def _keep_adapters(model: dict, earlier: dict) -> None:
-    """Adapters that a run starts from stay as they are, unless it says None: then none are left.
+    """Keeps the adapters of the model a run starts from; `lora=None` merges them instead.
 
     Raises:
-        ConfigError: it wants others.
+        ConfigError: the config asks for different adapters.
     """
     given = model.get('lora')
     if not isinstance(given, dict):
         return
-    kept = earlier | {'path': ''}  # where they came from once
+    kept = earlier | {'path': ''}  # the earlier run's own source of its adapters
     differ = [key for key in given if given != earlier and given[key] != kept.get(key)]
     if differ:
         has = ', '.join(f'{key} {format_value(value)}' for key, value in kept.items() if value)
         raise ConfigError(
-            f'config.model.lora: the model of init_from has adapters already ({has}), which cannot '
-            f'have another {differ[0]}: leave it out to train them further, or give '
-            '--config.model.lora=None, which merges them into the weights'
+            f'config.model.lora.{differ[0]} cannot change: the model of init_from already has '
+            f'adapters ({has}). Leave model.lora out to train them further, or give '
+            '--config.model.lora=None to merge them into the weights'
         )
     model['lora'] = kept
 
 
 def _describe(place: str, name: str, inherited: dict, checkpoint=None) -> dict:
-    """What that which `place` of a config names says of itself, or said when the run began.
+    """The values of the model or adapter `name`: as stored when the run began, else read now.
+
+    Args:
+        place: the config key that holds the name, 'init_from' or 'model.lora.path'.
+        name: the path or hub id given there.
+        checkpoint: the config's checkpoint group, to word the hint.
 
     Raises:
-        MissingInputError, DataError: there is none, or it is not one that we read.
+        MissingInputError, DataError: it does not exist or has a format that jaxfm does not read.
     """
     if name in inherited.get(place, {}):
         return inherited[place][name]
     read = _describe_model if place == 'init_from' else _describe_adapter
-    # An OSError: not even a name that the system can look for.
+    # OSError: for example a name too long for the file system.
     with explain_errors(f'config.{place}: {name} cannot be read', MissingInputError):
         try:
             return read(name)
         except MissingInputError as error:
             elsewhere = checkpoint.get('directory') if isinstance(checkpoint, dict) else ''
-            hint = f'; a run in {elsewhere} goes on without it '
-            hint += 'only in the work directory it began in'
+            hint = f'; the run in {elsewhere} can resume without it only in the work directory '
+            hint += 'where it began'
             raise MissingInputError(f'config.{place}: {error}{hint if elsewhere else ""}') from None
         except DataError as error:
             raise DataError(f'config.{place}: {error}') from None
 
 
 def _describe_adapter(path: str) -> dict:
-    # numpy and safetensors, for those alone who need them
+    # Imported here: it pulls in numpy and safetensors, which most configs do not need.
     from jaxfm.pretrained.huggingface import peft
 
     return peft.describe(path)
 
 
 def _describe_model(init_from: str) -> dict:
-    """{group: values} of a model that exists: of a run of ours, or from outside."""
-    from jaxfm.pretrained import locate  # numpy and safetensors, for those alone who need them
+    """{group: values} of an existing model: a jaxfm run or a pretrained model."""
+    # Imported here: it pulls in numpy and safetensors, which most configs do not need.
+    from jaxfm.pretrained import locate
 
     directory = Path(init_from).expanduser()
     if not locate.is_run(directory):
@@ -167,10 +176,10 @@ def _describe_model(init_from: str) -> dict:
 
 
 def write_inherited(config: RunConfig, workdir: Path) -> None:
-    """Keeps what a run has inherited; call it before `write_config`, by which a run begins.
+    """Stores what a run has inherited. Call it before `write_config`, which marks the run as begun.
 
-    So a run that has begun does not need the others any more, and what becomes of them does not
-    matter to it.
+    From then on the run does not depend on the original model and adapter: they may change or
+    disappear.
     """
     known, lora = read_inherited(workdir), config.model.lora
     names = {'init_from': config.init_from, 'model.lora.path': lora.path if lora else ''}
@@ -182,7 +191,7 @@ def write_inherited(config: RunConfig, workdir: Path) -> None:
 
 
 def read_inherited(workdir: Path | None) -> dict:
-    """What the run in a work directory has inherited; nothing where none has begun."""
+    """What the run in a work directory has inherited; {} if no run has begun there."""
     if workdir is None or not (workdir / 'config.json').exists():
         return {}
     return read_json(workdir / INHERITED) if (workdir / INHERITED).exists() else {}

@@ -1,7 +1,7 @@
-"""Reads a run's config from a file and a command line, and the one that a run has written.
+"""Loads a run's config from a file and a command line, or from a run's config.json.
 
-`load_config` runs the file's `get_config`, applies the `--config.*` overrides and reports every
-mistake at once, in under 2 s and without jax. `run.py` says what a config may hold.
+`load_config` runs the file's `get_config`, applies the `--config.*` overrides and reports all
+mistakes at once, in under 2 s and without importing jax. `run.py` declares the keys of a config.
 """
 
 import json
@@ -27,13 +27,13 @@ from jaxfm.schema import Group, Problem
 
 
 def split_arguments(argv: Iterable[str]) -> tuple[str | None, list[str], list[str]]:
-    """Takes what concerns the config out of a command line.
+    """Separates the config arguments of a command line from all others.
 
     Returns:
         The argument of `--config`, or None; the overrides, as 'a.b=value'; all other arguments.
 
     Raises:
-        UsageError: a flag without its value, or two configs.
+        UsageError: a flag has no value, or --config is given twice.
     """
     config_argument, overrides, rest = None, [], []
     arguments = iter(argv)
@@ -62,13 +62,14 @@ def load_config(
     schema: type[Group] = RunConfig,
     workdir: Path | None = None,
 ):
-    """The resolved config of `FILE[:ARG]` and the overrides of `split_arguments`.
+    """Resolves the config `FILE[:ARG]` with the overrides that `split_arguments` returned.
 
-    workdir: a run that has begun there inherits what it did then.
+    Args:
+        workdir: a run that has begun there keeps the values it inherited when it began.
 
     Raises:
-        MissingInputError: there is no such file.
-        ConfigError: everything that is wrong, one line each, with where the value came from.
+        MissingInputError: the file, or a model or adapter that the config names, does not exist.
+        ConfigError: every mistake, one line each, with the source of the value.
     """
     problems, overrides = [], list(overrides)
     search_beside(split_file(config_argument)[0].parent)
@@ -85,9 +86,9 @@ def load_config(
 
 
 def _record_code(values: dict, problems: list[Problem]) -> None:
-    """Puts into `values` what they name of code that is not jaxfm's."""
+    """Adds to `values` the path and digest of each module outside jaxfm that they name."""
     if 'code' in values:
-        problems.append(Problem.at(('code',), 'is recorded by a run and cannot be given'))
+        problems.append(Problem.at(('code',), 'is recorded by the run and cannot be set'))
     try:
         code = find_code(values)
     except ConfigError as error:
@@ -98,7 +99,7 @@ def _record_code(values: dict, problems: list[Problem]) -> None:
 
 
 def _apply_overrides(values: dict, overrides: list[str], schema) -> tuple[list[Override], list]:
-    """Puts the overrides into `values` -> those that fit, and a line for each that does not."""
+    """Applies the overrides to `values`; returns those that fit, and an error line per other."""
     given, refusals = [], []
     for text in overrides:
         try:
@@ -111,7 +112,7 @@ def _apply_overrides(values: dict, overrides: list[str], schema) -> tuple[list[O
 
 
 def _resolve(schema, values: dict, origin: str, problems=(), given=(), refusals=()):
-    """The checked group. Raises ConfigError with the refusals and a line for every problem."""
+    """Validates the values. Raises ConfigError with the refusals and one line per problem."""
     config, found = validate(schema, values)
     known = {problem.place for problem in problems}
     problems = [*problems, *(problem for problem in found if problem.place not in known)]
@@ -140,7 +141,7 @@ def format_config(config: Group) -> str:
 
 
 def write_config(config: Group, path: str | os.PathLike) -> None:
-    """Writes the resolved config whole or not at all.
+    """Writes the resolved config atomically.
 
     Raises:
         StorageError, PermissionDeniedError: it cannot be written.
@@ -152,9 +153,9 @@ def read_config(path: str | os.PathLike, schema: type[Group] = RunConfig):
     """The config that `write_config` wrote.
 
     Raises:
-        MissingInputError: there is none.
+        MissingInputError: the file does not exist.
         DataError: the file is not JSON.
-        ConfigError: it says something that this version does not know.
+        ConfigError: the config is not valid in this version of jaxfm.
     """
     values = read_json(path)
     if schema is RunConfig:
@@ -163,5 +164,5 @@ def read_config(path: str | os.PathLike, schema: type[Group] = RunConfig):
 
 
 def make_config(values: dict, where: str, schema: type[Group] = RunConfig):
-    """The config whose JSON was kept somewhere. Raises ConfigError as `read_config` does."""
+    """Validates values loaded from JSON; `where` names their source. Raises ConfigError."""
     return _resolve(schema, values, where)

@@ -1,8 +1,8 @@
-"""Values given on the command line (`--config.a.b[0].c=value`): where they go and what they mean.
+"""Command-line overrides (`--config.a.b[0].c=value`): parsing them and applying them.
 
-The schema decides how a text is read: a text key takes it as it is, everything else as a Python
-literal. Groups that the file leaves to their defaults are filled in on the way, so one key of them
-can be changed.
+The schema decides how a value is parsed: a text key takes the text as it is, any other key takes a
+Python literal. If the config file leaves a group at its default, the default is filled in first, so
+that an override can change a single key of it.
 """
 
 import ast
@@ -27,7 +27,7 @@ _WORDS = {'true': True, 'false': False, 'none': None, 'null': None}
 
 @dataclasses.dataclass(frozen=True)
 class Override:
-    """One value for one place; `given` is how a person wrote it."""
+    """One value for one key; `given` is the override as the user typed it."""
 
     path: KeyPath
     text: str
@@ -38,7 +38,7 @@ def parse_override(given: str) -> Override:
     """'a.b[0].c=3' -> path and text.
 
     Raises:
-        ConfigError: the path cannot be read.
+        ConfigError: the path is malformed.
     """
     place, _, text = given.partition('=')
     path, position, rest = [], 0, '.' + place
@@ -47,15 +47,15 @@ def parse_override(given: str) -> Override:
         path.append(int(index) if index else name or key)
         position = match.end()
     if position < len(rest):
-        raise ConfigError(f"config.{place}: not a place in a config; write a.b, a[0].b or a['b.c']")
+        raise ConfigError(f"config.{place}: malformed path; write a.b, a[0].b or a['b.c']")
     return Override(tuple(path), text, given)
 
 
 def apply_override(values: dict, override: Override, schema: type[Group]) -> None:
-    """Puts the override's value into `values`, where the schema may not be met yet.
+    """Sets the override's value in `values`, which need not satisfy the schema yet.
 
     Raises:
-        ConfigError: there is no such place: an index past the end, a key of something without keys.
+        ConfigError: the path leads nowhere: an index past the end, a key of something without keys.
     """
     container, kinds = values, [schema]
     for position, part in enumerate(override.path):
@@ -71,7 +71,7 @@ def apply_override(values: dict, override: Override, schema: type[Group]) -> Non
 
 
 def find_sources(problem: Problem, overrides: list[Override]) -> list[Override]:
-    """The overrides that gave the values a problem comes from, in the order they were given in."""
+    """The overrides that set the values behind a problem, in the order they were given."""
     sources = {id(one) for path in problem.paths for one in _find_touching(path, overrides)}
     return [override for override in overrides if id(override) in sources]
 
@@ -80,19 +80,19 @@ def _find_touching(path: KeyPath, overrides: list[Override]) -> list[Override]:
     sources = []
     for override in overrides:
         if override.path == path[: len(override.path)]:
-            sources = [override]  # it replaces what those before it have given
+            sources = [override]  # it replaces all that earlier overrides set there
         elif _touches(override.path, path):
             sources.append(override)
     return sources
 
 
 def _touches(inner: KeyPath, path: KeyPath) -> bool:
-    """Whether `inner` is inside `path`, but not inside an entry of a list: the list stays then."""
+    """Whether `inner` lies inside `path`. An entry of the list at `path` does not count."""
     return inner[: len(path)] == path and not isinstance(inner[len(path)], int)
 
 
 def read_value(text: str, kinds: list):
-    """The value a text stands for where one of the types `kinds` is wanted."""
+    """Parses a text as one of the types `kinds`."""
     wanted = [kind for kind in kinds if kind is not types.NoneType]
     if wanted and all(_is_text(kind) for kind in wanted):
         return None if text == 'None' and len(wanted) < len(kinds) else text
@@ -101,11 +101,11 @@ def read_value(text: str, kinds: list):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return text  # the schema says what is wanted instead
+        return text  # validation reports the expected type
 
 
 def make_plain(value, path: tuple, problems: list[Problem]):
-    """ConfigDicts, tuples and the like -> what JSON can hold; anything else becomes a problem."""
+    """Converts ConfigDicts, tuples and so on to JSON values; appends what it cannot convert."""
     if hasattr(value, 'items'):
         items = {str(key): inner for key, inner in value.items()}
         return {key: make_plain(inner, (*path, key), problems) for key, inner in items.items()}
@@ -133,11 +133,11 @@ def _is_text(kind) -> bool:
 
 
 def _choose(kinds: list, container) -> list:
-    """The alternative that the `name` in the container selects; all while it selects none."""
+    """The schema that the container's `name` selects; all of `kinds` if it selects none."""
     name = container.get('name') if isinstance(container, dict) else None
     for choice in kinds:
         if isinstance(choice, OneOf) and choice.registry.takes(name):
-            with contextlib.suppress(ConfigError):  # which the check of the whole tells
+            with contextlib.suppress(ConfigError):  # validation of the whole config reports it
                 return [choice.registry.find(name).schema]
     return kinds
 
@@ -152,14 +152,14 @@ def _check_holds(container, part, path) -> None:
         held = f'entries 0 to {len(container) - 1}' if container else 'no entries'
         raise ConfigError(f'{place}[{part}]: the list has {held}')
     if isinstance(container, list):
-        raise ConfigError(f'{place}: is a list of {len(container)}; write {place}[0].{part}')
+        raise ConfigError(f'{place} is a list of {len(container)} entries; write {place}[0].{part}')
     if isinstance(container, dict):
-        raise ConfigError(f'{place}: is a group of keys, not a list; there is no [{part}]')
-    raise ConfigError(f'{place}: is {format_value(container)}, there is nothing inside it')
+        raise ConfigError(f'{place} is a group of keys, not a list; there is no [{part}]')
+    raise ConfigError(f'{place} is {format_value(container)}, which has no keys')
 
 
 def _find_default(kinds: list, part: str):
-    """The values a group would have if nobody named it, to change one of them."""
+    """The default value of `part`, so that an override can change a single key of it."""
     for kind in kinds:
         if is_group(kind) and part in kind.model_fields:
             default = kind.model_fields[part].get_default(call_default_factory=True)
@@ -169,8 +169,11 @@ def _find_default(kinds: list, part: str):
 
 
 def _dump_default(default):
-    """A default as JSON; of a group its name and what is not as in every group of that name, so
-    that another name may still be given."""
+    """A default as JSON values.
+
+    Of a group, only its name and the values that differ from the defaults of its class, so that
+    another override may still select another name.
+    """
     if not isinstance(default, pydantic.BaseModel):
         return pydantic_core.to_jsonable_python(default)
     name = {'name': default.name} if list_names(type(default)) else {}

@@ -1,8 +1,9 @@
-"""What a resumed run may change of its config, and what differs.
+"""Which config values a resumed run may change, and which ones have changed.
 
-Three kinds of values. FREE_ON_RESUME say where a run works and what is watched, not what it learns:
-they may change. The model may not, because the weights are those of the old one. Everything else
-(steps too: the schedule hangs on them) changes what is learned and must be allowed by name.
+There are three kinds of values. Those in FREE_ON_RESUME affect where a run works and what it
+reports, not what it learns: they may change. The model may not change, because the saved weights
+belong to the old one. Everything else changes what is learned, including `steps`, which the
+schedule depends on; such a change must be allowed by name.
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ FREE_ON_RESUME = (
     'checkpoint.lease_seconds',
     'checkpoint.local',
     'model.remat',  # recomputation: memory and time only
-    'model.implementations',  # the same numbers but for rounding
+    'model.implementations',  # the same results up to rounding
 )
 FIXED = 'model'
 ABSENT = '(absent)'
@@ -35,9 +36,9 @@ Change = tuple[str, object, object]
 
 
 def find_changes(old: Group, new: Group) -> list[Change]:
-    """Every value that differs; ABSENT stands for a key that one of the two does not have."""
+    """Every value that differs; ABSENT marks a key that one of the two configs lacks."""
     old, new = _list_leaves(old.model_dump(), ()), _list_leaves(new.model_dump(), ())
-    paths = [path for path in {**old, **new} if path != ('code',)]  # without any
+    paths = [path for path in {**old, **new} if path != ('code',)]  # an empty `code` group
     pairs = [(path, old.get(path, ABSENT), new.get(path, ABSENT)) for path in paths]
     return [(format_path(path), before, after) for path, before, after in pairs if before != after]
 
@@ -49,15 +50,16 @@ def check_resume(
     place: str = 'this work directory',
     elsewhere: str = '--workdir',
 ) -> list[Change]:
-    """Raises ConfigError unless a run of `old` may go on as `new`; returns what differs.
+    """Checks that a run of config `old` may resume with config `new`; returns the differences.
 
     Args:
         allow: top-level names of the config that may change (`--allow_change=optimizer,data`).
-        place: what holds the run of `old`. elsewhere: the flag that names another such place.
+        place: where the run of `old` is stored, for the message.
+        elsewhere: the flag that selects another place for a new run, for the message.
 
     Raises:
-        UsageError: `allow` has a name that nobody may allow, or that is none.
-        ConfigError: the difference, and what can be done about it.
+        UsageError: `allow` contains `model`, or a name that is not in the config.
+        ConfigError: values differ that may not; the message lists them and says what to do.
     """
     allow = set(allow)
     for name in sorted(allow):
@@ -70,17 +72,17 @@ def check_resume(
         return changes
     lines = [f'  config.{path}: {format_value(a)} -> {format_value(b)}' for path, a, b in refused]
     raise ConfigError(
-        '\n'.join([f'{place} holds a run of another config:', *lines, _advise(bound, elsewhere)])
+        '\n'.join([f'{place} holds a run with another config:', *lines, _advise(bound, elsewhere)])
     )
 
 
 def _advise(changes: list[Change], elsewhere: str) -> str:
     groups = sorted({_find_group(path) for path, *_ in changes})
     if FIXED in groups:
-        return f'the {FIXED} of a run cannot change; for a new run give another {elsewhere}'
+        return f'the {FIXED} of a run cannot change; to start a new run give another {elsewhere}'
     return (
-        f'to go on with this change give --allow_change={",".join(groups)}; '
-        f'for a new run give another {elsewhere}'
+        f'to resume with these changes give --allow_change={",".join(groups)}; '
+        f'to start a new run give another {elsewhere}'
     )
 
 
@@ -97,14 +99,15 @@ def _find_group(path: str) -> str:
 
 
 def _find_bound_code(config: Group) -> set[str]:
-    """The paths of classes that a config names where it may not change."""
+    """The `module:Class` names in the keys that a resumed run may not change."""
     leaves = _list_leaves(config.model_dump(), ()).items()
     named = {path: value for path, value in leaves if path[-1] == 'name' and is_path(value)}
     return {value for path, value in named.items() if not _is_free(format_path(path))}
 
 
 def _is_free(path: str, bound_code: Iterable[str] = ()) -> bool:
-    if path.startswith('code.'):  # the same code may be elsewhere, and what is free may change
+    # A module may have moved. Its contents may change only if a key in FREE_ON_RESUME names it.
+    if path.startswith('code.'):
         name, _, key = path.removeprefix('code.').rpartition('.')
         return key == 'path' or name not in bound_code
     return any(path == free or path.startswith(free + '.') for free in FREE_ON_RESUME)

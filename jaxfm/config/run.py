@@ -1,7 +1,7 @@
-"""What the config of a run may say; `checks.py` says what must hold between its values.
+"""The schema of a run's config; `checks.py` holds the rules that relate several values.
 
-The groups of the mesh, of a phase and of the run itself stand here; those of the rooms stand in the
-rooms.
+This file declares the groups of the mesh, of a phase and of the run itself. Every other group is
+declared in the `__init__.py` of the package that uses it.
 """
 
 from typing import Annotated
@@ -33,7 +33,7 @@ def _check_axis(size: int) -> int:
 
 def _check_unused(size: int) -> int:
     if size != 1:
-        raise ValueError(f'must be 1: nothing is split along this axis yet, got {size}')
+        raise ValueError(f'must be 1, because nothing is sharded over this axis yet, got {size}')
     return size
 
 
@@ -42,27 +42,27 @@ UnusedAxis = Annotated[int, pydantic.AfterValidator(_check_unused)]
 
 
 class MeshConfig(Group):
-    """How many ways each axis of the mesh splits; -1, on one axis at most: all the rest."""
+    """The size of each mesh axis. At most one may be -1: it takes all remaining devices."""
 
-    replica: Axis = 1  # copies of the weights, over the slow network
-    fsdp: Axis = -1  # weights and optimizer state stored in shards
+    replica: Axis = 1  # full copies of the weights, across the slow network
+    fsdp: Axis = -1  # shards of weights and optimizer state
     expert: UnusedAxis = 1
     context: UnusedAxis = 1
-    tensor: Axis = 1  # heads and MLP split inside a layer, over the fastest links
+    tensor: Axis = 1  # splits heads and MLP inside a layer, across the fastest links
 
     @pydantic.model_validator(mode='after')
     def _check(self):
         free = [axis for axis, size in self if size == -1]
         if len(free) > 1:
             sentence = (
-                f'{" and ".join(free)} are -1; one axis at most can take all remaining devices'
+                f'{" and ".join(free)} are -1; at most one axis can take all remaining devices'
             )
             raise ConflictError(Problem(tuple((axis,) for axis in free), sentence))
         return self
 
 
 class CodeConfig(Group):
-    """The file of a class that a config names by its path, as it was when the config was read."""
+    """The file behind a `module:Class` name, and its digest when the config was read."""
 
     path: str
     sha256: str
@@ -71,42 +71,44 @@ class CodeConfig(Group):
 class PhaseConfig(Group):
     """A stretch of a run with its own data, objective, optimizer and steps."""
 
-    name: str = Field(pattern=r'^[A-Za-z]\w*$')  # in metrics and messages
+    name: str = Field(pattern=r'^[A-Za-z]\w*$')  # appears in metrics and messages
     steps: int = Field(ge=0)
     data: DataConfig
     objective: one_of(OBJECTIVES) = NextTokenConfig()
     optimizer: one_of(OPTIMIZERS)
-    # A phase starts with the weights of the one before and a new optimizer, unless it says so.
+    # False: take over only the weights of the previous phase. True: its optimizer state as well.
     keep_optimizer: bool = False
 
 
 class RunConfig(Group):
-    """One run, resolved: every value that decides what it does.
+    """The resolved config of a run: every value that affects it.
 
-    Most runs have one phase, given by steps, data, objective and optimizer; others list phases. One
-    that has neither uses the model of `init_from` and cannot train.
+    Most runs have one phase, given by steps, data, objective and optimizer. A run may list several
+    in `phases` instead. A run with neither uses the model of `init_from` and cannot train.
     """
 
     seed: int = Field(0, ge=0, lt=2**32)
-    # Whose weights this run starts from: the work directory of a run, a directory in Hugging Face's
-    # layout, a .gguf file, or a model on the hub. The architecture and a tokenizer that would be
-    # trained come from there, whatever this file says; so do `sampling.stop_ids` and
-    # `export.dtype` unless it says them.
+    # The model this run starts from: the work directory of a run, a directory in Hugging Face's
+    # layout, a .gguf file, or a model on the hub. The architecture comes from that model, even if
+    # the config file describes another one; so does the tokenizer, unless the config file sets
+    # tokenizer.name='file'; so do `sampling.stop_ids` and `export.dtype`, unless the config sets
+    # them.
     init_from: str = ''
     model: one_of(MODELS)
     tokenizer: one_of(TOKENIZERS) = BPEConfig()
-    steps: Annotated[int, Field(ge=0)] | None = None  # 0 is evaluate only
+    steps: Annotated[int, Field(ge=0)] | None = None  # 0: evaluate only
     data: DataConfig | None = None
     objective: one_of(OBJECTIVES) = NextTokenConfig()
     optimizer: one_of(OPTIMIZERS) | None = None
     phases: list[PhaseConfig] = []
     mesh: MeshConfig = MeshConfig()
-    evals: dict[str, one_of(EVALUATORS)] = {}  # by the name their metrics carry
+    evals: dict[str, one_of(EVALUATORS)] = {}  # the key appears in metric names
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     export: ExportConfig = ExportConfig()
-    # {module:Class: where it is and what it is} of what is not jaxfm's; recorded, not given.
+    # {module:Class: its file and digest} of classes outside jaxfm. The run records it; users cannot
+    # set it.
     code: dict[str, CodeConfig] = Field({}, json_schema_extra={'recorded': True})
 
     @classmethod
@@ -115,7 +117,7 @@ class RunConfig(Group):
 
     @property
     def all_phases(self) -> list[PhaseConfig]:
-        """The phases; those of a run that lists none are one, without a name, or none at all."""
+        """The listed phases; else the single, unnamed phase; else [] (a run that cannot train)."""
         if self.steps is None and not self.phases:
             return []
         one = {name: getattr(self, name) for name in ('steps', 'data', 'objective', 'optimizer')}
@@ -123,12 +125,12 @@ class RunConfig(Group):
 
     @property
     def total_steps(self) -> int:
-        """Steps of all phases."""
+        """The steps of all phases together."""
         return sum(phase.steps for phase in self.all_phases)
 
 
 class OriginConfig(Group):
-    """What of an earlier run's config another run needs to start from its weights."""
+    """The part of an earlier run's config that a run needs in order to start from its weights."""
 
     model_config = pydantic.ConfigDict(extra='ignore')
 
@@ -138,10 +140,10 @@ class OriginConfig(Group):
 
 
 def check_on_mesh(config: RunConfig, sizes: dict[str, int]) -> None:
-    """The checks between groups once more, with the mesh of the devices that are really there.
+    """Repeats the checks between groups with the mesh sizes of the devices that are present.
 
     Raises:
-        ConfigError: what does not divide, with the arithmetic.
+        ConfigError: a size is not divisible; the message shows the arithmetic.
     """
     parts = dict(config) | {'mesh': config.mesh.model_copy(update=sizes)}
     problems = config.find_conflicts(parts)

@@ -1,8 +1,8 @@
-"""Checks plain values against the schema of a group and says in sentences all that is wrong.
+"""Validates plain values against the schema of a group and explains every problem in a sentence.
 
-Values are what JSON can hold, and are checked as JSON, so that a config from a file, from the
-command line and from a run's config.json are the same thing. Pydantic finds the faults; here they
-get their place in the config, a sentence and the nearest right name.
+Values are validated as JSON, so configs from a file, from the command line and from a run's
+config.json are treated alike. Pydantic finds the errors; this file adds their path in the config, a
+readable sentence and the closest valid name.
 """
 
 import copy
@@ -18,11 +18,11 @@ from jaxfm.schema import ConflictError, Group, Problem
 
 
 def validate(schema: type[Group], values: dict) -> tuple[Group | None, list[Problem]]:
-    """The checked group, or None and every problem.
+    """Returns the validated group and [], or None and every problem.
 
-    Pydantic skips the checks between values of a group as soon as one of its keys is wrong. So
-    unknown keys are taken away for a second look, and the checks between groups (`find_conflicts`
-    of the schema) run on those that are sound.
+    Pydantic skips the checks between the values of a group as soon as one of its keys is wrong.
+    Therefore this removes unknown keys and validates a second time, then runs the schema's
+    `find_conflicts` on the groups that are valid.
     """
     group, problems = _parse(schema, values)
     unknown = [p.place for p in problems if p.is_unknown_key]
@@ -36,7 +36,7 @@ def validate(schema: type[Group], values: dict) -> tuple[Group | None, list[Prob
 
 
 def suggest(name: str, names, owner: str = 'there is') -> str:
-    """'; did you mean X?' when one of the names is close, else the list of what `owner` has."""
+    """'; did you mean X?' if one of the names is close, else '; OWNER X, Y, Z'."""
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, 1)
     if close:
@@ -45,9 +45,10 @@ def suggest(name: str, names, owner: str = 'there is') -> str:
 
 
 def find_kinds(annotation, metadata=()) -> list:
-    """The plain types an annotation allows: unions are opened, metadata dropped.
+    """The plain types an annotation allows: unions are expanded, metadata is dropped.
 
-    Of a group that its name selects: the schemas that are known, and the OneOf that knows others.
+    For a group that is selected by its name: the registered schemas, then the OneOf itself, which
+    can find the schemas of classes outside jaxfm.
     """
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
@@ -62,9 +63,9 @@ def find_kinds(annotation, metadata=()) -> list:
 
 
 def select_kinds(kinds: list, part: str | int) -> list | None:
-    """The types of what a key or index selects from any of `kinds`.
+    """The types of the value that a key or index selects from any of `kinds`.
 
-    An unknown key of a group gives []; a part that no kind can take gives None.
+    Returns [] for an unknown key of a group, and None if no kind has such keys or indices.
     """
     found, is_container = [], False
     for kind in kinds:
@@ -85,13 +86,13 @@ def is_group(kind) -> bool:
 
 
 def list_names(kind: type[Group]) -> tuple[str, ...]:
-    """What the `name` key of an alternative may be."""
+    """The values that a group's `name` key may have."""
     field = kind.model_fields.get('name')
     return typing.get_args(field.annotation) if field else ()
 
 
 def list_keys(group: type[Group]) -> list[str]:
-    """What may be given of a group: all but what a run records."""
+    """The keys of a group that a user may set: all except those that the run records."""
     fields = group.model_fields.items()
     return [key for key, field in fields if not (field.json_schema_extra or {}).get('recorded')]
 
@@ -126,7 +127,7 @@ def _remove_keys(values: dict, paths) -> dict:
 
 
 def _find_sound_parts(schema, values, broken: set) -> dict:
-    """The top-level values of a group that can be used although others cannot."""
+    """The valid top-level values of a group; {} if they are not valid without the broken ones."""
     fields = {key: f for key, f in schema.model_fields.items() if key not in broken}
     wanted = {key: (field.annotation, field) for key, field in fields.items()}
     part = pydantic.create_model('Sound', __base__=Group, **wanted)
@@ -135,12 +136,12 @@ def _find_sound_parts(schema, values, broken: set) -> dict:
 
 
 def _locate(schema, loc) -> tuple[tuple, list, list]:
-    """Pydantic's place of a fault -> path without labels, the types there, the types around it."""
+    """Pydantic's location -> the path without union labels, the types there, the types around."""
     path, kinds, around, parts = [], [schema], [], list(loc)
     while parts:
         part = parts.pop(0)
         selected = select_kinds(kinds, part)
-        if selected is None:  # labels of a union of plain types
+        if selected is None:  # pydantic's label of a member of a union of plain types
             break
         path.append(part)
         around, kinds = kinds, selected
@@ -184,10 +185,10 @@ def _shorten(limit):
 def _explain_choice(given, names) -> str:
     if not names:
         found = 'is required and not given' if given is None else f'got {format_value(given)}'
-        return f'{found}; it is the path of a class, module:Class'
+        return f'{found}; give the path of a class as module:Class'
     listed = ', '.join(format_value(name) for name in names)
     if given is None:
-        return f'is required and not given; it is one of {listed}'
+        return f'is required and not given; choose one of {listed}'
     close = difflib.get_close_matches(str(given), [str(name) for name in names], 1)
     hint = f'; did you mean {close[0]}?' if close else ''
     return f'must be one of {listed}, got {format_value(given)}{hint}'

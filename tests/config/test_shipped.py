@@ -140,8 +140,8 @@ def test_a_promise_of_whole_rows_is_held_against_the_data_and_the_evaluators():
     path = 'configs/quickstart.py'
     with pytest.raises(ConfigError) as told:
         load_config(path, words)
-    assert 'promises rows of one document, data.packing is auto: say none' in str(told.value)
-    assert "'cudnn' is right for rows of one document alone: evals" in str(told.value)
+    assert 'requires rows of one document, but data.packing is auto' in str(told.value)
+    assert "'cudnn' supports only rows of one document, but evals" in str(told.value)
     nothing = ['data.packing=none', 'sampling.num_samples=0', 'evals={}']
     assert load_config(path, words + nothing).model.implementations.one_document
     with pytest.raises(ConfigError, match='fa4'):

@@ -301,14 +301,14 @@ def test_a_config_takes_rank_alpha_and_targets_from_an_adapter(load):
     path = goldens.DIRECTORY / 'llama3_lora'
     lora = load(f'model.lora.path={path}').model.lora
     assert (lora.rank, lora.alpha, lora.targets) == (4, 8.0, ['attention/q', 'attention/v'])
-    with pytest.raises(ConfigError, match='lora.rank: is 3, but that of the adapter .* is 4'):
+    with pytest.raises(ConfigError, match='lora.rank is 3, but the adapter in .* has 4'):
         load(f'model.lora.path={path}', 'model.lora.rank=3')
     with pytest.raises(MissingInputError, match='config.model.lora.path: .*adapter_config.json'):
         load(f'model.lora.path={path.parent}')
 
 
 def test_an_adapter_needs_a_model_and_a_peft_export_needs_adapters(load):
-    with pytest.raises(ConfigError, match='export.adapters is peft, but model.lora'):
+    with pytest.raises(ConfigError, match='export.adapters is peft, but the model has no adapters'):
         load('export.adapters=peft')
     path = goldens.DIRECTORY / 'llama3_lora'
     model = "model={'vocab_size': 300, 'embed_dim': 8, 'num_layers': 1, 'block': "

@@ -1,9 +1,9 @@
-"""Code that is not jaxfm's: the modules that a config names by `module:Class`, and what they were.
+"""Code outside jaxfm: importing the modules that a config names as `module:Class`, with digests.
 
-A module is looked for beside the config file, then among what is installed, then where the run in
-the work directory has found it before. Its file is digested when it is imported; what it imports in
-turn is not. It may import jax, but must leave devices alone: a run is not set up yet when its
-config is read.
+The search order is: beside the config file, the installed packages, the directory where the run in
+the work directory found the module earlier. A module's file is hashed when it is imported; the
+modules it imports are not. A module may import jax but must not touch devices, because the config
+is read before the run sets them up.
 """
 
 import difflib
@@ -18,22 +18,22 @@ from types import ModuleType
 
 from jaxfm.errors import ConfigError
 
-# Directories that modules are looked for in: before what is installed, and after it.
+# Directories to search before the installed packages, and after them.
 _BESIDE: list[Path] = []
 _RECORDED: list[Path] = []
-# {file of a module that was imported: its sha256 then}.
+# {file of an imported module: its sha256 when it was imported}.
 _DIGESTS: dict[str, str] = {}
 
 _PATH = re.compile(r'[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*')
 
 
 def is_path(name) -> bool:
-    """Whether a name of a config is meant as the path of a class."""
+    """Whether a name in a config is meant as a class path (it contains a colon)."""
     return isinstance(name, str) and ':' in name
 
 
 def search_beside(directory: Path) -> None:
-    """Looks for modules in this directory, before other ones and before what is installed."""
+    """Makes this the first directory to search, before the installed packages."""
     directory = directory.resolve()
     if directory in _BESIDE:
         _BESIDE.remove(directory)
@@ -41,7 +41,7 @@ def search_beside(directory: Path) -> None:
 
 
 def search_recorded(values) -> None:
-    """Looks for modules, last of all, where the values of an earlier config say that they were."""
+    """Adds the directories recorded in an earlier config's values, to be searched last."""
     code = values.get('code') if isinstance(values, dict) else None
     for name, found in code.items() if isinstance(code, dict) else ():
         path = found.get('path') if isinstance(found, dict) else None
@@ -54,23 +54,23 @@ def search_recorded(values) -> None:
 
 
 def searched() -> tuple[list[Path], list[Path]]:
-    """Where modules are looked for, for `search_as` of another process."""
+    """The search directories, to be passed to `search_as` in another process."""
     return _BESIDE, _RECORDED
 
 
 def search_as(searched: tuple[list[Path], list[Path]]) -> None:
-    """Looks for modules where another process does."""
+    """Adopts the search directories of another process."""
     for ours, theirs in zip((_BESIDE, _RECORDED), searched):
         ours += [directory for directory in theirs if directory not in ours]
 
 
 def find_code(values) -> dict[str, dict[str, str]]:
-    """{path of a class: its file and the sha256 of that} of all that values of a config name.
+    """{class path: its file and the file's sha256} of every outside class that a config names.
 
-    Those that cannot be imported are left out: the check of the config tells of them.
+    Skips classes that cannot be imported; the validation of the config reports them.
 
     Raises:
-      ConfigError: a file is not what this process has imported.
+      ConfigError: a file has changed since this process imported it.
     """
     code = {}
     for name in sorted(_names_in(values)):
@@ -85,18 +85,18 @@ def find_code(values) -> dict[str, dict[str, str]]:
 
 
 def find_digest(name: str) -> str | None:
-    """The sha256 of the module of a class as it was imported; None of a name that is no path."""
+    """The sha256 of a class's module when it was imported; None if the name is not a path."""
     return _DIGESTS[import_module(name).__file__] if is_path(name) else None
 
 
 def import_module(name: str) -> ModuleType:
-    """The module of the path of a class.
+    """Imports the module of a class path.
 
     Raises:
-      ConfigError: it is no path, there is no such module, or the module fails.
+      ConfigError: the path is malformed, the module does not exist, or importing it fails.
     """
     if not _PATH.fullmatch(name):
-        raise ConfigError(f'{name!r} is no path of a class: want module:Class')
+        raise ConfigError(f'{name!r} is not the path of a class: write module:Class')
     module_name = name.split(':')[0]
     file = _find_file(module_name, _BESIDE)
     if file is None and not _is_installed(module_name):
@@ -111,16 +111,16 @@ def import_module(name: str) -> ModuleType:
         raise ConfigError(locate_error(error, file or Path(module_name))) from error
     found = getattr(module, '__file__', None)
     if found is None:
-        raise ConfigError(f'{module_name} is no file of Python')
+        raise ConfigError(f'{module_name} is not a Python file')
     if file is not None and not file.samefile(found):
-        raise ConfigError(f'{module_name} beside the config is hidden by {found}: rename it')
+        raise ConfigError(f'{found} hides the module {module_name} beside the config: rename yours')
     if found not in _DIGESTS:
         _DIGESTS[found] = _read_digest(found)
     return module
 
 
 def locate_error(error: Exception, path: Path) -> str:
-    """'configs/a.py:12: NameError: ...': the last line of the file itself that the error passed."""
+    """'configs/a.py:12: NameError: ...': the innermost line of that file in the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path):
@@ -132,9 +132,9 @@ def locate_error(error: Exception, path: Path) -> str:
 
 
 def _find_file(module_name: str, directories: list[Path]) -> Path | None:
-    """The file of a module in the first directory that has it, which Python then finds, too.
+    """The file of a module in the first directory that has it; adds the directory to sys.path.
 
-    Behind all else: a file beside a config must hide nothing that somebody imports later.
+    It is appended at the end, so that a file beside a config never hides another module.
     """
     for directory in directories:
         module = directory.joinpath(*module_name.split('.'))
@@ -160,7 +160,7 @@ def _read_digest(path: str) -> str:
 
 
 def _hint(module_name: str) -> str:
-    """Where it was looked for, and the nearest name there."""
+    """For an error message: the directory that was searched, and the closest name in it."""
     if not _BESIDE:
         return ''
     names = sorted(path.stem for path in _BESIDE[0].glob('*.py'))
@@ -170,7 +170,7 @@ def _hint(module_name: str) -> str:
 
 
 def _names_in(values) -> set[str]:
-    """The paths of classes anywhere in values of a config."""
+    """Every class path anywhere in the values of a config."""
     if isinstance(values, list):
         return set().union(*map(_names_in, values))
     if not isinstance(values, dict):

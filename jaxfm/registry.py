@@ -1,10 +1,10 @@
-"""How a name in a config finds its class: an entry of a room's registry, or a dotted path.
+"""Finds the class behind a name in a config: an entry of a registry, or a path `module:Class`.
 
-`name='adamw'` is an entry. `name='my_lab:Focal'` is the class Focal of the module my_lab, which is
-beside the config file or installed (`code.py` finds it). Such a class has an attribute `Config`,
-the pydantic group of its values: `config.objective = dict(name='my_lab:Focal', gamma=2.0)` is
-checked like any other group. Each room's `__init__.py` declares its registry, so that a config is
-checked without jax; only the module of a dotted path is imported for the check.
+`name='adamw'` is an entry. `name='my_lab:Focal'` is the class Focal in the module my_lab, which
+lies beside the config file or is installed (`code.py` finds it). Such a class needs an attribute
+`Config`, the pydantic group of its values; `objective = dict(name='my_lab:Focal', gamma=2.0)` is
+checked like any other group. Each package declares its registry in its `__init__.py`, so that a
+config can be checked without importing jax; only modules outside jaxfm are imported.
 """
 
 import dataclasses
@@ -24,23 +24,23 @@ from jaxfm.schema import Group
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One choice of a registry: where its class is ("module:Class"), and the group it takes."""
+    """One entry of a registry: the path of its class ("module:Class") and its config group."""
 
     target: str
     schema: type[Group]
 
     def load(self):
-        """Imports and returns the class; only now are jax or other heavy modules imported."""
+        """Imports and returns the class. This may import jax and other heavy modules."""
         return load_target(self.target)
 
 
 class Registry(dict[str, Entry]):
-    """{name: Entry} of the choices that come with jaxfm; `find` knows all others, too.
+    """{name: Entry} of the classes in jaxfm. `find` also accepts the path of a class outside it.
 
     Args:
-      base: a group that the `Config` of every class from outside must be a kind of; None: the
-        registry takes no others.
-      beside: a group whose keys stand beside those of a class from outside.
+      base: the `Config` of a class outside jaxfm must be a subclass of this group. None: the
+        registry accepts no such classes.
+      beside: a group whose keys are added to those of the outside class.
     """
 
     def __init__(
@@ -53,42 +53,42 @@ class Registry(dict[str, Entry]):
         self.base, self.beside = base, beside
 
     def takes(self, name) -> bool:
-        """Whether it is the name of an entry, or the path of a class where the registry is open."""
+        """Whether `name` is an entry, or a class path and the registry accepts outside classes."""
         return isinstance(name, str) and (name in self or self._is_outside(name))
 
     def _is_outside(self, name: str) -> bool:
         return self.base is not None and is_path(name)
 
     def find(self, name: str) -> Entry:
-        """The entry of a name, or of a dotted path.
+        """The entry for a name or a class path.
 
         Raises:
-          KeyError: a name that is neither.
-          ConfigError: a dotted path that cannot be imported, or is of no class with a `Config`.
+          KeyError: the name is neither.
+          ConfigError: the path cannot be imported, or its class has no suitable `Config`.
         """
         if not self._is_outside(name):
             return self[name]
         return Entry(name, _make_schema(name, self.base, self.beside))
 
     def load(self, name: str):
-        """The class of a name, imported."""
+        """Imports and returns the class of a name or a class path."""
         return self.find(name).load()
 
 
 def load_target(target: str):
-    """What "module:name" names; its module is imported only now."""
+    """Imports the module of "module:name" and returns the object `name` in it."""
     module, name = target.split(':')
     return getattr(importlib.import_module(module), name)
 
 
 def one_of(registry: Registry):
-    """The type of a group that its `name` key selects."""
+    """The type annotation of a group whose `name` key selects its schema."""
     return Annotated[Group, OneOf(registry)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OneOf:
-    """Validates a group as the schema that its `name` selects, from a registry or by its path."""
+    """Pydantic annotation: validates a group against the schema that its `name` selects."""
 
     registry: Registry
 
@@ -96,10 +96,10 @@ class OneOf:
         return core_schema.with_info_plain_validator_function(self._validate)
 
     def find_schema(self, name) -> type[Group] | None:
-        """The schema that a name selects; None when it selects none, or there is a choice."""
+        """The schema that a name selects. For an unknown name: the single entry's, or None."""
         if self.registry.takes(name):
             return self.registry.find(name).schema
-        # The only one there is says itself what is wrong with its name, and with all else.
+        # With a single entry, its own validation reports a wrong name along with other mistakes.
         return next(iter(self.registry.values())).schema if len(self.registry) == 1 else None
 
     def _validate(self, value: Any, info: pydantic.ValidationInfo) -> Group:
@@ -123,7 +123,7 @@ class OneOf:
                 raise PydanticKnownError('model_attributes_type')
             return value
         try:
-            if info.mode == 'json':  # which has no tuples, and whole numbers for floats
+            if info.mode == 'json':  # accepts lists as tuples and 1 as 1.0, unlike Python mode
                 return schema.model_validate_json(json.dumps(values))
             return schema.model_validate(values)
         except pydantic.ValidationError as error:
@@ -133,7 +133,7 @@ class OneOf:
 
 
 class _FromOutside(Group):
-    """A group made of the `Config` of a class from outside: another process makes it anew."""
+    """Base of the groups of outside classes: created at run time, rebuilt when unpickled."""
 
     origin: ClassVar[tuple] = ()
 
@@ -147,7 +147,7 @@ def _unpickle(name, base, beside, searched, content) -> Group:
 
 
 def _make_schema(name: str, base: type[Group], beside: type[Group] | None) -> type[Group]:
-    """The schema of a dotted path: the class's own `Config`, with this path for a name."""
+    """The schema for a class path: the class's own `Config`, with the path as its `name`."""
     module = import_module(name)
     class_name = name.split(':')[1]
     found = getattr(module, class_name, None)
@@ -159,16 +159,16 @@ def _make_schema(name: str, base: type[Group], beside: type[Group] | None) -> ty
     group = getattr(found, 'Config', None)
     if not (isinstance(group, type) and issubclass(group, base)):
         wanted = f'{base.__module__}.{base.__name__}'
-        raise ConfigError(f'{name} needs an attribute Config, a group that is a kind of {wanted}')
+        raise ConfigError(f'{name} needs an attribute Config, a subclass of {wanted}')
     taken = sorted(group.model_fields.keys() & beside.model_fields.keys()) if beside else []
     if taken:
-        raise ConfigError(f'{name}: its Config has keys that are taken: {", ".join(taken)}')
+        raise ConfigError(f'{name}: rename keys of its Config that jaxfm uses: {", ".join(taken)}')
     return _join(name, group, base, beside)
 
 
 @functools.cache
 def _join(name: str, group: type[Group], base: type[Group], beside: type[Group] | None):
-    # Group itself, of a class without values of its own, is below all others already.
+    # A class without values of its own may use Group itself, which is already a base of the others.
     own = [] if group is Group else [group]
     bases = (_FromOutside, *own, *([beside] if beside else []))
     made = pydantic.create_model(group.__name__, __base__=bases, name=(Literal[name], name))

@@ -1,7 +1,7 @@
-"""What a config group is: typed, frozen and complete; what is said of one that is wrong.
+"""The base class of config groups, and the problems that their validation reports.
 
-Each room's `__init__.py` declares its groups, so that a config is checked without importing jax.
-`jaxfm.config` reads these; a room hands the checked group on whole.
+Each package declares its groups in its `__init__.py`, so that a config can be checked without
+importing jax. `jaxfm.config` validates them; the package then passes the group on whole.
 """
 
 import dataclasses
@@ -14,26 +14,26 @@ KeyPath = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a group, and the values that it comes from."""
+    """One mistake in a group, and the values that cause it."""
 
-    paths: tuple[KeyPath, ...]  # of those values
+    paths: tuple[KeyPath, ...]  # the paths of those values
     sentence: str
-    place: KeyPath = ()  # what the sentence is about; () is the group itself
+    place: KeyPath = ()  # the path that the sentence is about; () is the group itself
     is_unknown_key: bool = False
 
     @classmethod
     def at(cls, path: KeyPath, sentence: str, is_unknown_key: bool = False) -> 'Problem':
-        """A problem of one value, whatever the others are."""
+        """A problem with a single value, independent of all others."""
         return cls((path,), sentence, path, is_unknown_key)
 
     def under(self, prefix: KeyPath) -> 'Problem':
-        """The same problem, seen from a group that has this one at `prefix`."""
+        """The same problem, with paths from an outer group that has this one at `prefix`."""
         paths = tuple((*prefix, *path) for path in self.paths)
         return dataclasses.replace(self, paths=paths, place=(*prefix, *self.place))
 
 
 class ConflictError(ValueError):
-    """Values of a group that do not fit together; its validator raises this."""
+    """Values of a group contradict each other. The group's validator raises this."""
 
     def __init__(self, *problems: Problem):
         super().__init__('\n'.join(problem.sentence for problem in problems))
@@ -41,7 +41,7 @@ class ConflictError(ValueError):
 
 
 class Group(pydantic.BaseModel):
-    """A config group: unknown keys and wrong types are errors, values cannot change afterwards."""
+    """A config group. Unknown keys and wrong types are errors; instances are immutable."""
 
     model_config = pydantic.ConfigDict(
         extra='forbid', frozen=True, strict=True, protected_namespaces=(), validate_default=True
@@ -55,5 +55,5 @@ class Group(pydantic.BaseModel):
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
-        """What is wrong between values of the group; `parts` has those that are sound."""
+        """Problems that involve several values. `parts` holds only the values that are valid."""
         return []

@@ -366,12 +366,10 @@ def test_a_written_config_is_read_again(beside):
     [
         ('LAB:Fokal', 'DIR/LAB.py has no Fokal; did you mean Focal?'),
         ('no_lab:Focal', 'there is no module no_lab in DIR, and none is installed'),
-        ('LAB:Bare', 'LAB:Bare needs an attribute Config, a group that is a kind of '
-         'jaxfm.schema.Group'),
-        ('LAB:', "'LAB:' is no path of a class: want module:Class"),
-        ('sys:path', 'sys is no file of Python'),
-        ('json:dumps', 'json:dumps needs an attribute Config, a group that is a kind of '
-         'jaxfm.schema.Group'),
+        ('LAB:Bare', 'LAB:Bare needs an attribute Config, a subclass of jaxfm.schema.Group'),
+        ('LAB:', "'LAB:' is not the path of a class: write module:Class"),
+        ('sys:path', 'sys is not a Python file'),
+        ('json:dumps', 'json:dumps needs an attribute Config, a subclass of jaxfm.schema.Group'),
     ],
 )  # fmt: skip
 def test_a_path_that_leads_nowhere_says_why(beside, name, said):
@@ -395,7 +393,7 @@ def test_a_module_that_misses_another_says_which(beside):
 def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_it(beside):
     (beside[0] / 'fractions.py').write_text(SMALL)
     said = refusal(beside, 'objective.name=fractions:Focal')
-    assert 'fractions beside the config is hidden by ' in said
+    assert 'hides the module fractions beside the config: rename yours' in said
 
 
 def test_a_class_may_have_no_values_of_its_own(beside):
@@ -543,7 +541,7 @@ def test_a_module_may_be_inside_a_directory(beside):
 
 def test_a_group_must_be_of_the_kind_that_its_place_needs(beside):
     said = refusal(beside, 'optimizer.name=LAB:Focal')
-    assert 'LAB:Focal needs an attribute Config, a group that is a kind of jaxfm.optim.Op' in said
+    assert 'LAB:Focal needs an attribute Config, a subclass of jaxfm.optim.Op' in said
 
 
 def test_keys_of_rows_stand_beside_those_of_a_source(beside):
@@ -552,7 +550,7 @@ def test_keys_of_rows_stand_beside_those_of_a_source(beside):
     [source] = config.data.all_sources.values()
     assert source.model_dump() == {'poets': 5, 'name': f'{beside[1]}:Poems'}
     said = refusal(beside, 'data.name=LAB:Greedy')
-    assert 'LAB:Greedy: its Config has keys that are taken: batch_size' in said
+    assert 'LAB:Greedy: rename keys of its Config that jaxfm uses: batch_size' in said
 
 
 def test_code_is_recorded_not_given(beside):

@@ -1,4 +1,4 @@
-"""What every command line here shares: mistakes become UsageErrors, numbers have bounds."""
+"""Helpers shared by all command lines: a parser that raises UsageError, and bounded numbers."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from jaxfm.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError, with the usage below the message, where argparse would end the process."""
+    """Raises UsageError, with the usage line appended, where argparse would exit the process."""
 
     def error(self, message):
         raise UsageError(f'{message}\n{self.format_usage().strip()}')
@@ -24,5 +24,5 @@ def number(kind: type, least: float, end: float = math.inf) -> Callable:
             raise argparse.ArgumentTypeError(f'must be {wanted}, got {text}')
         return value
 
-    read.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    read.__name__ = kind.__name__  # argparse shows this name if the text is not a number
     return read

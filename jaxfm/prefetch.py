@@ -1,4 +1,4 @@
-"""Batches of the host made ahead and put on the devices, while the step before them runs."""
+"""Prefetch: builds batches on the host and transfers them to the devices during earlier steps."""
 
 import queue
 import threading
@@ -7,10 +7,15 @@ from jaxfm import sharding
 
 
 class Prefetch:
-    """A source that works ahead: makes batches and puts them on the devices in one thread.
+    """Wraps a source; one thread builds its batches ahead of time and puts them on the devices.
 
-    Only for sources that ignore params (datasets). `get_state` is the position after the batch that
-    was delivered last, never of what waits in the queue.
+    Only for sources that ignore params (datasets). `get_state` returns the position after the last
+    delivered batch; batches that wait in the queue do not count.
+
+    Args:
+      source: gives local rows as host arrays.
+      batch_size: the global number of rows.
+      depth: the number of batches that may wait in the queue.
     """
 
     def __init__(self, source, mesh, batch_size: int, depth: int = 2):
@@ -24,12 +29,12 @@ class Prefetch:
             while not stopped.is_set():
                 batch = sharding.put(self._source.next(None, None), self._mesh, self._batch_size)
                 self._offer(batches, stopped, (batch, self._source.get_state()))
-        except BaseException as error:  # raised again in the loop, where it can be handled
+        except BaseException as error:  # `next` raises it again, in the training loop
             self._offer(batches, stopped, (error, None))
 
     @staticmethod
     def _offer(batches: queue.Queue, stopped: threading.Event, item):
-        """Waits for room, but not longer than anybody wants the item."""
+        """Puts an item into the queue; waits for room, but gives up once `stopped` is set."""
         while not stopped.is_set():
             try:
                 return batches.put(item, timeout=0.1)
@@ -59,7 +64,7 @@ class Prefetch:
         return self._state
 
     def progress(self):
-        """What the source says of the state, not of where it has worked ahead to."""
+        """The source's progress at the last delivered batch, not at the last prefetched one."""
         return self._source.progress(self._state)
 
     def set_state(self, state):
@@ -68,7 +73,7 @@ class Prefetch:
         self._state = state
 
     def close(self):
-        """Stops the thread; the next call of `next` starts it again where `get_state` says."""
+        """Stops the thread. The next call of `next` restarts it at the position of `get_state`."""
         if self._thread is not None:
             self._stopped.set()
             self._thread.join()

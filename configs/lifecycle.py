@@ -1,26 +1,27 @@
-"""A whole life in one run: pre-training on generated text, then SFT on chats.
+"""Pre-training and SFT in one run: first on generated text, then on chats.
 
     python -m jaxfm.main --config configs/lifecycle.py
 
-The text is lines such as `reverse planet -->tenalp` and `sum 123456+7 -->123463`, of five kinds:
-addition, subtraction, reversed words, rotated words, last letters of words. They teach the skills.
-The chats teach when to use them and when to stop: a user asks `Please reverse planet`, the
-assistant answers with the result alone. A sum has a number of 6 digits and one of 1 digit, a word 5
-or 6 letters, so that minutes are enough. pass@1 is over 240 problems, as many of each kind, that
-are held out of both phases; only the whole answer and its end count.
+Pre-training teaches the skills. Its text has lines such as `reverse planet -->tenalp` and
+`sum 123456+7 -->123463`, of five kinds: addition, subtraction, reversing a word, rotating a word,
+and the last letters of words. SFT teaches when to use a skill and when to stop: the user asks
+`Please reverse planet`, and the assistant answers with only the result. The problems are small, so
+that minutes are enough: a sum has one number of 6 digits and one of 1 digit, a word has 5 or 6
+letters. pass@1 is measured on 240 problems, the same number of each kind, held out of both phases.
+An answer counts only if it is completely right and ends where it should.
 
 Hardware: 2 CPU cores, three to four minutes. Expect a pass@1 of 0 at the start and after
-pre-training (the form is unknown, and no answer ends), and of 0.99 after SFT. Of three seeds, one
-did not learn addition in this time.
+pre-training (the model does not know the chat format and never ends an answer), and 0.99 after SFT.
+One of three seeds did not learn addition in this time.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """`smoke` is the same path end to end in seconds."""
+    """With arg='smoke': the whole run, end to end, at a size that takes seconds."""
     if arg not in ('', 'smoke'):
-        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
+        raise ValueError(f"the only argument is 'smoke', got {arg!r}")
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
@@ -35,16 +36,16 @@ def get_config(arg: str = '') -> ConfigDict:
             num_kv_heads=2,
             head_dim=64,
             mlp_dim=384,
-            rope=dict(theta=100.0),  # wavelengths of 6 to 600 tokens: a row has 128
+            rope=dict(theta=100.0),  # wavelengths of 6 to 600 tokens, for rows of 128
             qk_norm=True,
-            query_scale=1.5 / 64**0.5,  # sharper than usual: normed queries and keys are short
+            query_scale=1.5 / 64**0.5,  # 1.5 times the usual: QK norm keeps the logits small
         ),
         embedding_norm=True,
         embedding_std=0.1,
         zero_init_outputs=True,
-        scan=False,  # three layers compile quickly, and unrolled steps are faster
+        scan=False,  # three layers compile quickly, and unrolled layers run faster
     )
-    # The kinds that take more practice than the others are listed twice.
+    # The harder kinds are listed twice, so the model trains on them twice as often.
     kinds = 2 * ['addition', 'subtraction', 'reverse'] + ['rotate', 'last_letters']
     shared = dict(name='problems', kinds=kinds, sequence_length=128, batch_size=16)
     config.phases = [
@@ -58,8 +59,8 @@ def get_config(arg: str = '') -> ConfigDict:
             ),
             optimizer=dict(
                 name='muon',
-                muon_learning_rate=0.03,  # matrices inside blocks
-                learning_rate=0.02,  # AdamW: embedding, head, norms
+                muon_learning_rate=0.03,  # for the matrices inside blocks
+                learning_rate=0.02,  # AdamW, for embedding, head and norms
                 warmup_steps=5 if smoke else 40,
                 schedule='linear',
                 final_fraction=0.0,

@@ -1,29 +1,31 @@
-"""Llama 1B: a transformer shaped like Llama 3.2 1B, pre-trained from nothing on your own text.
+"""Llama 1B: a transformer shaped like Llama 3.2 1B, pre-trained from scratch on your own text.
 
     python -m jaxfm.main --config configs/llama_1b.py --config.data.path='text/**/*.txt'
 
-The text: UTF-8 files, one document each; a twentieth of them is held out, chosen by a hash of the
-name. A byte-level BPE of up to the size of Llama's vocabulary is trained on the others first.
+Each UTF-8 file is one document. A twentieth of the files is held out, chosen by a hash of the path.
+A byte-level BPE tokenizer is trained first, on the other files; its vocabulary is at most as large
+as Llama's.
 
-Hardware: one node of 8 H200. 25 G tokens, twenty for each of the 1.24 G parameters: 18 hours at
-40 % of the dense bf16 peak. Expect a held-out loss of 2.5 to 2.8 nats a token on web text. Both
-numbers are estimates (6 FLOPs a parameter and token; Hoffmann et al., 2022), not yet measured.
+Hardware: one node of 8 H200. The run trains on 25 G tokens, 20 per parameter (of 1.24 G), in 18
+hours at 40 % of the dense bf16 peak. Expect a held-out loss of 2.5 to 2.8 nats per token on web
+text. The time and the loss are estimates (6 FLOPs per parameter and token; Hoffmann et al., 2022),
+not measurements.
 
-`configs/llama_1b.py:smoke` is the same path with a tiny model of the same shape, in seconds, on the
-source of Python's standard library.
+`configs/llama_1b.py:smoke` runs the same path in seconds, with a tiny model of the same shape on
+the source code of Python's standard library.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """`smoke` is the same path end to end in seconds."""
+    """With arg='smoke': the whole run, end to end, at a size that takes seconds."""
     if arg not in ('', 'smoke'):
-        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
+        raise ValueError(f"the only argument is 'smoke', got {arg!r}")
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
-    config.steps = 30 if smoke else 24_000  # of 1 M tokens
+    config.steps = 30 if smoke else 24_000  # of 1 M tokens each
     config.model = dict(
         name='transformer',
         vocab_size=512 if smoke else 128_256,
@@ -45,12 +47,12 @@ def get_config(arg: str = '') -> ConfigDict:
             ),
         ),
         tie_embeddings=True,
-        # Activations of a layer are recomputed: what is kept is 4 KiB a token and layer.
+        # Recompute activations in the backward pass; this stores 4 KiB per token and layer.
         remat='full',
     )
     config.tokenizer = dict(name='bpe', vocab_size=config.model.vocab_size)
     config.data = dict(
-        # Give yours: --config.data.path='/data/text/**/*.jsonl.zst'
+        # Your own text: --config.data.path='/data/text/**/*.jsonl.zst'
         **(dict(name='python_stdlib') if smoke else dict(name='files', path='text/**/*.txt')),
         sequence_length=128 if smoke else 4096,
         batch_size=8 if smoke else 256,
@@ -62,7 +64,7 @@ def get_config(arg: str = '') -> ConfigDict:
         schedule='cosine',
         final_fraction=0.1,
         weight_decay=0.1,
-        accumulate=2 if smoke else 8,  # 4 rows a device at a time, on 8 devices
+        accumulate=2 if smoke else 8,  # 4 rows per device and microbatch, on 8 devices
     )
     config.mesh = dict(fsdp=-1)  # all devices
     config.evals = dict(

@@ -1,4 +1,4 @@
-"""Quickstart: a small transformer learns to write Python from the standard library's own source.
+"""Quickstart: pre-train a small transformer on the source code of Python's standard library.
 
     python -m jaxfm.main --config configs/quickstart.py
 
@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """`smoke` is the same path end to end in seconds."""
+    """With arg='smoke': the whole run, end to end, at a size that takes seconds."""
     if arg not in ('', 'smoke'):
-        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
+        raise ValueError(f"the only argument is 'smoke', got {arg!r}")
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
@@ -27,15 +27,15 @@ def get_config(arg: str = '') -> ConfigDict:
             head_dim=64,
             mlp_dim=384,
             qk_norm=True,
-            query_scale=1.5 / 64**0.5,  # sharper than usual: normed queries and keys are short
+            query_scale=1.5 / 64**0.5,  # 1.5 times the usual: QK norm keeps the logits small
         ),
         embedding_norm=True,
         embedding_std=0.1,
         zero_init_outputs=True,
-        scan=False,  # three layers compile quickly, and unrolled steps are faster
+        scan=False,  # three layers compile quickly, and unrolled layers run faster
     )
     config.tokenizer = dict(name='bpe', vocab_size=2048)
-    # Many small steps: at this budget they teach more than few large ones.
+    # Many steps with small batches: at this budget they teach more than few steps with large ones.
     config.data = dict(
         name='python_stdlib',
         sequence_length=128,
@@ -43,8 +43,8 @@ def get_config(arg: str = '') -> ConfigDict:
     )
     config.optimizer = dict(
         name='muon',
-        muon_learning_rate=0.03,  # matrices inside blocks
-        learning_rate=0.02,  # AdamW: embedding, head, norms
+        muon_learning_rate=0.03,  # for the matrices inside blocks
+        learning_rate=0.02,  # AdamW, for embedding, head and norms
         warmup_steps=5 if smoke else 40,
         schedule='linear',
         final_fraction=0.0,
@@ -52,7 +52,7 @@ def get_config(arg: str = '') -> ConfigDict:
         clip_norm=0.0,
     )
     config.evals = dict(
-        # Windows overlap by half, so that every target has at least 64 tokens of context.
+        # A stride of half a window, so that every target has at least 64 tokens of context.
         heldout=dict(
             name='loss',
             stride=64,
@@ -64,7 +64,7 @@ def get_config(arg: str = '') -> ConfigDict:
             name='generate',
             task=dict(name='python_functions', num_prompts=64 if smoke else 128),
             max_tokens=96,
-            contamination_bytes=0,  # a header like `def close(self)` in other files is no leak
+            contamination_bytes=0,  # headers like `def close(self)` recur in many files: no leak
         ),
     )
     config.checkpoint = dict(every=10 if smoke else 200)

@@ -1,30 +1,32 @@
-"""Supervised fine-tuning: a trained model learns to answer from chats.
+"""Supervised fine-tuning (SFT): teach a trained model to answer, from a file of chats.
 
     python -m jaxfm.main --config configs/sft.py --config.data.path=my.jsonl
 
-A line of my.jsonl is a chat: {"messages": [{"role": "user", "content": "..."}, {"role":
-"assistant", "content": "..."}]}, with a system message, tools and as many turns as there are. Also
-understood: ShareGPT's conversations, prompt and completion, and any other names by
---config.data.fields.*; .jsonl.gz, .jsonl.zst, .parquet; globs; s3://bucket/path.
+Each line of my.jsonl is a chat: {"messages": [{"role": "user", "content": "..."}, {"role":
+"assistant", "content": "..."}]}. A chat may have a system message, tools and any number of turns.
+Records with ShareGPT's `conversations` or with `prompt` and `completion` work, too; set
+--config.data.fields.* for any other field names. The path may be a glob or s3://bucket/path, and
+the files may be .jsonl, .jsonl.gz, .jsonl.zst or .parquet.
 
-It starts from the model in runs/quickstart; another one by --config.init_from=runs/NAME. Only what
-the assistant says is learned; the loss of the first step is what the model knows already.
+The run starts from the model in runs/quickstart; choose another with --config.init_from=runs/NAME.
+The loss covers only the assistant's tokens. Its first value shows how well the model predicts them
+before fine-tuning.
 
-With --config.model.lora.rank=16 the weights stay as they are and adapters beside them are trained
-(LoRA): the state is hardly larger than the weights. Also --config.model.lora.alpha=32 and
---config.model.lora.targets="['all']" (else q and v of the attention); the learning rate is usually
-about ten times as large, --config.optimizer.learning_rate=3e-3.
+With --config.model.lora.rank=16 the weights are frozen and only low-rank adapters are trained
+(LoRA), so the train state is hardly larger than the weights. --config.model.lora.alpha=32 sets the
+scale; --config.model.lora.targets="['all']" adapts all matrices of the blocks, not only q and v.
+LoRA usually needs about ten times the learning rate: --config.optimizer.learning_rate=3e-3.
 
-Hardware: what the model needs; the quickstart's on 2 CPU cores, a minute.
+Hardware: depends on the model. The quickstart's takes a minute on 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-    """`smoke` is the same path in seconds, from scratch, on generated chats."""
+    """With arg='smoke': a tiny model, from scratch, on generated chats, in seconds."""
     if arg not in ('', 'smoke'):
-        raise ValueError(f"the argument is 'smoke' or nothing, got {arg!r}")
+        raise ValueError(f"the only argument is 'smoke', got {arg!r}")
     smoke = arg == 'smoke'
     config = ConfigDict()
     config.seed = 0
@@ -32,7 +34,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config.data = dict(
         sequence_length=128 if smoke else 512,
         batch_size=8,
-        too_long='drop',  # the log and the report say how many
+        too_long='drop',  # the log and the report give the number of dropped chats
     )
     if smoke:
         config.data.update(name='problems', form='chat', num_problems=2000, num_heldout=40)
@@ -46,7 +48,7 @@ def get_config(arg: str = '') -> ConfigDict:
         )
     else:
         config.data.update(name='files')
-        config.init_from = 'runs/quickstart'  # its model and its tokenizer
+        config.init_from = 'runs/quickstart'  # provides the model and the tokenizer
     config.optimizer = dict(
         name='adamw',
         learning_rate=1e-3 if smoke else 3e-4,

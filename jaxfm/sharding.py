@@ -1,9 +1,10 @@
-"""Where arrays live: the mesh, the tables from logical to mesh axes, the moves between them.
+"""Sharding: the mesh, the tables that map logical axes to mesh axes, and reshards between them.
 
-A model names the dimensions of its weights and activations; only this file knows the mesh. Three
-tables, because a weight lives in two places: sharded over `fsdp` as it is *stored*, whole in
-`embed` while it is *used*; activations follow the batch. The mesh is Explicit: shardings are part
-of array types, so an ambiguous product is an error at trace time instead of a silent all-gather.
+A model gives its weights and activations logical axes; only this file maps them to mesh axes.
+There are three tables. A weight has two shardings: its `embed` dimension is split over `fsdp` while
+it is *stored*, and gathered while it is *used*. Activations are sharded like the batch. The mesh is
+Explicit: shardings are part of array types, so an ambiguous product is an error at trace time
+instead of a silent all-gather.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfm.errors import ConfigError
 
-# In the order of the links they need: replica crosses the slow network, tensor the fastest one.
+# Ordered by the links they use: replica crosses the slow network, tensor needs the fastest links.
 MESH_AXES = ('replica', 'fsdp', 'expert', 'context', 'tensor')
 
 STORED = {
@@ -37,7 +38,7 @@ USED = {**STORED, 'embed': None}
 ACTIVATIONS = {
     'batch': ('replica', 'fsdp', 'expert'),
     'position': 'context',
-    'key_position': None,  # every query needs all keys: they are gathered over context
+    'key_position': None,  # every query needs all keys, so they are gathered over context
     'embed': None,
     'heads': 'tensor',
     'kv_heads': 'tensor',
@@ -55,22 +56,26 @@ LARGE_PARAMETER = 1 << 20  # elements; a smaller one may stay replicated
 
 
 def mesh_shape(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
-    """Fills the one axis given as -1 so that the product is the number of devices."""
+    """Replaces an axis size of -1 so that the product of all sizes is the number of devices.
+
+    Raises:
+      ConfigError: the sizes do not fit the number of devices.
+    """
     known = math.prod(n for n in sizes.values() if n != -1)
     free = [axis for axis in MESH_AXES if sizes[axis] == -1]
     shown = ' x '.join(f'{axis} {sizes[axis]}' for axis in MESH_AXES if sizes[axis] != 1) or '1'
     if free and num_devices % known == 0:
         return {**sizes, free[0]: num_devices // known}
     if free or known != num_devices:
-        relation = 'does not divide' if free else 'is not'
+        wrong = 'which must divide' if free else 'which must equal'
         raise ConfigError(
-            f'config.mesh: {shown} = {known} {relation} the {num_devices} devices here'
+            f'config.mesh: {shown} = {known}, {wrong} the number of devices, {num_devices}'
         )
     return dict(sizes)
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
-    """The Explicit mesh of all five axes (size 1 when unused). `sizes` may hold one -1."""
+    """The Explicit mesh with all five axes; unused ones have size 1. One size may be -1."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
     return jax.make_mesh(
@@ -86,17 +91,17 @@ def _spec(table, names) -> P:
 
 
 def stored_spec(axes) -> P:
-    """The sharding of a weight at rest, from its logical axes."""
+    """The spec of a stored weight, from its logical axes."""
     return _spec(STORED, axes)
 
 
 def stored_weight(axes) -> P | None:
-    """`stored_spec` for `out_sharding=`; None where no mesh is set (one device)."""
+    """`stored_spec` for `out_sharding=`; None if no mesh is set (one device)."""
     return None if jax.sharding.get_abstract_mesh().empty else stored_spec(axes)
 
 
 def stored_sharding(axes):
-    """The same as a sharding, on the mesh that is set or on one device."""
+    """`stored_spec` as a sharding on the mesh that is set, or on one device if there is none."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -104,35 +109,38 @@ def stored_sharding(axes):
 
 
 def used_spec(axes) -> P:
-    """The sharding of a weight inside a block."""
+    """The spec of a weight in use, from its logical axes."""
     return _spec(USED, axes)
 
 
 def activation(*names) -> P | None:
-    """The sharding of an activation for `out_sharding=`; None where no mesh is set (one device)."""
+    """The spec of an activation, for `out_sharding=`; None if no mesh is set (one device)."""
     return None if jax.sharding.get_abstract_mesh().empty else _spec(ACTIVATIONS, names)
 
 
 def place(x, *names):
-    """An activation moved to the sharding of its logical axes; free where it is there already."""
+    """Reshards an activation by its logical axes; free if it has that sharding already."""
     spec = activation(*names)
     return x if spec is None else jax.reshard(x, spec)
 
 
 def replicate(x):
-    """An array moved whole to every device."""
+    """Replicates an array on every device."""
     return place(x, *(None,) * x.ndim)
 
 
 def place_stored(weight, axes):
-    """A weight (or its gradient, or moment) moved to where it is stored."""
+    """Reshards a weight, or its gradient or moment, to its stored sharding."""
     if jax.sharding.get_abstract_mesh().empty:
         return weight
     return jax.reshard(weight, stored_spec(axes))
 
 
 def place_matrices(weight, axes):
-    """A weight with every matrix whole on a device; stacks of layers spread over `fsdp` if even."""
+    """Reshards a weight so that each matrix is whole on a device.
+
+    A stack of layers is split over `fsdp` if the number of layers is divisible by it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return weight
@@ -141,9 +149,10 @@ def place_matrices(weight, axes):
 
 
 def place_stored_matrices(weight, axes):
-    """The way back from `place_matrices`, by way of whole copies.
+    """Reverts `place_matrices`, by way of replicated copies.
 
-    In one move XLA cannot go from split layers to split dimensions and replicates with a warning.
+    XLA cannot reshard from split layers to split dimensions in one step: it would replicate anyway,
+    with a warning.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return weight
@@ -151,14 +160,15 @@ def place_stored_matrices(weight, axes):
 
 
 def per_shard(function, in_names, out_names):
-    """`function` on each device's own shards; what it needs of others it asks for (`split_axes`).
+    """Runs `function` on each device's own shards (`jax.shard_map`).
 
-    The way out where the type system asks for collectives that are not needed (per-row scatters),
-    and the way in for kernels, which know nothing of other devices.
+    Use it for kernels, which know nothing of other devices, and where the type system would ask for
+    unnecessary collectives, as in per-row scatters. Inside, `split_axes` gives the mesh axes for
+    the collectives that `function` does need.
 
     Args:
       in_names: the logical axes of each argument.
-      out_names: those of the result, or a list of them for several results.
+      out_names: the logical axes of the result, or a list of them for several results.
     """
     if isinstance(out_names, list):
         out_specs = tuple(_spec(ACTIVATIONS, names) for names in out_names)
@@ -169,60 +179,60 @@ def per_shard(function, in_names, out_names):
 
 
 def on_shards(function, in_specs, out_specs):
-    """`per_shard` for arrays of any axes, by how they are split (`spec_of`)."""
+    """`per_shard` with PartitionSpecs (see `spec_of`) instead of logical axes."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def spec_of(array) -> P:
-    """How an array is split, an entry a dimension."""
+    """The PartitionSpec of an array, with one entry per dimension."""
     spec = jax.typeof(array).sharding.spec
     return P(*spec, *(None,) * (array.ndim - len(spec)))
 
 
 def mesh_axes(entries) -> tuple[str, ...]:
-    """The mesh axes in entries of a spec, one after another."""
+    """All mesh axes in the entries of a spec, flattened."""
     groups = (entry if isinstance(entry, tuple) else (entry,) for entry in entries)
     return tuple(axis for group in groups for axis in group if axis is not None)
 
 
 def split_axes(*names) -> tuple[str, ...]:
-    """The mesh axes that activations with these logical axes are split over; () without a mesh."""
+    """The mesh axes over which activations with these axes are split; () if no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return ()
     return mesh_axes(ACTIVATIONS[name] for name in names)
 
 
 def axis_size(table, name: str, mesh=None) -> int:
-    """How many ways a logical axis is split on a mesh (default: the mesh that is set)."""
+    """The number of shards along a logical axis, on `mesh` (default: the mesh that is set)."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[axis] for axis in mesh_axes([table[name]]) if axis in mesh.shape)
 
 
 def batch_shards(mesh=None) -> int:
-    """How many ways the rows of a batch are split."""
+    """The number of shards that the rows of a batch are split into."""
     return axis_size(ACTIVATIONS, 'batch', mesh)
 
 
 def whole_rows(count: int, mesh) -> int:
-    """`count` rows, rounded up so that every device has as many."""
+    """`count` rounded up so that every device gets the same number of rows."""
     shards = batch_shards(mesh)
     return -(-count // shards) * shards
 
 
 def is_gathered(mesh=None) -> bool:
-    """Whether a weight in use differs from the weight at rest."""
+    """Whether weights must be gathered for use, because `fsdp` splits them in storage."""
     return axis_size(STORED, 'embed', mesh) > 1
 
 
 def gather(params: nnx.State, compute_dtype, reduce_dtype=None) -> nnx.State:
-    """Weights as used: cast to the compute dtype first, then brought together over `fsdp`.
+    """Casts weights to the compute dtype, then all-gathers them over `fsdp` for use.
 
-    That order makes the collectives carry the compute dtype: all-gathers forward and, through the
-    transpose, reduce-scatters of the gradients in `reduce_dtype` (default the compute dtype). The
-    dtype of a weight in use is that of its gradient: products cast it to that of their inputs.
-    Vectors (norms, biases) stay as stored: they are small and are applied in float32.
+    Casting first makes the forward all-gathers use the compute dtype. Their transposes, the
+    reduce-scatters of the gradients, use `reduce_dtype` (default: the compute dtype). Returned
+    matrices have `reduce_dtype`, so their gradients do, too; a product casts them to the dtype of
+    its inputs. Vectors (norms, biases) stay as stored: they are small and are applied in float32.
     """
 
     def bring(param):
@@ -239,8 +249,8 @@ def _cast_and_gather(weight, axes, compute_dtype):
 
 
 def _bring(weight, axes, compute_dtype, reduce_dtype):
-    # The sum over devices is made where the gradient is, in its dtype. XLA drops this cast and the
-    # one before a product.
+    # The gradient has the dtype of the weight, so this cast sets the dtype of its sum over devices.
+    # The forward pass is unaffected: a product casts back, and XLA removes both casts.
     return _cast_and_gather(weight, axes, compute_dtype).astype(reduce_dtype or compute_dtype)
 
 
@@ -250,8 +260,8 @@ def _gather(weight, axes, compute_dtype, reduce_dtype):
 
 
 def _gather_forward(weight, axes, compute_dtype, reduce_dtype):
-    # Not by way of _gather: a remat policy would see custom_vjp_call instead of the moves, and save
-    # the gathered weight. The empty array carries the stored dtype to the backward pass.
+    # Do not call _gather here: a remat policy would see custom_vjp_call instead of the reshards and
+    # save the gathered weight. The empty array carries the stored dtype to the backward pass.
     used = _bring(weight, axes, compute_dtype, reduce_dtype)
     return used, jnp.zeros((0,), weight.dtype)
 
@@ -266,13 +276,13 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def check_weights(shapes: dict, axes: dict, mesh) -> None:
-    """Raises ConfigError unless every stored dimension divides its mesh axis.
+    """Raises ConfigError unless every stored dimension is divisible by its mesh axis.
 
-    It names each weight, with the arithmetic.
+    The message names each weight that does not fit and shows the arithmetic.
 
     Args:
-      shapes: {path: shape}, stacked layers included.
-      axes: {path: logical axes}, one a dimension.
+      shapes: {path: shape}, including the dimension of stacked layers.
+      axes: {path: logical axes}, one per dimension.
     """
     problems = []
     for path, shape in shapes.items():
@@ -285,10 +295,10 @@ def check_weights(shapes: dict, axes: dict, mesh) -> None:
 
 
 def check_replication(arrays: dict[str, jax.ShapeDtypeStruct], mesh) -> None:
-    """Raises ConfigError, naming each array, if large ones are whole on every device by accident.
+    """Raises ConfigError, naming each array, if large ones are replicated by accident.
 
     Args:
-      arrays: {path: shape with sharding}: weights and moments.
+      arrays: {path: shape with sharding} of weights and moments.
     """
     can_split = math.prod(mesh.shape[axis] for axis in set(STORED.values()) - {None})
     problems = [
@@ -299,24 +309,25 @@ def check_replication(arrays: dict[str, jax.ShapeDtypeStruct], mesh) -> None:
     if can_split > 1 and problems:
         axes = ', '.join(sorted(set(STORED.values()) - {None}))
         raise ConfigError(
-            f'config.mesh splits {axes}, but not these large arrays:\n  ' + '\n  '.join(problems)
+            f'config.mesh splits over {axes}, but would not split these large arrays:\n  '
+            + '\n  '.join(problems)
         )
 
 
 def local_rows(mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch this process must make, ascending."""
+    """The indices, in ascending order, of the rows of a global batch that this process builds."""
     sharding = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def batch_sharding(mesh) -> NamedSharding:
-    """Where an array [B, T] of a batch is."""
+    """The sharding of a batch array [B, T]."""
     return NamedSharding(mesh, _spec(ACTIVATIONS, ('batch', 'position')))
 
 
 def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Local rows of [B, T] host arrays -> global arrays sharded as activations."""
+    """Host arrays with this process's rows of [B, T] -> global arrays, sharded as activations."""
     place = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(place, rows, (batch_size,) + rows.shape[1:])
@@ -325,7 +336,7 @@ def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Ar
 
 
 def distribute(arrays, mesh):
-    """Host arrays [B, ...], whole on every process -> global arrays, rows split as a batch."""
+    """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch."""
 
     def make(array):
         place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))

@@ -1,7 +1,7 @@
-"""The state of a run and the pure function that advances it by one step.
+"""The train state, and the pure function that advances it by one step.
 
-The model is split once: `Parts` remembers its structure, `TrainState` holds arrays only, keyed by
-the path of the parameter ('trunk/0/0/attention/q'). Gradients and optimizer see `trainable` alone.
+The model is split once. `Parts` holds its structure; `TrainState` holds only arrays, keyed by the
+path of the parameter ('trunk/0/0/attention/q'). Only `trainable` has gradients and optimizer state.
 """
 
 import dataclasses
@@ -22,28 +22,28 @@ from jaxfm.errors import ConfigError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step reads and writes; a pytree of global arrays."""
+    """Everything that a step reads and writes: a pytree of global arrays."""
 
-    step: jax.Array  # int32 scalar: steps of this phase, skipped ones included
-    rng: jax.Array  # key of the phase; a step folds its number into it
+    step: jax.Array  # int32 scalar: steps of this phase, including skipped ones
+    rng: jax.Array  # the phase's random key; each step folds in its number
     trainable: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     buffers: dict[str, jax.Array]
     opt_state: optax.OptState
-    counters: dict[str, jax.Array]  # updates (applied), skipped
+    counters: dict[str, jax.Array]  # int32 scalars: 'updates' (applied) and 'skipped'
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """What a model is made of, for evaluators and sources; lent for the call."""
+        """All arrays of the model. The next step donates them, so nobody may keep a reference."""
         return self.trainable | self.frozen | self.buffers
 
     def to_tree(self) -> dict[str, jax.Array]:
-        """The same arrays as a flat dict with readable names: what a checkpoint holds."""
+        """The arrays as a flat dict with readable names, as a checkpoint stores them."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self)
         return {_name(path): leaf for path, leaf in leaves}
 
     def with_tree(self, tree: dict[str, jax.Array]) -> 'TrainState':
-        """This structure with the arrays of `to_tree`; self may hold only shapes."""
+        """A state with this structure and the arrays of `tree`. `self` may hold only shapes."""
         return jax.tree.unflatten(jax.tree.structure(self), [tree[name] for name in self.to_tree()])
 
 
@@ -53,9 +53,9 @@ def _name(path: tuple) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The structure of a model, apart from its arrays.
+    """The structure of a model, without its arrays.
 
-    `axes` has the logical axes of every array, the leading `layers` of stacked blocks included.
+    `axes` gives the logical axes of every array, including the leading `layers` of stacked blocks.
     """
 
     graphdef: nnx.GraphDef
@@ -70,7 +70,7 @@ class Parts:
         return frozenset(path for path, axes in self.axes.items() if 'lora' in axes)
 
     def merge(self, params: dict[str, jax.Array]) -> nnx.Module:
-        """The model with these arrays, all of them."""
+        """The model with these arrays; `params` must hold all of them."""
         nested = {_split_path(path): value for path, value in params.items()}
         return nnx.merge(self.graphdef, traverse_util.unflatten_dict(nested))
 
@@ -85,16 +85,16 @@ def _flatten(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def split(make_model, frozen: list[str] = (), where: str = 'config.optimizer.frozen') -> Parts:
-    """The parts of the model that `make_model(key)` builds; nothing is allocated.
+    """The structure of the model that `make_model(key)` builds. Allocates no arrays.
 
-    Trainable are all parameters, of a model with adapters these alone, but for the frozen ones.
+    All parameters are trainable except the frozen ones; with LoRA, only the adapters are.
 
     Args:
-      frozen: glob patterns of the paths of parameters that stay as they are.
-      where: what a person calls the patterns.
+      frozen: glob patterns for the paths of the parameters to freeze.
+      where: the config key of the patterns, for the error message.
 
     Raises:
-      ConfigError: a pattern that matches no parameter.
+      ConfigError: a pattern matches no parameter.
     """
     abstract = nnx.eval_shape(lambda: make_model(jax.random.key(0)))
     graphdef, _ = nnx.split(abstract)
@@ -104,7 +104,7 @@ def split(make_model, frozen: list[str] = (), where: str = 'config.optimizer.fro
     if unmatched:
         known = '\n  '.join(sorted(names))
         raise ConfigError(
-            f'{where}: {", ".join(unmatched)} matches no parameter of\n  {known}'
+            f'{where}: {", ".join(unmatched)} matches none of the parameters:\n  {known}'
         )
     adapters = {path for path in names if 'lora' in leaves[path].axes}
     held = {path for pattern in frozen for path in fnmatch.filter(names, pattern)}
@@ -123,11 +123,11 @@ def _axes(leaf: nnx.Variable) -> tuple[str, ...]:
 
 
 def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
-    """A fresh state, made where it is stored: no device ever holds the whole model.
+    """A fresh state, created sharded: no device ever holds the whole model.
 
-    The values depend on the seed alone, not on the mesh.
+    The values depend only on the seed, not on the mesh.
     """
-    # It runs once, and XLA's CPU compiler takes three times as long for it at full effort.
+    # This runs once; at full optimization XLA's CPU compiler would take three times as long.
     init = jax.jit(
         lambda key: _make_state(make_model, parts, optimizer, key),
         compiler_options={'xla_backend_optimization_level': 1},
@@ -136,9 +136,9 @@ def init_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
 
 
 def fresh_params(make_model, parts: Parts, seed: int, paths) -> dict[str, jax.Array]:
-    """Some of the parameters of `init_state`, made where they are stored, and none of the others.
+    """The parameters `paths` of `init_state`, created sharded, without creating the others.
 
-    For a model that takes the rest from elsewhere.
+    For a model whose other parameters come from elsewhere.
     """
 
     def init(key):
@@ -159,9 +159,9 @@ def _make_params(make_model, parts: Parts, key) -> dict[str, jax.Array]:
 
 
 def begin_phase(params: dict, parts: Parts, optimizer, seed: int) -> TrainState:
-    """A state with these weights, which are donated, and all else new: as `init_state` with them.
+    """A state with these weights, which are donated; all else is as `init_state` creates it.
 
-    With the same seed it does not matter where the weights come from: a run before, or a phase.
+    The result is the same whether the weights come from an earlier run or from an earlier phase.
     """
 
     def assemble(params, key):
@@ -188,11 +188,9 @@ def _assemble(values: dict, parts: Parts, optimizer, phase_key) -> TrainState:
 
 
 def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState:
-    """Shapes, dtypes and shardings of `init_state`, for a restore or for lowering; needs a mesh."""
+    """Shapes, dtypes and shardings of `init_state`, to restore or lower with. Needs a set mesh."""
     mesh = jax.sharding.get_mesh()
-    shapes = jax.eval_shape(
-        lambda: _make_state(make_model, parts, optimizer, jax.random.key(seed))
-    )
+    shapes = jax.eval_shape(lambda: _make_state(make_model, parts, optimizer, jax.random.key(seed)))
 
     def give_place(leaf):
         place = NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else P())
@@ -202,12 +200,12 @@ def abstract_state(make_model, parts: Parts, optimizer, seed: int) -> TrainState
 
 
 def stored_shardings(parts: Parts) -> dict:
-    """Where every array of a model lives, on the mesh that is set."""
+    """{path: sharding} of every array of a model, on the mesh that is set."""
     return {path: sharding.stored_sharding(axes) for path, axes in parts.axes.items()}
 
 
 def abstract_params(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of all arrays of a model; needs a mesh."""
+    """Shapes, dtypes and shardings of all arrays of a model. Needs a set mesh."""
     places = stored_shardings(parts)
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
@@ -216,17 +214,17 @@ def abstract_params(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def check_replication(state: TrainState, parts: Parts, mesh) -> None:
-    """Raises ConfigError if a large weight or moment is whole on every device by accident.
+    """Raises ConfigError if a large weight or moment is replicated on every device by accident.
 
-    Adapters and their moments may be: an adapter is small beside its matrix, and half of it has no
-    dimension to split.
+    Adapters and their moments may be replicated: an adapter is small compared with its matrix, and
+    one of its two factors has no dimension to split.
 
     Args:
-      state: of arrays, or of their shapes and shardings.
+      state: holds arrays, or their shapes and shardings.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     adapters = parts.adapters
-    # Weights and moments are dicts by the path of the parameter: the last key of a leaf.
+    # Weights and moments are dicts keyed by parameter path, which is thus the last key of a leaf.
     arrays = {
         _name(path): leaf for path, leaf in leaves if getattr(path[-1], 'key', None) not in adapters
     }
@@ -236,11 +234,17 @@ def check_replication(state: TrainState, parts: Parts, mesh) -> None:
 def make_train_step(
     parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
 ):
-    """The jitted step: (state, batch) -> (state, metrics). The state is donated.
+    """The jitted step: (state, batch) -> (state, metrics). It donates the state.
 
-    The gradient is that of sum over terms of coefficient x sum / weight, with weights of the whole
-    batch; so `accumulate` microbatches give what one would. A step whose loss or gradient is not
-    finite changes nothing but the step, the counters and the position in the data.
+    The loss is the sum over the objective's terms of coefficient * sum / weight. The weights are
+    those of the whole batch, so `accumulate` microbatches give the same gradient as one batch. If
+    the loss or the gradient is not finite, the step is skipped: only `step` and `counters` advance.
+
+    Args:
+      objective: gives the sums and weights of the terms (`jaxfm.objectives`).
+      optimizer: gives the optax transform and the learning-rate schedule (`jaxfm.optim`).
+      accumulate: number of microbatches that the batch is split into.
+      clip_norm: largest global norm of the gradient; 0 turns clipping off.
     """
 
     def gradients(state, batch, weights, rng):
@@ -289,9 +293,7 @@ def make_train_step(
             },
         )
         metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
-        metrics |= {
-            name: total / _nonzero(weight) for name, (total, weight) in sums.items()
-        }
+        metrics |= {name: total / _nonzero(weight) for name, (total, weight) in sums.items()}
         if len(terms) > 1:
             metrics |= {f'{name}_term': value for name, value in terms.items()}
         return state, metrics | {
@@ -303,15 +305,16 @@ def make_train_step(
 
 
 def _nonzero(weight):
-    """A batch without any weight has sums of zero: its means are zero, not NaN."""
+    """Replaces 0 by 1: a batch with zero weight has sums of zero, so its means are 0, not NaN."""
     return jnp.where(weight > 0, weight, 1.0)
 
 
 def _accumulate(gradients, batch, count: int):
-    """Sums of `gradients(microbatch, index)` over `count` microbatches."""
+    """Sums `gradients(microbatch, index)` over `count` microbatches."""
 
     def microbatches(rows):
-        # (B / k, k), then a swap: every device keeps its own rows. (k, B / k) would move them all.
+        # Reshape to (B / k, k) and swap, so that every device keeps its own rows. Reshaping to
+        # (k, B / k) would move them all between devices.
         spec = sharding.activation('batch', 'microbatch', 'position')
         shape = (rows.shape[0] // count, count) + rows.shape[1:]
         return jnp.moveaxis(jnp.reshape(rows, shape, out_sharding=spec), 1, 0)

@@ -1,9 +1,11 @@
-"""THE loop. Pre-training, SFT, preference learning and RL differ in source and objective, not here.
+"""The training loop. Pre-training, SFT, preference learning and RL share it.
 
-The order of a step is a decision. Evaluators see the weights of a step before anything moves; a
-checkpoint is saved before the source gives its next batch. So a run that resumes at step k sees
-exactly what an uninterrupted run saw there, and it does not evaluate step k again. A phase ends as
-a run does, evaluated and saved; so the next one begins from what is on storage.
+They differ only in the source of their batches and in their objective. The order within a step is
+deliberate: evaluate, then save a checkpoint, then take a batch and update. Evaluators see the
+weights of step k before anything changes, and the checkpoint is saved before the source moves on.
+So a run that resumes at step k continues exactly as the uninterrupted run did, without evaluating
+step k again. Each phase ends like a run, evaluated and saved, so the next phase starts from a state
+that is in storage.
 """
 
 import contextlib
@@ -22,40 +24,41 @@ from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
 
-PATIENCE = 20  # steps that may be skipped in a row
+PATIENCE = 20  # consecutive steps that may be skipped
 
 
 class Source(Protocol):
-    """Where batches come from. A dataset ignores params, a rollout samples with them.
+    """Where batches come from. A dataset ignores `params`; a rollout samples with them."""
 
-    params are lent for the call: the step after it donates them. The state is JSON, and is the
-    position after the batch that was delivered last.
-    """
+    def next(self, params, step: int) -> dict[str, jax.Array]:
+        """The next batch, on the devices. `params` must not be kept: the step donates them."""
 
-    def next(self, params, step: int) -> dict[str, jax.Array]: ...
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last delivered batch, as JSON values."""
 
-    def get_state(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `get_state` returned."""
 
     def progress(self) -> dict[str, float]:
-        """How much has been delivered, such as epochs; for the records."""
+        """{name: value} of what has been delivered, such as epochs; for the records."""
 
 
 class Evaluator(Protocol):
-    """Measures weights at a cadence: held-out loss, sampled completions, anything with a name."""
+    """Measures the weights at a cadence, for example held-out loss or scores of completions."""
 
-    def is_due(self, step: int, last: int) -> bool: ...
+    def is_due(self, step: int, last: int) -> bool:
+        """Whether to run at this step of a phase that ends at step `last`."""
 
-    def run(self, params, step: int) -> dict[str, float]: ...
+    def run(self, params, step: int) -> dict[str, float]:
+        """Returns {name: value}. `params` must not be kept: the next step donates them."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """What the loop needs for one phase, built from a config."""
+    """Everything the loop needs for one phase."""
 
-    last: int  # the phase ends at this step of the run
-    train_step: Any  # (state, batch) -> (state, metrics), jitted, the state donated
+    last: int  # the step of the run at which the phase ends
+    train_step: Any  # jitted (state, batch) -> (state, metrics); donates the state
     source: Source
     evaluators: dict[str, Evaluator]
     checkpointer: Checkpointer
@@ -67,14 +70,14 @@ class Loop:
 
 
 def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
-    """Runs from `step` to the end of a phase and returns the state there, saved.
+    """Trains from `step` to the end of a phase and returns the state there, already saved.
 
     Args:
-      done: the weights at this step are evaluated and saved already.
+      done: whether the weights at `step` have been evaluated and saved already.
 
     Raises:
-      Preempted: a signal asked to stop; the state is saved.
-      NumericsError: loss or gradient have not been finite for PATIENCE steps.
+      Preempted: a signal asked the run to stop; the state has been saved.
+      NumericsError: the loss or the gradient has not been finite for PATIENCE steps.
       StorageError, LockedError: the run can no longer be saved.
     """
     first, before = step, None
@@ -91,7 +94,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         if leaving:
             return state
 
-        # Nothing in a step may move data between host and device without saying so.
+        # Implicit transfers between host and device would stall a step, so they are errors here.
         with jax.transfer_guard('disallow'):
             with loop.clock.aside('data_wait'):
                 batch = loop.source.next(state.params, step)
@@ -101,7 +104,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
             log.info('compiled the step in %.1f s', loop.clock.seconds['compile'])
         step, done = step + 1, False
         loop.clock.step(loop.tokens_per_step)
-        # At most two steps in flight: more abort on several CPU devices, and hide a hang.
+        # Keep at most two steps in flight: more can abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
         before = metrics
         if step % loop.log_every == 0 or step in (1, loop.last):
@@ -110,7 +113,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
-    """Runs the evaluators that are due on the weights of this step."""
+    """Runs the evaluators that are due at this step."""
     for name, evaluator in loop.evaluators.items():
         if evaluator.is_due(step, loop.last):
             with loop.clock.aside('eval'):
@@ -120,9 +123,10 @@ def evaluate(loop: Loop, state: TrainState, step: int) -> None:
 
 
 def save(loop: Loop, state: TrainState, step: int, must: bool) -> None:
-    """Starts a checkpoint: weights, optimizer, position in the data, clocks, end of the records.
+    """Starts saving a checkpoint: train state, data position, clocks, and length of the metrics.
 
-    must: the loop ends here, so it is waited for and a failure is an error.
+    Args:
+      must: the loop ends here, so wait until the checkpoint is committed, and raise if it fails.
     """
     with loop.clock.aside('checkpoint_save'):
         extra = {
@@ -136,7 +140,10 @@ def save(loop: Loop, state: TrainState, step: int, must: bool) -> None:
 
 
 def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
-    """Waits for the step and writes what it measured; the console shows the pair as one line."""
+    """Waits for the step, writes its metrics, and returns them.
+
+    The two records of a step are one line on the console.
+    """
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     progress = {f'data/{name}': value for name, value in loop.source.progress().items()}
     loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
@@ -146,19 +153,23 @@ def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, fl
 
 
 def _record_saves(loop: Loop, step: int) -> None:
-    """What became of earlier saves, which end in the background."""
+    """Records the outcome of earlier saves, which finish in the background."""
     for values in loop.checkpointer.events():
         loop.recorder.write(step, 'event', values)
 
 
 def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[int, int]:
-    """(step, updates) when an update was last seen to be applied; none for long ends the run."""
+    """Returns (step, updates) as of the last applied update.
+
+    Raises:
+      NumericsError: no update has been applied for PATIENCE steps.
+    """
     last_step, last_updates = before
     if updates > last_updates:
         return step, updates
     if step - last_step >= PATIENCE:
         raise NumericsError(
-            f'no update could be applied from step {last_step} to {step}: the loss or the gradient '
-            'was never finite; checkpoints before that are good'
+            f'no update could be applied from step {last_step} to {step}, because the loss or the '
+            f'gradient was never finite; checkpoints up to step {last_step} are good'
         )
     return before

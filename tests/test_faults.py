@@ -225,4 +225,5 @@ def test_a_mistake_that_all_processes_see_is_told_by_each(start, tmp_path):
     ranks = start_ranks(start, tmp_path / 'run', '--config.mesh.fsdp=4')
     for rank in ranks:
         finish(rank, 78)
-    assert stderr_of(tmp_path / 'run').count('fsdp 4 = 4 is not the 2 devices here') == 2
+    said = 'fsdp 4 = 4, which must equal the number of devices, 2'
+    assert stderr_of(tmp_path / 'run').count(said) == 2

@@ -170,9 +170,9 @@ def _source(path):
         (
             ['--config.data.batch_size=12', '--config.mesh.replica=3'],
             78,
-            ['replica 3 x fsdp -1 = 3 does not divide the 8 devices here'],
+            ['replica 3 x fsdp -1 = 3, which must divide the number of devices, 8'],
         ),
-        (['--config.mesh.fsdp=4'], 78, ['fsdp 4 = 4 is not the 8 devices here']),
+        (['--config.mesh.fsdp=4'], 78, ['fsdp 4 = 4, which must equal the number of devices, 8']),
         (['--config.mesh.fsdp=1', '--config.mesh.tensor=-1'], 78, ['2 = 0 x 8 + 2', 'mesh.tensor']),
         (['--config.model.vocab_size=200'], 65, ['258 tokens', 'vocab_size is 200']),
         (['--config.optimizer.frozen=["trunc/*"]'], 78, ['trunc/*', 'final_norm/scale']),

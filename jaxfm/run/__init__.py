@@ -1,1 +1,1 @@
-"""Runs: one resolved config and one work directory, and every part that is built from them."""
+"""Building a run from a resolved config and a work directory: model, data, phases, weights."""

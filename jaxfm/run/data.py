@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer and the tokenised data of its phases, equal on all processes."""
+"""A run's tokenizer and the tokenised data of its phases, checked to be equal on all processes."""
 
 import base64
 import dataclasses
@@ -23,18 +23,18 @@ from jaxfm.tokenizer.kinds import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """A tokenizer, and {name of a phase: its data}."""
+    """The tokenizer, and {phase name: its dataset}."""
 
     tokenizer: Tokenizer
     datasets: dict[str, Dataset]
 
 
 def open_data(config: RunConfig, workdir: Path) -> RunData:
-    """Tokenised data of every phase; the first process builds it, the others open that.
+    """Opens the tokenised data of every phase. The first process builds it, the others wait.
 
     Raises:
-      MissingInputError, DataError: files that are missing, bad, or not the same on all hosts; a
-        tokenizer with more tokens than the model.
+      MissingInputError, DataError: files are missing, bad, or different between hosts, or the
+        tokenizer has more tokens than the model.
     """
     cache = cache_directory() / 'corpus'
     _check_files(config)
@@ -53,7 +53,7 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
 
 
 def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
-    """The tokenizer alone: what the weights were trained with, or came with.
+    """Opens only the tokenizer: the one saved with the run, else the one the config names.
 
     Raises:
       DataError: it has more tokens than the model.
@@ -68,13 +68,13 @@ def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
 
 
 def cache_directory() -> Path:
-    """What may be deleted at any time: compiled programs and tokenised data."""
+    """The directory of compiled programs and tokenised data. It may be deleted at any time."""
     home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return Path(home) / 'jaxfm'
 
 
 def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:
-    """That of the config; where its files are gone the one that the run has saved."""
+    """The config's tokenizer; if its files are gone, the copy that the run has saved."""
     saved = workdir / 'tokenizer'
     try:
         return make_tokenizer(config.tokenizer, config.all_phases[0].data, cache)
@@ -87,21 +87,23 @@ def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:
-    # Gemma 3 has a special token, of images, that its text models have no weights for.
+    # Special tokens may exceed the vocabulary: Gemma 3's text models have no weights for the image
+    # token.
     size = config.model.vocab_size
     beyond = set(range(size, tokenizer.vocab_size))
     if not beyond <= set(tokenizer.special_tokens.values()):
         raise DataError(
-            f'the tokenizer has {tokenizer.vocab_size} tokens, '
-            f'config.model.vocab_size is {config.model.vocab_size}'
+            f'the tokenizer has {tokenizer.vocab_size} tokens, but config.model.vocab_size is only '
+            f'{config.model.vocab_size}'
         )
 
 
 def _check_files(config: RunConfig) -> None:
-    """Raises unless every process has the files of the first: each would train on other rows.
+    """Checks that every process has the same files as the first; else their rows would differ.
 
     Raises:
-      MissingInputError, DataError: a file that one of them has not, or in another size.
+      MissingInputError: a file is missing on the host of one process.
+      DataError: a file has another size there.
     """
     here = _file_sizes(config) if jax.process_count() > 1 else {}
     every = agree.exchange('files', _pack(here))
@@ -111,7 +113,7 @@ def _check_files(config: RunConfig) -> None:
 
 
 def _file_sizes(config: RunConfig) -> dict[str, int]:
-    """{phase/source/file: bytes} of all files that are read without a cache."""
+    """{phase/source/file: bytes} of all files that are read without `data.cache`."""
     sizes = {}
     for phase in (phase for phase in config.all_phases if not phase.data.cache):
         sources = phase.data.all_sources
@@ -123,20 +125,22 @@ def _file_sizes(config: RunConfig) -> dict[str, int]:
 
 
 def _check_tokens(datasets: Iterable[Dataset]) -> None:
-    """Raises unless every process has the same tokens; what is read on the fly was compared as
-    files."""
+    """Raises DataError unless every process has the same tokens.
+
+    Data that is tokenised while training is not checked here; `_check_files` compared its files.
+    """
     cached = [dataset for dataset in datasets if dataset.packings]
     every = agree.exchange('tokens', ' '.join(each.fingerprint for each in cached))
     for index, fingerprints in every.items():
         if fingerprints != every[0]:
             raise DataError(
-                f'config.data: processes 0 and {index} have not the same tokens, though their '
-                'files have the same names and sizes: copy the files once more'
+                f'config.data: processes 0 and {index} have different tokens, although their files '
+                'have the same names and sizes: copy the files again'
             )
 
 
 def _pack(sizes: dict[str, int]) -> str:
-    """As text, and short: the names of millions of files pass through the coordinator."""
+    """Compressed text, because the names of millions of files pass through the coordinator."""
     text = json.dumps(sizes, sort_keys=True)
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
@@ -146,12 +150,12 @@ def _unpack(text: str) -> dict[str, int]:
 
 
 def _refuse_files(first: dict[str, int], other: dict[str, int], index: int) -> None:
-    """Names the first file that differs between process 0 and another one."""
+    """Raises an error that names the first file that differs between process 0 and `index`."""
     name = min(name for name, _ in first.items() ^ other.items())
     if name in first and name in other:
         raise DataError(
-            f'config.data: {name} has {first[name]} bytes on the host of process 0, '
-            f'{other[name]} on that of process {index}'
+            f'config.data: {name} has {first[name]} bytes on the host of process 0, but '
+            f'{other[name]} on the host of process {index}: copy the files again'
         )
     lacking = index if name in first else 0
     raise MissingInputError(f'config.data: {name} is missing on the host of process {lacking}')

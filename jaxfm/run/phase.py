@@ -1,8 +1,8 @@
-"""A phase of a run: its data, objective and optimizer, what of the model it trains, and its steps.
+"""A phase of a run: its data, objective, optimizer, trainable parameters and steps.
 
-A phase begins with the weights of the one before; everything else is new, unless it keeps the
-optimizer. So two phases are two runs chained by `init_from`, bit for bit: phase i of a run is what
-a run with the seed + i would be.
+A phase begins with the weights of the previous phase. Everything else is new, except that it may
+keep the optimizer state. So two phases equal two runs chained by `init_from`, bit for bit: phase i
+equals a run with the seed `seed + i`.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from jaxfm.state import (
 
 @dataclasses.dataclass
 class Phase:
-    """One phase, planned: wrong patterns and shapes are found when it is built.
+    """One phase. Building it checks the patterns of frozen parameters (ConfigError) and the shapes.
 
-    first, last: steps of the run between which it lies.
+    `first` and `last` are the steps of the run at which the phase begins and ends.
     """
 
     config: PhaseConfig
-    where: str  # in the config of the run
+    where: str  # its place in the run's config, for messages
     first: int
-    seed: int  # of the order of its data and the noise of its steps
+    seed: int  # determines the order of its data and the noise of its steps
     make_model: Callable
     mesh: object
 
@@ -56,12 +56,12 @@ class Phase:
         return self.config.data.batch_size * self.config.data.sequence_length
 
     def flops_per_step(self, model_config) -> float:
-        """Model FLOPs of one global step, causal attention counted half."""
+        """Model FLOPs of one global step; causal attention counts half."""
         length, frozen = self.config.data.sequence_length, frozen_matmul_params(self.parts)
         return model_flops_per_token(model_config, length, frozen=frozen) * self.tokens_per_step
 
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of the train state."""
+        """The shapes and shardings of the train state."""
         return abstract_state(self.make_model, self.parts, self.optimizer, self.seed)
 
     def init_state(self) -> TrainState:
@@ -69,14 +69,17 @@ class Phase:
         return init_state(self.make_model, self.parts, self.optimizer, self.seed)
 
     def begin(self, params: dict, before: TrainState | None = None) -> TrainState:
-        """The state at the first step with these weights, which are donated."""
+        """The state at the first step, with these weights, which are donated.
+
+        before: the last state of the previous phase; needed if the phase keeps the optimizer.
+        """
         state = begin_phase(params, self.parts, self.optimizer, self.seed)
         if self.config.keep_optimizer:
             state = dataclasses.replace(state, opt_state=before.opt_state)
         return state
 
     def train_step(self):
-        """The jitted step."""
+        """The jitted train step."""
         optimizer = self.config.optimizer
         return make_train_step(
             self.parts,
@@ -87,7 +90,7 @@ class Phase:
         )
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch, for lowering."""
+        """The shapes and shardings of a batch, for lowering."""
         shape = (self.config.data.batch_size, self.config.data.sequence_length)
         place = sharding.batch_sharding(self.mesh)
         return {
@@ -96,13 +99,13 @@ class Phase:
         }
 
     def batches(self, dataset: Dataset) -> Batches:
-        """The host's share of the batches of the phase's data, in their order."""
+        """This process's rows of every batch, in the order of the phase."""
         rows = sharding.local_rows(self.mesh, self.config.data.batch_size)
         return dataset.batches(self.seed, rows)
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:
-    """Every phase of a run, planned before its first step."""
+    """Builds every phase of a run, so that mistakes in a later one are found at the start."""
     phases, first = [], 0
     for index, phase in enumerate(config.all_phases):
         seed = (config.seed + index) % 2**32
@@ -113,5 +116,5 @@ def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:
 
 
 def phase_at(phases: list[Phase], step: int) -> Phase:
-    """The phase whose state a checkpoint at `step` holds: at a boundary the one that ends there."""
+    """The phase whose state a checkpoint at `step` holds; at a boundary, the phase that ends."""
     return next((phase for phase in phases if step <= phase.last), phases[-1])

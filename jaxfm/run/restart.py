@@ -1,6 +1,6 @@
-"""Going on where a run stopped: its newest whole checkpoint, the position in its data, its clocks.
+"""Resuming a run from its newest complete checkpoint: train state, data position and clocks.
 
-Nothing is written before everything that can be wrong has been looked at.
+Nothing is written until every check has passed.
 """
 
 import logging
@@ -23,17 +23,17 @@ log = logging.getLogger('jaxfm')
 
 
 def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
-    """Whether the newest checkpoint is the end of the run, and what differs in its config.
+    """Returns whether the run is finished, and how its config differs from the checkpoint's.
 
-    The second is empty unless the checkpoints alone know which run they are of: the work directory
-    is new. A look that changes nothing.
+    It changes nothing. It compares the configs only if the work directory is new, because then only
+    the checkpoint holds the earlier config; otherwise the differences are [].
 
     Args:
-      allowed: groups of the config that may differ from those of the checkpoint.
+      allowed: groups of the config that may differ from the checkpoint's.
 
     Raises:
-      ConfigError: the checkpoints are of a run of another config.
-      DataError: the run has saved something, and nothing is there any more.
+      ConfigError: the checkpoints belong to a run with another config.
+      DataError: the run has saved checkpoints, but none is left.
     """
     checkpoints, changes = run.reader(), []
     newest = checkpoints.newest_whole(lambda step: (step, checkpoints.read_manifest(step)))
@@ -59,12 +59,14 @@ def restore_newest(
     clock: StepClock,
     allowed: list[str],
 ) -> tuple[TrainState, int, int] | None:
-    """The state of the newest whole checkpoint, its step and the end of its metrics, if any.
+    """Restores the newest complete checkpoint: (state, step, length of its metrics) or None.
 
-    Source and clock of its phase are set to what they were.
+    Also resets the clock and the source of its phase to the checkpoint.
 
     Args:
-      wanted: shapes and shardings of the state, phase by phase, as the sources are.
+      wanted: the shapes and shardings of each phase's state.
+      sources: the source of each phase.
+      allowed: groups of the config that the user allowed to change.
     """
     may_change = bool({'data', 'phases', 'tokenizer', 'code'} & set(allowed))
 
@@ -79,24 +81,28 @@ def restore_newest(
 
 
 def _check_never_saved(run: Run, root: str) -> None:
-    """Raises DataError when checkpoints are gone: no reason to begin at step 0 without a word."""
+    """Raises DataError if saved checkpoints are gone, instead of silently starting at step 0."""
     records = read_records(run.workdir / 'metrics.jsonl')
     saved = [record['checkpoint/step'] for record in records if 'checkpoint/step' in record]
     if saved:
         raise DataError(
-            f'{root} holds no checkpoint, but this run has saved step {saved[-1]} there; '
-            f'to begin anew remove {run.workdir} or give another --workdir'
+            f'{root} holds no checkpoint, although this run saved step {saved[-1]} there; '
+            f'to start over remove {run.workdir} or give another --workdir'
         )
 
 
 def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
-    """The state of a step, which has to be of this phase, and its extra."""
+    """Restores the checkpoint of a step: the state and the extra values stored with it.
+
+    Raises:
+      ConfigError: the checkpoint belongs to another phase, or the phase began at another step.
+    """
     with clock.aside('checkpoint_restore'):
         extra = checkpointer.read_manifest(step)['extra']
         if extra['phase'] != phase.name:
             raise ConfigError(
-                f'checkpoint {step} is of phase {extra["phase"]}, which in this config is over by '
-                'then: the steps of phases that have ended cannot change'
+                f'checkpoint {step} is from phase {extra["phase"]}, which ends before that step in '
+                'this config: the steps of phases that have ended cannot change'
             )
         tree, extra = checkpointer.restore(step, wanted.to_tree())
         _check_first(int(jax.device_get(tree['step'])), step, phase)
@@ -104,21 +110,28 @@ def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
 
 
 def _set_position(source: Prefetch, position: dict, may_change: bool) -> None:
-    """may_change: data that is not that of the checkpoint begins at its first row."""
+    """Moves the source to a position. If that is of other data, starts at the first row.
+
+    Raises:
+      ConfigError: the position is of other data, and `may_change` is false.
+    """
     try:
         source.set_state(position)
     except ConfigError:
         if not may_change:
             raise
-        log.warning('the data is not that of the checkpoint: it is read from its first row on')
+        log.warning("the data differs from the checkpoint's, so it is read from its first row")
 
 
 def _check_first(steps: int, step: int, phase: Phase) -> None:
-    """Raises unless the phase of a checkpoint with so many steps behind it begins where it did."""
+    """Raises ConfigError unless the phase begins at the same step as when `step` was saved.
+
+    steps: how many steps of the phase the checkpoint holds.
+    """
     if steps != step - phase.first:
         raise ConfigError(
-            f'checkpoint {step} is {steps} steps into {phase.name}, which in this config begins at '
-            f'step {phase.first}: the steps of phases that have ended cannot change'
+            f'checkpoint {step} is {steps} steps into phase {phase.name}, which begins at step '
+            f'{phase.first} in this config: the steps of phases that have ended cannot change'
         )
 
 
@@ -128,6 +141,6 @@ def _how_to_go_on(config) -> str:
         name, steps = f'phases[{len(config.phases) - 1}].steps', config.phases[-1].steps
         group = 'phases'
     return (
-        f'to train on give --config.{name}={2 * steps} --allow_change={group}, '
-        'for a new run another --workdir'
+        f'to train longer give --config.{name}={2 * steps} --allow_change={group}; '
+        'to start a new run give another --workdir'
     )

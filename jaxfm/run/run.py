@@ -1,4 +1,4 @@
-"""A run: one resolved config and one work directory, and every part that is built from them."""
+"""A run: a resolved config, a work directory, and the parts that are built from them."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,10 @@ from jaxfm.state import split
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run that every mode needs. What cannot run is told when it is built."""
+    """The parts of a run that every mode needs.
+
+    Raises ConfigError when built if the config does not fit the devices or the model.
+    """
 
     config: RunConfig
     workdir: Path
@@ -43,7 +46,7 @@ class Run:
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         check_matmuls(config.model, self.mesh)
-        choices(config.model, self.mesh)  # an op that cannot run is told before anything is
+        choices(config.model, self.mesh)  # raises if a chosen implementation cannot run here
         self.primary = agree.is_primary()
         _check_code(config)
         self.make_model = model_maker(config.model)
@@ -53,44 +56,50 @@ class Run:
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
-        if name and not locate.is_run(Path(name).expanduser()):  # before anything is done with it
+        if name and not locate.is_run(Path(name).expanduser()):  # fail early
             check_layout(self.outside, config.model, *self.outside_parts)
 
     @functools.cached_property
     def outside(self) -> Pretrained:
-        """The model from outside that `init_from` names: what is checked is what is loaded."""
+        """The pretrained model that `init_from` names; cached, so the model checked is loaded."""
         return locate.open_pretrained(self.config.init_from)
 
     @property
     def outside_parts(self) -> tuple[dict, dict]:
-        """Axes and shapes of what a model from outside has: all but adapters."""
+        """Axes and shapes of the arrays that a pretrained model has, which excludes adapters."""
         axes, adapters = self.parts.axes, self.parts.adapters
         return {path: axes[path] for path in axes if path not in adapters}, self.parts.shapes
 
     def phase_at(self, step: int) -> Phase:
-        """The phase whose state a checkpoint of this step holds."""
+        """The phase whose state a checkpoint at this step holds."""
         return phase_at(self.phases, step)
 
     def reader(self) -> Reader:
-        """The checkpoints of this run, to be read."""
+        """Read access to the checkpoints of this run."""
         return Reader(self.config.checkpoint, self.workdir / 'checkpoints')
 
     def checkpointer(self) -> Checkpointer:
-        """The checkpoints of this run, and the right to write them."""
+        """Read and write access to the checkpoints of this run."""
         ends = [phase.last for phase in self.phases]
         about = {'config': json.loads(format_config(self.config))}
         directory = self.workdir / 'checkpoints'
         return Checkpointer(self.config.checkpoint, directory, ends[:-1], about)
 
     def sampler(self, slots: int | None = None) -> Sampler:
-        """An engine for weights of this run, which are lent to it."""
+        """A sampler for this run's model; call its `lend` to give it weights.
+
+        slots: caps the number of sequences decoded together.
+        """
         config = self.config.sampling
         if slots:
             config = config.model_copy(update={'slots': min(slots, config.slots)})
         return Sampler(self.parts.merge, self.config.model, config, self.mesh)
 
     def evaluators(self, data: RunData, sampler: Sampler, write: bool) -> dict:
-        """Every evaluator of the config, by name."""
+        """{name: evaluator} of every evaluator in the config.
+
+        write: whether they may write samples into the work directory.
+        """
         return {
             name: EVALUATORS.load(group.name)(
                 group,
@@ -110,7 +119,7 @@ class Run:
 
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path):
-    """JAX set up, the other processes found, the mesh set -> Run."""
+    """Context: joins the other processes, configures JAX, sets the mesh and yields the Run."""
     initialize()
     jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compile'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
@@ -120,7 +129,7 @@ def start_run(config: RunConfig, workdir: Path):
 
 
 def _check_code(config: RunConfig) -> None:
-    """Raises ConfigError unless every process has the code of the first: programs would differ."""
+    """Raises ConfigError unless every process has the same code as the first."""
     digests = {name: found.sha256 for name, found in config.code.items()}
     every = agree.exchange('code', json.dumps(digests))
     first = json.loads(every[0])
@@ -129,11 +138,11 @@ def _check_code(config: RunConfig) -> None:
         if differ:
             raise ConfigError(
                 f'config.code: the file of {min(name for name, _ in differ)} is not the same on '
-                f'the hosts of processes 0 and {index}: copy it once more'
+                f'the hosts of processes 0 and {index}: copy it again'
             )
 
 
 def model_maker(model: TransformerConfig):
-    """key -> the model with fresh weights."""
+    """Returns a function: random key -> the model with fresh weights."""
     model_class = MODELS.load(model.name)
     return lambda key: model_class(model, nnx.Rngs(key))

@@ -1,4 +1,4 @@
-"""The weights of a run: fresh, from a checkpoint, another run or outside; and their export."""
+"""A run's weights: fresh, from a checkpoint, an earlier run or a pretrained model; their export."""
 
 import logging
 from pathlib import Path
@@ -24,7 +24,10 @@ log = logging.getLogger('jaxfm')
 def current_params(run: Run) -> tuple[dict, int | None]:
     """The newest weights of a run and their step.
 
-    Of a run that has not begun: the weights that it would start from, and None.
+    For a run that has not begun but names `init_from`: the weights it would start from, and None.
+
+    Raises:
+      MissingInputError: there is no checkpoint yet.
     """
     if run.has_begun or not run.config.init_from:
         return _restore_params(run.reader(), run.parts)
@@ -32,13 +35,13 @@ def current_params(run: Run) -> tuple[dict, int | None]:
 
 
 def initial_state(run: Run) -> TrainState:
-    """The state at step 0: fresh weights, or those of the model that `init_from` names."""
+    """The state at step 0, with fresh weights or with those of `init_from`."""
     first = run.phases[0]
     return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
 
 
 def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
-    """Writes weights of a run for other libraries."""
+    """An exporter that writes the run's weights in a format that other libraries read."""
     config, parts = run.config, run.parts
     stop_ids = Chat(tokenizer).stop_ids | set(config.sampling.stop_ids)
     arguments = (config.export, config.model, parts.axes, parts.shapes, tokenizer, stop_ids)
@@ -48,7 +51,7 @@ def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
 
 
 def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport]:
-    """The export of every so many steps, as an evaluator by its name, if it is asked for."""
+    """{'export': an evaluator that exports every `export.every` steps}; {} if that is 0."""
     every = run.config.export.every
     if not every:
         return {}
@@ -57,33 +60,34 @@ def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport
 
 
 def _restore_params(checkpoints: Reader, parts: Parts) -> tuple[dict, int]:
-    """The weights of the newest whole checkpoint alone, and its step.
+    """The weights of the newest complete checkpoint, without the optimizer state, and its step.
 
-    parts: of the model in the checkpoint.
+    parts: the structure of the model in the checkpoint.
     """
     wanted = abstract_params(parts)
     restored = checkpoints.newest_whole(
         lambda step: (checkpoints.restore_params(step, wanted), step)
     )
     if restored is None:
-        raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet')
+        raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet: train first')
     return restored
 
 
 def _earlier_params(run: Run) -> dict:
-    """The weights that `init_from` names: of a run of ours, or from outside.
+    """The weights that `init_from` names, from an earlier run or a pretrained model.
 
-    Adapters that the model has and they have not are those of `model.lora.path`, or fresh.
+    If they lack the adapters that this run's model has, those come from `model.lora.path`, or are
+    fresh.
     """
     name, adapters, model = run.config.init_from, run.parts.adapters, run.config.model
     directory = Path(name).expanduser()
     if locate.is_run(directory):
         earlier = read_config(directory / 'config.json', OriginConfig)
         params, step = _params_of(run, earlier, directory)
-        log.info('weights of %s at step %d', directory, step)
+        log.info('loaded weights from %s at step %d', directory, step)
     else:
         params = load_params(run.outside, model, *run.outside_parts)
-        log.info('weights of %s', run.outside.path)
+        log.info('loaded weights from %s', run.outside.path)
     if adapters <= params.keys():
         return params
     if model.lora.path:
@@ -94,7 +98,7 @@ def _earlier_params(run: Run) -> dict:
 def _params_of(run: Run, earlier: OriginConfig, directory: Path) -> tuple[dict, int]:
     """The newest weights of an earlier run and their step.
 
-    Its adapters are merged into the weights where this run has none.
+    If this run has no adapters, those of the earlier run are merged into the weights.
     """
     model = run.config.model.model_copy(update={'lora': earlier.model.lora})
     checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
@@ -105,7 +109,7 @@ def _params_of(run: Run, earlier: OriginConfig, directory: Path) -> tuple[dict, 
 
 
 def _base_of(init_from: str) -> str:
-    """The model that the adapters of a run stand beside: behind the runs that trained them, too."""
+    """The base model of a run's adapters, found through the chain of runs that trained them."""
     while init_from and locate.is_run(Path(init_from)):
         earlier = read_config(Path(init_from) / 'config.json', OriginConfig)
         if earlier.model.lora is None:

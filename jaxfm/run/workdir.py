@@ -1,4 +1,4 @@
-"""The work directory of a run: config, tokenizer, log, metrics, report; room for checkpoints."""
+"""The work directory of a run: config, tokenizer, log, metrics, report and checkpoints."""
 
 import contextlib
 import logging
@@ -24,9 +24,12 @@ log = logging.getLogger('jaxfm')
 
 
 def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
-    """The run's checkpoints, when there is room for them.
+    """Opens the run's checkpoints for writing, after checking that there is space for them.
 
-    Of a run that is refused, then or later but before its first file, nothing is left.
+    If the run then fails before its first file is written, this removes the directories it created.
+
+    Raises:
+      StorageError: there is not enough space.
     """
     places = [run.workdir]
     if not run.config.checkpoint.directory.startswith(S3):
@@ -36,7 +39,7 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
 
     def remove_what_is_empty(kind, error, traceback) -> bool:
         for directory in created if isinstance(error, RunError) else ():
-            with contextlib.suppress(OSError):  # another process has removed it, or it is not empty
+            with contextlib.suppress(OSError):  # removed by another process, or not empty
                 directory.rmdir()
         return False
 
@@ -48,7 +51,7 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
 
 
 def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new: bool) -> Recorder:
-    """The work directory's files: config, tokenizer, log, metrics."""
+    """Writes config and tokenizer into the work directory; opens its log and metrics."""
     if run.primary:
         with explain_write(run.workdir):
             run.workdir.mkdir(parents=True, exist_ok=True)
@@ -69,29 +72,32 @@ def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new
 
 
 def _open_sinks(run: Run) -> list[Sink]:
-    """The sinks of the config; as later, one that fails gets no metrics, and stops no run."""
+    """Opens the sinks of the config. A sink that fails, now or later, never stops the run."""
     sinks = []
     for name, group in run.config.metrics.sinks.items():
         try:
             sinks.append(SINKS.load(group.name)(group, run.workdir))
         except Exception as error:
-            log.warning('config.metrics.sinks.%s gets no metrics: %s', name, error)
+            log.warning('config.metrics.sinks.%s is skipped: %s', name, error)
     return sinks
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
-    """Cuts the metrics back to the checkpoint of a step; what they tell of after it is lost."""
+    """Truncates the metrics to those up to the checkpoint; counts later work as wasted time.
+
+    position: the length of the metrics file when the checkpoint of `step` was saved.
+    """
     end = jsonl.end_of(step, position)
     lost = clock.waste(goodput.last_elapsed(jsonl.path, end))
     if lost > 1:
         log.warning(
-            '%.0f s of work after step %d were lost with the process before this one', lost, step
+            '%.0f s of work after step %d were lost when the previous process ended', lost, step
         )
     jsonl.truncate(end)
 
 
 def report(run: Run) -> None:
-    """Writes the page about a run, which must not fail after all the work."""
+    """Writes report.html. A failure is only a warning, so that it does not end a finished run."""
     if not run.primary:
         return
     try:
@@ -101,7 +107,7 @@ def report(run: Run) -> None:
 
 
 def _log_refusal(kind, error, traceback) -> bool:
-    """The reason of a stop goes to the log; main shows it on the screen."""
+    """Writes the error that stops the run to the log file; `main` shows it on the screen."""
     if isinstance(error, RunError):
         log.error('%s', error, extra={'shown': True})
     return False

@@ -154,4 +154,4 @@ def test_other_data_is_refused_or_when_allowed_read_from_its_first_row(tiny, con
     finish(tiny.start(workdir, change, '--allow_change=phases', config=config))
     errors = (tiny.root / 'other.stderr').read_text()
     assert '--allow_change=phases' in errors
-    assert 'the data is not that of the checkpoint: it is read from its first row on' in errors
+    assert "the data differs from the checkpoint's, so it is read from its first row" in errors

@@ -1,6 +1,6 @@
-"""What --mode does: functions (flags, config, changes) -> exit code, which build a run and use it.
+"""The modes (--mode): functions (flags, config, changes) -> exit code that build and use a run.
 
-`changes` is what of the config differs from the run that the work directory holds.
+`changes` lists how the config differs from that of the run in the work directory.
 """
 
 from jaxfm.registry import load_target
@@ -15,5 +15,5 @@ MODES = {
 
 
 def load(mode: str):
-    """Imports and returns the function of a mode; only now is jax imported."""
+    """Imports and returns the function of a mode. This imports jax."""
     return load_target(MODES[mode])

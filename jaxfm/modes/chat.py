@@ -1,8 +1,9 @@
 """--mode chat: a conversation in the terminal with the newest weights.
 
-A line of stdin is what the user says. The text of the answer alone goes to stdout, as it is
-generated; what helps a person at a terminal goes to stderr. Every turn renders the whole
-conversation by the chat template anew and prefills its ids, so it is what training would see.
+Each line of stdin is a user message. Only the text of the answers goes to stdout, as it is
+generated; hints for a person at a terminal go to stderr. Every turn renders the whole conversation
+with the chat template again and prefills its token ids, so the model sees what it would see in
+training.
 """
 
 import contextlib
@@ -29,33 +30,35 @@ from jaxfm.tokenizer.stream import TextStream
 
 log = logging.getLogger('jaxfm')
 
-HINTS = 'Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D ends it'
-# Tokens a compiled call. More save nothing that one sequence would notice (2 CPU cores, 2026-11-26,
-# 1M parameters: 411 tokens/s by 1, 440 by 4, 475 by 16; 135M: 6, 4, 4), and text would come in
-# jerks, at 135M one every 4 s; Ctrl-C is seen between calls, too.
+HINTS = 'Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D quits'
+# Tokens per compiled call. With one sequence, more tokens per call gain little (2 CPU cores,
+# 2026-11-26, 1M parameters: 411 tokens/s with 1, 440 with 4, 475 with 16; 135M: 6, 4, 4), and text
+# would arrive in bursts, every 4 s at 135M. Ctrl-C is also noticed only between calls.
 DECODE_STEPS = 1
 
 Messages = list[dict[str, str]]
 
 
 def chat(flags, config: RunConfig, changes) -> int:
-    """Answers until the input ends; 65 when nobody is at a terminal to see what had no answer.
+    """Answers until the input ends.
+
+    Returns 65 if a message was refused and stdin is not a terminal, else 0.
 
     Raises:
-      UsageError: several processes, which would need one keyboard.
+      UsageError: there are several processes, but only one can read the keyboard.
     """
     config = _stream_tokens(config)
     with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         if jax.process_count() > 1:
             raise UsageError(
-                f'--mode chat is for one process, here are {jax.process_count()}: start it '
-                'without srun and JAX_NUM_PROCESSES'
+                f'--mode chat needs a single process, but there are {jax.process_count()}: start '
+                'it without srun and JAX_NUM_PROCESSES'
             )
         console = Console()
         stack.callback(console.close)
         tokenizer = open_tokenizer(config, run.workdir)
         if not tokenizer.chat_template:
-            log.warning('the tokenizer has no chat template: `plain` takes its place')
+            log.warning('the tokenizer has no chat template, so `plain` is used')
         chat_format = Chat(tokenizer)
         params, step = current_params(run)
         sampler = run.sampler(slots=1)
@@ -63,7 +66,7 @@ def chat(flags, config: RunConfig, changes) -> int:
         options = request_options(config, chat_format, flags)
         assistant = Assistant(sampler, tokenizer, chat_format, options)
         if step is not None:
-            log.info('talking to step %d', step)
+            log.info('chatting with the weights of step %d', step)
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
         hint = _hint if is_terminal else _no_hint
         hint(f'{HINTS}\n')
@@ -75,23 +78,28 @@ def chat(flags, config: RunConfig, changes) -> int:
 class Assistant:
     """Answers conversations, one at a time.
 
-    options: of every request.
+    Args:
+      options: arguments that every `Request` shares, from `request_options`.
     """
 
     def __init__(self, sampler, tokenizer, chat_format: Chat, options: dict):
         self._sampler, self._tokenizer, self._options = sampler, tokenizer, options
         self._format = chat_format
-        self._num_answers = 0  # each draws noise of its own
+        self._num_answers = 0  # gives each answer its own sampling noise
 
     def answer(
         self, messages: Messages, show: Callable[[str], None], is_stopped: Callable[[], bool]
     ) -> tuple[str, str]:
-        """Generates an answer, showing its text as it comes -> the text, and why it ended.
+        """Generates an answer; returns its text and the reason it ended.
 
-        It ends by 'stop', 'length', or 'interrupted', when `is_stopped` says so.
+        The reason is 'stop', 'length', or 'interrupted' (`is_stopped` returned True).
+
+        Args:
+          show: is called with each piece of text as it is generated.
+          is_stopped: is called between decode steps.
 
         Raises:
-          DataError: the template refuses the conversation, or it is too long; nothing was shown.
+          DataError: the template refuses the conversation, or it is too long. Nothing was shown.
         """
         request = self._request(messages)
         stream, text, reason = TextStream(self._tokenizer), '', None
@@ -124,23 +132,24 @@ class Assistant:
         needed = num_ids + max_tokens
         if needed > max_length:
             raise DataError(
-                f'{num_ids} tokens of the conversation + {max_tokens} of an answer = {needed} '
-                f'exceed sampling.max_length {max_length}: /reset forgets the conversation; '
-                f'--config.sampling.max_length={max(needed, 2 * max_length)} at the start gives '
-                'more room, a smaller --max_tokens needs less'
+                f'{num_ids} tokens of the conversation + {max_tokens} of the answer = {needed} '
+                f'exceed sampling.max_length {max_length}: type /reset to forget the conversation, '
+                f'or restart with --config.sampling.max_length={max(needed, 2 * max_length)} or a '
+                'smaller --max_tokens'
             )
 
 
 def _stream_tokens(config: RunConfig) -> RunConfig:
-    """The config whose sampler gives text as soon as it is there."""
+    """The config, changed so that the sampler returns each token as soon as it is generated."""
     sampling = config.sampling.model_copy(update={'decode_steps': DECODE_STEPS})
     return config.model_copy(update={'sampling': sampling})
 
 
 def _turns(prompts: list[str], is_terminal: bool, hint) -> Iterator[str]:
-    """What the user says: the prompts, then lines of stdin if a person is there or none was given.
+    """Yields the user's messages: the prompts, then lines of stdin.
 
-    Text that is not UTF-8 comes with surrogates, which the tokenizer refuses.
+    Reads stdin only if it is a terminal or there are no prompts. Bytes that are not UTF-8 become
+    surrogates, which the tokenizer refuses.
     """
     for prompt in prompts:
         hint(f'> {prompt}\n')
@@ -157,9 +166,10 @@ def _turns(prompts: list[str], is_terminal: bool, hint) -> Iterator[str]:
 
 
 def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint) -> int:
-    """Goes through the turns; how many had no answer because of what they are.
+    """Answers the turns; returns how many were refused.
 
-    output: a chat a line after every turn, as training reads them; /reset begins another one.
+    output: rewritten after every turn with one chat per line, as training reads them. /reset begins
+      the next chat.
     """
     chats, num_refused = [[]], 0
     for said in turns:
@@ -168,7 +178,7 @@ def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint)
             break
         if command == '/reset':
             chats.append([])
-            hint('(the conversation is forgotten)\n')
+            hint('(conversation forgotten)\n')
             continue
         try:
             chats[-1] = _turn(assistant, chats[-1], said, hint)
@@ -181,7 +191,7 @@ def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint)
 
 
 def _turn(assistant: Assistant, messages: Messages, said: str, hint) -> Messages:
-    """The conversation with what was said and the answer; as it was if that was stopped at once."""
+    """The conversation with the new message and answer; unchanged if stopped before any text."""
     asked = [*messages, {'role': 'user', 'content': said}]
     with _interrupt() as interrupted:
         text, reason = assistant.answer(asked, _show, interrupted.is_set)
@@ -191,13 +201,13 @@ def _turn(assistant: Assistant, messages: Messages, said: str, hint) -> Messages
         if not text:
             return messages
     if reason == 'length':
-        hint('(cut off: a larger --max_tokens gives longer answers)\n')
+        hint('(cut off; for longer answers restart with a larger --max_tokens)\n')
     return [*asked, {'role': 'assistant', 'content': text}]
 
 
 @contextlib.contextmanager
 def _interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event. As an exception it could leave the sampler without its cache."""
+    """Makes Ctrl-C set an event. A KeyboardInterrupt could leave the sampler without its cache."""
     event = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: event.set())
     try:
@@ -215,4 +225,4 @@ def _hint(text: str) -> None:
 
 
 def _no_hint(text: str) -> None:
-    """Nobody sits at a terminal."""
+    """Replaces `_hint` if stdin is not a terminal."""

@@ -1,4 +1,4 @@
-"""--mode eval: every evaluator of the config, on the newest checkpoint."""
+"""--mode eval: runs every evaluator of the config on the newest checkpoint."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger('jaxfm')
 
 
 def evaluate(flags, config: RunConfig, changes) -> int:
-    """Runs every evaluator on the newest checkpoint."""
+    """Runs every evaluator on the newest weights and logs its values; writes them to --output."""
     with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)

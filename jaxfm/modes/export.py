@@ -1,4 +1,4 @@
-"""--mode export: the newest weights as a directory that other libraries read."""
+"""--mode export: writes the newest weights to a directory that other libraries can read."""
 
 import contextlib
 import logging
@@ -26,5 +26,5 @@ def export(flags, config: RunConfig, changes) -> int:
         of_step = '' if step is None else f' of step {step}'
         size = human_bytes(exporter.num_bytes, 1000, 3, 'GB')
         seconds = time.monotonic() - start
-        log.info('weights%s in %s: %s in %.1f s', of_step, flags.output, size, seconds)
+        log.info('exported weights%s to %s: %s in %.1f s', of_step, flags.output, size, seconds)
     return 0

@@ -1,4 +1,4 @@
-"""From prompts to requests of the sampler, and from its events to text: what modes share."""
+"""Shared by the modes: prompts -> sampler requests, and sampler events -> text."""
 
 import sys
 from pathlib import Path
@@ -10,10 +10,10 @@ from jaxfm.sampling.request import Request
 
 
 def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
-    """One request a prompt; what flags, if there are any, do not say the config says.
+    """One request per prompt. Flags, if given, take precedence over the config.
 
     Raises:
-      DataError: a prompt that the tokenizer or the chat template refuses.
+      DataError: the tokenizer or the chat template refuses a prompt.
     """
     chat = Chat(tokenizer)
     options = request_options(config, chat, flags)
@@ -29,7 +29,7 @@ def requests_for(config, tokenizer, prompts, flags=None) -> list[Request]:
 
 
 def request_options(config, chat: Chat, flags=None) -> dict:
-    """What all requests have in common: of the flags, or else of the config."""
+    """The arguments that all requests share. Flags, if given, take precedence over the config."""
     sampling = config.sampling
     temperature, max_tokens, seed = sampling.temperature, sampling.max_tokens, config.seed
     if flags is not None:
@@ -42,13 +42,13 @@ def request_options(config, chat: Chat, flags=None) -> dict:
 def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
     if config.sampling.chat:
         return chat.prompt([{'role': 'user', 'content': prompt}])
-    # As documents begin in training: with bos, where there is one.
+    # Begin like a document in training: with bos if the tokenizer has one.
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return begin + tokenizer.encode(prompt) or [tokenizer.eos_id]
 
 
 def write_samples(run: Run, tokenizer, prompts, requests, events, path: Path | None) -> None:
-    """Prompts and what follows on them go to stdout, and to a file if asked."""
+    """Prints prompts and completions to stdout; also writes them to `path` as JSON lines."""
     if not run.primary:
         return
     records = []
@@ -56,7 +56,7 @@ def write_samples(run: Run, tokenizer, prompts, requests, events, path: Path | N
         ids = [token for event in events[request.id] for token in event.tokens]
         reason = events[request.id][-1].finish_reason
         ids = ids[:-1] if reason == 'stop' else ids
-        # An answer begins a text of its own, what continues a prompt does not.
+        # A chat answer is a text of its own; a completion is decoded as continuing its prompt.
         before = [] if run.config.sampling.chat else request.tokens
         text = tokenizer.decode_after(before, ids)
         print(prompt + '\n' * run.config.sampling.chat + text, flush=True)

@@ -1,4 +1,4 @@
-"""--mode sample: prompts, continued by the weights of the newest checkpoint."""
+"""--mode sample: completes prompts with the weights of the newest checkpoint."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger('jaxfm')
 
 
 def sample(flags, config: RunConfig, changes) -> int:
-    """Continues the prompts with the weights of the newest checkpoint; text goes to stdout."""
+    """Completes the prompts with the newest weights; the text goes to stdout."""
     with start_run(config, flags.workdir) as run, contextlib.ExitStack() as stack:
         console = Console(enabled=run.primary)
         stack.callback(console.close)
@@ -25,7 +25,7 @@ def sample(flags, config: RunConfig, changes) -> int:
         sampler = run.sampler(slots=len(prompts))
         requests = requests_for(config, tokenizer, prompts, flags)
         if step is not None:
-            log.info('sampling from step %d', step)
+            log.info('sampling with the weights of step %d', step)
         events = complete(sampler, requests, params, step or 0)
         write_samples(run, tokenizer, prompts, requests, events, flags.output)
     return 0

@@ -1,7 +1,7 @@
-"""--mode train: phase after phase, from the newest checkpoint if there is one.
+"""--mode train: trains phase after phase, from the newest checkpoint if there is one.
 
-Nothing is written before everything that can be wrong has been looked at: config, mesh, data, the
-fit of model and mesh, the room for checkpoints.
+Nothing is written until every check has passed: config, mesh, data, whether the model fits the
+mesh, and space for checkpoints.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ log = logging.getLogger('jaxfm')
 def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
     """Trains to the end, phase after phase, from the newest checkpoint if there is one.
 
-    changes: what of the config is not as in the work directory's earlier run; for the log.
+    changes: how the config differs from that of the work directory's earlier run, for the log.
     """
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(start_run(config, flags.workdir))
@@ -66,7 +66,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         )
         state, step, position = restored or (initial_state(run), None, 0)
         current = run.phases.index(run.phase_at(step or 0))
-        # Only now is anything of an earlier run in this directory changed.
+        # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
         if run.primary:
             workdir.cut_records(recorder.jsonl, clock, position, step or 0)
@@ -110,7 +110,10 @@ def _run_phases(
     state: TrainState,
     step: int | None,
 ) -> TrainState:
-    """One phase after the other, from step `step` of the current one; None is a new run."""
+    """Trains the phases from index `current` on; returns the last state.
+
+    step: the step of the run to resume at; None for a new run.
+    """
     for index in range(current, len(run.phases)):
         phase, loop = run.phases[index], loops[index]
         is_resumed = index == current and step is not None
@@ -118,7 +121,7 @@ def _run_phases(
             state = phase.begin(state.params, before=state)
         loop.recorder.phase = phase.name
         if not is_resumed:
-            statistics = data.datasets[phase.name].statistics  # of what it reads, for the report
+            statistics = data.datasets[phase.name].statistics  # about the data, for the report
             named = {f'data/{name}': value for name, value in statistics.items()}
             loop.recorder.write(phase.first, 'event', named)
         loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
@@ -126,7 +129,7 @@ def _run_phases(
         # Record now: if this process also dies early, the wasted time would be lost.
         loop.recorder.write(start, 'perf', loop.clock.log(start))
         with loop.clock.training():
-            # The first weights of a later phase were evaluated and saved by the one before it.
+            # A later phase starts with weights that the phase before it has evaluated and saved.
             state = train(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
     return state
@@ -140,22 +143,22 @@ def _prefetch(phase: Phase, data: RunData, stack) -> Prefetch:
 
 
 def _peak_flops(config) -> float | None:
-    """Of all devices together, in the dtype that the model computes in; None if it is not known.
+    """Peak FLOP/s of all devices together in the model's compute dtype; None if it is unknown.
 
-    With float8 matmuls too: MFU stays comparable, and shows what they gain.
+    Float8 matmuls do not change it, so MFU stays comparable and shows what they gain.
     """
     peak = peak_flops(jax.devices()[0].device_kind, compute_dtype(config.model).name)
     return peak and peak * jax.device_count()
 
 
 def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluators: dict) -> None:
-    """Which share of the prompts of sampling-based evaluations stands in what was trained on."""
+    """Records what share of the prompts of `generate` evaluators occurs in the training text."""
     asking = {
         name: group.contamination_bytes
         for name, group in run.config.evals.items()
         if isinstance(group, GenerateConfig)
         and group.contamination_bytes
-        and hasattr(evaluators[name], 'prompt_texts')  # one of somebody's own may ask nothing
+        and hasattr(evaluators[name], 'prompt_texts')  # an outside class may have none
     }
     for phase in run.phases if run.primary else ():
         recorder.phase = phase.name
@@ -167,7 +170,7 @@ def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluator
 
 
 def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
-    """The samples at the end of a training run: prompts, and requests to continue them."""
+    """The prompts and requests for the samples that are printed at the end of a training run."""
     sampling = config.sampling
     known = list(sampling.prompts) or ['']
     prompts = [known[index % len(known)] for index in range(sampling.num_samples)]

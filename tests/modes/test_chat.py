@@ -259,7 +259,7 @@ def test_several_processes_are_refused(start, chatty):
     for process in start_ranks(functools.partial(start, config=config), workdir, '--mode=chat'):
         assert process.communicate(timeout=PATIENCE)[0] == ''
         assert process.returncode == 64
-    assert '--mode chat is for one process, here are 2' in stderr_of(workdir)
+    assert '--mode chat needs a single process, but there are 2' in stderr_of(workdir)
 
 
 def test_a_real_model_answers_by_its_own_template(tiny, smollm2_gguf, shared_data, tmp_path):

@@ -194,7 +194,7 @@ def test_an_existing_output_is_not_overwritten(cli, source, tmp_path, monkeypatc
     for name in ('full', 'file'):
         code, error = cli(*export(source, tmp_path / name))
         assert code == 78
-        assert_one_message(error, [str(tmp_path / name), 'is there already'])
+        assert_one_message(error, [str(tmp_path / name), 'already exists'])
     assert [path.name for path in (tmp_path / 'full').iterdir()] == ['precious']
     monkeypatch.chdir(tmp_path / 'empty')
     assert cli(*export(source, tmp_path / 'empty')[:-1], '.')[0] == 0
@@ -209,7 +209,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / 'file').write_text('')
     code, error = cli(*export(source, tmp_path / 'file' / 'below' / 'out'))
     assert code == 74
-    assert_one_message(error, ['out: cannot be written', 'file is no directory'])
+    assert_one_message(error, ['out: cannot be written', 'file is not a directory'])
     monkeypatch.setattr('os.access', lambda path, how: False)
     code, error = cli(*export(source, tmp_path / 'out'))
     assert code == 77

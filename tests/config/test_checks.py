@@ -14,12 +14,12 @@ def reads_more_than_it_says(run, prefix):
     yield Problem((), f'{run.seed}')
 
 
-def test_a_check_runs_when_the_parts_that_it_reads_are_there():
+def test_a_check_runs_if_the_parts_it_reads_are_present():
     assert run_checks([steps_are_few], {'seed': 3}) == []
     found = run_checks([steps_are_few], {'steps': 4}, ('phases', 1))
     assert found == [Problem((('phases', 1, 'steps'),), 'steps 4 are many')]
 
 
-def test_a_check_is_given_no_part_that_it_does_not_declare():
+def test_a_check_sees_only_the_parts_it_declares():
     with pytest.raises(AttributeError, match='seed'):
         run_checks([reads_more_than_it_says], {'steps': 4, 'seed': 3})

@@ -92,7 +92,7 @@ def config_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def load(config_file):
-    """Loads a config file that returns the given keys, with overrides, as the stand-in schema."""
+    """Loads a config file with the given keys, and overrides, against the stand-in schema."""
 
     def load_keys(*overrides, **keys):
         name = config_file(f'return ConfigDict({keys!r})')
@@ -103,7 +103,7 @@ def load(config_file):
 
 @pytest.fixture
 def refusal(load):
-    """The lines of the ConfigError that loading ends in."""
+    """The lines of the ConfigError that loading raises."""
 
     def lines(*overrides, **keys):
         with pytest.raises(errors.ConfigError) as caught:
@@ -119,7 +119,7 @@ PHASES = [{'steps': 3}, {'steps': 4, 'rate': 0.5}]
 # The command line
 
 
-def test_config_flags_are_taken_out_of_a_command_line_in_both_spellings():
+def test_config_flags_are_separated_from_a_command_line_in_both_spellings():
     argv = [
         '--mode', 'eval', '--config=a.py:smoke', '--config.x.y=1=2', '--config.z', '-3', '--seed=4',
     ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_config_flags_are_taken_out_of_a_command_line_in_both_spellings():
         ['--config=a.py', '--config=b.py'],
     ],
 )
-def test_a_config_flag_without_its_value_or_given_twice_is_a_usage_error(argv):
+def test_a_config_flag_without_value_or_given_twice_is_a_usage_error(argv):
     with pytest.raises(errors.UsageError, match='--config'):
         split_arguments(argv)
 
@@ -176,7 +176,7 @@ def test_lists_and_tuples_and_nested_config_dicts_are_plain_values(config_file):
     assert loaded.shape == (4, 5)
 
 
-def test_a_missing_file_names_the_nearest_one(config_file):
+def test_the_message_about_a_missing_file_names_the_closest_one(config_file):
     config_file('return {}', name='quickstart.py')
     with pytest.raises(errors.MissingInputError, match='did you mean quickstart.py'):
         load_config('quikstart.py:smoke')
@@ -201,7 +201,7 @@ def test_a_missing_file_names_the_nearest_one(config_file):
         ),
     ],
 )
-def test_a_fault_inside_the_file_is_told_in_one_line(
+def test_an_error_inside_the_file_is_reported_in_one_line(
     config_file, body, signature, argument, expected
 ):
     name = config_file(body, signature)
@@ -221,7 +221,7 @@ def test_a_file_without_get_config_says_so(tmp_path):
 # Overrides
 
 
-def test_an_override_is_read_by_the_type_of_its_place(load):
+def test_an_override_is_parsed_by_the_type_of_its_key(load):
     loaded = load(
         'steps=2_000',
         'phases[1].rate=3e-4',
@@ -267,13 +267,13 @@ def test_a_group_is_removed_with_none(load):
         ('steps[=9', "config.steps[: malformed path; write a.b, a[0].b or a['b.c']"),
     ],
 )
-def test_an_override_of_no_place_says_what_is_there(refusal, override, expected):
+def test_an_override_whose_path_leads_nowhere_says_what_is_there(refusal, override, expected):
     assert refusal(override, phases=PHASES, steps=100) == [
         f'{expected} (given by --config.{override})'
     ]
 
 
-# What is wrong
+# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -327,11 +327,11 @@ def test_a_mistake_in_the_file_names_the_file(refusal):
     ]
 
 
-def test_an_override_that_the_file_would_have_got_wrong_too_hides_the_file(load):
+def test_an_override_replaces_a_value_that_is_wrong_in_the_file(load):
     assert load('steps=4', 'model.width=2', steps='many', model={'name': 'small'}).steps == 4
 
 
-def test_every_mistake_is_told_at_once(refusal):
+def test_every_mistake_is_reported_at_once(refusal):
     lines = refusal(
         'phases[7].steps=1',
         'steps=7',
@@ -353,7 +353,7 @@ def test_every_mistake_is_told_at_once(refusal):
     ]
 
 
-def test_checks_between_groups_run_on_those_that_are_sound(refusal):
+def test_checks_between_groups_run_on_the_valid_groups(refusal):
     lines = refusal('phases=3', 'model.width=200', model={'name': 'small'})
     assert lines == [
         'config.phases: must be a list, got 3 (given by --config.phases=3)',
@@ -361,33 +361,33 @@ def test_checks_between_groups_run_on_those_that_are_sound(refusal):
     ]
 
 
-# Whose values they are
+# Which overrides a message names
 
 
 @pytest.mark.parametrize(
     'overrides, blamed',
     [
         (['steps=4', 'model.width=6'], [0, 1]),
-        (['model.heads=3', 'model.width=6', 'steps=4'], [1, 2]),  # heads has nothing to do with it
+        (['model.heads=3', 'model.width=6', 'steps=4'], [1, 2]),  # heads is not involved
         (['steps=3', 'steps=4', 'model.width=6'], [1, 2]),  # the last one counts
         (['model.width=6', "model={'name':'small','width':10}", 'steps=4'], [1, 2]),
         (["model={'name':'small'}", 'steps=2', 'model.width=10'], [1, 2]),
         (["model={'name':'small','width':10}", 'model.heads=1', 'steps=4'], [0, 2]),
     ],
 )
-def test_a_conflict_is_blamed_on_what_gave_its_values(refusal, overrides, blamed):
+def test_a_conflict_names_the_overrides_that_set_its_values(refusal, overrides, blamed):
     (line,) = refusal(*overrides, model={'name': 'small'})
     flags = ', '.join(f'--config.{overrides[index]}' for index in blamed)
     assert line.endswith(f' (given by {flags})')
     assert line.startswith('config: model.width ')
 
 
-def test_a_group_that_names_no_values_blames_all_that_is_given_inside_it(refusal):
+def test_a_conflict_without_paths_names_every_override_inside_its_group(refusal):
     (line,) = refusal('model.heads=5', 'model.width=8', 'steps=20', model={'name': 'small'})
     assert line.endswith('(given by --config.model.heads=5, --config.model.width=8)')
 
 
-def test_a_list_is_not_what_is_said_of_its_entries(load_phases):
+def test_an_override_of_an_entry_does_not_count_as_one_of_its_list(load_phases):
     with pytest.raises(errors.ConfigError) as caught:
         load_phases('steps=7', 'phases[0].steps=5')
     assert str(caught.value).endswith('(given by --config.steps=7)')
@@ -396,8 +396,8 @@ def test_a_list_is_not_what_is_said_of_its_entries(load_phases):
     assert str(caught.value).endswith(f'(given by --config.steps=7, --config.{phases})')
 
 
-def test_a_name_that_two_phases_have_is_blamed_on_what_names_phases(monkeypatch):
-    """Not on another `.name`, nor on who names a phase."""
+def test_a_duplicate_phase_name_names_only_the_overrides_of_phase_names(monkeypatch):
+    """Neither overrides of another `.name`, nor those that refer to a phase."""
     monkeypatch.chdir(ROOT)
     names = ['phases[1].name=pretrain', 'tokenizer.name=bytes', 'evals.problems.phase=pretrain']
     with pytest.raises(errors.ConfigError) as caught:
@@ -474,7 +474,7 @@ def test_a_run_that_cannot_work_shows_the_arithmetic(load_run, overrides, expect
     assert f'given by --config.{overrides[0]}' in str(caught.value)
 
 
-def test_the_real_mesh_is_checked_as_the_config_is(load_run):
+def test_the_checks_run_again_with_the_real_mesh(load_run):
     run = load_run()
     check_on_mesh(run, {'fsdp': 8})
     with pytest.raises(errors.ConfigError, match='8 rows .* = 16: 8 = 0 x 16'):
@@ -485,7 +485,7 @@ def test_the_real_mesh_is_checked_as_the_config_is(load_run):
 
 
 def phased_keys(*changes, **more):
-    """A run of two phases; `changes` of each of them."""
+    """A run with two phases; `changes` apply to each of them."""
     own = run_keys()
     shared = {key: own.pop(key) for key in ('data', 'optimizer', 'steps')}
     changes = changes or ({}, {})
@@ -537,7 +537,7 @@ def test_a_value_inside_a_phase_can_be_given(load_phases):
         (['phases[1].setps=3'], 'config.phases[1].setps: unknown key; did you mean steps?'),
     ],
 )
-def test_phases_that_cannot_work_are_told(load_phases, overrides, expected):
+def test_phases_that_cannot_work_are_refused(load_phases, overrides, expected):
     with pytest.raises(errors.ConfigError) as caught:
         load_phases(*overrides)
     assert expected in str(caught.value)
@@ -545,7 +545,7 @@ def test_phases_that_cannot_work_are_told(load_phases, overrides, expected):
 
 
 @pytest.mark.parametrize('name', ['steps', 'data', 'optimizer'])
-def test_what_neither_the_run_nor_a_phase_says_is_missing(config_file, name):
+def test_a_value_that_neither_the_run_nor_a_phase_sets_is_required(config_file, name):
     keys = {key: value for key, value in run_keys().items() if key != name}
     with pytest.raises(errors.ConfigError, match=f'config: {name} is required and not given'):
         load_config(config_file(f'return {keys!r}'))
@@ -563,7 +563,7 @@ def test_model_and_tokenizer_come_from_the_run_it_starts_from(tmp_path, config_f
 
 
 def test_any_config_can_start_from_any_model(tmp_path, config_file, load_run):
-    """What the weights are comes from there; how they are trained, and the command line, count."""
+    """The architecture comes from the model; training settings and overrides stay as given."""
     write_config(load_run('model.embed_dim=32'), tmp_path / 'config.json')
     keys = run_keys(init_from=str(tmp_path))
     keys['model'] |= dict(embed_dim=64, scan=False)
@@ -583,7 +583,7 @@ def test_any_config_can_start_from_any_model(tmp_path, config_file, load_run):
         (['init_from=', 'tokenizer.chat_template=qa'], 'bpe', None),
     ],
 )
-def test_what_is_said_of_a_tokenizer_is_said_of_the_inherited_one(
+def test_an_override_of_the_tokenizer_applies_to_the_inherited_one(
     overrides, name, path, tmp_path, config_file, load_run
 ):
     write_config(load_run(), tmp_path / 'config.json')
@@ -595,7 +595,7 @@ def test_what_is_said_of_a_tokenizer_is_said_of_the_inherited_one(
 
 @pytest.fixture
 def load_after(tmp_path, config_file, load_run):
-    """(overrides of a run, overrides of one that starts from it) -> the second one."""
+    """(overrides of a run, overrides of a run that starts from it) -> the second run's config."""
 
     def load(earlier, *overrides):
         write_config(load_run(*earlier), tmp_path / 'config.json')
@@ -606,7 +606,7 @@ def load_after(tmp_path, config_file, load_run):
     return load
 
 
-def test_adapters_can_be_asked_for_by_one_value_of_them(load_run, load_after):
+def test_one_value_of_lora_is_enough_to_add_adapters(load_run, load_after):
     assert load_run().model.lora is None
     assert load_run('model.lora.rank=8').model.lora.matrices == ('attention/q', 'attention/v')
     assert load_run("model.lora.targets=['all']").model.lora.rank == 16
@@ -616,13 +616,13 @@ def test_adapters_can_be_asked_for_by_one_value_of_them(load_run, load_after):
 
 
 @pytest.mark.parametrize('given', [[], ['model.lora.rank=8'], ['model.remat=full']])
-def test_adapters_of_the_run_it_starts_from_go_on_as_they_are(load_after, given):
+def test_adapters_of_the_earlier_run_are_kept(load_after, given):
     earlier = ['model.lora.rank=8', 'model.lora.alpha=4', "model.lora.targets=['mlp/down']"]
     lora = load_after(earlier, *given).model.lora
     assert (lora.rank, lora.alpha, lora.targets) == (8, 4.0, ['mlp/down'])
 
 
-def test_adapters_that_came_from_a_directory_are_then_those_of_the_run(tmp_path, load_after):
+def test_adapters_loaded_from_a_directory_then_belong_to_the_run(tmp_path, load_after):
     load_after(['model.lora.rank=8'])
     values = json.loads((tmp_path / 'config.json').read_text())
     values['model']['lora']['path'] = 'long/gone'
@@ -634,7 +634,7 @@ def test_adapters_that_came_from_a_directory_are_then_those_of_the_run(tmp_path,
     assert (lora.path, lora.rank) == ('', 8)
 
 
-def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load_after):
+def test_adapters_of_the_earlier_run_can_be_dropped_but_not_changed(load_after):
     assert load_after(['model.lora.rank=8'], 'model.lora=None').model.lora is None
     for given in ('rank=4', 'alpha=3', "targets=['all']"):
         with pytest.raises(errors.ConfigError, match='adapters .rank 8, alpha 32') as caught:
@@ -643,13 +643,13 @@ def test_adapters_of_the_run_it_starts_from_may_be_left_out_but_not_changed(load
         assert '--config.model.lora=None' in str(caught.value)
 
 
-def test_another_name_may_be_given_where_the_file_says_nothing(config_file):
+def test_an_override_may_select_another_name_than_the_default(config_file):
     file = config_file(f'return {run_keys()!r}')
     run = load_config(file, ['tokenizer.chat_template=qa', 'tokenizer.name=bytes'])
     assert (run.tokenizer.name, run.tokenizer.chat_template) == ('bytes', 'qa')
 
 
-def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file, load_run):
+def test_an_origin_that_does_not_exist_is_a_missing_input(tmp_path, config_file, load_run):
     (tmp_path / 'earlier').mkdir()
     write_config(load_run(), tmp_path / 'earlier' / 'config.json')
     keys = run_keys(init_from=str(tmp_path / 'earlyer'))
@@ -659,7 +659,7 @@ def test_a_run_to_start_from_that_is_not_there_is_missing(tmp_path, config_file,
 
 @pytest.fixture
 def begun(tmp_path, load_run):
-    """(earlier run, work directory of one that begins from it, overrides -> its config)."""
+    """(earlier run, work directory of a run that starts from it, overrides -> its config)."""
     earlier, workdir = tmp_path / 'earlier', tmp_path / 'begun'
     earlier.mkdir()
     workdir.mkdir()
@@ -678,7 +678,7 @@ def begin(run, workdir):
 
 
 @pytest.mark.parametrize('change', ['gone', 'another', 'damaged'])
-def test_a_run_that_has_begun_does_not_ask_where_it_began_again(begun, load_run, change):
+def test_a_run_that_has_begun_no_longer_reads_its_origin(begun, load_run, change):
     earlier, workdir, load = begun
     run = load('model.lora.rank=8')
     assert (run.model.embed_dim, run.sampling.stop_ids, run.export.dtype) == (32, [7], 'bfloat16')
@@ -690,19 +690,19 @@ def test_a_run_that_has_begun_does_not_ask_where_it_began_again(begun, load_run,
     else:
         shutil.rmtree(earlier)
     assert load('model.lora.rank=8') == run
-    begin(run, workdir)  # and once more, as every resume does
+    begin(run, workdir)  # again, as on every resume
     assert load('model.lora.rank=8') == run
 
 
-def test_only_what_came_from_there_is_kept(begun):
-    """What a run said itself must be said again, or it differs."""
+def test_only_inherited_values_are_stored(begun):
+    """A value that a run set itself must be set again, or the config differs."""
     _, workdir, load = begun
     plain = load()
     begin(load('model.lora.rank=8', 'model.block.window=4', 'tokenizer.chat_template=qa'), workdir)
     assert load() == plain
 
 
-def test_another_origin_and_a_run_that_has_not_begun_are_read(begun, load_run, tmp_path):
+def test_a_changed_origin_is_read_and_so_is_that_of_a_new_run(begun, load_run, tmp_path):
     earlier, workdir, load = begun
     write_inherited(load(), workdir)
     write_config(load_run('model.embed_dim=128'), earlier / 'config.json')
@@ -714,7 +714,7 @@ def test_another_origin_and_a_run_that_has_not_begun_are_read(begun, load_run, t
     assert load().model.embed_dim == 128
 
 
-def test_in_a_new_work_directory_the_origin_is_needed_and_told_to_be(begun):
+def test_a_new_work_directory_needs_the_origin_and_the_message_says_so(begun):
     earlier, _, load = begun
     shutil.rmtree(earlier)
     with pytest.raises(errors.MissingInputError, match='there is no .*earlier') as caught:
@@ -735,7 +735,7 @@ def test_an_optimizer_can_be_exchanged_from_the_command_line(load_run):
     assert (run.optimizer.learning_rate, run.optimizer.momentum) == (1e-3, 0.9)
 
 
-# The record
+# The stored config
 
 
 def test_the_written_config_shows_all_values_and_reads_back_equal(load_run, tmp_path):
@@ -763,7 +763,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(load_run, tmp_path, 
     assert [path.name for path in tmp_path.glob('config.json*')] == ['config.json']
 
 
-def test_a_record_that_is_missing_damaged_or_of_another_version_says_so(tmp_path):
+def test_a_stored_config_that_is_missing_damaged_or_of_another_version(tmp_path):
     path = tmp_path / 'config.json'
     with pytest.raises(errors.MissingInputError):
         read_config(path)

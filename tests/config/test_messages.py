@@ -1,8 +1,8 @@
-"""Every message about a bad config, whole, against tests/goldens/config_messages.json.
+"""Compares the full text of every config error message with tests/goldens/config_messages.json.
 
     python -m tests.config.test_messages
 
-makes the golden anew; its diff shows each message that a change touches.
+rewrites the golden file; its diff shows every message that a change affects.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ MIXTURE = {
 }
 EARLIER = RUN | {'model': MODEL | {'lora': {'rank': 8, 'alpha': 32.0}}}
 
-# Config files by their name; each returns its values.
+# {name of a config file: the values that it returns}.
 FILES = {
     'run.py': RUN,
     'phases.py': PHASES,
@@ -59,7 +59,7 @@ FILES = {
     'after_bytes.py': RUN | {'init_from': 'earlier', 'tokenizer': {'name': 'bytes'}},
     'nowhere.py': RUN | {'init_from': 'earlyer'},
     'quickstart.py': {},
-    # What a file alone can get wrong.
+    # Mistakes that only a file can make.
     'no_steps.py': {key: value for key, value in RUN.items() if key != 'steps'},
     'no_data.py': {key: value for key, value in RUN.items() if key != 'data'},
     'no_optimizer.py': {key: value for key, value in RUN.items() if key != 'optimizer'},
@@ -97,7 +97,7 @@ FILES = {
         'evals': {'a': LOSS, 'b': LOSS | {'phase': 'ones'}},
     },
 }
-# Those that are not `return {...}`: the arguments of get_config and its body.
+# Files whose body is not `return {...}`: the arguments of get_config and its body.
 BODIES = {
     'undefined.py': ('', 'x = 1\n    return {"a": y}'),
     'unclosed.py': ('', 'return ('),
@@ -107,7 +107,7 @@ BODIES = {
     'raises.py': ('arg=""', 'raise ValueError(f"no size {arg}; there is tiny")'),
 }
 
-# Command lines: what stands behind --config= and each --config.
+# Command lines: the values of --config= and of each --config.*
 RUN_OVERRIDES = """
 tokenizer.vocab_size=4096
 model.vocab_size=1024
@@ -417,7 +417,7 @@ configs/pretrained.py init_from=earlier evals.a.name=loss evals.a.phase=x
 configs/llama_1b.py mesh.tensor=16
 configs/llama_8b.py model.vocab_size=100
 """  # noqa: E501
-# Command lines that are not understood, words apart.
+# Invalid command lines, split at spaces.
 USAGE = """
 --config
 --config=
@@ -453,7 +453,7 @@ RECORDS = {
 
 
 def write_files(directory: Path) -> None:
-    """Everything that the command lines below name, in an empty directory."""
+    """Writes every file that the command lines name into an empty directory."""
     (directory / 'configs').symlink_to(ROOT / 'configs')
     bodies = {name: ('', f'return {values!r}') for name, values in FILES.items()} | BODIES
     for name, (signature, body) in bodies.items():
@@ -470,7 +470,7 @@ def write_files(directory: Path) -> None:
 
 
 def message(call, *arguments) -> list[str]:
-    """The lines of the refusal that a call ends in, and its kind where it is not a ConfigError."""
+    """The lines of the error that a call raises, preceded by its type unless it is ConfigError."""
     try:
         call(*arguments)
     except errors.RunError as error:
@@ -502,7 +502,7 @@ def build(values: dict) -> list[str]:
     return message(lambda: RunConfig(**values))
 
 
-# {what is tried: {the words of it: the lines of the message}}
+# {group: {command line or other input: the lines of its message}}
 GROUPS = {
     'run': lambda: {line: load(line) for line in lines(RUN_OVERRIDES, 'run.py')},
     'phases': lambda: {line: load(line) for line in lines(PHASE_OVERRIDES, 'phases.py')},
@@ -520,21 +520,21 @@ GROUPS = {
 
 @contextlib.contextmanager
 def files():
-    """A directory to work in that has the files; what was before is restored."""
+    """Changes into a temporary directory that holds the files."""
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         write_files(Path(name))
         yield
 
 
 def collect() -> dict:
-    """{what is tried: {the words of it: the lines of the message}}"""
+    """{group: {command line or other input: the lines of its message}}"""
     with files():
         return {group: make() for group, make in GROUPS.items()}
 
 
 @pytest.fixture(scope='module')
 def problems():
-    """Those that were told while `found` was made."""
+    """The problems that were reported while `found` was collected."""
     return []
 
 
@@ -550,12 +550,12 @@ def found(problems):
 
 
 @pytest.mark.parametrize('group', GROUPS)
-def test_messages_are_those_of_the_golden(group, found):
+def test_messages_equal_the_golden(group, found):
     assert found[group] == json.loads(GOLDEN.read_text())[group]
 
 
 def is_value(path) -> bool:
-    """Whether a run may have a value there."""
+    """Whether the schema of a run has a key at this path."""
     kinds = [RunConfig]
     for part in path:
         kinds = select_kinds(kinds, part)
@@ -564,15 +564,15 @@ def is_value(path) -> bool:
     return True
 
 
-def test_problems_name_values_that_a_config_can_have(found, problems):
-    """A path with a slip of the pen would never be touched by an override."""
+def test_problems_have_paths_that_exist_in_the_schema(found, problems):
+    """A misspelt path would never match an override."""
     known = [problem for problem in problems if not problem.is_unknown_key]
     assert len(known) > 300
     assert [problem for problem in known if not all(map(is_value, problem.paths))] == []
     assert [problem for problem in known if not problem.paths] == []
 
 
-def test_the_golden_has_nothing_else():
+def test_the_golden_has_no_other_groups():
     assert json.loads(GOLDEN.read_text()).keys() == GROUPS.keys()
 
 

@@ -46,7 +46,7 @@ def test_the_difference_lists_values_and_absent_keys():
         {'model': {'remat': 'full'}},
     ],
 )
-def test_where_a_run_works_and_what_is_watched_may_change(changes):
+def test_values_that_do_not_affect_learning_may_change(changes):
     new = run(**changes)
     assert check_resume(run(), new) == find_changes(run(), new) != []
 
@@ -62,7 +62,7 @@ def test_where_a_run_works_and_what_is_watched_may_change(changes):
         ('checkpoint', {'checkpoint': {'directory': 'elsewhere'}}),
     ],
 )
-def test_what_is_learned_changes_only_when_allowed_by_name(group, changes):
+def test_values_that_affect_learning_change_only_if_allowed_by_name(group, changes):
     with pytest.raises(errors.ConfigError, match=f'--allow_change={group};'):
         check_resume(run(), run(**changes))
     assert check_resume(run(), run(**changes), {group})
@@ -86,6 +86,6 @@ def test_the_model_of_a_run_never_changes():
         check_resume(run(), run(), {'model'})
 
 
-def test_a_name_that_is_no_group_cannot_be_allowed():
+def test_an_unknown_group_cannot_be_allowed():
     with pytest.raises(errors.UsageError, match='did you mean optimizer'):
         check_resume(run(), run(), {'optimiser'})

@@ -31,7 +31,7 @@ def _at_the_root(monkeypatch):
 def test_every_config_builds(path, arg, tmp_path):
     overrides = []
     if path.name == 'pretrained.py' or (path.name == 'sft.py' and not arg):
-        # What only its user has: a model, and chats.
+        # Only the user can provide these: a model and chats.
         write_config(load_config('configs/quickstart.py'), tmp_path / 'config.json')
         overrides = [f'init_from={tmp_path}']
     if path.name == 'sft.py' and not arg:
@@ -54,7 +54,7 @@ def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
 
 
 @pytest.mark.parametrize('path', FILES, ids=str)
-def test_every_config_tells_its_command_and_hardware_and_imports_nothing_of_ours(path):
+def test_every_config_states_its_command_and_hardware_and_does_not_import_jaxfm(path):
     tree = ast.parse(path.read_bytes())
     text = ast.get_docstring(tree)
     assert f'python -m jaxfm.main --config {path}' in text
@@ -77,7 +77,7 @@ def test_smoke_has_the_shape_of_the_full_model(path):
 
 
 class Built:
-    """The parts of a config that its train step needs, nothing allocated."""
+    """The parts of a config that its train step needs. Allocates no arrays."""
 
     def __init__(self, path):
         self.config = load_config(path, ['model.compute_dtype=bfloat16'])
@@ -86,7 +86,7 @@ class Built:
         self.parts = split(self.make_model)
 
     def lower(self, mesh):
-        """The train step on a mesh, from abstract state and batch, as StableHLO."""
+        """The abstract state, and the train step on a mesh as StableHLO text."""
         (phase,) = make_phases(self.config, self.make_model, mesh)
         data = self.config.data
         rows = jax.NamedSharding(mesh, sharding.activation('batch', 'position'))
@@ -131,11 +131,11 @@ def test_the_train_step_of_a_llama_lowers_and_its_state_is_split(name, sizes, re
     assert whole >= 12 * num_parameters(built.parts.shapes)  # weights and two moments in f32
     assert bytes_per_device(state) == pytest.approx(whole / 8, rel=0.01)
     assert 'bf16' in text
-    # Scanned: unrolled, each layer would have seven of these in the forward pass alone.
+    # Layers are scanned; unrolled, each would add seven of these in the forward pass alone.
     assert text.count('dot_general') < 7 * built.config.model.num_layers
 
 
-def test_a_promise_of_whole_rows_is_held_against_the_data_and_the_evaluators():
+def test_one_document_per_row_is_checked_against_data_and_evaluators():
     words = ['model.implementations.attention=cudnn', 'model.implementations.one_document=true']
     path = 'configs/quickstart.py'
     with pytest.raises(ConfigError) as told:

@@ -1,4 +1,4 @@
-"""What --mode train records of a run, beside what its loop does."""
+"""What --mode train records outside of the training loop."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from jaxfm.tasks import PythonFunctionsConfig
 
 
 class Records:
-    """A recorder that keeps what it is given."""
+    """A recorder that keeps its records in memory."""
 
     phase = ''
 
@@ -44,8 +44,8 @@ def run_with(primary=True):
     return SimpleNamespace(primary=primary, phases=phases, config=config)
 
 
-def test_every_phase_records_which_prompts_stand_in_its_training_text():
-    """The loss and the export ask nothing, so nothing is asked of them."""
+def test_every_phase_records_which_prompts_occur_in_its_training_text():
+    """The loss and export evaluators have no prompts and are left out."""
     asking = SimpleNamespace(prompt_texts=['b c', 'z'])
     evaluators = {'heldout': object(), 'functions': asking, 'unasked': asking, 'export': object()}
     records = Records()

@@ -1,4 +1,4 @@
-"""Runs of several phases, in real processes: equal to chained runs, resumed wherever they died."""
+"""Runs with several phases, in real processes: equal to chained runs, resumed after any kill."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def config(tiny):
 
 @pytest.fixture(scope='module')
 def whole(tiny, config):
-    """A run of both phases that nobody stopped."""
+    """An uninterrupted run of both phases."""
     finish(tiny.start(tiny.root / 'whole', config=config))
     return tiny.root / 'whole'
 
@@ -72,19 +72,19 @@ def test_a_phase_has_its_own_learning_rate_batch_and_name(whole):
     names = {r['step']: r['phase'] for r in train}
     assert [names[step] for step in (2, 12, 14, 22)] == ['first', 'first', 'second', 'second']
     rates = {r['step']: r['train/learning_rate'] for r in train}
-    assert rates[6] == pytest.approx(1e-2, rel=0.1)  # warm-up of 5 steps is over
-    assert rates[14] == pytest.approx(3e-3 * 2 / 5)  # in the second phase it begins anew
+    assert rates[6] == pytest.approx(1e-2, rel=0.1)  # after the warm-up of 5 steps
+    assert rates[14] == pytest.approx(3e-3 * 2 / 5)  # the second phase starts its own schedule
     tokens = {r['step']: r['perf/total_tokens'] for r in records(whole, 'perf')}
     assert tokens[12] == 12 * 8 * 32
     assert tokens[22] == 12 * 8 * 32 + 10 * 4 * 16
 
 
-def test_the_end_of_a_phase_is_evaluated_and_stays(tiny, whole):
+def test_the_end_of_a_phase_is_evaluated_and_its_checkpoint_is_kept(tiny, whole):
     assert tiny.committed(whole) == [12, 22]
     assert {r['step'] for r in records(whole, 'eval')} == {0, 6, 12, 18, 22}
 
 
-def test_a_phase_trains_what_it_does_not_freeze(tiny, whole):
+def test_a_phase_trains_all_but_its_frozen_parameters(tiny, whole):
     boundary, end = tiny.saved_state(whole, 12), tiny.saved_state(whole, 22)
     frozen = [name for name in end if name.startswith('frozen/')]
     assert frozen and all('trunk/0/0/attention' in name for name in frozen)
@@ -106,7 +106,7 @@ def test_two_phases_equal_two_runs_one_after_the_other(tiny, whole):
     assert losses == [r['train/loss'] for r in records(whole) if r['step'] > 12]
 
 
-def test_a_run_goes_on_from_wherever_it_was_killed(tiny, config, whole):
+def test_a_run_resumes_wherever_it_was_killed(tiny, config, whole):
     workdir = tiny.root / 'killed'
     expected = records(whole), records(whole, 'eval')
     for last in (5, 15):  # inside the first and inside the second phase
@@ -123,7 +123,7 @@ def test_a_run_goes_on_from_wherever_it_was_killed(tiny, config, whole):
     assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
 
 
-def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
+def test_a_run_killed_between_phases_begins_the_second_one(tiny, config, whole):
     workdir = tiny.root / 'between'
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / 'checkpoints' / '22')
@@ -132,8 +132,8 @@ def test_a_run_killed_between_two_phases_begins_the_second(tiny, config, whole):
     assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
 
 
-@pytest.mark.parametrize('number', [11, 25])  # the checkpoint is still in the second phase, or not
-def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole, number):
+@pytest.mark.parametrize('number', [11, 25])  # the checkpoint is in the second phase, or no longer
+def test_the_steps_of_an_ended_phase_cannot_change(tiny, config, whole, number):
     workdir = tiny.root / f'changed-{number}'
     shutil.copytree(whole, workdir)
     before = (workdir / 'config.json').read_bytes()
@@ -145,7 +145,7 @@ def test_the_steps_of_a_phase_that_is_over_cannot_change(tiny, config, whole, nu
     assert json.loads(before)['phases'][0]['steps'] == 12
 
 
-def test_other_data_is_refused_or_when_allowed_read_from_its_first_row(tiny, config, whole):
+def test_other_data_is_refused_or_if_allowed_read_from_its_first_row(tiny, config, whole):
     workdir = tiny.root / 'other'
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / 'checkpoints' / '22')

@@ -35,7 +35,7 @@ def validate(schema: type[Group], values: dict) -> tuple[Group | None, list[Prob
     return group, list(dict.fromkeys(problems))
 
 
-def suggest(name: str, names, owner: str = 'there is') -> str:
+def suggest(name: str, names, owner: str = 'available:') -> str:
     """'; did you mean X?' if one of the names is close, else '; OWNER X, Y, Z'."""
     names = [str(n) for n in names]
     close = difflib.get_close_matches(str(name), names, 1)
@@ -127,7 +127,7 @@ def _remove_keys(values: dict, paths) -> dict:
 
 
 def _find_sound_parts(schema, values, broken: set) -> dict:
-    """The valid top-level values of a group; {} if they are not valid without the broken ones."""
+    """The top-level values of a group that are valid, if all except the `broken` ones are."""
     fields = {key: f for key, f in schema.model_fields.items() if key not in broken}
     wanted = {key: (field.annotation, field) for key, field in fields.items()}
     part = pydantic.create_model('Sound', __base__=Group, **wanted)
@@ -168,7 +168,7 @@ def _explain(schema, fault: dict) -> list[Problem]:
         return [Problem.at(path, _explain_choice(given, names))]
     if kind == 'extra_forbidden':
         (group,) = filter(is_group, around)
-        owner = f'{list_names(group)[0]} has' if list_names(group) else 'there is'
+        owner = f'{list_names(group)[0]} has' if list_names(group) else 'available:'
         hint = suggest(path[-1], list_keys(group), owner)
         return [Problem.at(path, f'unknown key{hint}', is_unknown_key=True)]
     if kind == 'missing':

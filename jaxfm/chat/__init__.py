@@ -1,1 +1,1 @@
-"""Chats: conversations as text by a template, and which part of it the assistant says."""
+"""Chats: rendering conversations with a template and finding the assistant's part of the text."""

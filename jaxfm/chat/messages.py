@@ -1,6 +1,6 @@
-"""Messages of a chat in the form that a chat template takes, and whether it wrote all of them.
+"""Prepares messages for a chat template, and checks that the template wrote all of them.
 
-What messages contain is text: a user who writes '<|im_end|>' ends no turn.
+The content of a message is plain text: a user who writes '<|im_end|>' does not end a turn.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from jaxfm.errors import DataError
 
 ROLES = ('system', 'developer', 'user', 'assistant', 'tool')
 
-# Letters of a script that nobody writes any more; the first that a chat has not is its filler.
+# Characters of a dead script; the first one that does not occur in a chat is its filler.
 FILLERS = range(0x14400, 0x14600)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Messages and tools as the template gets them."""
+    """Messages and tools as they are passed to the template."""
 
     messages: list[dict]
     tools: list[dict] = dataclasses.field(default_factory=list)
@@ -34,7 +34,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class CallForm:
-    """How a template wants the arguments of a call, and the content of a message of calls alone."""
+    """How a template expects a call's arguments, and the content of a message with only calls."""
 
     arguments_as_text: bool
     empty_content: str | None
@@ -42,6 +42,8 @@ class CallForm:
 
 CALL_FORMS = tuple(CallForm(text, empty) for text in (False, True) for empty in ('', None))
 PROBE_NAME, PROBE_VALUE = 'probe_of_a_name', 'probe-of-a-value'
+
+_REMEDY = "set config.tokenizer.chat_template to one that does, such as 'plain'"
 
 
 def probe_calls(number: int) -> dict:
@@ -64,21 +66,23 @@ def make_view(
     call_form: CallForm | None,
     tokenizer,
 ) -> View:
-    """Checked messages in the form that the template takes; `call_form` None: it has no calls.
+    """Checks messages and tools and brings them into the form that the template expects.
+
+    `call_form` is None if the template does not support tool calls.
 
     Raises:
-        DataError: a role is unknown, a message has no text, or the template has no place for tools
-            or their calls.
+        DataError: a role is unknown, a message has no text, or the template does not support the
+            chat's tools or tool calls.
     """
     for i, message in enumerate(messages):
         _check_message(i, message, template)
     form = CALL_FORMS[0]
     if any(message.get('tool_calls') for message in messages):
         if call_form is None:
-            raise DataError('the chat template has no form for tool calls')
+            raise DataError(f'the chat template does not support tool calls; {_REMEDY}')
         form = call_form
     if tools and 'tools' not in find_variables(template):
-        raise DataError('the chat template has no place for tools')
+        raise DataError(f'the chat template does not support tools; {_REMEDY}')
     view = View(prepare_messages(messages, form), [wrap_tool(tool) for tool in tools])
     strings = '\0'.join(find_strings([view.messages, view.tools]))
     if not tokenizer.special_pattern.search(strings):
@@ -88,9 +92,9 @@ def make_view(
 
 
 def _guard(view: View, filler: str, tokenizer) -> View:
-    """The view with the filler in every special token that a message or a tool spells.
+    """Inserts the filler into every special token that a message or a tool spells.
 
-    An assistant may write tags such as <think>: the model does so by the token of that name.
+    Tags such as <think> stay whole in assistant messages: the model writes them as tokens.
     """
     guard = tokenizer.guard
     messages = [
@@ -105,31 +109,31 @@ def _guard(view: View, filler: str, tokenizer) -> View:
 
 
 def _check_message(i: int, message: Mapping, template: str) -> None:
-    """Raises DataError unless message i has a known role and a text, or calls in its place."""
+    """Raises DataError unless message i has a known role and either text or tool calls."""
     if not isinstance(message, Mapping):
-        raise DataError(f'message {i + 1} is no object but a {type(message).__name__}')
+        raise DataError(f'message {i + 1} is a {type(message).__name__}, not an object')
     role = message.get('role')
     if not isinstance(role, str) or not _knows(template, role):
         near = difflib.get_close_matches(str(role), ROLES, 1)
-        hint = f'do you mean {near[0]}?' if near else f'there are {", ".join(ROLES)}'
-        raise DataError(f'message {i + 1} has the role {role!r}; {hint}')
+        hint = f'do you mean {near[0]}?' if near else f'known roles: {", ".join(ROLES)}'
+        raise DataError(f'message {i + 1} has unknown role {role!r}; {hint}')
     content = message.get('content')
     has_calls = is_assistant(message) and message.get('tool_calls')
     if not isinstance(content, str) and not (content is None and has_calls):
         kind = 'no content' if content is None else f'content of type {type(content).__name__}'
-        raise DataError(f'message {i + 1} ({role}) has {kind}; a text is expected')
+        raise DataError(f'message {i + 1} ({role}) has {kind}; content must be a string')
 
 
 def _knows(template: str, role: str) -> bool:
-    """Templates may have roles of their own, such as the `ipython` of Llama 3."""
+    """Whether a role is known; templates may define their own, such as Llama 3's `ipython`."""
     return role in ROLES or any(f'{q}{role}{q}' in template for q in '\'"')
 
 
 def prepare_messages(messages: Sequence[Mapping], form: CallForm) -> list[dict]:
-    """Messages with complete tool calls; answers of tools carry the id and name of their call."""
+    """Completes tool calls, and gives each tool's answer the id and name of its call."""
     complete, calls, number = [], [], 0
     for message in messages:
-        # Tables have None where a message has nothing, which templates do not expect.
+        # Records from tables have None for absent fields, which templates do not expect.
         message = {k: v for k, v in message.items() if v is not None or k == 'content'}
         if not message.get('tool_calls'):
             message.pop('tool_calls', None)
@@ -158,11 +162,11 @@ def _complete_call(call: Mapping, number: int, form: CallForm) -> dict:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise DataError(f'the arguments of {function["name"]} are no JSON: {error}') from error
+            raise DataError(f'the arguments of {function["name"]} are not JSON: {error}') from error
     elif not isinstance(arguments, str) and form.arguments_as_text:
         arguments = json.dumps(arguments, ensure_ascii=False)
     function = {'name': function['name'], 'arguments': arguments}
-    # Some templates ask for nine digits.
+    # Some templates require ids of nine digits.
     return {'id': call.get('id') or f'{number:09d}', 'type': 'function', 'function': function}
 
 
@@ -186,7 +190,7 @@ def find_strings(value) -> Iterator[str]:
 
 
 def map_strings(value, change):
-    """The value with every string inside it changed, keys of mappings as well."""
+    """Applies `change` to every string inside a value, including the keys of mappings."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -197,7 +201,10 @@ def map_strings(value, change):
 
 
 def check_complete(view: View, text: str) -> None:
-    """Raises DataError unless every message and tool is in the text; past thoughts need not be."""
+    """Raises DataError unless the text has every tool and every message but the assistant's.
+
+    Templates may drop the assistant's earlier thoughts, so its messages are not checked here.
+    """
     for i, message in enumerate(view.messages):
         content = message['content']
         if not is_assistant(message) and content and not _appears(content, text):
@@ -212,16 +219,16 @@ def check_complete(view: View, text: str) -> None:
 
 
 def _appears(content: str, text: str) -> bool:
-    """Whether the first line of a content is in a text, as it is or as JSON."""
+    """Whether a text contains a message's content, or its first line as is or JSON-escaped."""
     line = next((line.strip() for line in content.splitlines() if line.strip()), '')
     return content in text or line in text or json.dumps(line, ensure_ascii=False)[1:-1] in text
 
 
 def check_calls(message: Mapping, turn: str) -> None:
-    """Raises DataError unless the turn has every call of its message."""
+    """Raises DataError unless the rendered turn has every tool call of its message."""
     calls, content = message.get('tool_calls') or (), message.get('content') or ''
     for call in calls:
         name = call['function']['name']
         if name not in turn.replace(content.strip(), '', 1):
-            beside = ' beside a content' if content else ''
-            raise DataError(f'the chat template leaves out the call of {name}{beside}')
+            when = ' when its message also has content' if content else ''
+            raise DataError(f'the chat template leaves out the call of {name}{when}')

@@ -1,9 +1,9 @@
-"""Chats: from messages to ids, and which of them the assistant must produce.
+"""Renders chats to ids, and masks the tokens that the assistant must produce.
 
-The mask comes from rendering prefixes: what the template writes for the messages before a turn, and
-a generation prompt, is what sampling will start from; what it writes beyond that, up to the mark
-that ends the turn, is the assistant's. Text is cut there before it is encoded, so the ids of a
-prompt are the first ids of the chat, whatever the assistant answers.
+The mask comes from rendering prefixes of the chat. The messages before a turn, rendered with a
+generation prompt, are the text from which sampling starts. Whatever the template writes after that,
+through the mark that ends the turn, is the assistant's. The text is cut at these borders before it
+is encoded, so a prompt's ids are always a prefix of the chat's, whatever the assistant answers.
 """
 
 import functools
@@ -28,9 +28,9 @@ from jaxfm.errors import DataError
 
 
 class Chat:
-    """Encodes chats by the tokenizer's template, `plain` where it has none.
+    """Encodes chats with the tokenizer's template, or with `plain` if it has none.
 
-    Building one renders a few probes, to see how the template ends a turn.
+    The constructor renders a few probe chats to learn how the template ends a turn.
     """
 
     def __init__(self, tokenizer):
@@ -41,16 +41,19 @@ class Chat:
     def encode(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 [n] up to the end of the last assistant turn, and bool [n]: the assistant's.
+        """Encodes a chat up to the end of its last assistant turn.
+
+        Returns ids, int32 [n], and a mask, bool [n]: True where the assistant must produce the
+        token.
 
         Raises:
-            DataError: there is no assistant turn, a role is unknown, the template refuses the chat,
-                leaves a message out, or rewrites earlier turns so that no prompt leads to them.
+            DataError: the chat has no assistant turn or an unknown role, or the template refuses
+                it, leaves out a message, or rewrites earlier turns so that no prompt leads to them.
         """
         view = self._view(messages, tools)
         last = max((i for i, m in enumerate(view.messages) if is_assistant(m)), default=None)
         if last is None:
-            raise DataError('a chat without an assistant turn has nothing to learn from')
+            raise DataError('the chat has no assistant turn, so there is nothing to learn from it')
         view = view.first(last + 1)
         text = self._render(view)
         check_complete(view, text)
@@ -65,7 +68,7 @@ class Chat:
         return np.array(ids, np.int32), np.array(mask, bool)
 
     def prompt(self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()) -> list[int]:
-        """Ids up to and including the generation prompt; DataError as `encode`."""
+        """Ids up to and including the generation prompt. Raises DataError as `encode` does."""
         view = self._view(messages, tools)
         text = self._prompt_text(view)
         check_complete(view, text)
@@ -75,13 +78,13 @@ class Chat:
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer: eos, and the special token that ends a turn, if there is one."""
+        """Ids that end an answer: eos, and special tokens that end a turn or its tool calls."""
         special = self._tokenizer.special_tokens
         ends = [self._find_special(self._traits.mark), self._find_tool_mark()]
         return frozenset([self._tokenizer.eos_id, *(special[end] for end in ends if end)])
 
     def _encode(self, text: str, spans, filler: str, end: int = 0) -> list[list[int]]:
-        """Ids of the parts of a text: before a turn, a turn, before the next one, and so on."""
+        """Ids of the parts of a text: before a turn, the turn, before the next turn, and so on."""
         borders = [0, *itertools.chain(*spans), *([end] if end else [])]
         parts = [text[start:stop] for start, stop in itertools.pairwise(borders)]
         encoded = self._tokenizer.encode_parts(parts, filler)
@@ -95,18 +98,18 @@ class Chat:
         return make_view(messages, tools, self._template, form, self._tokenizer)
 
     def _render(self, view: View) -> str:
-        """A chat up to the end of its last turn."""
+        """Renders a chat up to the end of its last turn."""
         return self._render_view(view, self._traits.asks_late)
 
     def _render_prompt(self, view: View) -> str:
-        """A chat and the generation prompt."""
+        """Renders a chat followed by the generation prompt."""
         return self._render_view(view, True)
 
     def _render_view(self, view: View, add_generation_prompt: bool) -> str:
         none = self._traits.gives_none
         return render_view(self._template, self._tokenizer, none, view, add_generation_prompt)
 
-    # Which characters of a rendered chat are the assistant's.
+    # Below: which characters of a rendered chat are the assistant's.
 
     def _spans(self, view: View, text: str, is_prompt: bool = False) -> list[tuple[int, int]]:
         """[start, stop) in `text` of every assistant turn."""
@@ -121,8 +124,9 @@ class Chat:
             stop = self._stop(turn, text, start)
             if start is None or stop is None or not end <= start < stop:
                 raise DataError(
-                    f'the chat template writes the chat up to turn {i + 1} in another way when '
-                    'more follows, so what the assistant must produce there is not to be told'
+                    f'the chat template renders the chat up to turn {i + 1} differently when more '
+                    'messages follow, so what the assistant must produce there is unknown; '
+                    'set config.tokenizer.chat_template to another one'
                 )
             check_calls(message, text[start:stop])
             spans.append((start, stop))
@@ -130,41 +134,41 @@ class Chat:
         return spans
 
     def _start(self, view: View, i: int, turn: str, text: str) -> int | None:
-        """Where turn i starts in `text`; `turn` is the chat up to its end."""
+        """Where turn i starts in `text`; `turn` is the chat rendered up to the end of that turn."""
         before = view.first(i)
         if self._traits.has_prompt and not ends_with_assistant(before):
             prompt = self._render_prompt(before)
             if text.startswith(prompt):
                 return len(prompt)
-        # What stands there whatever the answer is no part of it.
+        # Text that is the same for every answer is not part of the answer.
         answers = [self._render(before.plus(answer)) for answer in ANSWERS]
         common = os.path.commonprefix([turn, *answers])
         if text.startswith(common):
             return len(common)
-        # Some write what is over in another way: an empty thought before the last answer only.
+        # Some templates render past turns differently: an empty thought before the last answer only
         message = view.messages[i]
         others = [before.plus(message | {'content': answer['content']}) for answer in ANSWERS]
         others = [self._render(o.plus(*view.messages[i + 1 :])) for o in others]
         return len(os.path.commonprefix([text, *others])) if others[0] != others[1] else None
 
     def _prompt_text(self, view: View) -> str:
-        """What stands before an answer: the generation prompt, if answers do follow on it."""
+        """The text before an answer: the generation prompt, if answers follow it."""
         answers = [self._render(view.plus(answer)) for answer in ANSWERS]
         prompt = self._render_prompt(view)
-        # Some write none, or none between two answers.
+        # Some templates write no prompt, or none between two consecutive answers.
         is_prompt = self._traits.has_prompt and not ends_with_assistant(view)
         if is_prompt and answers[0].startswith(prompt):
             return prompt
         return os.path.commonprefix(answers)
 
     def _stop(self, turn: str, text: str, start: int | None) -> int | None:
-        """Where a turn ends in `text`, behind its mark; `turn` is the chat up to there."""
+        """Where a turn ends in `text`, after its mark; `turn` is the chat rendered up to there."""
         if start is None or not turn.startswith(text[:start]):
             return None
         stop = self._end_of_turn(turn, start)
         if text.startswith(turn[start:stop], start):
             return stop
-        # Some drop the thoughts at the head of a turn once another one follows.
+        # Some templates drop the thoughts at the head of a turn once another turn follows.
         for head in range(start + 1, stop - len(self._traits.mark) + 1):
             if self._traits.mark and text.startswith(turn[head:stop], start):
                 return start + stop - head
@@ -182,7 +186,7 @@ class Chat:
         return found.group() if found else ''
 
     def _find_tool_mark(self) -> str:
-        """The special token behind tool calls, unless it stands behind every one of several."""
+        """The special token that ends a turn's tool calls; '' if each call ends with one."""
         if self._traits.call_form is None:
             return ''
         for number in (2, 1):

@@ -1,8 +1,8 @@
-"""Chat templates: Jinja in a sandbox, with what Hugging Face's templates expect to find.
+"""Chat templates: sandboxed Jinja with the functions and tags that Hugging Face templates expect.
 
-A template may not reach into Python, change what it is given, or loop over huge ranges; how long it
-takes is not bounded otherwise. It cannot tell the time either: `strftime_now` says always the same
-day, so that the text of a chat is the same on every day of a training run.
+A template cannot reach into Python, change its inputs, or loop over huge ranges; its running time
+is not limited otherwise. It cannot tell the time either: `strftime_now` always formats the same
+day, so the text of a chat is the same on every day of a training run.
 """
 
 import datetime
@@ -67,17 +67,18 @@ _QA = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'A: ' }}{% endif %}"""
 
-# Those we bring. `plain` needs no special token but the tokenizer's eos; `chatml` those of ChatML;
-# `qa`, questions and answers, has the shortest marks, for small models of bytes.
+# The built-in templates. `plain` needs no special token except the tokenizer's eos, `chatml` needs
+# those of ChatML, and `qa` has the shortest marks, for small byte-level models.
 TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML, 'qa': _QA}
 
 
 def read_template(name: str) -> str:
-    """The text of a template by its name in TEMPLATES or its path; '' for ''.
+    """The text of a template, given its name in TEMPLATES or its path; '' for ''.
 
     Raises:
-        MissingInputError: there is neither.
-        DataError: it is no Jinja.
+        MissingInputError: it is neither the name of a template nor the path of a file.
+        PermissionDeniedError: the file may not be read.
+        DataError: it is not valid Jinja, or not UTF-8.
     """
     if not name:
         return ''
@@ -90,7 +91,9 @@ def _read_file(path: Path) -> str:
     try:
         return path.read_text(encoding='utf-8')
     except PermissionError as error:
-        raise PermissionDeniedError(f'tokenizer.chat_template: {path} may not be read') from error
+        raise PermissionDeniedError(
+            f'tokenizer.chat_template: {path} cannot be read: permission denied'
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f'tokenizer.chat_template: {path} is not UTF-8') from error
     except OSError as error:
@@ -98,13 +101,14 @@ def _read_file(path: Path) -> str:
         near = difflib.get_close_matches(path.name, [*TEMPLATES, *files], 1)
         hint = f'; do you mean {near[0]}?' if near else ''
         raise MissingInputError(
-            f'tokenizer.chat_template: {path} is no file, nor one of {", ".join(TEMPLATES)}{hint}'
+            f'tokenizer.chat_template: {path} is neither a file nor one of {", ".join(TEMPLATES)}'
+            f'{hint}'
         ) from error
 
 
 @functools.lru_cache(maxsize=32)
 def compile_template(text: str) -> jinja2.Template:
-    """The template, ready to render; DataError with the line when it is no Jinja."""
+    """The compiled template. Raises DataError with the line unless it is valid Jinja."""
     try:
         return _environment().from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -113,13 +117,13 @@ def compile_template(text: str) -> jinja2.Template:
 
 @functools.lru_cache(maxsize=32)
 def find_variables(text: str) -> frozenset[str]:
-    """The names that a template takes from outside."""
+    """The names of the variables that must be passed to a template."""
     environment = _environment()
     return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)))
 
 
 def render_template(text: str, **given) -> str:
-    """The text of a chat; DataError, with what the template said, when it refuses."""
+    """The text of a chat. Raises DataError with the template's message if it refuses the chat."""
     try:
         return compile_template(text).render(given)
     except DataError:
@@ -130,7 +134,7 @@ def render_template(text: str, **given) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}: some templates mark by it what a model writes. We do not need it."""
+    """{% generation %}, with which some templates mark what a model writes; we ignore it."""
 
     tags = {'generation'}
 
@@ -151,7 +155,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # Jinja's own would escape <, > and & for HTML.
+    # Jinja's own filter would escape <, > and & for HTML.
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

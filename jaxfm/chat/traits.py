@@ -1,4 +1,4 @@
-"""Traits of a chat template: what it does, seen by rendering a few short chats."""
+"""Traits of a chat template: how it behaves, found by rendering a few short chats."""
 
 import dataclasses
 import functools
@@ -24,26 +24,26 @@ _SECOND_QUESTION = {'role': 'user', 'content': 'second-question'}
 
 @dataclasses.dataclass(frozen=True)
 class TemplateTraits:
-    """What there is to know of a template before a chat is rendered."""
+    """What must be known about a template before a chat is rendered."""
 
-    # `tools` is given as None where there are none; otherwise it is not given at all.
+    # Whether `tools` is passed as None if there are none; otherwise it is not passed at all.
     gives_none: bool
-    # The end of the last turn is there only when a generation prompt is asked for.
+    # Whether the last turn is only ended when a generation prompt is requested.
     asks_late: bool
-    # What stands behind the last answer, and the part of it that ends the turn: to its first
+    # The text after the last answer, and the part of it that ends the turn: through its first
     # special token, if it has one.
     suffix: str
     mark: str
-    # Answers follow on the generation prompt.
+    # Whether answers follow the generation prompt.
     has_prompt: bool
-    # How tool calls must be given for the template to write them; None: it has no form for them.
+    # How tool calls must be passed for the template to write them; None: it does not support them.
     call_form: CallForm | None
 
 
 def render_view(
     template: str, tokenizer, gives_none: bool, view: View, add_generation_prompt: bool
 ) -> str:
-    """The text of a chat by a template, with the tokenizer's special tokens."""
+    """Renders a chat with a template and the tokenizer's special tokens."""
     tools = {'tools': list(view.tools) or None} if view.tools or gives_none else {}
     return render_template(
         template,
@@ -55,18 +55,18 @@ def render_view(
 
 
 def probe(template: str, tokenizer) -> TemplateTraits:
-    """Sees what a template does; DataError when it writes no chat of a question and an answer."""
+    """Finds a template's traits. Raises DataError unless it renders a question and its answer."""
     gives_none = _takes_none(template, tokenizer)
     render = functools.partial(render_view, template, tokenizer, gives_none)
     question, prompt = (render(View([QUESTION]), ask) for ask in (False, True))
     turn, asked = (render(View([QUESTION, ANSWERS[0]]), ask) for ask in (False, True))
-    # Some end the last turn only when asked for a generation prompt, which then is not there.
+    # Asked for a generation prompt, some templates only end the last turn and write no prompt.
     header = prompt.removeprefix(question).strip()
     extra = asked.removeprefix(turn) if asked.startswith(turn) else ''
     asks_late = bool(header and extra and header not in extra)
     _, found, suffix = (asked if asks_late else turn).rpartition(ANSWERS[0]['content'])
     if not found:
-        raise DataError('the chat template leaves out what the assistant says')
+        raise DataError("the chat template leaves out the assistant's answer")
     mark = _find_mark(render, suffix, tokenizer.special_pattern)
     answers = [render(View([QUESTION, answer]), asks_late) for answer in ANSWERS]
     header = os.path.commonprefix(answers).removeprefix(prompt)
@@ -76,7 +76,7 @@ def probe(template: str, tokenizer) -> TemplateTraits:
 
 
 def _takes_none(template: str, tokenizer) -> bool:
-    """Whether the template takes None for `tools` where there are none."""
+    """Whether the template accepts None for `tools` if there are none."""
     try:
         render_view(template, tokenizer, True, View([QUESTION]), True)
     except DataError:
@@ -93,7 +93,7 @@ def _find_mark(render: Callable[[View, bool], str], suffix: str, special_pattern
         after = render(View(messages), False).partition(ANSWERS[0]['content'])[2]
     except DataError:
         return suffix.rstrip()
-    # Some write a generation prompt behind every chat; that ends nothing.
+    # Some templates write a generation prompt after every chat; it does not end a turn.
     return suffix.rstrip() if after.startswith(suffix.rstrip()) else ''
 
 
@@ -107,6 +107,6 @@ def _find_call_form(render: Callable[[View, bool], str], asks_late: bool) -> Cal
         except DataError:
             continue
         if PROBE_NAME in text and PROBE_VALUE in text:
-            # As JSON, not as Python writes a dict, nor as JSON inside JSON.
+            # True, which is worse, for a dict as Python prints it and for JSON inside JSON.
             seen[form] = f"'{PROBE_VALUE}'" in text or f'\\"{PROBE_VALUE}' in text
     return min(seen, key=seen.get, default=None)

@@ -191,25 +191,25 @@ def test_a_template_that_rewrites_the_past_is_refused(of_text):
         '{{ messages | length }}{% for m in messages %}{{ m.content }}<|eos|>{% endfor %}'
     )
     assert counting.prompt([QUESTION])
-    with pytest.raises(DataError, match='turn 2 in another way'):
+    with pytest.raises(DataError, match='turn 2 differently when more'):
         counting.encode([QUESTION, ANSWER, QUESTION, ANSWER])
 
 
 @pytest.mark.parametrize(
     ('messages', 'message'),
     [
-        ([QUESTION], 'without an assistant turn'),
-        ([], 'without an assistant turn'),
+        ([QUESTION], 'no assistant turn'),
+        ([], 'no assistant turn'),
         ([QUESTION | {'role': 'asistant'}], "role 'asistant'; do you mean assistant"),
-        ([{'content': 'x'}], 'message 1 has the role None'),
+        ([{'content': 'x'}], 'message 1 has unknown role None; known roles: system, dev'),
         ([QUESTION, {'role': 'assistant', 'content': None}], r'message 2 \(assistant\) has no con'),
         ([QUESTION | {'content': ['x']}], 'content of type list'),
         ([QUESTION, ANSWER | {'tool_calls': [{'function': {}}]}], 'tool call has no name'),
         ([QUESTION, ANSWER | {'tool_calls': ['f']}], 'tool call has no name'),
-        (['hello'], 'message 1 is no object but a str'),
+        (['hello'], 'message 1 is a str, not an object'),
         (
             [QUESTION, ANSWER | {'tool_calls': [{'name': 'f', 'arguments': '{'}]}],
-            'arguments of f are no JSON',
+            'arguments of f are not JSON',
         ),
     ],
 )
@@ -290,7 +290,9 @@ def test_calls_are_given_in_the_form_that_the_template_takes(real):
     ids, mask = Chat(coder).encode(messages)
     assert '```json\n{"a": 2}\n```' in spelled(coder, ids, mask)[0]
     messages[1]['content'] = 'Let me add.'
-    with pytest.raises(DataError, match='leaves out the call of add beside a content'):
+    with pytest.raises(
+        DataError, match='leaves out the call of add when its message also has content'
+    ):
         Chat(coder).encode(messages)
 
 

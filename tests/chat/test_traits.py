@@ -82,7 +82,7 @@ def test_each_oddity_of_a_template_is_seen(template, wanted):
 
 
 def test_a_template_without_answers_is_an_error():
-    with pytest.raises(DataError, match='the chat template leaves out what the assistant says'):
+    with pytest.raises(DataError, match="the chat template leaves out the assistant's answer"):
         probe('{{ messages[0].content }}', TOKENIZER)
 
 

@@ -262,7 +262,7 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(cli, tmp_path, adapter, s
     more = ['--config.tokenizer.path=/nowhere', '--allow_change=tokenizer', '--config.steps=6']
     code, _, error = cli(workdir, *flags, *more)
     assert code == 66
-    assert_one_clear_message(error, ['tokenizer.path: there is no /nowhere'])
+    assert_one_clear_message(error, ['tokenizer.path: /nowhere does not exist'])
 
 
 # A finished run, and what can be done with it

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back, and what a config may say of them."""
+"""Tokenizers: text to ids and back; here are their config groups."""
 
 from typing import Literal
 
@@ -9,41 +9,42 @@ from jaxfm.schema import Group
 
 
 class TokenizerConfig(Group):
-    """What every tokenizer has."""
+    """Options of every tokenizer."""
 
-    # How chats become text: a file with a Jinja template, or the name of one that we bring
-    # (`chat.template.TEMPLATES`); '' is the tokenizer's own, else `plain`.
+    # How chats become text: the path of a Jinja template, or the name of a built-in one (plain,
+    # chatml, qa); '' is the tokenizer's own template, or plain if it has none.
     chat_template: str = ''
 
 
 class BytesConfig(TokenizerConfig):
-    """One token a byte: 256 bytes and the special tokens."""
+    """One token per byte: 256 bytes and the special tokens."""
 
     name: Literal['bytes'] = 'bytes'
-    special_tokens: list[str] = []  # beside <|bos|> and <|eos|>, such as those of a chat template
+    # In addition to <|bos|> and <|eos|>, such as those of a chat template.
+    special_tokens: list[str] = []
 
 
 class BPEConfig(TokenizerConfig):
     """Byte-level BPE, trained on the train documents of the first phase."""
 
     name: Literal['bpe'] = 'bpe'
-    # Special tokens and the 256 bytes included.
+    # Includes the special tokens and the 256 bytes.
     vocab_size: int = Field(default=2048, ge=258)
-    # How text is cut before merging; `tokenizer.build.PATTERNS` explains the choices.
+    # How text is split before merging; `tokenizer.build.PATTERNS` explains the choices.
     pattern: Literal['code', 'gpt2'] = 'gpt2'
-    special_tokens: list[str] = []
+    special_tokens: list[str] = []  # in addition to <|bos|> and <|eos|>
 
 
 class TokenizerFileConfig(TokenizerConfig):
-    """A tokenizer that exists: from a Hugging Face tokenizer.json, SentencePiece .model, tiktoken
-    ranks (.tiktoken), the model in a .gguf, or a directory or a run that has one of them."""
+    """An existing tokenizer: a Hugging Face tokenizer.json, a SentencePiece .model, tiktoken ranks
+    (.tiktoken), the tokenizer in a .gguf, or a directory or run that contains one of these."""
 
     name: Literal['file'] = 'file'
     path: str = Field(min_length=1)
-    # For tiktoken ranks only, which say neither how text is cut nor the special tokens: the name of
-    # an encoding (cl100k_base, o200k_base) or a regular expression.
+    # Only for tiktoken ranks, which define neither how text is split nor special tokens: the name
+    # of an encoding (cl100k_base, o200k_base) or a regular expression.
     pattern: str = ''
-    # In place of what the file says; '' is the file's own.
+    # Override the file's tokens; '' keeps them.
     bos_token: str = ''
     eos_token: str = ''
 

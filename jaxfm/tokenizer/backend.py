@@ -1,4 +1,4 @@
-"""A tokenizer.json as the `tokenizers` library runs it: at the start of a text, and further on."""
+"""Opens a tokenizer.json with the `tokenizers` library, for the start of a text or its middle."""
 
 import json
 import re
@@ -10,11 +10,12 @@ from jaxfm.errors import DataError
 
 
 def open_backend(content: str) -> tokenizers.Tokenizer:
+    """Opens the content of a tokenizer.json. Raises DataError unless the library accepts it."""
     try:
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # The library raises bare Exceptions.
         raise DataError(f'tokenizer.json is not a tokenizer: {error}') from error
-    # Otherwise the library would turn text that spells a special token into its id.
+    # Otherwise the library would turn text that spells a special token into that token's id.
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -22,9 +23,10 @@ def open_backend(content: str) -> tokenizers.Tokenizer:
 
 
 def open_further(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
-    """A backend for text that goes on, and whether a space is due behind special tokens.
+    """Opens a backend for text that continues other text, without a space in front.
 
-    Some put a space before every text; in the middle of a text that would be a space too many.
+    Some tokenizers put a space before every text, which would be wrong in the middle of one.
+    Returns also whether text after a special token does get that space.
     """
     if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
         return backend, False
@@ -38,7 +40,7 @@ def open_further(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def _steps(step: dict | None) -> Iterator[dict]:
-    """A normalizer or pre-tokenizer and those inside it."""
+    """Yields a normalizer or pre-tokenizer and all those nested in it."""
     if step:
         yield step
         for inner in step.get('normalizers', []) + step.get('pretokenizers', []):
@@ -46,7 +48,10 @@ def _steps(step: dict | None) -> Iterator[dict]:
 
 
 def _without_prefix(step: dict) -> bool:
-    """Changes a step to one for the middle of a text; whether it put a space before every text."""
+    """Adapts a step, in place, to the middle of a text.
+
+    Returns whether the step put a space before every text.
+    """
     nothing = {'type': 'Sequence', 'normalizers': []}
     pattern = step.get('pattern', {}).get('Regex', '')
     if step['type'] == 'Metaspace':
@@ -57,7 +62,7 @@ def _without_prefix(step: dict) -> bool:
         step.update(nothing)
         return True
     if step['type'] == 'Strip' or (pattern.startswith('^') and not step.get('content')):
-        step.clear()  # white space at the ends of a text
+        step.clear()  # it changes white space at the ends of a text
         step.update(nothing)
     elif step.get('add_prefix_space'):
         step['add_prefix_space'] = False

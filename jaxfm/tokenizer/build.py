@@ -1,12 +1,12 @@
-"""Tokenizers: text to ids and back; byte-level ones without loss for every str.
+"""Builds and loads tokenizers: text to ids and back. Byte-level ones are lossless for every str.
 
-Special tokens never come out of text: a document that spells '<|eos|>' is encoded as its
-characters. The corpus puts them around documents, and chat templates between turns. Markup that a
-vocabulary has as tokens without calling them special, such as <think>, is of this kind as well,
-only that it is not left out when ids are decoded.
+Plain text never becomes a special token: a document that spells '<|eos|>' is encoded as ordinary
+characters. The corpus puts special tokens around documents, and chat templates put them between
+turns. Markup that a vocabulary has as tokens but does not mark as special, such as <think>, is
+treated the same way, except that decoding keeps it.
 
-A tokenizer is what it is saved as: a directory with the vocabulary and tokenizer_config.json, as
-Hugging Face lays it out.
+The saved form of a tokenizer defines it: a directory with the vocabulary and tokenizer_config.json,
+in Hugging Face's layout.
 """
 
 import json
@@ -24,20 +24,20 @@ from jaxfm.tokenizer.kinds import HuggingFace, Tokenizer, open_files
 
 SPECIAL_TOKENS = ('<|bos|>', '<|eos|>')
 
-# How text is cut into the pieces inside which BPE merges; a merge never crosses a cut.
+# How text is split into pieces before BPE; merges never cross the border between two pieces.
 PATTERNS = {
-    # For source code: a line break takes the indentation after it, so the step from one line to the
-    # next is one token at any depth; one sign before a name goes with it ('.append', '(self').
+    # For source code: a line break includes the indentation after it, so moving to the next line is
+    # one token at any depth. A name includes one punctuation mark before it ('.append', '(self').
     'code': r'\r?\n[ \t\r\n]*|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+'
     r'|[ \t]+(?!\S)|\s',
-    # As GPT-2: words, numbers and runs of signs, each with the space before it; other white space
-    # apart, so that indentation of one depth is one token.
+    # As in GPT-2: words, numbers and runs of punctuation, each with the space before it. Other
+    # white space is separate, so the indentation of a line is one token.
     'gpt2': r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
 
 
 class Bytes(HuggingFace):
-    """One token a byte: byte b is id 2 + b, further special tokens follow."""
+    """One token per byte: byte b is id 2 + b; additional special tokens come after the bytes."""
 
     def __init__(self, config: BytesConfig, texts: Iterable[str]):
         del texts
@@ -68,16 +68,16 @@ class BPE(HuggingFace):
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of a config; only `bpe` reads the texts.
+    """Builds the tokenizer of a config; only `bpe` reads the texts.
 
     Raises:
-        MissingInputError, DataError, ConfigError: as `load_tokenizer`, and for the chat template.
+        MissingInputError, DataError, ConfigError: as `load_tokenizer` and `read_template` do.
     """
     return TOKENIZERS.load(config.name)(config, texts)
 
 
 def load_tokenizer_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) -> Tokenizer:
-    """A tokenizer that exists, with what the config says in place of what its files say."""
+    """Loads an existing tokenizer; values that the config sets override those in its files."""
     del texts
     files = read_tokenizer_files(config.path, config.pattern, config.bos_token, config.eos_token)
     if template := read_template(config.chat_template):
@@ -87,11 +87,12 @@ def load_tokenizer_file(config: TokenizerFileConfig, texts: Iterable[str] = ()) 
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """What `save` wrote, or any other tokenizer that `read_tokenizer_files` finds at the path.
+    """Loads what `save` wrote, or any other tokenizer that `read_tokenizer_files` finds at `path`.
 
     Raises:
         MissingInputError: there is none, or the library that runs it is not installed.
         DataError: a file is damaged, or nothing says which token ends a text.
+        ConfigError: as `read_tokenizer_files` does.
     """
     return _open_from(path, read_tokenizer_files(path))
 
@@ -105,9 +106,12 @@ def _open_from(path, files: dict[str, bytes]) -> Tokenizer:
 
 def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
     special = [*SPECIAL_TOKENS, *config.special_tokens]
-    # One letter could not be told from the same letter in a text.
+    # A special token of one letter would look like the same letter in a text.
     if len(set(special)) < len(special) or min(map(len, special)) < 2:
-        raise ConfigError(f'tokenizer.special_tokens: one is too short or there twice: {special}')
+        raise ConfigError(
+            'tokenizer.special_tokens: all must differ and have at least two characters; '
+            f'with the built-in ones they are {special}'
+        )
     return special
 
 
@@ -132,14 +136,14 @@ def _make_backend(pattern: str | None, vocabulary: dict[str, int] | None) -> tok
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """Ids of the bytes follow the special tokens: byte b is id 2 + b."""
+    """{token: id}: the special tokens, then the bytes; byte b is id 2 + b."""
     characters = _byte_characters()
     tokens = list(SPECIAL_TOKENS) + [characters[byte] for byte in range(256)]
     return {token: i for i, token in enumerate(tokens)}
 
 
 def _byte_characters() -> list[str]:
-    """The printable character by which byte-level BPE writes each byte."""
+    """The printable character that stands for each byte in byte-level BPE."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(byte) for byte in printable}

@@ -1,9 +1,8 @@
-"""Finding a tokenizer: from a path to the files that a saved tokenizer consists of.
+"""Finds the tokenizer at a path, and reads it into the files of a saved tokenizer.
 
-Those are one with the vocabulary (tokenizer.json, tokenizer.model or ranks.tiktoken) and
-tokenizer_config.json, which names the special tokens and has the chat template: the layout of
-Hugging Face. Every file is found with .gz behind its name, too. A model in a .gguf file has its
-tokenizer inside.
+These are a vocabulary (tokenizer.json, tokenizer.model or ranks.tiktoken) and
+tokenizer_config.json, which names the special tokens and holds the chat template: Hugging Face's
+layout. Any file may also be compressed, with .gz after its name. A .gguf contains its tokenizer.
 """
 
 import difflib
@@ -22,7 +21,7 @@ from jaxfm.storage.files import check_object, explain_damage, explain_errors
 
 CONFIG_FILE = 'tokenizer_config.json'
 
-# How the known encodings of tiktoken cut text, and their special tokens.
+# The known tiktoken encodings: the pattern that splits text, and {special token: id}.
 ENCODINGS = {
     'cl100k_base': (
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
@@ -45,12 +44,12 @@ ENCODINGS = {
     ),
 }
 
-# Vocabularies in the order in which a directory is searched for them.
+# Vocabulary files, in the order in which a directory is searched for them.
 _VOCABULARIES = (
     *('tokenizer.json', 'tokenizer.model', 'ranks.tiktoken'),
     *('*.tiktoken', '*.model', '*.gguf'),
 )
-_PAIRS = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # the two of GPT-2
+_PAIRS = (('vocab.json', 'merges.txt'), ('encoder.json', 'vocab.bpe'))  # GPT-2's two files
 
 
 def read_tokenizer_files(
@@ -61,7 +60,8 @@ def read_tokenizer_files(
     Raises:
         MissingInputError: there is no tokenizer.
         DataError: a file is damaged.
-        ConfigError: the path does not say which tokenizer, or tiktoken ranks come without pattern.
+        ConfigError: `path` matches several tokenizers or is not one by its name, or tiktoken ranks
+            come without a pattern.
     """
     vocabulary = _locate(Path(path).expanduser())
     name = _plain_name(vocabulary)
@@ -92,9 +92,9 @@ def read_tokenizer_files(
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked when its name ends in .gz."""
-    failure, denied = f'{path} cannot be read', f'{path} may not be read'
-    with explain_errors(failure, MissingInputError, denied=denied):
+    """The content of a file, decompressed if its name ends in .gz."""
+    failure = f'{path} cannot be read'
+    with explain_errors(failure, MissingInputError, denied=f'{failure}: permission denied'):
         content = path.read_bytes()
     try:
         return gzip.decompress(content) if path.suffix == '.gz' else content
@@ -111,14 +111,14 @@ def to_json(value: dict) -> bytes:
 
 
 def parse_json(content: bytes, name) -> dict:
-    """An object of JSON; DataError, with the name of the file, for anything else."""
+    """Parses a JSON object. Raises DataError, which names the file, for anything else."""
     with explain_damage(f'{name} is damaged'):
         value = json.loads(content)
     return check_object(value, str(name))
 
 
 def _locate(path: Path) -> Path:
-    """The file with the vocabulary; the first of two, of GPT-2."""
+    """Finds the vocabulary file; of GPT-2's two files, the first."""
     if path.is_dir():
         return _search(path)
     if path.is_file():
@@ -127,14 +127,14 @@ def _locate(path: Path) -> Path:
         if found := _find_existing(path.parent / first) if first else known and path:
             return found
         raise ConfigError(
-            f'{path} is no tokenizer by its name: give a .json, .model, .tiktoken or .gguf'
+            f'{path} is not a tokenizer file; give a .json, .model, .tiktoken or .gguf'
         )
     if found := _find_existing(path):
         return found
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 1)
-    hint = f'; there is {near[0]}' if near else ''
-    raise MissingInputError(f'tokenizer.path: there is no {path}{hint}')
+    hint = f'; do you mean {near[0]}?' if near else ''
+    raise MissingInputError(f'tokenizer.path: {path} does not exist{hint}')
 
 
 def _search(directory: Path) -> Path:
@@ -144,15 +144,17 @@ def _search(directory: Path) -> Path:
         found = sorted([*directory.glob(pattern), *directory.glob(pattern + '.gz')])
         if len({_plain_name(file) for file in found}) > 1:
             names = ', '.join(file.name for file in found)
-            raise ConfigError(f'{directory} has several tokenizers, give the path of one: {names}')
+            raise ConfigError(
+                f'{directory} has several tokenizers; give the path of one of them: {names}'
+            )
         if found:
             return found[0]
     for first, second in _PAIRS:
         if (found := _find_existing(directory / first)) and _find_existing(directory / second):
             return found
     raise MissingInputError(
-        f'{directory} has no tokenizer: no tokenizer.json, .model, .tiktoken, .gguf, '
-        'nor vocab.json with merges.txt'
+        f'{directory} has no tokenizer: it contains no tokenizer.json, no .model, .tiktoken or '
+        '.gguf, and no vocab.json with merges.txt'
     )
 
 
@@ -168,7 +170,7 @@ def _plain_name(path: Path) -> str:
 
 
 def _config_beside(vocabulary: Path) -> dict:
-    """What the neighbours of a vocabulary say of its special tokens and chat template."""
+    """The special tokens and chat template that the files next to a vocabulary define."""
     said = {}
     for name in ('special_tokens_map.json', CONFIG_FILE):
         if found := _find_existing(vocabulary.with_name(name)):
@@ -186,14 +188,17 @@ def _config_beside(vocabulary: Path) -> dict:
 
 
 def _adds_bos(tokenizer_json: bytes, config: dict, kind: str) -> bool:
-    """Whether a class of transformers puts bos in front of a text: a file names one in any case."""
+    """Whether the transformers class `kind` puts bos before a text.
+
+    That a file names a bos token does not tell: it does so in any case.
+    """
     after = parse_json(tokenizer_json, 'tokenizer.json').get('post_processor')
     named = json.dumps(config.get('bos_token', ''), ensure_ascii=False)
     return kind.startswith(('Llama', 'Gemma')) or named in json.dumps(after, ensure_ascii=False)
 
 
 def _template(said, vocabulary: Path) -> str:
-    """The default one where there are several by name; a file of its own goes before."""
+    """The chat template: chat_template.jinja if there is one; of several by name, `default`."""
     if found := _find_existing(vocabulary.with_name('chat_template.jinja')):
         return read_bytes(found).decode('utf-8', 'replace')
     entries = said if isinstance(said, list) else [{'name': 'default', 'template': said or ''}]
@@ -204,19 +209,19 @@ def _template(said, vocabulary: Path) -> str:
                 named[name] = template
             case _:
                 raise DataError(
-                    f'{vocabulary.with_name(CONFIG_FILE)}: chat_template must be a text, or a list '
-                    'of objects that have a name and a template'
+                    f'{vocabulary.with_name(CONFIG_FILE)}: chat_template must be a string, or a '
+                    'list of objects with a name and a template'
                 )
     return named.get('default', next(iter(named.values()), ''))
 
 
 def _tiktoken_config(config: dict, path: Path) -> dict:
-    """Fills in the pattern and the special tokens, by name for the encodings that we know."""
+    """Fills in the pattern and special tokens if the pattern names a known encoding."""
     pattern = config.get('pattern')
     if not pattern:
         names = ' or '.join(ENCODINGS)
         raise ConfigError(
-            f'{path} does not say how text is cut: set tokenizer.pattern to {names}, '
+            f'{path} does not define how text is split: set tokenizer.pattern to {names}, '
             'or to a regular expression'
         )
     if pattern in ENCODINGS:
@@ -229,16 +234,18 @@ def _tiktoken_config(config: dict, path: Path) -> dict:
     if re.fullmatch(r'\w+', pattern):
         near = difflib.get_close_matches(pattern, ENCODINGS, 1) or list(ENCODINGS)
         raise ConfigError(
-            f'tokenizer.pattern: no encoding is called {pattern}; '
-            f'there is {" and ".join(near)}, or give a regular expression'
+            f'tokenizer.pattern: {pattern} is not a known encoding; '
+            f'use {" or ".join(near)}, or a regular expression'
         )
     return config
 
 
 def _byte_level_bpe(vocabulary: Path, second: str) -> bytes:
-    """A tokenizer.json of the two files that GPT-2 and its kin come in."""
+    """Makes a tokenizer.json from the two files in which GPT-2 and similar models come."""
     if not (merges := _find_existing(vocabulary.with_name(second))):
-        raise MissingInputError(f'{vocabulary} is half of a tokenizer: there is no {second} by it')
+        raise MissingInputError(
+            f'{vocabulary} is half of a tokenizer: {second} is missing in its directory'
+        )
     lines = read_bytes(merges).decode('utf-8', 'replace').split('\n')
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith('#version')]
     if any(len(pair) != 2 for pair in pairs):

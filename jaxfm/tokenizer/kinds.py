@@ -1,7 +1,7 @@
-"""How text becomes ids: what all tokenizers share, and the libraries that run them.
+"""How text becomes ids: what all tokenizers share, and one class per library that runs them.
 
-Special tokens never come out of text. Their names are found in a rendered chat only, where
-`encode_parts` tells what a template wrote from what a message spells.
+Plain text never becomes a special token. Special tokens are found only in a rendered chat, where
+`encode_parts` distinguishes those that the template wrote from those that a message spells.
 """
 
 import base64
@@ -24,33 +24,33 @@ from jaxfm.tokenizer.backend import open_backend, open_further
 from jaxfm.tokenizer.files import CONFIG_FILE, parse_json
 from jaxfm.tokenizer.word_encoder import encode_batch, make_word_encoder
 
-# An added token that is not called special is control or markup when it looks like this; others
-# (runs of spaces, words) are vocabulary like any.
+# An added token that is not marked special is control or markup if it looks like this; others
+# (runs of spaces, words) are ordinary vocabulary.
 _MARKUP = re.compile(r'<[^\s].*>|\[/?[A-Z_]+\]', re.DOTALL)
-# Of these, what a model writes into its text itself: <think>, </tool_call>.
+# Markup that a model writes into its own text: <think>, </tool_call>.
 _TAG = re.compile(r'</?\w+>')
 
 _REMEMBERED_LENGTH, _REMEMBERED_TEXTS = 32, 4096
 
 
 class Tokenizer:
-    """What all kinds share; a kind says how plain text becomes ids.
+    """Base class of all tokenizers; a subclass defines how plain text becomes ids.
 
     Attributes:
-        bos_id: put in front of documents, None where the vocabulary has none.
-        eos_id: put behind documents, and behind chats whose template writes no mark of its own.
-        special_tokens: {text: id} of all tokens that never come out of text.
-        chat_template: Jinja; '' is none.
-        template_variables: special tokens by the names that templates know them by.
+        bos_id: put before documents; None if the tokenizer puts none there.
+        eos_id: put after documents, and after chats whose template does not mark the end itself.
+        special_tokens: {text: id} of all tokens that plain text never becomes.
+        chat_template: Jinja; '' if there is none.
+        template_variables: special tokens under the names that templates use for them.
     """
 
-    # Tokens that take the white space on one side along, as those of Phi-3 do.
+    # Tokens that absorb the white space on one side, as Phi-3's do.
     _strips_left = _strips_right = frozenset()
-    # Special tokens that decoding shows.
+    # Special tokens that decoding keeps.
     _visible: frozenset[str] = frozenset()
-    # Some kinds put a space before a text; whether they do so behind a special token, too.
+    # Whether the space that some tokenizers put before a text also goes after a special token.
     _prefix_after_special = False
-    # Whether plain text may come out as a special token, which then has to be prevented.
+    # Whether the library may encode plain text as a special token, which we must then prevent.
     _may_leak = False
 
     def __init__(self, files: dict[str, bytes]):
@@ -76,7 +76,7 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of everything that decides the ids, those of chats included."""
+        """sha256 of everything that determines the ids, including those of chats."""
         digest = hashlib.sha256()
         for name, content in sorted(self._files.items()):
             digest.update(f'{name} {len(content)}\n'.encode())
@@ -90,24 +90,24 @@ class Tokenizer:
 
     @functools.cached_property
     def invalid_byte_id(self) -> int | None:
-        """The token of a byte that no UTF-8 has; None where single bytes are no tokens '<0xFF>'."""
+        """The token '<0xFF>', a byte that UTF-8 never has; None if bytes are not such tokens."""
         return self._token_id('<0xFF>')
 
     def encode(self, text: str) -> list[int]:
-        """Ids without special tokens; DataError for a str that has a lone surrogate."""
+        """Ids without special tokens. Raises DataError if the text has a lone surrogate."""
         return self._plain([text], is_start=True)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32, on all cores."""
+        """Ids of each text, int32 [n], as `encode`; uses all cores."""
         return [np.array(ids, np.int32) for ids in self._plain(texts, is_start=True)]
 
     def encode_parts(self, parts: Iterable[str], filler: str = '') -> list[list[int]]:
-        """Ids of the parts of one text in which special tokens are spelled by their names.
+        """Ids of the parts of one rendered text, in which spelled special tokens become tokens.
 
-        What follows a part does not change its ids, so they are also those of a text that ends
-        there. `filler` is a character that keeps spellings text; it leaves no ids itself.
+        The ids of a part do not depend on later parts, so they are the same if the text ends there.
+        `filler` is the character that `guard` inserted; it is removed before encoding.
         """
-        encoded, before = [], None  # before: the special token there, '' is text, None the start
+        encoded, before = [], None  # before: the last special token; '' after text, None at start
         for part in parts:
             ids, pieces = [], self.special_pattern.split(part)
             for text, token in zip(pieces[::2], [*pieces[1::2], '']):
@@ -124,7 +124,7 @@ class Tokenizer:
         return encoded
 
     def guard(self, text: str, filler: str, but: frozenset[str] = frozenset()) -> str:
-        """The text with the filler between the letters of special tokens, of those in `but` not."""
+        """Puts the filler between the letters of all special tokens in a text, except in `but`."""
 
         def break_up(match):
             token = match.group()
@@ -133,17 +133,17 @@ class Tokenizer:
         return self.special_pattern.sub(break_up, text)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids; bytes that are no UTF-8 become U+FFFD, ids of no token nothing."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD, unknown ids become nothing."""
         hidden = self._hidden_ids if skip_special_tokens else ()
         return self._decode([int(i) for i in ids if int(i) not in hidden])
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that ids add behind others; alone, SentencePiece would drop a first space."""
+        """The text that `ids` add to `before`; decoded alone, SentencePiece drops a first space."""
         text, whole = self.decode(before), self.decode([*before, *ids])
         return whole[len(os.path.commonprefix([text, whole])) :]
 
     def save(self, directory: Path) -> None:
-        """Writes the files of a saved tokenizer into a directory, which is made."""
+        """Writes the files of a saved tokenizer into a directory, creating it if needed."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
@@ -153,18 +153,18 @@ class Tokenizer:
         return open_files, (self._files,)
 
     def _open(self, config: dict) -> dict[str, int]:
-        """Opens the vocabulary; its special tokens."""
+        """Opens the vocabulary and returns {text: id} of its special tokens."""
         raise NotImplementedError
 
     def _ids(self, texts: Sequence[str], is_start: bool) -> list[list[int]]:
-        """Ids of texts; is_start is False where a text goes on after another one."""
+        """Ids of texts; `is_start` is False for texts that continue another one."""
         raise NotImplementedError
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
     def _token_id(self, token: str) -> int | None:
-        """The id of a token that need not be special."""
+        """The id of a token, special or not; None if there is no such token."""
         return self.special_tokens.get(token)
 
     def _plain(self, texts: Sequence[str], is_start: bool) -> list[list[int]]:
@@ -179,7 +179,7 @@ class Tokenizer:
         return encoded
 
     def _spell_out(self, text: str, is_start: bool) -> list[int]:
-        """Ids of a text whose spellings of special tokens are cut into their letters."""
+        """Ids of a text in which spelled special tokens are cut into letters before encoding."""
         spelled = [match.span() for match in self.special_pattern.finditer(text)]
         cuts = [cut for start, stop in spelled for cut in range(start + 1, stop)]
         pieces = [text[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(text)])]
@@ -187,7 +187,7 @@ class Tokenizer:
         return list(itertools.chain(*first, *self._ids(pieces[1:], False)))
 
     def _part(self, text: str, is_start: bool) -> list[int]:
-        """Ids of a piece of a chat; the short ones, mostly of the template, are remembered."""
+        """Ids of a piece of a chat; short pieces, mostly the template's own, are cached."""
         is_start = bool(is_start)
         if len(text) > _REMEMBERED_LENGTH:
             return self._plain([text], is_start)[0]
@@ -198,12 +198,12 @@ class Tokenizer:
         return self._cache[text, is_start]
 
     def _find_special(self, key: str) -> int:
-        """The id of the token that has the role `key`, which is special from now on."""
+        """The id of the token for `key` (eos_token, ...); from now on the token is special."""
         token = self.template_variables[key]
         names = ', '.join(list(self.special_tokens)[:8]) or 'none'
         if not token:
             raise DataError(
-                f'the tokenizer does not say which token ends a text: set tokenizer.{key}; '
+                f'the tokenizer does not define which token ends a text: set tokenizer.{key}; '
                 f'its special tokens: {names}'
             )
         if (found := self._token_id(token)) is None:
@@ -228,7 +228,7 @@ class HuggingFace(Tokenizer):
         self._may_leak = not isinstance(self._backend.model, models.BPE)
         self._size = max([self._backend.get_vocab_size(with_added_tokens=False) - 1, *added]) + 1
         self._further, self._prefix_after_special = open_further(content, self._backend)
-        # So that the library leaves their spellings alone, as it does those of special tokens.
+        # Otherwise the library would turn text that spells one of these into its id.
         self._backend.add_special_tokens(sorted(self._visible))
         self._further.add_special_tokens(sorted(self._visible))
         self._words = make_word_encoder(content, self._backend)
@@ -253,8 +253,9 @@ class SentencePiece(Tokenizer):
     """A tokenizer.model, run by the `sentencepiece` library."""
 
     _prefix_after_special = True
-    # What is appended to a serialized model is merged into it: normalizer_spec (field 3) with
-    # add_dummy_prefix (3) and remove_extra_whitespaces (4) off, for text that goes on.
+    # Fields appended to a serialized model are merged into it. These bytes turn off
+    # add_dummy_prefix (3) and remove_extra_whitespaces (4) in normalizer_spec (field 3), for text
+    # that continues other text.
     _GOES_ON = b'\x1a\x04\x18\x00\x20\x00'
 
     def _open(self, config: dict) -> dict[str, int]:
@@ -281,7 +282,7 @@ class SentencePiece(Tokenizer):
         return self._start.vocab_size()
 
     def _is_user_defined(self, piece: str, i: int) -> bool:
-        """Whether the library turns the spelling of a markup into one token."""
+        """Whether a piece is markup that the library encodes as one token."""
         odd = self._start.is_control(i) or self._start.is_byte(i) or self._start.is_unknown(i)
         return not odd and bool(_MARKUP.fullmatch(piece)) and self._further.encode(piece) == [i]
 
@@ -297,7 +298,7 @@ class SentencePiece(Tokenizer):
 
 
 class Tiktoken(Tokenizer):
-    """Ranks of tokens, run by the `tiktoken` library."""
+    """A file of tiktoken ranks, run by the `tiktoken` library."""
 
     def _open(self, config: dict) -> dict[str, int]:
         try:
@@ -306,7 +307,7 @@ class Tiktoken(Tokenizer):
             raise _make_absent_error('tiktoken') from error
         ranks = _ranks(self._files['ranks.tiktoken'])
         special = {str(token): int(i) for token, i in config.get('special_tokens', {}).items()}
-        for key in ('bos_token', 'eos_token'):  # ranks have none: a name is all there is to one
+        for key in ('bos_token', 'eos_token'):  # ranks have neither, so a new one gets the next id
             if config.get(key) and config[key] not in special:
                 special[config[key]] = 1 + max([*ranks.values(), *special.values()])
         try:
@@ -314,7 +315,9 @@ class Tiktoken(Tokenizer):
                 'ranks', pat_str=config['pattern'], mergeable_ranks=ranks, special_tokens=special
             )
         except (ValueError, KeyError) as error:
-            raise ConfigError(f'tokenizer.pattern or its special tokens: {error}') from error
+            raise ConfigError(
+                f'tokenizer.pattern or the special tokens are not valid: {error}'
+            ) from error
         self._known = frozenset(ranks.values()) | frozenset(special.values())
         return special
 
@@ -332,7 +335,7 @@ class Tiktoken(Tokenizer):
 
 
 def open_files(files: dict[str, bytes]) -> Tokenizer:
-    """The tokenizer that saved files are of; errors as `load_tokenizer`."""
+    """Makes a tokenizer from the files of its saved form; raises as `load_tokenizer` does."""
     if 'tokenizer.model' in files:
         return SentencePiece(files)
     return Tiktoken(files) if 'ranks.tiktoken' in files else HuggingFace(files)
@@ -345,11 +348,13 @@ def _make_absent_error(package: str) -> MissingInputError:
 
 
 def _check_unicode(text: str) -> None:
-    """Raises DataError unless the text has a UTF-8 form."""
+    """Raises DataError unless the text can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f'text with a lone surrogate at {error.start} has no UTF-8 form') from error
+        raise DataError(
+            f'the text is not valid Unicode: lone surrogate at character {error.start}'
+        ) from error
 
 
 def _is_special(token: tokenizers.AddedToken) -> bool:
@@ -366,8 +371,8 @@ def _ranks(content: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise DataError(
-                f'ranks.tiktoken:{number} is damaged: {line[:40]!r} is no token with its rank'
+                f'ranks.tiktoken:{number} is damaged: {line[:40]!r} is not a token and its rank'
             ) from error
     if len(set(ranks.values())) != len(ranks) or not ranks:
-        raise DataError('ranks.tiktoken is damaged: it is empty or has a rank twice')
+        raise DataError('ranks.tiktoken is damaged: it is empty or repeats a rank')
     return ranks

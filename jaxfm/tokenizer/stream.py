@@ -1,10 +1,9 @@
-"""Text from ids that come bit by bit: the pieces are whole characters, and their sum is `decode` of
-all ids.
+"""An incremental detokenizer: ids arrive a few at a time and become text as soon as possible.
 
-Decoding each id by itself would not do: a character may take several tokens, SentencePiece drops
-the space before a text, and where single bytes are tokens ('<0xF0>') a run of them is text, or not,
-as a whole. So a window of ids is decoded again with every push, and what can no longer change is
-given.
+It returns whole characters, and all pieces together equal `decode` of all ids. Decoding each id
+alone would be wrong: a character may take several tokens, SentencePiece drops the space before a
+text, and a run of byte tokens ('<0xF0>') is valid text only as a whole, or not at all. So every
+push decodes a window of ids again and returns the text that can no longer change.
 """
 
 import os
@@ -12,20 +11,20 @@ from collections.abc import Iterable
 
 from jaxfm.tokenizer.kinds import Tokenizer
 
-WINDOW = 64  # ids that are decoded again at least; a cut in the text may let it grow to more
+WINDOW = 64  # new ids before the window moves; it moves later if a character is incomplete then
 
 
 class TextStream:
-    """Ids in, pieces of text out."""
+    """An incremental detokenizer: ids in, pieces of text out."""
 
     def __init__(self, tokenizer: Tokenizer, window: int = WINDOW):
         self._tokenizer, self._size = tokenizer, window
         self._ids: list[int] = []
-        self._given = 0  # characters of the window's text that are out
-        self._cut = 0  # so many ids of the window are the context for those behind them
+        self._given = 0  # characters of the window's text that were returned
+        self._cut = 0  # the first ids of the window that are only context for the rest
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that more ids have made certain; it may be empty."""
+        """Adds ids and returns the text that is now certain, which may be ''."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
         certain = self._certain(text)
@@ -35,13 +34,13 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The text that was waiting for more ids: U+FFFD for a character that stays incomplete."""
+        """Returns the text held back so far; an incomplete character becomes U+FFFD."""
         return self._give(self._tokenizer.decode(self._ids))
 
     def _certain(self, text: str) -> str:
         """The part of the window's text that no further id can change."""
         if (byte := self._tokenizer.invalid_byte_id) is not None:
-            # A run of bytes that it follows is no text any more.
+            # An invalid byte makes the run of byte tokens before it invalid, too.
             text = os.path.commonprefix([text, self._tokenizer.decode([*self._ids, byte])])
         return text.rstrip('\ufffd')
 
@@ -51,10 +50,10 @@ class TextStream:
         return piece
 
     def _move_window(self) -> None:
-        """Forgets ids once there are enough behind them; called where no character is open."""
+        """Drops old ids once enough ids follow them; call it when no character is incomplete."""
         if len(self._ids) - self._cut < self._size:
             return
         context = self._tokenizer.decode(self._ids[self._cut :])
-        if context:  # a space at the head of a window is dropped: it must not be one yet to come
+        if context:  # decoding drops a space at the head of a window: it must not be a later one
             del self._ids[: self._cut]
             self._cut, self._given = len(self._ids), len(context)

@@ -1,9 +1,9 @@
 """Byte-level BPE word by word: the ids of the `tokenizers` library at two to four times its speed.
 
-The library spends most of its time on cutting a text into words, and encodes each of them again
-however often it comes. Here the tokenizer's own pattern cuts, run by `regex`, and the ids of a
-word, which are the library's, are remembered. Texts with characters that one of the two may class
-otherwise (they know other versions of Unicode) are left to the library.
+The library spends most of its time splitting text into words, and encodes a word again each time it
+occurs. Here `regex` splits text with the tokenizer's own pattern, and the library's ids of each
+word are cached. Texts with characters that the two might classify differently (they implement
+different versions of Unicode) are left to the library.
 """
 
 import functools
@@ -17,7 +17,7 @@ import regex
 import tokenizers
 from tokenizers import pre_tokenizers
 
-# Of `ByteLevel` without a pattern of its own: that of GPT-2.
+# The pattern of `ByteLevel` itself: GPT-2's.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Characters whose class is the same in every version of Unicode since 5.0 (2006).
 KNOWN = (
@@ -26,12 +26,12 @@ KNOWN = (
     *('\u3041\u3096', '\u30a1\u30fa', '\u4e00\u9fa5', '\uac00\ud7a3'),
 )
 _KNOWN = re.compile(f'[{"".join(f"{re.escape(a)}-{re.escape(b)}" for a, b in KNOWN)}]*')
-# A word of a language is remembered, a line of base64 is not.
+# Words up to this many characters are cached, and this many of them: a line of base64 is not.
 _LONGEST, _REMEMBERED = 64, 1 << 18
 
 
 class WordEncoder:
-    """Ids of texts, as `backend` would give them; None for a text that it must be asked for."""
+    """Encodes texts to the ids that `backend` would give."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pattern: str, normalization: str | None):
         self._cut = regex.compile(pattern).findall
@@ -41,7 +41,7 @@ class WordEncoder:
         self._ids_of: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int] | None:
-        """Ids of one text."""
+        """Ids of one text; None if only the backend can encode it."""
         if not _KNOWN.fullmatch(text):
             return None
         if self._normalization and not unicodedata.is_normalized(self._normalization, text):
@@ -62,7 +62,7 @@ class WordEncoder:
 def encode_batch(
     encoder: WordEncoder | None, backend: tokenizers.Tokenizer, texts: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of texts, from the library where there is no encoder or it does not know."""
+    """Ids of texts; the backend encodes those that the encoder, if there is one, cannot."""
     encoded = [encoder.encode(text) if encoder else None for text in texts]
     unknown = [i for i, ids in enumerate(encoded) if ids is None]
     found = backend.encode_batch_fast([texts[i] for i in unknown], add_special_tokens=False)
@@ -72,13 +72,13 @@ def encode_batch(
 
 
 def make_word_encoder(content: str, backend: tokenizers.Tokenizer) -> WordEncoder | None:
-    """The encoder of a tokenizer.json; None for one that does more than cut and merge bytes."""
+    """The encoder of a tokenizer.json; None if it does more than split text and merge bytes."""
     config = json.loads(content)
     model, normalizer = config['model'], config.get('normalizer')
     pattern = _pattern(config.get('pre_tokenizer'))
     options = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback')
     is_plain = model.get('type') == 'BPE' and not any(model.get(name) for name in options)
-    # Otherwise the library finds them in a text before it cuts it.
+    # Otherwise the library would search a text for added tokens before splitting it.
     no_words_added = all(token['special'] for token in _read_added_tokens(backend))
     if not (pattern and is_plain and no_words_added):
         return None
@@ -92,7 +92,7 @@ def _read_added_tokens(backend: tokenizers.Tokenizer) -> list[dict]:
 
 
 def _pattern(config: dict | None) -> str | None:
-    """The pattern that cuts, when nothing else does."""
+    """The pattern that splits text; None unless it is the only thing that does."""
     match config:
         case {'type': 'ByteLevel', 'use_regex': True, 'add_prefix_space': False}:
             return _GPT2
@@ -113,5 +113,5 @@ def _is_readable(pattern: str) -> bool:
         regex.compile(pattern)
     except regex.error:
         return False
-    # findall gives groups where there are some.
+    # If a pattern has groups, findall returns these instead of the words.
     return not regex.compile(pattern).groups

@@ -109,7 +109,7 @@ def test_special_tokens_take_their_place_in_a_trained_vocabulary():
 
 @pytest.mark.parametrize('special', [['<|eos|>'], ['ab', 'ab'], ['a'], ['']])
 def test_a_special_token_stands_there_once(special):
-    with pytest.raises(ConfigError, match='too short or there twice'):
+    with pytest.raises(ConfigError, match='must differ and have at least two characters'):
         Bytes(BytesConfig(special_tokens=special), [])
 
 

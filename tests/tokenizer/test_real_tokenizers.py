@@ -175,24 +175,24 @@ def test_a_bad_rank_is_named_with_its_line(tmp_path):
 def test_ranks_need_a_pattern(shared_data):
     for pattern, message in (
         ('', 'set tokenizer.pattern to cl100k_base or o200k_base'),
-        ('cl100k', 'no encoding is called cl100k; there is cl100k_base'),
+        ('cl100k', 'cl100k is not a known encoding; use cl100k_base'),
     ):
         with pytest.raises(ConfigError, match=message):
             read(shared_data / CL100K, pattern)
 
 
 def test_what_is_missing_is_named(tmp_path, shared_data):
-    with pytest.raises(MissingInputError, match='there is no .*tok_qwen; there is tok_qwen3'):
+    with pytest.raises(MissingInputError, match='tok_qwen does not exist; do you mean tok_qwen3'):
         read(shared_data / 'tok_qwen')
     with pytest.raises(MissingInputError, match='has no tokenizer'):
         read(tmp_path)
     with pytest.raises(ConfigError, match='several tokenizers'):
         read(shared_data / 'tok_tiktoken_ranks')
     (tmp_path / 'notes.txt').write_text('x')
-    with pytest.raises(ConfigError, match='notes.txt is no tokenizer by its name'):
+    with pytest.raises(ConfigError, match='notes.txt is not a tokenizer file; give a .json'):
         read(tmp_path / 'notes.txt')
     shutil.copy(shared_data / 'tok_gpt2/encoder.json.gz', tmp_path)
-    with pytest.raises(MissingInputError, match='half of a tokenizer'):
+    with pytest.raises(MissingInputError, match='half of a tokenizer: .* is missing'):
         read(tmp_path / 'encoder.json.gz')
 
 

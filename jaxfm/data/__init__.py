@@ -1,9 +1,9 @@
 """Data: from documents to batches of token ids, all on the host.
 
-`sources` find and read documents, `corpus` keeps their ids in a cache on disk (`build` makes it),
-`streaming` encodes them while training; `packing` says which tokens a row holds, `order` and
-`mixture` which row comes next; `loader` delivers batches of rows, and `dataset` is all of that for
-one phase of a run. Nothing here touches a device.
+`sources` find and read documents. `corpus` tokenises them once, into a cache on disk; `streaming`
+does so during training instead. `packing` decides which tokens a row holds, `order` and `mixture`
+which row comes next. `loader` delivers batches of rows, and `dataset` combines all of this for one
+phase of a run. Nothing here touches a device.
 """
 
 from typing import Annotated, Literal
@@ -17,49 +17,50 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class PythonStdlibConfig(Group):
-    """The source of the running interpreter's standard library: text that every machine has."""
+    """The running interpreter's standard library: text that every machine has."""
 
     name: Literal['python_stdlib'] = 'python_stdlib'
-    # Share of the files that is held out, chosen by a hash of the path inside the library.
+    # Fraction of the files to hold out, chosen by a hash of a file's path inside the library.
     heldout_fraction: Fraction = 0.05
 
 
 class FieldsConfig(Group):
     """Where a record has its document: dotted paths (`instances.0.output`).
 
-    With none of text, messages, prompt given, a record with `messages` or `conversations` is a
-    chat, one with `prompt` and `completion` a chat of one turn, any other must have `text`.
+    If none of text, messages, prompt and completion is set, a record with `messages` or
+    `conversations` is a chat, one with `prompt` and `completion` is a chat of these two, and any
+    other must have `text`.
     """
 
     text: str = ''
     messages: str = ''  # a list of turns
-    prompt: str = ''  # with completion: one user turn, one assistant turn
-    completion: str = ''
-    system: str = ''  # a text before the messages
-    tools: str = 'tools'  # a list of tools, or JSON text of one; may be absent
-    role: str = ''  # inside a turn; '' is role or from
-    content: str = ''  # inside a turn; '' is content or value
-    # What other names of roles mean; human, gpt and the like are known.
+    prompt: str = ''  # a user turn as text, or a list of turns; completion follows it
+    completion: str = ''  # an assistant turn as text, or a list of turns
+    system: str = ''  # text of a system turn to put before the others
+    tools: str = 'tools'  # a list of tools, or such a list as JSON text; may be absent
+    role: str = ''  # key inside a turn; '' is role or from
+    content: str = ''  # key inside a turn; '' is content or value
+    # Meaning of other role names; human, gpt and similar ones are known.
     roles: dict[str, Literal['system', 'user', 'assistant', 'tool']] = {}
-    group: str = ''  # a label; scores of evaluations are also given by group
+    group: str = ''  # a label; evaluations also report scores per group
 
 
 class FilesConfig(Group):
-    """Documents in files: plain text (one document a file), or records of text or chats."""
+    """Documents in files: plain text (one document per file), or records of texts or chats."""
 
     name: Literal['files'] = 'files'
-    # Paths or globs (`**` included), local or s3://bucket/...; .gz and .zst are decompressed.
+    # Paths or globs (`**` too), local or s3://bucket/...; .gz and .zst are decompressed.
     path: str | list[str] = Field(min_length=1)
-    # The held-out files; when given, heldout_fraction is not used.
+    # The held-out files; if set, heldout_fraction is ignored.
     heldout_path: str | list[str] = []
-    # Share that is held out: of text files by a hash of their path, of records by a hash of their
-    # content. When that picks no file (one big text, say) the tail of every file is held out; when
-    # it picks none of few records, one is.
+    # Fraction to hold out: text files by a hash of their path, records by a hash of their content.
+    # If that puts all text files on one side (there is one big text, say), the tail of every file
+    # is held out instead; if it picks none of a few records, one of them is held out.
     heldout_fraction: Fraction = 0.05
     # auto goes by the suffix: .jsonl, .parquet, .array_record (JSON records); others are text.
     format: Literal['auto', 'text', 'jsonl', 'parquet', 'array_record'] = 'auto'
     fields: FieldsConfig = FieldsConfig()
-    # Records that may be bad (no JSON, no such field) before it is an error; they are left out.
+    # How many bad records (not JSON, a field is missing) to leave out; one more is an error.
     max_bad_records: int = Field(default=0, ge=0)
 
 
@@ -69,16 +70,16 @@ ProblemKind = Literal['addition', 'subtraction', 'reverse', 'rotate', 'last_lett
 class ProblemsConfig(Group):
     """Generated problems with one right answer: arithmetic and string manipulation.
 
-    Which problems are held out is decided by a hash of the problem, so no phase trains on them.
+    A hash of the problem decides whether it is held out, so no phase trains on a held-out problem.
     """
 
     name: Literal['problems'] = 'problems'
     form: Literal['text', 'chat'] = 'text'
-    # [] is all that there are; one that is listed twice is trained on twice as often.
+    # [] is all kinds; a kind that is listed twice is trained on twice as often.
     kinds: list[ProblemKind] = []
     num_problems: int = Field(default=100_000, ge=1)  # to train on
     num_heldout: int = Field(default=240, ge=1, le=10_000)
-    seed: int = Field(default=0, ge=0, lt=2**32)  # which of all possible problems
+    seed: int = Field(default=0, ge=0, lt=2**32)  # selects problems from all possible ones
 
 
 SOURCES = Registry(
@@ -96,23 +97,23 @@ class BatchConfig(Group):
 
     # Tokens in a row of a batch.
     sequence_length: int = Field(ge=2)
-    # Rows in a step, over all hosts.
+    # Rows per step, over all hosts.
     batch_size: int = Field(ge=1)
-    # concat: one stream, cut into rows. best_fit: documents side by side in a row, cut only when
-    # longer than it. none: one document a row. auto: concat for text, best_fit for chats, which are
-    # never cut.
+    # concat: one stream of tokens, cut into rows. best_fit: documents side by side in a row, cut
+    # only if longer than a row. none: one document per row. auto: concat for texts, best_fit for
+    # chats, which are never cut.
     packing: Literal['auto', 'concat', 'best_fit', 'none'] = 'auto'
-    # A chat longer than a row stops the run, is left out, or loses its end.
+    # What to do with a chat longer than a row: stop the run, leave the chat out, or cut its end.
     too_long: Literal['error', 'drop', 'truncate'] = 'error'
-    # cached: once, before training, into a cache on disk; rows are shuffled over the whole corpus.
-    # on_the_fly: while training; every process reads everything, in the order of the files.
+    # cached: once before training, into a cache on disk; rows are shuffled over the whole corpus.
+    # on_the_fly: during training; every process reads everything, in the order of the files.
     tokenize: Literal['cached', 'on_the_fly'] = 'cached'
-    # A cache made by `python -m tools.corpus build`; '' is one kept in the user's cache directory.
+    # A cache made by `python -m tools.corpus build`; '' is one in the user's cache directory.
     cache: str = ''
 
     @property
     def all_sources(self) -> dict[str, Group]:
-        """{name: group of the source}, without what says how rows are made."""
+        """{name: config of the source}, without the fields of BatchConfig."""
         group = SOURCES.find(self.name).schema
         values = {name: getattr(self, name) for name in group.model_fields}
         return {self.name: group.model_construct(**values)}

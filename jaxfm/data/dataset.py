@@ -1,6 +1,6 @@
-"""The data of one phase: its sources, their rows as batches, and what is held out.
+"""The data of one phase: its sources, batches of their rows, and the held-out documents.
 
-`open_dataset` tokenises what is not in the cache yet, or opens the sources to be read on the fly.
+`open_dataset` tokenises what is not in the cache yet, or opens the sources for reading on the fly.
 """
 
 import dataclasses
@@ -30,15 +30,15 @@ log = logging.getLogger('jaxfm')
 
 
 class Dataset:
-    """What a run sees of the data of a phase.
+    """What a run sees of a phase's data.
 
     Attributes:
-      sources: {name: its Corpus; Heldout, where it is read on the fly}.
+      sources: {name: its Corpus, or its Heldout if it is read on the fly}.
       heldout: {name: held-out tokens}.
-      packings: {name: the rows of the train tokens}; none on the fly.
+      packings: {name: the rows of the train tokens}; empty if these are read on the fly.
 
     Raises:
-      ConfigError, DataError: rows that cannot be made as the config wants them.
+      ConfigError, DataError: rows cannot be made as the config asks.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, sources: dict):
@@ -52,10 +52,10 @@ class Dataset:
             self.packings = {n: make_packing(source.train, config) for n, source in sources.items()}
         for packing in self.packings.values():
             _warn_of_lost(packing)
-        self.batches(seed=0)  # what cannot be made is known before anything else is done
+        self.batches(seed=0)  # raise now, before anything else is done, if rows cannot be made
 
     def batches(self, seed: int, rows: np.ndarray | None = None) -> Batches:
-        """Training batches, from the first; of each only `rows` are made, None is all."""
+        """Training batches from the first on; makes only `rows` of each, None is all."""
         config = self.config
         if config.tokenize == 'cached':
             return PackedBatches(self.packings, self.weights, config.batch_size, seed, rows)
@@ -75,7 +75,7 @@ class Dataset:
 
     @functools.cached_property
     def heldout_documents(self) -> list[Document]:
-        """Of all sources; in a mixture a name begins with that of its source."""
+        """The held-out documents of all sources; in a mixture, names start with '<source>/'."""
         if len(self.sources) == 1:
             return next(iter(self.sources.values())).heldout_documents
         return [
@@ -91,13 +91,13 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any token, and with the share of any source."""
+        """Changes with any token and with the share of any source."""
         parts = [[n, source.fingerprint, self.weights[n]] for n, source in self.sources.items()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property
     def statistics(self) -> dict[str, int | float | str]:
-        """What is read and how it is packed; of a mixture, '<source>/' stands before the names."""
+        """What was read and how it is packed; in a mixture, names start with '<source>/'."""
         each = {name: self._source_statistics(name) for name in self.sources}
         vocab_size = {'vocab_size': self.tokenizer.vocab_size}
         if len(each) == 1:
@@ -119,13 +119,15 @@ class Dataset:
 
     @property
     def num_train_bytes(self) -> int:
-        """UTF-8 bytes of all train documents; of sources read on the fly it is not known."""
+        """UTF-8 bytes of all train documents; sources read on the fly count as 0."""
         corpora = [source for source in self.sources.values() if isinstance(source, Corpus)]
         return sum(source.train.num_bytes for source in corpora)
 
     def train_texts(self, max_bytes: int) -> Iterator[str]:
-        """Train documents as text, of every source the same share, about `max_bytes` in all. What
-        is read on the fly is read from its beginning, without a limit."""
+        """Yields train documents as text: the same share of every source, about `max_bytes` in all.
+
+        Sources that are read on the fly are read from the beginning, without a limit.
+        """
         every = max(1, -(-self.num_train_bytes // max_bytes))
         for name, source in self.sources.items():
             if isinstance(source, Heldout):
@@ -138,7 +140,7 @@ class Dataset:
 
 
 def _warn_of_lost(packing: Packing) -> None:
-    """What is left out must not be found in a table alone."""
+    """Warns of chats that are left out; otherwise only a table of statistics would show it."""
     lost = packing.statistics['dropped_documents']
     if lost:
         lengths = np.diff(packing.cache.offsets)
@@ -151,10 +153,10 @@ def _warn_of_lost(packing: Packing) -> None:
 
 
 def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> Dataset:
-    """The data of a phase; what is not tokenised yet is, into `cache_dir`.
+    """Opens the data of a phase; what is not tokenised yet is tokenised into `cache_dir`.
 
-    With `config.cache` the tokens are in that directory, those of a mixture in one below it for
-    every source.
+    If `config.cache` is set, the tokens are read from that directory, which has a subdirectory for
+    each source of a mixture.
     """
     sources = {}
     for name, each in config.all_sources.items():

@@ -1,7 +1,7 @@
 """Batches of packed rows: endless and shuffled for training, each target once for evaluation.
 
 A training row is a pure function of (seed, global row number), so the state of the source is one
-number, resume takes no time, and any number of processes makes the same global batches.
+number, seeking is O(1), and any number of processes makes the same global batches.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from jaxfm.errors import ConfigError, DataError
 
 
 class Batches:
-    """What sources of batches share: rows of the global batch, position, and its identity.
+    """Base class of batch sources: the position, and the identity of the data it is valid for.
 
     `rows` are the rows of the global batch that this process makes; None is all.
     """
@@ -30,18 +30,20 @@ class Batches:
         self.next_row = 0
 
     def get_state(self) -> dict:
-        """The position after the last batch that `next` gave, and what it is a position in; JSON,
-        and the same on every process."""
+        """The position after the last batch from `next`, and the identity of the data, as JSON.
+
+        It is the same on every process.
+        """
         return {'next_row': self.next_row} | self._identity()
 
     def set_state(self, state: dict) -> None:
-        """Goes on from a state; ConfigError when it is a position in other data."""
+        """Continues from a state. Raises ConfigError if it is a position in other data."""
         here = self._identity()
         for key in sorted(here.keys() | state.keys() - self._position_keys):
             if state.get(key) != here.get(key):
                 raise ConfigError(
                     f'the data changed since the checkpoint: {key} is {here.get(key)}, '
-                    f'was {state.get(key)}; bring the old data back, or start a new run in another '
+                    f'was {state.get(key)}; restore the old data, or start a new run in another '
                     '--workdir from these weights with --config.init_from'
                 )
         self.next_row = state['next_row']
@@ -59,7 +61,7 @@ class Batches:
         return self.by_source(each)
 
     def by_source(self, values: Mapping[str, Mapping]) -> dict:
-        """{source: {name: value}} -> {name: value} of one source, {source/name: value} of more."""
+        """{source: {name: value}} -> {source/name: value}, or {name: value} of a single source."""
         if len(self.weights) == 1:
             return dict(*values.values())
         return {f'{s}/{name}': v for s, named in values.items() for name, v in named.items()}
@@ -68,14 +70,14 @@ class Batches:
 class PackedBatches(Batches):
     """A source of [len(rows), T] batches from token caches.
 
-    Of every source an epoch is all of its rows, in a new order each time.
+    An epoch of a source is all of its rows; each epoch has a new order.
 
     Args:
-      packings: the rows of each source, all of one length.
+      packings: the rows of each source, all of the same length.
       weights: {source: share of the rows}.
 
     Raises:
-      DataError: a source without any row.
+      DataError: a source has no rows.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class PackedBatches(Batches):
         self._orders = [self._order(name) for name in packings]
 
     def next(self, params, step) -> dict[str, np.ndarray]:
-        """The next batch; depends on neither argument."""
+        """The next batch; both arguments are ignored."""
         del params, step
         located = [self.mixture.locate(int(row)) for row in self.next_row + self.rows]
         which = np.array([source for source, _ in located], np.int64)
@@ -104,7 +106,7 @@ class PackedBatches(Batches):
         return _merge(list(parts.values()), len(which))
 
     def progress(self, state: dict | None = None) -> dict[str, float]:
-        """Rows and epochs of each source up to a state, or to here."""
+        """Rows and epochs of each source up to `state`, by default up to now."""
         rows = self.next_row if state is None else state['next_row']
         return self.by_source(
             {
@@ -116,8 +118,11 @@ class PackedBatches(Batches):
     def _order(self, name: str) -> Order:
         packing, seed = self.packings[name], self.seed
         if not packing.num_rows:
-            raise DataError(f'{packing.cache.path}: no row of {name} can be made, nothing fits')
-        # Sources of one length must not have one order.
+            raise DataError(
+                f'{packing.cache.path}: no row of {name} can be made, because no document fits; '
+                'raise config.data.sequence_length'
+            )
+        # Sources with the same number of rows must not share an order.
         seed += zlib.crc32(name.encode()) if len(self.packings) > 1 else 0
         return Order(packing.num_rows, seed)
 
@@ -130,7 +135,7 @@ class PackedBatches(Batches):
 
 
 def _merge(parts: list[tuple[np.ndarray, dict]], num_rows: int) -> dict[str, np.ndarray]:
-    """One batch from [(its rows, the arrays of these rows)]."""
+    """Merges [(rows of the batch, arrays of these rows)] into one batch."""
     if len(parts) == 1:
         return parts[0][1]
     batch = {}
@@ -146,14 +151,19 @@ def evaluation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """[batch_size, T] batches in which every target of the cache counts once; the last is padded.
 
-    With stride < T rows of texts overlap, and of every row but the first only the last `stride`
-    inputs count: their targets are predicted from at least T - stride tokens of context, where the
-    document has them. No stride means T. Chats stand side by side, each with all of its context; of
-    one that is longer than a row, the rest stands in a row of its own.
+    If stride < T, rows of texts overlap. Only the targets of a row's last `stride` inputs count,
+    except in the first row, so each is predicted from at least T - stride tokens of context if its
+    document has that many. stride None means T. Chats are packed side by side, and the stride does
+    not apply to them; a chat longer than a row is cut into pieces that do not see each other.
+
+    Raises:
+      ConfigError: the stride is not between 1 and T.
     """
     stride = stride or sequence_length
     if not 0 < stride <= sequence_length:
-        raise ConfigError(f'an evaluation stride of {stride} is not in 1 .. {sequence_length}')
+        raise ConfigError(
+            f'the evaluation stride must be between 1 and {sequence_length}, not {stride}'
+        )
     if cache.is_chat:
         packing = BestFit(cache, sequence_length, too_long='cut')
         for first in range(0, packing.num_rows, batch_size):

@@ -1,9 +1,9 @@
 """Batches without a cache: documents are read, tokenised and packed while the run trains.
 
-Every process reads every document, in the order of the files, makes the same rows and keeps its
-own. So the global batches are the same for any number of processes; but nothing is shuffled beyond
-the order that the files have. A position is the place in the files where the next row begins: to
-resume, its shard is read again from the start, but nothing before it is tokenised again.
+Every process reads every document in file order, makes all rows and keeps its own. So the global
+batches are the same for any number of processes, but nothing is shuffled. A position is the place
+in the files where the next row begins. To resume, its shard is read again from the start, but the
+documents before the position are not tokenised again.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ from jaxfm.data.loader import Batches
 from jaxfm.data.packing.rows import Pieces, choose_packing, fill_rows
 from jaxfm.errors import ConfigError, DataError
 
-# Bytes tokenised at a time, ahead of need: at first few, so that the first batch comes soon, then
+# Bytes tokenised at a time, ahead of need: few at first, so that the first batch comes soon, then
 # enough for all cores.
 FIRST_CHUNK_BYTES, CHUNK_BYTES = 1 << 12, 1 << 20
 
-Place = tuple[int, int, int]  # epoch, shard, document of the shard
-# (place, document, ids, mask) of documents, in their order, maybe not of all; mask None counts
-# every token but the first.
+Place = tuple[int, int, int]  # epoch, shard, document in the shard
+# Yields (place, document, ids, mask) in the order of the documents, and may leave out some. With
+# mask None every token but the first counts.
 Encode = Callable[[list[tuple[Place, Document]]], Iterable[tuple]]
 
 
 @dataclasses.dataclass
 class _Current:
-    """The document that is being put into rows: tokens [begin, stop) are still to come."""
+    """The document now being put into rows; its tokens [begin, stop) are left."""
 
     place: Place
     name: str
@@ -41,7 +41,7 @@ class _Current:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a document; with the token after it, if the document goes on."""
+    """A part of a document, and the token after it if the document continues."""
 
     ids: np.ndarray
     mask: np.ndarray | None
@@ -49,17 +49,17 @@ class Piece:
 
 
 class Stream:
-    """The rows of one source, one after the other, epoch after epoch.
+    """The rows of one source, one after another, epoch after epoch.
 
-    Texts are concatenated and cut into rows. Chats stand side by side in a row until the next one
-    does not fit; they are never cut.
+    Texts are concatenated and cut into rows. Chats are put side by side into a row until the next
+    one does not fit; they are never cut.
 
-    `position` is [epoch, shard, document of the shard, token of the document] where the next row
-    begins; set it to go on from there.
+    `position` is [epoch, shard, document in the shard, token in the document] where the next row
+    begins; set it to continue from there.
 
     Raises:
-      ConfigError: a packing that only a cache can have.
-      DataError: no document to train on, or a chat that is longer than a row.
+      ConfigError: the packing needs a cache.
+      DataError: there is no document to train on, or a chat is longer than a row.
     """
 
     def __init__(self, make_source: Callable, encode: Encode, config: BatchConfig):
@@ -70,8 +70,8 @@ class Stream:
         self.packing = choose_packing(config, self.is_chat)
         if not self.is_chat and self.packing != 'concat':
             raise ConfigError(
-                f"config.data.packing='{self.packing}' needs the lengths of all texts: "
-                "set config.data.tokenize='cached'"
+                f"config.data.packing='{self.packing}' needs to know the lengths of all texts in "
+                "advance: set config.data.tokenize='cached'"
             )
         self.position = [0, 0, 0, 0]
 
@@ -88,11 +88,11 @@ class Stream:
         self._encoded = self._encode_ahead(self._documents(*place))
 
     def epochs(self, position: list[int]) -> float:
-        """Epochs up to a position, to the precision of a shard."""
+        """Epochs up to a position, rounded down to a whole shard."""
         return position[0] + position[1] / len(self._shards)
 
     def next_row(self) -> list[Piece]:
-        """What stands in the next row."""
+        """The pieces of the next row."""
         pieces, room = [], self._config.sequence_length
         while room:
             current = self._peek()
@@ -114,20 +114,26 @@ class Stream:
         return Piece(ids, mask, length)
 
     def _peek(self) -> _Current:
-        """The document that goes on, or the next one that has a place in a row."""
+        """The current document, or the next one that `_fit` keeps."""
         epoch = self._next[0]
         while self._current is None:
             place, name, ids, mask = next(self._encoded)
             if place[0] > epoch + 1:
-                raise DataError(f'no chat fits a row of {self._config.sequence_length} tokens')
+                raise DataError(
+                    f'no chat fits a row of {self._config.sequence_length} tokens; '
+                    'raise config.data.sequence_length'
+                )
             begin = self._next[3] if place == self._next[:3] else 0
             if begin and begin >= len(ids):
-                raise DataError(f'{name} has changed: it has {len(ids)} tokens, row at {begin}')
+                raise DataError(
+                    f'{name} has changed since the checkpoint: it has {len(ids)} tokens, '
+                    f'but the next row begins at token {begin}'
+                )
             self._current = self._fit(_Current(place, name, ids, mask, begin, len(ids)))
         return self._current
 
     def _fit(self, current: _Current) -> _Current | None:
-        """The document as `too_long` wants it; None when it is left out."""
+        """The document as `too_long` changes it; None if it is left out."""
         length, longest = len(current.ids), self._config.sequence_length
         if not length:
             return None
@@ -135,15 +141,16 @@ class Stream:
             return current
         if self._config.too_long == 'error':
             raise DataError(
-                f'{current.name} has {length:,} tokens, a row {longest}. Chats are never cut: '
-                f"set config.data.sequence_length, or config.data.too_long='drop' or 'truncate'"
+                f'{current.name} has {length:,} tokens, but a row has {longest}, and chats are '
+                f'never cut: set config.data.sequence_length={length} or more, '
+                "or config.data.too_long='drop' or 'truncate'"
             )
         current.stop = longest
         has_answer = current.mask is None or current.mask[1 : longest + 1].any()
         return current if self._config.too_long == 'truncate' and has_answer else None
 
     def _documents(self, epoch: int, shard: int, document: int) -> Iterator[tuple]:
-        """(place, train document) from a place on, for ever."""
+        """Yields (place, train document) from a place on, without end."""
         while True:
             source, found = self._make_source(), shard + document > 0
             for number in range(shard, len(self._shards)):
@@ -153,11 +160,11 @@ class Stream:
                         found = True
                         yield (epoch, number, index), one
             if not found:
-                raise DataError('there is no document to train on')
+                raise DataError('config.data: the source has no document to train on')
             epoch, shard, document = epoch + 1, 0, 0
 
     def _encode_ahead(self, documents: Iterator[tuple]) -> Iterator[tuple]:
-        """(place, name, ids, mask) of documents, tokenised many at a time."""
+        """Yields (place, name, ids, mask) of documents, tokenised many at a time."""
         chunk, size, enough, found, first = [], 0, FIRST_CHUNK_BYTES, False, None
         for place, document in documents:
             chunk.append((place, document))
@@ -174,7 +181,10 @@ class Stream:
     def _encode_chunk(self, chunk: list[tuple]) -> Iterator[tuple]:
         for place, document, ids, mask in self._encode(chunk):
             if bool(document.messages) != self.is_chat:
-                raise DataError(f'{document.name}: a source has either texts or chats, not both')
+                raise DataError(
+                    f'{document.name}: a source has either texts or chats, not both; '
+                    'split it into two sources of a mixture'
+                )
             yield place, document.name, ids, mask
 
 
@@ -183,7 +193,7 @@ class OnTheFly(Batches):
 
     Args:
       streams: {source: its rows}.
-      fingerprints: {source: what changes when its documents or their tokens do}.
+      fingerprints: {source: a hash that changes with its documents or their tokens}.
       weights: {source: share of the rows}.
     """
 
@@ -201,7 +211,7 @@ class OnTheFly(Batches):
         self._length, self._vocab_size = config.sequence_length, vocab_size
 
     def next(self, params, step) -> dict[str, np.ndarray]:
-        """The next batch; depends on neither argument."""
+        """The next batch; both arguments are ignored."""
         del params, step
         streams = [*self.streams.values()]
         chosen = [self.mixture.locate(self.next_row + row)[0] for row in range(self.batch_size)]
@@ -210,7 +220,7 @@ class OnTheFly(Batches):
         return _to_batch([rows[row] for row in self.rows], self._length, self._vocab_size)
 
     def progress(self, state: dict | None = None) -> dict[str, float]:
-        """Rows and epochs of each source up to a state, or to here."""
+        """Rows and epochs of each source up to `state`, by default up to now."""
         state = state or self.get_state()
         counts = self.mixture.counts(state['next_row'])
         return self.by_source(
@@ -238,7 +248,7 @@ class OnTheFly(Batches):
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens:
-    """A batch's tokens, for `fill_rows`."""
+    """The tokens of one batch, in place of a TokenCache, for `fill_rows`."""
 
     tokens: np.ndarray
     mask: np.ndarray

@@ -191,7 +191,7 @@ def test_what_is_past_is_not_tokenised_again(monkeypatch):
 
 def test_too_long_chats_stop_the_run_are_left_out_or_lose_their_end():
     long = {'longest': 40}
-    with pytest.raises(DataError, match=r'chat\d:\d has \d+ tokens, a row 16.*too_long'):
+    with pytest.raises(DataError, match=r'chat\d:\d has \d+ tokens, but a row has 16.*too_long'):
         [chats('error', **long).next_row() for _ in range(20)]
     dropping, truncating = chats('drop', **long), chats('truncate', **long)
     dropped = [piece for _ in range(20) for piece in dropping.next_row()]

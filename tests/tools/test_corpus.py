@@ -104,7 +104,7 @@ def test_only_a_cache_is_ever_replaced(config, tmp_path, capsys):
     assert corpus.main(['build', config, '--output', str(mine), '--rebuild']) == 65
     assert corpus.main(['inspect', str(mine)]) == 65
     said = capsys.readouterr().err
-    assert said.count(f'{mine} is no cache of tokens') == 2 and 'remove' not in said
+    assert said.count(f'{mine} is not a token cache') == 2 and 'remove' not in said
     assert (mine / 'thesis.txt').read_text() == 'the only copy'
 
 

@@ -1,1 +1,1 @@
-"""Corpora: the documents of a source, tokenised once and kept in a cache on disk."""
+"""Corpora: the documents of a source, tokenised once and cached on disk."""

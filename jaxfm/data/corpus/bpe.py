@@ -1,4 +1,4 @@
-"""The tokenizer of a run: a byte-level BPE is trained on the corpus, once, and kept beside it."""
+"""The tokenizer of a run; a byte-level BPE is trained on the corpus once and cached."""
 
 import hashlib
 import itertools
@@ -13,21 +13,21 @@ from jaxfm.storage import whole
 from jaxfm.tokenizer import BPEConfig, TokenizerConfig
 from jaxfm.tokenizer.build import PATTERNS, Tokenizer, build_tokenizer, load_tokenizer
 
-# A tokenizer is trained on about this much text at most, from shards in the order of a hash.
+# A tokenizer is trained on at most about this much text, from shards in the order of a hash.
 TRAINING_BYTES = 1 << 28
 
 
 def make_tokenizer(config: TokenizerConfig, source_config, cache_dir: Path) -> Tokenizer:
-    """The tokenizer of a config, trained where it is one of those that are."""
+    """Makes the tokenizer of a config; trains it, or opens the trained one, if it is a BPE."""
     if config.name != 'bpe':
         return build_tokenizer(config, ())
     return train_bpe(config, source_config, cache_dir)
 
 
 def train_bpe(config: BPEConfig, source_config, cache_dir: Path) -> Tokenizer:
-    """Opens the tokenizer that is kept in `cache_dir`/tokenizers, after training it if need be.
+    """Opens the BPE in `cache_dir`/tokenizers; trains it first if it is not there.
 
-    `source_config` says what to train on; of a mixture every source has an equal part.
+    `source_config` says what to train on; the sources of a mixture contribute equal parts.
     """
     is_mixture = source_config.name == 'mixture'
     sources = source_config.sources.values() if is_mixture else [source_config]
@@ -53,9 +53,12 @@ def train_bpe(config: BPEConfig, source_config, cache_dir: Path) -> Tokenizer:
 
 
 def read_training_texts(config, num_bytes: int) -> Iterator[str]:
-    """Texts of train documents, equal ones once; the same of all shards for the same files."""
+    """Yields about `num_bytes` of train documents' texts, without duplicate documents.
+
+    The same files always give the same texts; shards are read in the order of a hash.
+    """
     if hasattr(config, 'max_bad_records'):
-        # The build that follows complains, about the record that comes first in the files.
+        # Ignore bad records: the build that follows reports the first one in the files.
         config = config.model_copy(update={'max_bad_records': 1 << 62})
     source, left, seen = SOURCES.load(config.name)(config), num_bytes, set()
     shards = sorted(enumerate(source.shards()), key=lambda shard: digest(str(shard[0])))

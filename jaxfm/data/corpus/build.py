@@ -1,7 +1,7 @@
-"""A corpus: train and held-out tokens of one source, made once and kept on disk.
+"""A corpus: the train and held-out tokens of one source, made once and kept on disk.
 
-The cache is a directory named by its recipe: the source's files and config, the tokenizer, the
-format. Contents are neither read nor digested when it is opened; `verify_corpus` does that.
+The cache is a directory that is named after its recipe: the source's files and config, the
+tokenizer, the format. Opening a cache does not read or hash its contents; `verify_corpus` does.
 """
 
 import contextlib
@@ -36,20 +36,18 @@ from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
 log = logging.getLogger('jaxfm')
 
-# Recipe, statistics, and sizes and digests of the other files of a cache.
+# Holds the recipe, the statistics, and the sizes and digests of a cache's other files.
 INDEX = 'index.json'
-
-_REBUILD = '`python -m tools.corpus build --config FILE --output DIR --rebuild` makes it anew'
 
 
 class Corpus:
-    """An opened cache; DataError when a file of it is missing or has not its length."""
+    """An opened cache. Raises DataError if one of its files is missing or has the wrong size."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer | None = None):
         self.directory = Path(directory)
         self.index = _read_index(self.directory)
         self.tokenizer = tokenizer or load_tokenizer(self.directory / 'tokenizer')
-        # Of the tokens and masks themselves, not of where they come from.
+        # A hash of the tokens and masks themselves, not of where they come from.
         self.fingerprint: str = self.index['fingerprint']
         self.is_chat: bool = self.index['is_chat']
         vocab_size = self.index['vocab_size']
@@ -60,12 +58,12 @@ class Corpus:
 
     @functools.cached_property
     def heldout_documents(self) -> list[Document]:
-        """The held-out documents; of very many, the first 256 MiB."""
+        """The held-out documents, at most the first 256 MiB of them."""
         return token_cache.read_documents(self.directory)
 
     @property
     def statistics(self) -> dict[str, int | float | str]:
-        """What went in and what came out; bytes are UTF-8, tokens include special tokens.
+        """What was read and what it became; bytes are UTF-8, tokens include special tokens.
 
         'train_length_histogram/64' is how many documents have 33 to 64 tokens.
         """
@@ -78,9 +76,13 @@ class Corpus:
 
 
 def open_corpus(config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '') -> Corpus:
-    """Opens the corpus of a source's config, after tokenising it if it is not there yet.
+    """Opens the corpus of a source's config; tokenises it first if it is not there yet.
 
-    `cache` names a directory made by `make_corpus`, which is opened and never made here.
+    `cache`, if given, is a directory made by `make_corpus`. It is opened, and never made here.
+
+    Raises:
+        MissingInputError: `cache` or the source's files do not exist.
+        DataError: `cache` was made from other data, a file is damaged, or the data is bad.
     """
     config = select_source(config)
     if cache:
@@ -94,15 +96,16 @@ def open_corpus(config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '') 
 
 
 def make_corpus(config, tokenizer: Tokenizer, directory: Path, rebuild: bool = False) -> Corpus:
-    """Makes a cache in a directory of the caller's choice, or goes on making it.
+    """Makes a cache in a directory of the caller's choice, or resumes making it.
 
-    One that is there is opened, if it is of the same recipe; `rebuild` replaces another one.
+    An existing cache is opened if it has the same recipe, else DataError is raised; with `rebuild`
+    an existing cache is replaced.
     """
     config, directory = select_source(config), Path(directory)
     recipe = make_recipe(config, tokenizer)
     partial = directory.with_name(f'{directory.name}.partial')
     if directory.exists() and rebuild:
-        _check_is_cache(directory)  # never anything else that somebody keeps there
+        _check_is_cache(directory)  # never remove anything else that somebody keeps there
         _remove(directory)
     if directory.exists():
         _check_given(directory, config, tokenizer)
@@ -116,7 +119,7 @@ def make_corpus(config, tokenizer: Tokenizer, directory: Path, rebuild: bool = F
 
 
 def verify_corpus(directory: Path) -> None:
-    """Reads every file of a cache; DataError names the first that is not as it was made."""
+    """Reads every file of a cache. Raises DataError, naming the first file that has changed."""
     directory = Path(directory)
     for name, entry in _read_index(directory)['files'].items():
         if _file_digest(directory / name) != entry['sha256']:
@@ -134,11 +137,11 @@ def _make_cache(directory: Path, recipe: dict, config, tokenizer: Tokenizer) -> 
                     if not directory.exists():
                         _build(directory, partial, recipe, config, tokenizer)
             except DataError:
-                # The data must change, and with it the recipe: nobody will need these parts.
+                # The data must change, and so the recipe: these parts will not be used again.
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             except FileNotFoundError:
-                # Another process has finished, and removes the partial directory.
+                # Another process has finished, and is removing the partial directory.
                 if partial.exists() and not directory.exists():
                     raise
 
@@ -153,7 +156,7 @@ def _build(directory: Path, partial: Path, recipe: dict, config, tokenizer: Toke
     ledger = Ledger(source, shards, parts, allowed)
     missing = [i for i, part in enumerate(parts) if not part.exists()]
     if 0 < len(missing) < len(parts):
-        log.info('tokenising: %d of %d parts have to be made', len(missing), len(parts))
+        log.info('tokenising: resuming, %d of %d parts are left', len(missing), len(parts))
     todo = [(i, shards[i], parts[i]) for i in missing]
     make_parts(todo, config, tokenizer, partial, ledger)
     ledger.close()
@@ -174,28 +177,31 @@ def _join(directory: Path, partial: Path, recipe: dict, parts, ledger, tokenizer
 
 
 def _check_sides(statistics: dict) -> None:
-    """Raises DataError unless there are train documents and held-out ones."""
+    """Raises DataError unless there are both train and held-out documents."""
     total = statistics['train_documents'] + statistics['heldout_documents']
     if not statistics['train_documents']:
-        raise DataError(f'config.data: of {total} documents none is left to train on')
+        raise DataError(
+            f'config.data: none of {total} documents is left to train on; lower heldout_fraction, '
+            'or name other files in heldout_path'
+        )
     if not statistics['heldout_documents']:
         raise DataError(
-            f'config.data: of {total} documents none is held out; raise heldout_fraction, '
+            f'config.data: none of {total} documents is held out; raise heldout_fraction, '
             'or name other files in heldout_path'
         )
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Waits for another process that builds the same; where files cannot be locked both build."""
+    """Waits for another process that builds the same cache; if locks do not work, both build it."""
     with open(path, 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info('tokenising: another process does it already; waiting')
+            log.info('tokenising: waiting for another process that is already doing it')
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            log.warning('%s cannot be locked; going on without', path)
+            log.warning('%s cannot be locked; continuing without a lock', path)
         yield
 
 
@@ -207,7 +213,7 @@ def _partial_recipe(partial: Path) -> dict | None:
 
 
 def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
-    """Writes the index of a cache whose other files are there."""
+    """Writes the index of a cache, after all its other files."""
     files = sorted(path for path in directory.rglob('*') if path.is_file())
     entries = {
         path.relative_to(directory).as_posix(): {
@@ -235,36 +241,37 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
 
 
 def _check_given(directory: Path, config, tokenizer: Tokenizer) -> None:
-    """Raises DataError, with what a cache was made of, unless that is what is wanted."""
+    """Raises DataError, listing the differences, unless the cache has the recipe that we want."""
     if not directory.exists():
         raise MissingInputError(
-            f'config.data.cache: there is no {directory}; '
-            f'`python -m tools.corpus build --config FILE --output {directory}` makes it'
+            f'config.data.cache: {directory} does not exist; '
+            f'make it with `python -m tools.corpus build --config FILE --output {directory}`'
         )
     made = _read_index(directory)['recipe']
     try:
         wanted = make_recipe(config, tokenizer)
         ignored = PLACES
     except MissingInputError:
-        # The cache has been brought to a machine without the files.
+        # The cache was copied to a machine that does not have the source's files.
         source = config.model_dump(mode='json')
         wanted = made | {'source': source, 'tokenizer': tokenizer.fingerprint}
         ignored = set()
     differences = list_differences(made, wanted, ignored)
     if differences:
         raise DataError(
-            f'the cache {directory} is of other data: {"; ".join(differences)}. {_REBUILD}'
+            f'the cache {directory} was made from other data: {"; ".join(differences)}; '
+            'replace it with `python -m tools.corpus build --config FILE --output DIR --rebuild`'
         )
 
 
 def _check_is_cache(directory: Path) -> None:
     """Raises DataError unless the directory is a cache."""
     if not (directory / INDEX).is_file():
-        raise DataError(f'{directory} is no cache of tokens: it has no {INDEX}; name another one')
+        raise DataError(f'{directory} is not a token cache: it has no {INDEX}; give another path')
 
 
 def _read_index(directory: Path) -> dict:
-    """The index; DataError when a file is not there or has not its length."""
+    """The index. Raises DataError if it is damaged, or a file is missing or has the wrong size."""
     _check_is_cache(directory)
     remedy = _remedy(directory)
     try:

@@ -1,4 +1,4 @@
-"""Documents to ids: texts by the tokenizer, many at a time; chats by their template."""
+"""Encodes documents: texts with the tokenizer, many at a time, and chats with their template."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -10,17 +10,17 @@ from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
 from jaxfm.tokenizer.build import Tokenizer
 
-# Bytes of text that are encoded at a time: enough for all cores, little enough for memory, of which
-# the encoder needs a hundred times as much.
+# Bytes of text encoded at a time: enough for all cores, but few enough for memory, since the
+# encoder needs a hundred times as many.
 CHUNK_BYTES = 1 << 21
-# Characters of a huge document that are encoded as one text.
+# Longer documents are encoded in pieces of at most this many characters.
 PIECE_CHARACTERS = 1 << 22
 
 
 def read_chunks(
     documents: Iterable[tuple[bool, Document]],
 ) -> Iterator[list[tuple[bool, Document]]]:
-    """Documents in lists of about CHUNK_BYTES."""
+    """Groups documents into lists of about CHUNK_BYTES."""
     some, left = [], CHUNK_BYTES
     for heldout, document in documents:
         some.append((heldout, document))
@@ -37,7 +37,7 @@ def encode_documents(
     tokenizer: Tokenizer,
     refuse: Callable[[Document, DataError], None],
 ) -> Iterator[tuple[bool, Document, np.ndarray, np.ndarray | None]]:
-    """(is_heldout, document, ids [n], mask [n] of a chat) of documents, in their order.
+    """Yields (is_heldout, document, ids [n], mask [n]) in order; the mask is None for a text.
 
     A chat that its template refuses is left out after `refuse(document, error)`.
     """
@@ -59,8 +59,11 @@ def encode_documents(
 
 
 def make_encoder(config, tokenizer: Tokenizer) -> Callable[[list[tuple]], Iterator[tuple]]:
-    """[(anything, document)] -> (anything, document, ids, mask); chats that the template refuses
-    are left out, as many as `max_bad_records`."""
+    """Returns a function: [(anything, document)] -> iterator of (anything, document, ids, mask).
+
+    It leaves out chats that the template refuses, and raises DataError when these are more than
+    `max_bad_records`.
+    """
     refused = set()
 
     def refuse(document: Document, error: DataError) -> None:
@@ -82,7 +85,7 @@ def _open_chat(tokenizer: Tokenizer) -> Chat:
 
 
 def _cut(text: str) -> list[str]:
-    """A huge document in parts of whole lines: the encoder needs 100 bytes a character."""
+    """Splits a huge document, at lines if it can: the encoder needs 100 bytes per character."""
     pieces, start = [], 0
     while start < len(text):
         stop = start + PIECE_CHARACTERS

@@ -1,7 +1,7 @@
-"""The held-out documents of a source whose train documents are read on the fly: tokenised once.
+"""The held-out documents of a source whose train documents are read on the fly.
 
-To find them all documents are read, and only the held-out ones tokenised. Equal text files are not
-looked for, as they are where everything is tokenised before training.
+They are tokenised once: all documents are read, but only the held-out ones are tokenised. Duplicate
+text files are not removed here, while a corpus that is tokenised before training drops them.
 """
 
 import functools
@@ -20,12 +20,12 @@ from jaxfm.errors import DataError
 from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer
 
-# Part of the recipe: raise it when the files or the way to write them change.
+# Part of the recipe: raise it when the files, or the way they are written, change.
 FORMAT = 1
 
 
 class Heldout:
-    """What there is of a source that is read on the fly. `fingerprint` changes with its files."""
+    """The held-out part of a source read on the fly. `fingerprint` changes with its files."""
 
     def __init__(self, directory: Path, vocab_size: int, fingerprint: str):
         self.directory, self.fingerprint = directory, fingerprint
@@ -35,12 +35,12 @@ class Heldout:
 
     @functools.cached_property
     def heldout_documents(self) -> list[Document]:
-        """The held-out documents; of very many, the first 256 MiB."""
+        """The held-out documents, at most the first 256 MiB of them."""
         return token_cache.read_documents(self.directory)
 
 
 def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
-    """Opens the held-out documents of a source's config, after tokenising them if need be."""
+    """Opens the held-out documents of a source's config; tokenises them first if needed."""
     source = SOURCES.load(config.name)(config)
     recipe = [FORMAT, config.model_dump(mode='json'), source.fingerprint(), tokenizer.fingerprint]
     if code := find_digest(config.name):
@@ -69,7 +69,7 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:
     source, encode = SOURCES.load(config.name)(config), make_encoder(config, tokenizer)
     documents = (pair for shard in source.shards() for pair in source.read(shard) if pair[0])
-    # `join` wants both sides, this one stays empty.
+    # `join` expects both sides; this one stays empty.
     with token_cache.Writer(part, 'train', tokenizer.vocab_size):
         pass
     with token_cache.Writer(part, 'heldout', tokenizer.vocab_size) as writer:

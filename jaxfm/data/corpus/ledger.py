@@ -1,4 +1,4 @@
-"""The ledger of a build: which shards are done, and what stops it."""
+"""The ledger of a build: which shards are done, and which error stops it."""
 
 import json
 import logging
@@ -12,12 +12,12 @@ from jaxfm.errors import DataError, StorageError
 
 log = logging.getLogger('jaxfm')
 
-# Seconds between two lines of progress in the log.
+# Seconds between two progress lines in the log.
 LOG_SECONDS = 10
 
 
 class Ledger:
-    """Which shards are done, and what stops the build: always what comes first in their order."""
+    """Which shards are done, and which error stops the build: always the first in shard order."""
 
     def __init__(self, source, shards: list, parts: list[Path], allowed: float):
         self._source, self._shards, self._parts = source, shards, parts
@@ -40,7 +40,7 @@ class Ledger:
         return len(self._bad)
 
     def progress(self, num_bytes: int, num_tokens: int) -> None:
-        """Counts, and says in the log from time to time how far it is."""
+        """Adds to the counts, and logs them every LOG_SECONDS."""
         self._bytes += num_bytes
         self._tokens += num_tokens
         now = time.perf_counter()
@@ -53,14 +53,14 @@ class Ledger:
             )
 
     def add(self, index: int, result: dict | Exception) -> None:
-        """What became of a shard; raises the error that comes first, once it is known."""
+        """Records the result of a shard; raises the first error in shard order once it is known."""
         self._results[index] = result
         if isinstance(result, Exception):
             self._failed = min(self._failed, index)
         self._advance()
 
     def may_start(self, index: int) -> bool:
-        """Whether a shard is still needed: it is not when one before it has failed."""
+        """Whether a shard is still needed: it is not once an earlier one has failed."""
         return index < self._failed
 
     def close(self) -> None:
@@ -90,6 +90,6 @@ class Ledger:
                 self._kinds.setdefault(is_chat, name)
         if len(self._kinds) == 2:
             raise DataError(
-                f'{self._kinds[True]} is a chat, {self._kinds[False]} is a text: a source has one '
-                'kind; make two of it and mix them'
+                f'{self._kinds[True]} is a chat, {self._kinds[False]} is a text: a source has '
+                'either texts or chats; split it into two sources of a mixture'
             )

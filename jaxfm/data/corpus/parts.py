@@ -1,7 +1,7 @@
 """A part of a corpus: what one shard of its source becomes.
 
-A part is a directory that is renamed when it is whole: what a killed build has finished is there
-for the next one.
+A part is a directory that gets its name once it is complete, so the parts that a killed build has
+finished are there for the next one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]  # bytes and tokens that were added
 
 
 class TooManyInShard(Exception):
-    """One shard alone has more bad records than may be."""
+    """One shard alone has more bad records than are allowed."""
 
     def __init__(self, summary: dict):
         super().__init__(summary)
@@ -31,7 +31,7 @@ class TooManyInShard(Exception):
 
 
 def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progress) -> dict:
-    """Writes the part of one shard; returns its summary."""
+    """Writes the part of one shard and returns its summary."""
     with whole.write_directory(part) as temporary:
         summary = _write_part(config, shard, tokenizer, temporary, progress)
         with open(temporary / 'part.json', 'w') as file:

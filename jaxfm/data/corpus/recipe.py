@@ -1,4 +1,4 @@
-"""A recipe: what the files of a cache depend on; its digest names the directory."""
+"""A recipe: everything that the files of a cache depend on. Its digest names the directory."""
 
 import hashlib
 
@@ -6,20 +6,20 @@ from jaxfm.code import find_digest
 from jaxfm.data import SOURCES
 from jaxfm.tokenizer.build import Tokenizer
 
-# Part of every recipe: raise it when the files of a cache or the way to write them change.
+# Part of every recipe: raise it when the files of a cache, or the way they are written, change.
 FORMAT = 2
-# Where the files are does not matter while they are the same files.
+# Where the files are does not matter as long as they are the same files.
 PLACES = frozenset({'path', 'heldout_path'})
 
 
 def select_source(config):
-    """The part of a data config that says what the documents are."""
+    """The part of a data config that defines the documents."""
     schema = SOURCES.find(config.name).schema
     return schema.model_validate({name: getattr(config, name) for name in schema.model_fields})
 
 
 def make_recipe(config, tokenizer: Tokenizer | None) -> dict:
-    """Everything that decides the files of a cache; MissingInputError when an input is absent."""
+    """Everything that determines a cache's files. Raises MissingInputError if an input is gone."""
     source = SOURCES.load(config.name)(config)
     source.files()
     code = find_digest(config.name)
@@ -32,20 +32,20 @@ def make_recipe(config, tokenizer: Tokenizer | None) -> dict:
 
 
 def drop_places(recipe: dict) -> dict:
-    """The recipe without where the files are."""
+    """The recipe without the locations of the files."""
     return recipe | {'source': {k: v for k, v in recipe['source'].items() if k not in PLACES}}
 
 
 def list_differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
-    """What differs between two recipes, in words; keys of the source in `ignored` do not."""
+    """Describes the differences between two recipes, except source keys in `ignored`."""
     names = {'format': 'the format', 'files': "the source's files", 'tokenizer': 'the tokenizer'}
     differences = [
-        f'{what} {"are" if key == "files" else "is"} not the same'
+        f'{what} {"differ" if key == "files" else "differs"}'
         for key, what in names.items()
         if made.get(key) != wanted[key]
     ]
     if made.get('code') != wanted.get('code'):
-        differences.append('the code of the source is not the same')
+        differences.append('the code of the source differs')
     there = made.get('source', {})
     for key in sorted(there.keys() | wanted['source'].keys() - ignored):
         a, b = there.get(key), wanted['source'].get(key)

@@ -1,14 +1,15 @@
 """The token cache: the ids of many documents in one memory-mapped file.
 
-These files make one side (train, heldout) of a corpus:
+One side (train, heldout) of a corpus consists of these files:
 
-- `<side>.tokens`: all documents one after the other, uint16 or uint32. A text is [bos] ids eos, a
+- `<side>.tokens`: all documents one after another, uint16 or uint32. A text is [bos] ids eos, a
   chat is what its template makes of it;
-- `<side>.offsets.npy`: int64 [D + 1], where in the stream each document starts, and its end;
+- `<side>.offsets.npy`: int64 [D + 1], where in the stream each document starts, then its end;
 - `<side>.bytes.npy`: int64 [D], UTF-8 bytes of each document;
 - `<side>.mask`: uint8, chats only: 1 for every token that the assistant must produce.
 
-A corpus is built in parts, which have the same files and some more; `join` makes one of them.
+The held-out side also has `heldout.documents`, its documents as JSON lines. A corpus is built in
+parts; `join` makes these files from those of all parts.
 """
 
 import contextlib
@@ -27,12 +28,12 @@ from jaxfm.storage import whole
 from jaxfm.storage.files import explain_errors
 
 SIDES = ('train', 'heldout')
-# Only so much text of the held-out documents is kept, for those who need more than their tokens.
+# At most this much text of the held-out documents is kept, for evaluators that need it.
 HELDOUT_TEXT_BYTES = 1 << 28
 
 
 class TokenCache:
-    """Token ids of one side of a corpus, read from disk as they are needed."""
+    """Token ids of one side of a corpus, read from disk on demand."""
 
     def __init__(
         self, directory: Path, side: str, vocab_size: int, fingerprint: str, is_chat: bool = False
@@ -62,12 +63,15 @@ class TokenCache:
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all documents: what bits per byte are divided by."""
+        """UTF-8 bytes of all documents: the denominator of bits per byte."""
         return int(self.document_bytes.sum())
 
 
 class Writer:
-    """Writes one side of a part, document by document; all is on disk when the block ends well."""
+    """Writes one side of a part, one document at a time.
+
+    Use it in a `with` block: everything is on disk once the block ends without an error.
+    """
 
     def __init__(self, directory: Path, side: str, vocab_size: int):
         self._directory, self._side, self._vocab_size = Path(directory), side, vocab_size
@@ -77,7 +81,10 @@ class Writer:
     def add(
         self, document: Document, ids: np.ndarray, mask: np.ndarray | None, has_digest: bool
     ) -> None:
-        """A document's whole ids [n] and, of a chat, which of them count [n]."""
+        """Adds a document: all its ids [n] and, for a chat, the mask [n] of those that count.
+
+        Raises DataError unless all ids are in [0, vocab_size).
+        """
         if not 0 <= ids.min() <= ids.max() < self._vocab_size:
             raise DataError(f'{document.name}: a token id is outside [0, {self._vocab_size})')
         self._file('tokens').write(ids.astype(token_dtype(self._vocab_size)).tobytes())
@@ -117,9 +124,9 @@ class Writer:
 
 
 def join(parts: Sequence[Path], directory: Path, vocab_size: int) -> dict[str, int | dict]:
-    """Joins parts into the files of both sides; of equal whole files one is kept, held-out first.
+    """Joins parts into the files of both sides; keeps one of equal whole files, held-out first.
 
-    Returns statistics: documents, bytes, tokens and their distribution for each side.
+    Returns statistics of each side: documents, bytes, tokens, and the distribution of lengths.
     """
     seen: set[bytes] = set()
     statistics, duplicates = {}, 0
@@ -140,18 +147,18 @@ def join(parts: Sequence[Path], directory: Path, vocab_size: int) -> dict[str, i
 
 
 def read_documents(directory: Path) -> list[Document]:
-    """The held-out documents, as many as HELDOUT_TEXT_BYTES hold."""
+    """The held-out documents that fit into HELDOUT_TEXT_BYTES."""
     with open(Path(directory) / 'heldout.documents', encoding='utf-8') as file:
         return [_from_line(line) for line in file]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id."""
+    """The smallest of the two dtypes that holds every id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def _choose_kept(part: Path, side: str, seen: set[bytes]) -> np.ndarray:
-    """Which documents of a part are not there already, bool [D]."""
+    """Which documents of a part were not seen before, bool [D]."""
     digests = part / f'{side}.digests.npy'
     if not digests.exists():
         return np.ones(len(np.load(part / f'{side}.rows.npy')), bool)
@@ -180,7 +187,7 @@ def _join_arrays(parts, path: Path, dtype: np.dtype, rows, kept) -> None:
 
 
 def _ranges(sizes: np.ndarray, keep: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[start, stop) of the runs of what is kept."""
+    """[start, stop) of each run of kept documents, in the unit of `sizes`."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
     edges = np.flatnonzero(np.diff(np.concatenate([[0], keep.astype(np.int8), [0]])))
     for first, last in edges.reshape(-1, 2):
@@ -260,6 +267,6 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def explain_cache_errors(directory: Path) -> contextlib.AbstractContextManager[None]:
-    """Turns an OSError in it into an error that says where caches are kept."""
+    """Turns an OSError in a `with` block into an error that says where caches are kept."""
     denied = f'{directory.parent} cannot be written: permission denied'
     return explain_errors(f'the token cache in {directory.parent}', denied=denied)

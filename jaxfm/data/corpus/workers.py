@@ -1,6 +1,7 @@
-"""The processes that make the parts of a build; of little input this process makes them itself.
+"""Makes the parts of a build, in several processes unless the input is small.
 
-Which records are left out, and which error stops a build, does not depend on their number.
+Which records are left out, and which error stops a build, does not depend on the number of
+processes.
 """
 
 import contextlib
@@ -23,15 +24,15 @@ from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
 log = logging.getLogger('jaxfm')
 
-# Less input than this is tokenised by threads of this process: others take a second to start.
+# Less input than this is tokenised by threads of this process, since others take a second to start.
 PARALLEL_BYTES = 64 << 20
 
 
 def make_parts(todo, config, tokenizer: Tokenizer, partial: Path, ledger: Ledger) -> None:
-    """Makes the parts that `todo` lists as (index, shard, directory); `ledger` hears of each."""
+    """Makes the parts in `todo`, a list of (index, shard, directory); reports each to `ledger`."""
     workers = _num_workers(todo)
     if workers > 1:
-        # Read from disk by all at the same time; to send it would start one after the other.
+        # All workers read it from disk at the same time; sending it would start them one by one.
         saved = partial / f'tokenizer-{uuid.uuid4().hex[:8]}'
         tokenizer.save(saved)
         _work_in_processes(workers, todo, config, saved, ledger)
@@ -45,7 +46,7 @@ def _work_here(todo, config, tokenizer: Tokenizer, ledger: Ledger) -> None:
 
 
 def _work_in_processes(count: int, todo, config, saved: Path, ledger: Ledger) -> None:
-    """Hands shard after shard to processes of their own; a dead one is an error."""
+    """Hands out shards to worker processes. Raises StorageError if one of them dies."""
     log.info('tokenising in %d processes', count)
     context = multiprocessing.get_context('spawn')
     todo, busy, processes = list(reversed(todo)), {}, []
@@ -79,20 +80,20 @@ def _hand_out(pipe: Connection, todo: list, busy: dict, ledger: Ledger) -> None:
 
 
 def _speak(speak: Callable, *words):
-    """What a worker is told, or tells; StorageError when it is dead."""
+    """Sends to a worker, or receives from it. Raises StorageError if it is dead."""
     try:
         return speak(*words)
     except (EOFError, ConnectionError) as error:
         raise StorageError(
-            'a process that tokenises has died (killed? out of memory?); '
-            'the same command goes on where it was'
+            'a tokenising process died (killed, or out of memory?); '
+            'run the same command again to resume'
         ) from error
 
 
 def _work(pipe: Connection, config, saved: Path) -> None:
-    """A worker process: one shard after the other, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # one process a core
+    """A worker process: makes one part after another until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates us
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is one process per core
     tokenizer = load_tokenizer(saved)
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
@@ -106,7 +107,7 @@ def _report(pipe: Connection, num_bytes: int, num_tokens: int) -> None:
 
 
 def _try_part(config, shard, tokenizer, part: Path, progress: Progress) -> dict | Exception:
-    """What became of a shard: the summary of its part, or what went wrong."""
+    """Makes the part of a shard; returns its summary, or the error."""
     try:
         return make_part(config, shard, tokenizer, part, progress)
     except ConnectionError:
@@ -114,7 +115,7 @@ def _try_part(config, shard, tokenizer, part: Path, progress: Progress) -> dict 
     except (RunError, OSError, TooManyInShard) as error:
         return error
     except Exception:
-        # Its own class may not survive the way to another process.
+        # The error's own class may not survive pickling.
         return RuntimeError(traceback.format_exc())
 
 

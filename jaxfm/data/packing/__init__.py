@@ -1,1 +1,1 @@
-"""Packing: which tokens stand in which row of a batch."""
+"""Packing: which tokens go into which row of a batch."""

@@ -1,7 +1,7 @@
-"""Best-fit decreasing: which row every piece goes to, and the index file that keeps the answer.
+"""Best-fit decreasing: assigns pieces to rows, and keeps the result in an index file.
 
-The index is an array file beside the token cache, memory-mapped, so that it costs nothing to open
-and is shared by the processes of a machine.
+The index is an array file next to the token cache. It is memory-mapped, so opening it costs nothing
+and the processes of a machine share it.
 """
 
 import dataclasses
@@ -16,32 +16,32 @@ from jaxfm.storage.whole import write_file
 
 log = logging.getLogger('jaxfm')
 
-# Pieces are packed in groups of so many: bounds time and memory and keeps rows near one another on
-# disk, and costs no measurable room.
+# Pieces are packed in groups of this many. This bounds time and memory and keeps the pieces of a
+# row close together on disk, at no measurable loss of packing efficiency.
 GROUP = 1 << 20
-# Raise it when the layout of the file or the algorithm changes.
+# Raise this when the layout of the file or the algorithm changes.
 FORMAT = 2
-# What an index file begins with; int64 each, then row_offsets, starts, sizes.
+# An index file is int64: this header, then row_offsets, starts and sizes.
 _COUNTS = ('tokens', 'cut_documents', 'truncated_documents', 'truncated_tokens')
 _COUNTS += ('dropped_documents',)
 _HEADER = ('format', 'identity', 'num_rows', 'num_pieces', *_COUNTS)
 
 
 class Rooms:
-    """Rows that have room left, found by how much they have."""
+    """Rows that are not full, grouped by how much room they have."""
 
     def __init__(self, capacity: int):
         self._rows = [[] for _ in range(capacity + 1)]  # arrays of rows, by room
         self._present = 0  # bit r: some row has room r
 
     def put(self, room: int, rows: np.ndarray) -> None:
-        """Files rows under the room they have; full ones are not kept."""
+        """Adds rows that have this much room; full rows are not kept."""
         if room and len(rows):
             self._rows[room].append(rows)
             self._present |= 1 << room
 
     def take(self, length: int) -> tuple[int, np.ndarray]:
-        """(room, rows): those with the least room for `length`; room 0 when there are none."""
+        """Removes and returns (room, rows): the least room that fits `length`; 0 if none does."""
         fitting = self._present >> length
         if not fitting:
             return 0, np.zeros(0, np.int64)
@@ -52,11 +52,12 @@ class Rooms:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of every item [P], and how many rows there are: the longest item first, each into the
-    fullest row that has room for it.
+    """Packs items, the longest first, each into the fullest row that has room for it.
 
-    Items of one length are placed together: a row with the least room for one of them is, having
-    taken it, again the fullest that fits, until none fits; so a row takes `room // length` at once.
+    Returns the row of every item [P] and the number of rows.
+
+    Items of the same length are placed together: after the fullest row that fits has taken one, it
+    is still the fullest that fits, until it has no room. So a row takes `room // length` at once.
     """
     order, counts = np.argsort(-lengths, kind='stable'), np.bincount(lengths)
     row_of, done, num_rows = np.empty(len(lengths), np.int64), 0, 0
@@ -81,8 +82,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order [P], row_offsets [R + 1]): the pieces of row r are those that stand in `order` between
-    row_offsets[r] and row_offsets[r + 1]."""
+    """Packs pieces into rows; row r gets order[row_offsets[r] : row_offsets[r + 1]].
+
+    Returns (order [P], row_offsets [R + 1]).
+    """
     order, per_row = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)]
     for first in range(0, len(lengths), GROUP):
         row_of, num_rows = best_fit_decreasing(lengths[first : first + GROUP], capacity)
@@ -92,18 +95,18 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first[0], first[0] + 1, ... counts[0] numbers, then as many from first[1] on, ..."""
+    """Concatenates np.arange(first[i], first[i] + counts[i]) over all i."""
     before = np.cumsum(counts) - counts
     return np.repeat(first - before, counts) + np.arange(counts.sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """Which pieces each row has: pieces row_offsets[r] .. row_offsets[r + 1]."""
+    """Which pieces each row has: row r has [row_offsets[r], row_offsets[r + 1])."""
 
     row_offsets: np.ndarray  # int64 [R + 1]
     starts: np.ndarray  # int64 [P]: where in the stream a piece begins
-    sizes: np.ndarray  # int64 [P]: twice the length, and one if the document goes on after it
+    sizes: np.ndarray  # int64 [P]: twice the length, plus one if the document continues after it
     counts: dict[str, int]  # statistics
     path: Path | None = None
 
@@ -112,7 +115,7 @@ class Index:
         return len(self.row_offsets) - 1
 
     def pieces(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(how many pieces each of these rows has, all their numbers)."""
+        """(number of pieces of each of these rows, indices of all these pieces)."""
         first, stop = self.row_offsets[rows], self.row_offsets[rows + 1]
         if first.min(initial=0) < 0 or (stop < first).any() or (stop > len(self.sizes)).any():
             raise DataError(f'{self.path} is damaged; remove it to have it built again')
@@ -120,15 +123,19 @@ class Index:
 
 
 def open_index(path: Path, identity: int, build: Callable[[], Index]) -> Index:
-    """The index in a file; built when it is absent, damaged, or of other tokens (`identity`). Where
-    it cannot be written it is kept in memory."""
+    """Opens an index file; builds it if it is missing, damaged, or of other tokens (`identity`).
+
+    If the file cannot be written, the index is kept in memory only.
+    """
     if (index := _read(path, identity)) is not None:
         return index
     index = build()
     try:
         _write(path, identity, index)
     except OSError as error:
-        log.warning('%s cannot be kept (%s): packing again at every start', path, error.strerror)
+        log.warning(
+            '%s cannot be written (%s); rows are packed again at every start', path, error.strerror
+        )
         return index
     return _read(path, identity) or index
 
@@ -147,7 +154,7 @@ def _read(path: Path, identity: int) -> Index | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError) as error:
-        log.warning('%s is damaged (%s): packing again', path, error)
+        log.warning('%s is damaged (%s); packing the rows again', path, error)
         return None
     header = content[: len(_HEADER)].tolist() if content.ndim == 1 else []
     known = dict(zip(_HEADER, header))
@@ -156,7 +163,7 @@ def _read(path: Path, identity: int) -> Index | None:
     num_rows, num_pieces = known['num_rows'], known['num_pieces']
     ends = np.cumsum([len(_HEADER), num_rows + 1, num_pieces, num_pieces])
     if ends[-1] != len(content) or content[ends[1] - 1] != num_pieces:
-        log.warning('%s is damaged (its sizes do not agree): packing again', path)
+        log.warning('%s is damaged (its sizes do not agree); packing the rows again', path)
         return None
     _, row_offsets, starts, sizes, _ = np.split(np.asarray(content), ends)
     return Index(row_offsets, starts, sizes, {name: known.get(name, 0) for name in _COUNTS}, path)

@@ -1,9 +1,10 @@
-"""Packing: which tokens stand in which row of a batch.
+"""Packing: which tokens go into which row of a batch.
 
-All tokens of a cache are one stream, document after document. A row is made of pieces of it, one
-after the other, padded at its end; a piece lies inside one document. The input at stream position s
-has the token at s + 1 as its target when that is of the same document, so no target crosses a
-document, and attention sees a piece alone (`segment_ids`). Three ways to choose the pieces:
+The tokens of a cache form one stream, document after document. A row consists of pieces of it, one
+after another, padded at the end; each piece lies inside one document. The target of the input at
+stream position s is the token at s + 1 if that belongs to the same document, so no target crosses
+into another document, and attention stays inside a piece (`segment_ids`). There are three ways to
+choose the pieces:
 
 - `Concat` cuts the stream every T tokens (concat-then-split): no padding, but documents are cut.
 - `BestFit` puts whole documents side by side (best-fit decreasing: Ding et al. 2024, "Fewer
@@ -11,7 +12,7 @@ document, and attention sees a piece alone (`segment_ids`). Three ways to choose
   only the rest is packed; chats are never cut.
 - `OneEach` gives every document rows of its own.
 
-Any row is made from its number alone, in any order, without reading another.
+A row is computed from its number alone, in any order, without reading others.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.packing import best_fit
 from jaxfm.errors import ConfigError, DataError
 
-# What a batch is made of: arrays [B, T].
+# The arrays of a batch, each [B, T].
 BATCH_DTYPES = {
     **dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32),
     'loss_mask': np.float32,
@@ -35,24 +36,24 @@ BATCH_DTYPES = {
 
 TooLong = Literal['error', 'drop', 'truncate', 'cut']
 
-# Rows are filled in groups of about so many tokens, which stay in a core's cache.
+# Rows are filled in groups of about this many tokens, which fit into a core's cache.
 FILLED_AT_ONCE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Parts of documents. Arrays [P]."""
+    """Parts of documents; all arrays are [P]."""
 
     starts: np.ndarray  # int64: where in the stream
     lengths: np.ndarray  # int64
-    has_more: np.ndarray  # bool: the document goes on after it, so its last input has a target
+    has_more: np.ndarray  # bool: the document continues, so the piece's last input has a target
 
     def __getitem__(self, index) -> 'Pieces':
         return Pieces(self.starts[index], self.lengths[index], self.has_more[index])
 
 
 class Concat:
-    """One stream, cut into rows of T tokens; the last one is padded."""
+    """One stream, cut into rows of T tokens; the last row is padded."""
 
     name = 'concat'
 
@@ -69,11 +70,11 @@ class Concat:
         return _statistics(self, self.cache.num_tokens, cut_documents=int(cut.sum()))
 
     def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number [n]: a batch, all arrays [n, T]."""
+        """The batch of rows with these numbers [n]; all arrays are [n, T]."""
         return self.rows_from(np.asarray(row_numbers, np.int64) * self.sequence_length)
 
     def rows_from(self, starts: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows that begin at stream positions [n]; beyond the end of the stream all is padding."""
+        """Rows that begin at stream positions [n]; everything after the stream is padding."""
         offsets, T = self._offsets, self.sequence_length
         starts = np.asarray(starts, np.int64)
         stops = np.minimum(starts + T, self.cache.num_tokens)
@@ -88,11 +89,11 @@ class Concat:
 
 
 class BestFit:
-    """Documents side by side; the index of all rows is kept beside the cache.
+    """Documents side by side; the index of all rows is stored next to the cache.
 
     Args:
-      too_long: what becomes of a chat longer than a row: error, drop, or truncate; cut treats it
-        as a text.
+      too_long: what to do with a chat longer than a row: error, drop or truncate; cut treats it as
+        a text.
 
     Raises:
       DataError: a chat is longer than a row and too_long is error.
@@ -132,7 +133,7 @@ class BestFit:
         )
 
     def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number [n]: a batch, all arrays [n, T]."""
+        """The batch of rows with these numbers [n]; all arrays are [n, T]."""
         counts, which = self._index.pieces(np.asarray(row_numbers, np.int64))
         sizes = self._index.sizes[which]
         pieces = Pieces(self._index.starts[which], sizes >> 1, (sizes & 1).astype(bool))
@@ -140,7 +141,7 @@ class BestFit:
 
 
 class OneEach:
-    """One document a row, padded; a text longer than a row has as many as it needs."""
+    """One document per row, padded; a text longer than a row takes as many rows as it needs."""
 
     name = 'none'
 
@@ -156,7 +157,7 @@ class OneEach:
         return _statistics(self, **self._counts)
 
     def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows by number [n]: a batch, all arrays [n, T]."""
+        """The batch of rows with these numbers [n]; all arrays are [n, T]."""
         numbers = np.asarray(row_numbers, np.int64)
         one = np.ones(len(numbers), np.int64)
         return fill_rows(self.cache, one, self._pieces[numbers], self.sequence_length)
@@ -166,7 +167,7 @@ Packing = Concat | BestFit | OneEach
 
 
 def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
-    """The packing that a data config asks for; auto is concat for texts, best_fit for chats."""
+    """Makes the packing of a data config; auto is concat for texts, best_fit for chats."""
     name = choose_packing(config, cache.is_chat)
     if name == 'concat':
         return Concat(cache, config.sequence_length)
@@ -176,7 +177,7 @@ def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
 
 
 def choose_packing(config: BatchConfig, is_chat: bool) -> str:
-    """The name of the packing; ConfigError for one that would cut chats."""
+    """The name of the packing. Raises ConfigError for one that would cut chats."""
     if config.packing == 'auto':
         return 'best_fit' if is_chat else 'concat'
     if config.packing == 'concat' and is_chat:
@@ -190,10 +191,13 @@ def choose_packing(config: BatchConfig, is_chat: bool) -> str:
 def fill_rows(
     cache: TokenCache, counts: np.ndarray, pieces: Pieces, sequence_length: int
 ) -> dict[str, np.ndarray]:
-    """Rows from their pieces: `counts` [n] says how many belong to each row, in order.
+    """Fills rows from their pieces, in order; `counts` [n] is the number of pieces of each row.
 
-    Returns arrays [n, T], those of BATCH_DTYPES.
-    Positions and segment ids restart in every row; where no piece is, everything is 0.
+    Returns the arrays of BATCH_DTYPES, each [n, T]. Segment ids restart in every row, positions in
+    every piece; padding is 0 in all arrays.
+
+    Raises:
+      DataError: the pieces do not fit the cache or the rows, or a token is not in the vocabulary.
     """
     num_rows = len(counts)
     shape = num_rows, sequence_length
@@ -213,7 +217,7 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
     starts, lengths, segments, has_more, begins = layout
     flat = {name: array.reshape(-1) for name, array in out.items()}
     index = np.arange(num_rows * T)
-    # Where in the stream the token of every slot is; padding reads what it likes.
+    # Where in the stream the token of every slot is; padding may read any token.
     where = index + np.repeat(starts - begins, lengths)
     flat['tokens'][:] = cache.tokens.take(where, mode='clip')
     flat['segment_ids'][:] = np.repeat(segments, lengths)
@@ -222,7 +226,7 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
         inside = flat['segment_ids'] > 0
         flat['tokens'] *= inside
         flat['positions'] *= inside
-    # The target is the next token, but at the end of a piece (padding counts as one).
+    # The target is the next token, except at the end of a piece (padding counts as a piece).
     some = lengths > 0
     last = (begins + lengths - 1)[some]
     more, after = has_more[some], (starts + lengths)[some]
@@ -239,20 +243,26 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
             flat['loss_mask'] *= inside
     largest = max(flat['tokens'].max(initial=0), flat['targets'].max(initial=0))
     if largest >= cache.vocab_size:
-        raise DataError(f'{cache.path} is damaged: token {largest} of {cache.vocab_size}')
+        raise DataError(
+            f'{cache.path} is damaged: it has token id {largest}, '
+            f'but the vocabulary ends at {cache.vocab_size - 1}'
+        )
 
 
 def _layout(cache: TokenCache, counts: np.ndarray, pieces: Pieces, T: int):
-    """(starts, lengths, segments, has_more, begins): pieces and, after each row's last, padding.
+    """(starts, lengths, segments, has_more, begins) of pieces and paddings, in the order of slots.
 
-    `begins` is the slot of the flattened rows where a piece begins; padding has segment 0.
+    `begins` is the slot in the flattened rows where a piece begins; padding has segment 0.
     """
     row = np.repeat(np.arange(len(counts)), counts)
     free = T - np.bincount(row, pieces.lengths, len(counts)).astype(np.int64)
     after = pieces.starts + pieces.lengths + pieces.has_more
     is_good = pieces.starts.min(initial=0) >= 0 and pieces.lengths.min(initial=1) > 0
     if not is_good or free.min(initial=0) < 0 or after.max(initial=0) > cache.num_tokens:
-        raise DataError(f'a packing index beside {cache.path} does not fit it; remove it')
+        raise DataError(
+            f'the packing index (*.best_fit-*.npy) next to {cache.path} does not match it; '
+            'remove the index to have it built again'
+        )
     ends = np.cumsum(counts)
     lengths = np.insert(pieces.lengths, ends, free)
     starts = np.insert(pieces.starts, ends, 0)
@@ -278,13 +288,13 @@ def _statistics(packing, tokens: int, **counts: int) -> dict[str, int | float]:
 
 
 def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[str, int]]:
-    """Every document in pieces of at most T tokens, and what had to be done to long ones."""
+    """Cuts documents into pieces of at most T tokens; also counts what was done to long ones."""
     begins, lengths = cache.offsets[:-1], np.diff(cache.offsets)
     is_long = lengths > T
     counts = {'tokens': 0}
     num_pieces = -(-lengths // T)
     if too_long == 'cut':
-        # A rest of one token is an end that has no target.
+        # A last piece of one token would be an input without a target.
         num_pieces -= lengths % T == 1
         counts['cut_documents'] = int((num_pieces > 1).sum())
     elif too_long == 'drop':
@@ -292,7 +302,7 @@ def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[
         counts['dropped_documents'] = int(is_long.sum())
     elif too_long == 'truncate':
         num_pieces = np.minimum(num_pieces, 1)
-        # What is left of a chat may be a question alone, which teaches nothing.
+        # A truncated chat may have no answer left; then there is nothing to learn from it.
         empty = [d for d in np.flatnonzero(is_long) if not cache.mask[begins[d] + 1 :][:T].any()]
         num_pieces[empty] = 0
         is_long[empty] = False

@@ -1,8 +1,8 @@
-"""Documents in files: a plain text file is a document, other files have records.
+"""Documents in files: a plain text file is one document, other files contain records.
 
-Records are named by the line or the number they have in their file ('chats.jsonl:17'). A big .jsonl
-is read in pieces; a name inside a later piece counts from where the piece starts
-('web.jsonl@33554432:17'), errors give the line of the file all the same.
+Records are named by their line or number in their file ('chats.jsonl:17'). A big .jsonl is read in
+shards, and names in a later shard count lines from its start ('web.jsonl@33554432:17'). Errors
+still give the line in the file.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ SUFFIXES = {
     '.array_record': 'array_record',
     '.arrayrecord': 'array_record',
 }
-# Records of so many bytes are few: they may all be on one side.
+# Files of at most this size may have so few records that a hash puts them all on one side.
 FEW_BYTES = 1 << 20
 
 
@@ -52,18 +52,18 @@ class BadRecord:
     reason: str
 
     def pack(self) -> str | list:
-        """JSON: the text, or what `unpack` needs where the text would take long to make."""
+        """As JSON: the message, or what `unpack` needs if the message would take long to make."""
         return [self.start, self.line, self.reason] if self.start else str(self)
 
     def __str__(self):
-        """With the line of the file, for which what stands before has to be read."""
+        """The message with the line in the file; to count lines, the file is read up to there."""
         line = self.line + (count_lines(self.file, self.start) if self.start else 0)
         where = f'{self.file.path}:{line}: ' if line else f'{self.file.path} '
         return f'{where}{self.reason}'
 
 
 class TooManyBadRecords(DataError):
-    """More records were bad than `max_bad_records` allows."""
+    """More records are bad than `max_bad_records` allows."""
 
 
 class Files:
@@ -75,17 +75,17 @@ class Files:
         self.bad_records: dict[str, BadRecord] = {}
 
     def files(self) -> list[tuple[File, str]]:
-        """(file, side) in the order of their names; MissingInputError for an empty glob."""
+        """(file, side) by name. Raises MissingInputError if a path or glob matches nothing."""
         return self._files
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of modification and sides; contents are not read."""
+        """Hash of names, sizes, modification times and sides; does not read contents."""
         lines = [f'{file.name}\t{file.size}\t{file.stamp}\t{side}\n' for file, side in self._files]
         lines.append(json.dumps([formats.SHARD_BYTES, self.config.heldout_fraction]))
         return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
     def shards(self) -> list[Shard]:
-        """Files in order, big ones in pieces, small text files together."""
+        """Files in order, with big ones split and small text files grouped."""
         shards, texts = [], []
         for file, side in self._files:
             kind = self._format(file)
@@ -96,7 +96,10 @@ class Files:
         return make_text_shards(texts) + shards
 
     def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
-        """DataError as soon as more records were bad than may be, this shard and those before."""
+        """Yields (is_heldout, document) of a shard.
+
+        Raises DataError once this and earlier calls found more than `max_bad_records` bad records.
+        """
         if shard.format == 'text':
             yield from self._read_texts(shard)
             return
@@ -105,7 +108,7 @@ class Files:
             yield place < self._fraction if side == 'hash' else side == 'heldout', document
 
     def _read_records(self, shard: Shard) -> Iterator[tuple[float, Document]]:
-        """(place among all that there could be, document)."""
+        """Yields (place, document); see `place_of`."""
         ((file, _),) = shard.files
         for start, line, record in READERS[shard.format](file, shard):
             name = f'{file.name}@{start}:{line}' if start else f'{file.name}:{line}'
@@ -121,17 +124,17 @@ class Files:
 
     @functools.cached_property
     def _fraction(self) -> float:
-        """The share of records that is held out; of few records, what holds out one at least."""
+        """The fraction of records to hold out; for few records, raised to hold out at least one."""
         fraction = self.config.heldout_fraction
         shards = [shard for shard in self.shards() if shard.files[0][1] == 'hash']
         if sum(shard.num_bytes for shard in shards) > FEW_BYTES:
             return fraction
-        # What is bad is told where it is read as a document.
+        # Ignore bad records here: they are counted when `read` meets them.
         reader = Files(self.config.model_copy(update={'max_bad_records': 1 << 62}))
         places = [place for shard in shards for place, _ in reader._read_records(shard)]
         if len(places) < 2 or min(places) < fraction:
             return fraction
-        log.info('held-out: the share of %.3g picks no record, so one is held out', fraction)
+        log.info('held-out: a fraction of %.3g picks no record, so one is held out', fraction)
         return math.nextafter(min(places), 1)
 
     def _read_texts(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
@@ -142,7 +145,7 @@ class Files:
                 self._leave_out(file.name, BadRecord(file, 0, 0, str(error)))
 
     def leave_out(self, shard: Shard, document: Document, reason: str) -> None:
-        """Counts a document as bad that only its tokenizer or template could refuse."""
+        """Counts a document as bad that its tokenizer or chat template has refused."""
         file, start, line = shard.files[0][0], 0, 0
         if shard.format != 'text':
             start, _, line = document.name.removeprefix(file.name).lstrip('@').rpartition(':')
@@ -151,7 +154,7 @@ class Files:
         self._leave_out(document.name, BadRecord(file, int(start or 0), int(line), reason))
 
     def unpack(self, shard: Shard, packed: str | list) -> str | BadRecord:
-        """The bad record of a shard that `packed` stands for."""
+        """The bad record of a shard, from what `BadRecord.pack` made of it."""
         return packed if isinstance(packed, str) else BadRecord(shard.files[0][0], *packed)
 
     def _leave_out(self, name: str, bad: BadRecord) -> None:
@@ -163,7 +166,7 @@ class Files:
             return self.config.format
         if file.suffix == '.json':
             raise DataError(
-                f'{file.path}: is this one text, or a record a line? '
+                f'{file.path}: is this one text, or one record per line? '
                 'Set config.data.format to text or jsonl'
             )
         return SUFFIXES.get(file.suffix, 'text')
@@ -178,7 +181,10 @@ class Files:
         paths = {file.path for file in heldout}
         train = [file for file in files if file.path not in paths]
         if not train:
-            raise DataError('config.data.heldout_path has all files: none is left to train on')
+            raise DataError(
+                'config.data.heldout_path includes all files of config.data.path: '
+                'none is left to train on'
+            )
         return [(file, 'train') for file in train] + [(file, 'heldout') for file in heldout]
 
     def _with_sides(self, files: list[File]) -> list[tuple[File, str]]:
@@ -199,7 +205,7 @@ class Files:
 
 
 def _place(document: Document) -> float:
-    """By content: equal records are on the same side."""
+    """A document's place by its content, so equal records are on the same side."""
     key = document.text
     if document.messages:
         key = [document.messages, document.tools]
@@ -207,11 +213,13 @@ def _place(document: Document) -> float:
     try:
         return place_of(key.encode())
     except UnicodeEncodeError as error:
-        raise records.BadRecord('a lone surrogate in it has no UTF-8 form') from error
+        raise records.BadRecord('not valid Unicode: it has a lone surrogate') from error
 
 
 def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:
-    """Raises TooManyBadRecords, naming the first one beyond, unless at most `allowed` are bad."""
+    """Raises TooManyBadRecords, naming the first one too many, unless at most `allowed` are bad."""
     if len(bad) > allowed:
-        before = f' ({allowed} bad ones before it are left out)' if allowed else ''
-        raise TooManyBadRecords(f'{bad[allowed]}{before}; config.data.max_bad_records is {allowed}')
+        before = f' ({allowed} bad records before it were left out)' if allowed else ''
+        raise TooManyBadRecords(
+            f'{bad[allowed]}{before}; fix it, or raise config.data.max_bad_records from {allowed}'
+        )

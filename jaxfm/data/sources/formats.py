@@ -1,6 +1,7 @@
-"""Formats of files: how text, .jsonl, .parquet and .array_record are cut into pieces and read.
+"""File formats: how text, .jsonl, .parquet and .array_record are split into shards and read.
 
-A piece of work is a `Shard`; the readers give (start of the piece, number in the piece, record).
+A `Shard` is a piece of work. Readers yield (start, number, record): records are numbered from 1 at
+byte `start` of the file, which is 0 for all formats but .jsonl.
 """
 
 import contextlib
@@ -15,9 +16,9 @@ from jaxfm.storage import find
 from jaxfm.storage.base import S3
 from jaxfm.storage.find import File
 
-# Bytes that are read as one piece of work. Part of the names of documents.
+# Bytes in a shard. The names of documents depend on it.
 SHARD_BYTES = 32 << 20
-# Rows that are in memory at a time.
+# Rows in memory at a time.
 PARQUET_ROWS = 256
 
 
@@ -29,20 +30,20 @@ class Shard:
     # (file, side); a side is train, heldout, hash (of each record) or tail (of each text).
     files: tuple[tuple[File, str], ...]
     num_bytes: int
-    # Part of the file, half-open: bytes of jsonl, row groups of parquet, else record numbers.
+    # [start, stop) of the file: bytes of jsonl, row groups of parquet, else record numbers.
     start: int = 0
     stop: int = 0
-    # Number of the first row of a row group.
+    # Rows of a parquet file before `start`.
     first_row: int = 0
 
     @property
     def has_whole_files(self) -> bool:
-        """Whether its documents are whole files, of which only one of equal ones is kept."""
+        """Whether documents are whole files, of which duplicates are dropped."""
         return self.format == 'text'
 
 
 def make_text_shards(files: list[tuple[File, str]]) -> list[Shard]:
-    """Text files in their order, so many together that they are a piece of work."""
+    """Groups text files, in order, into shards."""
     shards, group, size = [], [], 0
     for file, side in files:
         group.append((file, side))
@@ -54,7 +55,7 @@ def make_text_shards(files: list[tuple[File, str]]) -> list[Shard]:
 
 
 def read_text(file: File, side: str, fraction: float) -> Iterator[tuple[bool, Document]]:
-    """The document of a file, or its two parts; BadRecord when it is empty or not UTF-8."""
+    """Yields a file's document, or its two parts. Raises BadRecord if it is empty or not UTF-8."""
     with file.open() as stream:
         content = stream.read()
     if not content.strip():
@@ -69,7 +70,7 @@ def read_text(file: File, side: str, fraction: float) -> Iterator[tuple[bool, Do
 
 
 def _cut(content: bytes, near: int) -> int:
-    """The last line start at or before `near`; in a text of one line, a start of a character."""
+    """The last line start at or before `near`, or a character's start if there is only one line."""
     cut = content.rfind(b'\n', 0, near) + 1
     if cut:
         return cut
@@ -108,7 +109,7 @@ def _jsonl_shards(file: File, side: str) -> Iterator[Shard]:
 
 
 def _read_jsonl(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
-    """(start of the piece, line in the piece, line) of the lines that start inside the piece."""
+    """(start of the shard, line number in it, line) of the lines that start inside the shard."""
     start, stop = shard.start, shard.stop or float('inf')
     position, line, is_empty = start, 0, True
     with file.open(max(start - 1, 0)) as stream:
@@ -127,19 +128,19 @@ def _read_jsonl(file: File, shard: Shard) -> Iterator[tuple[int, int, bytes]]:
 
 
 def count_lines(file: File, stop: int) -> int:
-    """Lines that start before byte `stop`, which is where a piece starts."""
+    """The number of lines that start before byte `stop`, where a shard starts."""
     lines = left = 0
     with file.open() as stream:
         left = stop
         while left and (block := stream.read(min(left, 1 << 20))):
             lines += block.count(b'\n')
             left -= len(block)
-    # A line that begins before the piece and goes on inside it belongs to the piece before.
+    # A line that continues into the shard belongs to the shard before.
     return lines + (block[-1:] != b'\n')
 
 
 def _parquet_shards(file: File, side: str) -> Iterator[Shard]:
-    """Neighbouring row groups, so many that they are a piece of work."""
+    """Groups neighbouring row groups into shards."""
     with _parquet(file) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     if not sum(group.num_rows for group in groups):
@@ -165,14 +166,14 @@ def _read_parquet(file: File, shard: Shard) -> Iterator[tuple[int, int, dict]]:
 
 @contextlib.contextmanager
 def _parquet(file: File) -> Iterator:
-    """A parquet file, open; what its library raises meanwhile names the file."""
+    """Opens a parquet file; errors of its library become a DataError with the file's name."""
     if file.is_compressed:
-        raise DataError(f'{file.path}: a parquet file is not compressed as a whole')
+        raise DataError(f'{file.path}: a compressed parquet file cannot be read; decompress it')
     with file.seekable() as stream:
         try:
             yield find.extra('pyarrow.parquet').ParquetFile(stream)
         except OSError as error:
-            # What is no error of the system is pyarrow's way to say that a page makes no sense.
+            # For a damaged page pyarrow raises a plain OSError without an errno.
             if type(error) is not OSError or error.errno is not None:
                 raise
             raise DataError(f'{file.path} is damaged or cut off: {error}') from error
@@ -183,7 +184,7 @@ def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
         count = reader.num_records()
     if not count:
         raise DataError(f'{file.path} is empty')
-    # A file in a bucket is copied to be read, so it is not read in pieces.
+    # A file in a bucket is copied to disk before it is read, so it must stay one shard.
     pieces = 1 if file.path.startswith(S3) else -(-file.size // SHARD_BYTES)
     size = -(-count // pieces)
     for start in range(0, count, size):
@@ -206,7 +207,9 @@ def _records(file: File, reader, start: int, stop: int) -> list[bytes]:
     except (RuntimeError, IndexError) as error:
         raise DataError(f'{file.path} is damaged or cut off: {error}') from error
     if len(records) != stop - start:
-        raise DataError(f'{file.path} is damaged or cut off: records {start} to {stop}')
+        raise DataError(
+            f'{file.path} is damaged or cut off: some of records {start} to {stop} are missing'
+        )
     return records
 
 

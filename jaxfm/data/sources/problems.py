@@ -1,9 +1,9 @@
 """Generated problems with one right answer: arithmetic and strings, as lines of text or as chats.
 
-Pre-training on the text form teaches the skills, fine-tuning on the chat form when to use them. A
-problem is held out by a hash of its kind and its operands, so train and held-out problems are
-disjoint over all forms, seeds and numbers. Nothing is stored: documents are a function of the
-config.
+Pre-training on the text form teaches the skills; fine-tuning on the chat form teaches when to use
+them. A hash of kind and operands decides whether a problem is held out, so train and held-out
+problems are disjoint over all forms, seeds and numbers of problems. Nothing is stored: documents
+are a function of the config.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from jaxfm.data import ProblemsConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.sources import is_heldout
 
-VERSION = 2  # of everything below that decides the documents
+VERSION = 2  # raise it when anything below that determines the documents changes
 HELDOUT_FRACTION = 1 / 16
 PROBLEMS_PER_TEXT = 32
 PROBLEMS_PER_SHARD = 1 << 15
 
-# The answer of a text stands as far behind its task as that of a chat in the template `qa`: what a
-# model has learned about distances stays true in chats, which makes them quick to learn. But what
-# stands right before it is another byte, so that chats themselves must teach where answers begin.
+# The answer follows its task at the same distance as in a chat with the template `qa`, so what a
+# model learns about distances still holds in chats, and chats are quick to learn. The byte right
+# before the answer differs, so that only chats teach where their answers begin.
 TEXT = '{task} -->{answer}\n'
 QUESTION = 'Please {task}'
 
@@ -34,15 +34,15 @@ Operands = tuple[str, ...]
 class Kind:
     """A type of problem."""
 
-    num_problems: int  # how many operands `draw` chooses from
+    num_problems: int  # how many different operands `draw` may return
     draw: Callable[[random.Random], Operands]
     solve: Callable[..., str]
-    task: str  # a format of the operands
+    task: str  # a format string for the operands
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A kind, what it is about, and the answer."""
+    """A problem: its kind, its operands and the answer."""
 
     kind: str
     operands: Operands
@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def task(self) -> str:
-        """What is to be done, in words."""
+        """What to do, in words."""
         return KINDS[self.kind].task.format(*self.operands)
 
     @property
@@ -60,18 +60,18 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """Task and answer as a piece of a text."""
+        """Task and answer as a line of text."""
         return TEXT.format(task=self.task, answer=self.answer)
 
     @property
     def is_heldout(self) -> bool:
-        """The side of this problem, whatever asks for it."""
+        """Whether this problem is held out; the same for every config."""
         return is_heldout(' '.join((self.kind, *self.operands)), HELDOUT_FRACTION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Documents start .. stop - 1 of one side."""
+    """Documents [start, stop) of one side."""
 
     is_heldout: bool
     start: int
@@ -79,7 +79,7 @@ class Shard:
 
 
 class Problems:
-    """The source. Train problems are of a random one of `kinds`; held out are as many of each."""
+    """The source. Each train problem has a random kind; held-out ones take all kinds in turn."""
 
     def __init__(self, config: ProblemsConfig):
         self._config = config
@@ -87,22 +87,22 @@ class Problems:
         self._per_document = PROBLEMS_PER_TEXT if config.form == 'text' else 1
 
     def files(self) -> None:
-        """Nothing can be absent."""
+        """Does nothing: no input can be missing."""
 
     def fingerprint(self) -> str:
-        """Of the config and of this module's version."""
+        """Hash of the config and of this module's version."""
         text = f'{VERSION} {self._config.model_dump_json(include=set(ProblemsConfig.model_fields))}'
         return hashlib.sha256(text.encode()).hexdigest()
 
     def shards(self) -> list[Shard]:
-        """The train documents in pieces, then the held-out ones."""
+        """The train documents in several shards, then the held-out ones in one."""
         count = -(-self._config.num_problems // self._per_document)
         size = PROBLEMS_PER_SHARD // self._per_document
         train = [Shard(False, start, min(start + size, count)) for start in range(0, count, size)]
         return [*train, Shard(True, 0, -(-self._config.num_heldout // self._per_document))]
 
     def read(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
-        """(is_heldout, document), in order."""
+        """Yields (is_heldout, document), in order."""
         heldout = self._heldout() if shard.is_heldout else []
         side = 'heldout' if shard.is_heldout else 'train'
         for number in range(shard.start, shard.stop):
@@ -111,14 +111,14 @@ class Problems:
             yield shard.is_heldout, self._document(f'{side}:{number}', problems)
 
     def _train(self, number: int, first: int) -> list[Problem]:
-        """Those of a document, which begins with problem `first`."""
+        """The problems of train document `number`; its first one is problem `first` of them all."""
         rng = random.Random(f'{self._config.seed} {number}')
         count = min(self._per_document, self._config.num_problems - first)
         kinds = rng.choices(self._kinds, k=count)
         return [draw(kind, rng, heldout=False) for kind in kinds]
 
     def _heldout(self) -> list[Problem]:
-        """All held-out problems, the kinds in turn; none twice."""
+        """All held-out problems, taking the kinds in turn; none occurs twice."""
         rngs = {kind: random.Random(f'{self._config.seed} {kind}') for kind in self._kinds}
         kinds, problems = list(rngs), {}
         while len(problems) < self._config.num_heldout:
@@ -136,7 +136,7 @@ class Problems:
 
 
 def draw(name: str, rng: random.Random, heldout: bool) -> Problem:
-    """A problem of one side whose answer does not stand in its question."""
+    """Draws a problem of one side whose question does not contain its answer."""
     kind = KINDS[name]
     while True:
         operands = kind.draw(rng)

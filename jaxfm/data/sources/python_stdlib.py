@@ -15,17 +15,17 @@ from jaxfm.data.sources.formats import Shard, make_text_shards, read_text
 from jaxfm.errors import MissingInputError
 from jaxfm.storage.find import File
 
-# Directories of the standard library that are tests, tables or not of the library at all.
+# Directories that contain tests or tables, or that are not part of the library at all.
 EXCLUDED_DIRECTORIES = frozenset(
     'test tests idle_test encodings pydoc_data idlelib'.split()
     + 'site-packages dist-packages __pycache__'.split()
 )
-# What the build of one interpreter wrote: the same release on another machine has other text here.
+# Files written when the interpreter was built: they differ between machines with the same release.
 EXCLUDED_PREFIXES = ('_sysconfigdata', 'config-')
 
 
 class PythonStdlib:
-    """The standard library; a file is a document. Empty and undecodable files are left out."""
+    """The standard library, one document per file. Empty and undecodable files are left out."""
 
     def __init__(self, config: PythonStdlibConfig):
         self.config = config
@@ -33,11 +33,11 @@ class PythonStdlib:
         self.bad_records: dict[str, str] = {}
 
     def files(self) -> list[tuple[File, str]]:
-        """(file, side) in the order of their names."""
+        """(file, side) by name. Raises MissingInputError if there are none."""
         return self._files
 
     def fingerprint(self) -> str:
-        """Of names, sizes, times of modification and sides; contents are not read."""
+        """Hash of names, sizes, modification times and sides; does not read contents."""
         lines = [[file.name, file.size, file.stamp, side] for file, side in self._files]
         return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
@@ -56,7 +56,7 @@ class PythonStdlib:
         found = sorted(_library_files(self.root), key=lambda file: file.name)
         if not found:
             raise MissingInputError(
-                f'{self.root} has no .py files: is the library of this Python zipped?'
+                f"{self.root} has no .py files: is this Python's standard library zipped?"
             )
         fraction = self.config.heldout_fraction
         return [(file, 'heldout' if is_heldout(file.name, fraction) else 'train') for file in found]

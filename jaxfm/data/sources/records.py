@@ -1,8 +1,8 @@
-"""A record, as a file has it, becomes a document: fields are found, turns are made alike.
+"""Turns a record of a file into a document: finds its fields and normalises its turns.
 
-Chats come in the shapes of OpenAI ({'role', 'content', 'tool_calls'}), ShareGPT ({'from', 'value'})
-and TRL ({'prompt', 'completion'}); all become turns of {'role', 'content', ...}, with tool calls as
-chat templates expect them: {'type': 'function', 'function': {'name', 'arguments': {...}}}.
+Chats come in the formats of OpenAI ({'role', 'content', 'tool_calls'}), ShareGPT ({'from',
+'value'}) and TRL ({'prompt', 'completion'}). All become turns of {'role', 'content', ...}, with
+tool calls as chat templates expect: {'type': 'function', 'function': {'name', 'arguments': {...}}}.
 """
 
 import json
@@ -26,20 +26,20 @@ ROLES = {
     'function': 'tool',
     'observation': 'tool',
 }
-# What a turn keeps beside role, content and tool calls.
+# Keys that a turn keeps in addition to role, content and tool calls.
 KEPT = ('name', 'tool_call_id', 'reasoning_content')
 
 _ABSENT = object()
 
 
 class BadRecord(ValueError):
-    """Why a record is no document; who catches it knows where the record stands."""
+    """Why a record is not a document; the caller knows where the record is."""
 
 
 def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
-    """The document of a record; BadRecord says what is wrong with it."""
+    """The document of a record. Raises BadRecord if something is wrong with it."""
     if not isinstance(record, dict):
-        raise BadRecord(f'a record is an object, not {_kind(record)}')
+        raise BadRecord(f'the record is {_kind(record)}, not an object')
     group = _optional_text(record, fields.group)
     messages = _messages(record, fields)
     if messages is None:
@@ -50,16 +50,16 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
 
 
 def _check_text(record: dict, fields: FieldsConfig) -> None:
-    """Raises BadRecord unless there is a text: it may be there under another name, or a chat."""
+    """Raises BadRecord, listing the record's keys, unless there is a text where it should be."""
     if not fields.text and _find(record, 'text') is _ABSENT:
         raise BadRecord(
             'no text, no messages, no conversations, no prompt with completion; it has: '
-            f'{", ".join(map(str, record)) or "nothing"}; config.data.fields says where they are'
+            f'{", ".join(map(str, record)) or "nothing"}; set config.data.fields.text or .messages'
         )
 
 
 def _messages(record: dict, fields: FieldsConfig) -> list[dict] | None:
-    """The turns of a chat; None when the record is a text."""
+    """The turns of a chat; None if the record is a text."""
     if fields.text:
         return None
     turns = _turns(record, fields)
@@ -100,7 +100,7 @@ def _prompt_and_completion(record: dict, fields: FieldsConfig) -> list:
 
 def _turn(turn: Any, fields: FieldsConfig) -> dict:
     if not isinstance(turn, dict):
-        raise BadRecord(f'a turn is an object, not {_kind(turn)}')
+        raise BadRecord(f'a turn is {_kind(turn)}, not an object')
     written = _first(turn, fields.role, ('role', 'from'), 'role')
     content = _first(turn, fields.content, ('content', 'value'), 'content', default=None)
     role = _role(written, fields)
@@ -120,20 +120,20 @@ def _role(written: Any, fields: FieldsConfig) -> str:
     known = ROLES | fields.roles
     if not isinstance(written, str) or written not in known:
         raise BadRecord(
-            f'unknown role {written!r}; known are {", ".join(known)}; '
-            'say what others mean in config.data.fields.roles'
+            f'unknown role {written!r}; known roles: {", ".join(known)}; '
+            "map others like config.data.fields.roles={'narrator': 'user'}"
         )
     return known[written]
 
 
 def _content(content: Any, has_calls: bool) -> tuple[str, dict]:
-    """The text of a turn, and what else a content made of parts has."""
+    """The text of a turn, and the other keys of a turn whose content is a list of parts."""
     if isinstance(content, str):
         return content, {}
     if content is None and has_calls:
         return '', {}
     if not isinstance(content, list):
-        raise BadRecord(f'the content of a turn is a text or a list of parts, not {_kind(content)}')
+        raise BadRecord(f'the content of a turn is {_kind(content)}, not a text or a list of parts')
     texts, reasoning, calls = [], [], []
     for part in content:
         kind, value = _part(part)
@@ -151,7 +151,7 @@ def _part(part: Any) -> tuple[str, str]:
         return 'text', part
     kind = part.get('type') if isinstance(part, dict) else None
     if kind not in ('text', 'reasoning', 'tool_call'):
-        raise BadRecord(f'a part of a turn is text, reasoning or tool_call, not {kind!r}')
+        raise BadRecord(f'a part of a turn must be text, reasoning or tool_call, not {kind!r}')
     value = part.get(kind, part.get('text', part.get('value')))
     if not isinstance(value, str):
         raise BadRecord(f'a part of type {kind} has no text')
@@ -159,13 +159,13 @@ def _part(part: Any) -> tuple[str, str]:
 
 
 def _tool_calls(calls: Any) -> list[dict]:
-    """Calls as JSON text, one or a list; arguments become objects, which templates can write."""
+    """Normalises one call or a list, as JSON text or parsed; arguments in JSON become objects."""
     calls = _parse_json(calls, 'a tool call')
     made = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get('function', call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get('name'), str):
-            raise BadRecord(f'a tool call has a name and arguments; this is {call!r:.80}')
+            raise BadRecord(f'a tool call needs a name and arguments, but this is {call!r:.80}')
         arguments = function.get('arguments', {})
         if isinstance(arguments, str):
             arguments = _parse_json(arguments or '{}', 'the arguments of a tool call')
@@ -182,7 +182,7 @@ def _tools(tools: Any) -> list[dict]:
     made = []
     for tool in tools if isinstance(tools, list) else [tools]:
         if not isinstance(tool, dict):
-            raise BadRecord(f'a tool is an object, not {_kind(tool)}')
+            raise BadRecord(f'a tool is {_kind(tool)}, not an object')
         made.append(tool if 'function' in tool else {'type': 'function', 'function': tool})
     return made
 
@@ -197,7 +197,7 @@ def _parse_json(value: Any, what: str) -> Any:
 
 
 def _find(record: Any, path: str) -> Any:
-    """What stands at a dotted path, `_ABSENT` where nothing does."""
+    """The value at a dotted path; `_ABSENT` if there is none."""
     if isinstance(record, dict) and path in record:
         return record[path]
     for key in path.split('.'):

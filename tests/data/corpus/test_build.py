@@ -171,10 +171,10 @@ def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path, monk
     monkeypatch.setattr(files, 'FEW_BYTES', 0)
     write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
-    with pytest.raises(DataError, match='of 2 documents none is held out; raise heldout_fraction'):
+    with pytest.raises(DataError, match='none of 2 documents is held out; raise heldout_fraction'):
         open_corpus(config, BYTES, tmp_path / 'cache')
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1 - 1e-6)
-    with pytest.raises(DataError, match='of 2 documents none is left to train on'):
+    with pytest.raises(DataError, match='none of 2 documents is left to train on'):
         open_corpus(config, BYTES, tmp_path / 'cache')
 
 
@@ -290,12 +290,12 @@ def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(t
     mine = tmp_path / 'mine'
     make_corpus(config, tokenizer, mine)
     if what == 'files':
-        config, said = records(tmp_path, 41), "the source's files are not the same"
+        config, said = records(tmp_path, 41), "the source's files differ"
     if what == 'config':
         config = config.model_copy(update={'max_bad_records': 7})
         said = 'config.data.max_bad_records was 0 and is 7'
     if what == 'tokenizer':
-        tokenizer, said = bpe, 'the tokenizer is not the same'
+        tokenizer, said = bpe, 'the tokenizer differs'
     for open_it in (
         lambda: open_corpus(config, tokenizer, tmp_path, str(mine)),
         lambda: make_corpus(config, tokenizer, mine),
@@ -513,7 +513,7 @@ def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(
 
     monkeypatch.setattr(Ledger, 'add', kill_one)
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
-    with pytest.raises(StorageError, match='has died.*the same command goes on'):
+    with pytest.raises(StorageError, match='process died.*run the same command again'):
         open_corpus(config, BYTES, cache_dir)
     assert not multiprocessing.active_children()
     monkeypatch.undo()

@@ -326,7 +326,7 @@ def test_arrays_have_the_dtypes_of_a_batch(make):
 def test_a_token_outside_the_vocabulary_is_an_error_and_not_an_index(make, kind):
     cache = make()
     cache.tokens[17] = 2048
-    with pytest.raises(DataError, match='token 2048 of 2048'):
+    with pytest.raises(DataError, match='token id 2048, but the vocabulary ends at 2047'):
         all_rows(KINDS[kind](cache, 16))
 
 

@@ -185,10 +185,10 @@ def test_records_of_heldout_files_are_held_out(tmp_path):
 
 BAD = {
     'not JSON': b'{"text": "x"',
-    'with completion; it has: body, id; config.data.fields says': b'{"body": "x", "id": 1}',
+    'with completion; it has: body, id; set config.data.fields': b'{"body": "x", "id": 1}',
     'is not UTF-8: byte 0xe9 at offset 10': b'{"text": "\xe9"}',
     'lone surrogate': b'{"text": "\\ud800"}',
-    'a record is an object': b'[1]',
+    'the record is a list, not an object': b'[1]',
     "unknown role 'wizard'": b'{"messages": [{"role": "wizard", "content": "x"}]}',
     'nested': b'[' * 100_000,
     'digits': b'{"text": ' + b'1' * 5000 + b'}',
@@ -227,7 +227,7 @@ def test_as_many_bad_records_as_allowed_are_left_out_and_the_next_one_is_the_err
     made = source(tmp_path / 'a.jsonl', max_bad_records=4)
     assert len(read(made)) == 26
     assert len(read(made)) == 26, 'reading it again must count nothing twice'
-    with pytest.raises(DataError, match=r'a.jsonl:25: .*\(3 bad ones before it are left out\)'):
+    with pytest.raises(DataError, match=r'a.jsonl:25: .*\(3 bad records before it were left out\)'):
         read(source(tmp_path / 'a.jsonl', max_bad_records=3))
 
 

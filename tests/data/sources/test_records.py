@@ -115,12 +115,12 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
 @pytest.mark.parametrize(
     'record, fields, said',
     [
-        ([1], {}, 'a record is an object, not a list'),
+        ([1], {}, 'the record is a list, not an object'),
         (
             {'body': 'x', 'id': 1},
             {},
             'no text, no messages, no conversations, no prompt with completion; it has: body, id; '
-            'config.data.fields says where they are',
+            'set config.data.fields.text or .messages',
         ),
         ({'text': 'x'}, {'text': 'a.0.b'}, 'no field a.0.b; it has: text'),
         ({'text': 3}, {}, 'field text is 3, not a text'),
@@ -133,7 +133,7 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
         (
             {'messages': [{'role': 'wizard', 'content': 'x'}]},
             {},
-            "unknown role 'wizard'; known are",
+            "unknown role 'wizard'; known roles:",
         ),
         ({'messages': [{'role': 'wizard', 'content': 'x'}]}, {}, 'human.*config.data.fields.roles'),
         (
@@ -141,13 +141,13 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
             {},
             'a turn has no role or from; it has:',
         ),
-        ({'messages': [{'role': 'user', 'content': None}]}, {}, 'not null'),
-        ({'messages': ['hi']}, {}, 'a turn is an object'),
+        ({'messages': [{'role': 'user', 'content': None}]}, {}, 'content of a turn is null, not'),
+        ({'messages': ['hi']}, {}, 'a turn is a text, not an object'),
         ({'messages': [{'role': 'user', 'content': [{'type': 'image'}]}]}, {}, "not 'image'"),
         ({'messages': [{'from': 'function_call', 'value': 'add(1)'}]}, {}, 'a tool call: not JSON'),
         ({'messages': [{'from': 'function_call', 'value': '[3]'}]}, {}, 'a name and arguments'),
         ({'messages': OPENAI, 'tools': '[{'}, {}, 'tools: not JSON'),
-        ({'messages': OPENAI, 'tools': [3]}, {}, 'a tool is an object'),
+        ({'messages': OPENAI, 'tools': [3]}, {}, 'a tool is 3, not an object'),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(record, fields, said):

@@ -201,7 +201,7 @@ def map_strings(value, change):
 
 
 def check_complete(view: View, text: str) -> None:
-    """Raises DataError unless the text has every tool and every message but the assistant's.
+    """Raises DataError unless the text has all tools and all messages except the assistant's.
 
     Templates may drop the assistant's earlier thoughts, so its messages are not checked here.
     """

@@ -92,17 +92,17 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding='utf-8')
     except PermissionError as error:
         raise PermissionDeniedError(
-            f'tokenizer.chat_template: {path} cannot be read: permission denied'
+            f'config.tokenizer.chat_template: {path} cannot be read: permission denied'
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f'tokenizer.chat_template: {path} is not UTF-8') from error
+        raise DataError(f'config.tokenizer.chat_template: {path} is not UTF-8') from error
     except OSError as error:
         files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, [*TEMPLATES, *files], 1)
         hint = f'; do you mean {near[0]}?' if near else ''
         raise MissingInputError(
-            f'tokenizer.chat_template: {path} is neither a file nor one of {", ".join(TEMPLATES)}'
-            f'{hint}'
+            f'config.tokenizer.chat_template: {path} is neither a file '
+            f'nor one of {", ".join(TEMPLATES)}{hint}'
         ) from error
 
 

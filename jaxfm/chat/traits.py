@@ -28,7 +28,7 @@ class TemplateTraits:
 
     # Whether `tools` is passed as None if there are none; otherwise it is not passed at all.
     gives_none: bool
-    # Whether the last turn is only ended when a generation prompt is requested.
+    # Whether the template ends the last turn only when a generation prompt is requested.
     asks_late: bool
     # The text after the last answer, and the part of it that ends the turn: through its first
     # special token, if it has one.
@@ -107,6 +107,6 @@ def _find_call_form(render: Callable[[View, bool], str], asks_late: bool) -> Cal
         except DataError:
             continue
         if PROBE_NAME in text and PROBE_VALUE in text:
-            # True, which is worse, for a dict as Python prints it and for JSON inside JSON.
+            # True marks a worse form: the repr of a Python dict, or JSON inside JSON.
             seen[form] = f"'{PROBE_VALUE}'" in text or f'\\"{PROBE_VALUE}' in text
     return min(seen, key=seen.get, default=None)

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back; here are their config groups."""
+"""The config groups and the registry of tokenizers, which turn text into ids and back."""
 
 from typing import Literal
 

@@ -26,7 +26,7 @@ def open_further(content: str, backend) -> tuple[tokenizers.Tokenizer, bool]:
     """Opens a backend for text that continues other text, without a space in front.
 
     Some tokenizers put a space before every text, which would be wrong in the middle of one.
-    Returns also whether text after a special token does get that space.
+    Also returns whether text after a special token gets that space.
     """
     if not re.search(r'"Prepend"|"Metaspace"|"add_prefix_space"\s*:\s*true', content):
         return backend, False

@@ -53,7 +53,7 @@ class BPE(HuggingFace):
         special = _special_tokens(config)
         if config.vocab_size < 256 + len(special):
             raise ConfigError(
-                f'tokenizer.vocab_size {config.vocab_size} is less than 256 bytes '
+                f'config.tokenizer.vocab_size {config.vocab_size} is less than 256 bytes '
                 f'+ {len(special)} special tokens = {256 + len(special)}'
             )
         backend = _make_backend(PATTERNS[config.pattern], vocabulary=None)
@@ -109,7 +109,7 @@ def _special_tokens(config: BytesConfig | BPEConfig) -> list[str]:
     # A special token of one letter would look like the same letter in a text.
     if len(set(special)) < len(special) or min(map(len, special)) < 2:
         raise ConfigError(
-            'tokenizer.special_tokens: all must differ and have at least two characters; '
+            'config.tokenizer.special_tokens: all must differ and have at least two characters; '
             f'with the built-in ones they are {special}'
         )
     return special

@@ -1,4 +1,4 @@
-"""Finds the tokenizer at a path, and reads it into the files of a saved tokenizer.
+"""Finds the tokenizer at a path, and returns the files of its saved form.
 
 These are a vocabulary (tokenizer.json, tokenizer.model or ranks.tiktoken) and
 tokenizer_config.json, which names the special tokens and holds the chat template: Hugging Face's
@@ -134,7 +134,7 @@ def _locate(path: Path) -> Path:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, 1)
     hint = f'; do you mean {near[0]}?' if near else ''
-    raise MissingInputError(f'tokenizer.path: {path} does not exist{hint}')
+    raise MissingInputError(f'config.tokenizer.path: {path} does not exist{hint}')
 
 
 def _search(directory: Path) -> Path:
@@ -190,7 +190,7 @@ def _config_beside(vocabulary: Path) -> dict:
 def _adds_bos(tokenizer_json: bytes, config: dict, kind: str) -> bool:
     """Whether the transformers class `kind` puts bos before a text.
 
-    That a file names a bos token does not tell: it does so in any case.
+    Files name a bos token even if it is never added, so the name alone says nothing.
     """
     after = parse_json(tokenizer_json, 'tokenizer.json').get('post_processor')
     named = json.dumps(config.get('bos_token', ''), ensure_ascii=False)
@@ -221,7 +221,7 @@ def _tiktoken_config(config: dict, path: Path) -> dict:
     if not pattern:
         names = ' or '.join(ENCODINGS)
         raise ConfigError(
-            f'{path} does not define how text is split: set tokenizer.pattern to {names}, '
+            f'{path} does not define how text is split: set config.tokenizer.pattern to {names}, '
             'or to a regular expression'
         )
     if pattern in ENCODINGS:
@@ -234,7 +234,7 @@ def _tiktoken_config(config: dict, path: Path) -> dict:
     if re.fullmatch(r'\w+', pattern):
         near = difflib.get_close_matches(pattern, ENCODINGS, 1) or list(ENCODINGS)
         raise ConfigError(
-            f'tokenizer.pattern: {pattern} is not a known encoding; '
+            f'config.tokenizer.pattern: {pattern} is not a known encoding; '
             f'use {" or ".join(near)}, or a regular expression'
         )
     return config

@@ -203,13 +203,13 @@ class Tokenizer:
         names = ', '.join(list(self.special_tokens)[:8]) or 'none'
         if not token:
             raise DataError(
-                f'the tokenizer does not define which token ends a text: set tokenizer.{key}; '
-                f'its special tokens: {names}'
+                'the tokenizer does not define which token ends a text: '
+                f'set config.tokenizer.{key}; its special tokens: {names}'
             )
         if (found := self._token_id(token)) is None:
             near = difflib.get_close_matches(token, self.special_tokens, 1)
             hint = f'; do you mean {near[0]}?' if near else f'; its special tokens: {names}'
-            raise DataError(f'tokenizer.{key}: the vocabulary has no {token!r}{hint}')
+            raise DataError(f'config.tokenizer.{key}: the vocabulary has no {token!r}{hint}')
         self.special_tokens[token] = found
         return found
 
@@ -316,7 +316,7 @@ class Tiktoken(Tokenizer):
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(
-                f'tokenizer.pattern or the special tokens are not valid: {error}'
+                f'config.tokenizer.pattern or the special tokens are not valid: {error}'
             ) from error
         self._known = frozenset(ranks.values()) | frozenset(special.values())
         return special

@@ -54,6 +54,6 @@ class TextStream:
         if len(self._ids) - self._cut < self._size:
             return
         context = self._tokenizer.decode(self._ids[self._cut :])
-        if context:  # decoding drops a space at the head of a window: it must not be a later one
+        if context:  # decoding drops a leading space, so a window must begin with returned text
             del self._ids[: self._cut]
             self._cut, self._given = len(self._ids), len(context)

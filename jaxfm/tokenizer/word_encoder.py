@@ -26,7 +26,7 @@ KNOWN = (
     *('\u3041\u3096', '\u30a1\u30fa', '\u4e00\u9fa5', '\uac00\ud7a3'),
 )
 _KNOWN = re.compile(f'[{"".join(f"{re.escape(a)}-{re.escape(b)}" for a, b in KNOWN)}]*')
-# Words up to this many characters are cached, and this many of them: a line of base64 is not.
+# The longest word that is cached, in characters (a line of base64 is longer), and how many words.
 _LONGEST, _REMEMBERED = 64, 1 << 18
 
 
@@ -62,7 +62,7 @@ class WordEncoder:
 def encode_batch(
     encoder: WordEncoder | None, backend: tokenizers.Tokenizer, texts: Sequence[str]
 ) -> list[list[int]]:
-    """Ids of texts; the backend encodes those that the encoder, if there is one, cannot."""
+    """Ids of texts. The backend encodes those that the encoder cannot, or all if it is None."""
     encoded = [encoder.encode(text) if encoder else None for text in texts]
     unknown = [i for i, ids in enumerate(encoded) if ids is None]
     found = backend.encode_batch_fast([texts[i] for i in unknown], add_special_tokens=False)

@@ -168,13 +168,13 @@ def test_a_bad_rank_is_named_with_its_line(tmp_path):
     path.write_bytes(good)
     coder = read(path, r'\w+|\W', eos_token='<end>')
     assert coder.eos_id == 256 and coder.encode('ab') == [97, 98]
-    with pytest.raises(DataError, match='set tokenizer.eos_token'):
+    with pytest.raises(DataError, match='set config.tokenizer.eos_token'):
         read(path, r'\w+|\W')
 
 
 def test_ranks_need_a_pattern(shared_data):
     for pattern, message in (
-        ('', 'set tokenizer.pattern to cl100k_base or o200k_base'),
+        ('', 'set config.tokenizer.pattern to cl100k_base or o200k_base'),
         ('cl100k', 'cl100k is not a known encoding; use cl100k_base'),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -198,7 +198,9 @@ def test_what_is_missing_is_named(tmp_path, shared_data):
 
 def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(tmp_path, shared_data):
     shutil.copy(shared_data / 'stories260k_hf/tokenizer.json', tmp_path)
-    with pytest.raises(DataError, match='set tokenizer.eos_token; its special tokens: <unk>, <s>'):
+    with pytest.raises(
+        DataError, match='set config.tokenizer.eos_token; its special tokens: <unk>, <s>'
+    ):
         read(tmp_path)
     with pytest.raises(DataError, match="vocabulary has no '</t>'; do you mean </s>"):
         read(tmp_path, eos_token='</t>')

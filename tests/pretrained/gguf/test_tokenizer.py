@@ -311,7 +311,9 @@ def test_a_bad_tokenizer_is_refused_with_the_file(case, path):
 
 def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(path):
     write(path, words_keys(eos_token_id=None))
-    with pytest.raises(DataError, match='set tokenizer.eos_token; its special tokens: <|end|>'):
+    with pytest.raises(
+        DataError, match='set config.tokenizer.eos_token; its special tokens: <|end|>'
+    ):
         load_tokenizer(path)
 
 

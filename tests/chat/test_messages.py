@@ -12,13 +12,13 @@ CHAT = [
 ]
 
 
-def test_what_a_table_leaves_empty_is_not_there():
+def test_absent_fields_of_a_table_are_dropped():
     user, _, tool, _ = prepare_messages(CHAT, CallForm(False, ''))
     assert user == {'role': 'user', 'content': 'x'}
     assert 'tool_calls' not in tool
 
 
-def test_answers_of_tools_carry_the_id_and_the_name_of_their_call():
+def test_tool_answers_carry_the_id_and_name_of_their_call():
     _, message, first, second = prepare_messages(CHAT, CallForm(False, ''))
     assert [call['id'] for call in message['tool_calls']] == ['000000000', '000000001']
     assert (first['tool_call_id'], first['name']) == ('000000000', 'add')
@@ -26,7 +26,7 @@ def test_answers_of_tools_carry_the_id_and_the_name_of_their_call():
 
 
 @pytest.mark.parametrize('given', ['{"a": "ü"}', {'a': 'ü'}])
-def test_arguments_are_given_in_the_form_that_is_asked_for(given):
+def test_arguments_take_the_requested_form(given):
     message = CHAT[1] | {'tool_calls': [{'name': 'add', 'arguments': given}]}
     as_object, as_text = CallForm(False, None), CallForm(True, '')
     for form, arguments in ((as_object, {'a': 'ü'}), (as_text, '{"a": "ü"}')):
@@ -35,7 +35,7 @@ def test_arguments_are_given_in_the_form_that_is_asked_for(given):
         assert complete['content'] == form.empty_content
 
 
-def test_messages_that_are_given_stay_as_they_are():
+def test_the_given_messages_are_not_modified():
     before = repr(CHAT)
     prepare_messages(CHAT, CallForm(True, None))
     assert repr(CHAT) == before

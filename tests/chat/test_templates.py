@@ -13,21 +13,21 @@ from jaxfm.tokenizer.build import SPECIAL_TOKENS, Bytes
 
 TEMPLATES = 55
 
-# What a template's files call special: only the tokens, not what stands for a name in a text.
+# Special tokens in a template's text; placeholders such as <name> are not among them.
 SPECIAL = re.compile(
     r"<[|｜][^\s'\"<>{}]+[|｜]>|<(?:start|end)_of_turn>|<_\w+>|<turn\|>|<\|turn>|\[/?[A-Z_]{3,}\]"
     r'|</?think>|</?tool_call>'
 )
 
-# Marks of the end of a turn: where a template has one, every answer ends with it.
+# End-of-turn marks: if a template has one, every answer ends with it.
 ENDS = re.compile(r'<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|eot\|>|<\|end\|>|<turn\|>')
-# Templates that write a beginning before every question, as the models were trained.
+# Templates that write bos before every question, as in the training of their models.
 MANY_BEGINNINGS = {'ct_llama-2-chat', 'ct_saiga'}
-# The rest of the header is the assistant's, because it says who is spoken to.
+# The assistant itself writes the rest of the header, because it names the recipient.
 RECIPIENT = {'vllm_tool_chat_template_muse_glimmer': 'to=user<|message|>'}
-# Before its last answer this one expects the model to think, if only an empty thought.
+# Expects the model to write a thought, even an empty one, before its last answer.
 EMPTY_THOUGHT = {'vllmrust_qwen3': '<think>\n\n</think>\n\n'}
-# Templates that have no place for a system message, or lose it once the question is answered.
+# Templates that do not support a system message, or drop it once the question is answered.
 NO_SYSTEM = {
     'vllm_template_chatglm',
     'vllm_template_chatglm2',
@@ -39,7 +39,7 @@ NO_SYSTEM = {
 }
 # Earlier answers lose the empty thought that the generation prompt ends with.
 NO_PROMPT_OF_EARLIER_TURNS = {'vllmrust_qwen35'}
-# The white space before a call is not that before an answer, so no prompt leads to both.
+# The white space before a call differs from that before an answer, so no prompt leads to both.
 NO_PROMPT_OF_CALLS = {
     'vllm_tool_chat_template_deepseekv31',
     'vllm_tool_chat_template_granite_20b_fc',
@@ -96,7 +96,7 @@ def paths(shared_data):
 
 
 def text(draw: random.Random, words: str, special) -> str:
-    """Some words; a special token spelled in a text now and then."""
+    """Random words, sometimes with a special token spelled among them."""
     chosen = draw.choices(words.split(), k=draw.randrange(1, 9))
     if special and draw.random() < 0.4:
         chosen.insert(draw.randrange(len(chosen) + 1), draw.choice(sorted(special)))
@@ -127,13 +127,13 @@ def spans(coder, ids, mask) -> list[list[int]]:
 
 
 def produced_by(coder, name, run) -> str:
-    """What a run says, less what some templates write before every answer."""
+    """The text of a run, without what some templates write before every answer."""
     said = coder.decode(run, skip_special_tokens=False).strip()
     return said.removeprefix(RECIPIENT.get(name, '')).removeprefix(EMPTY_THOUGHT.get(name, ''))
 
 
 def check_answers(coder, name, messages, ids, mask):
-    """The supervised runs are the answers with the mark that ends them, and nothing else."""
+    """Asserts that the supervised runs are exactly the answers with their end-of-turn marks."""
     answers = [m['content'] for m in messages if m['role'] == 'assistant']
     runs = spans(coder, ids, mask)
     assert len(runs) == len(answers)
@@ -144,7 +144,7 @@ def check_answers(coder, name, messages, ids, mask):
         rest = produced.removeprefix(answer).strip()
         assert rest in {'', *coder.special_tokens}
         assert rest in ENDS.findall(coder.chat_template) or not ENDS.search(coder.chat_template)
-        # Spelled in a text, a special token is its characters.
+        # A special token that is spelled in a text is encoded as characters.
         assert sum(i in coder.special_tokens.values() for i in run) <= 1 + allowed
     assert runs[-1][-1] in Chat(coder).stop_ids
     others = coder.decode(ids[~mask], skip_special_tokens=False)
@@ -154,7 +154,7 @@ def check_answers(coder, name, messages, ids, mask):
 
 
 def check_prompts(encode, messages, ids, mask, tools=(), turns=None):
-    """The prompt before an answer is the beginning of the chat, up to the answer."""
+    """Asserts that the prompt before an answer is the chat's prefix up to the answer."""
     answers = [i for i, m in enumerate(messages) if m['role'] == 'assistant']
     for i in answers[-turns:] if turns else answers:
         prompt = encode.prompt(messages[:i], tools)
@@ -222,7 +222,7 @@ def tool_chat(draw) -> list[dict]:
     ]
 
 
-def test_calls_of_tools_are_supervised_and_what_tools_answer_is_not(paths):
+def test_tool_calls_are_supervised_and_tool_answers_are_not(paths):
     draw = random.Random(3)
     for name in sorted(WITH_TOOLS):
         coder, encode = encoder(paths[name])

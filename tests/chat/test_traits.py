@@ -1,4 +1,4 @@
-"""What probing sees of templates: ours, and small ones that have one oddity each."""
+"""What probing finds out about templates: the built-in ones, and small ones with one oddity."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import Bytes
 
 TOKENIZER = Bytes(BytesConfig(special_tokens=['<|im_start|>', '<|im_end|>']), texts=[])
-# What a template does that has only a header before every message and an end behind it.
+# Traits of a template that writes only a header before every message and a mark after it.
 USUAL = TemplateTraits(
     gives_none=True,
     asks_late=False,
@@ -40,7 +40,7 @@ def changed(**values):
         ('qa', changed(suffix='<|eos|>\n', mark='<|eos|>')),
     ],
 )
-def test_traits_of_the_templates_that_we_bring(name, wanted):
+def test_traits_of_the_built_in_templates(name, wanted):
     assert probe(TEMPLATES[name], TOKENIZER) == wanted
 
 
@@ -49,7 +49,7 @@ def test_traits_of_the_templates_that_we_bring(name, wanted):
     [
         (EACH + PROMPT, USUAL),
         (EACH + '{% endfor %}', changed(has_prompt=False)),
-        # The length of None is no number.
+        # None has no length.
         (EACH + PROMPT + '{% if tools is defined and tools | length %}{% endif %}', 'no none'),
         # The end of a turn belongs to the header of the next one.
         (
@@ -59,7 +59,7 @@ def test_traits_of_the_templates_that_we_bring(name, wanted):
             {{- 'assistant: ' }}{% endif %}""",
             changed(asks_late=True),
         ),
-        # Nothing that ends a turn: what stands behind the last one is not there in the middle.
+        # Nothing ends a turn: the text after the last turn does not follow the earlier ones.
         (EACH.replace('|', '') + PROMPT + '.', changed(suffix='\n.', mark='')),
         # Calls as text.
         (
@@ -67,7 +67,7 @@ def test_traits_of_the_templates_that_we_bring(name, wanted):
             'call.function.arguments }}{% endfor %}' + PROMPT,
             changed(call_form=CallForm(True, '')),
         ),
-        # A dict would be written as Python writes it.
+        # A dict would be written as its Python repr.
         (
             EACH + '{% for call in message.tool_calls or [] %}{{ call.function.name }}'
             '{{ call.function.arguments }}{% endfor %}' + PROMPT,
@@ -76,7 +76,7 @@ def test_traits_of_the_templates_that_we_bring(name, wanted):
     ],
     ids=['usual', 'no prompt', 'no none', 'late', 'no mark', 'calls as text', 'calls as JSON'],
 )
-def test_each_oddity_of_a_template_is_seen(template, wanted):
+def test_each_oddity_of_a_template_is_found(template, wanted):
     wanted = changed(gives_none=False) if wanted == 'no none' else wanted
     assert probe(template, TOKENIZER) == wanted
 

@@ -1,4 +1,4 @@
-"""A small corpus of many short, some long and some tiny documents."""
+"""Fixtures: a small corpus of many short, some long and some tiny documents."""
 
 import random
 from pathlib import Path

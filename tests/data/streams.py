@@ -1,4 +1,4 @@
-"""A token cache in memory, for tests of what reads one."""
+"""A token cache in memory, for tests of the code that reads one."""
 
 import dataclasses
 import hashlib
@@ -11,7 +11,7 @@ BOS, EOS, VOCAB_SIZE = 0, 1, 2048
 
 @dataclasses.dataclass
 class Stream:
-    """What packing reads of a cache."""
+    """The attributes of a TokenCache that packing reads."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -34,9 +34,9 @@ class Stream:
 
 
 def stream(lengths, path, seed=0, is_chat=False, dtype=np.uint16):
-    """Random tokens between <|bos|> and <|eos|> in documents of these lengths (at least 2).
+    """Documents of these lengths (at least 2): random tokens between <|bos|> and <|eos|>.
 
-    Chats have the mask on a random half of the tokens, and never on the first of a document.
+    The mask of chats is 1 on a random half of the tokens, but never on a document's first one.
     """
     draw = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

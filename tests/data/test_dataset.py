@@ -22,7 +22,7 @@ def bytes_tokenizer():
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """{texts, chats}: jsonl files of 200 records."""
+    """{'texts': path, 'chats': path} of .jsonl files with 200 records."""
     directory = tmp_path_factory.mktemp('files')
     draw = np.random.default_rng(0)
     words = [f'{n:x}' for n in draw.integers(0, 10**6, 500)]
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def open_data(files, bytes_tokenizer, tmp_path):
-    """Opens texts, chats or a mixture of both and of problems, with bytes for tokens."""
+    """Opens texts, chats or a mixture of both and problems, with the byte tokenizer."""
 
     def make(name, tokenize='cached', **kwargs):
         batch = {'sequence_length': T, 'batch_size': 8, 'tokenize': tokenize} | kwargs
@@ -84,7 +84,7 @@ def test_one_source_has_flat_statistics(open_data):
     assert sum(histogram.values()) == statistics['train_documents']
 
 
-def test_of_a_mixture_every_source_has_its_statistics(open_data):
+def test_every_source_of_a_mixture_has_its_own_statistics(open_data):
     data = open_data('mixture')
     statistics = data.statistics
     assert statistics['texts/packing'] == 'concat' and statistics['chats/packing'] == 'best_fit'
@@ -102,7 +102,7 @@ def test_texts_are_concatenated_and_chats_are_packed_whole(open_data):
     assert 0 < batch['loss_mask'].sum() < (batch['segment_ids'] > 0).sum()
 
 
-def test_only_what_the_assistant_says_counts(open_data, bytes_tokenizer):
+def test_only_tokens_of_the_assistant_count(open_data, bytes_tokenizer):
     data = open_data('chats')
     for batch in take(data.batches(seed=0), 3):
         for row in range(8):
@@ -114,7 +114,9 @@ def test_only_what_the_assistant_says_counts(open_data, bytes_tokenizer):
 
 @pytest.mark.parametrize('name', ['texts', 'mixture'])
 @pytest.mark.parametrize('tokenize', ['cached', 'on_the_fly'])
-def test_a_resume_at_another_process_count_goes_on_with_the_same_rows(open_data, name, tokenize):
+def test_resuming_with_another_process_count_continues_with_the_same_rows(
+    open_data, name, tokenize
+):
     data = open_data(name, tokenize)
     straight = take(data.batches(seed=1), 12)
     halves = [data.batches(1, rows) for rows in np.split(np.arange(8), 2)]
@@ -170,7 +172,7 @@ def test_a_packing_that_cannot_be_made_stops_the_opening(open_data):
         open_data('texts', 'on_the_fly', packing='best_fit')
 
 
-def test_the_fingerprint_is_of_the_tokens_and_the_shares(open_data, bytes_tokenizer, tmp_path):
+def test_the_fingerprint_depends_on_the_tokens_and_the_shares(open_data, bytes_tokenizer, tmp_path):
     first = open_data('mixture')
     assert first.fingerprint == open_data('mixture').fingerprint
     weights = first.config.weights | {'texts': 3}
@@ -180,7 +182,9 @@ def test_the_fingerprint_is_of_the_tokens_and_the_shares(open_data, bytes_tokeni
     assert other.fingerprint != first.fingerprint != open_data('texts').fingerprint
 
 
-def test_the_caches_of_a_mixture_are_below_the_one_given(open_data, bytes_tokenizer, tmp_path):
+def test_the_caches_of_a_mixture_are_inside_the_given_directory(
+    open_data, bytes_tokenizer, tmp_path
+):
     first = open_data('mixture')
     for name, source in first.config.sources.items():
         make_corpus(source, bytes_tokenizer, tmp_path / 'given' / name)

@@ -32,7 +32,7 @@ def packings(tmp_path):
 
 @pytest.fixture
 def batches(packings):
-    """Makes a source of 6 rows of 32 tokens, of texts alone or of all three."""
+    """Makes a source of batches with 6 rows of 32 tokens, from texts only or from all three."""
 
     def make(names=('texts',), rows=None, seed=3, batch_size=6, weights=WEIGHTS):
         chosen = {name: packings[name] for name in names}
@@ -67,7 +67,7 @@ def test_an_epoch_has_every_row_once_and_the_next_one_in_another_order(batches, 
     assert sorted(epochs[0]) == sorted(row.tobytes() for row in in_order)
 
 
-def test_every_source_of_a_mixture_has_its_epochs_in_new_orders(batches, packings):
+def test_every_epoch_of_every_source_has_a_new_order(batches, packings):
     source = batches(MIXED, batch_size=100)
     rows = np.concatenate([batch['tokens'] for batch in take(source, 10)])
     few = packings['few'].rows(np.arange(3))['tokens']
@@ -135,7 +135,7 @@ print(json.dumps(source.get_state()))
 
 
 def of_process(directory, rows=None):
-    """What every process opens: 8 rows a batch, of texts and of chats."""
+    """The source that every process opens: 8 rows per batch, of texts and chats."""
     packings = {
         'texts': Concat(stream(TEXTS, directory), T),
         'chats': BestFit(stream(CHATS, directory, seed=1, is_chat=True), T),
@@ -145,7 +145,7 @@ def of_process(directory, rows=None):
 
 
 def run_processes(count, directory, state, steps):
-    """Real processes that each make their rows -> (global batches, the state of all of them)."""
+    """Runs processes that each make their rows; returns (global batches, their common state)."""
     processes = []
     for index, rows in enumerate(np.split(np.arange(8), count)):
         arguments = [str(directory), state, rows.tolist(), steps, f'{directory}/{index}.npz']
@@ -180,7 +180,7 @@ def test_rows_and_epochs_are_counted_by_source(batches, packings):
     assert [progress[f'{name}/rows'] for name in MIXED] == [70, 25, 5]
     assert progress['few/epochs'] == pytest.approx(5 / 3)
     assert progress['chats/epochs'] == 25 / packings['chats'].num_rows
-    # Of a state of the past, too: a source that works ahead is asked about what was delivered.
+    # Also for an earlier state: a source that works ahead is asked about delivered batches.
     assert source.progress(states[1])['texts/rows'] == 14
     assert not any(source.progress(states[0]).values())
     assert batches(batch_size=5).progress() == {'rows': 0, 'epochs': 0}
@@ -226,7 +226,7 @@ def test_every_heldout_target_of_texts_counts_once(tmp_path, stride):
     for batch in loader.evaluation_batches(cache, T, 4, stride):
         assert all(array.shape == (4, T) for array in batch.values())
         counted.append(batch['targets'][batch['loss_mask'] == 1])
-    # In order: rows follow the stream, and of a later row only its last targets are new.
+    # In order: rows follow the stream, and only the last targets of a later row are new.
     np.testing.assert_array_equal(np.concatenate(counted), cache.tokens[cache.tokens != BOS])
 
 
@@ -242,7 +242,7 @@ def test_every_supervised_heldout_target_counts_once(tmp_path, longest):
     np.testing.assert_array_equal(counted, np.sort(cache.tokens[cache.mask == 1]))
 
 
-def test_with_a_stride_a_counted_target_has_all_the_context_there_is(tmp_path):
+def test_with_a_stride_counted_targets_have_all_available_context(tmp_path):
     stride = 8
     batches = list(loader.evaluation_batches(stream(TEXTS, tmp_path), T, 4, stride))
     rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

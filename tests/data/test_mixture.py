@@ -35,7 +35,7 @@ def test_the_error_of_a_share_hardly_grows_with_the_sources(number, bound):
 
 
 @pytest.mark.parametrize('weights', WEIGHTS)
-def test_the_rows_of_a_source_follow_one_another(weights):
+def test_the_rows_of_a_source_are_consecutive(weights):
     mixture = Mixture(weights)
     seen = dict.fromkeys(range(len(weights)), 0)
     for row in range(3000):
@@ -46,7 +46,7 @@ def test_the_rows_of_a_source_follow_one_another(weights):
 
 
 def test_shares_are_exact_after_very_many_rows():
-    # Proportions of hundredths of the smallest would be 233 and 100: 70 million rows off.
+    # Proportions in hundredths of the smallest would be 233 and 100: 70 million rows off.
     assert Mixture({'a': 0.7, 'b': 0.3}).counts(10**12) == [7 * 10**11, 3 * 10**11]
     assert Mixture({'a': 1e-9, 'b': 1 - 1e-9}).counts(10**12)[0] == 1000
 

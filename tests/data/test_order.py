@@ -18,7 +18,7 @@ def test_every_epoch_has_all_rows_and_another_order(size):
 
 
 @pytest.mark.parametrize('size', [86, 5000])
-def test_any_position_is_reached_at_once(size):
+def test_any_position_is_reached_directly(size):
     straight = Order(size, seed=7)
     straight = [straight[n] for n in range(3 * size)]
     places = np.random.default_rng(0).permutation(3 * size)[:200].tolist()
@@ -28,24 +28,24 @@ def test_any_position_is_reached_at_once(size):
 
 @pytest.mark.parametrize('size', [86, 5000])
 @pytest.mark.parametrize('other', [8, -1, 2**32 - 1, 2**63])
-def test_the_seed_decides_and_any_integer_is_one(size, other):
+def test_the_seed_decides_the_order_and_may_be_any_integer(size, other):
     orders = [Order(size, seed) for seed in (7, 7, other)]
     same, again, different = ([order[n] for n in range(size)] for order in orders)
     assert same == again != different
 
 
-def test_many_rows_are_in_the_order_of_grain():
+def test_many_rows_have_the_order_of_grain():
     expected = grain.MapDataset.range(5000).seed(7).shuffle().repeat()
     order = Order(5000, seed=7)
     assert [order[n] for n in range(4000, 6000)] == [expected[n] for n in range(4000, 6000)]
 
 
-def test_the_order_of_few_rows_stays_what_it_is():
+def test_the_order_of_few_rows_is_pinned():
     order = Order(10, seed=7)
     assert [order[n] for n in range(10)] == [7, 6, 5, 2, 1, 8, 9, 0, 4, 3]
 
 
-def test_few_rows_stand_anywhere_equally_often():
+def test_few_rows_are_at_any_position_equally_often():
     order = Order(8, seed=7)
     places = np.array([order[n] for n in range(8 * 2000)]).reshape(2000, 8)
     counts = np.stack([np.bincount(column, minlength=8) for column in places.T])
@@ -54,7 +54,7 @@ def test_few_rows_stand_anywhere_equally_often():
     assert np.abs(pairs - 2000 / 64).max() < 30
 
 
-def test_a_row_takes_microseconds_however_few_there_are():
+def test_a_row_takes_microseconds_even_if_there_are_few():
     for size in (1, 5, 100, 1000, 10**9):
         order = Order(size, seed=0)
         began = time.process_time()

@@ -14,7 +14,7 @@ T = 16
 
 
 class Source:
-    """Shards of documents that are made up; every fifth is held out."""
+    """A source of made-up documents in shards; every fifth document is held out."""
 
     def __init__(self, prefix='', shards=(4, 0, 9, 1, 7), is_chat=False, longest=40):
         self.prefix, self.sizes, self.is_chat, self.longest = prefix, shards, is_chat, longest
@@ -38,7 +38,7 @@ class Source:
 
 
 def encode(chunk):
-    """Numbers are their own ids; of a chat, the second half is supervised."""
+    """Encodes numbers as themselves; the second half of a chat is supervised."""
     for place, document in chunk:
         text = document.messages[-1]['content'] if document.messages else document.text
         ids = np.array([BOS, *map(int, text.split()), EOS], np.int32)
@@ -102,7 +102,7 @@ def test_texts_are_the_rows_of_the_stream_in_the_order_of_the_files(tmp_path):
         np.testing.assert_array_equal(np.concatenate([b[name] for b in found]), array)
 
 
-def test_chats_are_whole_in_their_order_and_side_by_side():
+def test_chats_are_whole_in_order_and_side_by_side():
     found = take(batches(names=['chats']), 5)
     segments = []
     for batch in found:
@@ -160,7 +160,7 @@ def test_another_batch_size_continues_with_the_next_row():
     np.testing.assert_array_equal(resumed.next(None, 0)['tokens'], rows[12:16])
 
 
-def test_what_is_past_is_not_tokenised_again(monkeypatch):
+def test_documents_before_the_position_are_not_tokenised_again(monkeypatch):
     monkeypatch.setattr(streaming, 'FIRST_CHUNK_BYTES', 1)
     monkeypatch.setattr(streaming, 'CHUNK_BYTES', 1)
     tokenised = []
@@ -185,11 +185,11 @@ def test_what_is_past_is_not_tokenised_again(monkeypatch):
     resumed.position = straight.position
     resumed.next_row()
     assert tokenised[0] == f'1:{document}'
-    # The first shard was opened to see what the source has, and not for its rows.
+    # The first shard was opened only to see whether the source has texts or chats.
     assert [source.reads for source in sources] == [[], [0], [1]]
 
 
-def test_too_long_chats_stop_the_run_are_left_out_or_lose_their_end():
+def test_too_long_chats_stop_the_run_or_are_dropped_or_truncated():
     long = {'longest': 40}
     with pytest.raises(DataError, match=r'chat\d:\d has \d+ tokens, but a row has 16.*too_long'):
         [chats('error', **long).next_row() for _ in range(20)]
@@ -200,12 +200,12 @@ def test_too_long_chats_stop_the_run_are_left_out_or_lose_their_end():
     assert any(piece.length == T < len(piece.ids) for piece in truncated)
 
 
-def test_one_chat_a_row_when_they_are_not_packed():
+def test_packing_none_puts_one_chat_in_a_row():
     alone = chats(packing='none')
     assert [len(alone.next_row()) for _ in range(30)] == [1] * 30
 
 
-def test_when_no_chat_fits_it_is_an_error_and_not_an_endless_search():
+def test_no_chat_that_fits_is_an_error_and_not_an_endless_search():
     def long(chunk):
         ids, mask = np.full(T + 1, 5, np.int32), np.ones(T + 1, bool)
         return [(place, document, ids, mask) for place, document in chunk]
@@ -243,7 +243,7 @@ def test_rows_and_epochs_are_counted_by_source():
     assert not any(source.progress(before).values())
 
 
-def test_chats_that_the_template_refuses_one_and_all_end_the_run():
+def test_a_template_that_refuses_every_chat_stops_the_run():
     refused = Stream(lambda: Source('chat', is_chat=True), lambda chunk: iter(()), config())
     with pytest.raises(DataError, match='the chat template refuses every chat'):
         refused.next_row()

@@ -51,7 +51,7 @@ def test_text_that_spells_a_special_token_stays_text(trained):
         assert trained.decode(ids) == text
 
 
-def test_special_tokens_leave_no_text(trained):
+def test_decoding_drops_special_tokens(trained):
     assert trained.decode([trained.bos_id, *trained.encode('é'), trained.eos_id]) == 'é'
 
 
@@ -78,7 +78,7 @@ def test_training_twice_gives_the_same_merges_and_another_text_does_not():
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_the_vocabulary_has_the_size_that_is_asked_for():
+def test_the_vocabulary_has_the_requested_size():
     assert BPE(BPEConfig(vocab_size=300), TEXTS).vocab_size == 300
     assert Bytes(BytesConfig(), []).vocab_size == 258
 
@@ -87,7 +87,7 @@ def test_bytes_are_ids_two_higher():
     assert Bytes(BytesConfig(), []).encode('aé\n') == [97 + 2, 0xC3 + 2, 0xA9 + 2, 12]
 
 
-def test_further_special_tokens_leave_the_other_ids_as_they_are():
+def test_additional_special_tokens_do_not_change_other_ids():
     more = Bytes(BytesConfig(special_tokens=['<|end|>', 'x y']), [])
     assert more.special_tokens == {'<|bos|>': 0, '<|eos|>': 1, '<|end|>': 258, 'x y': 259}
     assert more.vocab_size == 260
@@ -98,7 +98,7 @@ def test_further_special_tokens_leave_the_other_ids_as_they_are():
     assert more.decode([99, 258, 100], skip_special_tokens=False) == 'a<|end|>b'
 
 
-def test_special_tokens_take_their_place_in_a_trained_vocabulary():
+def test_special_tokens_count_towards_the_vocab_size():
     config = BPEConfig(vocab_size=300, special_tokens=['<|end|>'])
     trained = build_tokenizer(config, TEXTS)
     assert (trained.vocab_size, trained.special_tokens['<|end|>']) == (300, 2)
@@ -108,7 +108,7 @@ def test_special_tokens_take_their_place_in_a_trained_vocabulary():
 
 
 @pytest.mark.parametrize('special', [['<|eos|>'], ['ab', 'ab'], ['a'], ['']])
-def test_a_special_token_stands_there_once(special):
+def test_special_tokens_differ_and_are_not_too_short(special):
     with pytest.raises(ConfigError, match='must differ and have at least two characters'):
         Bytes(BytesConfig(special_tokens=special), [])
 
@@ -124,7 +124,7 @@ def test_a_filler_keeps_spellings_text_and_leaves_no_ids():
     assert ids == coder.encode('abcd')
 
 
-def test_a_run_has_its_tokenizer_inside(trained, tmp_path):
+def test_a_tokenizer_is_found_inside_a_run(trained, tmp_path):
     trained.save(tmp_path / 'tokenizer')
     again = build_tokenizer(TokenizerFileConfig(path=str(tmp_path)), [])
     assert again.fingerprint == trained.fingerprint
@@ -157,8 +157,8 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path):
         ('GPT2Tokenizer', {'add_bos_token': True}, 0),
     ],
 )
-def test_bos_stands_in_front_where_the_class_or_the_file_puts_it(tmp_path, kind, added, bos_id):
-    """transformers names a bos in most files and adds it in few: SmolLM2 is one that does not."""
+def test_bos_is_added_if_the_class_or_the_file_says_so(tmp_path, kind, added, bos_id):
+    """Most tokenizers of transformers name a bos and few add it: SmolLM2's does not."""
     build_tokenizer(BytesConfig(), ()).save(tmp_path)
     path = tmp_path / 'tokenizer_config.json'
     said = json.loads(path.read_text()) | added | ({'tokenizer_class': kind} if kind else {})

@@ -1,4 +1,4 @@
-"""Tokenizers of real models: GPT-2, Qwen3, DeepSeek-V3, tiktoken's, and a Llama's in two forms."""
+"""Real tokenizers: GPT-2, Qwen3, DeepSeek-V3, tiktoken's encodings, and a Llama's in two forms."""
 
 import base64
 import gzip
@@ -55,17 +55,17 @@ def random_texts(number: int) -> list[str]:
     return texts
 
 
-def test_byte_level_tokenizers_give_every_text_back(real):
+def test_byte_level_tokenizers_are_lossless(real):
     texts = random_texts(300)
     for name in ('gpt2', 'deepseek_v3', 'cl100k', 'o200k'):
         encoded = real[name].encode_batch(texts)
         assert [real[name].decode(ids) for ids in encoded] == texts
-    encoded = real['qwen3'].encode_batch(texts)  # its file asks for composed characters
+    encoded = real['qwen3'].encode_batch(texts)  # its file normalises to NFC
     composed = [unicodedata.normalize('NFC', text) for text in texts]
     assert [unicodedata.normalize('NFC', real['qwen3'].decode(ids)) for ids in encoded] == composed
 
 
-def test_sentencepiece_gives_back_what_its_normalisation_keeps(real):
+def test_sentencepiece_is_lossless_up_to_normalisation(real):
     for name in ('sentencepiece', 'stories'):
         for text in ('Once upon a time', 'naïve 漢字 \U0001f600', 'line\nline', "it's 3 </s> <s>"):
             assert real[name].decode(real[name].encode(text)) == text
@@ -76,7 +76,7 @@ def test_both_forms_of_one_vocabulary_agree(real):
         assert real['stories'].encode(text) == real['sentencepiece'].encode(text)
 
 
-def test_no_special_token_comes_out_of_text(real):
+def test_text_never_becomes_a_special_token(real):
     for coder in real.values():
         for token in list(coder.special_tokens)[:40]:
             ids = coder.encode(f'a{token} b{token}')
@@ -133,7 +133,7 @@ def test_a_saved_tokenizer_is_the_same_after_loading(real, tmp_path):
     assert len({coder.fingerprint for coder in real.values()}) == len(real)
 
 
-def test_the_config_replaces_what_files_say_and_changes_the_fingerprint(real, shared_data):
+def test_the_config_overrides_the_files_and_changes_the_fingerprint(real, shared_data):
     other = read(shared_data / 'tok_qwen3', eos_token='<|endoftext|>', bos_token='<|im_start|>')
     assert (other.bos_id, other.eos_id) == (151644, 151643)
     templated = read(shared_data / 'tok_qwen3', chat_template='plain')
@@ -142,14 +142,14 @@ def test_the_config_replaces_what_files_say_and_changes_the_fingerprint(real, sh
     assert len(prints) == 3
 
 
-def test_ids_of_no_token_are_no_text(real):
+def test_unknown_ids_decode_to_nothing(real):
     for coder in real.values():
         ids = [*coder.encode('word'), coder.vocab_size + 7]
         assert coder.decode(np.array(ids)) == 'word'
     assert real['cl100k'].decode([100256]) == ''  # between the ranks and the special tokens
 
 
-def test_text_that_goes_on_gets_no_space_in_front(real):
+def test_continued_text_gets_no_leading_space(real):
     for name in ('sentencepiece', 'stories'):
         first, second = real[name].encode_parts(['Once upon', ' a time'])
         assert real[name].decode(first + second) == 'Once upon a time'
@@ -196,7 +196,7 @@ def test_what_is_missing_is_named(tmp_path, shared_data):
         read(tmp_path / 'encoder.json.gz')
 
 
-def test_a_tokenizer_that_does_not_say_what_ends_a_text_asks_for_it(tmp_path, shared_data):
+def test_a_tokenizer_without_an_eos_token_asks_for_one(tmp_path, shared_data):
     shutil.copy(shared_data / 'stories260k_hf/tokenizer.json', tmp_path)
     with pytest.raises(
         DataError, match='set config.tokenizer.eos_token; its special tokens: <unk>, <s>'
@@ -247,7 +247,7 @@ def test_a_chat_template_is_found_where_hugging_face_puts_it(tmp_path, shared_da
     assert read(tmp_path).chat_template == '{{ 2 }}'
 
 
-def test_white_space_that_a_token_takes_along_leaves_no_ids(tmp_path):
+def test_white_space_that_a_token_absorbs_leaves_no_ids(tmp_path):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, '\n': 1, ' ': 2}, []))
     end = tokenizers.AddedToken('<|end|>', special=True, rstrip=True)
     mask = tokenizers.AddedToken('<|mask|>', special=True, lstrip=True)
@@ -259,7 +259,7 @@ def test_white_space_that_a_token_takes_along_leaves_no_ids(tmp_path):
     assert sum(coder.encode_parts([text[:8], text[8:]]), []) == backend.encode(text).ids
 
 
-def test_markup_stays_text_where_a_text_goes_on(tmp_path, shared_data):
+def test_markup_stays_text_in_continued_text(tmp_path, shared_data):
     backend = tokenizers.Tokenizer.from_file(str(shared_data / 'stories260k_hf/tokenizer.json'))
     backend.add_tokens(['<think>'])
     backend.save(str(tmp_path / 'tokenizer.json'))
@@ -271,7 +271,7 @@ def test_markup_stays_text_where_a_text_goes_on(tmp_path, shared_data):
     assert coder.decode(second) == 'b<think>'
 
 
-def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_path):
+def test_text_never_becomes_a_special_token_of_a_unigram_model(tmp_path):
     words = {'<unk>': 0, '</s>': 1, '<': 2, '/': 3, 's': 4, '>': 5, 'a': 6}
     backend = tokenizers.Tokenizer(
         tokenizers.models.Unigram([(word, -1.0) for word in words], unk_id=0)
@@ -282,7 +282,7 @@ def test_special_tokens_that_a_model_of_words_knows_do_not_come_out_of_text(tmp_
     assert coder.encode('a</s>a') == [6, 2, 3, 4, 5, 6]
 
 
-def test_what_follows_on_a_prompt_keeps_its_first_space(shared_data):
+def test_text_after_a_prompt_keeps_its_leading_space(shared_data):
     stories = load_tokenizer(shared_data / 'stories260k_hf')
     before, ids = stories.encode('Once upon'), stories.encode('a time')
     assert stories.decode(ids) == 'a time'

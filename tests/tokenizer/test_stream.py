@@ -1,4 +1,4 @@
-"""Text from ids bit by bit: whole characters, and in sum what decoding all ids gives."""
+"""The incremental detokenizer returns whole characters, and in sum what decoding all ids gives."""
 
 import random
 
@@ -35,7 +35,7 @@ def coder(request, shared_data):
 
 
 def streamed(coder, ids, sizes=1, **options) -> list[str]:
-    """The pieces of ids that come `sizes` at a time; a function of nothing, or a number."""
+    """The pieces of text if ids arrive `sizes` at a time; `sizes` is a number or a function."""
     stream, pieces = TextStream(coder, **options), []
     while ids:
         size = sizes() if callable(sizes) else sizes
@@ -53,10 +53,10 @@ def test_the_pieces_are_the_text(coder, text):
         assert not any('\ufffd' in piece for piece in pieces)
 
 
-def test_any_ids_in_any_steps_give_what_decode_gives(coder):
+def test_any_ids_in_any_steps_give_the_same_text_as_decode(coder):
     draw = random.Random(0)
     byte = coder.invalid_byte_id
-    # Ids of texts, of broken texts, and of nothing: what a model writes at a high temperature.
+    # Ids of text, of broken text and of nothing, as a model samples them at a high temperature.
     common = [i for text in TEXTS for i in coder.encode(text)]
     common += [] if byte is None else range(byte - 255, byte + 1)
     for _ in range(300):
@@ -68,7 +68,7 @@ def test_any_ids_in_any_steps_give_what_decode_gives(coder):
         assert ''.join(pieces) == coder.decode(ids)
 
 
-def test_a_space_behind_much_that_is_no_text_is_not_lost(coder):
+def test_a_space_after_many_ids_without_text_is_not_lost(coder):
     one = coder.encode('one')
     other = coder.encode('one other')[len(one) :]
     for between in (coder.encode(20 * ' '), 20 * [coder.eos_id]):
@@ -76,7 +76,7 @@ def test_a_space_behind_much_that_is_no_text_is_not_lost(coder):
         assert ''.join(streamed(coder, ids, window=3)) == coder.decode(ids)
 
 
-def test_words_are_given_at_once(coder):
+def test_words_are_returned_at_once(coder):
     ids = coder.encode('Once upon a time there was a girl')
     stream, known = TextStream(coder), ''
     for count, one in enumerate(ids, 1):
@@ -84,14 +84,14 @@ def test_words_are_given_at_once(coder):
         assert known == coder.decode(ids[:count])
 
 
-def test_a_character_is_given_with_its_last_byte():
+def test_a_character_is_returned_with_its_last_byte():
     coder = build_tokenizer(BytesConfig(), ())
     ids = coder.encode('é\U0001f600')
     assert streamed(coder, ids) == ['', 'é', '', '', '', '\U0001f600', '']
     assert streamed(coder, ids[:-1])[-1] == '\ufffd'
 
 
-def test_a_run_of_byte_tokens_is_given_when_it_is_over(shared_data):
+def test_a_run_of_byte_tokens_is_returned_when_it_ends(shared_data):
     coder = load_tokenizer(shared_data / 'stories260k_hf')
     ids = coder.encode('a漢字b')
     assert coder.decode([*ids[:-1], coder.invalid_byte_id]) == 'a' + 7 * '\ufffd'

@@ -1,4 +1,4 @@
-"""Word by word gives the ids of the library, or nothing."""
+"""The word encoder gives the same ids as the library, or leaves a text to it."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def known_characters() -> list[str]:
 
 
 def compare(opened, texts):
-    """Ids of texts both ways; how many of them the encoder left to the library."""
+    """Compares ids of both ways; returns how many texts the encoder left to the library."""
     encoder, backend = opened._words, opened._backend
     assert encoder is not None
     wanted = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -34,13 +34,13 @@ def compare(opened, texts):
 
 
 @pytest.mark.parametrize('class_', [r'\p{L}', r'\p{N}', r'\s'])
-def test_both_engines_class_every_known_character_alike(class_):
+def test_both_engines_classify_every_known_character_alike(class_):
     import regex
 
     cut = pre_tokenizers.Split(tokenizers.Regex(class_), 'isolated')
     matches = regex.compile(class_).fullmatch
     for some in np.array_split(np.array(known_characters()), 400):
-        # Between letters that are in no class, each is a piece of its own when it is in it.
+        # Between characters of no class, each one that is in the class is a piece of its own.
         pieces = {piece for piece, _ in cut.pre_tokenize_str('+' + '+'.join(some) + '+')}
         assert {c for c in some if matches(c)} == {p for p in pieces if len(p) == 1 and p != '+'}
 
@@ -55,10 +55,10 @@ def test_texts_of_all_characters_have_the_ids_of_the_library(pattern):
         words = (''.join(draw.choices(letters, k=draw.randrange(6))) for _ in range(8))
         texts.append(''.join(word + draw.choice([' ', '  ', '\n', '', '\t']) for word in words))
     assert compare(opened, texts) == 0
-    assert compare(opened, texts) == 0  # remembered
+    assert compare(opened, texts) == 0  # now with cached words
 
 
-def test_what_the_engines_may_see_otherwise_is_left_to_the_library():
+def test_what_engines_may_classify_differently_is_left_to_the_library():
     opened = build_tokenizer(BPEConfig(vocab_size=300), [TEXT])
     texts = ['a\x1cb', 'a\x85b', 'x\u2028y', 'emoji \U0001fae8', '\u0378', TEXT]
     assert compare(opened, texts) == len(texts) - 1
@@ -101,7 +101,7 @@ def test_a_tokenizer_that_does_more_has_no_word_encoder(change):
     assert make_word_encoder(json.dumps(config), opened._backend) is None
 
 
-def test_words_that_were_added_are_found_by_the_library_alone():
+def test_a_tokenizer_with_added_words_has_no_word_encoder():
     backend = tokenizers.Tokenizer(models.BPE(vocab={'a': 0, 'b': 1}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert make_word_encoder(backend.to_str(), backend) is not None

@@ -37,7 +37,7 @@ BYTES = make_tokenizer(BytesConfig(), None, None)
 
 @pytest.fixture
 def built(source_config, bpe, tmp_path):
-    """(config, cache directory, directory of the one cache in it)."""
+    """(config, directory of caches, the one cache in it)."""
     return source_config, tmp_path, open_corpus(source_config, bpe, tmp_path).directory
 
 
@@ -46,7 +46,7 @@ def write_lines(path, texts):
 
 
 def records(tmp_path, count=300, **options):
-    """The config of a .jsonl of `count` texts, which is read in many pieces."""
+    """The config of a .jsonl of `count` texts, which `many_shards` splits into many shards."""
     write_lines(tmp_path / 'a.jsonl', [f'text {i} ' * (1 + i % 9) for i in range(count)])
     return FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.2, **options)
 
@@ -92,7 +92,7 @@ def test_a_tokenizer_without_bos_puts_nothing_in_front(tmp_path, shared_data):
         assert ids == [*gpt2.encode(document.text), gpt2.eos_id]
 
 
-def test_chats_are_what_their_template_makes_of_them_with_its_mask(tmp_path):
+def test_chats_have_the_ids_and_the_mask_of_their_template(tmp_path):
     chats = [
         {'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'ok'}]}
         for i in range(40)
@@ -139,7 +139,7 @@ def test_documents_in_pieces_lose_nothing(source_config, bpe, tmp_path, monkeypa
         assert made.tokenizer.decode(ids) == document.text
 
 
-def test_of_equal_files_one_is_kept_and_rather_the_heldout_one(tmp_path, many_shards):
+def test_one_of_equal_files_is_kept_the_heldout_one_first(tmp_path, many_shards):
     for name, text in {'a': 'one', 'b': 'two', 'c': 'one', 'd': 'three', 'h': 'two'}.items():
         (tmp_path / f'{name}.txt').write_text(text * 400)
     config = FilesConfig(path=f'{tmp_path}/*.txt', heldout_path=f'{tmp_path}/h.txt')
@@ -151,7 +151,7 @@ def test_of_equal_files_one_is_kept_and_rather_the_heldout_one(tmp_path, many_sh
     assert texts == ['one' * 400, 'three' * 400]
 
 
-def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkeypatch, many_shards):
+def test_only_the_first_of_very_many_heldout_documents_are_kept(tmp_path, monkeypatch, many_shards):
     config = records(tmp_path)
     whole = open_corpus(config, BYTES, tmp_path / 'one').heldout_documents
     monkeypatch.setattr(token_cache, 'HELDOUT_TEXT_BYTES', 2000)
@@ -160,14 +160,14 @@ def test_of_very_many_heldout_documents_the_first_ones_are_kept(tmp_path, monkey
     assert made.heldout_documents == whole[: len(made.heldout_documents)]
 
 
-def test_of_few_records_one_is_held_out_whatever_the_share(tmp_path):
+def test_one_of_few_records_is_held_out_for_any_fraction(tmp_path):
     write_lines(tmp_path / 'a.jsonl', ['one', 'two', 'three'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
     made = open_corpus(config, BYTES, tmp_path / 'cache')
     assert (made.train.num_documents, made.heldout.num_documents) == (2, 1)
 
 
-def test_no_document_on_a_side_is_an_error_that_names_the_options(tmp_path, monkeypatch):
+def test_a_side_without_documents_is_an_error_that_names_the_options(tmp_path, monkeypatch):
     monkeypatch.setattr(files, 'FEW_BYTES', 0)
     write_lines(tmp_path / 'a.jsonl', ['one', 'two'])
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=1e-6)
@@ -185,7 +185,7 @@ def test_texts_and_chats_in_one_source_are_an_error(tmp_path):
         open_corpus(FilesConfig(path=str(tmp_path / 'a.jsonl')), BYTES, tmp_path / 'cache')
 
 
-# Opening and what it refuses.
+# Opening a cache, and what is refused.
 
 
 def test_a_second_build_opens_the_first_one_and_reads_no_contents(built, bpe, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_second_build_opens_the_first_one_and_reads_no_contents(built, bpe, mo
     assert open_corpus(config, bpe, cache_dir).train.num_tokens > 0
 
 
-def test_another_text_tokenizer_or_share_is_another_corpus(
+def test_another_text_tokenizer_or_fraction_is_another_corpus(
     source_config, bpe, text_directory, tmp_path
 ):
     shutil.copytree(text_directory, tmp_path / 'texts')
@@ -207,7 +207,7 @@ def test_another_text_tokenizer_or_share_is_another_corpus(
     assert len(fingerprints) == len(pairs)
 
 
-def test_the_fingerprint_is_of_the_tokens_wherever_they_come_from(small_corpus, bpe, tmp_path):
+def test_the_fingerprint_depends_on_the_tokens_and_not_on_their_origin(small_corpus, bpe, tmp_path):
     shutil.copytree(small_corpus.index['recipe']['source']['path'][:-6], tmp_path / 'texts')
     for path in (tmp_path / 'texts').iterdir():
         os.utime(path, ns=(1, 1))
@@ -258,9 +258,7 @@ def test_a_missing_file_is_named(built, bpe):
 # A cache in a directory of the user's choice.
 
 
-def test_a_cache_that_is_not_there_is_missing_with_the_command_that_makes_it(
-    source_config, tmp_path
-):
+def test_the_error_for_a_missing_cache_gives_the_command_that_makes_it(source_config, tmp_path):
     with pytest.raises(
         MissingInputError, match='tools.corpus build --config FILE --output .*/mine'
     ):
@@ -268,7 +266,7 @@ def test_a_cache_that_is_not_there_is_missing_with_the_command_that_makes_it(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_chosen_cache_is_used_where_the_files_are_the_same_or_absent(source_config, tmp_path):
+def test_a_chosen_cache_is_used_if_the_files_are_the_same_or_absent(source_config, tmp_path):
     shutil.copytree(source_config.path[:-6], tmp_path / 'texts', copy_function=shutil.copy2)
     config = source_config.model_copy(update={'path': f'{tmp_path}/texts/*.txt'})
     mine = tmp_path / 'mine'
@@ -277,7 +275,7 @@ def test_a_chosen_cache_is_used_where_the_files_are_the_same_or_absent(source_co
     (tmp_path / 'texts').rename(tmp_path / 'moved')
     moved = config.model_copy(update={'path': f'{tmp_path}/moved/*.txt'})
     same(open_corpus(moved, BYTES, tmp_path, str(mine)), made)
-    # Without the files, the config must be the one that it was made with.
+    # Without the files, the config must equal the one that made the cache.
     same(open_corpus(config, BYTES, tmp_path, str(mine)), made)
     elsewhere = config.model_copy(update={'path': '/nowhere/*.txt'})
     with pytest.raises(DataError, match="config.data.path was '.*' and is '/nowhere/"):
@@ -285,7 +283,7 @@ def test_a_chosen_cache_is_used_where_the_files_are_the_same_or_absent(source_co
 
 
 @pytest.mark.parametrize('what', ['files', 'config', 'tokenizer'])
-def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(tmp_path, bpe, what):
+def test_a_chosen_cache_of_other_data_is_refused_and_rebuilt_only_on_request(tmp_path, bpe, what):
     config, tokenizer = records(tmp_path, 40), BYTES
     mine = tmp_path / 'mine'
     make_corpus(config, tokenizer, mine)
@@ -307,7 +305,7 @@ def test_a_chosen_cache_of_other_data_is_refused_and_made_anew_only_when_asked(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.jsonl', 'mine']
 
 
-def test_parts_of_another_recipe_are_not_gone_on_with(tmp_path, many_shards, monkeypatch):
+def test_parts_of_another_recipe_are_not_resumed(tmp_path, many_shards, monkeypatch):
     mine, config = tmp_path / 'mine', records(tmp_path)
     monkeypatch.setattr(token_cache, 'join', _no_room)
     with pytest.raises(StorageError):
@@ -318,14 +316,14 @@ def test_parts_of_another_recipe_are_not_gone_on_with(tmp_path, many_shards, mon
     same(make_corpus(other, BYTES, mine), open_corpus(other, BYTES, tmp_path / 'cache'))
 
 
-# Building: parts, processes, kills.
+# Building: parts, worker processes, kills.
 
 
 def _no_room(*_, **__):
     raise OSError(28, 'No space left on device')
 
 
-def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
+def test_a_full_disk_is_a_storage_error_and_the_next_build_resumes(
     tmp_path, monkeypatch, many_shards
 ):
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
@@ -350,7 +348,7 @@ def test_a_full_disk_is_an_error_of_storage_and_the_next_build_goes_on(
     assert len(list(cache_dir.iterdir())) == 1
 
 
-def test_a_directory_that_cannot_be_written_is_a_matter_of_permission(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written_is_a_permission_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, 'Permission denied')
 
@@ -360,14 +358,16 @@ def test_a_directory_that_cannot_be_written_is_a_matter_of_permission(tmp_path, 
 
 
 @pytest.mark.parametrize('bad', [(), (37, 200, 210)])
-def test_processes_make_what_one_makes(tmp_path, bpe, monkeypatch, many_shards, bad, caplog):
+def test_several_processes_make_the_same_corpus_as_one(
+    tmp_path, bpe, monkeypatch, many_shards, bad, caplog
+):
     config = records(tmp_path, max_bad_records=len(bad))
     _spoil(tmp_path / 'a.jsonl', bad)
     expected = open_corpus(config, bpe, tmp_path / 'one')
     assert expected.statistics['bad_records'] == len(bad)
     monkeypatch.setattr(workers, 'PARALLEL_BYTES', 0)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(3))
-    # Other processes know nothing of a patched size, but shards say where they begin and end.
+    # Workers do not see the patched SHARD_BYTES, but a shard says where it begins and ends.
     with caplog.at_level('INFO', logger='jaxfm'):
         same(open_corpus(config, bpe, tmp_path / 'three'), expected)
     assert 'tokenising in 3 processes' in caplog.text
@@ -394,7 +394,7 @@ def test_the_error_is_the_same_for_any_number_of_processes(
         with pytest.raises(DataError, match=said) as error:
             open_corpus(config, BYTES, tmp_path / f'cache{count}')
         errors.append(str(error.value))
-        # The data has to change, so there is nothing to go on with.
+        # The data has to change, so no parts are kept to resume from.
         assert not list((tmp_path / f'cache{count}').iterdir())
     assert errors[0] == errors[1]
 
@@ -457,7 +457,7 @@ if __name__ == '__main__':
 
 
 @pytest.mark.parametrize('when', ['parts', 'publishing', 'processes'])
-def test_a_killed_build_is_gone_on_with_and_never_taken_for_a_cache(
+def test_a_killed_build_is_resumed_and_never_mistaken_for_a_cache(
     tmp_path, when, many_shards, monkeypatch
 ):
     config, cache_dir = records(tmp_path), tmp_path / 'cache'
@@ -496,7 +496,7 @@ def _is_alive(pid):
 
 
 @pytest.mark.parametrize('are_gone', [False, True], ids=['soon', 'before they get more to do'])
-def test_a_worker_that_dies_is_an_error_that_says_how_to_go_on(
+def test_a_dead_worker_is_an_error_that_says_how_to_resume(
     tmp_path, monkeypatch, many_shards, are_gone
 ):
     monkeypatch.setattr(workers, 'PARALLEL_BYTES', 0)
@@ -567,9 +567,7 @@ def test_a_trained_tokenizer_is_trained_once_on_train_documents(tmp_path, monkey
         make_tokenizer(BPEConfig(vocab_size=280), config, tmp_path / 'cache')
 
 
-def test_a_tokenizer_is_trained_on_a_part_of_much_text_that_is_always_the_same(
-    tmp_path, many_shards
-):
+def test_a_tokenizer_is_trained_on_always_the_same_part_of_much_text(tmp_path, many_shards):
     config = records(tmp_path)
     everything = list(read_training_texts(config, 1 << 20))
     some = list(read_training_texts(config, 3000))

@@ -10,7 +10,7 @@ VOCAB_SIZE = 100
 
 
 def part(directory, train=(), heldout=(), with_mask=False, has_digest=False):
-    """A part whose documents are lists of ids; a document's text is that list."""
+    """Writes a part whose documents are lists of ids; a document's text is its list."""
     directory.mkdir()
     for side, documents in (('train', train), ('heldout', heldout)):
         with Writer(directory, side, VOCAB_SIZE) as writer:
@@ -38,7 +38,7 @@ def test_ids_are_stored_in_the_smallest_type_that_holds_them():
     assert token_cache.token_dtype((1 << 16) + 1) == np.uint32
 
 
-def test_joined_parts_are_their_documents_one_after_the_other(tmp_path):
+def test_joined_parts_have_their_documents_one_after_another(tmp_path):
     parts = [
         part(tmp_path / 'a', train=[[1, 2, 3], [4]], heldout=[[5, 5]]),
         part(tmp_path / 'b', heldout=[[7]]),
@@ -70,7 +70,7 @@ def test_masks_are_joined_with_their_tokens(tmp_path):
     assert statistics['train_supervised_tokens'] == 3
 
 
-def test_what_is_there_already_is_left_out_of_every_file(tmp_path):
+def test_duplicates_are_left_out_of_every_file(tmp_path):
     parts = [
         part(tmp_path / 'a', train=[[1, 1], [2], [3, 3, 3], [4]], has_digest=True),
         part(tmp_path / 'b', train=[[2], [5]], heldout=[[4], [6], [6]], has_digest=True),

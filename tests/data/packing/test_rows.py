@@ -16,7 +16,7 @@ KINDS = {'concat': Concat, 'best_fit': BestFit, 'none': OneEach}
 
 @pytest.fixture
 def make(tmp_path):
-    """A stream that keeps its index in the test's directory."""
+    """Makes a stream whose index is kept in the test's directory."""
     return lambda lengths=LENGTHS, **kwargs: stream(lengths, tmp_path, **kwargs)
 
 
@@ -29,7 +29,7 @@ def all_rows(packed):
 
 
 def pieces_of(batch):
-    """(stream of tokens, of targets that count) of every segment of every row."""
+    """Yields {name: array} of every segment of every row."""
     for row in range(len(batch['tokens'])):
         segments = batch['segment_ids'][row]
         for segment in range(1, segments.max() + 1):
@@ -37,7 +37,7 @@ def pieces_of(batch):
 
 
 def by_hand(cache, start, length):
-    """One row of the stream, token by token."""
+    """One row of the stream, computed token by token."""
     row = {name: [] for name in NAMES}
     document = first = None
     for where in range(start, start + length):
@@ -80,7 +80,7 @@ def test_rows_of_the_stream_may_begin_anywhere(make):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_rows_do_not_depend_on_the_others_of_their_batch(make, kind, monkeypatch):
+def test_rows_do_not_depend_on_the_rest_of_their_batch(make, kind, monkeypatch):
     packed = KINDS[kind](make(short_lengths(60, 24)), 32)
     together = all_rows(packed)
     order = np.random.default_rng(0).permutation(packed.num_rows)
@@ -92,7 +92,7 @@ def test_rows_do_not_depend_on_the_others_of_their_batch(make, kind, monkeypatch
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_every_token_but_the_first_of_a_text_is_a_target_once(make, kind):
+def test_every_token_except_the_first_of_a_text_is_a_target_once(make, kind):
     cache = make()
     batch = all_rows(KINDS[kind](cache, 16))
     targets = batch['targets'][batch['loss_mask'] == 1]
@@ -117,7 +117,7 @@ def test_positions_count_from_the_beginning_of_every_segment(make, kind):
         np.testing.assert_array_equal(piece['positions'], np.arange(len(piece['tokens'])))
     padding = batch['segment_ids'] == 0
     assert not any(batch[name][padding].any() for name in NAMES)
-    # All padding is at the end of its row.
+    # All padding is at the end of a row.
     assert (np.diff(padding.astype(int)) >= 0).all()
 
 
@@ -138,7 +138,7 @@ def test_documents_that_fit_a_row_are_never_cut(make, kind):
     assert kind == 'best_fit' or packed.num_rows == cache.num_documents
 
 
-def test_a_supervised_target_counts_where_the_mask_has_its_token(make):
+def test_a_target_counts_if_its_own_token_is_in_the_mask(make):
     cache = make(is_chat=True)
     batch = all_rows(BestFit(cache, 64))
     assert batch['loss_mask'].sum() == cache.mask.sum()
@@ -151,7 +151,7 @@ def test_a_text_longer_than_a_row_is_cut_into_full_rows_first(make, kind):
     cache = make([40, 3, 33])
     packed = KINDS[kind](cache, 16)
     lengths = sorted(len(piece['tokens']) for piece in pieces_of(all_rows(packed)))
-    # The rest of 33 is one token, an end without a target: it is not in any row.
+    # The last token of 33 would be a piece without a target, so it is in no row.
     assert lengths == [3, 8, 16, 16, 16, 16]
     assert packed.statistics['cut_documents'] == 2
     assert packed.num_rows == (5 if kind == 'best_fit' else 6)
@@ -167,7 +167,7 @@ def test_a_chat_longer_than_a_row_is_an_error_that_says_what_to_change(make, kin
 
 
 @pytest.mark.parametrize('kind', [BestFit, OneEach])
-def test_a_chat_that_would_lose_all_that_counts_is_left_out(make, kind):
+def test_a_chat_that_truncation_leaves_without_targets_is_dropped(make, kind):
     cache = make([20, 30, 10], is_chat=True)
     cache.mask = np.zeros(60, np.uint8)
     cache.mask[[16, 20 + 17, 55]] = 1  # the target of the 16th input, one too late, one in a row
@@ -179,7 +179,7 @@ def test_a_chat_that_would_lose_all_that_counts_is_left_out(make, kind):
 
 
 @pytest.mark.parametrize('kind', [BestFit, OneEach])
-def test_a_chat_longer_than_a_row_is_left_out_or_loses_its_end(make, kind):
+def test_a_chat_longer_than_a_row_is_dropped_or_truncated(make, kind):
     cache = make(is_chat=True)
     dropped, truncated = kind(cache, 16, 'drop'), kind(cache, 16, 'truncate')
     assert dropped.statistics['dropped_documents'] == 2
@@ -206,13 +206,13 @@ def naive_best_fit(lengths, capacity):
 
 
 @pytest.mark.parametrize('seed', range(20))
-def test_best_fit_is_the_textbook_one(seed):
+def test_best_fit_equals_the_textbook_algorithm(seed):
     draw = np.random.default_rng(seed)
     capacity = int(draw.integers(2, 40))
     lengths = draw.integers(1, capacity + 1, draw.integers(1, 300))
     row_of, num_rows = best_fit.best_fit_decreasing(lengths, capacity)
     assert num_rows == row_of.max() + 1
-    # Which of two equally full rows is taken is nobody's business.
+    # Which of two equally full rows is taken does not matter.
     filled = np.bincount(row_of, lengths)
     assert sorted(filled) == sorted(map(sum, naive_best_fit(lengths, capacity)))
 
@@ -235,7 +235,7 @@ def test_best_fit_in_groups_packs_every_document_once(make, monkeypatch):
     assert (batch['tokens'] == EOS).sum() == cache.num_documents
 
 
-def test_the_index_is_kept_and_read_again(make, tmp_path, monkeypatch):
+def test_the_index_is_stored_and_read_again(make, tmp_path, monkeypatch):
     cache = make(is_chat=True)
     first = BestFit(cache, 64)
     monkeypatch.setattr(best_fit, 'pack', None)
@@ -245,7 +245,7 @@ def test_the_index_is_kept_and_read_again(make, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ['train0.best_fit-64-error.npy']
 
 
-def test_every_length_and_every_way_with_long_chats_has_its_own_index(make, tmp_path):
+def test_every_length_and_every_too_long_has_its_own_index(make, tmp_path):
     cache = make(is_chat=True)
     for length, too_long in ((64, 'error'), (32, 'drop'), (32, 'truncate')):
         BestFit(cache, length, too_long)
@@ -253,7 +253,7 @@ def test_every_length_and_every_way_with_long_chats_has_its_own_index(make, tmp_
 
 
 @pytest.mark.parametrize('damage', ['empty', 'short', 'garbage', 'sizes', 'flat'])
-def test_a_damaged_index_is_made_again(make, tmp_path, damage):
+def test_a_damaged_index_is_built_again(make, tmp_path, damage):
     cache = make()
     expected = all_rows(BestFit(cache, 64))['tokens']
     (path,) = tmp_path.iterdir()
@@ -270,7 +270,7 @@ def test_a_damaged_index_is_made_again(make, tmp_path, damage):
     assert path.read_bytes() == content
 
 
-def test_an_index_of_other_tokens_is_made_again(make):
+def test_an_index_of_other_tokens_is_built_again(make):
     BestFit(make(), 64)
     other = make()
     other.tokens[3] += 1
@@ -290,7 +290,7 @@ def test_an_index_whose_numbers_are_bad_is_an_error_and_not_other_text(make, whe
         all_rows(packed)
 
 
-def test_where_nothing_can_be_written_the_index_is_in_memory(make, tmp_path):
+def test_an_index_that_cannot_be_written_stays_in_memory(make, tmp_path):
     cache = make()
     kept = BestFit(cache, 64)
     cache.path = tmp_path / 'absent' / 'train.tokens'
@@ -342,7 +342,7 @@ def test_rows_are_read_at_many_million_tokens_a_second(make, kind, lengths):
         began = time.process_time()
         packed.rows(numbers)
         seconds.append(time.process_time() - began)
-    # Measured: 100 million a core; work for every token in Python would be below 2 million.
+    # Measured: 100 million per core; Python work for every token would be below 2 million.
     assert order[0].size * 2048 / min(seconds) > 1e7
 
 

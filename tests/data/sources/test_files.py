@@ -25,7 +25,7 @@ def read(made):
 
 
 def sides(made):
-    """Texts of the train and of the held-out documents."""
+    """(texts of the train documents, texts of the held-out ones)."""
     found = read(made)
     return [d.text for held, d in found if not held], [d.text for held, d in found if held]
 
@@ -56,7 +56,7 @@ def write_array_record(path, records):
 # Text files.
 
 
-def test_text_files_come_in_the_order_of_their_names(tmp_path):
+def test_text_files_are_read_in_the_order_of_their_names(tmp_path):
     write(tmp_path, b='two', a='one', c='three', held='last')
     made = source(tmp_path / '*.txt', heldout_path=[tmp_path / 'held*'])
     assert sides(made) == (['one', 'two', 'three'], ['last'])
@@ -129,7 +129,7 @@ def test_heldout_globs_that_match_nothing_are_an_error_too(tmp_path):
 
 @pytest.fixture
 def formats(tmp_path):
-    """{format: path} of files that all have RECORDS."""
+    """{format: path} of files that all contain RECORDS."""
     (tmp_path / 'a.jsonl').write_bytes(lines(RECORDS))
     (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(lines(RECORDS)))
     write_parquet(tmp_path / 'a.parquet', RECORDS, row_group_size=64)
@@ -150,7 +150,7 @@ def test_the_same_records_are_on_the_same_side_in_every_format(formats):
 
 
 @pytest.mark.parametrize('size', [1, 50, 64, 1000])
-def test_pieces_of_a_file_have_all_of_its_records_once(formats, size, monkeypatch):
+def test_shards_of_a_file_have_each_record_once(formats, size, monkeypatch):
     whole = {path: [d.text for _, d in read(source(path))] for path in formats}
     monkeypatch.setattr('jaxfm.data.sources.formats.SHARD_BYTES', size)
     for path in formats:
@@ -171,7 +171,7 @@ def test_lines_may_end_as_on_any_system_and_the_last_one_not_at_all(tmp_path, mo
         assert [d.text for _, d in read(source(tmp_path / 'a.jsonl'))] == ['a', 'b', 'c']
 
 
-def test_equal_records_are_on_the_same_side_wherever_they_stand(tmp_path):
+def test_equal_records_are_on_the_same_side_in_any_place(tmp_path):
     write(tmp_path, 'jsonl', a=lines(RECORDS), b=lines(reversed(RECORDS)))
     both = [source(tmp_path / f'{name}.jsonl', heldout_fraction=0.3) for name in 'ab']
     assert [set(side) for side in sides(both[0])] == [set(side) for side in sides(both[1])]
@@ -209,7 +209,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, said, monkeypatch):
         assert len(read(made)) == len(RECORDS) and len(made.bad_records) == 1
 
 
-def test_a_piece_that_begins_with_a_line_counts_it_once(tmp_path, monkeypatch):
+def test_a_shard_that_begins_with_a_line_counts_it_once(tmp_path, monkeypatch):
     good = [b'{"text": "%03d"}\n' % i for i in range(40)]
     good[16] = b'{"text": "016" \n'
     write(tmp_path, 'jsonl', a=b''.join(good))
@@ -245,7 +245,7 @@ def test_a_bad_row_and_a_bad_record_are_named_with_their_number(tmp_path):
         read(source(tmp_path / 'a.array_record'))
 
 
-def test_chats_in_parquet_are_those_in_jsonl(tmp_path):
+def test_chats_in_parquet_equal_those_in_jsonl(tmp_path):
     chats = [
         {'messages': [{'role': 'user', 'content': f'{i}'}, {'role': 'assistant', 'content': 'ok'}]}
         for i in range(20)

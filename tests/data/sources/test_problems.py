@@ -35,7 +35,7 @@ def read(source, is_heldout=None):
 
 
 def drawn(monkeypatch, options):
-    """Every problem of a source, by side."""
+    """All problems of a source, by side."""
     sides, original = {True: [], False: []}, problems.draw
 
     def draw(name, rng, heldout):
@@ -79,10 +79,10 @@ def test_every_kind_has_a_million_problems_and_draws_from_all_of_them():
         assert len(draws) - len(set(draws)) <= 3 * 5000**2 / 2 / kind.num_problems + 1, name
         asked = [Problem(name, each, kind.solve(*each)) for each in draws]
         shown = sum(problem.answer in problem.question for problem in asked)
-        assert shown <= 0.01 * len(draws), name  # these are left out, and are few
+        assert shown <= 0.01 * len(draws), name  # few problems show their answer; they are left out
 
 
-def test_counts_of_problems_are_those_of_their_operands():
+def test_num_problems_counts_the_operands():
     assert problems.NUM_NUMBERS == len(range(100_000, 1_000_000)) * len(range(1, 10))
     rng = random.Random(1)
     numbers = [KINDS['addition'].draw(rng) for _ in range(20_000)]
@@ -110,7 +110,7 @@ def test_a_problem_that_shows_its_answer_is_drawn_again(monkeypatch, operands):
     assert problems.draw('reverse', random.Random(0), heldout=False).operands != operands
 
 
-def test_chats_are_a_question_and_its_answer_alone():
+def test_chats_are_only_a_question_and_its_answer():
     for document in read(source(form='chat', num_problems=100, num_heldout=12)):
         user, assistant = document.messages
         assert (user['role'], assistant['role']) == ('user', 'assistant')
@@ -118,13 +118,13 @@ def test_chats_are_a_question_and_its_answer_alone():
     assert source(form='chat', num_problems=100).shards()
 
 
-def test_a_text_and_a_chat_ask_for_the_same_task_in_forms_of_their_own():
+def test_texts_and_chats_have_the_same_tasks_in_different_forms():
     problem = Problem('addition', ('123456', '7'), '123463')
     assert problem.text == 'sum 123456+7 -->123463\n'
     assert problem.question == 'Please sum 123456+7'
 
 
-def test_answers_stand_as_far_behind_their_question_in_texts_as_in_short_chats():
+def test_answers_follow_at_the_same_distance_in_texts_and_short_chats():
     problem = Problem('rotate', ('zebra',), 'ebraz')
     chat = Chat(Bytes(BytesConfig(chat_template='qa'), ()))
     prompt = chat.prompt([{'role': 'user', 'content': problem.question}])
@@ -146,20 +146,20 @@ def test_text_documents_hold_many_problems():
     assert all(text.text.endswith('\n') and not text.messages for text in texts + heldout)
 
 
-def test_heldout_problems_are_as_many_of_every_kind_and_none_twice():
+def test_heldout_problems_are_distinct_and_equally_many_of_each_kind():
     heldout = read(source(form='chat', num_problems=1, num_heldout=241), is_heldout=True)
     counts = [sum(one.group == kind for one in heldout) for kind in KINDS]
     assert sum(counts) == 241 and max(counts) - min(counts) <= 1
     assert len({one.messages[0]['content'] for one in heldout}) == 241
 
 
-def test_train_problems_are_of_every_kind_with_equal_chances():
+def test_train_problems_are_of_every_kind_equally_often():
     train = read(source(form='chat', num_problems=6000, num_heldout=1), is_heldout=False)
     counts = [sum(one.group == kind for one in train) for kind in KINDS]
     assert min(counts) > 1080 and max(counts) < 1320
 
 
-def test_a_kind_that_is_listed_twice_is_trained_on_twice_as_often_and_held_out_as_the_others():
+def test_a_kind_listed_twice_is_trained_on_twice_as_often_but_held_out_once():
     one = source(form='chat', kinds=['rotate', 'reverse', 'rotate'], num_problems=3000)
     train, heldout = (
         collections.Counter(document.group for document in read(one, side))
@@ -169,14 +169,14 @@ def test_a_kind_that_is_listed_twice_is_trained_on_twice_as_often_and_held_out_a
     assert heldout == {'rotate': 120, 'reverse': 120}
 
 
-def test_only_the_kinds_that_are_asked_for_are_drawn():
+def test_only_the_requested_kinds_are_drawn():
     assert set(get_args(ProblemKind)) == set(KINDS)
     documents = read(source(form='chat', kinds=['rotate'], num_problems=50, num_heldout=50))
     assert {document.group for document in documents} == {'rotate'}
 
 
-def test_the_side_is_of_the_problem_and_not_of_seed_form_or_number(monkeypatch):
-    """Train and held-out problems of all of these together have nothing in common."""
+def test_the_side_of_a_problem_does_not_depend_on_seed_form_or_number(monkeypatch):
+    """No train problem of any of these is a held-out problem of any other."""
     train, heldout = set(), set()
     for form, seed, count in itertools.product(('text', 'chat'), (0, 1), (2000, 3000)):
         options = dict(form=form, seed=seed, num_problems=count, num_heldout=count // 10)
@@ -225,12 +225,12 @@ def test_shards_are_pickled_and_read_in_any_order_to_the_same_documents(monkeypa
         assert len(names) == len(set(names)) and len(read(one, is_heldout=False)) == count
 
 
-def test_more_problems_begin_with_the_fewer():
+def test_fewer_problems_are_a_prefix_of_more():
     few = read(source(form='chat', num_problems=50), is_heldout=False)
     assert read(source(form='chat', num_problems=80), is_heldout=False)[:50] == few
 
 
-def test_the_fingerprint_is_that_of_the_config_and_the_version(monkeypatch):
+def test_the_fingerprint_depends_on_the_config_and_the_version(monkeypatch):
     options = [{}, {'form': 'chat'}, {'seed': 1}, {'num_problems': 9}, {'kinds': ['rotate']}]
     prints = [source(**each).fingerprint() for each in options]
     assert len(set(prints)) == len(prints) and source().fingerprint() == prints[0]
@@ -239,7 +239,7 @@ def test_the_fingerprint_is_that_of_the_config_and_the_version(monkeypatch):
 
 
 def test_other_documents_need_another_version():
-    """Caches are found by the fingerprint: who changes a wording or a draw raises VERSION."""
+    """Caches are found by fingerprint: whoever changes a wording or a draw must raise VERSION."""
     digest = hashlib.sha256()
     for form in ('text', 'chat'):
         for document in read(source(form=form, num_problems=200, num_heldout=20)):

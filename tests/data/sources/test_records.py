@@ -45,7 +45,7 @@ OPENAI = [{'role': role, 'content': content} for role, content in CHAT]
         ),
     ],
 )
-def test_chats_of_all_shapes_become_the_same_turns(record, fields):
+def test_chats_of_all_formats_become_the_same_turns(record, fields):
     assert turns(record, **fields) == CHAT
 
 
@@ -56,7 +56,7 @@ def test_a_text_is_found_by_its_path():
     assert document({'text': 'abc', 'messages': OPENAI}, text='text').messages == ()
 
 
-def test_a_system_text_comes_first_where_there_is_one():
+def test_a_system_text_comes_first_if_there_is_one():
     record = {'messages': OPENAI, 'instruction': 'be kind'}
     assert turns(record, system='instruction') == [('system', 'be kind'), *CHAT]
     assert turns({'messages': OPENAI}, system='instruction') == CHAT
@@ -84,7 +84,7 @@ FUNCTION = {'name': 'add', 'arguments': {'a': 1}}
         {'role': 'assistant', 'content': [{'type': 'tool_call', 'value': json.dumps(FUNCTION)}]},
     ],
 )
-def test_tool_calls_of_all_shapes_become_those_that_templates_expect(turn):
+def test_tool_calls_of_all_formats_become_what_templates_expect(turn):
     (made,) = document({'messages': [turn]}).messages
     assert made == {'role': 'assistant', 'content': '', 'tool_calls': [CALL]}
 
@@ -95,7 +95,7 @@ def test_parts_of_a_turn_are_joined_and_reasoning_is_kept_apart():
     assert made == {'role': 'assistant', 'content': 'ab', 'reasoning_content': 'hm'}
 
 
-def test_a_turn_of_a_tool_keeps_what_it_answers():
+def test_a_turn_of_a_tool_keeps_its_call_id():
     turn = {'role': 'tool', 'content': '3', 'tool_call_id': 'c1', 'name': 'add', 'weight': 0}
     (made,) = document({'messages': [turn]}).messages
     assert made == {'role': 'tool', 'content': '3', 'tool_call_id': 'c1', 'name': 'add'}
@@ -150,7 +150,7 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
         ({'messages': OPENAI, 'tools': [3]}, {}, 'a tool is 3, not an object'),
     ],
 )
-def test_what_is_wrong_with_a_record_is_said(record, fields, said):
+def test_the_error_says_what_is_wrong_with_a_record(record, fields, said):
     with pytest.raises(BadRecord, match=said):
         document(record, **fields)
 

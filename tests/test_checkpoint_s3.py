@@ -143,11 +143,11 @@ def test_whatever_is_wrong_with_the_place_ends_a_run_before_training(start, plac
     """At once, but for a server that does not answer, and for a key that may only read."""
     nowhere = 'http://127.0.0.1:9'
     cases = {
-        'wrong secret': (place, {'AWS_SECRET_ACCESS_KEY': 'wrong'}, 77, 'may not be used'),
-        'unknown key': (place, {'AWS_ACCESS_KEY_ID': 'wrong'}, 77, 'may not be used'),
+        'wrong secret': (place, {'AWS_SECRET_ACCESS_KEY': 'wrong'}, 77, 'no permission to use'),
+        'unknown key': (place, {'AWS_ACCESS_KEY_ID': 'wrong'}, 77, 'no permission to use'),
         'no bucket': ('s3://absent/run', {}, 66, 'there is no bucket absent'),
         'no server': (place, {'AWS_ENDPOINT_URL': nowhere}, 69, f'at {nowhere} cannot be reached'),
-        'reader': (place, {'AWS_ACCESS_KEY_ID': 'reader'}, 77, 'may not be used'),
+        'reader': (place, {'AWS_ACCESS_KEY_ID': 'reader'}, 77, 'no permission to use'),
     }
     processes = {
         name: start(tmp_path / name, at(where), **environment)

@@ -1,7 +1,9 @@
-"""Storage: where files are kept and found, on disk and in buckets; who may write; what is whole.
+"""Storage: keeps and finds files on disk and in S3 buckets; leases, atomic writes, sealed files.
 
-`base.py` says what every storage answers; `open_storage` chooses the one of a place. `whole.py`
-writes files and directories of this machine, `files.py` says what went wrong with one.
+`base.py` defines the interface, and `open_storage` picks the implementation for a path or URL
+(`posix.py`, `s3.py`). `find.py` finds and opens data files, `lease.py` decides who may write,
+`whole.py` writes local files and directories atomically, `seal.py` makes small JSON files detect
+damage, and `files.py` turns errors about a file into ours.
 """
 
 import re
@@ -12,20 +14,19 @@ from jaxfm.storage.base import S3, Storage
 
 
 def open_storage(place: str | Path) -> Storage:
-    """The storage of a path or of `s3://bucket/prefix`; nothing is asked or made yet.
+    """The storage for a path or for `s3://bucket/prefix`; it contacts and creates nothing yet.
 
     Raises:
-      ConfigError: an address of another kind, or without a bucket.
-      MissingInputError: S3 without the package that speaks to it.
+      ConfigError: the URL has another scheme, or no bucket.
+      MissingInputError: the URL is on S3 and botocore is not installed.
     """
     if str(place).startswith(S3):
-        from jaxfm.storage.s3 import S3Storage  # botocore, for those alone who need it
+        from jaxfm.storage.s3 import S3Storage  # imports botocore only where it is needed
 
         return S3Storage(str(place))
     if re.match(r'\w+:/', str(place)):
         raise ConfigError(
-            f'checkpoint.directory = {str(place)!r}: want a path of a file system or '
-            's3://bucket/prefix'
+            f'checkpoint.directory = {str(place)!r}: want a directory path or s3://bucket/prefix'
         )
     from jaxfm.storage.posix import PosixStorage
 

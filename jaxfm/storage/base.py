@@ -1,8 +1,8 @@
-"""The place a run's files are kept: small files by name, a base for TensorStore, errors of ours.
+"""The interface of a storage: small files by name, a key-value store for TensorStore, our errors.
 
-A directory of a file system (`posix.py`) and a prefix of a bucket (`s3.py`) answer the same few
-questions, so the layout of checkpoints, the lease and the sweep are written once. Nothing here
-knows what a checkpoint is, and nothing imports jax.
+A directory (`posix.py`) and a prefix of a bucket (`s3.py`) implement the same few methods, so the
+checkpoint layout, the lease and the sweep are written only once. Nothing here knows what a
+checkpoint is, and nothing imports jax.
 """
 
 import dataclasses
@@ -14,45 +14,45 @@ S3 = 's3://'
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One file as a listing shows it."""
+    """One file in a listing."""
 
     size: int  # bytes
-    modified: float  # seconds since 1970, by the clock of the storage: for people alone
+    modified: float  # Unix time in seconds, by the storage's clock; only for display
 
 
 class Storage(Protocol):
-    """Names are relative, with slashes. Whatever fails raises a RunError that names the place.
+    """Stores files under relative names with slashes. Failures raise a RunError naming the place.
 
-    Only two other errors leave a storage: FileNotFoundError of `read`, FileExistsError of `write`.
+    The only other errors are FileNotFoundError from `read` and FileExistsError from `write`.
     """
 
-    root: str  # as a person would write it
+    root: str  # absolute path or URL, as shown in messages
 
     def prepare(self) -> None:
-        """Makes the place if it can, and writes a probe: a bad one fails before training."""
+        """Creates the place if possible and writes a probe, to find problems before training."""
 
     def check_readable(self) -> None:
-        """Raises unless the place can be looked at; it need not exist yet."""
+        """Raises unless the place can be read; it need not exist yet."""
 
     def free_bytes(self) -> int | None:
-        """Room for an ordinary user; None where there is no limit to ask for."""
+        """Bytes available to an unprivileged user; None if the storage has no known limit."""
 
     def read(self, name: str) -> bytes: ...
 
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
-        """All or nothing. exclusive: never over a file that is there (FileExistsError)."""
+        """Writes a file atomically. exclusive: raises FileExistsError if it already exists."""
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
-        """Every file whose path has this directory in front; {} when there is none."""
+        """{name: Stored} of every file below the directory `prefix`; {} if there are none."""
 
     def empty_directories(self) -> Iterable[str]:
-        """Those without a file below them: a deletion that was killed leaves some."""
+        """Directories with no file anywhere below them, as an interrupted deletion leaves them."""
 
     def remove(self, name: str) -> None:
-        """A file, or a directory with all that is in it; no error when it is gone."""
+        """Removes a file, or a directory and its contents; no error if it does not exist."""
 
     def kvstore(self, prefix: str) -> dict:
-        """The spec of a TensorStore key-value store of this directory."""
+        """The spec of a TensorStore key-value store for this directory."""
 
     def retries(self) -> int:
-        """Requests that were sent again since the start of this process."""
+        """Number of requests retried since this process started."""

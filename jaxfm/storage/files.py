@@ -1,6 +1,6 @@
-"""Files that a person has named: what the system or a parser says of them becomes an error of ours.
+"""Turns system and parser errors about files that the user named into our errors.
 
-The places of checkpoints (`posix`, `s3`) and of data (`find`) tell more failures apart than this.
+Checkpoint storage (`posix`, `s3`) and data files (`find`) distinguish more kinds of failure.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from jaxfm.errors import (
 def explain_errors(
     failure: str, kind: type[RunError] = StorageError, *, denied: str = '', missing: str = ''
 ) -> Iterator[None]:
-    """Turns an OSError into PermissionDeniedError or an error of `kind`: `failure`, and the reason.
+    """Turns an OSError into PermissionDeniedError or `kind`, with the message `failure: reason`.
 
-    denied: the whole sentence in place of that when permission is wanting.
-    missing: the whole sentence of the MissingInputError when there is no such file.
+    denied: the full message to use instead when permission is denied.
+    missing: the full message of a MissingInputError to raise instead when the file does not exist.
     """
     try:
         yield
@@ -37,21 +37,21 @@ def explain_errors(
 
 
 def explain_write(path: Any) -> contextlib.AbstractContextManager:
-    """`explain_errors` of what is written to a path."""
+    """`explain_errors` for writing to a path."""
     return explain_errors(f'{path}: cannot be written')
 
 
 @contextlib.contextmanager
 def explain_damage(failure: str) -> Iterator[None]:
-    """Turns what a decoder of text or JSON raises into a DataError: `failure`, and the reason."""
+    """Turns a text or JSON decoding error into a DataError with the message `failure: reason`."""
     try:
         yield
-    except (ValueError, RecursionError) as error:  # the second: lists in lists without end
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON nested too deeply
         raise DataError(f'{failure}: {error}') from error
 
 
 def check_object(value: Any, failure: str) -> dict:
-    """A value that was read from JSON. Raises DataError unless it is an object."""
+    """Returns a value read from JSON. Raises DataError unless it is an object."""
     if not isinstance(value, dict):
-        raise DataError(f'{failure}: an object is expected, not a {type(value).__name__}')
+        raise DataError(f'{failure}: want a JSON object, got a {type(value).__name__}')
     return value

@@ -1,7 +1,6 @@
-"""Files as a source sees them: found by globs, opened and decompressed, on disk or in a bucket.
+"""Data files: finds them by glob, opens and decompresses them, on disk or in a bucket.
 
-What can go wrong with a file is turned into an error that names it: not there, forbidden,
-unreachable, cut off.
+Every failure (missing, forbidden, unreachable, truncated) becomes an error that names the file.
 """
 
 import contextlib
@@ -27,25 +26,29 @@ from jaxfm.errors import (
 from jaxfm.storage.base import S3
 
 COMPRESSED = ('.gz', '.zst')
-# Seconds until a bucket counts as unreachable, for a connection and for an answer, and how often
-# s3fs tries: a run with a wrong endpoint ends within two minutes.
+# Seconds to wait for a connection and for an answer from a bucket, and the number of tries by s3fs.
+# With a wrong endpoint, a run fails within two minutes.
 CONNECT_TIMEOUT, READ_TIMEOUT, TRIES = 5, 20, 3
-# What is fetched from a bucket at a time.
+# Bytes fetched from a bucket per request.
 BLOCK_BYTES = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file that was found; `name` is relative to the fixed part of its glob: trees may move."""
+    """A file that was found.
+
+    `name` is relative to the part of the glob before the first wildcard, so that a tree of files
+    can move without changing the names.
+    """
 
     path: str
     name: str
-    size: int  # bytes, as stored
-    stamp: str  # changes when the file is written: time of modification, or ETag
+    size: int  # bytes, as stored (compressed)
+    stamp: str  # changes when the file is written: modification time, or ETag
 
     @property
     def suffix(self) -> str:
-        """The last suffix, without that of a compression."""
+        """The last suffix, ignoring a compression suffix: '.jsonl' for 'a.jsonl.gz'."""
         name = self.name.lower()
         return PurePosixPath(name.removesuffix('.gz').removesuffix('.zst')).suffix
 
@@ -55,7 +58,7 @@ class File:
 
     @contextlib.contextmanager
     def open(self, start: int = 0) -> Iterator[BinaryIO]:
-        """A stream of the decompressed bytes from `start` on; errors name the file."""
+        """A stream of the decompressed bytes, from offset `start` on; errors name the file."""
         with explain_reading(self.path), contextlib.ExitStack() as stack:
             stream = stack.enter_context(self._open_stored())
             if self.name.lower().endswith('.gz'):
@@ -69,13 +72,13 @@ class File:
 
     @contextlib.contextmanager
     def seekable(self) -> Iterator[BinaryIO]:
-        """The bytes as they are stored, for formats that are read from their end."""
+        """A seekable stream of the stored bytes, for formats that are read from the end."""
         with explain_reading(self.path), self._open_stored() as stream:
             yield stream
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[str]:
-        """A path on this machine, for libraries that read no streams: a copy of a bucket's file."""
+        """A local path, for libraries that cannot read streams; copies a file from a bucket."""
         with explain_reading(self.path):
             if not self.path.startswith(S3):
                 self._check_unchanged()
@@ -99,7 +102,10 @@ class File:
 
 
 def find(patterns: str | list[str], key: str) -> list[File]:
-    """The files of all globs, by name, each once; `key` is the config key that errors speak of."""
+    """The files that match any of the globs, sorted by name, each once.
+
+    key: the config key to name in error messages.
+    """
     found = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         files = (_find_s3 if pattern.startswith(S3) else _find_local)(pattern, key)
@@ -110,7 +116,7 @@ def find(patterns: str | list[str], key: str) -> list[File]:
 
 @contextlib.contextmanager
 def explain_reading(path: str) -> Iterator[None]:
-    """Turns what a library raises about `path` into an error that a person can read."""
+    """Turns a library's exception about `path` into a RunError that names it."""
     try:
         yield
     except RunError:
@@ -123,7 +129,7 @@ def explain_reading(path: str) -> Iterator[None]:
 
 
 def extra(module: str):
-    """Imports a package of the `data` extra."""
+    """Imports a package of the `data` extra. Raises MissingInputError if it is not installed."""
     try:
         return __import__(module, fromlist=['_'])
     except ImportError as error:
@@ -157,11 +163,13 @@ def _fixed_part(pattern: str) -> Path:
 
 def _explain_no_match(pattern: str, key: str) -> str:
     if Path(pattern).is_dir():
-        return f'{key}: {pattern} is a directory; name its files, as in {pattern}/**/*.txt'
+        return f'{key}: {pattern} is a directory; give a glob of files, such as {pattern}/**/*.txt'
     nearest = _fixed_part(pattern)
     while not nearest.is_dir():
         nearest = nearest.parent
-    return f'{key}: no file matches {pattern!r}; the nearest directory is {nearest.resolve()}'
+    return (
+        f'{key}: no file matches {pattern!r}; the nearest existing directory is {nearest.resolve()}'
+    )
 
 
 def _find_s3(pattern: str, key: str) -> list[tuple[str, File]]:
@@ -172,12 +180,12 @@ def _find_s3(pattern: str, key: str) -> list[tuple[str, File]]:
     with explain_reading(pattern):
         found = s3().glob(pattern, detail=True)
         if not found:
-            s3().ls(fixed.parts[0])  # says when there is no such bucket
+            s3().ls(fixed.parts[0])  # raises if the bucket does not exist
             raise MissingInputError(f'{key}: no object matches {pattern!r} at {_endpoint()}')
     entries = [entry for entry in found.values() if entry['type'] == 'file']
     if not entries:
         raise MissingInputError(
-            f'{key}: {pattern} is a directory; name its files, as in {pattern}/**/*.txt'
+            f'{key}: {pattern} is a directory; give a glob of files, such as {pattern}/**/*.txt'
         )
     return [_s3_file(entry, root) for entry in entries]
 
@@ -189,7 +197,7 @@ def _s3_file(entry: dict, root: PurePosixPath) -> tuple[str, File]:
 
 
 def _with_unique_names(files: list[File]) -> list[File]:
-    """Files of several globs that have the same name go by their whole path."""
+    """Files from different globs that share a name are given their full path as the name."""
     count = {}
     for file in files:
         count[file.name] = count.get(file.name, 0) + 1
@@ -201,14 +209,14 @@ def _with_unique_names(files: list[File]) -> list[File]:
 
 @functools.cache
 def s3():
-    """The file system of all buckets; AWS_ENDPOINT_URL and credentials as boto finds them."""
+    """The s3fs file system for all buckets; boto finds the endpoint and the credentials."""
     system = extra('s3fs').S3FileSystem(
         skip_instance_cache=True,
         use_listings_cache=False,
         config_kwargs={
             'connect_timeout': CONNECT_TIMEOUT,
             'read_timeout': READ_TIMEOUT,
-            'retries': {'total_max_attempts': 1},  # s3fs has retries of its own
+            'retries': {'total_max_attempts': 1},  # s3fs does its own retries
         },
     )
     system.retries = TRIES
@@ -224,7 +232,7 @@ def _endpoint() -> str:
 
 
 def _explain(path: str, error: Exception) -> RunError | None:
-    # The libraries of compression and parquet are known by name: they need not be installed.
+    # zstandard and pyarrow errors are recognised by module name: the packages may be missing.
     is_format = isinstance(error, EOFError | gzip.BadGzipFile | zlib.error)
     if is_format or _is_of(error, 'zstandard', 'zstd', 'pyarrow'):
         return DataError(f'{path} is damaged or cut off: {error}')
@@ -241,7 +249,7 @@ def _explain_s3(path: str, error: Exception) -> RunError | None:
     bucket = path.removeprefix(S3).split('/')[0]
     place = f'bucket {bucket} at {_endpoint()}'
     if isinstance(error, FileNotFoundError):
-        return MissingInputError(f'{path} is not there ({place}): {error}')
+        return MissingInputError(f'{path} does not exist ({place}): {error}')
     if isinstance(error, PermissionError):
         return PermissionDeniedError(f'{path} cannot be read ({place}): {error}')
     if 'Credentials' in type(error).__name__:
@@ -262,13 +270,13 @@ def _is_of(error: Exception, *packages: str) -> bool:
 
 
 class _Zstandard(io.RawIOBase):
-    """Decompresses frame after frame; unlike the library's own reader, it notices a cut-off one."""
+    """Decompresses all frames; unlike the library's own reader, it detects a truncated frame."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
         self._library = extra('zstandard')
         self._frame = None
-        self._rest = b''  # read, not decompressed yet
+        self._rest = b''  # read but not yet decompressed
         self._ready = memoryview(b'')
 
     def readable(self) -> bool:
@@ -286,7 +294,7 @@ class _Zstandard(io.RawIOBase):
         chunk = self._rest or self._stream.read(1 << 18)
         if not chunk:
             if self._frame is not None:
-                raise EOFError('the last zstandard frame has no end')
+                raise EOFError('the last zstandard frame is incomplete')
             return False
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor().decompressobj()

@@ -1,4 +1,4 @@
-"""A directory of a local or shared file system as a storage."""
+"""Storage in a directory of a local or shared file system."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class PosixStorage:
-    """A directory of a local or shared file system."""
+    """A directory of a local or shared file system. See `Storage` for what the methods promise."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser().absolute()
@@ -47,12 +47,12 @@ class PosixStorage:
     def write(self, name: str, data: bytes, exclusive: bool = False) -> None:
         try:
             self._write(name, data, exclusive)
-        except FileNotFoundError:  # another process found the directory empty and removed it
+        except FileNotFoundError:  # another process has just removed the directory as empty
             self._write(name, data, exclusive)
 
     def _write(self, name: str, data: bytes, exclusive: bool) -> None:
         path = self.directory / name
-        with self._explain_errors():  # a file in its place is not the one that exclusive means
+        with self._explain_errors():  # a FileExistsError here is not about `path` itself
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._explain_errors(name):
             with write_file(path, exclusive) as file:
@@ -95,7 +95,10 @@ class PosixStorage:
 
     @contextlib.contextmanager
     def _explain_errors(self, name: str = '', done: str = 'written') -> Iterator[None]:
-        """Turns errors of the file system into ours: one line, the right exit code."""
+        """Turns file system errors into ours, with a one-line message and the right exit code.
+
+        name: lets FileNotFoundError and FileExistsError about this file through.
+        """
         what = f'checkpoint directory {self.root}'
         try:
             yield
@@ -114,6 +117,10 @@ class PosixStorage:
 
 
 def _unless_gone(error: OSError) -> None:
-    """What cannot be listed is not empty: a run would begin anew, beside all that is there."""
+    """Raises a listing error unless the directory is gone.
+
+    A directory that cannot be listed must not look empty: the run would start from scratch although
+    checkpoints exist.
+    """
     if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise error

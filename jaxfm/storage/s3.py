@@ -1,7 +1,7 @@
-"""A prefix of an S3 bucket as a storage: small objects by botocore, arrays by TensorStore.
+"""Storage under a prefix of an S3 bucket: botocore for small objects, TensorStore for arrays.
 
-Credentials, region and endpoint come from the usual AWS variables and files. Nothing waits for
-ever: a silent connection is dropped after STALL_SECONDS, a request is sent TRIES times at most.
+Credentials, region and endpoint come from the usual AWS variables and files. Nothing waits forever:
+a silent connection is dropped after STALL_SECONDS, and a request is sent at most TRIES times.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _FULL = {'507', 'InsufficientStorage', 'QuotaExceeded', 'EntityTooLarge'}
 _LOST_RACE = {'412', 'PreconditionFailed', 'ConditionalRequestConflict'}
 _MISSING = {'404', 'NoSuchKey', 'NotFound'}
 _USUAL_HOST = re.compile(r'https://s3([.-][a-z]+(-[a-z]+)+-\d)?\.amazonaws\.com(\.cn)?')
-_MOST_DELETED = 1000  # objects a request, by the protocol
+_MOST_DELETED = 1000  # objects per DeleteObjects request: the limit of S3
 
 
 class S3Storage:
@@ -42,7 +42,7 @@ class S3Storage:
         self.root = S3 + (f'{self._bucket}/{prefix}' if prefix else self._bucket)
         self._prefix = f'{prefix}/' if prefix else ''
         self._retries = 0
-        # TensorStore's transport reads these once: below a byte a second counts as silence.
+        # TensorStore reads these once. A transfer below one byte per second counts as stalled.
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(STALL_SECONDS))
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
         self._client = self._make_client()
@@ -54,22 +54,23 @@ class S3Storage:
             self._probe_conditions(name)
             self._probe_tensorstore(name)
         finally:
-            with contextlib.suppress(RunError):  # who may not write may not delete, either
+            with contextlib.suppress(RunError):  # without permission to write, none to delete
                 self.remove(name)
 
     def _probe_conditions(self, name: str) -> None:
-        """A lease and a commit hang on a name that cannot be given twice."""
+        """Checks that an exclusive write fails on an existing name: leases and commits need it."""
         self.write(name, b'first', exclusive=True)
         try:
             self.write(name, b'second', exclusive=True)
         except FileExistsError:
             return
         raise StorageError(
-            f'{self._place} ignores conditions (If-None-Match): two runs could write one checkpoint'
+            f'{self._place} ignores conditional writes (If-None-Match): two runs could overwrite '
+            "each other's checkpoints; use a server that supports them"
         )
 
     def _probe_tensorstore(self, name: str) -> None:
-        """It finds endpoint and credentials in ways of its own."""
+        """Checks that TensorStore can write: it finds endpoint and credentials in its own way."""
         import tensorstore
 
         try:
@@ -93,7 +94,7 @@ class S3Storage:
             try:
                 with self._explain_errors():
                     return body.read()
-            except UnavailableError:  # in the middle of the answer, where botocore does not retry
+            except UnavailableError:  # while reading the body, where botocore does not retry
                 if not left:
                     raise
             self._retries += 1
@@ -103,12 +104,14 @@ class S3Storage:
         try:
             self._call('put_object', Key=self._prefix + name, Body=data, **condition)
         except FileExistsError:
-            # It may be ours: written, the reply lost, and sent once more.
+            # The object may be ours: written, but the reply was lost and the request retried.
             try:
                 if self.read(name) == data:
                     return
             except FileNotFoundError:
-                raise UnavailableError(f'{self._place}: {name} is just being written') from None
+                raise UnavailableError(
+                    f'{self._place}: {name} is being written by another process'
+                ) from None
             raise
 
     def list(self, prefix: str = '') -> dict[str, Stored]:
@@ -151,7 +154,7 @@ class S3Storage:
                 'max_delay': '8s',
             },
         }
-        # TensorStore knows the usual hosts of AWS, and no other endpoint from the environment.
+        # TensorStore derives AWS's own hosts itself, but reads no endpoint from the environment.
         if not _USUAL_HOST.fullmatch(self._client.meta.endpoint_url):
             spec['endpoint'] = self._client.meta.endpoint_url
         return spec
@@ -164,8 +167,10 @@ class S3Storage:
         return self._retries + sum(v['value'] for c in counters for v in c.get('values', ()))
 
     def _credentials(self) -> dict:
-        """For TensorStore, whose own search finds no files of AWS: what botocore has found, which
-        knows every way to credentials and renews them."""
+        """The credentials for TensorStore, as botocore finds and renews them.
+
+        TensorStore's own search does not read the AWS config files, so it gets a private file.
+        """
         with self._explain_errors():
             found = self._session.get_credentials()
             if found is None or found.method == 'env':
@@ -199,7 +204,7 @@ class S3Storage:
             connect_timeout=CONNECT_SECONDS,
             read_timeout=STALL_SECONDS,
             retries={'total_max_attempts': TRIES, 'mode': 'standard'},
-            # Newer checksums of uploads are not understood by every server that speaks S3.
+            # Not every S3-compatible server understands the newer upload checksums.
             request_checksum_calculation='when_required',
             response_checksum_validation='when_required',
         )
@@ -216,7 +221,7 @@ class S3Storage:
 
     @contextlib.contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """Turns what botocore raises into ours: one line, the right exit code."""
+        """Turns botocore errors into ours, with a one-line message and the right exit code."""
         from botocore import exceptions as boto
 
         try:
@@ -239,7 +244,7 @@ class S3Storage:
             boto.ParamValidationError,
             boto.InvalidRegionError,
             boto.ConfigParseError,
-            ValueError,  # an endpoint that is no address
+            ValueError,  # the endpoint is not a valid URL
         ) as error:
             raise ConfigError(f'{self.root}: {_line(error)}') from error
         except (boto.BotoCoreError, OSError) as error:
@@ -256,10 +261,10 @@ class S3Storage:
         if codes & _MISSING and error.operation_name == 'GetObject':
             return FileNotFoundError(code)
         if codes & _DENIED:
-            return PermissionDeniedError(f'{self._place} may not be used: {_line(error)}')
+            return PermissionDeniedError(f'no permission to use {self._place}: {_line(error)}')
         if codes & _FULL:
             return StorageError(f'{self._place} is full: {_line(error)}')
-        return UnavailableError(f'{self._place} does not serve: {_line(error)}')
+        return UnavailableError(f'a request to {self._place} failed: {_line(error)}')
 
     @property
     def _place(self) -> str:

@@ -1,7 +1,8 @@
-"""Small JSON files that tell by themselves when they have been damaged.
+"""Small JSON files that contain their own digest, so that damage is detected.
 
-No other file vouches for a commit and a lease, and they decide which checkpoints count: one flipped
-digit of an epoch would hide a good checkpoint, and the next sweep would delete it.
+Commits and leases are sealed, because no other file holds their digest, and they decide which
+checkpoints count: one flipped digit in an epoch would hide a good checkpoint, and the next sweep
+would delete it.
 """
 
 import hashlib
@@ -10,15 +11,15 @@ from typing import Any
 
 
 def seal(fields: dict[str, Any]) -> bytes:
-    """The content of a file with these fields and their digest."""
+    """The content of a JSON file with these fields and their SHA-256."""
     return json.dumps(fields | {'sha256': _digest(fields)}).encode()
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """The fields of a file. Raises ValueError unless they are the ones that were sealed."""
+    """The fields of a sealed file. Raises ValueError if the file is damaged."""
     fields = json.loads(content)
     if not isinstance(fields, dict):
-        raise ValueError('no fields')
+        raise ValueError('not a JSON object')
     digest = fields.pop('sha256', None)
     if digest != _digest(fields):
         raise ValueError('digest mismatch')

@@ -1,7 +1,7 @@
-"""Files and directories that appear whole or not at all: they are renamed once they are written.
+"""Atomic writes of local files and directories: write under a temporary name, then rename.
 
-A process that is killed leaves what was there before, and a temporary with a name of its own beside
-it. A file is on the disk before it has its name; `sync_directory` makes the name survive as well.
+If a process is killed, the old content stays, with a uniquely named temporary next to it. A file is
+fsynced before it is renamed; `sync_directory` makes the new name durable too.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def write_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
-    """A file to fill, which replaces `path` when the block ends; an error removes it instead.
+    """Yields a file to write, which replaces `path` when the block ends; on an error it is removed.
 
-    exclusive: never replaces anything (FileExistsError).
+    exclusive: raises FileExistsError if `path` already exists.
     """
     temporary = _temporary(path)
     try:
@@ -35,11 +35,12 @@ def write_file(path: Path, exclusive: bool = False) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def write_directory(directory: Path, within: Path | None = None) -> Iterator[Path]:
-    """A directory to fill, which becomes `directory` when the block ends; an error removes it.
+    """Yields a directory to fill, renamed to `directory` when the block ends; removed on an error.
 
-    The files in it are the caller's to `sync`. Of two processes that make the same, one wins.
+    The caller must `sync` the files in it. If two processes make the same directory, one wins.
 
-    within: where it is kept until then, on the same file system; beside `directory` by default.
+    within: parent of the temporary directory, on the same file system; by default, the parent of
+    `directory`.
     """
     temporary = _temporary((within or directory.parent) / directory.name)
     try:
@@ -51,30 +52,30 @@ def write_directory(directory: Path, within: Path | None = None) -> Iterator[Pat
 
 
 def publish(temporary: Path, directory: Path) -> None:
-    """Gives a whole directory its name, unless another process has done so."""
+    """Renames a complete temporary directory, unless another process has already made it."""
     try:
         temporary.rename(directory)
     except OSError:
-        # Another process has made the same meanwhile; its files are as good as ours.
+        # Another process has made the same directory meanwhile; its files are as good as ours.
         if not directory.exists():
             raise
 
 
 def remove_directory(directory: Path) -> None:
-    """Removes a directory; no half of it is left under its name."""
+    """Removes a directory. It is renamed first, so it is never seen half deleted under its name."""
     temporary = _temporary(directory)
     directory.rename(temporary)
     shutil.rmtree(temporary)
 
 
 def sync(file) -> None:
-    """Makes what was written to a file survive a power cut."""
+    """Flushes and fsyncs a file, so that its content survives a power cut."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:
-    """A new name survives a power cut only when its directory is on the disk, too."""
+    """Fsyncs a directory: a new or renamed file survives a power cut only after that."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,5 +84,5 @@ def sync_directory(directory: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that nobody else uses."""
+    """A unique temporary name in the directory of `path`."""
     return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')

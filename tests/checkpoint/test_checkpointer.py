@@ -557,7 +557,7 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
     for path in (tmp_path / 'file', tmp_path / 'file' / 'below'):
         with pytest.raises(ConfigError, match='is not a directory'):
             Checkpointer(CheckpointConfig(), path)
-    with pytest.raises(ConfigError, match='want a path of a file system or s3://'):
+    with pytest.raises(ConfigError, match='want a directory path or s3://'):
         Checkpointer(CheckpointConfig(directory='gs://bucket/run'), tmp_path)
 
 

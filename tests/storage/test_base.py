@@ -202,7 +202,7 @@ def test_tensorstore_sees_the_same_files(storage):
 
 
 def test_an_address_of_another_kind_is_no_path():
-    with pytest.raises(ConfigError, match='want a path of a file system or s3://bucket/prefix'):
+    with pytest.raises(ConfigError, match='want a directory path or s3://bucket/prefix'):
         open_storage('gs://bucket/run')
     with pytest.raises(ConfigError, match='want s3://bucket/prefix'):
         open_storage('s3://')
@@ -418,7 +418,7 @@ def test_who_may_not_read_finds_neither_nothing_nor_a_crash(bucket, monkeypatch,
     monkeypatch.setenv(variable, value)
     stranger = open_storage(bucket.root)
     for use in (stranger.check_readable, stranger.list, lambda: stranger.read('7/commit.json')):
-        with pytest.raises(PermissionDeniedError, match='bucket bucket at .* may not be used'):
+        with pytest.raises(PermissionDeniedError, match='no permission to use bucket bucket at '):
             use()
 
 

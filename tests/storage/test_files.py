@@ -47,5 +47,5 @@ def test_what_cannot_be_decoded_is_bad_data(error):
 
 def test_json_of_another_kind_is_no_object():
     assert check_object({'a': 1}, 'x') == {'a': 1}
-    with pytest.raises(DataError, match='^x: an object is expected, not a list$'):
+    with pytest.raises(DataError, match='^x: want a JSON object, got a list$'):
         check_object([], 'x')

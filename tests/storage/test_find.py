@@ -58,9 +58,9 @@ def test_a_file_that_is_not_compressed_at_all_is_an_error(tmp_path, suffix):
 @pytest.mark.parametrize(
     'pattern, said',
     [
-        ('{}/missing/*.txt', 'nearest directory is {}'),
-        ('{}/a.text', 'nearest directory is {}'),
-        ('{}/**/*.md', 'nearest directory is {}'),
+        ('{}/missing/*.txt', 'nearest existing directory is {}'),
+        ('{}/a.text', 'nearest existing directory is {}'),
+        ('{}/**/*.md', 'nearest existing directory is {}'),
         ('{}', 'is a directory'),
     ],
 )
@@ -193,7 +193,7 @@ def test_an_object_that_is_cut_off_or_gone_is_named(s3):
     with pytest.raises(DataError, match='s3://bucket/cut.jsonl.gz is damaged or cut off'):
         read(file)
     s3.rm('bucket/cut.jsonl.gz')
-    with pytest.raises(MissingInputError, match='s3://bucket/cut.jsonl.gz is not there'):
+    with pytest.raises(MissingInputError, match='s3://bucket/cut.jsonl.gz does not exist'):
         read(file)
 
 

@@ -371,6 +371,6 @@ def test_a_server_that_ignores_conditions_can_hold_no_lease(s3_environment, monk
         return call(operation, **arguments)
 
     monkeypatch.setattr(storage, '_call', without_conditions)
-    with pytest.raises(StorageError, match='ignores conditions'):
+    with pytest.raises(StorageError, match='ignores conditional writes'):
         storage.prepare()
     assert storage.list() == {}

@@ -1,9 +1,10 @@
-"""Checkpoints: the state of a run on storage, committed whole or not at all, verified when read.
+"""Checkpoints: a run's state on storage, committed atomically and verified on every read.
 
-`checkpointer` saves the train state with the position of its source and its clocks, in a thread
-(`saver`); `reader` restores it where it fits (`fit`); `store` says how checkpoints lie on storage;
-`arrays` writes and reads them with TensorStore; `fingerprint` recognises them on any mesh; `verify`
-reads a step back; `survey` shows what is there.
+`checkpointer` saves the train state, the data position and the clocks; `saver` does the writing in
+a background thread. `reader` restores a step, after `fit` has compared names, shapes and dtypes.
+`store` defines the layout on storage, `arrays` reads and writes arrays with TensorStore,
+`fingerprint` hashes arrays independently of the mesh, `verify` checks a whole step, and `survey`
+lists what is stored.
 """
 
 from pydantic import Field
@@ -12,29 +13,32 @@ from jaxfm.schema import Group
 
 
 class LocalConfig(Group):
-    """A fast tier beside the durable one: disks of the hosts, each with what its process holds."""
+    """A fast tier on each host's own disk, in addition to the durable one.
 
-    # A directory of each host, for any number of runs.
+    Each process saves the shards that it holds.
+    """
+
+    # A directory on each host; several runs may share it.
     directory: str
-    # Steps between two saves there.
+    # Steps between two local saves.
     every: int = Field(default=100, ge=1)
     keep: int = Field(default=1, ge=1)
 
 
 class CheckpointConfig(Group):
-    """Where checkpoints go, how many stay, and what happens when that fails."""
+    """Where checkpoints go, how often to save, how many to keep, and how failures are handled."""
 
-    # A directory or s3://bucket/prefix; '' is `checkpoints` inside the work directory of the run.
+    # A directory or s3://bucket/prefix; '' means `checkpoints` inside the run's work directory.
     directory: str = ''
     # Steps between two saves; 0 saves only at the end and when a signal stops the run.
     every: int = Field(default=1000, ge=0)
-    # The newest committed checkpoints that stay; older ones are deleted.
+    # How many of the newest committed checkpoints to keep; older ones are deleted.
     keep: int = Field(default=2, ge=1)
-    # A save or a restore that takes longer has failed. A request that gets no answer gives up much
-    # earlier.
+    # A save or restore that takes longer than this fails. A single request that gets no answer
+    # gives up much earlier.
     timeout_seconds: float = Field(default=1800, gt=0)
-    # Saves in a row that may fail before the run stops; each of them is told and counted.
+    # Consecutive failed saves after which the run stops; each failure is logged and counted.
     max_failures: int = Field(default=3, ge=1)
-    # A run that has given no sign of life for so long may be replaced by another one.
+    # Another run may take over when the holder of the lease has not renewed it for this long.
     lease_seconds: float = Field(default=30, gt=0)
     local: LocalConfig | None = None

@@ -1,8 +1,8 @@
-"""Sharded arrays to and from TensorStore: one zarr3 array a name, in an OCDBT database.
+"""Reads and writes sharded arrays with TensorStore: one zarr3 array per name, in an OCDBT database.
 
-OCDBT packs small arrays into few files, has one manifest that appears last, and makes a lost chunk
-an error where bare zarr reads zeros. Each process writes what it owns into a database of its own;
-`merge` makes one of them all, which any mesh can read.
+OCDBT packs small arrays into few files, writes its single manifest last, and reports a lost chunk
+as an error, where plain zarr would read zeros. Each process writes the shards that it owns into its
+own database; `merge` combines these into one database, which any mesh can read.
 """
 
 import collections
@@ -17,19 +17,19 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-# Of a chunk, the unit of a read: a restore on another mesh reads whole chunks.
+# Target size of a chunk, the unit of reading: a restore on another mesh reads whole chunks.
 CHUNK_BYTES = 32 << 20
-_CRUMBS = 8  # chunks may be so many times smaller than they should
-# Of a data file or object; a fraction of what S3 takes in one request.
+_CRUMBS = 8  # how many times smaller than its target size a chunk may become
+# Target size of a data file or object: well below what S3 accepts in one request.
 FILE_BYTES = 256 << 20
-# Read ahead of the devices, at most, while a state is restored.
+# Read-ahead limit of a restore: bytes read but not yet on the devices.
 BYTES_IN_FLIGHT = 2 << 30
-# Read ahead where arrays are read chunk by chunk.
+# Read-ahead limit of `read_chunks`.
 CHUNKS_IN_FLIGHT = 8
-# How long a wait takes to notice that its deadline was moved.
+# How quickly a wait notices that its deadline was moved.
 POLL_SECONDS = 0.2
 _CONTEXT = {
-    'cache_pool': {'total_bytes_limit': 256 << 20},  # parts of one chunk for several devices
+    'cache_pool': {'total_bytes_limit': 256 << 20},  # several devices may read parts of one chunk
     'cache_pool#index': {'total_bytes_limit': 100 << 20},
     'file_io_concurrency': {'limit': 32},
     's3_request_concurrency': {'limit': 32},
@@ -40,7 +40,7 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """The part of a global array that this process writes, copied to the host."""
+    """A host copy of the shards of a global array that this process writes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -54,7 +54,7 @@ class Snapshot:
 
 @dataclasses.dataclass
 class Deadline:
-    """A moment of the monotonic clock; a wait beyond it raises TimeoutError, in any thread."""
+    """A time on the monotonic clock; waiting past it raises TimeoutError, in any thread."""
 
     at: float
 
@@ -71,11 +71,11 @@ class Deadline:
         return time.monotonic() > self.at
 
     def expire(self) -> None:
-        """Ends the waits that there are, within POLL_SECONDS."""
+        """Ends all current waits, within POLL_SECONDS."""
         self.at = -math.inf
 
     def result(self, future) -> Any:
-        """What a future of TensorStore gives."""
+        """The result of a TensorStore future. Raises TimeoutError at the deadline."""
         while True:
             try:
                 return future.result(timeout=min(self.left, POLL_SECONDS))
@@ -84,15 +84,13 @@ class Deadline:
                     raise
 
 
-def snapshots(
-    arrays: dict[str, jax.Array], every_local: bool = False
-) -> Iterator[Snapshot]:
-    """Copies of what this process writes of the arrays, in their order, made one by one.
+def snapshots(arrays: dict[str, jax.Array], every_local: bool = False) -> Iterator[Snapshot]:
+    """Yields host copies of the shards that this process writes, one array at a time, in order.
 
-    An array may be donated once its copy is there.
+    An array may be donated as soon as its copy has been yielded.
 
-    every_local: each distinct part that this process holds, also where another process holds the
-    same: for a directory of its own.
+    every_local: copy every distinct shard that this process holds, even if another process holds
+    the same one. For a tier where each process has its own directory.
     """
     chosen = {name: _shards(array, every_local) for name, array in arrays.items()}
     for shards in chosen.values():
@@ -110,7 +108,7 @@ def _shards(array: jax.Array, every_local: bool) -> list:
 
 
 def _snapshot(array: jax.Array, shards: list) -> Snapshot:
-    # On CPU the host sees the very memory of the device, which the next step overwrites.
+    # On CPU, host and device share memory, which the next step overwrites.
     shared = next(iter(array.sharding.device_set)).platform == 'cpu'
     pieces = [(shard.index, np.array(shard.data, copy=shared or None)) for shard in shards]
     part = array.sharding.shard_shape(array.shape)
@@ -119,10 +117,11 @@ def _snapshot(array: jax.Array, shards: list) -> Snapshot:
 
 
 def _chunk(part: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of chunks of an array whose shards have the shape `part`: none has two writers.
+    """The chunk shape of an array whose shards have shape `part`; no chunk has two writers.
 
-    An axis that is split is cut evenly; where that gives crumbs, as a prime number does, the next
-    axis is cut instead. The last chunk along an axis that is not split may be smaller.
+    A sharded axis is cut into equal chunks. If that would make them far too small (for example,
+    when its size is prime), the next axis is cut instead. Along an axis that is not sharded, the
+    last chunk may be smaller.
     """
     chunk = list(part)
     for axis, (size, whole) in enumerate(zip(part, shape)):
@@ -138,9 +137,10 @@ def _chunk(part: tuple[int, ...], shape: tuple[int, ...], itemsize: int) -> tupl
 
 
 def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
-    """Writes a new database at `base`, durable on return.
+    """Writes a new database at `base`; it is durable on return.
 
-    Raises ValueError (TensorStore's) or TimeoutError; what was written by then is no database.
+    Raises TensorStore's ValueError, or TimeoutError. After an error, what was written so far is not
+    a readable database.
     """
     context = ts.Context(_CONTEXT)
     transaction = ts.Transaction(atomic=True)
@@ -148,8 +148,8 @@ def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
         name: ts.open(
             _spec(base, name),
             create=True,
-            # Nothing is there. If the reply to the last write is lost, TensorStore makes all of it
-            # again, and must not find its own work in the way.
+            # The place is empty. But if the reply to the last write is lost, TensorStore repeats
+            # everything, and its own first attempt must not make that fail.
             delete_existing=True,
             dtype=ts.dtype(part.dtype),
             shape=part.shape,
@@ -164,7 +164,7 @@ def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
         for name, part in arrays.items():
             store = deadline.result(stores[name])
             for index, piece in part.pieces:
-                # Nobody changes the copies: TensorStore need not make its own.
+                # The host copies never change, so TensorStore need not copy them again.
                 writes.append(
                     store[index].write(piece, can_reference_source_data_indefinitely=True)
                 )
@@ -177,7 +177,10 @@ def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
 
 
 def merge(base: dict, parts: Iterable[dict], deadline: Deadline) -> None:
-    """Makes one database at `base` of those of the processes below it; they stay, as its data."""
+    """Combines the processes' databases below `base` into one at `base`.
+
+    The parts must stay: the new database refers to their data files.
+    """
     context = ts.Context(_CONTEXT)
     whole = deadline.result(ts.KvStore.open(_database(base), context=context))
     transaction = ts.Transaction(atomic=True)
@@ -191,9 +194,10 @@ def merge(base: dict, parts: Iterable[dict], deadline: Deadline) -> None:
 
 
 def read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct], deadline: Deadline) -> dict:
-    """{name: array} on the shardings of `wanted`, whatever mesh wrote them.
+    """Reads {name: array} onto the shardings of `wanted`, whatever mesh wrote the arrays.
 
-    Raises ValueError (TensorStore's): something is missing, cut off or cannot be reached.
+    Raises TensorStore's ValueError if data is missing, truncated or unreachable, and TimeoutError
+    at the deadline.
     """
     context = ts.Context(_CONTEXT)
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
@@ -211,13 +215,13 @@ def read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct], deadline: Deadline
 def read_chunks(
     base: dict, wanted: dict[str, Any], seconds: float
 ) -> Iterator[tuple[str, tuple[int, ...], np.ndarray | Exception]]:
-    """(name, where it begins, itself) of every chunk of every array, in order, a few read ahead.
+    """Yields (name, start index, chunk) for every chunk of every array, in order, with read-ahead.
 
-    What cannot be read is an exception in place of a chunk, as the others may be whole.
+    If a chunk cannot be read, the exception takes its place, because the others may be intact.
 
-    wanted: {name: leaf with a shape and a dtype}. seconds: the patience with one chunk.
+    wanted: {name: leaf with a shape and a dtype}. seconds: time-out for one chunk.
     """
-    context = ts.Context(_CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # each is read once
+    context = ts.Context(_CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # no chunk is reread
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
     waiting = collections.deque()
     for chunk in _chunks(stores, wanted, seconds):
@@ -252,7 +256,7 @@ def _outcome(name: str, start: tuple[int, ...], future, seconds: float) -> tuple
 
 
 def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
-    """(name, devices, the part of the array they hold), read ahead by BYTES_IN_FLIGHT."""
+    """Yields (name, devices, the shard that they hold), reading ahead by BYTES_IN_FLIGHT."""
     waiting, nbytes = collections.deque(), 0
     for name, leaf in wanted.items():
         store = _await_store(stores[name], name, leaf, deadline)
@@ -270,7 +274,7 @@ def _pieces(stores, wanted, deadline) -> Iterator[tuple[str, list, np.ndarray]]:
 def _await_store(opening, name: str, leaf, deadline: Deadline):
     store = deadline.result(opening)
     if store.shape != leaf.shape or store.dtype.numpy_dtype != leaf.dtype:
-        raise ValueError(f'{name} is {store.dtype.name} {list(store.shape)} in the data')
+        raise ValueError(f'array {name} is stored as {store.dtype.name} {list(store.shape)}')
     return store
 
 
@@ -280,7 +284,7 @@ def _await_piece(read: tuple, deadline: Deadline) -> tuple[str, list, np.ndarray
 
 
 def _holders(leaf: jax.ShapeDtypeStruct) -> list[tuple[Index, list]]:
-    """Every distinct part that devices of this process hold, with the devices."""
+    """[(index, devices)]: every distinct shard on devices of this process, and those devices."""
     holders: dict[tuple, tuple[Index, list]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         holders.setdefault(_key(index), (index, []))[1].append(device)
@@ -300,5 +304,5 @@ def _database(base: dict) -> dict:
         'driver': 'ocdbt',
         'base': base,
         'target_data_file_size': FILE_BYTES,
-        'cache_pool': 'cache_pool#index',  # the tree of chunks, apart from their data
+        'cache_pool': 'cache_pool#index',  # the B-tree of chunks, cached apart from their data
     }

@@ -1,7 +1,7 @@
-"""Saves a run without stopping it: a save copies the state to the host, a thread writes (`saver`).
+"""Saves a run without stopping it: `save` copies the state to the host, a `saver` thread writes it.
 
-With several processes every method is called by all of them. What one of them finds out, such as
-that a save has failed, the primary process decides for all.
+With several processes, all of them call every method. The primary process decides for all of them,
+for example whether a save has failed.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from jaxfm.storage.lease import Lease
 
 log = logging.getLogger('jaxfm')
 
-# Training waits so long for the save before this one, then goes on without this one.
+# How long training waits for the previous save to finish; after that it skips the new one.
 PATIENCE_SECONDS = 10
-# The values of integers no larger than this are in the manifest: steps, counters, the key.
+# The manifest holds the values of integer arrays up to this many elements: step, counters, key.
 _SMALL = 8
 
 
 @dataclasses.dataclass
 class Tier:
-    """A place for saves, their cadence, and what the primary process knows of them.
+    """A place for saves, their cadence, and the state of its saves on the primary process.
 
-    private: every process has a store of its own.
+    private: every process has its own store.
     """
 
     store: Store
@@ -46,12 +46,12 @@ class Tier:
     private: bool
     under_way: Save | None = None
     failures: int = 0  # in a row
-    blocking: float = 0.0  # seconds that training stood for the save under way
-    nbytes: int = 0  # of all processes together
+    blocking: float = 0.0  # seconds that the save under way has blocked training
+    nbytes: int = 0  # size of the save under way, over all processes
 
     @property
     def name(self) -> str:
-        """In records."""
+        """The prefix of its names in records."""
         return 'checkpoint/local' if self.private else 'checkpoint'
 
     def is_due(self, step: int) -> bool:
@@ -59,14 +59,14 @@ class Tier:
 
 
 class Checkpointer(Reader):
-    """The checkpoints of one run, and the right to write them until `close`.
+    """Reads and writes the checkpoints of one run; holds the lease on them until `close`.
 
-    directory: where they are, unless the config names another place.
-    milestones: steps whose checkpoints stay whatever comes after them, such as ends of phases.
-    about: JSON that every manifest repeats, such as the config of the run.
+    directory: where the checkpoints are, unless the config names another place.
+    milestones: steps whose checkpoints are never deleted, such as the ends of phases.
+    about: JSON that is added to every manifest, such as the config of the run.
 
     Raises:
-      LockedError: another run writes there.
+      LockedError: another run holds the lease.
       PermissionDeniedError, UnavailableError, ConfigError: the place cannot be used.
     """
 
@@ -87,18 +87,20 @@ class Checkpointer(Reader):
             local = Tier(self._local, config.local.every, config.local.keep, private=True)
             self._tiers.append(local)
         self._lost = 0
-        self._steps = set(agree.from_primary(self._open))  # of the durable tier
+        self._steps = set(agree.from_primary(self._open))  # committed steps of the durable tier
         self._open_local()
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of this step, on some tier, is wanted on the way."""
+        """Whether any tier is to save a checkpoint at this step."""
         return step > 0 and any(tier.is_due(step) for tier in self._tiers)
 
     def check_room(self, nbytes: int) -> None:
-        """Raises StorageError unless there is room for all that will be there at once.
+        """Raises StorageError unless there is space for every checkpoint that will exist at once.
 
-        One more than are kept, because the next one is written before the oldest goes; and the
-        milestones to come.
+        That is one more than `keep`, because a new checkpoint is written before the oldest is
+        deleted, plus the milestones still to come.
+
+        nbytes: size of one checkpoint, over all processes.
         """
         to_come = sum(step > max(self._steps, default=0) for step in self._milestones)
         error = None
@@ -113,19 +115,19 @@ class Checkpointer(Reader):
         agree.first_error(error)
 
     def save(self, step: int, state: Arrays, extra: dict[str, Any], must: bool = False) -> None:
-        """Starts a save and returns once the state is copied: the caller may donate it right away.
+        """Starts a save and returns as soon as the state is copied; the caller may then donate it.
 
-        A save that fails is told, counted and forgotten: the next one is another chance. A step
-        that is already there is left alone. While the save before is stuck, this one is dropped.
+        A failed save is logged and counted, and training goes on to the next one. A step that is
+        already saved is skipped. If the previous save is stuck, this one is dropped.
 
-        state: {name: global array}. extra: JSON. must: returns once it is committed, after more
-        tries where they help.
+        state: {name: global array}. extra: JSON. must: save on the durable tier, retry after
+        failures, and return only when the step is committed.
 
         Raises:
-          StorageError: `max_failures` saves in a row, on the durable tier, have failed.
-          LockedError: another run has taken the place over.
+          StorageError: `max_failures` consecutive saves on the durable tier have failed.
+          LockedError: another run has taken over the lease.
         """
-        extra = json.loads(json.dumps(extra))  # the source goes on moving while this is written
+        extra = json.loads(json.dumps(extra))  # a copy: the data source moves on during the write
         tier = next((t for t in self._tiers if t.is_due(step)), self._durable)
         tier = self._durable if must else tier
         while True:
@@ -139,12 +141,12 @@ class Checkpointer(Reader):
                 return
 
     def wait(self) -> None:
-        """Blocks until the saves under way have ended, well or not."""
+        """Blocks until the saves under way have ended, successfully or not."""
         for tier in self._tiers:
             self._await_save(tier)
 
     def close(self) -> None:
-        """Lets the saves under way end, within PATIENCE_SECONDS, and gives the lease back."""
+        """Waits up to PATIENCE_SECONDS per tier for saves under way, then releases the lease."""
         stuck = False
         for tier in self._tiers:
             if tier.under_way is not None and not tier.under_way.wait(PATIENCE_SECONDS):
@@ -155,7 +157,7 @@ class Checkpointer(Reader):
         self._lease.release(is_empty=not (self._steps or stuck))
 
     def _open(self) -> list[int]:
-        """Takes the lease and deletes what nobody will use; the steps that are there."""
+        """Acquires the lease and deletes orphans -> the committed steps."""
         self._store.storage.prepare()
         self._lease.acquire(self._store.epochs)
         try:
@@ -180,17 +182,17 @@ class Checkpointer(Reader):
             raise
 
     def _decide(self, tier: Tier, step: int, must: bool) -> tuple[str, int]:
-        """'skip', 'drop' or the name of the save to start, and the epoch of the lease."""
+        """('skip', 'drop' or the name of the attempt to start, the lease's epoch)."""
         self._lease.check()
         before = tier.under_way
         if before is not None and not before.wait(None if must else PATIENCE_SECONDS):
-            # No failure: that one has a time-out of its own.
+            # Not counted as a failure: the previous save has its own time-out.
             self._lose(step, f'checkpoint {before.step} is still being written')
             return 'drop', 0
         self._settle(tier)
         if tier is self._durable and tier.failures >= self._config.max_failures:
             raise StorageError(
-                f'{tier.failures} checkpoints in a row could not be stored in {self.root}; '
+                f'{tier.failures} checkpoints in a row could not be saved to {self.root}; '
                 f'the newest one there is {max(self._steps, default="none")}'
             )
         is_there = step in self._steps and (self.root, step) not in self._damaged
@@ -199,9 +201,9 @@ class Checkpointer(Reader):
     def _start(
         self, tier: Tier, step: int, attempt: str, epoch: int, state: Arrays, extra: dict
     ) -> None:
-        if tier.under_way is not None:  # not on the primary process, which has settled it
+        if tier.under_way is not None:  # never on the primary process: `_decide` settled it
             tier.under_way.wait()
-        # The one transfer from the device that the training loop means to make.
+        # The only device-to-host transfer that the training loop intends.
         with jax.transfer_guard('allow'):
             parts, prints = _copy(state, every_local=tier.private)
         manifest = {
@@ -230,7 +232,7 @@ class Checkpointer(Reader):
         )
 
     def _await_save(self, tier: Tier) -> bool:
-        """Waits for the save under way -> whether it is committed: the same on all processes."""
+        """Waits for the save under way -> whether it was committed, the same on all processes."""
         if tier.under_way is not None:
             tier.under_way.wait()
         committed = agree.from_primary(lambda: self._settle(tier))
@@ -238,7 +240,7 @@ class Checkpointer(Reader):
         return committed
 
     def _settle(self, tier: Tier) -> bool:
-        """Takes note of how the save ended, if there was one."""
+        """Records how the save ended -> False if it failed; True if there was none."""
         save, tier.under_way = tier.under_way, None
         if save is None:
             return True
@@ -269,7 +271,7 @@ class Checkpointer(Reader):
 
 
 def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:
-    """Copies on the host, and fingerprints, which the devices compute while the host copies."""
+    """Host copies and fingerprints; the devices compute fingerprints while the host copies."""
     parts, prints = {}, {}
     copies = arrays.snapshots(state, every_local)
     for name, array in state.items():
@@ -297,5 +299,5 @@ def _check_room(store: Store, nbytes: int, count: int) -> None:
     if have is not None and have < need:
         raise StorageError(
             f'no room for checkpoints in {store.storage.root}: '
-            f'need {gib(need)} ({count} of {gib(nbytes)}), have {gib(have)}'
+            f'need {gib(need)} ({count} of {gib(nbytes)} each), have {gib(have)}'
         )

@@ -1,11 +1,12 @@
-"""A fingerprint of an array's contents that does not depend on where the array lives.
+"""A fingerprint of an array's contents that does not depend on how the array is sharded.
 
-The sum, modulo 2^32, of a hash of every element's bits and its index in the whole array. A sum has
-no order, so every mesh gives the same number, exactly; it is computed where the array is, from live
-arrays at a save and from what was read at a restore. Nothing is read from storage for it.
+It is the sum, modulo 2^32, of a hash of each element's bits and its index in the global array. The
+sum does not depend on order, so every mesh gives exactly the same number. It is computed on the
+devices: from the live arrays at a save, and from the arrays just read at a restore, so it needs no
+extra reads from storage.
 
-For one index the hash is a bijection of the bits: a change of one element always changes the sum,
-and a change of several goes unseen once in 2^32.
+At a fixed index the hash is a bijection of the bits. Changing one element therefore always changes
+the sum; changing several goes unnoticed with probability 2^-32.
 """
 
 import functools
@@ -15,41 +16,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# Odd numbers and shifts of the 32-bit finalizer of MurmurHash3 (Appleby, 2011); the golden ratio
-# spreads the indices.
+# The 32-bit finalizer of MurmurHash3 (Appleby, 2011): its odd multipliers, and its shifts below.
+# The golden ratio spreads the indices.
 _SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
-# XLA's CPU backend adds up one number at a time, unless it adds whole slices.
+# XLA's CPU backend reduces one number at a time, but adds whole slices as vectors.
 _SLICES = 8
-_MANY, _FEW = 1 << 20, 1 << 12  # worth the slices, and where they end
-_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())  # of arrays of a single device
+_MANY, _FEW = 1 << 20, 1 << 12  # slice arrays larger than _MANY, until _FEW elements are left
+_NO_MESH = jax.sharding.Mesh(np.empty((), object), ())  # for arrays on a single device
 
 
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """{name: fingerprint} of global arrays of any dtype and sharding; all processes call it.
+    """{name: fingerprint} of global arrays of any dtype and sharding; all processes must call it.
 
-    One after the other: arrays of a shape share a program, and a program for all of them would take
-    seconds to compile.
+    One array at a time: arrays of the same shape share a compiled program, while one program for
+    all arrays would take seconds to compile.
     """
     with jax.transfer_guard('allow'):
         return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
 
 
 def start_fingerprint(array: jax.Array) -> jax.Array:
-    """The fingerprint, a uint32 on the devices; the caller may do something else meanwhile.
+    """Starts computing a fingerprint, a uint32 on the devices; does not wait for it.
 
-    One at a time: several CPU devices abort when more than a few programs are under way.
+    Run one at a time: with several CPU devices, XLA aborts when many programs are in flight.
     """
-    # A caller may be at work on another mesh.
+    # The caller's current mesh may be a different one.
     with jax.set_mesh(getattr(array.sharding, 'mesh', _NO_MESH)):
         return _fingerprint(array)
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
-    """What the part that begins at `start` adds, modulo 2^32, to the fingerprint of an array."""
+    """The contribution of one part of an array to the array's fingerprint, modulo 2^32.
+
+    shape: of the whole array. start: the index of the part's first element.
+    """
     first = 0
     for size, begin in zip(shape, start):
         first = first * size + begin
-    with jax.enable_x64(part.dtype.itemsize > 4):  # or its elements lose half of their bits
+    with jax.enable_x64(part.dtype.itemsize > 4):  # or JAX would cut 64-bit elements to 32 bits
         words = max(part.dtype.itemsize // 4, 1)
         return int(_fingerprint_of_part(part, shape, np.uint32(first * words % 2**32)))
 
@@ -62,9 +66,9 @@ def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Arr
 @jax.jit
 def _fingerprint(array: jax.Array) -> jax.Array:
     sharding = jax.typeof(array).sharding
-    if sharding.mesh.empty:  # an array of a single device
+    if sharding.mesh.empty:  # an array on a single device
         return _sum(_hash(array, array.shape, {}))
-    # A dimension may be split along several axes of the mesh, and an array over none.
+    # A dimension may be sharded over several mesh axes, and an array over none.
     axes = {
         dim: name if isinstance(name, tuple) else (name,)
         for dim, name in enumerate(sharding.spec)
@@ -79,16 +83,15 @@ def _fingerprint(array: jax.Array) -> jax.Array:
     return add_up(array)
 
 
-def _hash(
-    part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple], first=0
-) -> jax.Array:
-    """uint32 of every element of a shard of an array of this shape, split along these axes.
+def _hash(part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple], first=0) -> jax.Array:
+    """The uint32 hash of every element of a shard.
 
-    first: the index of its first element, where that is not for the axes to say.
+    shape: of the global array. axes: {dimension: mesh axes it is sharded over}. first: the index of
+    the shard's first element, where `axes` does not give it.
     """
     words = _bits(part)
     index = jnp.asarray(first, jnp.uint32)
-    stride = words.size // part.size if part.size else 1  # words of an element
+    stride = words.size // part.size if part.size else 1  # words per element
     if words.ndim > part.ndim:
         index = index + lax.broadcasted_iota(jnp.uint32, words.shape, part.ndim)
     for dim in reversed(range(part.ndim)):
@@ -104,7 +107,7 @@ def _hash(
 
 
 def _bits(array: jax.Array) -> jax.Array:
-    """The bits as uint32; what is wider has its words along one more axis."""
+    """The bits as uint32; the words of wider elements lie along an additional last axis."""
     size = array.dtype.itemsize
     shape = array.shape + ((size // 4,) if size > 4 else ())
     if array.dtype == jnp.bool:
@@ -128,6 +131,6 @@ def _sum(words: jax.Array) -> jax.Array:
             lax.slice_in_dim(words, first * size, (first + 1) * size, axis=dim)
             for first in range(_SLICES)
         )
-        # Else XLA may fuse this with the next round, and write the hash of every element to memory.
+        # Otherwise XLA may fuse this with the next round and write every element's hash to memory.
         words = lax.optimization_barrier(words)
     return jnp.sum(words, dtype=jnp.uint32)

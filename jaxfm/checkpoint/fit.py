@@ -1,7 +1,7 @@
-"""Whether the state a run wants fits the state a checkpoint holds.
+"""Checks that the state a run wants matches the state a checkpoint holds.
 
-Names, shapes and dtypes are compared with those of the manifest before anything is read: bits of
-another dtype or shape would be other weights.
+Names, shapes and dtypes are compared with the manifest before any array is read, because the same
+bits read as another dtype or shape would be different weights.
 """
 
 import difflib
@@ -15,9 +15,9 @@ _SHOWN = 6
 
 
 def check_fit(wanted, stored, where: str, partial: bool = False) -> None:
-    """Raises ConfigError naming the leaves that differ; leaves have a shape and a dtype.
+    """Raises ConfigError, naming the leaves that differ; leaves have a shape and a dtype.
 
-    partial: leaves that only the checkpoint holds are no mistake.
+    partial: allow leaves that only the checkpoint has.
     """
     wanted, stored = _leaves(wanted), _leaves(stored)
     problems = list(_problems(wanted, stored, partial))
@@ -48,8 +48,8 @@ def _describe(leaf) -> str:
 
 
 def _leaves(tree) -> dict:
-    """Leaves by dotted name. A named tuple and a dict with the same names are the same here: the
-    metadata of a checkpoint does not tell them apart.
+    """{dotted name: leaf}. A named tuple and a dict with the same names are equal here, because a
+    checkpoint's metadata does not distinguish them.
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {'.'.join(map(_part, path)): leaf for path, leaf in flat}

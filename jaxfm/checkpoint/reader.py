@@ -1,8 +1,8 @@
-"""Finds and restores the checkpoints of a run, the newest that is whole.
+"""Finds and restores a run's checkpoints, preferring the newest undamaged one.
 
-A restore trusts nothing: small files are compared with their digests, arrays with the fingerprints
-that were taken from the live ones. With several processes every method is called by all of them,
-and what one of them finds, all of them find.
+A restore verifies everything: small files against their digests, arrays against the fingerprints
+taken from the live arrays at the save. With several processes, all of them call every method, and
+all of them get the same result or the same error.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Arrays = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A checkpoint that might be restored. private: every process has a store of its own."""
+    """A checkpoint that might be restored. private: every process has its own store."""
 
     store: Store
     commit: Commit
@@ -48,30 +48,33 @@ class Found:
 
 
 class Reader:
-    """The checkpoints of one run. Makes, sweeps and locks nothing: a run may write beside it.
+    """Read-only access to the checkpoints of one run.
 
-    directory: where they are, unless the config names another place.
+    It creates, deletes and locks nothing, so the run itself may write at the same time.
+
+    directory: where the checkpoints are, unless the config names another place.
 
     Raises:
-      ConfigError, MissingInputError: no such place can be.
+      ConfigError: the address of the place is invalid.
+      MissingInputError: it is on S3, and the package for that is not installed.
     """
 
     def __init__(self, config: CheckpointConfig, directory: str | Path):
         self._config = config
         self._store = Store(open_storage(config.directory or directory))
         self._local = Store(_local_storage(config, self.root)) if config.local else None
-        self._damaged: set[tuple[str, int]] = set()  # keys of what was found
+        self._damaged: set[tuple[str, int]] = set()  # `Found.key` of each
         self._manifests: dict[Commit, dict[str, Any]] = {}  # verified
         self._fallbacks = 0
         self._events: list[dict[str, float]] = []
 
     @property
     def root(self) -> str:
-        """Where the checkpoints are, as a person would write it."""
+        """Where the checkpoints are: an absolute path or an s3:// URL."""
         return self._store.storage.root
 
     def steps(self) -> list[int]:
-        """The committed steps, in order; the damaged ones among them look like the others."""
+        """The committed steps, in order. They have not been verified: some may be damaged."""
         return agree.from_primary(lambda: list(self._store.commits()))
 
     def latest_step(self) -> int | None:
@@ -79,12 +82,12 @@ class Reader:
         return next((found.commit.step for found in self._candidates()), None)
 
     def newest_whole(self, restore: Callable[[int], Any]) -> Any:
-        """What `restore(step)` gives for the newest step where it finds no damage.
+        """The result of `restore(step)` for the newest step that is not damaged.
 
-        None when there is no checkpoint at all: never when there are only bad ones.
+        None if there is no checkpoint at all, but never because all of them are damaged.
 
         Raises:
-          DataError: all checkpoints are damaged, with what is wrong with each.
+          DataError: all checkpoints are damaged; the message says what is wrong with each.
         """
         problems = []
         while candidates := self._candidates():
@@ -100,18 +103,18 @@ class Reader:
                 continue
             return restored
         if problems:
-            raise DataError('\n  '.join(['no checkpoint is whole:', *problems]))
+            raise DataError('\n  '.join(['every checkpoint is damaged:', *problems]))
         return None
 
     def restore(self, step: int, abstract_state: dict) -> tuple[Arrays, dict[str, Any]]:
-        """The state of a step on the shardings of `abstract_state`, and its extra.
+        """Restores a step -> (its arrays, sharded like `abstract_state`; its extra).
 
         abstract_state: {name: jax.ShapeDtypeStruct} with concrete NamedShardings, of any mesh.
 
         Raises:
-          ConfigError: naming each array that differs in name, shape or dtype.
-          DamagedError: "digest mismatch" and which file or array.
-          UnavailableError, PermissionDeniedError: the storage does not let itself be read.
+          ConfigError: arrays differ in name, shape or dtype; the message names them.
+          DamagedError: a file or array differs from what was saved; "digest mismatch" and its name.
+          UnavailableError, PermissionDeniedError: the storage cannot be read.
           MissingInputError: there is no such step.
         """
         found, manifest = self._verify(step)
@@ -119,7 +122,10 @@ class Reader:
         return self._read(found, manifest, abstract_state), manifest['extra']
 
     def restore_params(self, step: int, abstract_params: dict) -> Arrays:
-        """The parameters alone, {path: array}, whichever of them that phase trained or froze."""
+        """Restores only the parameters, {path: array}, whether that phase trained them or not.
+
+        Raises as `restore` does.
+        """
         found, manifest = self._verify(step)
         stored = leaves_of(manifest)
         names = {path: _name_of_param(path, stored) for path in abstract_params}
@@ -129,28 +135,28 @@ class Reader:
         return {path: restored[name] for path, name in names.items()}
 
     def read_manifest(self, step: int) -> dict[str, Any]:
-        """What was written down about a step: position, clocks, config. Its files are verified."""
+        """The verified manifest of a step: arrays, files, data position, clocks, config."""
         return self._verify(step)[1]
 
     def events(self) -> list[dict[str, float]]:
-        """What has happened since the last call, for the records."""
+        """Returns and clears the events since the last call, as values for `event` records."""
         events, self._events = self._events, []
         return events
 
     def _candidates(self) -> list[Found]:
-        """What is committed and not known to be damaged, the newest step first."""
+        """The committed checkpoints not known to be damaged, newest step first."""
         commits = agree.from_primary(
             lambda: [dataclasses.astuple(commit) for commit in self._store.commits().values()]
         )
         durable = [Found(self._store, Commit(*fields)) for fields in commits]
-        # A local step of a time before the newest durable one: this host was away since.
+        # A local step with an older epoch is stale: this host was away while another run went on.
         newest_epoch = max((found.commit.epoch for found in durable), default=0)
         found = durable + [one for one in self._on_all() if one.commit.epoch >= newest_epoch]
         whole = [one for one in found if one.key not in self._damaged]
         return sorted(whole, key=lambda one: (one.commit.step, one.private), reverse=True)
 
     def _on_all(self) -> list[Found]:
-        """The steps of the local tier that every process has."""
+        """The local-tier checkpoints that every process has."""
         if self._local is None:
             return []
         here = {commit.directory: commit for commit in self._local.commits().values()}
@@ -158,7 +164,7 @@ class Reader:
         return [Found(self._local, here[name], private=True) for name in common]
 
     def _verify(self, step: int) -> tuple[Found, dict[str, Any]]:
-        """Where a step is, and its manifest, once all its files agree with it."""
+        """Finds a step and checks its files -> (where it is, its manifest)."""
         found = next((one for one in self._candidates() if one.commit.step == step), None)
         if found is None:
             raise self._store.missing_error(step, self.steps())
@@ -178,11 +184,11 @@ class Reader:
         return manifest
 
     def _read(self, found: Found, manifest: dict, wanted: dict) -> Arrays:
-        """The arrays, compared with their fingerprints."""
+        """Reads the arrays and compares them with their fingerprints."""
         if found.private and manifest['mesh'] != mesh_of(wanted):
             raise DamagedError(
-                f'checkpoint {found.commit.step} in {found.store.storage.root} has the parts of '
-                f'another mesh: {manifest["mesh"]}'
+                f'checkpoint {found.commit.step} in {found.store.storage.root} holds the shards of '
+                f'another mesh: {manifest["mesh"]}, not {mesh_of(wanted)}'
             )
         restored, error = {}, None
         deadline = arrays.Deadline.after(self._config.timeout_seconds)
@@ -208,14 +214,14 @@ class Reader:
 
 
 def mesh_of(leaves: dict) -> dict[str, int]:
-    """The axes of the mesh, for people and for the local tier; {} for single devices."""
+    """{axis: size} of the leaves' mesh, for the manifest and the local tier; {} without a mesh."""
     shardings = [leaf.sharding for leaf in leaves.values()]
     meshes = [one.mesh for one in shardings if isinstance(one, NamedSharding)]
     return dict(meshes[0].shape) if meshes else {}
 
 
 def _local_storage(config: CheckpointConfig, root: str) -> PosixStorage:
-    """A directory of this process, in that of the run whose durable checkpoints are at `root`."""
+    """The directory of this process for the run whose durable checkpoints are at `root`."""
     run = hashlib.sha256(root.encode()).hexdigest()[:12]
     process = f'{jax.process_index()}-of-{jax.process_count()}'
     return PosixStorage(Path(config.local.directory) / run / process)

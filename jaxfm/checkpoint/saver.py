@@ -1,7 +1,7 @@
-"""One save in the background: a thread on every process writes, the primary one commits.
+"""One background save: a thread on each process writes, and the primary process commits.
 
-The thread owns the network: the training loop gives it copies of the arrays and never waits for an
-answer of a server. What goes wrong is an outcome, not an exception.
+This thread does all the I/O of a save: the training loop gives it copies of the arrays and never
+waits for a server. A failure is stored in `Save.error`, not raised.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _NOTES = re.compile(r'\[(tensorstore_spec|os_error|source|http_|curl_|x-amzn)')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one save is to do. private: the store is of this process alone."""
+    """What one save has to do. private: the store belongs to this process alone."""
 
     store: Store
     step: int
@@ -36,10 +36,10 @@ class Job:
     manifest: dict[str, Any]
     keep: int
     milestones: frozenset[int]
-    damaged: frozenset[int]  # steps there that a restore has found bad
+    damaged: frozenset[int]  # steps in the store that a restore found damaged
     private: bool
     deadline: arrays.Deadline
-    lease: Lease | None  # of the primary process
+    lease: Lease | None  # None except on the primary process
 
     @property
     def directory(self) -> str:
@@ -51,14 +51,14 @@ class Job:
 
 
 class Save:
-    """A save on its way. `error` is None once it is committed, a sentence once it has failed."""
+    """A save under way. Once it has ended, `error` is None if it was committed, else the reason."""
 
     def __init__(self, job: Job):
         self.step, self.private = job.step, job.private
         self._deadline = job.deadline
         self.error: str | None = None
         self.seconds = 0.0
-        # A commit was sent: if only its answer was lost, it must keep its data.
+        # Set before the commit is sent: if only the reply is lost, the data must stay.
         self._may_count = False
         self._started = time.monotonic()
         self._thread = threading.Thread(
@@ -67,12 +67,12 @@ class Save:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended, after so long at most."""
+        """Waits at most `seconds` (None: without limit) -> whether the save has ended."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def abandon(self) -> None:
-        """Stops waiting for it. A thread inside TensorStore would abort a process that exits."""
+        """Cancels the save: a thread inside TensorStore would abort the process at exit."""
         self._deadline.expire()
         self._thread.join(10 * arrays.POLL_SECONDS)
 
@@ -80,7 +80,7 @@ class Save:
         try:
             _write(job)
             self._commit(job)
-        except Exception as error:  # a save may fail in any way and must not end the run
+        except Exception as error:  # no failure of a save may end the run
             self.error = explain(error, job.store)
             log.debug('checkpoint %d', job.step, exc_info=True)
             if not self._may_count:
@@ -90,7 +90,7 @@ class Save:
             _clean(job)
 
     def _commit(self, job: Job) -> None:
-        """The save counts when it returns, on every process, or it raises on all."""
+        """Commits the save: returns on all processes once it counts, or raises on all of them."""
         name = f'{job.attempt}/committed'
         if not job.private:
             patience = job.deadline.left + 60
@@ -101,7 +101,7 @@ class Save:
             self._try(_describe, job)
         except RunError as raised:
             error = raised
-        # Nothing older is deleted before every process has this step.
+        # No process deletes an older step before every process has this one.
         agree.first_error(error, name, job.deadline.left + 60)
 
     def _try(self, prepare: Callable[[Job], Commit], job: Job) -> None:
@@ -116,7 +116,7 @@ class Save:
 
 
 def _write(job: Job) -> None:
-    """The arrays of every process are in the store when it returns, or it raises on all."""
+    """Writes the arrays: returns once those of all processes are stored, or raises on all."""
     part = job.state if job.private else _part(job.state, jax.process_index())
     error = None
     try:
@@ -135,7 +135,7 @@ def _merge(job: Job) -> Commit:
 
 
 def _describe(job: Job) -> Commit:
-    """Everything but the commit itself, which is returned."""
+    """Writes the manifest and confirms the lease -> the commit, which is not yet written."""
     digest = job.store.write_manifest(job.step, job.attempt, job.manifest)
     if job.deadline.passed:
         raise TimeoutError
@@ -145,14 +145,14 @@ def _describe(job: Job) -> Commit:
 
 
 def _clean(job: Job) -> None:
-    """Deletes what need not stay; what cannot be deleted now will be after the next save."""
+    """Deletes outdated steps; if a deletion fails, it is tried again after the next save."""
     if not (job.private or agree.is_primary()):
         return
     try:
         listing = job.store.storage.list()
         commits = job.store.commits(listing)
         if job.step not in commits or commits[job.step].attempt != job.attempt:
-            return  # replaced since it looked: what is here is no longer this run's to delete
+            return  # another run has taken over: this one may no longer delete anything here
         for step in find_outdated(commits, job):
             job.store.remove(step)
     except Exception as error:
@@ -160,7 +160,7 @@ def _clean(job: Job) -> None:
 
 
 def _discard(job: Job) -> None:
-    """Deletes what a failed save has written: a full disk gets no fuller."""
+    """Deletes what a failed save has written, to free the space on a full disk."""
     if not (job.private or agree.is_primary()):
         return
     try:
@@ -170,10 +170,10 @@ def _discard(job: Job) -> None:
 
 
 def find_outdated(commits: dict[int, Commit], job: Job) -> list[int]:
-    """The steps that are neither among the newest nor to be kept whatever comes, and bad ones.
+    """The steps to delete: damaged ones, and all but the newest `keep` and the milestones.
 
-    On a local tier the newer steps of earlier writers too: what could not be restored from there,
-    because a host was away or the mesh was another one, is of a time that did not happen.
+    On a local tier, also newer steps of earlier epochs: the run was restored from an older step
+    (a host was away, or the mesh changed), so those steps are not part of its history.
     """
     bad = {
         step
@@ -186,7 +186,7 @@ def find_outdated(commits: dict[int, Commit], job: Job) -> list[int]:
 
 
 def explain(error: Exception, store: Store) -> str:
-    """One line a person can read: TensorStore appends notes, its whole specification too."""
+    """The error as one readable line, without the notes and the full spec TensorStore appends."""
     if isinstance(error, TimeoutError):
         return 'it took longer than checkpoint.timeout_seconds'
     if isinstance(error, RunError):

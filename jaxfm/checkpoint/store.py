@@ -1,13 +1,13 @@
-"""How checkpoints lie on a storage, which of them count, and whether one is whole.
+"""The layout of checkpoints on storage: which of them count, and whether one is undamaged.
 
     <step>/<attempt>/state/...       arrays, one OCDBT database
-    <step>/<attempt>/manifest.json   what belongs to it: every array, every file, position, config
+    <step>/<attempt>/manifest.json   all arrays and files of the step, data position, config
     <step>/commit.json               written last: which attempt counts, and the manifest's digest
     lease/<epoch>.json               who may write
 
-Every save has a directory of its own, so a torn one, or one of a writer that was replaced, never
-mixes with another. The commit vouches for the manifest, the manifest for everything else; commits
-and leases are sealed (`seal`).
+Each attempt to save has its own directory, so a torn save, or one by a writer that was replaced,
+never mixes with another. The commit holds the digest of the manifest, and the manifest the digests
+of everything else; commits and leases carry their own digest (`seal`).
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from jaxfm.storage.lease import Record, read_lease
 from jaxfm.storage.seal import seal, unseal
 
 VERSION = 1
-# Files up to this size have a digest; the others hold chunks of arrays, which have fingerprints.
+# Files up to this size have a digest; larger ones hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
 _COMMIT = re.compile(r'(\d+)/commit\.json')
-# What a save makes: the directory of an attempt, a commit, a commit half written; empty ones.
+# The names a save creates. _EMPTY: directories that may be left empty. _SAVED: files of an
+# attempt, a commit, the temporary file of a commit.
 _EMPTY = re.compile(r'\d+(/[0-9a-f]{12}(/|$)|$)')
 _SAVED = re.compile(r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$)')
 
@@ -36,7 +37,7 @@ Listing = dict[str, Stored]
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """One committed step. epoch: of the lease it was made under."""
+    """One committed step. epoch: the lease epoch (fencing token) it was committed under."""
 
     step: int
     attempt: str
@@ -49,18 +50,18 @@ class Commit:
 
 
 def new_attempt() -> str:
-    """The name of a save, used by no other."""
+    """A unique name for an attempt to save."""
     return uuid.uuid4().hex[:12]
 
 
 class Store:
-    """The checkpoints on a storage, for their writer and for everybody who reads them."""
+    """The checkpoints on a storage, for their writer and for readers."""
 
     def __init__(self, storage: Storage):
         self.storage = storage
 
     def commits(self, listing: Listing | None = None) -> dict[int, Commit]:
-        """The commits that count, in the order of their steps; none has been verified."""
+        """{step: commit} of the commits that count, ordered by step; they are not verified."""
         listing = self.storage.list() if listing is None else listing
         written = self.all_commits(listing)
         lease = read_lease(self.storage, listing)
@@ -69,17 +70,17 @@ class Store:
         return {step: commit for step, commit in written.items() if _counts(commit, lease)}
 
     def epochs(self) -> dict[str, int]:
-        """{attempt: epoch} of the commits that count, for who takes the lease."""
+        """{attempt directory: epoch} of the commits that count, for a new holder of the lease."""
         return {commit.directory: commit.epoch for commit in self.commits().values()}
 
     def all_commits(self, listing: Listing) -> dict[int, Commit]:
-        """Every commit, also of writers that had been replaced when they made it."""
+        """{step: commit} of every commit, even if its writer had already been replaced."""
         found = [int(match[1]) for name in listing if (match := _COMMIT.fullmatch(name))]
         commits = [self._read_commit(step) for step in sorted(found)]
         return {commit.step: commit for commit in commits if commit is not None}
 
     def check(self, commit: Commit) -> dict[str, Any]:
-        """The manifest of a commit, once all but the contents of arrays has been compared with it.
+        """The manifest of a commit, after checking everything against it but the array contents.
 
         Raises:
           DamagedError: "digest mismatch" and what differs.
@@ -90,7 +91,7 @@ class Store:
         return manifest
 
     def manifest(self, commit: Commit) -> dict[str, Any]:
-        """The manifest of a commit, compared with its digest. Raises DamagedError."""
+        """The manifest of a commit. Raises DamagedError unless it matches the commit's digest."""
         if not commit.attempt:
             raise self.damaged_error(commit.step, 'commit.json')
         name = f'{commit.directory}/manifest.json'
@@ -103,7 +104,7 @@ class Store:
         return json.loads(content)
 
     def differences(self, commit: Commit, manifest: dict[str, Any]) -> Iterator[str]:
-        """What differs between the files of a step and its manifest, file by file."""
+        """Yields a description of each file of a step that differs from the manifest."""
         listing = self.storage.list(commit.directory)
         for name, expected in manifest['files'].items():
             stored = listing.get(f'{commit.directory}/{name}')
@@ -114,20 +115,22 @@ class Store:
                     yield f'{name} has {stored.size} bytes, not {expected["size"]}'
                 elif self._describe(f'{commit.directory}/{name}', stored) != expected:
                     yield name
-            except FileNotFoundError:  # its run deletes it just now
+            except FileNotFoundError:  # its run has just deleted it
                 yield f'{name} is missing'
 
     def damaged_error(self, step: int, what: str) -> DamagedError:
-        """The error about something of a step that is not as it was saved."""
+        """The error for a part of a step (`what`) that differs from what was saved."""
         return DamagedError(f'checkpoint {step} in {self.storage.root}: digest mismatch: {what}')
 
     def missing_error(self, step: int, steps: Iterable[int]) -> MissingInputError:
-        """The error about a step that is not there."""
+        """The error for a step that does not exist."""
         there = ', '.join(map(str, steps)) or 'none'
-        return MissingInputError(f'no checkpoint {step} in {self.storage.root}; there are: {there}')
+        return MissingInputError(
+            f'no checkpoint {step} in {self.storage.root}; available steps: {there}'
+        )
 
     def write_manifest(self, step: int, attempt: str, manifest: dict[str, Any]) -> str:
-        """Adds the files of the attempt to the manifest and writes it; returns its digest."""
+        """Adds the attempt's files to the manifest and writes it -> the manifest's SHA-256."""
         directory = f'{step}/{attempt}/'
         files = {
             name.removeprefix(directory): self._describe(name, stored)
@@ -139,10 +142,10 @@ class Store:
         return hashlib.sha256(content).hexdigest()
 
     def commit(self, commit: Commit) -> None:
-        """From here on the step counts. What stands in its place does not: it is replaced.
+        """Writes the commit; from then on the step counts. Replaces a commit that does not count.
 
         Raises:
-          LockedError: it does, because a run that took over has come to this step before.
+          LockedError: a run that took over has already committed this step, with a later epoch.
         """
         name = f'{commit.step}/commit.json'
         content = seal(dataclasses.asdict(commit))
@@ -153,18 +156,18 @@ class Store:
             if standing is not None and standing.epoch > commit.epoch:
                 raise LockedError(
                     f'step {commit.step} in {self.storage.root} was committed by a run that took '
-                    'over: this one may no longer write there'
+                    'over from this one, which may no longer write there'
                 ) from None
             self.storage.remove(name)
             self.storage.write(name, content, exclusive=True)
 
     def remove(self, step: int) -> None:
-        """Deletes a step; first it stops to count, so that half of one is never seen."""
+        """Deletes a step, its commit first, so that no reader sees a partly deleted step."""
         self.storage.remove(f'{step}/commit.json')
         self.storage.remove(str(step))
 
     def sweep(self) -> dict[str, int]:
-        """Deletes the orphans and returns them. Only for who holds the lease."""
+        """Deletes the orphans and returns them. Only the holder of the lease may call it."""
         listing = self.storage.list()
         orphans = self.orphans(listing, self.commits(listing))
         empty = [name for name in self.storage.empty_directories() if _EMPTY.match(name)]
@@ -173,12 +176,12 @@ class Store:
         return orphans
 
     def orphans(self, listing: Listing, commits: dict[int, Commit]) -> dict[str, int]:
-        """{directory or file: bytes} of what saves left behind that never counted, or no longer do.
+        """{directory or file: bytes} of saves that were never committed or no longer count.
 
-        Only names that a save gives are looked at: anything else here is somebody else's.
+        Only names that a save creates are considered; other files here belong to somebody else.
         """
         kept = {commit.directory for commit in commits.values()}
-        # Which attempt a damaged commit meant is not known: it might be the last good one.
+        # A damaged commit does not say which attempt it meant, so all attempts of its step stay.
         unknown = {commit.step for commit in commits.values() if not commit.attempt}
         orphans: dict[str, int] = {}
         for name, stored in listing.items():
@@ -199,7 +202,7 @@ class Store:
         except FileNotFoundError:
             return None  # deleted since the listing
         except (ValueError, TypeError):
-            # Damaged: it stands for a step that was there, and `check` will say so.
+            # Damaged: keep a placeholder, so that `check` reports the step instead of hiding it.
             return Commit(step, '', -1, '')
 
     def _describe(self, name: str, stored: Stored) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What lies where checkpoints are kept, for people: every attempt to save, and its outcome."""
+"""Lists, for people, everything in a checkpoint store: each attempt to save, and its outcome."""
 
 import collections
 import dataclasses
@@ -11,33 +11,33 @@ from jaxfm.storage.lease import Record, read_lease
 
 COMMITTED = 'committed'
 FENCED_OFF = 'fenced off'  # committed by a writer that had been replaced: it does not count
-DAMAGED = 'damaged'  # committed, and commit or manifest are not what they were
+DAMAGED = 'damaged'  # committed, but the commit or the manifest has changed since
 TORN = 'torn'  # never committed
-UNFINISHED = 'unfinished'  # not committed, and its writer may be at work
+UNFINISHED = 'unfinished'  # not committed, but its writer may still be working
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One save of a step. manifest: {} when there is none that can be read."""
+    """One attempt to save a step. manifest: {} if it is missing or unreadable."""
 
     step: int
     name: str
     state: str
     size: int  # bytes
-    modified: float  # seconds since 1970, by the clock of the storage
+    modified: float  # Unix time in seconds, by the storage's clock
     manifest: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Everything in the order of steps, and who may write."""
+    """All attempts, ordered by step, and the lease (None if there is none)."""
 
     attempts: list[Attempt]
     lease: Record | None
 
 
 def survey(store: Store) -> Survey:
-    """Looks at names, commits and manifests: at nothing that is large."""
+    """Surveys a store. Reads only names, commits and manifests, never the arrays."""
     listing = store.storage.list()
     lease = read_lease(store.storage, listing)
     counted, written = store.commits(listing), store.all_commits(listing)
@@ -67,7 +67,7 @@ def survey(store: Store) -> Survey:
 
 
 def _names(listing: Listing, written: dict[int, Commit]) -> set[tuple[int, str]]:
-    """(step, attempt) of all that is there, and of what a commit promises."""
+    """{(step, attempt)} of every attempt that is stored or that a commit refers to."""
     there = collections.defaultdict(set)
     for name in listing:
         parts = name.split('/')
@@ -80,7 +80,7 @@ def _names(listing: Listing, written: dict[int, Commit]) -> set[tuple[int, str]]
 
 
 def _manifest(store: Store, commit: Commit) -> tuple[dict[str, Any], bool]:
-    """The manifest, as far as it can be read, and whether it is what was committed."""
+    """(the manifest as far as it can be read, whether it is the one that was committed)."""
     try:
         return store.manifest(commit), True
     except DamagedError:

@@ -1,7 +1,7 @@
-"""Whether a committed step is what was saved: every file of it and every array.
+"""Checks that a committed step is what was saved: all of its files and all of its arrays.
 
-A restore compares what one run reads, and stops at the first thing that is wrong. Here everything
-is read, chunk by chunk on one device whatever mesh wrote it, and all that is wrong is named.
+A restore checks only what its run reads, and stops at the first error. This reads everything, chunk
+by chunk on one device whatever mesh wrote it, and reports all damage.
 """
 
 import collections
@@ -16,8 +16,8 @@ from jaxfm.checkpoint.saver import explain
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import DamagedError, PermissionDeniedError, UnavailableError
 
-# How TensorStore says that a server, and not the data, is the matter. It notes the status of an
-# answer, except where that means that an object or a part of it is not there.
+# TensorStore errors that come from the server or the network rather than from damaged data. It adds
+# http_response_code to an error unless the code means that an object, or a part of it, is missing.
 _OUT_OF_REACH = re.compile(
     '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED):'
     '|CURL error|http_response_code'
@@ -25,19 +25,19 @@ _OUT_OF_REACH = re.compile(
 _FORBIDDEN = re.compile(
     '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
 )
-# Patience with one chunk: longer than all tries of the requests it needs.
+# Time-out for one chunk: longer than all retries of the requests it needs.
 CHUNK_SECONDS = 300
 
 
 def find_damages(store: Store, commit: Commit) -> list[DamagedError]:
-    """Everything of a step that is not as it was saved; [] when it is whole.
+    """An error for every part of a step that differs from what was saved; [] if none does.
 
     Raises:
-      UnavailableError, PermissionDeniedError: the storage does not let itself be read.
+      UnavailableError, PermissionDeniedError: the storage cannot be read.
     """
     try:
         manifest = store.manifest(commit)
-    except DamagedError as error:  # nothing else can be known
+    except DamagedError as error:  # without a manifest there is nothing to compare with
         return [error]
     files = [store.damaged_error(commit.step, what) for what in store.differences(commit, manifest)]
     return files + _check_arrays(store, commit, manifest)
@@ -52,15 +52,15 @@ def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def explain_read(error: Exception, store: Store, step: int, what: str = 'it') -> Exception:
-    """The error for what could not be read of a step: it is damaged, or only out of reach.
+    """The error to raise when part of a step cannot be read: damaged, unreachable or forbidden.
 
-    What TensorStore did not raise, such as a device that is out of memory, stays what it is.
+    An error that TensorStore did not raise (a device out of memory, say) is returned unchanged.
     """
     if not isinstance(error, TimeoutError | ValueError | LookupError | NotImplementedError):
         return error
     root, text = store.storage.root, explain(error, store)
     if _FORBIDDEN.search(str(error)):
-        return PermissionDeniedError(f'checkpoint {step} in {root} may not be read: {text}')
+        return PermissionDeniedError(f'no permission to read checkpoint {step} in {root}: {text}')
     if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
         return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
     return store.damaged_error(step, f'{what} cannot be read: {text}')

@@ -102,7 +102,7 @@ def step_directory(checkpointer, step=7):
 
 def test_a_new_directory_has_no_step(checkpointer):
     assert checkpointer.latest_step() is None
-    with pytest.raises(MissingInputError, match='no checkpoint 3 .* there are: none'):
+    with pytest.raises(MissingInputError, match='no checkpoint 3 .* available steps: none'):
         checkpointer.restore(3, {})
 
 
@@ -211,7 +211,7 @@ def test_milestones_stay_whatever_is_saved_after_them(tmp_path):
 def test_milestones_to_come_need_room(tmp_path, monkeypatch):
     made = Checkpointer(CheckpointConfig(), tmp_path, milestones=(3, 9))
     monkeypatch.setattr(made._store.storage, 'free_bytes', lambda: 49 * 2**30)
-    with pytest.raises(StorageError, match='need 50 GiB .5 of 10 GiB., have 49 GiB'):
+    with pytest.raises(StorageError, match='need 50 GiB .5 of 10 GiB each., have 49 GiB'):
         made.check_room(10 * 2**30)
     made.save(3, place(host_state(), make_mesh(1)), {})
     made.wait()
@@ -384,7 +384,7 @@ def test_when_every_checkpoint_is_damaged_that_is_an_error_and_no_fresh_start(sa
     saved.wait()
     for step in (7, 8):
         flip_a_bit_of_the_largest_file(step_directory(saved, step))
-    with pytest.raises(DataError, match='no checkpoint is whole') as caught:
+    with pytest.raises(DataError, match='every checkpoint is damaged') as caught:
         restore_newest(saved)
     assert 'checkpoint 7 in' in str(caught.value) and 'checkpoint 8 in' in str(caught.value)
 
@@ -543,7 +543,9 @@ def test_no_room_is_refused_with_the_numbers(saved, tmp_path):
     free = shutil.disk_usage(tmp_path).free
     empty = Checkpointer(CheckpointConfig(), tmp_path / 'empty')
     empty.check_room(free // 4)
-    with pytest.raises(StorageError, match=r'need \d+ GiB \(3 of \d+ GiB\), have [\d.]+ GiB') as e:
+    with pytest.raises(
+        StorageError, match=r'need \d+ GiB \(3 of \d+ GiB each\), have [\d.]+ GiB'
+    ) as e:
         empty.check_room(free // 4 * 3 + 2**38)
     assert empty.root in str(e.value)
     saved.check_room(free // 5 * 2)  # beside the one that is there

@@ -108,7 +108,7 @@ def test_another_mesh_restores_the_durable_step(config, caplog):
     save_until(config, 10).close()
     fresh = Checkpointer(config, '')
     assert_newest_is(fresh, 6, count=2)
-    assert 'the parts of another mesh' in caplog.text
+    assert 'the shards of another mesh' in caplog.text
     fresh.close()
 
 

@@ -1,7 +1,8 @@
-"""What a run measures: its records, clocks and console.
+"""What a run measures: records, clocks and the console.
 
-`writers` keeps metrics.jsonl, the truth; `clock` counts tokens and time, `goodput` says what for;
-`console` tells a person. This room imports no other but storage.
+`writers` writes metrics.jsonl, from which everything else is derived. `clock` counts tokens and
+time, `goodput` defines the buckets that time is charged to, `devices` knows the peak FLOP/s of
+devices, and `console` shows progress. This room imports no other room except storage.
 """
 
 from pydantic import Field
@@ -9,17 +10,18 @@ from pydantic import Field
 from jaxfm.registry import Registry, one_of
 from jaxfm.schema import Group
 
-# What hears the records beside metrics.jsonl and the console: built as `Sink(group, workdir)`.
+# Other receivers of the records, beside metrics.jsonl and the console; built as
+# `Sink(group, workdir)`.
 SINKS = Registry({}, base=Group)
 
 
 class MetricsConfig(Group):
-    """How often the run says how it goes."""
+    """How often a run logs, and where its records go."""
 
     # Steps between two train records; the first and the last step are always logged.
     log_every: int = Field(default=10, ge=1)
-    # Failures of the whole job a day, all hosts together: for these the report recommends a
-    # checkpoint.every, once saves were measured; 0 is no recommendation.
+    # Expected failures of the whole job per day, over all hosts. From this and the measured time of
+    # saves, the report recommends a checkpoint.every; 0 turns the recommendation off.
     failures_per_day: float = Field(default=1.0, ge=0)
-    # By any name: writers of your own, each as `dict(name='module:Class', ...)`.
+    # Your own sinks, {any name: dict(name='module:Class', ...)}.
     sinks: dict[str, one_of(SINKS)] = {}

@@ -1,6 +1,6 @@
-"""Where the time of a run goes: throughput, MFU, the time still to come.
+"""Measures where the time of a run goes: throughput, MFU, time remaining.
 
-All on the monotonic clock: a clock that is set during a run changes nothing.
+It uses the monotonic clock, so setting the system clock during a run has no effect.
 """
 
 import contextlib
@@ -14,18 +14,21 @@ from typing import Any
 
 from jaxfm.metrics import goodput
 
-# A step after a long evaluation must not move the estimate much, a lasting change must.
+# One unusual step (say, after a long evaluation) must not move the estimate much, but a lasting
+# change must.
 _SMOOTHING = 0.7
 _IMPORTED = time.monotonic()
 
 
 class StepClock:
-    """Counts tokens and steps between two logs, and says of every second of a run where it went.
+    """Counts tokens and steps between two logs, and charges every second of a run to a bucket.
 
-    total_steps: of the run. peak_flops: of all devices together. now: seconds, monotonic.
-    started: when the process was, on the same clock; None is now.
-    flops_per_step, to be set: model FLOPs of one global step. MFU needs both FLOPs.
-    seconds: {bucket of `goodput.BUCKETS`: seconds of all processes}, up to the last turn of events.
+    total_steps: of the run. peak_flops: FLOP/s of all devices together. now: a monotonic clock, in
+    seconds. started: when the process started, on that clock; None means now.
+
+    The caller sets `flops_per_step`, the model FLOPs of one global step. MFU needs it and
+    peak_flops. `seconds` is {bucket of `goodput.BUCKETS`: seconds}, over this process and the
+    earlier ones of the run, up to the last change of bucket.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class StepClock:
         self._peak_flops = peak_flops
         self._now = now
         self._turned = now() if started is None else started
-        self._bucket = self._ground = 'init'  # ground: where time goes that does not stand aside
+        self._bucket = self._ground = 'init'  # ground: the bucket for time not charged elsewhere
         self.seconds: Counter[str] = Counter()
         self._restored_seconds = 0.0
         self._tokens = self._steps = 0
@@ -50,7 +53,7 @@ class StepClock:
         self._between_at_start = 0.0
 
     def step(self, tokens: int) -> None:
-        """One more training step has been asked for, of so many tokens over all hosts."""
+        """Counts one dispatched training step. tokens: of the global batch."""
         if not self._steps:
             self._between_at_start = self._between
         self._window_steps += 1
@@ -60,7 +63,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """The loop runs: time is that of steps. What was before it is `init`, after it `other`."""
+        """A context for the training loop: time is charged to `step`, and to `other` afterwards."""
         self._ground = 'step'
         self._turn_to('step')
         try:
@@ -71,9 +74,9 @@ class StepClock:
 
     @contextlib.contextmanager
     def aside(self, bucket: str) -> Iterator[None]:
-        """Time that is no training step: data_wait, compile, eval, checkpoint_save and _restore.
+        """A context that charges its time to another bucket, such as `eval` or `data_wait`.
 
-        Inside another one, it belongs to the outer.
+        If contexts are nested, all of the time goes to the outer one.
         """
         if self._bucket != self._ground:
             yield
@@ -85,12 +88,12 @@ class StepClock:
             self._turn_to(self._ground)
 
     def log(self, step: int) -> dict[str, float]:
-        """The values of the window since the last log, for a `perf` record; a new window begins.
+        """The values for a `perf` record of the window since the last log; starts a new window.
 
-        Call it when the last step that was asked for has ended, or the window is too short.
+        Call it after the last dispatched step has finished, or the measured time is too short.
         """
         account = self.account()
-        # Waiting for data counts: a run that starves must not look fast.
+        # Waiting for data counts, so that a data-starved run does not look fast.
         training = account['step'] + account['data_wait']
         seconds = max(training - self._window_started, 1e-9)
         steps, tokens = self._window_steps, self._window_tokens
@@ -100,7 +103,7 @@ class StepClock:
         values |= goodput.values(account)
         if not steps:
             return values
-        if steps < self._steps or steps > 1:  # the very first step is no measure of the others
+        if steps < self._steps or steps > 1:  # the very first step says little about later ones
             self._smooth(seconds / steps)
         values['perf/tokens_per_second'] = tokens / seconds
         values['perf/step_seconds'] = seconds / steps
@@ -111,10 +114,10 @@ class StepClock:
         return values
 
     def eta(self, step: int) -> float | None:
-        """Seconds from `step` to the end; None before the first log of more than one step.
+        """Seconds from `step` to the end of the run; None until a log has measured a second step.
 
-        Steps at their recent speed, evaluation and saving at their average cost so far, without
-        what came before the first step.
+        It assumes the recent step time, plus the average cost per step of evaluation and saving so
+        far, without what happened before the first step.
         """
         if self._step_seconds is None:
             return None
@@ -126,7 +129,7 @@ class StepClock:
         return self.seconds['eval'] + self.seconds['checkpoint_save']
 
     def account(self) -> dict[str, float]:
-        """Seconds of every bucket, over all processes of this run so far, not between them."""
+        """{bucket: seconds} over all processes of this run so far, without gaps between them."""
         self._turn_to(self._bucket)
         return {bucket: self.seconds[bucket] for bucket in goodput.BUCKETS}
 
@@ -140,30 +143,31 @@ class StepClock:
         return self._tokens
 
     def get_state(self) -> dict[str, Any]:
-        """JSON for the checkpoint."""
+        """The state to save in a checkpoint, as JSON."""
         return {'tokens': self._tokens, 'seconds': self.account()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on where a checkpoint left off, beside what this process took so far.
+        """Adds the tokens and seconds of a checkpoint to what this process has used so far.
 
-        Speeds are measured anew.
+        Step times are measured anew.
         """
         self._tokens = state['tokens']
-        self.seconds.update(state['seconds'])  # of a Counter: adds
+        self.seconds.update(state['seconds'])  # Counter.update adds
         self._restored_seconds = sum(state['seconds'].values())
         self._window_started = self.seconds['step'] + self.seconds['data_wait']
 
     def waste(self, elapsed: float) -> float:
-        """An earlier process was seen at `elapsed`: what it did since its checkpoint is wasted.
+        """Charges the time that an earlier process lost after its checkpoint to `wasted`.
 
-        Returns those seconds, which are time of this run too.
+        elapsed: the last value of perf/elapsed_seconds that the process recorded. Returns the lost
+        seconds, which also count as time of this run.
         """
         lost = max(elapsed - self._restored_seconds, 0.0)
         self.seconds['wasted'] += lost
         return lost
 
     def _turn_to(self, bucket: str) -> None:
-        """The time since the last turn belongs to the bucket until now; from now on to this one."""
+        """Charges the time since the last change to the old bucket and switches to `bucket`."""
         now = self._now()
         self.seconds[self._bucket] += now - self._turned
         self._turned, self._bucket = now, bucket

@@ -1,11 +1,11 @@
-"""Peak matmul throughput of devices, the denominator of MFU: dense, from the vendor's data sheets.
+"""Peak matmul throughput of devices, the denominator of MFU: dense, from the vendors' data sheets.
 
-Sheets that print only figures "with sparsity" are halved. GeForce figures accumulate in float32, as
-we do. 'float32' is the rate of TF32 tensor cores, because that is what XLA uses for a float32
-product at default precision.
+Where a sheet gives only a figure "with sparsity", the table has half of it. GeForce figures are for
+float32 accumulation, which we use. 'float32' is the rate of TF32 tensor cores, because XLA uses
+them for float32 products at default precision.
 """
 
-# jax device_kind contains the key; the first that fits wins, so narrower names come first.
+# The key must occur in jax's device_kind. The first match wins, so longer names come first.
 # TFLOP/s: (bfloat16 and float16, float32 as TF32, float8)
 _PEAK_TFLOPS = {
     'GB300': (2500, 1250, 5000),
@@ -33,15 +33,16 @@ _PEAK_TFLOPS = {
     'RTX 3090 Ti': (80, 40, None),
     'RTX 3090': (71, 35.6, None),
 }
-# Smaller devices that bear the name of a larger one: mobile chips, parts of a device.
+# Words that mark a smaller device with the name of a larger one: mobile chips, parts of a device.
 _SMALLER = ('LAPTOP', 'MOBILE', 'MAX Q', 'MIG', 'D')
 _COLUMN = {'bfloat16': 0, 'float16': 0, 'float32': 1, 'float8_e4m3fn': 2, 'float8_e5m2': 2}
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s of one device in products of `dtype`, as `jax.Device.device_kind` names the device.
+    """Peak dense FLOP/s of one device for matmuls in `dtype`.
 
-    None when the device or the dtype is not in the table: no MFU is better than a wrong one.
+    device_kind: as in `jax.Device.device_kind`. Returns None if the device or the dtype is not in
+    the table, because no MFU is better than a wrong one.
     """
     words = f' {device_kind.upper().replace("-", " ")} '
     if dtype not in _COLUMN or any(f' {word} ' in words for word in _SMALLER):

@@ -1,9 +1,10 @@
-"""metrics.jsonl, the truth about a run, and the smaller sinks that hear the same records.
+"""metrics.jsonl, the authoritative record of a run, and other sinks for the same records.
 
-A record is flat: `step phase time kind` and named values, one JSON object a line. `time` is seconds
-since 1970, for people alone: order goes by step. `kind` is train, eval, perf or event. Values are
-numbers, strings, booleans or null; a float keeps every bit. NaN and infinities, which JSON lacks,
-are the strings "NaN", "Infinity" and "-Infinity", and `read_records` gives them back as floats.
+A record is one flat JSON object per line: `step`, `phase`, `time`, `kind` and named values. `time`
+is Unix time in seconds, only for display: records are ordered by step. `kind` is train, eval, perf
+or event. Values are numbers, strings, booleans or null; floats are written without loss. JSON has
+no NaN or infinities, so these are written as the strings "NaN", "Infinity" and "-Infinity", and
+`read_records` turns them back into floats.
 """
 
 import json
@@ -25,7 +26,7 @@ _NOT_JSON = ('NaN', 'Infinity', '-Infinity')
 
 
 class Sink(Protocol):
-    """Anything that wants to hear the records: a console, a tracker."""
+    """Receives every record: a console, an experiment tracker."""
 
     def write(self, record: Mapping[str, Any]) -> None: ...
 
@@ -33,19 +34,21 @@ class Sink(Protocol):
 
 
 class Recorder:
-    """Makes records and gives each to metrics.jsonl and the sinks. No sink can stop a run.
+    """Builds records and passes them to metrics.jsonl and to the sinks.
 
-    enabled: False on all processes but the first, where nothing is written.
+    A sink that raises is dropped; it cannot stop the run.
+
+    enabled: False on every process but the first: nothing is written there.
     """
 
     def __init__(self, jsonl: 'JsonlWriter', *sinks: Sink, enabled: bool = True):
         self.jsonl = jsonl
         self._sinks = list(sinks) if enabled else []
         self._enabled = enabled
-        self.phase = ''  # of the records to come
+        self.phase = ''  # of the following records
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One record; `values` may hold Python or numpy scalars, not arrays still on a device."""
+        """Writes one record. values: Python or numpy scalars, not arrays on a device."""
         if not self._enabled:
             return
         head = {'step': step, 'phase': self.phase, 'time': round(time.time(), 3), 'kind': kind}
@@ -65,14 +68,14 @@ class Recorder:
             method(*arguments)
         except Exception as error:
             self._sinks.remove(sink)
-            log.warning('%s gets no more metrics: %s', type(sink).__name__, error)
+            log.warning('%s failed and gets no more records: %s', type(sink).__name__, error)
 
 
 class JsonlWriter:
-    """Appends records to a file, a whole line at a time, so that it can be cut back on resume.
+    """Appends records to a file, always whole lines, so that a resumed run can cut it back.
 
-    A full disk costs records and one warning, never the run. With enabled=False (all processes but
-    the first) nothing is touched and the position is 0.
+    On a full disk, records are lost and one warning is logged, but the run goes on. With
+    enabled=False (every process but the first) it touches no file, and the position is 0.
     """
 
     def __init__(self, path: str | Path, enabled: bool = True):
@@ -84,7 +87,7 @@ class JsonlWriter:
             self._open()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one line; it is in the hands of the operating system on return."""
+        """Appends one line; on return the operating system has it (it is not fsynced)."""
         if self._file is None:
             return
         fields = {name: _to_json(value) for name, value in record.items()}
@@ -93,21 +96,25 @@ class JsonlWriter:
             self._append(line)
         except OSError as error:
             if not self._warned:
-                log.warning('%s loses records: %s', self.path, error)
+                log.warning('%s cannot be written, records are lost: %s', self.path, error)
             self._warned = True
 
     def position(self) -> int:
-        """Bytes of whole lines so far; a checkpoint keeps it for `end_of`."""
+        """Bytes of whole lines so far; checkpoints store it for `end_of`."""
         return self._position
 
     def end_of(self, step: int, position: int) -> int:
-        """Bytes of the records up to a step that are before the position in its checkpoint.
+        """Where to cut the file on resume: after the last record up to `step` and `position`.
 
-        That position is of the work directory where the checkpoint was made. In another one, where
-        a run went on from it and was killed before its own first checkpoint, steps alone tell.
+        step, position: of the checkpoint. The position is only valid for the work directory in
+        which the checkpoint was saved. A run may resume it in another directory and be killed
+        before its own first checkpoint; then only the steps of the records show where to cut.
         """
         if position > self._position:
-            log.warning('%s is shorter than at the checkpoint: records are missing', self.path)
+            log.warning(
+                '%s is shorter than when the checkpoint was saved: some records are missing',
+                self.path,
+            )
         end = 0
         with open(self.path, 'rb') as file:
             for line in file:
@@ -117,14 +124,14 @@ class JsonlWriter:
         return end
 
     def truncate(self, position: int) -> None:
-        """Cuts back to an earlier position, that of a checkpoint."""
+        """Cuts the file back to an earlier position."""
         if self._file is None:
             return
         self._cut(position)
         self._begin()
 
     def close(self) -> None:
-        """Further records are dropped."""
+        """Closes the file; later records are dropped."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -143,7 +150,7 @@ class JsonlWriter:
             self.write(head | {'schema_version': SCHEMA_VERSION})
 
     def _append(self, line: bytes) -> None:
-        """A line that fits in part only is taken back, or the next one would be glued to it."""
+        """Appends a line; removes a partly written one, or the next would be joined to it."""
         try:
             if self._file.write(line) != len(line):
                 raise OSError('no space left for the whole line')
@@ -158,7 +165,10 @@ class JsonlWriter:
 
 
 def read_records(path: str | Path, position: int = 0) -> Iterator[dict[str, Any]]:
-    """The records of a file from a position on, without a torn last line; no file, no records."""
+    """Yields the records of a file from a byte position on, ignoring an incomplete last line.
+
+    Yields nothing if the file does not exist. Raises DataError on a line that is not JSON.
+    """
     path = Path(path)
     if not path.exists():
         return
@@ -170,12 +180,12 @@ def read_records(path: str | Path, position: int = 0) -> Iterator[dict[str, Any]
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise DataError(f'{path}, line {number}, is no record: {error}') from error
+                raise DataError(f'{path}, line {number}, is not a record: {error}') from error
             yield {name: float(v) if v in _NOT_JSON else v for name, v in record.items()}
 
 
 def _is_up_to(step: int, line: bytes) -> bool:
-    """Whether a line is a record, of this step or an earlier one."""
+    """Whether a line is a record of this step or an earlier one."""
     try:
         return json.loads(line)['step'] <= step
     except (ValueError, KeyError, TypeError):
@@ -183,7 +193,7 @@ def _is_up_to(step: int, line: bytes) -> bool:
 
 
 def _end_of_last_line(path: Path) -> int:
-    """Bytes up to the last line break, read backwards: the file of a long run is large."""
+    """The position after the last line break, found from the end because files can be large."""
     with open(path, 'rb') as file:
         end = file.seek(0, os.SEEK_END)
         while end > 0:
@@ -197,7 +207,7 @@ def _end_of_last_line(path: Path) -> int:
 
 
 def _scalar(value: Any) -> Any:
-    """Python's own number for a numpy scalar; float32 to float is exact."""
+    """Converts a numpy scalar to a Python number; float32 to float is exact."""
     return value.item() if hasattr(value, 'item') else value
 
 

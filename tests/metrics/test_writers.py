@@ -178,7 +178,7 @@ def test_a_full_disk_costs_records_and_neither_the_run_nor_the_file(path, caplog
     train_steps(recorder, 5, 5)
     recorder.close()
     assert [record['step'] for record in without_time(path)] == [1, 2, 5]
-    assert caplog.text.count('loses records') == 1
+    assert caplog.text.count('records are lost') == 1
 
 
 def test_only_the_first_process_writes(path):
@@ -217,7 +217,8 @@ def test_a_broken_sink_warns_once_and_stops_nobody(path, caplog):
     recorder.close()
     assert heard == [1, 2, 3, 'closed']
     assert len(without_time(path)) == 3
-    assert caplog.text.count('BrokenSink gets no more metrics: no route to the tracker') == 1
+    told = 'BrokenSink failed and gets no more records: no route to the tracker'
+    assert caplog.text.count(told) == 1
 
 
 def test_a_path_that_cannot_be_written_is_an_error_of_ours(tmp_path):
@@ -230,5 +231,5 @@ def test_a_path_that_cannot_be_written_is_an_error_of_ours(tmp_path):
 def test_a_line_that_is_no_record_is_named(path):
     path.parent.mkdir()
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(DataError, match='metrics.jsonl, line 2, is no record'):
+    with pytest.raises(DataError, match='metrics.jsonl, line 2, is not a record'):
         list(read_records(path))

@@ -1,1 +1,1 @@
-"""Reports: what a run measured, as pictures and a page, made of its files alone."""
+"""Reports: plots and an HTML page of what a run measured, made from the files of the run alone."""

@@ -1,7 +1,7 @@
-"""report.html and plots/*.png of a run, from config.json and metrics.jsonl alone.
+"""Writes report.html and plots/*.png of a run, from config.json and metrics.jsonl alone.
 
-The page carries its pictures inside and asks the network for nothing. It is made of whatever is
-there: a run that has just begun, or died, has a report too.
+The page embeds its pictures and loads nothing from the network. It shows whatever has been recorded
+so far, so a run that has just started, or has crashed, has a report too.
 """
 
 import base64
@@ -36,7 +36,7 @@ img { max-width: 100% } pre { background: #f6f6f6; padding: 1rem; overflow: auto
 
 
 def write_report(workdir: str | Path) -> Path:
-    """Writes the report of a run into its directory and returns the path of the page."""
+    """Writes the report of a run into its work directory -> the path of the page."""
     workdir = Path(workdir)
     records = list(read_records(workdir / 'metrics.jsonl'))
     series, data = collect_series(records), collect_data(records)
@@ -52,12 +52,13 @@ def _page(name: str, series: Series, data: dict, config: Any, pictures: list[Pat
     title = html.escape(name)
     images = {picture.stem: _image(picture) for picture in pictures}
     goodput_picture = images.pop('goodput', '')
-    given = html.escape(json.dumps(config, indent=2, ensure_ascii=False)) if config else 'none'
+    missing = 'config.json is missing or damaged'
+    given = html.escape(json.dumps(config, indent=2, ensure_ascii=False)) if config else missing
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<style>{_STYLE}</style></head><body><h1>{title}</h1>'
         f'<h2>Run</h2>{_table(("", ""), _run_rows(series, config))}'
-        f'<h2>Evaluation</h2>{_table(("", "last", "first"), _eval_rows(series))}'
+        f'<h2>Evaluation</h2>{_table(("metric", "last", "first"), _eval_rows(series))}'
         f'{"".join(images.values())}{_goodput_section(series, config, goodput_picture)}'
         f'{_data_tables(data)}'
         f'<h2>Config</h2><pre>{given}</pre></body></html>\n'
@@ -65,7 +66,7 @@ def _page(name: str, series: Series, data: dict, config: Any, pictures: list[Pat
 
 
 def _data_tables(data: dict[str, dict[str, Any]]) -> str:
-    """What each phase has read: a column for every source."""
+    """A table of data statistics for each phase, with one column per source."""
     tables = []
     for phase, values in data.items():
         title = f'Data of {html.escape(phase)}' if phase else 'Data'
@@ -81,7 +82,7 @@ def _data_tables(data: dict[str, dict[str, Any]]) -> str:
 
 
 def _by_source(values: Mapping[str, Any], what: str) -> str:
-    """A table of {'<source>/<name>': value}: a row for a name, a column for a source."""
+    """A table of {'<column>/<name>': value}. what: what the columns are, such as 'source'."""
     rows: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if '_length_histogram/' not in name and not name.startswith(CONTAMINATION):
@@ -123,9 +124,9 @@ def _speed_rows(series: Series) -> list[tuple[str, ...]]:
             values = sorted(value for _, value in series[name])
             rows.append((f'{label} (median)', _number(values[len(values) // 2])))
     if 'perf/total_tokens' in series:
-        rows.append(('tokens', f'{series["perf/total_tokens"][-1][1]:,.0f}'))
+        rows.append(('training tokens', f'{series["perf/total_tokens"][-1][1]:,.0f}'))
     if 'perf/elapsed_seconds' in series:
-        rows.append(('time', format_seconds(series['perf/elapsed_seconds'][-1][1])))
+        rows.append(('elapsed time', format_seconds(series['perf/elapsed_seconds'][-1][1])))
     return rows
 
 
@@ -137,7 +138,7 @@ def _eval_rows(series: Series) -> list[tuple[str, ...]]:
 
 
 def _goodput_section(series: Series, config: Any, picture: str) -> str:
-    """Where the time of the run went, and the checkpoint interval for it; '' without records."""
+    """Where the run's time went, and the recommended checkpoint interval; '' without records."""
     account = last_account(series)
     elapsed = sum(account.values())
     if not elapsed:
@@ -146,37 +147,37 @@ def _goodput_section(series: Series, config: Any, picture: str) -> str:
         (bucket, format_seconds(seconds), f'{seconds / elapsed:.1%}')
         for bucket, seconds in account.items()
     ]
-    tables = _table(('', 'time', 'share'), rows)
+    tables = _table(('bucket', 'time', 'share'), rows)
     if advice := _checkpoint_rows(series, config):
         tables += _table(('', ''), advice)
     return f'<h2>Where the time went</h2>{tables}{picture}'
 
 
 def _checkpoint_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
-    """The recommended checkpoint.every, as far as saves and steps were measured."""
+    """The recommended checkpoint.every; [] unless saves and steps have been measured."""
     measured = ('checkpoint/blocking_seconds', 'checkpoint/save_seconds', 'perf/step_seconds')
     failures = _value(config, 'metrics', 'failures_per_day')
     if not failures or not all(name in series for name in measured):
         return []
     blocks, takes, step = (statistics.median(v for _, v in series[name]) for name in measured)
     steps = goodput.checkpoint_every(blocks, takes, step, failures)
-    now = _value(config, 'checkpoint', 'every') or 'only at the end'
+    now = _value(config, 'checkpoint', 'every') or '0 (saves only at the end)'
     text = (
-        f'{steps} steps ({format_seconds(steps * step)}) at {failures:g} '
-        f'failure{"" if failures == 1 else "s"} a day; a save blocks {format_seconds(blocks)} '
-        f'and takes {format_seconds(takes)}; now {now}'
+        f'{steps} steps ({format_seconds(steps * step)}) for {failures:g} '
+        f'failure{"" if failures == 1 else "s"} per day; a save blocks training for '
+        f'{format_seconds(blocks)} and takes {format_seconds(takes)}; current value: {now}'
     )
     return [('recommended checkpoint.every', text)]
 
 
 def _value(config: Any, group: str, name: str) -> Any:
-    """A word of the config; None where there is no such word, or no config."""
+    """The config value at group.name; None if it, or the config, does not exist."""
     found = config.get(group) if isinstance(config, dict) else None
     return found.get(name) if isinstance(found, dict) else None
 
 
 def _score(name: str, series: Series, which: int) -> str:
-    """The value with its interval, of the first or the last record."""
+    """One value with its interval and step. which: 0 is the first record, -1 the last."""
     step, value = series[name][which]
     low, high = (dict(series.get(name + end, ())).get(step) for end in BOUNDS)
     text = _number(value)

@@ -1,4 +1,4 @@
-"""plots/*.png of a run."""
+"""Draws plots/*.png of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,15 @@ from typing import Any
 from jaxfm.metrics import goodput
 from jaxfm.report.series import BOUNDS, HISTOGRAM, XZ_SUFFIX, Series, is_bound, last_account
 
-# Steps are green, what is wasted is red.
+# Training steps are green, wasted time is red.
 _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 
 
 def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
-    """{loss,eval,throughput,goodput,lengths}.png, as far as there is something to draw."""
+    """Draws {loss,eval,throughput,goodput,lengths}.png, each only if there is data for it.
+
+    data: as from `collect_data`. Returns the paths of the files.
+    """
     panels = {
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
         'eval': _eval_panels(series),
@@ -33,7 +36,7 @@ def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
 
 
 def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """{phase and source: {'64': train documents of 33 to 64 tokens}}."""
+    """{phase and source: {'64': number of training documents of 33 to 64 tokens}}."""
     histograms: dict[str, dict[str, int]] = {}
     for phase, values in data.items():
         for name, count in values.items():
@@ -45,7 +48,7 @@ def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _eval_panels(series: Series) -> list[list[str]]:
-    """Bits per byte share a panel with the line of xz, other scores have one each."""
+    """Names of series by panel: one per score; bits per byte share theirs with the xz baseline."""
     names = [n for n in sorted(series) if n.startswith('eval/') and not is_bound(n, series)]
     panels = []
     for name in names:
@@ -58,12 +61,12 @@ def _eval_panels(series: Series) -> list[list[str]]:
 
 
 def _plot_goodput(account: dict[str, float], path: Path) -> Path:
-    """One bar, a piece for every bucket that took time."""
+    """One horizontal bar, with a segment for every bucket that took time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.8), dpi=90, layout='constrained')
     axes = figure.add_subplot(xlabel='seconds', yticks=[])
-    axes.set_title('where the time went', fontsize=10)
+    axes.set_title('Where the time went', fontsize=10)
     begin = 0.0
     for bucket, seconds in account.items():
         if seconds > 0:
@@ -80,16 +83,17 @@ def _plot_lengths(histograms: dict[str, dict[str, int]], path: Path) -> Path:
 
     figure = Figure(figsize=(11, 3.2 * len(histograms)), dpi=90, layout='constrained')
     for index, (title, counts) in enumerate(histograms.items()):
-        axes = figure.add_subplot(len(histograms), 1, index + 1, xlabel='tokens, at most')
-        axes.set_title(f'{title}: lengths of train documents', fontsize=10, parse_math=False)
+        axes = figure.add_subplot(len(histograms), 1, index + 1)
+        axes.set(xlabel='tokens per document, up to', ylabel='documents')
+        axes.set_title(f'{title}: lengths of training documents', fontsize=10, parse_math=False)
         axes.bar(list(counts), list(counts.values()))
     figure.savefig(path)
     return path
 
 
 def _plot_curves(panels: list[list[str]], series: Series, path: Path) -> Path:
-    # Imported late: it takes longer than the rest of the report. Figure alone needs no display, and
-    # unlike pyplot leaves no figures behind.
+    # Imported here because it takes longer than the rest of the report. Figure, unlike pyplot,
+    # needs no display and keeps no reference to the figures.
     from matplotlib.figure import Figure
 
     columns = min(len(panels), 2)

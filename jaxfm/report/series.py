@@ -1,4 +1,4 @@
-"""What the records of a run hold, by name: series of numbers, and what was said about data."""
+"""Collects the records of a run by name: series of numbers, and statistics of the data."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,18 +7,18 @@ from typing import Any
 
 from jaxfm.metrics import goodput
 
-# An evaluator that knows what `xz -9e` reaches on the same text records it under this name, beside
-# bits_per_byte.
+# The name under which an evaluator records, beside bits_per_byte, what `xz -9e` reaches on the same
+# text.
 XZ_SUFFIX = '/xz_bits_per_byte'
 BOUNDS = ('_low', '_high')
-CONTAMINATION = 'contamination/'  # before the name of an evaluator
-HISTOGRAM = 'train_length_histogram/'  # before a bucket: tokens of a document, at most
+CONTAMINATION = 'contamination/'  # followed by the name of an evaluator
+HISTOGRAM = 'train_length_histogram/'  # followed by the largest document length, in tokens
 
-Series = dict[str, list[tuple[int, float]]]  # name -> (step, value), in order
+Series = dict[str, list[tuple[int, float]]]  # {name: [(step, value), ...]}, as recorded
 
 
 def read_config(path: Path) -> Any:
-    """The config.json of a run; None where there is none, or it is damaged."""
+    """The config.json of a run; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -26,7 +26,7 @@ def read_config(path: Path) -> Any:
 
 
 def collect_series(records: Iterable[Mapping[str, Any]]) -> Series:
-    """Every number that was recorded under a name, but for what was said about data."""
+    """Every number recorded under a name with a '/', except statistics of the data."""
     series: Series = {}
     for record in records:
         for name, value in record.items():
@@ -38,7 +38,7 @@ def collect_series(records: Iterable[Mapping[str, Any]]) -> Series:
 
 
 def collect_data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{phase: {name: last value}} of what was said about data."""
+    """{phase: {name: last value}} of the statistics of the data, names without 'data/'."""
     data: dict[str, dict[str, Any]] = {}
     for record in records:
         for name, value in record.items():
@@ -49,11 +49,11 @@ def collect_data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
 
 
 def last_account(series: Series) -> dict[str, float]:
-    """{bucket: seconds} as recorded last."""
+    """{bucket: seconds} as last recorded."""
     names = {bucket: goodput.name_of(bucket) for bucket in goodput.BUCKETS}
     return {bucket: series[name][-1][1] for bucket, name in names.items() if name in series}
 
 
 def is_bound(name: str, series: Series) -> bool:
-    """Whether a series is an end of the interval of another one."""
+    """Whether a series is the lower or upper bound of another one."""
     return any(name.endswith(end) and name.removesuffix(end) in series for end in BOUNDS)

@@ -68,7 +68,7 @@ def test_the_report_shows_scores_with_intervals_beside_the_first_ones(tmp_path):
         'eval/functions/pass@1 0.75 (0.65 to 0.85) at step 200 0 (-0.1 to 0.1) at step 0',
         'eval/held_out/bits_per_byte 2 at step 200 8 at step 0',
         'eval/held_out/xz_bits_per_byte 1.64',
-        'Where the time went time share init 30s 12.0% compile 0.0s 0.0%',
+        'Where the time went bucket time share init 30s 12.0% compile 0.0s 0.0%',
         'step 3m20s 80.0%',
         'wasted 20s 8.0%',
         'Data of sft source web code',
@@ -87,8 +87,8 @@ def test_the_report_recommends_an_interval_from_the_saves_that_were_measured(tmp
     record_run(tmp_path)
     record_saves(tmp_path, 11.0, 100.0, 12.0)
     assert (
-        'recommended checkpoint.every 147 steps (4m54s) at 1 failure a day; '
-        'a save blocks 0.5s and takes 12s; now 1000'
+        'recommended checkpoint.every 147 steps (4m54s) for 1 failure per day; '
+        'a save blocks training for 0.5s and takes 12s; current value: 1000'
     ) in text_of(write_report(tmp_path).read_text())
 
 
@@ -96,7 +96,7 @@ def test_more_failures_recommend_a_shorter_interval(tmp_path):
     record_run(tmp_path, failures_per_day=4.0)
     record_saves(tmp_path, 12.0)
     text = text_of(write_report(tmp_path).read_text())
-    assert 'checkpoint.every 73 steps (2m26s) at 4 failures a day' in text
+    assert 'checkpoint.every 73 steps (2m26s) for 4 failures per day' in text
 
 
 @pytest.mark.parametrize(('saves', 'failures_per_day'), [((), 1.0), ((12.0,), 0.0)])

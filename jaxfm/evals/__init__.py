@@ -1,6 +1,7 @@
-"""Evaluators: a cadence and `run(params, step) -> {name: value}`, run by the training loop.
+"""Evaluators: objects with a cadence and `run(params, step) -> {name: value}`.
 
-Held-out loss and sampling-based evaluation stand in the same slot.
+The training loop calls all of them in the same way: held-out loss, sampling-based evaluation,
+periodic export.
 """
 
 from typing import Literal
@@ -13,12 +14,12 @@ from jaxfm.tasks import TASKS
 
 
 class EvaluatorConfig(Group):
-    """What every evaluator has."""
+    """The fields that every evaluator has."""
 
     name: str
-    phase: str = ''  # whose held-out documents; needed when the run has several
-    every: int = Field(0, ge=0)  # steps between two runs; 0 is only at the end of each phase
-    at_start: bool = True  # also on the weights of step 0
+    phase: str = ''  # uses this phase's held-out documents; required if the run has several phases
+    every: int = Field(0, ge=0)  # steps between two runs; 0: only at the end of each phase
+    at_start: bool = True  # also run on the weights of step 0
 
 
 class LossConfig(EvaluatorConfig):
@@ -26,21 +27,22 @@ class LossConfig(EvaluatorConfig):
 
     name: Literal['loss'] = 'loss'
     batch_size: int = Field(32, ge=1)  # rows
-    sequence_length: int = Field(0, ge=0)  # 0 is the training data's
-    stride: int = Field(0, ge=0)  # tokens a row advances by; 0 is sequence_length (no overlap)
-    max_batches: int = Field(0, ge=0)  # 0 is all of the held-out text
-    xz_baseline: bool = False  # also what `xz -9e` reaches on the same text: a line to beat
+    sequence_length: int = Field(0, ge=0)  # tokens; 0: the sequence_length of the training data
+    stride: int = Field(0, ge=0)  # tokens from row to row; 0: sequence_length, without overlap
+    max_batches: int = Field(0, ge=0)  # 0: all of the held-out text
+    xz_baseline: bool = False  # also record what `xz -9e` reaches on the same text, a baseline
 
 
 class GenerateConfig(EvaluatorConfig):
-    """Samples completions of a task's prompts and scores them: pass@1 with its interval."""
+    """Samples completions of a task's prompts and scores them: pass@1 with a 95 % interval."""
 
     name: Literal['generate'] = 'generate'
     task: one_of(TASKS)
-    # Bytes of each phase's training text in which prompts are looked for, at the end; 0 is none.
+    # Bytes of each phase's training text to search for the prompts, at the end of the run; 0: no
+    # search.
     contamination_bytes: int = Field(1 << 26, ge=0)
-    max_tokens: int = Field(96, ge=1)
-    temperature: float = Field(0.0, ge=0)  # 0 is greedy
+    max_tokens: int = Field(96, ge=1)  # of a completion
+    temperature: float = Field(0.0, ge=0)  # 0: greedy decoding
 
 
 EVALUATORS = Registry(

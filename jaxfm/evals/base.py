@@ -1,4 +1,4 @@
-"""What every evaluator is given, when it runs, and the interval of a share."""
+"""What all evaluators share: their context, their cadence, and confidence intervals."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a run offers its evaluators."""
+    """What a run gives to each of its evaluators."""
 
     name: str  # of the evaluator: its metrics are eval/<name>/...
     merge: Callable[[dict], Any]  # {path: array} -> model
@@ -17,29 +17,32 @@ class Context:
     sampler: Any
     mesh: Any
     seed: int
-    samples_directory: Path | None  # None where this process writes nothing
+    samples_directory: Path | None  # None on processes that write no files
 
 
 class Periodic:
-    """The cadence that every evaluator has.
+    """The cadence of an evaluator.
 
     Args:
-      every: steps between two runs; 0 is only at the end of each phase.
-      at_start: also on the weights of step 0.
+      every: steps between two runs; 0 means only at the end of each phase.
+      at_start: whether to run on the weights of step 0 too.
     """
 
     def __init__(self, every: int, at_start: bool):
         self._every, self._at_start = every, at_start
 
     def is_due(self, step: int, last: int) -> bool:
-        """Every so many steps, at the start of the run if asked, when a phase ends (at `last`)."""
+        """Whether to run at `step`. last: the last step of the phase, at which it always runs."""
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0
 
 
 def wilson_interval(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a share (Wilson, 1927): sensible at 0, at 1, for small n."""
+    """The 95 % confidence interval of a proportion (Wilson, 1927).
+
+    Unlike the normal approximation, it is valid for small samples and for proportions of 0 and 1.
+    """
     share = successes / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

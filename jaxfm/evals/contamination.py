@@ -1,7 +1,8 @@
-"""Contamination: which evaluation prompts stand in the training text.
+"""Contamination: which evaluation prompts occur in the training text.
 
-A prompt is contaminated when 13 words of it in a row (Brown et al. 2020, GPT-3), or all of it
-when it has fewer, stand in a train document. Words are runs of letters and digits, in lower case.
+A prompt is contaminated if any 13 consecutive words of it (Brown et al. 2020, GPT-3) occur in a
+training document; for a shorter prompt, all of its words. Words are lower-cased runs of letters,
+digits and underscores.
 """
 
 import re
@@ -11,22 +12,22 @@ import numpy as np
 
 from jaxfm.data.dataset import Dataset
 
-# So much of the training text is looked at, evenly spread over its documents: about two minutes.
+# How much of the training text is searched, spread evenly over its documents: about two minutes.
 MAX_BYTES = 1 << 29
-# Words that are hashed together.
+# Words hashed in one batch.
 WORDS_AT_ONCE = 1 << 18
 
 _WORD = re.compile(r'\w+')
-_BETWEEN = '\0'  # between documents; no word
+_BETWEEN = '\0'  # separates documents; matches no word
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Grams:
-    """The n-grams of prompts, found in texts by their hashes and then compared."""
+    """The n-grams of prompts. Candidates in a text are found by hash, then compared exactly."""
 
     def __init__(self, prompts: Iterable[str], n: int):
         self.found: set[int] = set()
-        # {length: {words: numbers of the prompts that have them}}
+        # {length: {n-gram: indices of the prompts that contain it}}
         self._prompts: dict[int, dict[tuple[str, ...], list[int]]] = {}
         for number, prompt in enumerate(prompts):
             words = words_of(prompt)
@@ -40,7 +41,7 @@ class Grams:
         }
 
     def scan(self, words: list[str]) -> None:
-        """Adds to `found` the prompts that have an n-gram in these words."""
+        """Adds to `found` the prompts that share an n-gram with these words."""
         hashes_of_words = _hashes_of_words(words)
         for length, wanted in self._hashes.items():
             hashes = _hashes(hashes_of_words, length)
@@ -52,10 +53,13 @@ class Grams:
 def measure(
     dataset: Dataset, prompts: list[str], n: int = 13, max_bytes: int = MAX_BYTES
 ) -> dict[str, int | float]:
-    """{prompts, contaminated, contaminated_share, ngram, bytes_read, bytes_total} of prompts.
+    """Counts the prompts that occur in the training text.
 
-    Of a training text longer than `max_bytes` only every k-th document is read, or, on the fly, its
-    beginning; `bytes_read` says how much it was, `bytes_total` of how much (0: not known).
+    Returns {prompts, contaminated, contaminated_share, ngram, bytes_read, bytes_total}.
+
+    If the training text is longer than `max_bytes`, only every k-th document is read, or, if the
+    data is tokenized on the fly, only the beginning. `bytes_read` of `bytes_total` bytes were
+    searched; a total of 0 means unknown.
     """
     grams, num_bytes = Grams(prompts, n), 0
     for words, size in _blocks(dataset.train_texts(max_bytes), max_bytes):
@@ -72,12 +76,12 @@ def measure(
 
 
 def words_of(text: str) -> list[str]:
-    """What is compared: case, space and punctuation do not matter."""
+    """The words to compare; case, white space and punctuation are ignored."""
     return _WORD.findall(text.lower())
 
 
 def _blocks(texts: Iterable[str], max_bytes: int) -> Iterator[tuple[list[str], int]]:
-    """(words of many texts, their UTF-8 bytes), at most `max_bytes` in all."""
+    """Yields (words of several texts, their UTF-8 bytes), at most about `max_bytes` in total."""
     words, size, left = [], 0, max_bytes
     for text in texts:
         text = text[:left]
@@ -94,12 +98,12 @@ def _blocks(texts: Iterable[str], max_bytes: int) -> Iterator[tuple[list[str], i
 
 
 def _hashes_of_words(words: Iterable[str]) -> np.ndarray:
-    # Python's hash is another one in every process; what it finds is compared, so nothing is lost.
+    # Python's hash of strings differs between processes, but all candidates are compared exactly.
     return np.array([hash(word) for word in words], np.int64).view(np.uint64)
 
 
 def _hashes(of_words: np.ndarray, length: int) -> np.ndarray:
-    """[number of words - length + 1]: a hash of every `length` words in a row."""
+    """Hashes of all runs of `length` consecutive words, [number of words - length + 1]."""
     count = max(0, len(of_words) - length + 1)
     hashes = np.zeros(count, np.uint64)
     for i in range(length):

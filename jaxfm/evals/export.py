@@ -1,4 +1,4 @@
-"""Export in the slot of an evaluator: every so many steps, and when a phase ends."""
+"""Export of the weights as an evaluator: every so many steps, and at the end of each phase."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ class PeriodicExport(Periodic):
     """Writes the weights to <directory>/<step>.
 
     Args:
-      every: steps; a phase's last weights are written as well.
+      every: steps between two exports; the last weights of each phase are always exported.
     """
 
     def __init__(self, every: int, exporter: Exporter, directory: Path):
@@ -19,7 +19,7 @@ class PeriodicExport(Periodic):
         self._exporter, self._directory = exporter, directory
 
     def run(self, params, step: int) -> dict[str, float]:
-        """-> how long it took."""
+        """Exports the weights -> {'seconds': how long it took}."""
         start = time.monotonic()
         self._exporter.write(params, self._directory / str(step))
         return {'seconds': time.monotonic() - start}

@@ -1,4 +1,4 @@
-"""Sampling-based evaluation: complete a task's prompts, let the task judge, keep every sample."""
+"""Sampling-based evaluation: completes a task's prompts, scores them, and keeps every sample."""
 
 import json
 import logging
@@ -18,13 +18,13 @@ def _text_of(prompt) -> str:
 
 
 class Generate(Periodic):
-    """pass@1 from one sample a prompt, with its 95 % interval; also by group of prompts.
+    """pass@1 from one sample per prompt, with its 95 % interval, and pass@1 per group of prompts.
 
-    Chats are put into the chat template. Other prompts are continued as they stand, without a BOS:
-    they come from the middle of documents.
+    Chats are rendered with the chat template. Other prompts are continued without a BOS token,
+    because they come from the middle of documents.
 
     Raises:
-      DataError: a prompt that the sampler cannot hold, before anything runs.
+      DataError: there is no prompt, or the sampler cannot hold one; raised before anything runs.
     """
 
     def __init__(self, config: GenerateConfig, context: Context):
@@ -37,13 +37,19 @@ class Generate(Periodic):
         self._name, self._directory = context.name, context.samples_directory
         self._prompts = {prompt.id: prompt for prompt in self._task.prompts()}
         if not self._prompts:
-            raise DataError(f'config.evals.{context.name}: the held-out text has no prompt for it')
+            raise DataError(
+                f'config.evals.{context.name}: task {config.task.name} found no prompt in the '
+                'held-out documents'
+            )
         self._requests = [self._request(prompt) for prompt in self._prompts.values()]
         for request in self._requests:
             self._sampler.check(request)
 
     def run(self, params, step: int) -> dict[str, float]:
-        """{'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'}, and 'pass@1/<group>'."""
+        """Samples and scores -> {'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'} and by group.
+
+        The scores by group are called 'pass@1/<group>'.
+        """
         prompts = self._prompts
         events = complete(
             self._sampler,
@@ -80,7 +86,7 @@ class Generate(Periodic):
 
     @property
     def prompt_texts(self) -> list[str]:
-        """What is asked, as text; a chat is the contents of its messages."""
+        """The prompts as text; for a chat, the contents of its messages, joined by newlines."""
         return [_text_of(prompt) for prompt in self._prompts.values()]
 
     def _by_group(self, scores: dict[str, float]) -> dict[str, float]:
@@ -112,12 +118,12 @@ class Generate(Periodic):
         return self._tokenizer.decode(ids)
 
     def _write(self, step: int, records: list[dict]) -> None:
-        """One file a step: a resumed run that evaluates a step again replaces what it wrote."""
+        """Writes one file per step, so a resumed run that repeats a step replaces its file."""
         if self._directory is None:
             return
         path = self._directory / f'{self._name}-{step:06d}.jsonl'
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
-        except OSError as error:  # the score is what counts; training goes on
+        except OSError as error:  # the scores matter more: training goes on
             log.warning('%s: the samples could not be written: %s', path, error.strerror)

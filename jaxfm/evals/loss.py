@@ -1,4 +1,4 @@
-"""Held-out loss: nats per token and bits per UTF-8 byte, over every held-out target once."""
+"""Held-out loss in nats per token and bits per UTF-8 byte; every held-out target counts once."""
 
 import functools
 import lzma
@@ -17,10 +17,10 @@ from jaxfm.ops.logprobs import token_logprobs
 
 
 class HeldOutLoss(Periodic):
-    """Of the phase's held-out documents, each source of a mixture on its own and all together.
+    """The loss on a phase's held-out documents: overall, and for each source of a mixture.
 
-    Bits per byte do not depend on the tokenizer: nats of all targets / ln 2 / bytes of text. Chats
-    have none, because only what the assistant says counts.
+    Bits per byte are (nats of all targets) / ln 2 / (bytes of text), so they do not depend on the
+    tokenizer. They are not defined for chats, where only assistant tokens are targets.
     """
 
     def __init__(self, config: LossConfig, context: Context):
@@ -40,7 +40,11 @@ class HeldOutLoss(Periodic):
         self._sums = sums
 
     def run(self, params, step: int) -> dict[str, float]:
-        """{'loss': nats per token, and bits_per_byte, xz_bits_per_byte if all text is read}."""
+        """{'loss': nats per token, 'loss/<source>', 'bits_per_byte', 'xz_bits_per_byte'}.
+
+        'loss/<source>' only for a mixture; 'bits_per_byte' only if all of the held-out text is read
+        and none of it is chats; 'xz_bits_per_byte' only if the config asks for it.
+        """
         del step
         heldout = self._dataset.heldout
         totals = {name: self._totals(params, cache) for name, cache in heldout.items()}
@@ -57,7 +61,7 @@ class HeldOutLoss(Periodic):
         return values
 
     def _totals(self, params, cache) -> np.ndarray:
-        """[nats, targets] of the held-out documents of one source."""
+        """[nats, number of targets] of one source's held-out documents."""
         totals = np.zeros(2)
         batches = evaluation_batches(cache, self._length, self._rows, self._config.stride or None)
         pending = None
@@ -65,7 +69,8 @@ class HeldOutLoss(Periodic):
             if index == (self._config.max_batches or math.inf):
                 break
             new = self._sums(params, sharding.distribute(batch, self._mesh))
-            totals += 0 if pending is None else jax.device_get(pending)  # one behind: two in flight
+            # Fetch the previous batch only now, so that two batches are in flight.
+            totals += 0 if pending is None else jax.device_get(pending)
             pending = new
         return totals if pending is None else totals + jax.device_get(pending)
 
@@ -75,6 +80,6 @@ class HeldOutLoss(Periodic):
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits per UTF-8 byte that `xz -9e` needs for the texts one after the other: a line to beat."""
+    """Bits per UTF-8 byte of the concatenated texts compressed with `xz -9e`: a baseline."""
     content = ''.join(texts).encode()
     return 8 * len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) / len(content)

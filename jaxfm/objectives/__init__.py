@@ -1,4 +1,4 @@
-"""Objectives: what is minimised, as named sums with weights that depend on the batch alone."""
+"""Objectives: the loss, as named sums over tokens with weights that depend only on the batch."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from jaxfm.schema import Group
 
 
 class NextTokenConfig(Group):
-    """Cross-entropy of the next token: pre-training and SFT, which differ in loss_mask only."""
+    """Next-token cross-entropy, for pre-training and SFT, which differ only in loss_mask."""
 
     name: Literal['next_token'] = 'next_token'
     z_loss: float = Field(0.0, ge=0)  # coefficient of the squared log-partition (PaLM, section 5)

@@ -1,4 +1,4 @@
-"""Tasks: prompts with a judge; what is measured is what is trained. No jax inside.
+"""Tasks: prompts and a judge of completions, used for evaluation and as a reward. No jax inside.
 
 A task is built as `Task(group, documents)` from held-out documents and has `prompts()`,
 `evaluate(prompt, completion)`, `reward(prompt, completion)` and `stop(prompt, completion_so_far)`.
@@ -16,17 +16,17 @@ class PythonFunctionsConfig(Group):
     """Complete real Python function headers taken from held-out files."""
 
     name: Literal['python_functions'] = 'python_functions'
-    # Headers, chosen by a hash; fewer when the documents do not have that many.
+    # How many headers to use, chosen by a hash; fewer if the documents do not contain that many.
     num_prompts: int = Field(default=64, ge=1)
-    # Lines of the same file before the header, so that the prompt looks like a piece of a file.
+    # Lines of the file before the header to include, so that the prompt looks like part of a file.
     context_lines: int = Field(default=0, ge=0)
 
 
 class ExactAnswerConfig(Group):
-    """Answer the questions of held-out chats, word for word."""
+    """Answer the questions of held-out chats; the answer must match word for word."""
 
     name: Literal['exact_answer'] = 'exact_answer'
-    # Chats, as many of every group as there are, chosen by a hash.
+    # How many chats to use, chosen by a hash and spread evenly over the groups.
     num_prompts: int = Field(default=256, ge=1)
 
 

@@ -1,4 +1,4 @@
-"""What every task offers: prompts, a judge, a reward, and when a completion is long enough."""
+"""The interface of a task: prompts, a score, a reward, and when to stop a completion."""
 
 import dataclasses
 from typing import Protocol
@@ -6,29 +6,29 @@ from typing import Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question: a text to continue, or a chat whose next turn is the assistant's.
+    """A text to continue, or a chat whose next turn is the assistant's.
 
-    The id is stable: records of different runs are joined by it.
+    The id is stable across runs, so that their records can be joined on it.
     """
 
     id: str
-    text: str  # of a chat: what a person reads of it
-    messages: tuple[dict, ...] = ()  # of a chat
+    text: str  # for a chat: a readable form of it, not what is tokenized
+    messages: tuple[dict, ...] = ()  # empty unless it is a chat
     tools: tuple[dict, ...] = ()  # that the assistant may call
-    group: str = ''  # a label; scores are also given by group
+    group: str = ''  # a label; scores are also reported per group
 
 
 class Task(Protocol):
-    """Judges text, not tokens; holds no state that a completion could change."""
+    """Judges text, not tokens. It is stateless: judging one completion does not affect another."""
 
     def prompts(self) -> list[Prompt]:
-        """The same prompts in the same order every time."""
+        """The prompts, the same ones in the same order on every call."""
 
     def evaluate(self, prompt: Prompt, completion: str) -> float:
         """The score of one completion, in [0, 1]."""
 
     def reward(self, prompt: Prompt, completion: str) -> float:
-        """What training on this task maximises."""
+        """The reward that training on this task maximises."""
 
     def stop(self, prompt: Prompt, completion: str) -> bool:
-        """Whether more text cannot change the score any more; once true, true for longer text."""
+        """Whether more text can no longer change the score; once True, it stays True."""

@@ -1,7 +1,7 @@
-"""Questions with one right answer: the chats of a held-out set, asked again without their answer.
+"""Questions with one right answer, made from held-out chats by removing the answer.
 
-The prompt is a chat up to its last assistant turn. A completion scores 1 when it is that turn's
-content, white space around it aside.
+The prompt is a chat up to its last assistant turn. A completion scores 1 if it equals the content
+of that turn, ignoring leading and trailing white space.
 """
 
 import dataclasses
@@ -14,51 +14,55 @@ from jaxfm.errors import DataError
 from jaxfm.tasks import ExactAnswerConfig
 from jaxfm.tasks.base import Prompt
 
-# What decoding makes of the first bytes of a character whose other bytes are yet to come.
+# Decoding gives this character for an incomplete UTF-8 sequence at the end of the text.
 REPLACEMENT = '\ufffd'
 
 
 @dataclasses.dataclass(frozen=True)
 class Question(Prompt):
-    """A chat that waits for its answer."""
+    """A chat whose last assistant turn has been removed; `answer` is its stripped content."""
 
     answer: str = dataclasses.field(kw_only=True)
 
 
 class ExactAnswer:
-    """The task over chats (`.name .messages .tools .group`); DataError when none has an answer."""
+    """The task over chats, which have `.name`, `.messages`, `.tools` and `.group`.
+
+    Raises:
+      DataError: no chat has an assistant turn with content.
+    """
 
     def __init__(self, config: ExactAnswerConfig, documents: Iterable):
         groups = {}
         for question in filter(None, map(_question, documents)):
-            # A question that is asked twice counts once; the hash says which.
+            # Keep duplicates of a question only once; the hash decides which one.
             asked = groups.setdefault(question.group, {})
             key = json.dumps([question.messages, question.tools])
             asked[key] = min(asked.get(key, question), question, key=_rank)
         if not groups:
             raise DataError(
-                'task exact_answer: no held-out document is a chat that the assistant answers'
+                'task exact_answer: no held-out document is a chat with an answer by the assistant'
             )
         ranked = [sorted(groups[group].values(), key=_rank) for group in sorted(groups)]
-        # One of every group in turn: as many of each, as far as they go.
+        # Round-robin over the groups, so that each contributes equally until it is exhausted.
         turns = itertools.zip_longest(*ranked)
         questions = [question for turn in turns for question in turn if question]
         self._prompts = questions[: config.num_prompts]
 
     def prompts(self) -> list[Question]:
-        """As many of every group, chosen and ordered by a hash of the documents' names."""
+        """The questions, spread evenly over the groups; a hash of document names orders them."""
         return list(self._prompts)
 
     def evaluate(self, prompt: Question, completion: str) -> float:
-        """1.0 when the completion is the answer and nothing else."""
+        """1.0 if the completion equals the answer, ignoring surrounding white space; else 0.0."""
         return float(completion.strip() == prompt.answer)
 
     def reward(self, prompt: Question, completion: str) -> float:
-        """What is measured is what is trained."""
+        """The same as `evaluate`: what is measured is what is trained."""
         return self.evaluate(prompt, completion)
 
     def stop(self, prompt: Question, completion: str) -> bool:
-        """Whether the completion has left the answer: nothing that follows brings it back."""
+        """Whether the completion already differs from the answer, so that it can only score 0."""
         begun = completion.lstrip().rstrip(REPLACEMENT)
         rest = begun.removeprefix(prompt.answer)
         complete = len(rest) < len(begun) and not rest.strip()
@@ -68,7 +72,7 @@ class ExactAnswer:
 def _question(document) -> Question | None:
     turns = [i for i, message in enumerate(document.messages) if message['role'] == 'assistant']
     answer = (document.messages[turns[-1]].get('content') or '').strip() if turns else ''
-    if not answer:  # a turn of tool calls alone has nothing to compare
+    if not answer:  # a turn with only tool calls has no content to compare
         return None
     messages = document.messages[: turns[-1]]
     shown = [f'{message["role"]}: {message.get("content") or ""}' for message in messages]

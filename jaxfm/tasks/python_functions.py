@@ -1,8 +1,8 @@
-"""Completing Python functions: real headers from held-out files; what counts is that it parses.
+"""Completing Python functions: real headers from held-out files, scored by whether the code parses.
 
-A completion is cut at the first dedent: the first line, outside brackets and strings, that holds
-code no further right than `def`. It scores 1 when header and cut completion parse and the body has
-at least two statements that do something.
+A completion is cut at the first dedent: the first line, outside brackets and strings, whose code
+starts no further right than `def`. It scores 1 if the header and the cut completion parse and the
+body has at least two statements that do something.
 """
 
 import ast
@@ -20,8 +20,8 @@ from jaxfm.tasks.base import Prompt
 
 log = logging.getLogger('jaxfm')
 
-# What matters to find the ends of lines that are ends of statements. Text may stop anywhere, so an
-# unfinished string reaches to the end of the text or, in single quotes, of the line.
+# The lexemes needed to find the newlines that end statements. The text may stop anywhere, so an
+# unterminated string extends to the end of the line, or if triple-quoted, to the end of the text.
 LEXEMES = re.compile(
     r"""
     (?P<comment> \#[^\n]* )
@@ -35,24 +35,28 @@ LEXEMES = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# The indentation of a line and the first character of its code, if it has code.
+# The indentation of a line, and the first character of its code if it has any.
 LINE_START = re.compile(r'([ \t\f]*)([^\s#])?')
 
 
 @dataclasses.dataclass(frozen=True)
 class FunctionPrompt(Prompt):
-    """Text that ends with a function header; `header` is that end, with its indentation."""
+    """A text that ends with a function header; `header` is that part, with its indentation."""
 
     header: str = dataclasses.field(kw_only=True)
 
     @property
     def indentation(self) -> int:
-        """Columns before `def`."""
+        """Number of columns before `def`."""
         return _column(LINE_START.match(self.header)[1])
 
 
 class PythonFunctions:
-    """The task over texts (`.name .text`); DataError when they hold no function."""
+    """The task over texts, which have `.name` and `.text`.
+
+    Raises:
+      DataError: no text contains a function.
+    """
 
     def __init__(self, config: PythonFunctionsConfig, documents: Iterable):
         found = [
@@ -61,45 +65,49 @@ class PythonFunctions:
             for prompt in _function_prompts(document.name, document.text, config.context_lines)
         ]
         if not found:
-            raise DataError('task python_functions: the held-out documents hold no Python function')
+            raise DataError('task python_functions: no Python function in the held-out documents')
         distinct = {}
         for prompt in sorted(found, key=_rank):
-            # Many functions have the same header: it is asked once.
+            # Several functions may have the same header, which makes only one prompt.
             distinct.setdefault(prompt.text, prompt)
         if len(distinct) < config.num_prompts:
-            log.info('python_functions: %d headers, not %d', len(distinct), config.num_prompts)
+            log.info(
+                'task python_functions: found %d function headers, fewer than num_prompts=%d',
+                len(distinct),
+                config.num_prompts,
+            )
         self._prompts = list(distinct.values())[: config.num_prompts]
 
     def prompts(self) -> list[FunctionPrompt]:
-        """Chosen and ordered by a hash of where they stand."""
+        """The prompts, chosen and ordered by a hash of their file name and line number."""
         return list(self._prompts)
 
     def evaluate(self, prompt: FunctionPrompt, completion: str) -> float:
-        """1.0 when the function parses and its body has two statements that do something."""
+        """1.0 if the function parses and at least two of its statements do something; else 0.0."""
         source = prompt.header + completion
         source = source[: _dedent(source, prompt.indentation)]
         function = _parse_function(source, prompt.indentation)
         return float(function is not None and _num_statements(function) >= 2)
 
     def reward(self, prompt: FunctionPrompt, completion: str) -> float:
-        """What is measured is what is trained."""
+        """The same as `evaluate`: what is measured is what is trained."""
         return self.evaluate(prompt, completion)
 
     def stop(self, prompt: FunctionPrompt, completion: str) -> bool:
-        """Whether the dedent is reached."""
+        """Whether the completion has reached the first dedent, where the function ends."""
         return _dedent(prompt.header + completion, prompt.indentation) is not None
 
 
 def _function_prompts(name: str, text: str, context_lines: int) -> Iterator[FunctionPrompt]:
     tree = _parse(text)
-    # Unlike str.splitlines this ends lines where Python does: a form feed is no line end.
+    # Splits lines where Python does; str.splitlines would also split at a form feed.
     lines = io.StringIO(text).readlines()
     for node in ast.walk(tree) if tree else ():
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         first = node.lineno - 1
         header = _header(''.join(lines[first : node.body[0].lineno]))
-        # A body on the header's own line leaves nothing to complete.
+        # If the body is on the header's line, there is nothing to complete.
         if header.count('\n') + node.lineno >= node.body[0].lineno:
             continue
         context = ''.join(lines[max(0, first - context_lines) : first])
@@ -109,8 +117,11 @@ def _function_prompts(name: str, text: str, context_lines: int) -> Iterator[Func
 
 
 def _header(source: str) -> str:
-    """Up to the colon that ends a header. Nothing follows it: a line break and the indentation
-    after it may be one token, which a prompt that ends with the break would take apart."""
+    """The header at the start of `source`, up to and including its colon.
+
+    It does not include the line break: break and indentation may be a single token, which a prompt
+    that ends with the break would split.
+    """
     for kind, depth, match in _lexemes(source):
         if kind == 'colon' and depth == 0:
             return source[: match.end()]
@@ -123,7 +134,7 @@ def _without_indentation(header: str) -> str:
 
 
 def _dedent(source: str, indentation: int) -> int | None:
-    """Where the first line starts that is no longer part of the function; None while all is."""
+    """Where the first line after the function starts; None if there is none yet."""
     for kind, depth, match in _lexemes(source):
         if kind == 'newline' and depth == 0:
             start = LINE_START.match(source, match.end())
@@ -133,7 +144,7 @@ def _dedent(source: str, indentation: int) -> int | None:
 
 
 def _lexemes(source: str) -> Iterator[tuple[str, int, re.Match]]:
-    """(kind, depth of brackets, match) of what LEXEMES names, in order."""
+    """Yields (kind, bracket depth, match) for every match of LEXEMES, in order."""
     depth = 0
     for match in LEXEMES.finditer(source):
         kind = match.lastgroup
@@ -142,7 +153,7 @@ def _lexemes(source: str) -> Iterator[tuple[str, int, re.Match]]:
 
 
 def _parse_function(source: str, indentation: int):
-    """The only statement of a source whose first line stands at `indentation`."""
+    """The single statement of a source indented by `indentation`; None if it is not exactly one."""
     tree = _parse('if True:\n' + source if indentation else source)
     statements = tree.body if tree else []
     if indentation and statements:
@@ -152,7 +163,7 @@ def _parse_function(source: str, indentation: int):
 
 def _parse(source: str) -> ast.Module | None:
     with warnings.catch_warnings():
-        # Invalid escapes in strings are warnings of the judged text, not of this program.
+        # Warnings, such as for invalid escapes, concern the judged text, not this program.
         warnings.simplefilter('ignore')
         try:
             return ast.parse(source)
@@ -161,7 +172,10 @@ def _parse(source: str) -> ast.Module | None:
 
 
 def _num_statements(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Statements of the body itself, without `pass`, `...`, docstrings and other bare constants."""
+    """Number of statements in the body, not counting `pass` and bare constants.
+
+    Bare constants include `...` and docstrings. Nested statements are not counted.
+    """
     return sum(
         not isinstance(statement, ast.Pass)
         and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))

@@ -1,4 +1,4 @@
-"""Sampling: the engine that evaluation, rollouts and the server drive, one `step()` at a time."""
+"""Sampling: the engine that evaluation, chat and the sample mode drive step by step."""
 
 from pydantic import Field
 
@@ -6,14 +6,14 @@ from jaxfm.schema import Group
 
 
 class SamplingConfig(Group):
-    """The engine's static shapes, and what a request gets if it does not say."""
+    """The engine's static shapes, and the defaults for requests."""
 
     slots: int = Field(64, ge=1)  # sequences decoded together
-    max_length: int = Field(512, ge=2)  # prompt and completion together, in tokens
-    decode_steps: int = Field(16, ge=1)  # tokens per compiled call; stopping is seen between calls
+    max_length: int = Field(512, ge=2)  # tokens of prompt plus completion
+    decode_steps: int = Field(16, ge=1)  # tokens per compiled call; stops are noticed between calls
     temperature: float = Field(1.0, ge=0)
-    max_tokens: int = Field(128, ge=1)
-    num_samples: int = Field(3, ge=0)  # shown on the console at the end of a training run
-    prompts: list[str] = []  # what those samples continue; the end of the list repeats
-    stop_ids: list[int] = []  # that end a completion, beside those of the tokenizer and its chats
-    chat: bool = False  # a prompt is what a user says, and is put into the chat template
+    max_tokens: int = Field(128, ge=1)  # of a completion
+    num_samples: int = Field(3, ge=0)  # samples to show at the end of a training run
+    prompts: list[str] = []  # prompts of those samples; repeated if fewer than num_samples
+    stop_ids: list[int] = []  # end a completion, besides those of tokenizer and chat template
+    chat: bool = False  # treat a prompt as a user's message and apply the chat template

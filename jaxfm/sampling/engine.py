@@ -1,9 +1,9 @@
 """The sampling engine: `lend` it weights, `add` requests, call `step()` until it has no work.
 
-Synchronous, no threads. `slots` sequences are decoded together; a slot that falls free takes the
-next request at the next step. Shapes are static: prompts are padded to powers of two, decoding runs
-`decode_steps` tokens a compiled call. Weights are an argument of every call, so new weights need no
-new compilation. B slots, T padded prompt, V vocabulary.
+The engine is synchronous and has no threads. It decodes `slots` sequences together; a slot that
+becomes free takes a waiting request at the next step. Shapes are static: prompts are padded to
+powers of two, and a compiled call decodes `decode_steps` tokens. Weights are an argument of every
+call, so new weights need no recompilation. B slots, T padded prompt length, V vocabulary.
 """
 
 import collections
@@ -25,7 +25,7 @@ from jaxfm.sampling.request import Event, Request
 
 
 class Sampler:
-    """Continuous batching over a contiguous key-value cache, with weights that are lent to it.
+    """Continuous batching over a contiguous key-value cache, with weights lent by the caller.
 
     Args:
       merge: {path: array} -> model, such as `Parts.merge`.
@@ -44,62 +44,62 @@ class Sampler:
                 model_config, self._slots, config.max_length, compute_dtype(model_config)
             )
         )
-        self._cache = None  # allocated by the first request
+        self._cache = None  # allocated when the first request is admitted
         self._waiting = collections.deque()
         self._requests: list[Request | None] = [None] * self._slots
         self._produced = [0] * self._slots
-        self._last = np.zeros(self._slots, np.int32)  # the token each slot decodes from
+        self._last = np.zeros(self._slots, np.int32)  # the last token of each slot
         self._prefill = jax.jit(self._prefill_slots, donate_argnums=1)
         self._decode = jax.jit(self._decode_slots, donate_argnums=1)
 
     def lend(self, params, version: int) -> None:
-        """Lends weights, which every step reads until others are lent. They are not copied.
+        """Sets the weights that the following steps use. They are not copied.
 
-        This may happen at any time between steps: running requests go on with the new weights, over
-        the keys and values that the old ones computed.
+        It may be called at any time between steps. Running requests go on with the new weights, but
+        keep the keys and values that the old weights computed.
 
         Args:
           params: {path: array}.
-          version: the training step that they are of.
+          version: the training step of the weights.
         """
         self._params, self._version = params, version
 
     @property
     def version(self) -> int | None:
-        """The version of the weights that are lent; None before any are."""
+        """The version of the lent weights; None before the first `lend`."""
         return self._version
 
     def _check_weights(self) -> None:
-        """Raises RuntimeError unless weights are lent."""
+        """Raises RuntimeError unless weights have been lent."""
         if self._params is None:
             raise RuntimeError(
-                'no weights are lent to the sampler: call lend(params, version) before add() and '
-                'step()'
+                'the sampler has no weights: call lend(params, version) before add() and step()'
             )
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would produce something."""
+        """Whether any request is waiting or running."""
         return bool(self._waiting) or any(self._requests)
 
     def add(self, request: Request) -> None:
-        """Queues a request. Raises RuntimeError without weights, and what `check` raises."""
+        """Queues a request. Raises RuntimeError without weights, and DataError as `check` does."""
         self._check_weights()
         self.check(request)
         self._waiting.append(request)
 
     def check(self, request: Request) -> None:
-        """Raises DataError unless the engine can hold a request; needs no weights.
+        """Raises DataError unless the engine can serve a request; needs no weights.
 
-        It refuses an empty prompt, ids outside the vocabulary, and more tokens than a slot holds.
+        It rejects an empty prompt, ids outside the vocabulary, and requests with more tokens than
+        sampling.max_length or the model's context length.
         """
         tokens = np.asarray(request.tokens)
         if tokens.size == 0:
             raise DataError(f'request {request.id}: the prompt is empty')
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise DataError(
-                f'request {request.id}: token ids go from {tokens.min()} to {tokens.max()}, the '
-                f'vocabulary has {self._vocab_size}'
+                f'request {request.id}: token ids range from {tokens.min()} to {tokens.max()}, but '
+                f'the vocabulary has {self._vocab_size} ids'
             )
         length = tokens.size + request.max_tokens
         if length > self.config.max_length:
@@ -110,19 +110,19 @@ class Sampler:
         if self._context_length and length > self._context_length:
             raise DataError(
                 f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
-                f'{length} exceed the {self._context_length} that the model was trained for '
-                '(config.model.context_length)'
+                f'{length} exceed the context length of {self._context_length} that the model was '
+                'trained for (config.model.context_length)'
             )
 
     def cancel(self, request_id: str) -> None:
-        """Forgets a request, waiting or running; unknown ids are ignored."""
+        """Cancels a waiting or running request; unknown ids are ignored."""
         self._waiting = collections.deque(r for r in self._waiting if r.id != request_id)
         for slot, request in enumerate(self._requests):
             if request is not None and request.id == request_id:
                 self._requests[slot] = None
 
     def step(self) -> list[Event]:
-        """Admits waiting requests into free slots, or else decodes every running one further.
+        """Admits waiting requests if a slot is free; otherwise decodes all running requests.
 
         Raises RuntimeError without weights.
         """
@@ -180,7 +180,7 @@ class Sampler:
         return events
 
     def _event(self, slot: int, tokens, logprobs, sampling_logprobs) -> Event:
-        """Keeps what the request asked for: decoding may have run past its end."""
+        """Cuts new tokens at the request's end, because decoding may have run past it."""
         request = self._requests[slot]
         count = min(len(tokens), request.max_tokens - self._produced[slot])
         reason = 'length' if self._produced[slot] + count == request.max_tokens else None
@@ -196,7 +196,7 @@ class Sampler:
         return Event(request.id, *kept, finish_reason=reason)
 
     def _prefill_slots(self, params, cache, rows):
-        """Fills the cache of admitted slots, samples their first token; others stay as they are."""
+        """Fills the cache of admitted slots and samples their first token; leaves others alone."""
         model = self._merge(params)
         tokens_BT, lengths_B = rows['tokens'], rows['lengths']
         T = tokens_BT.shape[1]
@@ -210,17 +210,17 @@ class Sampler:
         is_last_BT = positions_BT == lengths_B[:, None] - 1
         last_BD = jnp.sum(jnp.where(is_last_BT[..., None], hidden_BTD, 0), axis=1)
         sampled = self._sample(model, last_BD, rows, lengths_B)
-        # Every process reads the sampled tokens, so that all of them schedule alike.
+        # Every process reads all sampled tokens, so that all of them make the same schedule.
         return extras['cache'], tuple(sharding.replicate(x)[None] for x in sampled)
 
     def _decode_slots(self, params, cache, rows):
-        """`decode_steps` tokens for every slot; position -1 marks a slot without a request."""
+        """Decodes `decode_steps` tokens in every slot; position -1 marks an empty slot."""
         model = self._merge(params)
         running_B = (rows['positions'] >= 0).astype(jnp.int32)
 
         def body(carry, _):
             cache, last_B, positions_B = carry
-            # A request may end inside this call: what passes the end of the cache is dropped by it.
+            # A request may end within this call: the cache drops writes past its end.
             hidden_B1D, extras = model(
                 last_B[:, None], positions_B[:, None], running_B[:, None], cache
             )
@@ -240,10 +240,10 @@ class Sampler:
 def complete(
     sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
 ) -> dict[str, list[Event]]:
-    """Lends the sampler weights and runs requests to their ends -> {id: events}.
+    """Lends weights to the sampler and runs all requests to completion -> {id: events}.
 
-    params, version: as of `Sampler.lend`.
-    stop: called with (request id, all tokens so far) after each event; True cancels the rest.
+    params, version: as in `Sampler.lend`.
+    stop: called with (request id, all its tokens so far) after each event; True ends that request.
     """
     sampler.lend(params, version)
     events = {}

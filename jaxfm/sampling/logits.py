@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, noise that belongs to the request, and both log-probs."""
+"""Samples a token from logits: temperature, per-request noise, and two kinds of log-probs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,27 +8,27 @@ from jaxfm import sharding
 
 
 def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
-    """One token a row, with the log-probs a trainer needs.
+    """Samples one token per row, with the log-probs that a trainer needs.
 
-    The noise is a function of (request seed, sample index, position) alone: what else is in the
-    batch, and when, changes nothing.
+    The noise depends only on (request seed, sample index, position), so other requests in the batch
+    and the time of sampling do not change the result.
 
     Args:
-      logits_BV: float32; -inf is never sampled.
-      temperature_B: 0 is greedy.
+      logits_BV: float32; a token with logit -inf is never sampled.
+      temperature_B: 0 means greedy.
       seeds_B2: uint32 request seed and sample index.
-      positions_B: position of the token that is sampled.
+      positions_B: position of the token to sample.
 
     Returns:
-      tokens int32, log-prob under the full softmax at temperature 1, and under the distribution
-      that was sampled from (0 where greedy); all [B].
+      (tokens, logprobs, sampling_logprobs), each [B]: int32 tokens, their log-probs under the full
+      softmax at temperature 1, and under the sampling distribution (0 for greedy rows).
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     greedy_B = temperature_B <= 0
-    # Logits that are at most 0 cannot overflow, however small the temperature.
+    # Shifted to at most 0, the logits cannot overflow, however small the temperature.
     scaled_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     scaled_BV /= jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-    # Noise costs more than the rest; a batch of greedy rows goes without.
+    # Making the noise costs more than all the rest, so an all-greedy batch skips it.
     noisy_BV = lax.cond(
         jnp.all(greedy_B),
         lambda: logits_BV,
@@ -44,7 +44,7 @@ def sample_tokens(logits_BV, temperature_B, seeds_B2, positions_B):
 
 
 def _noise(seeds_B2, positions_B, size):
-    # Each shard makes its own: keys of one row alone lose their sharding under vmap (jax 0.11).
+    # Each shard makes its own noise: under vmap, per-row keys lose their sharding (jax 0.11).
     rows = jax.vmap(lambda seed_2, position: _gumbel(seed_2, position, size))
     names = ('batch', None), ('batch',)
     return sharding.per_shard(rows, names, ('batch', None))(seeds_B2, positions_B)

@@ -1,4 +1,4 @@
-"""What is asked of the sampler, and what it answers."""
+"""Requests to the sampler, and the events that it answers with."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class Request:
     """A prompt to continue, in token ids.
 
-    The sample of a request depends on (seed, sample_index) and the weights, not on its company.
+    The completion depends on the request and the weights, not on other requests in the batch.
     """
 
     id: str
@@ -22,10 +22,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """New tokens of a request. A stop token is reported as the last one."""
+    """New tokens of a request. If a stop token ended it, that token is the last one."""
 
     id: str
     tokens: list[int]
     logprobs: list[float]  # under the full softmax at temperature 1: what the trainer computes
     sampling_logprobs: list[float]  # under the distribution that was sampled from
-    finish_reason: str | None  # 'stop', 'length', or None while the request goes on
+    finish_reason: str | None  # 'stop', 'length', or None while the request is running

@@ -169,7 +169,7 @@ def test_a_judge_may_stop_a_request_between_calls(sampler):
     'changes, message',
     [
         (dict(tokens=[]), 'the prompt is empty'),
-        (dict(tokens=[1, 60]), 'from 1 to 60, the vocabulary has 60'),
+        (dict(tokens=[1, 60]), 'from 1 to 60, but the vocabulary has 60 ids'),
         (dict(tokens=[-1, 5]), 'from -1 to 5'),
         (dict(tokens=[1] * 33), '33 prompt . 8 new tokens = 41 exceed sampling.max_length 40'),
     ],
@@ -219,7 +219,7 @@ def test_without_weights_requests_are_checked_but_not_taken(build, params, one_d
         request = requests()[0]
         empty.check(request)
         for call in (lambda: empty.add(request), empty.step):
-            with pytest.raises(RuntimeError, match=r'no weights are lent.*lend\(params, version\)'):
+            with pytest.raises(RuntimeError, match=r'has no weights.*lend\(params, version\)'):
                 call()
         assert empty.version is None and not empty.has_work
         empty.lend(params, 7)

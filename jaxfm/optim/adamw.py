@@ -1,7 +1,4 @@
-"""AdamW as an optax chain.
-
-Parameters are a flat dict {path: array}; a rule is a word in the start-up table.
-"""
+"""AdamW as an optax chain, over parameters in a flat dict {path: array}."""
 
 import jax.numpy as jnp
 import optax
@@ -11,9 +8,10 @@ from jaxfm.optim.schedule import make_schedule
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, 2019). Weight decay on matrices only.
+    """AdamW (Loshchilov and Hutter, 2019), with weight decay on matrices only.
 
-    `transform` gives the update direction; the caller multiplies it with minus `schedule(updates)`.
+    `transform` gives the update direction, which the caller multiplies by -schedule(number of
+    updates). `rules` is {path: description of the rule}, for the start-up table.
 
     Args:
       config: an OptimizerConfig.
@@ -28,7 +26,7 @@ class AdamW:
         self.transform = self._transform(axes)
 
     def rule(self, path: str, axes) -> str:
-        """What happens to one parameter, in words."""
+        """A short description of the rule for one parameter."""
         decays = self.config.weight_decay and not is_vector(axes)
         return f'adamw, decay {self.config.weight_decay:g}' if decays else 'adamw, no decay'
 

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside blocks, each orthogonalised by itself; AdamW for everything else."""
+"""Muon for the matrices inside blocks, each orthogonalised separately; AdamW for the rest."""
 
 import functools
 
@@ -10,16 +10,16 @@ from jaxfm import sharding
 from jaxfm.optim.adamw import AdamW
 from jaxfm.optim.rules import decay_matrices, is_hidden_matrix
 
-# Newton-Schulz coefficients of Jordan et al., "Muon" (2024): all singular values end near one.
+# Newton-Schulz coefficients of Jordan et al., "Muon" (2024): they bring all singular values near 1.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Axes along which a parameter is many matrices: q, k, v are separate parameters already.
+# Axes along which a parameter stacks several matrices. q, k and v are separate parameters anyway.
 _STACK_AXES = ('layers', 'gate_up')
 
 
 class Muon(AdamW):
     """Muon (Jordan et al., 2024) for the matrices inside blocks, AdamW for everything else.
 
-    The update of a matrix is its momentum, orthogonalised, times sqrt(max(1, outputs / inputs)).
+    The update of a matrix is its orthogonalised momentum times sqrt(max(1, outputs / inputs)).
     """
 
     def rule(self, path, axes):
@@ -33,7 +33,7 @@ class Muon(AdamW):
             optax.trace(config.momentum, config.nesterov, jnp.dtype(config.moment_dtype)),
             _orthogonalize_matrices(axes, config.newton_schulz_steps),
             decay_matrices(config.weight_decay, axes),
-            # The caller multiplies with the AdamW rate; both follow one schedule.
+            # The caller multiplies by the AdamW learning rate; both follow the same schedule.
             optax.scale(config.muon_learning_rate / config.learning_rate),
         )
         labels = {path: 'muon' if is_hidden_matrix(axes[path]) else 'adamw' for path in axes}
@@ -54,9 +54,11 @@ def _orthogonalize_matrices(axes, steps: int) -> optax.GradientTransformation:
 
 
 def orthogonalize_parameter(update, axes, steps: int):
-    """Every matrix of a parameter, orthogonalised: embed is one side, the axes beside it the other.
+    """Orthogonalises every matrix of a parameter.
 
-    Each matrix is brought whole to its devices; stacks of layers spread over `fsdp` if they fit.
+    The embed axis is one side of the matrix, and the other axes, flattened, are the other side.
+    Each matrix is gathered onto its devices; stacked layers are spread over the `fsdp` axis if
+    their number is divisible by it.
     """
     matrix_axes = [name for name in axes if name not in _STACK_AXES]
     order = [i for i, name in enumerate(axes) if name in _STACK_AXES]
@@ -64,7 +66,7 @@ def orthogonalize_parameter(update, axes, steps: int):
     stack_shape = tuple(update.shape[i] for i in order)
     whole = sharding.place_matrices(update, axes)
     moved = jnp.transpose(whole, order + rest)
-    rows = 1  # the inputs of the matrix: axes before (or after) embed
+    rows = 1  # number of inputs: embed if it is the first axis, else all axes before it
     split = 1 if matrix_axes[0] == 'embed' else len(matrix_axes) - 1
     for size in moved.shape[len(order) :][:split]:
         rows *= size
@@ -80,7 +82,7 @@ def orthogonalize_parameter(update, axes, steps: int):
 
 
 def newton_schulz(matrix, steps: int):
-    """Roughly the nearest semi-orthogonal matrix: the quintic of NEWTON_SCHULZ, in float32."""
+    """Approximates the nearest semi-orthogonal matrix, by the quintic NEWTON_SCHULZ in float32."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).astype(jnp.float32)

@@ -1,1 +1,1 @@
-"""Plans: what a resolved config will need, before anything is allocated."""
+"""Plans: the FLOPs and memory that a resolved config needs, before anything is allocated."""

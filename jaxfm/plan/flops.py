@@ -1,25 +1,26 @@
-"""FLOPs of training on one token, counted from the config of a model."""
+"""Training FLOPs per token, computed from a model's config."""
 
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.optim.rules import is_vector
 
 
 def visible_keys(length: int, window: int, causal: bool) -> float:
-    """Keys a query sees on average in a document of `length` tokens.
+    """The average number of keys that a query attends to in a document of `length` tokens.
 
-    Causal counts half of the square, as the field does: length / 2. Not causal is the other common
-    convention, in which masked products count too.
+    window: of sliding-window attention, in tokens; 0 means none. causal: count half of the square,
+    length / 2 without a window, as is usual. causal=False is the other common convention, which
+    counts masked products too.
     """
     reach = min(window, length) if window else length
     if not causal:
         return float(reach)
-    # Below the diagonal: a triangle until the window is full, then a band.
+    # The visible area: a triangle until the window is full, then a band.
     return reach - reach * reach / (2 * length)
 
 
 def _block_matmul_params(block: BlockConfig, config: TransformerConfig) -> int:
     heads, kv_heads = (n * block.head_dim for n in (block.num_heads, block.num_kv_heads))
-    matrices = [  # the name that adapters know it by, inputs, outputs
+    matrices = [  # (name in the LoRA config, inputs, outputs)
         ('attention/q', config.embed_dim, heads),
         ('attention/k', config.embed_dim, kv_heads),
         ('attention/v', config.embed_dim, kv_heads),
@@ -37,14 +38,16 @@ def _block_matmul_params(block: BlockConfig, config: TransformerConfig) -> int:
 def model_flops_per_token(
     config: TransformerConfig, length: int, causal: bool = True, frozen: int = 0
 ) -> float:
-    """FLOPs of training on one token: forward and twice that backward, no recomputation.
+    """Training FLOPs per token: the forward pass, twice that backward, and no recomputation.
 
-    Counts matmuls alone: the weights that multiply (the output projection too, not the embedding
-    look-up) and attention's two products over the visible keys of documents of `length` tokens.
-    The gradient of a frozen weight is not computed, that of every activation is.
+    Only matmuls count: all weight matrices, including the output projection but not the embedding
+    look-up, and attention's two products over the visible keys of documents of `length` tokens.
+    Gradients are computed for all activations, but not for frozen weights.
 
     Args:
-      frozen: elements of the weights that multiply and are not trained (`frozen_matmul_params`).
+      length: tokens of a document.
+      causal: as in `visible_keys`.
+      frozen: number of elements of frozen weight matrices, from `frozen_matmul_params`.
     """
     matmul_params = config.padded_vocab_size * config.embed_dim
     attention = 0.0
@@ -58,7 +61,7 @@ def model_flops_per_token(
 
 
 def frozen_matmul_params(parts) -> int:
-    """Elements of the weights that multiply and are not trained; a look-up is no product."""
+    """The number of elements of frozen weight matrices, without an untied embedding."""
     tied = 'head/table' not in parts.shapes
     return sum(
         leaf.size

@@ -1,4 +1,4 @@
-"""Elements and bytes of parameters and states, counted from shapes; nothing here allocates."""
+"""Counts elements and bytes of parameters and states from their shapes; allocates nothing."""
 
 import math
 
@@ -6,12 +6,12 @@ import jax
 
 
 def num_parameters(shapes: dict[str, jax.ShapeDtypeStruct]) -> int:
-    """Elements of all parameters."""
+    """The number of elements of all parameters."""
     return sum(math.prod(leaf.shape) for leaf in shapes.values())
 
 
 def bytes_per_device(tree) -> int:
-    """Bytes of a tree of arrays or ShapeDtypeStructs on the fullest device."""
+    """The bytes that a tree of arrays or ShapeDtypeStructs takes on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -19,5 +19,5 @@ def bytes_per_device(tree) -> int:
 
 
 def bytes_total(tree) -> int:
-    """Bytes of one copy of a tree: what a checkpoint holds."""
+    """The bytes of one unsharded copy of a tree: the size of a checkpoint."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

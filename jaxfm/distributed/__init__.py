@@ -1,6 +1,6 @@
-"""Several processes as one run: `join` finds them, `agree` lets them talk, `preemption` stops them.
+"""Multi-process runs: `join` connects processes, `agree` coordinates, `preemption` handles signals.
 
-Nothing heavy is imported here: `main` ends a process that failed, with or without jax.
+This file imports nothing heavy, because `main` also calls it when importing jax has failed.
 """
 
 from collections.abc import Callable
@@ -9,12 +9,12 @@ _end: Callable[[int], None] | None = None
 
 
 def end_after_error(code: int) -> None:
-    """Ends a process that failed without waiting for the others; returns if it joined none."""
+    """Exits a failed process without waiting for the others; returns if it is not joined to any."""
     if _end is not None:
         _end(code)
 
 
 def set_end_after_error(end: Callable[[int], None]) -> None:
-    """Sets what `end_after_error` calls with the exit code; `join.initialize` does."""
+    """Sets the function that `end_after_error` calls with the exit code; used by `join`."""
     global _end
     _end = end

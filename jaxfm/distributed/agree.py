@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: barriers, values, one decision for all."""
+"""Coordination between the processes of a run: barriers, shared values, common decisions."""
 
 import itertools
 import json
@@ -6,26 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state  # the only way to a barrier without devices
+from jax._src.distributed import global_state  # the only access to barriers without devices
 
 from jaxfm import errors
 from jaxfm.errors import UnavailableError
 
-# JAX aborts the whole process at its own time-out; ours must always come first.
+# At its own time-out JAX aborts the whole process, so our time-outs must always be shorter.
 NEVER = 7 * 24 * 3600  # seconds
-_decisions = itertools.count()  # that the processes have taken together
+_decisions = itertools.count()  # numbers the unnamed calls, in the same order on every process
 
 
 def is_primary() -> bool:
-    """Whether this is the one process that writes what must be written once."""
+    """Whether this is the process that writes what must be written only once."""
     return jax.process_index() == 0
 
 
 def barrier(name: str, timeout_seconds: float = NEVER) -> None:
-    """Waits until all processes have come to the barrier of this name, which is used once.
+    """Waits until all processes have reached the barrier of this name; a name is used only once.
 
-    On the network of the coordinator: a barrier of the devices gives up after 30 s on CPU, and one
-    process may have hours of work to do before it.
+    It uses the coordinator's network: a barrier of the devices times out after 30 s on CPU, but a
+    process may have hours of work before it gets here.
     """
     client = global_state.client
     if client is not None:
@@ -33,10 +33,10 @@ def barrier(name: str, timeout_seconds: float = NEVER) -> None:
 
 
 def exchange(name: str, value: str) -> dict[int, str]:
-    """Publishes a value under a name, which is used once -> {process: its value}.
+    """Publishes a value under a name -> {process: its value}. A name is used only once.
 
-    The primary process gets the values of all, the others their own and the primary's. So any
-    mismatch is visible to both processes involved.
+    The primary process gets all values; every other process gets the primary's and its own. So if a
+    value differs from the primary's, both processes see it.
     """
     client = global_state.client
     if client is None:
@@ -50,13 +50,13 @@ def exchange(name: str, value: str) -> dict[int, str]:
 
 
 def publish(name: str, value: str) -> None:
-    """Tells the other processes a value under a name, which is used once. Any thread may."""
+    """Publishes a value to the other processes, from any thread. A name is used only once."""
     if global_state.client is not None:
         global_state.client.key_value_set(f'jaxfm/{name}', value)
 
 
 def wait_for(name: str, timeout_seconds: float = NEVER) -> str:
-    """What some process publishes under a name. Raises UnavailableError when nobody does."""
+    """Waits for a value that any process publishes. Raises UnavailableError at the time-out."""
     try:
         return global_state.client.blocking_key_value_get(
             f'jaxfm/{name}', max(int(timeout_seconds * 1000), 1)
@@ -65,18 +65,19 @@ def wait_for(name: str, timeout_seconds: float = NEVER) -> str:
         if 'DEADLINE_EXCEEDED' not in str(error):
             raise
         raise UnavailableError(
-            f'no process said {name} within {timeout_seconds:.0f} s; they may have died'
+            f'no process of this run published {name} within {timeout_seconds:.0f} s; '
+            'one of them may have died'
         ) from error
 
 
 def from_primary(compute: Callable[[], Any], name: str = '', timeout_seconds: float = NEVER) -> Any:
-    """What `compute` gives on the primary process, alone, or its RunError: the same on all.
+    """Runs `compute` on the primary process only -> its value, or its RunError, on all processes.
 
-    The value is JSON. A name is used once; calls without one meet in the order in which each
-    process makes them, which must be that of a single thread.
+    The value must be JSON. A name is used only once. Calls without a name are matched by their
+    order, so each process must make them from a single thread.
 
     Raises:
-      UnavailableError: the primary process does not say anything.
+      UnavailableError: the primary process did not answer in time.
     """
     if global_state.client is None:
         return compute()
@@ -96,16 +97,16 @@ def from_primary(compute: Callable[[], Any], name: str = '', timeout_seconds: fl
 
 
 def _name_kind(error: errors.RunError) -> str:
-    """The name of the nearest kind of error that every process knows."""
+    """The name of the nearest base class that is in `jaxfm.errors`, so every process knows it."""
     return next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
 
 
 def first_error(
     error: errors.RunError | None, name: str = '', timeout_seconds: float = NEVER
 ) -> None:
-    """Raises, on all processes, the RunError that the first of them has met, if one has.
+    """Raises on all processes the error of the first process that passes one, if any does.
 
-    As `from_primary` for the rest.
+    name and timeout_seconds are those of `from_primary`.
     """
     if global_state.client is None:
         if error is not None:
@@ -120,14 +121,14 @@ def first_error(
 
 
 def common(values: list[str]) -> list[str]:
-    """Those of the values that every process has, in the order of the primary one."""
+    """The values that every process has, in the primary process's order."""
     if global_state.client is None:
         return values
     return _from_all(values, lambda all_: [v for v in all_[0] if all(v in one for one in all_)])
 
 
 def _from_all(mine: Any, combine: Callable, name: str = '', timeout_seconds=NEVER) -> Any:
-    """What `combine` makes, on the primary process, of what every process brings: on all."""
+    """Gathers every process's value, combines them on the primary -> the result, on all."""
     name = name or f'decision/{next(_decisions)}'
     publish(f'{name}/{jax.process_index()}', json.dumps(mine))
 

@@ -1,7 +1,7 @@
-"""Joining the other processes of a run, and ending without them after an error.
+"""Joins the other processes of a run, and exits without them after an error.
 
-JAX ends the process in C++ when it cannot connect (no exception, no exit code of ours), so what can
-be checked is checked before it starts, and it starts in a thread that we can stop waiting for.
+If JAX cannot connect, it ends the process in C++, without an exception or our exit code. So we
+check what we can first, and connect in a thread whose result we can stop waiting for.
 """
 
 import os
@@ -18,21 +18,23 @@ from jaxfm.errors import UnavailableError, UsageError
 
 
 def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bool:
-    """Joins the other processes of this run, if there are any; call it before any use of a device.
+    """Joins the other processes of this run, if there are any. Call it before any use of a device.
 
-    They are found through JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, or inside a Slurm step (`srun`). One process alone needs no joining.
+    The processes are found through JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID, or through Slurm's variables inside a job step (`srun`). With a single process
+    it does nothing.
 
     Args:
-        timeout_seconds: how long to wait for all processes to come.
-        heartbeat_seconds: how long after a process has died the others end.
+        timeout_seconds: how long to wait until all processes have joined.
+        heartbeat_seconds: how long after the death of one process the others exit.
 
     Returns:
         Whether this run has more than one process.
 
     Raises:
-        UsageError: the variables contradict each other.
-        UnavailableError: the coordinator's port is taken, its host unknown, a process missing.
+        UsageError: the variables are incomplete or contradict each other.
+        UnavailableError: the coordinator's port is in use, its host cannot be resolved, or not all
+            processes joined in time.
     """
     found = _from_environment() or _from_slurm()
     if found is None or found[1] == 1:
@@ -63,9 +65,9 @@ def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bo
     joining.join(max(0.0, deadline - time.monotonic()))
     if joining.is_alive():
         raise UnavailableError(
-            f'the {num_processes} processes of this run did not all meet at {address} within '
-            f'{timeout_seconds:g} s (this is process {process_id}); are all of them started, and '
-            'does the network let this port through?'
+            f'not all {num_processes} processes of this run joined at {address} within '
+            f'{timeout_seconds:g} s (this is process {process_id}); check that all of them are '
+            'running and that the network allows connections to this port'
         )
     if failures:
         raise UnavailableError(f'cannot join the other processes at {address}: {failures[0]}')
@@ -73,10 +75,11 @@ def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bo
 
 
 def _end_after_error(code: int) -> None:
-    """Ends a process that failed without waiting for the others of the run, if there are any.
+    """Exits a failed process without waiting for the others of the run, if there are any.
 
-    JAX would wait for them at exit, for five minutes, and they for what this process was to do. Who
-    fails at the same time (all of them see a mistake in the config) is given time to say so.
+    JAX would wait for them at exit for five minutes, while they wait for work from this process.
+    The barrier gives processes that fail at the same time (say, all of them on a mistake in the
+    config) time to print their own message.
     """
     if not jax.distributed.is_initialized():
         return
@@ -89,14 +92,14 @@ def _end_after_error(code: int) -> None:
 
 
 def _from_environment() -> tuple[str, int, int] | None:
-    """(address, number of processes, process id) as JAX_* variables give them."""
+    """(address, number of processes, process id) from the JAX_* variables; None without them."""
     names = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
     address, *counts = (os.environ.get(name) for name in names)
     if counts == [None, None] and (address is None or 'SLURM_STEP_NODELIST' in os.environ):
         return None
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise UsageError(f'{" and ".join(missing)} not set: want all of {", ".join(names)}')
+        raise UsageError(f'{" and ".join(missing)} not set: set all of {", ".join(names)}')
     given = ' '.join(f'{name}={os.environ[name]}' for name in names)
     if not all(count.isdecimal() for count in counts) or not int(counts[1]) < int(counts[0]):
         raise UsageError(f'want 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {given}')
@@ -107,14 +110,15 @@ def _from_environment() -> tuple[str, int, int] | None:
 def _from_slurm() -> tuple[str, int, int] | None:
     """(address, number of processes, process id) inside a Slurm step; None in a batch shell.
 
-    The first node of the step coordinates. The port comes from the job's number, as in JAX, so two
-    steps of one job on one node need JAX_COORDINATOR_PORT (or JAX_COORDINATOR_ADDRESS) to differ.
+    The first node of the step is the coordinator. Its port is derived from the job id, as in JAX,
+    so two steps of one job on the same node need different values of JAX_COORDINATOR_PORT (or
+    JAX_COORDINATOR_ADDRESS).
     """
     env = os.environ
     names = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
     if not all(name in env for name in names):
         return None
-    # 'node1,node2', 'node[001-004,7]' and 'node1' all begin with the first node.
+    # 'node1,node2', 'node[001-004,7]' and 'node1' all start with the first node.
     prefix, bracket, numbers = env['SLURM_STEP_NODELIST'].split(',')[0].partition('[')
     host = prefix + numbers.split('-')[0].rstrip(']') if bracket else prefix
     port = env.get('JAX_COORDINATOR_PORT') or int(env['SLURM_JOB_ID']) % 4096 + 61440
@@ -130,7 +134,7 @@ def _split(address: str) -> tuple[str, int]:
 
 
 def _check_port_is_free(address):
-    """Listens for a moment where the coordinator will: JAX crashes (SIGSEGV) on a port in use."""
+    """Listens briefly on the coordinator's port, because JAX crashes (SIGSEGV) if it is in use."""
     port = _split(address)[1]
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
@@ -138,12 +142,13 @@ def _check_port_is_free(address):
         socket.create_server(('', port), family=family, dualstack_ipv6=dual).close()
     except OSError as error:
         raise UnavailableError(
-            f'cannot coordinate the run at {address}: {error.strerror}; choose another port'
+            f'cannot listen at the coordinator address {address}: {error.strerror}; '
+            'choose another port'
         ) from None
 
 
 def _wait_for_host(address, deadline):
-    """Returns when the coordinator's name resolves; on Kubernetes it appears with its pod."""
+    """Waits until the coordinator's name resolves: on Kubernetes it appears only with its pod."""
     host, port = _split(address)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Signals: one decision to stop, at the same step on every process."""
+"""Handles signals: all processes decide to stop at the same step."""
 
 import ctypes
 import logging
@@ -14,19 +14,20 @@ log = logging.getLogger('jaxfm')
 
 
 class Preemption:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into one decision to stop, the same step on every process.
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a decision to stop, at the same step on every process.
 
-    The first signal asks: the run saves and exits 75. The second exits at once, with 130 or 143.
-    SIGUSR1 is Slurm's warning before the time limit (`--signal=USR1@300`). A context manager: what
-    handled the signals before handles them again after it. Enter it after `initialize()`, in the
-    main thread.
+    After the first signal, the run saves and exits with 75. A second signal exits immediately, with
+    130 (SIGINT) or 143. SIGUSR1 is Slurm's warning before the time limit (`--signal=USR1@300`).
 
-    Signals are read from Python's wake-up pipe by a thread, because a handler in Python waits for
-    the main thread, which can sit in a compilation for minutes.
+    This is a context manager, which restores the previous signal handlers on exit. Enter it in the
+    main thread, after `initialize()`.
+
+    A thread reads the signals from Python's wake-up pipe. A Python handler would have to wait for
+    the main thread, which may be compiling for minutes.
     """
 
     _exit_codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
-    # Some senders (coreutils' timeout, process groups) deliver one request twice at once.
+    # Some senders (coreutils' timeout, process groups) deliver the same signal twice in a row.
     _same_request_seconds = 0.1
 
     def __init__(self):
@@ -42,7 +43,7 @@ class Preemption:
         self.restore()
 
     def install(self) -> None:
-        """Takes over the signals."""
+        """Installs the handlers and starts the listening thread."""
         self._distributed = jax.distributed.is_initialized()
         self._actions = {number: _get_action(number) for number in self._exit_codes}
         if self._distributed:
@@ -70,8 +71,8 @@ class Preemption:
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop before this step.
 
-        Every process must call it at every step, with the same steps in the same order: all of them
-        then hear True at the same step, about a second after a signal reached any of them.
+        Every process must call it for every step, in the same order. Then all of them get True at
+        the same step, about a second after any of them has received a signal.
         """
         if not self._stopping:
             if self._distributed:
@@ -98,7 +99,8 @@ class Preemption:
 
 
 # JAX's preemption service handles SIGTERM in C++, where Python's `signal` module can neither see
-# nor restore it. `struct sigaction` begins with the function; 256 bytes hold it on every platform.
+# nor restore the handler. `struct sigaction` starts with the handler's address, and 256 bytes are
+# enough for it on every platform.
 
 
 def _get_action(number):
@@ -112,7 +114,7 @@ def _set_action(number, action):
 
 
 def _function_of(action):
-    """The C handler itself, which only notes that the signal came: its service polls for that."""
+    """The C handler itself. It only sets a flag, which JAX's preemption service polls."""
     pointer = ctypes.c_void_p.from_buffer(action).value
     if pointer in (None, 1):  # SIG_DFL, SIG_IGN
         raise RuntimeError("JAX's preemption service does not listen for SIGTERM")

@@ -1,4 +1,4 @@
-"""Checkpoints of arrays on a disk: bit for bit, on any mesh, committed whole or invisible."""
+"""Checkpoints on a disk: restored bit for bit on any mesh, committed atomically."""
 
 import contextlib
 import resource
@@ -40,7 +40,7 @@ def make_mesh(*shape):
 
 
 def spec_of(array, mesh):
-    """Two-dimensional leaves are sharded over the mesh, the others are whole everywhere."""
+    """Two-dimensional leaves are sharded over the mesh, the others are replicated."""
     return P(*mesh.axis_names) if array.ndim == 2 else P()
 
 
@@ -95,7 +95,7 @@ def saved(checkpointer):
 
 
 def step_directory(checkpointer, step=7):
-    """Where the attempt that counts is."""
+    """The directory of the committed attempt."""
     (manifest,) = Path(checkpointer.root, str(step)).glob('*/manifest.json')
     return manifest.parent
 
@@ -143,7 +143,7 @@ def test_state_may_be_donated_as_soon_as_save_returns(checkpointer, devices):
 
 
 class Watched(dict):
-    """Notes which threads read it."""
+    """A dict that records which threads read it."""
 
     readers = frozenset()
 
@@ -158,16 +158,16 @@ def test_extra_may_change_as_soon_as_save_returns(checkpointer):
     extra['next_row'] = 6
     checkpointer.wait()
     assert checkpointer.read_manifest(1)['extra'] == {'next_row': 5}
-    assert extra.readers == {threading.get_ident()}, 'read by a thread that save leaves behind'
+    assert extra.readers == {threading.get_ident()}, 'read by the background thread'
 
 
-def test_extra_that_is_no_json_fails_in_the_call(checkpointer):
+def test_extra_that_is_not_json_fails_in_the_call(checkpointer):
     with pytest.raises(TypeError, match='not JSON serializable'):
         checkpointer.save(1, place({'w': np.zeros((8, 8))}, make_mesh(1)), {'key': object()})
     assert checkpointer.latest_step() is None
 
 
-def test_only_the_newest_checkpoints_stay(checkpointer):
+def test_only_the_newest_checkpoints_are_kept(checkpointer):
     for step in (1, 2, 3, 4):
         checkpointer.save(step, place(host_state(step), make_mesh(1)), {})
     checkpointer.wait()
@@ -182,7 +182,7 @@ def test_saving_a_step_twice_keeps_the_first(saved):
     assert extra == EXTRA
 
 
-def test_an_older_step_is_saved_and_not_skipped_in_silence(saved):
+def test_an_older_step_is_saved_and_not_silently_skipped(saved):
     saved.save(5, place(host_state(5), make_mesh(1)), {})
     saved.wait()
     assert saved.steps() == [5, 7]
@@ -198,7 +198,7 @@ def test_parameters_are_restored_without_the_rest(saved):
     assert_bitwise_equal(restored, wanted)
 
 
-def test_milestones_stay_whatever_is_saved_after_them(tmp_path):
+def test_milestones_are_never_deleted(tmp_path):
     config = CheckpointConfig(keep=2)
     for milestones, steps in (((3, 9), [3, 5, 6]), ((), [5, 6])):
         made = Checkpointer(config, tmp_path / str(milestones), milestones=milestones)
@@ -208,7 +208,7 @@ def test_milestones_stay_whatever_is_saved_after_them(tmp_path):
         assert made.steps() == steps
 
 
-def test_milestones_to_come_need_room(tmp_path, monkeypatch):
+def test_future_milestones_need_room(tmp_path, monkeypatch):
     made = Checkpointer(CheckpointConfig(), tmp_path, milestones=(3, 9))
     monkeypatch.setattr(made._store.storage, 'free_bytes', lambda: 49 * 2**30)
     with pytest.raises(StorageError, match='need 50 GiB .5 of 10 GiB each., have 49 GiB'):
@@ -240,7 +240,7 @@ def files_below(root):
     return {path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()}
 
 
-def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
+def test_the_next_writer_sweeps_torn_saves_and_nothing_else(saved):
     saved.close()
     root = Path(saved.root)
     gone = {
@@ -261,7 +261,7 @@ def test_the_next_writer_sweeps_what_was_torn_and_nothing_else(saved):
     fresh.close()
 
 
-def test_what_a_killed_deletion_leaves_is_swept_when_nothing_but_directories_is_left(saved):
+def test_empty_directories_of_a_killed_deletion_are_swept(saved):
     saved.close()
     root = Path(saved.root)
     for name in ('5/0123456789ab/state/d', '6', 'other/9'):
@@ -271,7 +271,7 @@ def test_what_a_killed_deletion_leaves_is_swept_when_nothing_but_directories_is_
     assert (root / 'other' / '9').is_dir()
 
 
-def test_under_a_damaged_commit_nothing_is_swept(saved):
+def test_attempts_under_a_damaged_commit_are_not_swept(saved):
     saved.close()
     state = step_directory(saved)
     (state.parent / 'commit.json').write_text('{')
@@ -280,7 +280,7 @@ def test_under_a_damaged_commit_nothing_is_swept(saved):
     assert files_below(state) == before
 
 
-def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
+def test_all_differences_of_dtype_shape_and_name_are_reported_at_once(saved):
     wanted = host_state()
     wanted['params/w'] = wanted['params/w'].astype(np.float16)
     wanted['params/scales'] = wanted.pop('params/scale')
@@ -294,7 +294,7 @@ def test_every_difference_of_dtype_shape_and_name_is_told_at_once(saved):
     assert 'params/scale: only in the checkpoint' in message
 
 
-def test_a_subset_may_not_ask_for_what_is_not_there(saved):
+def test_a_subset_may_not_contain_a_missing_array(saved):
     subset = abstract_of({'bias': np.zeros(3)}, make_mesh(1))
     with pytest.raises(ConfigError, match='trainable/bias: not in the checkpoint'):
         saved.restore_params(7, subset)
@@ -347,7 +347,7 @@ def restore_newest(checkpointer):
     return checkpointer.newest_whole(lambda step: (step, checkpointer.restore(step, wanted)[0]))
 
 
-def test_behind_a_damaged_checkpoint_the_one_before_is_used_and_counted(saved, caplog):
+def test_after_a_damaged_checkpoint_the_previous_one_is_used_and_counted(saved, caplog):
     saved.save(8, place(host_state(8), make_mesh(8)), {})
     saved.wait()
     flip_a_bit_of_the_largest_file(step_directory(saved, 8))
@@ -357,7 +357,7 @@ def test_behind_a_damaged_checkpoint_the_one_before_is_used_and_counted(saved, c
     assert_bitwise_equal(state, host_state())
     assert saved.events() == [{'checkpoint/fallbacks': 1}]
     assert 'checkpoint 8 in' in caplog.text and 'digest mismatch: ' in caplog.text
-    # The run comes by step 8 again and saves it anew.
+    # The run reaches step 8 again and saves it again.
     saved.save(8, place(host_state(80), make_mesh(8)), {})
     saved.wait()
     step, state = restore_newest(saved)
@@ -365,7 +365,7 @@ def test_behind_a_damaged_checkpoint_the_one_before_is_used_and_counted(saved, c
     assert_bitwise_equal(state, host_state(80))
 
 
-def test_a_lease_that_was_lost_does_not_make_older_commits_newer_than_the_next(saved):
+def test_a_lost_lease_file_does_not_make_old_commits_outrank_new_ones(saved):
     saved.close()
     again = Checkpointer(CheckpointConfig(), saved.root)
     again.save(8, place(host_state(8), make_mesh(8)), {}, must=True)
@@ -379,7 +379,7 @@ def test_a_lease_that_was_lost_does_not_make_older_commits_newer_than_the_next(s
     fresh.close()
 
 
-def test_when_every_checkpoint_is_damaged_that_is_an_error_and_no_fresh_start(saved):
+def test_if_every_checkpoint_is_damaged_the_run_fails_instead_of_starting_afresh(saved):
     saved.save(8, place(host_state(8), make_mesh(8)), {})
     saved.wait()
     for step in (7, 8):
@@ -401,7 +401,7 @@ def test_a_step_under_way_is_invisible(checkpointer):
 
 @contextlib.contextmanager
 def a_full_disk():
-    """No file may grow beyond a page."""
+    """Limits files to one page, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -410,7 +410,7 @@ def a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_failed_save_is_told_and_counted_and_the_next_one_works(saved, caplog):
+def test_a_failed_save_is_logged_and_counted_and_the_next_one_works(saved, caplog):
     saved.events()
     with a_full_disk():
         saved.save(8, place(host_state(8), make_mesh(8)), {})
@@ -435,7 +435,7 @@ def test_several_failed_saves_in_a_row_end_the_run(saved):
             saved.save(11, place(host_state(8), make_mesh(8)), {})
 
 
-def test_a_save_that_must_succeed_tries_again_and_then_ends_the_run(saved, monkeypatch):
+def test_a_save_that_must_succeed_retries_and_then_ends_the_run(saved, monkeypatch):
     state = place(host_state(8), make_mesh(8))
     write, calls = arrays.write, []
 
@@ -452,7 +452,7 @@ def test_a_save_that_must_succeed_tries_again_and_then_ends_the_run(saved, monke
         saved.save(9, state, {}, must=True)
 
 
-def test_a_save_is_dropped_while_the_one_before_is_stuck(saved, monkeypatch, caplog):
+def test_a_save_is_dropped_while_the_previous_one_is_stuck(saved, monkeypatch, caplog):
     state = place(host_state(8), make_mesh(8))
     monkeypatch.setattr('jaxfm.checkpoint.checkpointer.PATIENCE_SECONDS', 0.1)
     go_on, write = threading.Event(), arrays.write
@@ -472,7 +472,7 @@ def test_a_save_is_dropped_while_the_one_before_is_stuck(saved, monkeypatch, cap
     assert saved.steps() == [8, 10]
 
 
-def test_saves_that_are_only_slow_end_no_run(saved, monkeypatch):
+def test_slow_saves_do_not_end_the_run(saved, monkeypatch):
     state = place(host_state(8), make_mesh(8))
     monkeypatch.setattr('jaxfm.checkpoint.checkpointer.PATIENCE_SECONDS', 0.01)
     go_on, write = threading.Event(), arrays.write
@@ -489,7 +489,7 @@ def test_saves_that_are_only_slow_end_no_run(saved, monkeypatch):
     assert saved.steps() == [7, 8]
 
 
-def test_a_commit_whose_reply_is_lost_is_not_left_without_its_data(saved, monkeypatch, caplog):
+def test_a_commit_whose_reply_is_lost_keeps_its_data(saved, monkeypatch, caplog):
     commit = Store.commit
 
     def lost(store, ready):
@@ -506,7 +506,7 @@ def test_a_commit_whose_reply_is_lost_is_not_left_without_its_data(saved, monkey
     assert_bitwise_equal(state, host_state(8))
 
 
-def test_what_is_no_damage_is_not_taken_for_it(saved, monkeypatch):
+def test_an_unrelated_error_is_not_reported_as_damage(saved, monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory')
 
@@ -515,7 +515,7 @@ def test_what_is_no_damage_is_not_taken_for_it(saved, monkeypatch):
         restore_newest(saved)
 
 
-def test_a_save_that_takes_too_long_has_failed_and_never_commits(tmp_path, monkeypatch, caplog):
+def test_a_save_that_times_out_fails_and_never_commits(tmp_path, monkeypatch, caplog):
     made = Checkpointer(CheckpointConfig(timeout_seconds=0.3), tmp_path)
     write = arrays.write
 
@@ -539,7 +539,7 @@ def test_saving_is_an_allowed_transfer_inside_the_training_loop(saved):
     assert saved.steps() == [7, 8]
 
 
-def test_no_room_is_refused_with_the_numbers(saved, tmp_path):
+def test_too_little_space_is_refused_with_the_numbers(saved, tmp_path):
     free = shutil.disk_usage(tmp_path).free
     empty = Checkpointer(CheckpointConfig(), tmp_path / 'empty')
     empty.check_room(free // 4)
@@ -570,7 +570,7 @@ def test_the_config_may_name_another_directory(tmp_path):
     made.close()
 
 
-def test_a_step_that_was_being_deleted_hinders_nobody(saved):
+def test_a_partly_deleted_step_is_harmless(saved):
     saved.save(8, place(host_state(8), make_mesh(1)), {})
     saved.wait()
     Path(saved.root, '7', 'commit.json').unlink()
@@ -583,7 +583,7 @@ def test_a_step_that_was_being_deleted_hinders_nobody(saved):
     assert fresh.steps() == [9]
 
 
-def test_the_manifest_tells_what_a_checkpoint_is(tmp_path):
+def test_the_manifest_describes_the_checkpoint(tmp_path):
     made = Checkpointer(CheckpointConfig(), tmp_path, about={'config': {'seed': 3}})
     made.save(7, place(host_state(7), make_mesh(2, 4)), EXTRA)
     made.wait()

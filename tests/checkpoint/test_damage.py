@@ -1,7 +1,7 @@
-"""Whatever is damaged in the newest checkpoint: what comes back is one that was saved, bit for bit.
+"""Whatever is damaged in the newest checkpoint, a restore returns a saved state, bit for bit.
 
-Bits flip, objects are cut short or vanish, of every kind that a checkpoint has, on a disk and on a
-real S3 server. The last tests take the verification away and see the others fail.
+Bits are flipped and objects truncated or deleted, for every kind of object in a checkpoint, on a
+disk and on a real S3 server. The last tests disable the verification and expect failures.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ KINDS = {
 
 
 def state_of(step):
-    """About 1 MB, in arrays that are split over the mesh or whole on each device."""
+    """About 1 MB, in arrays that are sharded over the mesh or replicated."""
     draw = np.random.default_rng(step)
     weights = draw.standard_normal((512, 256), dtype=np.float32)
     return {
@@ -62,7 +62,7 @@ def sharding_of(leaf):
 
 
 def write_as_two(write):
-    """`arrays.write` as two processes do it: each its half of the parts, and then the merge."""
+    """Makes `arrays.write` act as two processes: each writes half of the pieces; then merge."""
 
     def halved(base, parts, deadline):
         bases = [base | {'path': f'{base["path"]}process_{rank}/'} for rank in (0, 1)]
@@ -78,11 +78,11 @@ def write_as_two(write):
 
 
 def save_two_steps(root, monkeypatch, processes=2):
-    """A run saved two steps, and another one has the lease: it inherited both."""
-    # One client of S3 for all: each takes longer to make than a restore.
+    """Saves two steps in one run; another run then takes the lease and inherits both."""
+    # Share one S3 client: making one takes longer than a restore.
     storage = open_storage(root)
     monkeypatch.setattr('jaxfm.checkpoint.reader.open_storage', lambda place: storage)
-    # Files of a real state are large: those with data have no digest but in their arrays.
+    # Data files of a real state are large, so only the fingerprints of their arrays protect them.
     monkeypatch.setattr('jaxfm.checkpoint.store.SMALL_BYTES', 10_000)
     monkeypatch.setattr(arrays, 'FILE_BYTES', 100_000)
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ def disk(tmp_path, monkeypatch):
 
 @pytest.fixture(params=['disk', 's3'])
 def storage(request, monkeypatch):
-    """A directory, and a prefix of a bucket, with two committed steps."""
+    """A directory or a prefix of a bucket, with two committed steps."""
     if request.param == 'disk':
         return request.getfixturevalue('disk')
     bucket = request.getfixturevalue('s3_environment').BUCKET
@@ -116,7 +116,7 @@ def storage(request, monkeypatch):
 
 
 def restore_newest(root):
-    """(step, state, extra, fallbacks) as a process finds them that has not been here before."""
+    """(step, state, extra, fallbacks) as a new process restores them."""
     reader = Reader(CheckpointConfig(), root)
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
@@ -162,7 +162,7 @@ def delete(content, draw):
 
 
 def with_damage(storage, name, changed, see):
-    """What `see` returns while the content of an object is another one, or None for no object."""
+    """The result of `see` while an object has changed content; None deletes the object."""
     whole = storage.read(name)
     try:
         if changed is None:
@@ -175,7 +175,7 @@ def with_damage(storage, name, changed, see):
 
 
 def check_damage(storage, kind, name, changed, caplog):
-    """Damages one object: what is restored is what was saved, and the damage is told."""
+    """Damages one object, checks that a saved state is restored and that the damage is reported."""
     caplog.clear()
     root = storage.root
     step, *saved, fallbacks = with_damage(storage, name, changed, lambda: restore_newest(root))
@@ -207,7 +207,7 @@ def test_damage_of_any_object_never_gives_other_weights(storage, damage, caplog)
     assert_saved(step, *saved)
 
 
-def test_every_object_is_of_a_kind_that_the_trials_damage(storage):
+def test_the_trials_damage_every_kind_of_object(storage):
     assert all(objects(storage, kind) for kind in KINDS)
     others = '1/.*'
     for name in storage.list():
@@ -215,7 +215,7 @@ def test_every_object_is_of_a_kind_that_the_trials_damage(storage):
 
 
 def find_in_data(storage, part):
-    """(object of the newest step, where in it) the bytes of a part of an array are."""
+    """(object, offset): where the newest step stores the bytes of a part of an array."""
     for name in objects(storage, 'index') + objects(storage, 'data of a process'):
         position = storage.read(name).find(part.tobytes())
         if position >= 0:
@@ -251,7 +251,7 @@ def test_two_exchanged_parts_of_an_array_are_found(disk, caplog):
     assert 'digest mismatch: array trainable/w' in caplog.text
 
 
-# What the tests above are worth: without each of the checks they fail.
+# The tests above need each of these checks: without it, they fail.
 
 
 def test_without_fingerprints_wrong_weights_come_back(tmp_path, monkeypatch, caplog):

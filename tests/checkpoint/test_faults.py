@@ -1,6 +1,6 @@
-"""Checkpoints on an S3 server that has a bad day: exact or not there, and training goes on.
+"""Checkpoints on a failing S3 server are exact or absent, and training goes on.
 
-The server is real, and a proxy before it fails as told. Waits between tries are cut to nothing.
+The server is real; a proxy in front of it injects faults. There is no delay between retries.
 """
 
 import os
@@ -24,8 +24,8 @@ from jaxfm.storage import open_storage, s3
 from jaxfm.storage.s3 import S3Storage
 from tests.fault_proxy import Fault, LoseReply, Reset, Stall, Status
 
-PATIENCE = 100  # seconds until something that must happen counts as missing
-NO_WAIT = 0.5  # seconds that a save may hold the training loop, whatever the server does
+PATIENCE = 100  # seconds to wait for something that must happen
+NO_WAIT = 0.5  # seconds that a save may block the training loop, whatever the server does
 
 
 def state_at(step):
@@ -49,7 +49,7 @@ def restore(reader, step):
 
 
 def restore_newest(reader):
-    """The step that was restored, once its contents have been compared."""
+    """Restores the newest step and checks its contents -> the step."""
     step, (state, extra) = reader.newest_whole(lambda step: (step, restore(reader, step)))
     assert extra == {'step': step}
     assert_exact(state, step)
@@ -57,7 +57,7 @@ def restore_newest(reader):
 
 
 def save(checkpointer, step, **options):
-    """Starts a save -> seconds that it held the caller."""
+    """Starts a save -> seconds that it blocked the caller."""
     state = state_at(step)
     started = time.monotonic()
     checkpointer.save(step, state, {'step': step}, **options)
@@ -65,7 +65,7 @@ def save(checkpointer, step, **options):
 
 
 def committed(checkpointer, step):
-    """Whether a save gets there."""
+    """Saves a step -> whether it was committed."""
     save(checkpointer, step)
     checkpointer.wait()
     return step in checkpointer.steps()
@@ -77,7 +77,7 @@ def paths(pattern, methods='GET HEAD PUT POST'):
 
 @pytest.fixture
 def place(fault_proxy, s3_environment, monkeypatch):
-    """Where checkpoints go, through the proxy, with no time lost between tries."""
+    """The URL for checkpoints, through the proxy, with no delay between retries."""
     monkeypatch.setenv('AWS_ENDPOINT_URL', fault_proxy.endpoint)
     kvstore = S3Storage.kvstore
 
@@ -93,7 +93,7 @@ def place(fault_proxy, s3_environment, monkeypatch):
 
 @pytest.fixture
 def opened(place):
-    """Opens the place for writing: nothing asks for it between saves, such as for a lease."""
+    """Opens the place for writing, without lease renewals between saves."""
     made = []
 
     def open_place(**options):
@@ -124,7 +124,7 @@ def two_saved(saved, place):
 
 @pytest.fixture(scope='module')
 def two_steps(s3_server):
-    """Where two committed steps are, 1 and 2, for tests that change nothing there."""
+    """A place with two committed steps, 1 and 2, for tests that do not change it."""
     place = f's3://bucket/{uuid.uuid4().hex}'
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment.items():
@@ -149,7 +149,7 @@ def reader(two_steps, place):
 def test_what_is_saved_and_restored_through_bursts_of_errors_is_exact(
     opened, place, fault_proxy, monkeypatch, action, probability
 ):
-    monkeypatch.setattr(s3, 'TRIES', 12)  # that it fails as often in a row will never happen
+    monkeypatch.setattr(s3, 'TRIES', 12)  # more consecutive failures than will ever happen
     fault = fault_proxy.add(Fault(action, probability=probability))
     checkpointer = opened(keep=2)
     before = checkpointer._store.storage.retries()
@@ -167,7 +167,7 @@ def test_what_is_saved_and_restored_through_bursts_of_errors_is_exact(
 
 
 @pytest.mark.parametrize('pattern', [r'manifest\.ocdbt', r'/commit\.json'])
-def test_every_request_that_is_sent_again_is_counted(saved, fault_proxy, pattern):
+def test_every_retried_request_is_counted(saved, fault_proxy, pattern):
     before = saved._store.storage.retries()
     fault_proxy.add(Fault(Status(503), when=paths(pattern, 'PUT'), times=2))
     assert committed(saved, 2)
@@ -201,8 +201,8 @@ def test_a_reply_that_is_lost_after_the_write_costs_nothing(
     assert restore_newest(Reader(CheckpointConfig(directory=place), '')) == 2
 
 
-def test_a_commit_of_which_nobody_knows_is_whole(saved, fault_proxy, caplog):
-    """Every answer to it is lost: the save failed, as far as its run can know."""
+def test_a_commit_whose_replies_are_all_lost_is_intact(saved, fault_proxy, caplog):
+    """All replies are lost, so to its own run the save has failed."""
     fault = fault_proxy.add(Fault(LoseReply(), when=paths(r'/commit\.json', 'PUT')))
     assert committed(saved, 2)
     assert fault.hits == s3.TRIES and 'checkpoint 2 was not saved' in caplog.text
@@ -213,7 +213,7 @@ def test_a_commit_of_which_nobody_knows_is_whole(saved, fault_proxy, caplog):
     assert restore_newest(saved) == 3
 
 
-def test_an_outage_before_a_save_costs_that_save_and_no_other(saved, fault_proxy, caplog):
+def test_an_outage_before_a_save_loses_only_that_save(saved, fault_proxy, caplog):
     fault_proxy.down()
     assert save(saved, 2) < NO_WAIT
     saved.wait()
@@ -227,9 +227,7 @@ def test_an_outage_before_a_save_costs_that_save_and_no_other(saved, fault_proxy
 
 
 @pytest.mark.parametrize('pattern', [r'/state/d/', r'/manifest\.json', r'/commit\.json'])
-def test_an_outage_during_a_save_costs_that_save_and_no_other(
-    saved, opened, fault_proxy, caplog, pattern
-):
+def test_an_outage_during_a_save_loses_only_that_save(saved, opened, fault_proxy, caplog, pattern):
     fault = fault_proxy.add(Fault(Stall(), when=paths(pattern, 'PUT')))
     assert save(saved, 2) < NO_WAIT
     assert fault.happened.wait(20)
@@ -248,7 +246,7 @@ def test_an_outage_during_a_save_costs_that_save_and_no_other(
 
 
 @pytest.mark.parametrize('must', [False, True])
-def test_an_outage_without_end_ends_the_run(saved, fault_proxy, must):
+def test_a_permanent_outage_ends_the_run(saved, fault_proxy, must):
     fault_proxy.down()
     if not must:
         for step in (2, 3, 4):
@@ -259,10 +257,10 @@ def test_an_outage_without_end_ends_the_run(saved, fault_proxy, must):
 
 
 @pytest.mark.parametrize('refusal', [Status(403), Status(403, 'ExpiredToken'), Status(400)])
-def test_a_refusal_in_the_middle_of_a_run_is_told_and_not_asked_for_again(
+def test_a_permission_error_during_a_run_is_logged_and_not_retried(
     saved, fault_proxy, caplog, refusal
 ):
-    """A token that has expired: AWS answers 400 or 403."""
+    """An expired token: AWS answers 400 or 403."""
     fault_proxy.add(Fault(refusal))
     before = len(fault_proxy.log)
     assert save(saved, 2) < NO_WAIT
@@ -294,8 +292,8 @@ def test_a_refusal_in_the_middle_of_a_run_is_told_and_not_asked_for_again(
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
-def test_what_cannot_be_reached_is_not_damaged(reader, fault_proxy, action, error, pattern):
-    """No older step is used in its place, and no run starts from its beginning."""
+def test_an_unreachable_checkpoint_is_not_damaged(reader, fault_proxy, action, error, pattern):
+    """No older step is restored instead, and no run starts from scratch."""
     fault = Fault(action or Reset(), when=paths(pattern))
     if action is None and not pattern:
         fault_proxy.down()
@@ -312,7 +310,7 @@ def test_what_cannot_be_reached_is_not_damaged(reader, fault_proxy, action, erro
 
 
 @pytest.mark.parametrize('pattern', ['commit.json', 'manifest.json', 'manifest.ocdbt', 'state/d/'])
-def test_what_is_gone_is_damaged_and_the_step_before_is_used(two_saved, s3_server, pattern):
+def test_a_missing_object_is_damage_and_the_previous_step_is_used(two_saved, s3_server, pattern):
     system = s3_server.system()
     names = [name for name in system.find(two_saved.root) if '/2/' in name and pattern in name]
     for name in names:
@@ -324,20 +322,20 @@ def test_what_is_gone_is_damaged_and_the_step_before_is_used(two_saved, s3_serve
     assert two_saved.events() == [{'checkpoint/fallbacks': 1}]
 
 
-def test_an_answer_that_is_always_cut_off_is_asked_for_so_often_and_no_more(reader, fault_proxy):
+def test_an_always_truncated_answer_is_retried_a_limited_number_of_times(reader, fault_proxy):
     fault = fault_proxy.add(Fault(Reset(after_bytes=9), when=paths(r'/manifest\.json')))
     with pytest.raises(UnavailableError, match='cannot be reached'):
         restore_newest(reader)
     assert fault.hits == s3.TRIES
 
 
-def test_a_place_that_just_somebody_else_writes_is_unavailable(opened, fault_proxy):
+def test_an_object_that_another_process_is_writing_is_unavailable(opened, fault_proxy):
     fault_proxy.add(Fault(Status(409), when=paths('/lease/', 'PUT')))
     with pytest.raises(UnavailableError, match='is being written by another process'):
         opened()
 
 
-def test_a_server_that_knows_no_lists_is_no_crash(place, fault_proxy):
+def test_a_server_without_list_requests_is_unavailable(place, fault_proxy):
     fault_proxy.add(Fault(Status(404, 'NotFound')))
     with pytest.raises(UnavailableError, match='a request to bucket .* failed'):
         open_storage(place).check_readable()
@@ -372,7 +370,7 @@ def test_credentials_region_and_endpoint_may_come_from_the_usual_files(
     assert reader._store.storage.kvstore('')['aws_region'] == 'eu-central-1'
 
 
-# How long silence is borne TensorStore asks once a process.
+# TensorStore reads its stall time-out only once per process.
 STALLED = """
 import sys, time
 from jaxfm.checkpoint import CheckpointConfig, checkpointer
@@ -405,7 +403,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def stalled(place):
-    """Another process, told what to do -> (what came out, seconds)."""
+    """Runs commands in another process -> (outcome, seconds)."""
     process = subprocess.Popen(
         [sys.executable, '-c', STALLED, place],
         env=os.environ | {'TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS': '1'},
@@ -436,12 +434,12 @@ BY_TENSORSTORE, BY_BOTOCORE = paths(r'manifest\.ocdbt', 'GET'), paths(r'commit\.
 
 
 @pytest.mark.parametrize('when', [BY_TENSORSTORE, BY_BOTOCORE], ids=['tensorstore', 'botocore'])
-def test_a_server_that_says_nothing_is_given_up_and_used_again(stalled, fault_proxy, when):
+def test_a_silent_server_is_given_up_and_used_again_later(stalled, fault_proxy, when):
     assert_stall_is_borne(stalled, fault_proxy, when, seconds=10)
 
 
-@pytest.mark.slow  # curl takes the mean of seconds for the speed of an upload
-def test_an_upload_that_stands_still_is_given_up_and_the_next_one_works(stalled, fault_proxy):
+@pytest.mark.slow  # curl averages an upload's speed over seconds
+def test_a_stalled_upload_is_given_up_and_the_next_one_works(stalled, fault_proxy):
     assert_stall_is_borne(stalled, fault_proxy, paths('/state/d/', 'PUT'), seconds=40)
 
 
@@ -454,13 +452,13 @@ def assert_stall_is_borne(stalled, fault_proxy, when, seconds):
     said, took = stalled('wait')
     assert said == LOST and fault.hits and took < seconds
     fault_proxy.clear()
-    assert stalled('restore')[0] in (1, 2)  # a commit that was given up may arrive late
+    assert stalled('restore')[0] in (1, 2)  # an abandoned commit may still arrive
     stalled('save 3')
     assert stalled('wait')[0] == SAVED
     assert stalled('restore')[0] == 3
 
 
-def test_what_a_server_that_says_nothing_has_is_not_damaged(stalled, fault_proxy):
+def test_a_checkpoint_on_a_silent_server_is_not_damaged(stalled, fault_proxy):
     stalled('save 1')
     assert stalled('wait')[0] == SAVED
     for pattern in (r'manifest\.json', r'manifest\.ocdbt'):
@@ -478,7 +476,7 @@ def test_the_end_of_a_run_leaves_no_thread_inside_tensorstore(saved, fault_proxy
     assert 'checkpoint' not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_run_ends_while_the_server_says_nothing(stalled, fault_proxy):
+def test_a_run_can_end_while_the_server_is_silent(stalled, fault_proxy):
     stalled('save 1')
     stalled('wait')
     fault = fault_proxy.add(Fault(Stall()))

@@ -1,4 +1,4 @@
-"""A fingerprint is the same on any mesh and in any pieces, and another one for other contents."""
+"""Fingerprints do not depend on the mesh or on how arrays are cut, but differ if contents do."""
 
 import itertools
 
@@ -19,7 +19,7 @@ WIDE = ['float64', 'int64', 'uint64', 'complex128']
 
 
 def draw(dtype, shape, seed=0):
-    """Any bits at all, NaN of all kinds among the floating ones."""
+    """Random bits, which include every kind of NaN for floating dtypes."""
     random, dtype = np.random.default_rng(seed), jnp.dtype(dtype)
     if dtype.kind == 'b':
         return random.integers(0, 2, shape).astype(bool)
@@ -32,7 +32,7 @@ def of(values, sharding=None):
 
 
 def by_definition(values):
-    """As the docstring of the module has it, in numpy."""
+    """The definition in the module's docstring, in numpy."""
     values = np.ascontiguousarray(values).reshape(-1)
     words = values.view({1: np.uint8, 2: np.uint16}.get(values.itemsize, np.uint32))
     word = words.astype(np.uint32) + np.arange(words.size, dtype=np.uint32) * np.uint32(0x9E3779B1)
@@ -51,7 +51,7 @@ def of_parts(array, sizes):
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int8', 'bool', 'complex64', 'uint32'])
-def test_parts_add_up_to_the_fingerprint_of_the_whole(dtype):
+def test_fingerprints_of_parts_add_up_to_that_of_the_array(dtype):
     values = np.random.default_rng(0).standard_normal((6, 10, 8)) * 100
     values = np.asarray(values.astype(jnp.dtype(dtype)))
     whole = fingerprints({'x': jnp.asarray(values)})['x']
@@ -72,7 +72,7 @@ def test_elements_of_eight_bytes_keep_all_their_bits():
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_a_fingerprint_is_what_its_definition_says_whatever_the_dtype(dtype):
+def test_a_fingerprint_follows_its_definition_for_every_dtype(dtype):
     values = draw(dtype, (6, 5, 4))
     assert of(values) == by_definition(values)
     scalar = values[0, 0, 0]
@@ -80,7 +80,7 @@ def test_a_fingerprint_is_what_its_definition_says_whatever_the_dtype(dtype):
 
 
 @pytest.mark.parametrize('dtype', WIDE)
-def test_the_words_of_wide_elements_have_places_of_their_own(dtype):
+def test_each_word_of_a_wide_element_has_its_own_index(dtype):
     values = draw(dtype, (16, 3))
     with jax.enable_x64(True):
         mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
@@ -95,7 +95,7 @@ def mesh_of_two():
 
 
 def specs(*names):
-    """Every way to split three dimensions over these axes of a mesh."""
+    """Every way to shard three dimensions over these mesh axes."""
     entries = [None, *names, *itertools.permutations(names, 2)]
     for spec in itertools.product(entries, repeat=3):
         used = [name for one in spec if one for name in (one if isinstance(one, tuple) else [one])]
@@ -115,7 +115,7 @@ def test_no_sharding_changes_a_fingerprint(shape, axis_type, quick_compilation):
         assert of(values, NamedSharding(mesh, spec)) == by_definition(values), spec
 
 
-def test_the_mesh_in_use_does_not_matter():
+def test_the_current_mesh_does_not_matter():
     values = draw('float32', (8, 16))
     large = jax.make_mesh((2, 4), ('fsdp', 'tensor'), axis_types=(AxisType.Explicit,) * 2)
     small = mesh_of_two()
@@ -141,7 +141,7 @@ def test_every_flipped_bit_changes_a_fingerprint(dtype):
     assert len(prints) == 8 * len(content) + 1
 
 
-def test_a_flipped_truth_changes_a_fingerprint():
+def test_a_flipped_bool_changes_a_fingerprint():
     values = draw('bool', (17,))
     assert len({of(values ^ (np.arange(17) == place)) for place in range(18)}) == 18
 
@@ -156,22 +156,22 @@ def test_exchanged_elements_change_a_fingerprint(dtype):
         assert (of(exchanged) != of(values)) == is_other
 
 
-def test_a_transposed_array_has_another_fingerprint():
+def test_transposing_changes_a_fingerprint():
     values = draw('float32', (4, 4))
     assert of(values.T) != of(values)
     assert of(values[::-1]) != of(values)
 
 
-def test_a_shape_is_for_the_manifest_to_tell():
+def test_a_fingerprint_does_not_include_the_shape():
     values = draw('float32', (4, 6))
     assert of(values) == of(values.reshape(6, 4)) == of(values.reshape(24))
 
 
 @pytest.mark.parametrize('shape', [(8, 3, 5), (7, 64), (3, 7, 11), (64, 64), (1, 999), (4, 8, 8)])
-def test_large_arrays_are_added_up_in_slices_to_the_same_number(shape, monkeypatch):
+def test_summing_in_slices_gives_the_same_fingerprint(shape, monkeypatch):
     monkeypatch.setattr(fingerprint, '_MANY', 64)
     monkeypatch.setattr(fingerprint, '_FEW', 16)
-    jax.clear_caches()  # programs of the real constants
+    jax.clear_caches()  # drop programs compiled with the real constants
     values = draw('float32', shape)
     assert of(values) == by_definition(values)
     if shape[0] % 2 == 0:
@@ -179,7 +179,7 @@ def test_large_arrays_are_added_up_in_slices_to_the_same_number(shape, monkeypat
     jax.clear_caches()
 
 
-def test_arrays_without_elements_have_one_too():
+def test_empty_arrays_have_a_fingerprint():
     mesh = jax.make_mesh((8,), ('fsdp',), axis_types=(AxisType.Explicit,))
     for shape in ((0,), (0, 4), (16, 0), (2, 0, 3)):
         for dtype in ('float32', 'bool', 'complex64'):
@@ -189,7 +189,7 @@ def test_arrays_without_elements_have_one_too():
 
 
 @pytest.mark.parametrize('shape', [(12, 768, 1536), (6, 768, 3072), (32768, 768), (12, 768, 768)])
-def test_the_hashes_of_an_array_are_never_in_memory(shape):
+def test_the_hashes_of_an_array_are_never_all_in_memory(shape):
     leaf = jax.ShapeDtypeStruct(shape, np.float32)
     memory = fingerprint._fingerprint.lower(leaf).compile().memory_analysis()
     assert memory.temp_size_in_bytes <= 4 * np.prod(shape) // 7

@@ -1,4 +1,4 @@
-"""SIGKILL in the middle of saves by two processes: the newest committed step is whole."""
+"""SIGKILL during saves by two processes: the newest committed step is undamaged."""
 
 import contextlib
 import os
@@ -58,7 +58,7 @@ def two_processes(directory):
             )
             for rank in (0, 1)
         ]
-    # Nobody waits for what the second one says, and its pipe must not fill.
+    # Nothing reads the second process's output, and its pipe must not fill up.
     drain = threading.Thread(target=processes[1].stdout.read, daemon=True)
     drain.start()
     try:

@@ -1,4 +1,4 @@
-"""The fast tier: disks of the hosts, each with what its process holds."""
+"""The local tier: each host's disk holds the shards of its process."""
 
 import json
 import shutil
@@ -68,7 +68,7 @@ def steps_below(directory):
 def test_each_tier_has_its_cadence_and_the_newest_step_of_both_is_restored(config):
     checkpointer = save_until(config, 10)
     assert steps_below(config.directory) == [6]
-    assert steps_below(config.local.directory) == [10]  # 2, 4, 8 were there before
+    assert steps_below(config.local.directory) == [10]  # 2, 4 and 8 were saved and deleted before
     assert_newest_is(checkpointer, 10)
     checkpointer.close()
     fresh = Checkpointer(config, '')
@@ -76,7 +76,7 @@ def test_each_tier_has_its_cadence_and_the_newest_step_of_both_is_restored(confi
     fresh.close()
 
 
-def test_a_last_save_is_durable_whatever_the_cadence(config):
+def test_the_last_save_is_durable_whatever_the_cadence(config):
     checkpointer = save_until(config, 4)
     checkpointer.save(5, state_at(5), {'step': 5}, must=True)
     assert steps_below(config.directory) == [5]
@@ -104,7 +104,7 @@ def test_a_damaged_local_step_is_named_and_the_durable_one_restored(config, capl
 
 
 def test_another_mesh_restores_the_durable_step(config, caplog):
-    """The parts on a local disk are those of one mesh: another one may need more."""
+    """A local disk holds the shards of one mesh; another mesh may need others."""
     save_until(config, 10).close()
     fresh = Checkpointer(config, '')
     assert_newest_is(fresh, 6, count=2)
@@ -112,11 +112,11 @@ def test_another_mesh_restores_the_durable_step(config, caplog):
     fresh.close()
 
 
-def test_a_host_that_was_away_does_not_bring_back_its_old_time(config):
+def test_stale_local_steps_of_a_host_that_was_away_are_ignored(config):
     save_until(config, 10).close()
     away = Path(config.local.directory)
     away.rename(away.with_name('away'))
-    elsewhere = Checkpointer(config, '')  # restores step 6 and goes its own way
+    elsewhere = Checkpointer(config, '')  # restores step 6 and continues from there
     elsewhere.save(9, state_at(90), {'step': 9}, must=True)
     elsewhere.close()
     shutil.rmtree(away)
@@ -126,7 +126,7 @@ def test_a_host_that_was_away_does_not_bring_back_its_old_time(config):
     back.close()
 
 
-def test_after_a_fallback_the_local_tier_keeps_what_is_new(config):
+def test_after_a_fallback_the_local_tier_keeps_the_new_steps(config):
     save_until(config, 10).close()
     (data,) = Path(config.local.directory).rglob('state/d/*')
     data.write_bytes(b'')
@@ -149,7 +149,7 @@ def test_steps_of_another_mesh_make_room_for_new_ones(config):
     fresh.close()
 
 
-def test_local_saves_hide_no_durable_ones_that_fail_and_wait_for_none(config, monkeypatch):
+def test_local_saves_neither_hide_failing_durable_ones_nor_wait_for_them(config, monkeypatch):
     durable = Path(config.directory)
     checkpointer = Checkpointer(config, '')
     write = arrays.write
@@ -167,7 +167,7 @@ def test_local_saves_hide_no_durable_ones_that_fail_and_wait_for_none(config, mo
     checkpointer.close()
 
 
-def test_a_local_disk_that_fails_ends_no_run(config, monkeypatch, caplog):
+def test_a_failing_local_disk_does_not_end_the_run(config, monkeypatch, caplog):
     checkpointer = Checkpointer(config, '')
     write = arrays.write
 
@@ -221,7 +221,7 @@ def state(step):
         for name, value in values.items()
     }
 
-# Every host has a disk of its own.
+# Every host has its own disk.
 local = LocalConfig(directory=f'{root}/host{rank}', every=1, keep=2)
 config = CheckpointConfig(directory=f'{root}/durable', every=3, local=local)
 checkpointer = Checkpointer(config, '')
@@ -257,7 +257,7 @@ def run_two(root, mode):
     return [int(out.split()[-1]) for out, _ in outputs]
 
 
-def test_processes_write_to_disks_of_their_own_and_agree_on_what_all_have(tmp_path):
+def test_processes_use_their_own_disks_and_agree_on_the_steps_all_have(tmp_path):
     assert run_two(tmp_path, 'save') == [5, 5]
     for host in ('host0', 'host1'):
         assert steps_below(tmp_path / host) == [4, 5]

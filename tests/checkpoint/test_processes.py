@@ -1,4 +1,4 @@
-"""Two processes that own half of every array write one checkpoint, and one process reads it."""
+"""Two processes, each owning half of every array, write a checkpoint that one process reads."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, and what does not: torn, fenced off, damaged, half deleted."""
+"""Which saves count as checkpoints: not torn, fenced off, damaged or partly deleted ones."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def store(tmp_path):
 
 
 def save(store, step, epoch=1):
-    """A committed step with two files; its directory."""
+    """Writes a committed step with two files -> its directory."""
     attempt = new_attempt()
     store.storage.write(f'{step}/{attempt}/state/manifest.ocdbt', b'database')
     store.storage.write(f'{step}/{attempt}/state/d/data', b'arrays')
@@ -45,7 +45,7 @@ def flips(content):
         yield bytes(changed)
 
 
-def test_commits_are_in_the_order_of_their_steps_and_not_of_their_names(store):
+def test_commits_are_ordered_by_step_and_not_by_name(store):
     for step in (10, 9, 100):
         save(store, step)
     assert steps(store) == [9, 10, 100]
@@ -57,14 +57,14 @@ def test_without_a_lease_every_commit_counts(store):
     assert steps(store) == [1, 2]
 
 
-def test_a_commit_counts_in_the_epoch_it_was_made_in_and_where_it_was_inherited(store):
+def test_a_commit_counts_in_its_own_epoch_and_where_it_was_inherited(store):
     directory = save(store, 1, epoch=1)
     hold(store, 1)
     assert steps(store) == [1]
     hold(store, 2)
     assert steps(store) == []
     hold(store, 2, inherited=[directory])
-    save(store, 2, epoch=1)  # by the holder of epoch 1, that was only asleep
+    save(store, 2, epoch=1)  # by the holder of epoch 1, which was only asleep
     save(store, 3, epoch=2)
     assert steps(store) == [1, 3]
     assert list(store.all_commits(store.storage.list())) == [1, 2, 3]
@@ -97,7 +97,7 @@ def test_a_commit_does_not_replace_one_of_a_later_epoch(store):
     assert store.commits()[1].directory == directory
 
 
-def test_a_whole_step_gives_its_manifest(store):
+def test_an_undamaged_step_returns_its_manifest(store):
     save(store, 4)
     manifest = store.check(store.commits()[4])
     assert manifest['step'] == 4 and manifest['extra'] == {'next_row': 4}
@@ -121,7 +121,7 @@ def test_a_whole_step_gives_its_manifest(store):
         ('../commit.json', b'{"step": 4}', 'commit.json'),
     ],
 )
-def test_what_is_not_as_it_was_saved_is_named(store, name, content, what):
+def test_a_damaged_or_missing_file_is_named(store, name, content, what):
     directory = save(store, 4)
     if content is None:
         store.storage.remove(f'{directory}/{name}')
@@ -133,7 +133,7 @@ def test_what_is_not_as_it_was_saved_is_named(store, name, content, what):
     assert str(caught.value).endswith(what)
 
 
-def test_a_file_that_no_manifest_names_is_no_damage(store):
+def test_a_file_that_is_not_in_the_manifest_is_not_damage(store):
     directory = save(store, 4)
     store.storage.write(f'{directory}/state/d/.data.tmp', b'half')
     store.check(store.commits()[4])
@@ -174,7 +174,7 @@ def test_no_flipped_bit_of_a_commit_hides_its_step(store):
         store.check(store.commits()[step])
 
 
-def test_no_flipped_bit_of_a_lease_hides_a_step_or_has_it_swept(store):
+def test_no_flipped_bit_of_a_lease_hides_a_step_or_gets_it_swept(store):
     directory = save(store, 3, epoch=1)
     hold(store, 2, inherited=[directory])
     save(store, 4, epoch=2)
@@ -189,7 +189,7 @@ def test_no_flipped_bit_of_a_lease_hides_a_step_or_has_it_swept(store):
 
 
 def test_a_commit_and_a_lease_read_as_json(store):
-    """People look at them with whatever is at hand."""
+    """People inspect them with ordinary tools."""
     directory = save(store, 3)
     hold(store, 1, inherited=[directory])
     assert json.loads(store.storage.read('3/commit.json'))['attempt'] == directory.split('/')[1]
@@ -214,14 +214,14 @@ def test_a_commit_and_a_lease_read_as_json(store):
         '7.0/0123456789ab/state/d',
     ],
 )
-def test_a_name_that_no_save_gives_is_no_orphan(store, name):
+def test_a_file_with_a_foreign_name_is_not_an_orphan(store, name):
     store.storage.write(name, b'of somebody else')
     assert store.orphans(store.storage.list(), {}) == {}
     store.sweep()
     assert store.storage.read(name) == b'of somebody else'
 
 
-def test_orphans_are_what_saves_have_left_with_their_bytes(store):
+def test_orphans_are_left_over_saves_with_their_sizes(store):
     save(store, 7)
     save(store, 8)
     torn, older = new_attempt(), new_attempt()
@@ -242,7 +242,7 @@ def test_orphans_are_what_saves_have_left_with_their_bytes(store):
         store.check(commit)
 
 
-def test_a_commit_that_was_fenced_off_is_swept_with_its_step(store):
+def test_a_fenced_off_commit_is_swept_with_its_step(store):
     fenced = save(store, 7, epoch=1)
     hold(store, 2)
     assert store.sweep().keys() == {fenced, '7/commit.json'}
@@ -250,9 +250,7 @@ def test_a_commit_that_was_fenced_off_is_swept_with_its_step(store):
 
 
 @pytest.mark.parametrize('deletions', range(4))
-def test_a_deletion_that_is_interrupted_leaves_a_step_that_counts_whole_or_not_at_all(
-    store, monkeypatch, deletions
-):
+def test_an_interrupted_deletion_leaves_a_whole_step_or_none(store, monkeypatch, deletions):
     save(store, 7)
     save(store, 8)
     remove, done = Path.unlink, []
@@ -279,7 +277,7 @@ def files_of(directory):
     return [path for path in sorted(Path(directory).rglob('*')) if path.is_file()]
 
 
-def test_a_step_that_is_deleted_under_a_reader_is_damage_and_no_crash(store):
+def test_a_step_deleted_during_a_read_is_damage_and_not_a_crash(store):
     save(store, 7)
     commit = store.commits()[7]
     listing = store.storage.list()

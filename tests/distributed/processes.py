@@ -1,4 +1,4 @@
-"""Real processes on the loopback interface.
+"""Starts real processes that talk over the loopback interface.
 
 A process under `jax.distributed` survives SIGTERM, so every one of them is ended with SIGKILL.
 """
@@ -17,7 +17,7 @@ def free_port():
 
 
 def ranks(count):
-    """The environments of `count` processes that are one run."""
+    """The environment variables of `count` processes that form one run."""
     address = f'127.0.0.1:{free_port()}'
     return [
         dict(

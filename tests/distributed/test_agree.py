@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other."""
+"""Barriers and common decisions of real processes."""
 
 from tests.distributed.processes import ranks, read_until, start
 
@@ -23,7 +23,7 @@ def test_one_rank_is_primary_and_barriers_hold_under_an_explicit_mesh():
         assert read_until(processes[1], 'rank') == 'rank 1 False True\n'
 
 
-def test_what_one_rank_decides_or_meets_is_that_of_all():
+def test_decisions_and_errors_of_one_rank_reach_all_ranks():
     program = """
         import jax
         from jaxfm.distributed import agree, join

@@ -1,4 +1,4 @@
-"""How processes find each other, and what is said when they do not."""
+"""How processes find each other, and the errors when they do not."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ from tests.distributed.processes import ranks, read_until, start
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets the variables that describe a run, after removing those of a surrounding one."""
+    """Sets the variables that describe a run, after removing any from the outer environment."""
     for name in list(os.environ):
         if name.startswith('SLURM_') or name in ranks(1)[0]:
             monkeypatch.delenv(name)
@@ -25,7 +25,7 @@ def environment(monkeypatch):
     return update
 
 
-def test_alone_there_is_nothing_to_join(environment):
+def test_a_single_process_joins_nothing(environment):
     assert not join.initialize()
     environment(**ranks(1)[0])
     assert not join.initialize()
@@ -87,7 +87,7 @@ def test_a_process_that_failed_does_not_wait_for_the_others():
         assert processes[0].poll() is None
 
 
-def test_a_process_that_joined_no_other_ends_as_it_would(environment, monkeypatch):
+def test_a_single_process_exits_as_usual(environment, monkeypatch):
     calls = []
     monkeypatch.setattr(distributed, '_end', None)
     assert distributed.end_after_error(65) is None
@@ -113,7 +113,7 @@ def test_contradictory_variables_are_a_usage_error(environment, change, message)
 
 
 @pytest.mark.parametrize('kept', list(ranks(1)[0]))
-def test_variables_that_are_missing_are_named(environment, kept):
+def test_missing_variables_are_named(environment, kept):
     all_names = ranks(2)[0]
     environment(**{kept: all_names.pop(kept)})
     with pytest.raises(UsageError, match=f'{" and ".join(all_names)} not set'):

@@ -1,4 +1,4 @@
-"""Real signals to real processes."""
+"""Real signals, sent to real processes."""
 
 import signal
 import time
@@ -49,7 +49,7 @@ STUCK = """
     [(signal.SIGINT, signal.SIGINT, 130), (signal.SIGTERM, signal.SIGTERM, 143)],
 )
 def test_second_signal_exits_at_once_though_the_main_thread_is_busy(first, second, code):
-    # sleep(3) returns early on a signal, so it is called until the process ends.
+    # sleep(3) returns early on a signal, so call it in a loop.
     program = STUCK.replace('ctypes.CDLL', 'while True: ctypes.CDLL')
     with start(program) as [process]:
         read_until(process, 'ready')
@@ -60,7 +60,7 @@ def test_second_signal_exits_at_once_though_the_main_thread_is_busy(first, secon
         assert process.wait(5) == code
 
 
-def test_one_request_delivered_twice_is_one_request():
+def test_one_request_delivered_as_two_signals_counts_once():
     with start(LOOP) as [process]:
         read_until(process, 'step 3')
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""When evaluators run, and the interval of a share."""
+"""When evaluators run, and the Wilson interval."""
 
 import pytest
 

@@ -32,7 +32,7 @@ def test_prompts_with_thirteen_words_of_the_training_text_are_found(data):
     words = train_texts(data)[7].split()
     prompts = [
         'before ' + ' '.join(words[20:33]) + ' after',
-        'Before, ' + ', '.join(words[20:33]).upper() + '!',  # written in another way
+        'Before, ' + ', '.join(words[20:33]).upper() + '!',  # other case and punctuation
         ' '.join([*words[20:32], 'other', *words[33:44]]),  # 12 in a row
         ' '.join(words[:12][::-1]) + ' and more words in the end',
     ]
@@ -41,13 +41,13 @@ def test_prompts_with_thirteen_words_of_the_training_text_are_found(data):
     assert result['contaminated_share'] == 0.5 and result['ngram'] == 13
 
 
-def test_a_shorter_prompt_is_found_when_all_of_it_is_there(data):
+def test_a_shorter_prompt_is_found_if_all_of_its_words_occur(data):
     words = train_texts(data)[11].split()
     prompts = [' '.join(words[3:8]), ' '.join([*words[3:8], 'absent']), '!?', '']
     assert contamination.measure(data, prompts)['contaminated'] == 1
 
 
-def test_words_of_two_documents_are_not_in_a_row(data):
+def test_an_n_gram_does_not_span_two_documents(data):
     first, second = (text.split() for text in train_texts(data)[:2])
     prompt = ' '.join(first[-7:] + second[:7])
     assert contamination.measure(data, [prompt])['contaminated'] == 0
@@ -58,7 +58,7 @@ def test_held_out_text_is_not_training_text(data):
     assert prompts and contamination.measure(data, prompts)['contaminated'] == 0
 
 
-def test_no_more_is_read_than_the_cap_and_the_result_says_how_much(data):
+def test_at_most_max_bytes_are_read_and_the_result_says_how_many(data):
     prompts = [' '.join(text.split()[:13]) for text in train_texts(data)]
     everything = contamination.measure(data, prompts)
     size = sum(len(text) for text in train_texts(data))
@@ -69,7 +69,7 @@ def test_no_more_is_read_than_the_cap_and_the_result_says_how_much(data):
     assert part['bytes_total'] in (0, size)
 
 
-def test_equal_hashes_alone_are_no_match(monkeypatch):
+def test_equal_hashes_alone_are_not_a_match(monkeypatch):
     monkeypatch.setattr(contamination, '_FACTOR', np.uint64(1))  # any order has the same hash
     grams = Grams(['a b c d'], 4)
     grams.scan('d c b a'.split())

@@ -1,4 +1,4 @@
-"""Sampling-based evaluation with a task and an engine that are scripts."""
+"""Sampling-based evaluation with a scripted task and a scripted engine."""
 
 import json
 import types
@@ -31,7 +31,7 @@ class Tokenizer:
 
 
 class Chat:
-    """Says what it is told in capitals."""
+    """A chat template that renders the messages in capitals."""
 
     stop_ids = frozenset([EOS, ord('|')])
 
@@ -40,7 +40,7 @@ class Chat:
 
 
 class Task:
-    """Which completions hold an x before their first dot."""
+    """Scores 1 for a completion with an x; stops at the first dot."""
 
     texts = {'a': 'abc', 'b': 'bc', 'c': 'c'}
 
@@ -59,7 +59,7 @@ class Task:
 
 
 class Engine:
-    """Answers prompts from a script, two tokens a step; a request ends with its script."""
+    """Answers prompts from a script, two tokens per step; a request ends with its script."""
 
     script = {'abc': 'oxo\0', 'bc': 'oo.ooooox', 'c': 'oo'}
 
@@ -127,7 +127,7 @@ def test_the_share_that_passes_comes_with_its_interval(engine):
     assert values == {'pass@1': 1 / 3, 'pass@1_low': low, 'pass@1_high': high, 'prompts': 3.0}
 
 
-def test_requests_are_what_the_config_says_and_are_checked_before_anything_runs(engine):
+def test_requests_follow_the_config_and_are_checked_before_anything_runs(engine):
     evaluator(engine, temperature=0.5, max_tokens=7)
     assert [request.id for request in engine.checked] == ['a', 'b', 'c']
     for request in engine.checked:
@@ -139,7 +139,7 @@ def test_requests_are_what_the_config_says_and_are_checked_before_anything_runs(
     assert engine.seen == []
 
 
-def test_chats_go_through_the_template_and_groups_are_scored_apart(engine, monkeypatch):
+def test_chats_use_the_template_and_groups_are_scored_separately(engine, monkeypatch):
     def prompts(self):
         turns = {id: ({'role': 'user', 'content': text},) for id, text in self.texts.items()}
         return [Prompt(id, '', turns[id], group='odd' if id == 'b' else 'even') for id in turns]
@@ -155,7 +155,7 @@ def test_chats_go_through_the_template_and_groups_are_scored_apart(engine, monke
     assert values['pass@1/odd'] == 0.0
 
 
-def test_prompts_are_texts_for_whoever_looks_for_them_in_the_training_text(engine, monkeypatch):
+def test_prompt_texts_are_available_for_the_contamination_search(engine, monkeypatch):
     assert evaluator(engine).prompt_texts == ['abc', 'bc', 'c']
     turns = [{'role': 'user', 'content': 'one'}, {'role': 'user', 'content': 'two'}]
     monkeypatch.setattr(Task, 'prompts', lambda self: [Prompt('a', '', tuple(turns))])
@@ -183,11 +183,11 @@ def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_
         'step': 5,
         'id': 'a',
         'prompt': 'abc',
-        'completion': 'oxo',  # without the end of the text
+        'completion': 'oxo',  # without the end-of-text token
         'score': 1.0,
         'finish_reason': 'stop',
     }
-    # Cancelled in the step that brought the dot: the x after it was never sampled.
+    # Cancelled in the step that produced the dot, so the x after it was never sampled.
     assert (second['completion'], second['finish_reason']) == ('oo.o', 'judged')
     assert (third['completion'], third['finish_reason']) == ('oo', 'length')
 

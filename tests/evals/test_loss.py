@@ -1,4 +1,4 @@
-"""Held-out loss against a sum over all held-out targets, done by hand."""
+"""Held-out loss against a plain sum over all held-out targets."""
 
 import math
 import types
@@ -19,7 +19,7 @@ LENGTHS = (9, 2, 17, 5)
 
 
 class Bigram:
-    """Predicts from one token alone: its loss does not depend on how rows are cut."""
+    """Predicts from the current token only, so its loss does not depend on how rows are cut."""
 
     def __init__(self, params):
         self.params = params
@@ -42,7 +42,7 @@ class Hesitant(Bigram):
 
 
 class Heldout:
-    """What a token cache is to an evaluator, in memory."""
+    """An in-memory stand-in for a token cache."""
 
     path, fingerprint, vocab_size, is_chat, mask = 'heldout', 'texts', V, False, None
     num_documents, num_bytes = len(LENGTHS), 131
@@ -122,7 +122,7 @@ def test_a_stride_gives_context_to_the_tokens_that_begin_a_row(params, mesh):
     assert cut['loss'] != pytest.approx(whole['loss'], rel=1e-2)
 
 
-def test_it_measures_the_weights_it_is_given(params, mesh):
+def test_it_evaluates_the_weights_it_is_given(params, mesh):
     heldout = evaluator(mesh)
     heldout.run(params, 0)
     uniform = heldout.run(dict(params, out=jnp.zeros((V, D))), 1)
@@ -133,7 +133,9 @@ def test_a_part_of_the_text_has_a_loss_but_no_bits_per_byte(params, mesh):
     first_row = evaluator(mesh, max_batches=1, batch_size=4, sequence_length=11, stride=11)
     values = first_row.run(params, 0)
     assert set(values) == {'loss'}
-    assert values['loss'] == pytest.approx(np.divide(*by_hand(params)), rel=1e-5)  # all four rows
+    assert values['loss'] == pytest.approx(
+        np.divide(*by_hand(params)), rel=1e-5
+    )  # covers all four rows
     part = evaluator(mesh, max_batches=1, batch_size=4, sequence_length=4).run(params, 0)
     assert part['loss'] != pytest.approx(values['loss'], rel=1e-3)
 
@@ -145,7 +147,7 @@ class Other(Heldout):
 
 
 class Masked(Heldout):
-    """Chats, of which every other token is the assistant's."""
+    """Chats in which every other token is the assistant's."""
 
     is_chat = True
     mask = (np.arange(Heldout.num_tokens) % 2).astype(np.uint8)
@@ -154,7 +156,7 @@ class Masked(Heldout):
         self.path, self.fingerprint = directory / 'heldout.tokens', 'chats'
 
 
-def test_sources_of_a_mixture_are_measured_apart_and_together(params, mesh):
+def test_sources_of_a_mixture_are_measured_separately_and_together(params, mesh):
     values = evaluator(mesh, heldout=Other).run(params, 0)
     assert set(values) == {'loss', 'loss/web', 'loss/text', 'bits_per_byte'}
     assert values['loss/text'] == pytest.approx(np.divide(*by_hand(params)), rel=1e-5)
@@ -163,7 +165,7 @@ def test_sources_of_a_mixture_are_measured_apart_and_together(params, mesh):
     assert values['loss/web'] != pytest.approx(values['loss/text'], rel=1e-3)
 
 
-def test_of_chats_only_what_the_assistant_says_counts(params, mesh, tmp_path):
+def test_in_chats_only_assistant_tokens_count(params, mesh, tmp_path):
     values = evaluator(mesh, heldout=lambda: Masked(tmp_path), sequence_length=32).run(params, 0)
     tokens, offsets = Heldout.tokens.astype(int), Heldout.offsets
     logits = np.asarray(params['in'], np.float64) @ np.asarray(params['out'], np.float64).T
@@ -174,7 +176,7 @@ def test_of_chats_only_what_the_assistant_says_counts(params, mesh, tmp_path):
     assert 'bits_per_byte' not in values
 
 
-def test_the_line_of_xz_stands_beside_it(params, mesh):
+def test_the_xz_baseline_is_recorded(params, mesh):
     values = evaluator(mesh, xz_baseline=True).run(params, 0)
     assert 0 < values['xz_bits_per_byte'] < 1.5  # 999 times the same letter
 

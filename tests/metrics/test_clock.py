@@ -1,4 +1,4 @@
-"""Throughput over training time alone, MFU, the time to come, where it went; peaks of devices."""
+"""StepClock: throughput over training time only, MFU, ETA, time per bucket; peaks of devices."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ def hands():
 
 @pytest.fixture
 def in_loop(hands):
-    """Makes clocks of a loop of 100 steps that runs."""
+    """Makes clocks inside a running loop of 100 steps."""
     with contextlib.ExitStack() as stack:
 
         def make(**options):
@@ -51,7 +51,7 @@ def spent(clock):
     return {bucket: seconds for bucket, seconds in clock.account().items() if seconds}
 
 
-def test_throughput_leaves_out_what_is_no_training(hands, in_loop):
+def test_throughput_excludes_time_outside_training(hands, in_loop):
     clock = in_loop()
     with clock.aside('compile'):
         hands.seconds += 30
@@ -88,7 +88,7 @@ def test_a_window_without_steps_has_no_speed(hands, in_loop):
     assert clock.eta(0) is None
 
 
-def test_time_inside_time_is_counted_once(hands, in_loop):
+def test_nested_time_is_counted_once(hands, in_loop):
     clock = in_loop()
     with clock.aside('eval'), clock.aside('compile'):
         hands.seconds += 3
@@ -97,7 +97,7 @@ def test_time_inside_time_is_counted_once(hands, in_loop):
     assert clock.seconds['eval'] == 3 and clock.seconds['compile'] == 0
 
 
-def test_time_aside_counts_when_it_ends_in_an_error(hands, in_loop):
+def test_time_of_a_context_that_raises_is_counted(hands, in_loop):
     clock = in_loop()
     with pytest.raises(OSError), clock.aside('checkpoint_save'):
         hands.seconds += 3
@@ -112,7 +112,7 @@ def test_mfu_is_the_share_of_the_peak(hands, in_loop):
     assert clock.log(4)['perf/mfu'] == 0.25
 
 
-def test_the_time_to_come_includes_evaluation_but_not_compilation(hands, in_loop):
+def test_the_eta_includes_evaluation_but_not_compilation(hands, in_loop):
     clock = in_loop()
     with clock.aside('compile'):
         hands.seconds += 50
@@ -126,7 +126,7 @@ def test_the_time_to_come_includes_evaluation_but_not_compilation(hands, in_loop
     assert clock.eta(100) == 0
 
 
-def test_the_very_first_step_alone_foretells_nothing(hands, in_loop):
+def test_the_first_step_alone_gives_no_eta(hands, in_loop):
     clock = in_loop()
     run_steps(clock, hands, 1)
     assert 'perf/eta_seconds' not in clock.log(1)
@@ -154,7 +154,7 @@ def test_every_second_is_in_one_bucket(hands):
     assert clock.elapsed == sum(wanted.values())
 
 
-def test_a_log_tells_the_account_of_the_run_so_far(hands, in_loop):
+def test_a_log_reports_the_seconds_of_every_bucket_so_far(hands, in_loop):
     clock = in_loop()
     for step in (4, 8):
         run_steps(clock, hands, 4)
@@ -170,7 +170,7 @@ def test_a_log_tells_the_account_of_the_run_so_far(hands, in_loop):
     assert values['perf/elapsed_seconds'] == 10
 
 
-def test_time_between_two_loops_is_that_of_no_step(hands):
+def test_time_between_two_loops_is_not_step_time(hands):
     clock = StepClock(100, now=hands)
     with clock.training():
         run_steps(clock, hands, 2)
@@ -198,7 +198,7 @@ def test_a_run_that_waits_for_data_does_not_look_fast(hands, in_loop):
 
 
 def saved(clock):
-    """The state as the loop saves it and a checkpoint gives it back."""
+    """The clock's state after a round trip through JSON, as in a checkpoint."""
     with clock.aside('checkpoint_save'):
         return json.loads(json.dumps(clock.get_state()))
 
@@ -219,7 +219,7 @@ def test_a_resumed_clock_goes_on_without_the_pause(hands, in_loop):
     assert spent(resumed) == {'init': 3, 'step': 6}
 
 
-def test_what_a_process_did_after_its_checkpoint_is_wasted_time_of_the_run(hands, in_loop):
+def test_time_after_the_last_checkpoint_of_a_dead_process_is_wasted(hands, in_loop):
     clock = in_loop()
     run_steps(clock, hands, 10)
     state = saved(clock)
@@ -235,7 +235,7 @@ def test_what_a_process_did_after_its_checkpoint_is_wasted_time_of_the_run(hands
     assert spent(resumed) == {'step': 5, 'wasted': 10, 'init': 3}
 
 
-def test_a_process_that_died_before_any_checkpoint_wasted_everything(in_loop):
+def test_all_time_of_a_process_that_died_without_a_checkpoint_is_wasted(in_loop):
     clock = in_loop()
     assert clock.waste(40.0) == 40
     assert spent(clock) == {'wasted': 40}
@@ -250,7 +250,7 @@ def test_without_records_after_the_checkpoint_nothing_is_wasted(hands, in_loop):
     assert spent(resumed) == {'step': 5}
 
 
-def test_the_time_to_come_does_not_pay_again_for_what_was_before_a_resume(hands, in_loop):
+def test_the_eta_ignores_evaluation_and_saving_before_a_resume(hands, in_loop):
     clock = in_loop()
     run_steps(clock, hands, 5)
     for bucket in ('eval', 'checkpoint_save'):
@@ -274,7 +274,7 @@ def test_the_start_of_a_process_is_before_its_imports_and_before_an_exec():
     command = ['sh', '-c', 'sleep 0.5; exec "$@"', 'sh', sys.executable, '-c', program]
     started = time.monotonic()
     age = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    tick = 0.02  # the kernel tells starts in hundredths of a second
+    tick = 0.02  # the kernel reports start times in hundredths of a second
     assert 0.5 <= age <= time.monotonic() - started + tick
 
 
@@ -316,5 +316,5 @@ def test_peaks_of_known_devices(kind, dtype, tflops):
         ('NVIDIA L400', 'bfloat16'),
     ],
 )
-def test_what_is_unknown_has_no_peak(kind, dtype):
+def test_an_unknown_device_or_dtype_has_no_peak(kind, dtype):
     assert peak_flops(kind, dtype) is None

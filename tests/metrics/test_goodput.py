@@ -1,4 +1,4 @@
-"""What records tell of a process that died; the checkpoint interval that wastes the least."""
+"""When a dead process was last seen in the records; the best checkpoint interval."""
 
 import math
 import random
@@ -19,11 +19,11 @@ def test_records_have_every_bucket_and_the_share_of_steps():
     assert list(values) == [f'goodput/{bucket}_seconds' for bucket in goodput.BUCKETS]
 
 
-def test_before_any_time_the_share_of_steps_is_none():
+def test_without_any_time_the_share_of_steps_is_zero():
     assert goodput.values(dict.fromkeys(goodput.BUCKETS, 0.0))['goodput/ratio'] == 0
 
 
-# What a process did after its checkpoint
+# Time of a process after its last checkpoint
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def recorder(tmp_path):
     recorder.close()
 
 
-def test_the_last_record_after_the_checkpoint_tells_when_a_process_died(recorder):
+def test_the_last_record_after_the_checkpoint_shows_when_a_process_died(recorder):
     path = recorder.jsonl.path
     recorder.write(1, 'perf', {'perf/elapsed_seconds': 10.0})
     position = recorder.jsonl.position()
@@ -53,7 +53,7 @@ def test_what_a_run_did_after_its_last_step_is_no_sign_of_death(recorder):
 @pytest.mark.parametrize(
     'rest', [b'\0' * 64 + b'\n', b'{"step": 3, "kind": "perf", "perf/el'], ids=['zeros', 'torn']
 )
-def test_what_a_power_failure_leaves_ends_the_search(recorder, rest):
+def test_the_search_stops_at_records_damaged_by_a_power_failure(recorder, rest):
     recorder.write(2, 'perf', {'perf/elapsed_seconds': 20.0})
     with open(recorder.jsonl.path, 'ab') as file:
         file.write(rest)
@@ -69,24 +69,24 @@ def test_records_that_are_shorter_than_at_the_checkpoint_or_gone_tell_nothing(re
 # The interval
 
 
-def test_a_dearer_save_is_rarer_and_failures_make_it_more_frequent():
+def test_slower_saves_are_rarer_and_failures_make_them_more_frequent():
     # sqrt(2 * 0.5 s * 86400 s) = 294 s
     assert goodput.checkpoint_every(0.5, 12, step_seconds=2, failures_per_day=1) == 147
     assert goodput.checkpoint_every(2.0, 12, step_seconds=2, failures_per_day=1) == 294
     assert goodput.checkpoint_every(0.5, 12, step_seconds=2, failures_per_day=4) == 73
 
 
-def test_a_save_is_over_when_the_next_one_begins():
+def test_saves_do_not_overlap():
     assert goodput.checkpoint_every(0.5, 601, step_seconds=2, failures_per_day=1) == 301
     assert goodput.checkpoint_every(0, 1, step_seconds=0.3, failures_per_day=1) == 4
 
 
-def test_steps_that_take_longer_than_the_interval_are_all_saved():
+def test_steps_longer_than_the_interval_are_all_saved():
     assert goodput.checkpoint_every(0.5, 12, step_seconds=3600, failures_per_day=1) == 1
 
 
 def test_no_other_interval_loses_less_time_to_saves_and_failures():
-    """Failures at random, as often as the rate says: days of a run, replayed."""
+    """Simulates days of a run with random failures at the given rate."""
     blocks, failures = 20.0, 24.0
     best = goodput.checkpoint_every(blocks, 0, step_seconds=1, failures_per_day=failures)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: whole lines, every bit of a float, and cut back on resume."""
+"""metrics.jsonl: whole lines, lossless floats, and truncation on resume."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_values_come_back_bit_for_bit(path):
     assert math.copysign(1, got['h']) == -1
 
 
-def test_what_json_cannot_say_is_a_string_in_the_file_and_a_float_when_read(path):
+def test_nan_and_infinity_are_strings_in_the_file_and_floats_when_read(path):
     recorder = Recorder(JsonlWriter(path))
     recorder.write(1, 'train', {'x': math.nan, 'y': np.float32(np.inf), 'z': -math.inf})
     recorder.close()
@@ -134,8 +134,8 @@ def test_a_file_shorter_than_the_checkpoint_says_is_never_padded(path, caplog):
 
 
 @pytest.mark.parametrize('extra', [0, 1, 10_000])
-def test_in_another_work_directory_steps_tell_what_comes_after_a_checkpoint(path, extra):
-    """Its position is of another file, and may be anywhere in this one."""
+def test_in_another_work_directory_steps_show_which_records_follow_a_checkpoint(path, extra):
+    """The checkpoint's position belongs to another file, and may be anywhere in this one."""
     writer = JsonlWriter(path)
     for step in (10, 10):
         writer.write({'step': step, 'kind': 'perf'})
@@ -147,7 +147,7 @@ def test_in_another_work_directory_steps_tell_what_comes_after_a_checkpoint(path
     assert [record['step'] for record in read_records(path)] == [0, 10, 10]
 
 
-def test_a_position_in_the_middle_of_a_line_leaves_no_half_of_it(path):
+def test_a_position_within_a_line_leaves_no_partial_line(path):
     writer = JsonlWriter(path)
     writer.write({'step': 1})
     end = writer.position()
@@ -166,7 +166,7 @@ def test_cutting_back_to_the_beginning_keeps_the_schema(path):
     assert [record.get('schema_version') for record in read_records(path)] == [1]
 
 
-def test_a_full_disk_costs_records_and_neither_the_run_nor_the_file(path, caplog):
+def test_a_full_disk_loses_records_but_neither_the_run_nor_the_file(path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     recorder = Recorder(JsonlWriter(path))
     train_steps(recorder, 1, 2)
@@ -210,7 +210,7 @@ class BrokenSink:
         raise AssertionError('a dropped sink is left alone')
 
 
-def test_a_broken_sink_warns_once_and_stops_nobody(path, caplog):
+def test_a_broken_sink_warns_once_and_stops_nothing(path, caplog):
     heard = []
     recorder = Recorder(JsonlWriter(path), BrokenSink(), ListSink(heard))
     train_steps(recorder, 1, 3)
@@ -221,14 +221,14 @@ def test_a_broken_sink_warns_once_and_stops_nobody(path, caplog):
     assert caplog.text.count(told) == 1
 
 
-def test_a_path_that_cannot_be_written_is_an_error_of_ours(tmp_path):
+def test_an_unwritable_path_is_a_run_error(tmp_path):
     with pytest.raises(PermissionDeniedError):
         JsonlWriter('/sys/jaxfm/metrics.jsonl')
     with pytest.raises(StorageError, match='Is a directory'):
         JsonlWriter(tmp_path)
 
 
-def test_a_line_that_is_no_record_is_named(path):
+def test_a_line_that_is_not_a_record_is_named(path):
     path.parent.mkdir()
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(DataError, match='metrics.jsonl, line 2, is not a record'):

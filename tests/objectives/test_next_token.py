@@ -1,4 +1,4 @@
-"""Sums and weights of the next-token objective against float64."""
+"""Sums and weights of the next-token objective against float64 references."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ B, T, D, V = 3, 6, 8, 20
 
 
 class Model:
-    """Hidden states that are given, and an output projection."""
+    """A model with fixed hidden states and an output projection."""
 
     def __init__(self, hidden, weight):
         self.hidden, self.weight = hidden, weight
@@ -67,7 +67,7 @@ def test_terms_are_sums_over_the_mask(model, batch):
     assert metrics == increments == {}
 
 
-def test_z_loss_is_no_term_when_it_is_off(model, batch):
+def test_z_loss_is_absent_when_it_is_off(model, batch):
     objective = NextToken(NextTokenConfig())
     assert set(objective(model, batch, None)[0]) == {'next_token'}
     assert set(objective.weights(batch)) == set(objective.coefficients) == {'next_token'}
@@ -93,7 +93,7 @@ def test_sums_and_weights_add_up_over_a_batch_that_is_split(model, batch):
         np.testing.assert_allclose(sum(sums[name] for sums, _ in parts), whole[name], rtol=1e-6)
         weights = [float(weights[name]) for _, weights in parts]
         assert sum(weights) == objective.weights(batch)[name]
-        assert len(set(weights)) > 1  # a mean of means would be something else
+        assert len(set(weights)) > 1  # a mean of means would differ
 
 
 def test_a_batch_without_targets_is_zero_with_finite_gradients(model, batch):
@@ -117,5 +117,5 @@ def test_a_masked_target_changes_nothing(model, batch):
     assert {k: float(v) for k, v in sums.items()} == {k: float(v) for k, v in changed.items()}
 
 
-def test_the_registry_leads_to_it():
+def test_the_registry_has_the_objective():
     assert OBJECTIVES.load('next_token') is NextToken

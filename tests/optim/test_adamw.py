@@ -15,14 +15,14 @@ def test_adamw_equals_numpy_and_leaves_vectors_undecayed():
     config = AdamWConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, schedule='linear')
     params = make_arrays(seed=100)
     result, _ = run(AdamW(config, 6, AXES), params, steps=5)
-    # Half, whole, then down from 0.1 by 0.09 in four steps.
+    # Warm-up: half, full. Then from 0.1 down by 0.09 in four steps.
     rates = [0.05, 0.1, 0.1, 0.0775, 0.055]
     wanted = adamw_in_numpy(config, params, rates)
     for path in AXES:
         np.testing.assert_allclose(result[path], wanted[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
-def test_no_weight_decay_is_no_decay_anywhere():
+def test_weight_decay_zero_decays_nothing():
     config = AdamWConfig(learning_rate=0.1, weight_decay=0.0, schedule='constant')
     params = make_arrays(seed=100)
     rule = AdamW(config, 3, AXES)

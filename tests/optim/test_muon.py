@@ -23,7 +23,7 @@ def newton_schulz_in_numpy(matrix, steps):
 
 
 def orthogonalized_in_numpy(array, path, steps):
-    """Every matrix by itself, each [inputs, outputs] written out by hand."""
+    """Muon with every [inputs, outputs] matrix written out separately."""
     result = np.empty(array.shape)
     for layer in range(len(array)):
         if path == 'gate_up':
@@ -61,7 +61,7 @@ def muon_in_numpy(config, params, rates):
 MUON = MuonConfig(learning_rate=0.01, muon_learning_rate=0.05, schedule='constant')
 MESHES = {
     'fsdp 2 x tensor 2': dict(fsdp=2, tensor=2),  # layers are spread over fsdp
-    'fsdp 8': dict(fsdp=8),  # too few layers: every device does all
+    'fsdp 8': dict(fsdp=8),  # too few layers to spread: every device computes all
 }
 
 
@@ -78,7 +78,7 @@ def test_muon_equals_numpy_for_every_matrix_of_every_layer():
 
 
 @pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES.keys())
-def test_muon_equals_numpy_where_weights_are_sharded(sizes, capfd):
+def test_muon_equals_numpy_on_sharded_weights(sizes, capfd):
     shape = dict.fromkeys(sharding.MESH_AXES, 1) | sizes
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(list(sizes.values()))])
     params = make_arrays(seed=100)
@@ -92,8 +92,8 @@ def test_muon_equals_numpy_where_weights_are_sharded(sizes, capfd):
         assert momentum[path].sharding == placed[path].sharding, path
 
 
-def test_each_matrix_is_whole_on_a_device_while_it_is_orthogonalized():
-    """Sharded products would exchange every iteration of Newton-Schulz."""
+def test_each_matrix_is_unsharded_while_it_is_orthogonalized():
+    """With sharded products, every Newton-Schulz iteration would communicate."""
     mesh = sharding.make_mesh(
         dict.fromkeys(sharding.MESH_AXES, 1) | dict(replica=2, fsdp=2, tensor=2)
     )

@@ -1,4 +1,4 @@
-"""Learning rates of every update."""
+"""Learning rates by update."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def rates(count, **options):
     return [float(schedule(step)) for step in range(count + 1)]
 
 
-def test_warmup_rises_in_even_steps_from_the_first_update_to_the_peak():
+def test_warmup_rises_linearly_from_the_first_update_to_the_peak():
     values = rates(8, warmup_steps=4, schedule='constant')
     np.testing.assert_allclose(values, [0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8], rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Updates of a few parameters as the train step makes them, and those of AdamW in plain numpy."""
+"""Applies optimizer updates to a few parameters as the train step does; AdamW in plain numpy."""
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def make_arrays(seed, layers=4):
 
 
 def run(rule, params, steps):
-    """`steps` updates as the train step makes them; the gradients are make_arrays(step)."""
+    """Applies `steps` updates as the train step does, with make_arrays(step) as gradients."""
 
     @jax.jit
     def update(params, state, gradients, rate):

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs that a config will need, against arithmetic done by hand."""
+"""Parameter and FLOP counts of a config against arithmetic done by hand."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_without_the_causal_half_attention_counts_twice():
 
 @pytest.mark.parametrize('length, window', [(16, 0), (16, 4), (16, 16), (16, 100), (7, 3)])
 def test_visible_keys_are_the_area_under_the_mask(length, window):
-    """The count is that of the continuous triangle: the diagonal is half visible."""
+    """The count is the area of the continuous triangle: the diagonal is half visible."""
     query, key = np.arange(length)[:, None], np.arange(length)
     reach = window or length
     seen = ((key <= query) & (query - key < reach)).sum()
@@ -48,7 +48,7 @@ def test_visible_keys_are_the_area_under_the_mask(length, window):
     assert visible_keys(length, window, causal=False) == min(reach, length)
 
 
-def test_windows_and_segments_count_layer_by_layer():
+def test_windows_and_segments_are_counted_layer_by_layer():
     local = changed(BLOCK_1B, window=512)
     mixed = changed(
         LLAMA_1B, segments=[SegmentConfig(pattern=[local, local, local, BLOCK_1B], repeats=4)]
@@ -58,13 +58,13 @@ def test_windows_and_segments_count_layer_by_layer():
     assert flops == pytest.approx(saved)
 
 
-def test_a_block_without_a_gate_has_one_matrix_less():
+def test_a_block_without_a_gate_has_one_matrix_fewer():
     plain = changed(LLAMA_1B, block=changed(BLOCK_1B, gated=False))
     flops = model_flops_per_token(LLAMA_1B, 8) - model_flops_per_token(plain, 8)
     assert flops == 6 * 16 * 2048 * 8192
 
 
-def test_tying_saves_parameters_and_no_flops():
+def test_tying_saves_parameters_but_no_flops():
     untied = changed(LLAMA_1B, tie_embeddings=False)
     assert model_flops_per_token(untied, 64) == model_flops_per_token(LLAMA_1B, 64)
     counts = [

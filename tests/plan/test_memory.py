@@ -1,4 +1,4 @@
-"""Bytes on a device and in all."""
+"""Bytes per device and in total."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxfm import sharding
 from jaxfm.plan.memory import bytes_per_device, bytes_total
 
 
-def test_bytes_are_those_of_the_fullest_device():
+def test_bytes_are_counted_per_device_and_in_total():
     with jax.set_mesh(sharding.make_mesh({a: 1 for a in sharding.MESH_AXES} | {'fsdp': 8})):
         mesh = jax.sharding.get_mesh()
         split = jax.NamedSharding(mesh, sharding.stored_spec(('embed', 'norm')))

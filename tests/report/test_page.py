@@ -1,4 +1,4 @@
-"""report.html: made of the files alone, whole in one file, of whatever there is."""
+"""report.html: made only from the run's files, self-contained, and from whatever is recorded."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def account(**seconds):
 
 
 def record_saves(workdir, *seconds, blocking=0.5):
-    """Events of committed checkpoints that took so long."""
+    """Records committed checkpoints whose saves took the given seconds."""
     recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
     for save in seconds:
         times = {'checkpoint/save_seconds': save, 'checkpoint/blocking_seconds': blocking}
@@ -54,7 +54,7 @@ def text_of(page):
     return re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', page))
 
 
-def test_the_report_shows_scores_with_intervals_beside_the_first_ones(tmp_path):
+def test_the_report_shows_first_and_last_scores_with_intervals(tmp_path):
     record_run(tmp_path)
     page = write_report(tmp_path).read_text()
     text = text_of(re.sub(r'src="[^"]*"', '', page))
@@ -107,7 +107,7 @@ def test_without_saves_or_failures_no_interval_is_recommended(tmp_path, saves, f
     assert 'Where the time went' in text and 'recommended' not in text
 
 
-def test_the_report_is_one_file_and_escapes_what_it_quotes(tmp_path):
+def test_the_report_is_one_file_and_escapes_html(tmp_path):
     workdir = tmp_path / 'a <b> & "c"'
     workdir.mkdir()
     record_run(workdir)
@@ -125,7 +125,7 @@ def test_a_run_with_nothing_recorded_has_a_report(tmp_path, content):
     assert not (tmp_path / 'plots').exists()
 
 
-def test_a_broken_config_and_odd_values_do_not_hinder_the_report(tmp_path):
+def test_a_broken_config_and_odd_values_do_not_break_the_report(tmp_path):
     (tmp_path / 'config.json').write_text('{')
     recorder = Recorder(JsonlWriter(tmp_path / 'metrics.jsonl'))
     recorder.write(1, 'train', {'train/loss': math.nan, 'train/moe_loss': math.inf})

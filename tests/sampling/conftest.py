@@ -1,4 +1,4 @@
-"""One small model with adapters, and samplers that share compiled functions by their shapes."""
+"""A small model with adapters, and samplers that share compiled functions by shape."""
 
 import functools
 
@@ -67,13 +67,13 @@ def one_device():
 
 @pytest.fixture
 def build():
-    """(params or None, mesh, config changes) -> Sampler, to which the params are lent."""
+    """(params or None, mesh, config changes) -> a Sampler with these params lent to it."""
     return new_sampler
 
 
 @pytest.fixture
 def store():
-    """params -> the same, where the mesh that is set stores them."""
+    """params -> the same params, placed as the current mesh stores them."""
 
     def move(params):
         mesh = jax.sharding.get_mesh()
@@ -92,7 +92,7 @@ def _shared(params, one_device):
 
 @pytest.fixture
 def sampler(_shared, params, one_device):
-    """Four slots, three tokens a call, on one device; idle, whatever other tests did with it."""
+    """Four slots, three tokens per call, on one device; idle even if another test left work."""
     with jax.set_mesh(one_device):
         yield _shared
         while _shared.has_work:
@@ -116,7 +116,7 @@ def _score(params, tokens, temperature):
 
 @pytest.fixture
 def score(params):
-    """(prompt, completion, temperature) -> what the trainer's forward says of the completion."""
+    """(prompt, completion, temperature) -> the completion's scores by the trainer's forward."""
 
     def run(prompt, completion, temperature=1.0, params=params):
         text = np.zeros((1, LENGTH), np.int32)
@@ -130,4 +130,4 @@ def score(params):
 
 @pytest.fixture(scope='module', autouse=True)
 def _compile_quickly(quick_compilation):
-    """Here nearly all of the time is compilation."""
+    """Compiles with little optimization: compiling takes nearly all of the time here."""

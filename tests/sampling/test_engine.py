@@ -1,4 +1,4 @@
-"""The engine: what it samples is the model's, and depends on a request alone."""
+"""The engine: samples agree with the model's forward and depend only on the request."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def short(**changes):
 
 
 def run(sampler, requests, params=None, version=0, **options):
-    """{id: (tokens, log-probs, sampling log-probs, finish reason)}; None: the weights it has."""
+    """{id: (tokens, log-probs, sampling log-probs, finish reason)}; params None: keep weights."""
     results = {}
     params = sampler._params if params is None else params
     for id, events in complete(sampler, requests, params, version, **options).items():
@@ -53,7 +53,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(sampler, score):
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
-def test_logprobs_are_those_that_the_trainer_computes(sampler, score, temperature):
+def test_logprobs_equal_those_of_the_trainer(sampler, score, temperature):
     results = run(sampler, requests(temperature=temperature))
     for request in requests():
         tokens, logprobs, sampling_logprobs, _ = results[request.id]
@@ -62,7 +62,7 @@ def test_logprobs_are_those_that_the_trainer_computes(sampler, score, temperatur
         np.testing.assert_allclose(sampling_logprobs, tempered, rtol=0, atol=1e-4)
 
 
-def test_a_sample_does_not_depend_on_its_company_or_slot(sampler):
+def test_a_sample_does_not_depend_on_other_requests_or_its_slot(sampler):
     together = tokens_of(run(sampler, requests()))
     backwards = tokens_of(run(sampler, requests()[::-1]))
     alone = {}
@@ -80,7 +80,7 @@ def test_a_sample_does_not_depend_on_decode_steps_or_slots(
     assert tokens_of(run(other, short())) == expected
 
 
-def test_a_late_request_changes_nothing_for_those_that_run(sampler):
+def test_a_late_request_does_not_change_running_requests(sampler):
     first, *others = requests()
     expected = tokens_of(run(sampler, [first]))[first.id]
     tokens = []
@@ -175,13 +175,13 @@ def test_a_judge_may_stop_a_request_between_calls(sampler):
     ],
     ids=str,
 )
-def test_a_request_that_cannot_be_held_is_refused(sampler, changes, message):
+def test_a_request_that_does_not_fit_is_rejected(sampler, changes, message):
     with pytest.raises(DataError, match=f'request r0: .*{message}'):
         sampler.add(requests(**changes)[0])
     assert not sampler.has_work
 
 
-def test_new_weights_take_effect_without_compiling_again(sampler, score, other_params):
+def test_new_weights_take_effect_without_recompilation(sampler, score, other_params):
     run(sampler, requests(temperature=0.0))
     compiled = sampler._prefill._cache_size(), sampler._decode._cache_size()
     results = tokens_of(run(sampler, requests(temperature=0.0), other_params, version=5))
@@ -198,7 +198,7 @@ def test_weights_may_be_lent_while_requests_run(sampler, params, other_params):
     expected = tokens_of(run(sampler, [request]))[request.id]
 
     def finish(weights):
-        """One token of the prompt and three of a step by the first weights, the rest by others."""
+        """Samples four tokens (prefill, one step) with the first weights, the rest with others."""
         sampler.lend(params, 1)
         sampler.add(request)
         tokens = sampler.step()[0].tokens + sampler.step()[0].tokens
@@ -213,7 +213,7 @@ def test_weights_may_be_lent_while_requests_run(sampler, params, other_params):
     assert finish(other_params) != expected
 
 
-def test_without_weights_requests_are_checked_but_not_taken(build, params, one_device):
+def test_without_weights_requests_are_checked_but_not_accepted(build, params, one_device):
     with jax.set_mesh(one_device):
         empty = build(None, one_device)
         request = requests()[0]

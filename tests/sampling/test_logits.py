@@ -1,4 +1,4 @@
-"""One token from logits: greedy, tempered, and the noise that belongs to a request alone."""
+"""Sampling one token from logits: greedy, with temperature, and with per-request noise."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ sample = jax.jit(sample_tokens)
 
 
 def rows(count, temperature, seed=0, position=0):
-    """`count` draws from LOGITS, each a sample index of its own."""
+    """`count` draws from LOGITS, each with its own sample index."""
     return (
         np.tile(LOGITS, (count, 1)),
         np.full(count, temperature, np.float32),
@@ -21,7 +21,7 @@ def rows(count, temperature, seed=0, position=0):
     )
 
 
-def test_temperature_zero_takes_the_likeliest():
+def test_temperature_zero_takes_the_most_likely_token():
     tokens, logprobs, sampling_logprobs = sample(*rows(4, 0.0))
     assert tokens.tolist() == [1] * 4
     np.testing.assert_allclose(logprobs, np.log(0.4), rtol=1e-6)
@@ -29,7 +29,7 @@ def test_temperature_zero_takes_the_likeliest():
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
-def test_draws_follow_the_tempered_softmax(temperature):
+def test_draws_follow_the_softmax_at_the_temperature(temperature):
     count = 4000
     tokens, logprobs, sampling_logprobs = sample(*rows(count, temperature))
     scaled = np.exp(LOGITS / temperature) / np.exp(LOGITS / temperature).sum()
@@ -41,7 +41,7 @@ def test_draws_follow_the_tempered_softmax(temperature):
 
 
 @pytest.mark.parametrize('changes', [dict(seed=1), dict(position=1)], ids=str)
-def test_noise_depends_on_seed_and_position_and_on_nothing_else(changes):
+def test_noise_depends_only_on_seed_sample_index_and_position(changes):
     tokens, *_ = sample(*rows(200, 1.0))
     again, *_ = sample(*(x[::-1].copy() for x in rows(200, 1.0)))
     np.testing.assert_array_equal(again[::-1], tokens)
@@ -50,7 +50,7 @@ def test_noise_depends_on_seed_and_position_and_on_nothing_else(changes):
     assert 0.15 < same < 0.45  # independent draws agree in sum p^2 = 0.3 of all cases
 
 
-def test_what_has_no_probability_is_never_drawn():
+def test_a_token_without_probability_is_never_drawn():
     logits, *rest = rows(1000, 50.0)
     logits[:, 2] = -np.inf
     tokens, logprobs, sampling_logprobs = sample(logits, *rest)
@@ -69,7 +69,7 @@ def test_a_temperature_near_zero_is_greedy(temperature):
     np.testing.assert_allclose(sampling_logprobs, 0.0, atol=1e-6)
 
 
-def test_greedy_and_tempered_rows_stand_side_by_side():
+def test_greedy_and_sampled_rows_mix_in_a_batch():
     logits, temperature, seeds, positions = rows(400, 1.0)
     temperature[::2] = 0
     tokens, *_ = sample(logits, temperature, seeds, positions)
@@ -77,7 +77,7 @@ def test_greedy_and_tempered_rows_stand_side_by_side():
     assert set(tokens[1::2].tolist()) == {0, 1, 2, 3}
 
 
-def test_every_id_of_a_wide_vocabulary_is_drawn_once_in_a_while():
+def test_all_ids_of_a_wide_vocabulary_are_drawn():
     size = 64
     logits = jnp.zeros((2000, size))
     _, temperature, seeds, positions = rows(2000, 1.0)

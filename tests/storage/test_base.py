@@ -1,4 +1,4 @@
-"""What checkpoints rely on: a directory, a bucket of a real server, one in memory do the same."""
+"""The storage contract: a directory, a bucket on a real server and one in memory behave alike."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ def at_moto(request, monkeypatch):
 
 @pytest.fixture(params=['disk', 's3', 'moto'])
 def place(request, tmp_path, monkeypatch):
-    """Where nothing is yet."""
+    """A storage with nothing in it."""
     if request.param == 'disk':
         return str(tmp_path / 'run')
     if request.param == 's3':
@@ -67,7 +67,7 @@ def sizes(storage, prefix=''):
 # The contract.
 
 
-def test_a_new_place_is_empty_and_may_be_looked_at(storage):
+def test_a_new_place_is_empty_and_readable(storage):
     storage.check_readable()
     assert storage.list() == storage.list('7') == {}
     assert list(storage.empty_directories()) == []
@@ -76,7 +76,7 @@ def test_a_new_place_is_empty_and_may_be_looked_at(storage):
     storage.remove('7')
 
 
-def test_preparing_a_place_leaves_nothing_there(storage):
+def test_prepare_leaves_no_files_behind(storage):
     storage.prepare()
     storage.prepare()
     assert storage.list() == {}
@@ -117,7 +117,7 @@ def test_an_exclusive_write_replaces_nothing(storage):
     assert storage.read('lease/1.json') == b'second'
 
 
-def test_of_many_exclusive_writes_one_wins(storage):
+def test_one_of_many_concurrent_exclusive_writes_wins(storage):
     barrier = threading.Barrier(8)
 
     def write(index):
@@ -150,7 +150,7 @@ def test_nobody_reads_half_a_write(storage):
         writing.result()
 
 
-def test_a_listing_is_of_a_directory_and_not_of_names_that_begin_alike(storage):
+def test_a_listing_matches_directories_not_name_prefixes(storage):
     names = ['7/commit.json', '7/a/state/d/x', '70/commit.json', '7.json', 'lease/1.json']
     for name in names:
         storage.write(name, name.encode())
@@ -160,7 +160,7 @@ def test_a_listing_is_of_a_directory_and_not_of_names_that_begin_alike(storage):
     assert all(stored.modified > 1e9 for stored in storage.list().values())
 
 
-def test_removing_a_directory_takes_what_is_in_it_and_nothing_beside_it(storage):
+def test_removing_a_directory_removes_its_contents_and_nothing_else(storage):
     names = ['7/commit.json', '7/a/state/d/x', '70/commit.json', '7.json']
     for name in names:
         storage.write(name, b'data')
@@ -201,18 +201,18 @@ def test_tensorstore_sees_the_same_files(storage):
 # A disk.
 
 
-def test_an_address_of_another_kind_is_no_path():
+def test_a_url_with_another_scheme_is_rejected():
     with pytest.raises(ConfigError, match='want a directory path or s3://bucket/prefix'):
         open_storage('gs://bucket/run')
     with pytest.raises(ConfigError, match='want s3://bucket/prefix'):
         open_storage('s3://')
 
 
-def test_there_is_room_to_ask_for_before_a_directory_is_made(disk, tmp_path):
+def test_free_bytes_are_known_before_the_directory_exists(disk, tmp_path):
     assert abs(disk.free_bytes() - shutil.disk_usage(tmp_path).free) < 2**30
 
 
-def test_a_file_is_no_directory(disk):
+def test_a_file_instead_of_the_directory_is_an_error(disk):
     disk.directory.write_text('a file')
     for storage in (disk, PosixStorage(disk.directory / 'below')):
         for use in (
@@ -226,14 +226,14 @@ def test_a_file_is_no_directory(disk):
     assert disk.directory.read_text() == 'a file'
 
 
-def test_a_file_in_the_place_of_a_step_is_not_taken_for_a_commit(disk):
+def test_a_file_instead_of_a_step_directory_is_not_taken_for_a_commit(disk):
     disk.write('7', b'notes')
     for exclusive in (True, False):
         with pytest.raises(ConfigError, match='run/7 is not a directory'):
             disk.write('7/commit.json', b'', exclusive=exclusive)
 
 
-def test_a_write_that_fails_leaves_what_was_there(disk, monkeypatch):
+def test_a_failed_write_keeps_the_old_content(disk, monkeypatch):
     disk.write('lease/1.json', b'old')
 
     def full(descriptor):
@@ -247,7 +247,7 @@ def test_a_write_that_fails_leaves_what_was_there(disk, monkeypatch):
     assert disk.read('lease/1.json') == b'old'
 
 
-def test_the_last_file_takes_its_directory_with_it(disk):
+def test_removing_the_last_file_removes_its_directory(disk):
     disk.write('7/a/x', b'')
     disk.write('7/y', b'')
     disk.remove('7/a/x')
@@ -256,7 +256,7 @@ def test_the_last_file_takes_its_directory_with_it(disk):
     assert os.listdir(disk.directory) == []
 
 
-def test_a_directory_that_another_process_has_just_removed_is_made_again(disk, monkeypatch):
+def test_a_directory_just_removed_by_another_process_is_recreated(disk, monkeypatch):
     disk.prepare()
     mkdir = Path.mkdir
 
@@ -270,7 +270,7 @@ def test_a_directory_that_another_process_has_just_removed_is_made_again(disk, m
     assert disk.read('lease/2.json') == b'data'
 
 
-def test_directories_without_files_are_told_from_the_inside(disk):
+def test_empty_directories_are_listed(disk):
     disk.write('7/a/state/d/x', b'')
     for name in ('7/b/state', '8', '7/a/none'):
         (disk.directory / name).mkdir(parents=True)
@@ -279,7 +279,7 @@ def test_directories_without_files_are_told_from_the_inside(disk):
 
 @pytest.fixture
 def foreign():
-    """A directory of somebody else with a file and a step; root takes another user's part."""
+    """A directory of another user, with a file and a step; root acts as yet another user."""
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o755)
     user = os.geteuid()
@@ -302,7 +302,7 @@ def foreign():
         yield storage, allow
 
 
-def test_where_writing_is_not_allowed_reading_is(foreign):
+def test_a_read_only_directory_can_be_read_but_not_written(foreign):
     storage, allow = foreign
     allow(0o555, '7', '8', '')
     assert storage.read('7/commit.json') == b'data'
@@ -319,7 +319,7 @@ def test_where_writing_is_not_allowed_reading_is(foreign):
             use()
 
 
-def test_what_may_not_be_read_is_neither_empty_nor_missing(foreign):
+def test_an_unreadable_directory_is_neither_empty_nor_missing(foreign):
     storage, allow = foreign
     allow(0o000, '8')
     for use in (storage.list, lambda: storage.read('8/commit.json')):
@@ -337,7 +337,7 @@ def test_what_may_not_be_read_is_neither_empty_nor_missing(foreign):
 
 
 @pytest.mark.parametrize('server', ['s3', 'moto'])
-def test_listings_and_deletions_of_many_objects_go_page_by_page(request, monkeypatch, server):
+def test_many_objects_are_listed_and_deleted_page_by_page(request, monkeypatch, server):
     if server == 's3':
         request.getfixturevalue('s3_environment')
     else:
@@ -372,7 +372,7 @@ def test_an_exclusive_write_whose_reply_is_lost_counts_as_ours(bucket, fault_pro
         bucket.write('lease/1.json', b'theirs', exclusive=True)
 
 
-def test_an_exclusive_write_that_came_second_and_whose_reply_is_lost_does_not(
+def test_a_second_exclusive_write_whose_reply_is_lost_does_not_count_as_ours(
     bucket, fault_proxy, monkeypatch
 ):
     monkeypatch.setenv('AWS_ENDPOINT_URL', fault_proxy.endpoint)
@@ -383,7 +383,7 @@ def test_an_exclusive_write_that_came_second_and_whose_reply_is_lost_does_not(
     assert bucket.read('lease/1.json') == b'theirs'
 
 
-def test_requests_that_are_sent_again_are_counted(bucket, fault_proxy, monkeypatch):
+def test_retried_requests_are_counted(bucket, fault_proxy, monkeypatch):
     monkeypatch.setenv('AWS_ENDPOINT_URL', fault_proxy.endpoint)
     behind = open_storage(bucket.root)
     before = behind.retries()
@@ -392,7 +392,7 @@ def test_requests_that_are_sent_again_are_counted(bucket, fault_proxy, monkeypat
     assert behind.retries() == before + 2
 
 
-def test_who_may_only_read_reads_and_writes_nothing(bucket, monkeypatch):
+def test_read_only_credentials_read_and_write_nothing(bucket, monkeypatch):
     bucket.write('7/commit.json', b'data')
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'reader')
     reader = open_storage(bucket.root)
@@ -413,7 +413,9 @@ def test_who_may_only_read_reads_and_writes_nothing(bucket, monkeypatch):
 @pytest.mark.parametrize(
     ('variable', 'value'), [('AWS_ACCESS_KEY_ID', 'other'), ('AWS_SECRET_ACCESS_KEY', 'wrong')]
 )
-def test_who_may_not_read_finds_neither_nothing_nor_a_crash(bucket, monkeypatch, variable, value):
+def test_credentials_without_read_access_get_a_permission_error(
+    bucket, monkeypatch, variable, value
+):
     bucket.write('7/commit.json', b'data')
     monkeypatch.setenv(variable, value)
     stranger = open_storage(bucket.root)
@@ -422,14 +424,14 @@ def test_who_may_not_read_finds_neither_nothing_nor_a_crash(bucket, monkeypatch,
             use()
 
 
-def test_a_bucket_that_is_not_there_is_a_missing_input(s3_environment):
+def test_a_missing_bucket_is_a_missing_input(s3_environment):
     storage = open_storage('s3://no-such-bucket/run')
     for use in (storage.check_readable, storage.list, lambda: storage.read('x')):
         with pytest.raises(MissingInputError, match='there is no bucket no-such-bucket at http'):
             use()
 
 
-def test_a_server_that_is_not_there_cannot_be_reached(s3_environment, monkeypatch):
+def test_a_missing_server_is_unavailable(s3_environment, monkeypatch):
     monkeypatch.setattr('jaxfm.storage.s3.TRIES', 1)
     monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9')
     storage = open_storage('s3://bucket/run')

@@ -1,4 +1,4 @@
-"""What the system and JSON say of a file, in a sentence and with the right exit code."""
+"""Errors of the system and of JSON become one sentence with the right exit code."""
 
 import errno
 
@@ -24,7 +24,7 @@ ABSENT = FileNotFoundError(errno.ENOENT, 'No such file or directory')
         (OSError('without a number'), {}, StorageError, 'x cannot be written: without a number'),
     ],
 )
-def test_an_error_of_the_system_has_a_kind_and_a_sentence(error, options, kind, message):
+def test_a_system_error_gets_a_kind_and_a_sentence(error, options, kind, message):
     with pytest.raises(kind) as raised, explain_errors('x cannot be written', **options):
         raise error
     assert type(raised.value) is kind
@@ -33,19 +33,19 @@ def test_an_error_of_the_system_has_a_kind_and_a_sentence(error, options, kind, 
 
 
 @pytest.mark.parametrize('error', [ZeroDivisionError(), DataError('bad'), ValueError('bad')])
-def test_other_errors_stay_what_they_are(error):
+def test_other_errors_are_unchanged(error):
     with pytest.raises(type(error)) as raised, explain_errors('x cannot be written'):
         raise error
     assert raised.value is error
 
 
 @pytest.mark.parametrize('error', [ValueError('no JSON'), RecursionError('no JSON')])
-def test_what_cannot_be_decoded_is_bad_data(error):
+def test_undecodable_content_is_bad_data(error):
     with pytest.raises(DataError, match='^x is damaged: no JSON$'), explain_damage('x is damaged'):
         raise error
 
 
-def test_json_of_another_kind_is_no_object():
+def test_json_that_is_not_an_object_is_rejected():
     assert check_object({'a': 1}, 'x') == {'a': 1}
     with pytest.raises(DataError, match='^x: want a JSON object, got a list$'):
         check_object([], 'x')

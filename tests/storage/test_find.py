@@ -39,7 +39,7 @@ def test_compressed_files_read_as_their_contents(tmp_path):
 
 
 @pytest.mark.parametrize('suffix', ['gz', 'zst'])
-def test_a_file_whose_end_is_missing_is_an_error(tmp_path, suffix):
+def test_a_truncated_compressed_file_is_an_error(tmp_path, suffix):
     content = gzip.compress(TEXT) if suffix == 'gz' else zstd(TEXT)
     for length in (len(content) - 1, len(content) // 2, 10):
         (tmp_path / f'a.jsonl.{suffix}').write_bytes(content[:length])
@@ -48,7 +48,7 @@ def test_a_file_whose_end_is_missing_is_an_error(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('suffix', ['gz', 'zst'])
-def test_a_file_that_is_not_compressed_at_all_is_an_error(tmp_path, suffix):
+def test_an_uncompressed_file_with_a_compression_suffix_is_an_error(tmp_path, suffix):
     pytest.importorskip('zstandard')
     (tmp_path / f'a.{suffix}').write_bytes(TEXT)
     with pytest.raises(DataError, match=f'a.{suffix} is damaged'):
@@ -73,7 +73,7 @@ def test_a_glob_that_matches_nothing_is_named(tmp_path, pattern, said):
     assert str(error.value).startswith('config.data.path: ')
 
 
-def test_names_are_relative_to_the_fixed_part_and_unique(tmp_path):
+def test_names_are_relative_to_the_part_before_wildcards_and_unique(tmp_path):
     for name in ('one/deep/a.txt', 'one/b.txt', 'two/b.txt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -99,11 +99,11 @@ def test_a_file_that_changes_while_it_is_in_use_is_noticed(tmp_path):
         read(file)
 
 
-def test_an_unreadable_file_is_a_matter_of_permission(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_a_permission_error(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('text')
     (file,) = found(tmp_path / 'a.txt')
 
-    # A mode would not stop root, who runs some test machines.
+    # File modes do not stop root, as which some test machines run.
     def refuse(*_, **__):
         raise PermissionError(13, 'Permission denied')
 
@@ -113,7 +113,7 @@ def test_an_unreadable_file_is_a_matter_of_permission(tmp_path, monkeypatch):
         read(file)
 
 
-def test_a_package_that_is_absent_is_named_with_the_command():
+def test_a_missing_package_is_named_with_the_install_command():
     with pytest.raises(MissingInputError, match=r"needs the package no_such: pip.*'jaxfm\[data\]'"):
         find.extra('no_such.module')
 
@@ -165,7 +165,7 @@ def test_records_in_a_bucket_are_those_on_disk_in_every_format(s3, tmp_path, mon
         ('s3://bucket/absent.jsonl', "no object matches 's3://bucket/absent.jsonl'"),
     ],
 )
-def test_what_is_not_in_a_bucket_is_named_with_the_endpoint(s3, pattern, said):
+def test_a_missing_object_is_named_with_the_endpoint(s3, pattern, said):
     with pytest.raises(MissingInputError, match=said) as error:
         found(pattern)
     assert 'http://127.0.0.1' in str(error.value)
@@ -173,21 +173,21 @@ def test_what_is_not_in_a_bucket_is_named_with_the_endpoint(s3, pattern, said):
 
 @pytest.mark.parametrize('pattern', ['s3://bucket/started', 's3://bucket/*'])
 @pytest.mark.parametrize('key, secret', [('key', 'wrong'), ('other', 'secret'), ('none', 'none')])
-def test_a_key_that_may_not_read_is_a_matter_of_permission(s3, monkeypatch, key, secret, pattern):
+def test_a_key_without_read_access_is_a_permission_error(s3, monkeypatch, key, secret, pattern):
     monkeypatch.setenv('AWS_ACCESS_KEY_ID', key)
     monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', secret)
     with pytest.raises(PermissionDeniedError, match='bucket bucket at http://127.0.0.1'):
         found(pattern)
 
 
-def test_no_credentials_are_a_matter_of_permission(s3, monkeypatch):
+def test_missing_credentials_are_a_permission_error(s3, monkeypatch):
     monkeypatch.delenv('AWS_ACCESS_KEY_ID')
     monkeypatch.delenv('AWS_SECRET_ACCESS_KEY')
     with pytest.raises(PermissionDeniedError, match='no credentials for bucket bucket'):
         found('s3://bucket/started')
 
 
-def test_an_object_that_is_cut_off_or_gone_is_named(s3):
+def test_a_truncated_or_deleted_object_is_named(s3):
     s3.pipe('bucket/cut.jsonl.gz', gzip.compress(TEXT)[:-9])
     (file,) = found('s3://bucket/cut.jsonl.gz')
     with pytest.raises(DataError, match='s3://bucket/cut.jsonl.gz is damaged or cut off'):
@@ -197,7 +197,7 @@ def test_an_object_that_is_cut_off_or_gone_is_named(s3):
         read(file)
 
 
-def test_a_server_that_is_not_there_is_unavailable_at_once(s3, monkeypatch):
+def test_a_missing_server_is_unavailable_at_once(s3, monkeypatch):
     monkeypatch.setenv('AWS_ENDPOINT_URL', 'http://127.0.0.1:9')
     started = time.monotonic()
     with pytest.raises(UnavailableError, match='bucket bucket at http://127.0.0.1:9'):

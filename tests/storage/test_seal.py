@@ -1,4 +1,4 @@
-"""A sealed file gives its fields, or tells that it was changed."""
+"""A sealed file returns its fields, or detects that it was changed."""
 
 import json
 
@@ -13,7 +13,7 @@ def test_the_fields_come_back():
     assert unseal(seal(FIELDS)) == FIELDS | {'inherited': ['7/a', '8/b']}
 
 
-def test_whatever_was_cut_is_noticed():
+def test_any_truncation_is_detected():
     content = seal(FIELDS)
     for size in range(len(content)):
         with pytest.raises(ValueError):
@@ -21,12 +21,12 @@ def test_whatever_was_cut_is_noticed():
 
 
 @pytest.mark.parametrize('content', [b'', b'[]', b'{}', b'null', b'"sha256"', b'\xff', b'{"a": 1}'])
-def test_what_was_never_sealed_is_refused(content):
+def test_content_that_was_never_sealed_is_rejected(content):
     with pytest.raises(ValueError):
         unseal(content)
 
 
-def test_a_field_that_is_changed_added_or_gone_is_noticed():
+def test_a_changed_added_or_removed_field_is_detected():
     sealed = json.loads(seal(FIELDS))
     for changed in (
         sealed | {'step': 8},

@@ -1,4 +1,4 @@
-"""What is written whole: no error and no kill leaves half of it under its name."""
+"""Atomic writes: no error and no kill leaves a partial file or directory under its name."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def kill_before_rename(kind, path):
     assert run.returncode == -signal.SIGKILL
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+def test_a_file_is_replaced_only_when_complete(tmp_path):
     path = tmp_path / 'a.json'
     path.write_bytes(b'old')
     with write_file(path) as file:
@@ -51,7 +51,7 @@ def test_a_kill_before_the_rename_leaves_the_old_file(tmp_path):
     path.write_bytes(b'old')
     kill_before_rename('file', path)
     assert path.read_bytes() == b'old'
-    # The next one does not trip over what was left.
+    # The next write ignores the temporary file that was left.
     with write_file(path) as file:
         file.write(b'next')
     assert path.read_bytes() == b'next'
@@ -67,7 +67,7 @@ def test_an_error_removes_the_temporary_file_and_keeps_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(os.fstat(fd).st_size) or fsync(fd))
@@ -93,7 +93,7 @@ def test_the_error_that_is_raised_is_the_first_one(tmp_path):
         pass
 
 
-def test_writers_of_one_file_at_the_same_time_leave_that_of_one_of_them(tmp_path):
+def test_concurrent_writers_leave_the_content_of_one_of_them(tmp_path):
     path, barrier = tmp_path / 'a.json', threading.Barrier(8)
 
     def write(value):
@@ -111,7 +111,7 @@ def test_writers_of_one_file_at_the_same_time_leave_that_of_one_of_them(tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_has_its_name_when_it_is_whole(tmp_path):
+def test_a_directory_gets_its_name_only_when_complete(tmp_path):
     directory = tmp_path / 'cache'
     with write_directory(directory) as temporary:
         (temporary / 'one').write_text('1')
@@ -136,13 +136,13 @@ def test_an_error_removes_the_temporary_directory(tmp_path, within):
     assert list(place.iterdir()) == []
 
 
-def test_a_directory_is_not_made_where_there_is_none_around_it(tmp_path):
+def test_a_missing_parent_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), write_directory(tmp_path / 'gone' / 'part'):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_of_two_who_make_the_same_directory_the_first_is_kept(tmp_path):
+def test_if_two_processes_make_a_directory_the_first_is_kept(tmp_path):
     directory = tmp_path / 'cache'
     with write_directory(directory) as second:
         (second / 'by').write_text('second')
@@ -152,7 +152,7 @@ def test_of_two_who_make_the_same_directory_the_first_is_kept(tmp_path):
     assert list(tmp_path.iterdir()) == [directory]
 
 
-def test_what_cannot_be_published_is_an_error(tmp_path):
+def test_a_failed_publish_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         publish(tmp_path / 'none', tmp_path / 'cache')
 

@@ -59,14 +59,14 @@ def test_no_prompt_shows_its_answer():
         assert all(message['role'] != 'assistant' for message in prompt.messages)
 
 
-def test_every_group_has_as_many_prompts_as_the_others_as_far_as_it_goes():
+def test_prompts_are_spread_evenly_over_the_groups():
     prompts = task(many(large=50, medium=20, small=3), num_prompts=33).prompts()
     counts = [sum(one.group == group for one in prompts) for group in ('large', 'medium', 'small')]
     assert counts == [15, 15, 3]
     assert len({one.id for one in prompts}) == 33
 
 
-def test_prompts_depend_neither_on_the_order_of_documents_nor_on_their_number():
+def test_prompts_do_not_depend_on_the_order_or_number_of_documents():
     documents = many(a=40, b=40)
     prompts = task(documents, num_prompts=50).prompts()
     assert task(random.Random(0).sample(documents, 80), num_prompts=50).prompts() == prompts
@@ -126,17 +126,17 @@ def test_only_the_exact_answer_scores(completion, score):
         ('Ten  ', True),
     ],
 )
-def test_stop_waits_until_the_completion_has_left_the_answer(completion, stops):
+def test_stop_waits_until_the_completion_differs_from_the_answer(completion, stops):
     one, prompt = judge()
     assert one.stop(prompt, completion) == stops
 
 
-def test_the_first_bytes_of_a_character_do_not_stop():
+def test_an_incomplete_utf8_character_does_not_stop():
     one, prompt = judge('caf\u00e9 \U0001f600')
     for cut in range(len(prompt.answer.encode()) + 1):
         begun = prompt.answer.encode()[:cut].decode(errors='replace')
         assert not one.stop(prompt, begun), cut
-    # U+3000 is white space of three bytes.
+    # U+3000 is white space, three bytes in UTF-8.
     assert not one.stop(prompt, prompt.answer + '\ufffd')
     assert one.stop(prompt, '\ufffdcaf')
 

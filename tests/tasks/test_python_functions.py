@@ -70,7 +70,7 @@ def test_headers_end_with_their_colon_and_lose_their_indentation():
     }
 
 
-def test_context_is_the_lines_before_with_the_indentation_kept():
+def test_context_lines_keep_the_indentation_of_the_header():
     texts = {one.id: one for one in task(context_lines=3).prompts()}
     method = texts['thing.py:9']
     assert method.text.startswith('\nclass Thing:\n    """A thing."""\n    def method(')
@@ -90,7 +90,7 @@ def test_prompts_are_chosen_by_a_hash_and_not_by_the_order_of_documents(heldout)
 
 
 def test_real_functions_are_judged_as_ast_judges_them(heldout):
-    """The real rest of the file as the completion: it is cut where the function ends."""
+    """Uses the rest of the real file as the completion, which is cut where the function ends."""
     texts = {document.name: document.text for document in heldout}
     every = task(heldout, num_prompts=10_000, context_lines=1).prompts()
     accepted = 0

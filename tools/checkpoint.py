@@ -1,8 +1,8 @@
-"""Shows checkpoints, reads them back to see whether they are whole, and clears away what was torn.
+"""Lists checkpoints, verifies that they are intact, and deletes what interrupted saves left behind.
 
-    python -m tools.checkpoint ls PATH                  # every save, and who may write
-    python -m tools.checkpoint verify PATH [--step N]   # all files and arrays of committed steps
-    python -m tools.checkpoint sweep PATH [--dry_run]   # delete what no run will ever use
+    python -m tools.checkpoint ls PATH                  # every save, and who holds the lease
+    python -m tools.checkpoint verify PATH [--step N]   # read back all committed files and arrays
+    python -m tools.checkpoint sweep PATH [--dry_run]   # delete files that no checkpoint uses
 
 PATH is a directory of checkpoints, the work directory of a run, or s3://bucket/prefix. `verify`
 needs no accelerator and little memory, whatever mesh wrote the arrays.
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, for example `head`
         sys.stdout = None
     return 0
 
@@ -64,14 +64,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name, function in COMMANDS.items()
     )
     for each in commands.choices.values():
-        each.add_argument('path', metavar='PATH', help='of checkpoints or a run, or s3://...')
-    verify_.add_argument('--step', type=int, help='this one alone')
-    sweep_.add_argument('--dry_run', action='store_true', help='only show what would go')
+        each.add_argument('path', metavar='PATH', help='checkpoints, a run, or s3://...')
+    verify_.add_argument('--step', type=int, help='verify only this step')
+    sweep_.add_argument('--dry_run', action='store_true', help='list the files, delete none')
     return parser.parse_args(argv)
 
 
 def ls(flags) -> None:
-    """Every save that left something, and who may write."""
+    """Lists every save, complete or not, and who holds the write lease."""
     store = _open(flags.path)
     found = survey(store)
     if not found.attempts and found.lease is None:
@@ -83,7 +83,7 @@ def ls(flags) -> None:
         table.add_row(*_row(attempt))
     print(store.storage.root)
     if found.attempts:
-        Console(width=1000, soft_wrap=True, highlight=False).print(table)  # names stay whole
+        Console(width=1000, soft_wrap=True, highlight=False).print(table)  # never wraps names
     print(_describe(found.lease))
 
 
@@ -106,7 +106,7 @@ def verify(flags) -> None:
 
 
 def sweep(flags) -> None:
-    """Deletes what saves left behind that never counted, or no longer do."""
+    """Deletes files that belong to no committed checkpoint."""
     store = _open(flags.path)
     listing = store.storage.list()
     if not survey(store).attempts and not store.orphans(listing, {}):
@@ -114,7 +114,7 @@ def sweep(flags) -> None:
     if flags.dry_run:
         lease = read_lease(store.storage, listing)
         if lease is not None and lease.is_held:
-            log.warning('%s; what it is writing may be among these', _describe(lease))
+            log.warning('%s; this list may contain files of a save in progress', _describe(lease))
         orphans = store.orphans(listing, store.commits(listing))
     else:
         orphans = _sweep_alone(store)
@@ -128,19 +128,19 @@ COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep}
 
 
 def _open(path: str) -> Store:
-    """The checkpoints at a path, in the place that its run has given them."""
+    """Opens the checkpoints at a path; for a work directory, those that its config names."""
     if '://' in path:
         if not path.startswith(S3) or not path.removeprefix(S3).strip('/'):
-            raise UsageError(f'{path}: want a directory or s3://bucket/prefix')
+            raise UsageError(f'PATH must be a directory or s3://bucket/prefix, got {path}')
         return Store(open_storage(path))
     directory = Path(path).expanduser()
     try:
         is_directory = directory.is_dir()
     except PermissionError:
-        raise PermissionDeniedError(f'{path} may not be looked at') from None
+        raise PermissionDeniedError(f'{path}: permission denied') from None
     if not is_directory:
         nearest = next(parent for parent in directory.absolute().parents if parent.is_dir())
-        raise MissingInputError(f'{path}: there is no such directory; the nearest is {nearest}')
+        raise MissingInputError(f'{path}: no such directory; the nearest parent is {nearest}')
     place: str | Path = directory
     if (directory / 'config.json').is_file():
         config = read_config(directory / 'config.json')
@@ -170,19 +170,19 @@ def _row(attempt: Attempt) -> list[str]:
 
 def _describe(lease: Record | None) -> str:
     if lease is None:
-        return 'lease: nobody has it'
-    who = f'lease {lease.epoch}: {lease.holder or "somebody, its file cannot be read"}'
+        return 'lease: not held'
+    who = f'lease {lease.epoch}: {lease.holder or "unknown holder (its file cannot be read)"}'
     if lease.released:
-        return f'{who}, which gave it back'
-    return f'{who}, which {"holds it" if lease.is_held else "ended without giving it back"}'
+        return f'{who}, released'
+    return f'{who}, {"still held" if lease.is_held else "ended without releasing it"}'
 
 
 def _is_whole(store: Store, commit: Commit) -> bool:
-    import jax  # only now: the other commands need none of it
+    import jax  # only here: the other commands start faster without it
 
     from jaxfm.checkpoint.verify import find_damages
 
-    jax.config.update('jax_platforms', 'cpu')  # an accelerator may be in use by the run
+    jax.config.update('jax_platforms', 'cpu')  # the run may be using the accelerator
     began = time.monotonic()
     found = find_damages(store, commit)
     if found and store.commits().get(commit.step) != commit:
@@ -196,7 +196,7 @@ def _is_whole(store: Store, commit: Commit) -> bool:
 
 
 def _sweep_alone(store: Store) -> dict[str, int]:
-    """Sweeps as a run does that begins: nobody else may write meanwhile."""
+    """Sweeps while holding the lease, as a starting run does, so that nobody else can write."""
     lease = Lease(store.storage, CheckpointConfig().lease_seconds)
     lease.acquire(store.epochs)
     is_empty = False

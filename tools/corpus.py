@@ -4,9 +4,9 @@
     python -m tools.corpus inspect --config configs/x.py              # or: inspect DIR [--verify]
     python -m tools.corpus decode --config configs/x.py --rows 3      # rows as text
 
-The config is that of a run, with any `--config.key=value`; `--phase` chooses one of several.
-`build` goes on where it was interrupted. `decode` shows rows of a step in the order of training:
-segments apart, and in bold green (in [[ ]] where there is no colour) the tokens whose loss counts.
+The config is a run's config; overrides like `--config.key=value` work too. `--phase` selects one of
+several phases. `build` resumes an interrupted build. `decode` shows rows of one training step,
+segment by segment; tokens that count in the loss are bold green, or in [[ ]] without colour.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     except RunError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, for example `head`
         sys.stdout = None
     return 0
 
@@ -58,28 +58,26 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         for name, function in COMMANDS.items()
     )
     for each in (build_, inspect_, decode_):
-        each.add_argument('--phase', default='', help='the name of one of several phases')
-    build_.add_argument('--output', type=Path, help='default: the cache that runs look in')
-    build_.add_argument('--rebuild', action='store_true', help='replace what is in --output')
-    inspect_.add_argument('directory', type=Path, nargs='?', help='a cache, in place of --config')
-    inspect_.add_argument('--verify', action='store_true', help='read every file of it')
-    decode_.add_argument(
-        '--rows', type=number(int, 1), default=4, help='how many rows of the batch'
-    )
-    decode_.add_argument('--step', type=number(int, 0), default=0, help='of the phase')
+        each.add_argument('--phase', default='', help='name of the phase, if there are several')
+    build_.add_argument('--output', type=Path, help='default: the cache that runs use')
+    build_.add_argument('--rebuild', action='store_true', help='replace the cache in --output')
+    inspect_.add_argument('directory', type=Path, nargs='?', help='a cache, instead of --config')
+    inspect_.add_argument('--verify', action='store_true', help='check every file')
+    decode_.add_argument('--rows', type=number(int, 1), default=4, help='number of rows to show')
+    decode_.add_argument('--step', type=number(int, 0), default=0, help='step of the phase to show')
     flags = parser.parse_args(rest)
     flags.config = argument
     if argument is None and not getattr(flags, 'directory', None):
-        raise UsageError('which data? --config=FILE says it as for a run')
+        raise UsageError('no data given: pass --config=FILE, as for a run')
     return flags, overrides
 
 
 def build(flags, overrides: list[str]) -> None:
-    """Tokenises the data of a phase, or goes on doing so, and says where it is."""
+    """Tokenises the data of a phase, resuming an earlier build, and prints where the cache is."""
     config, phase, _ = _phase(flags, overrides)
     if flags.output is None:
         if flags.rebuild:
-            raise UsageError('--rebuild needs --output: the cache of runs never holds other data')
+            raise UsageError('--rebuild needs --output: the cache of runs is never out of date')
         _show_statistics(_open(config, phase))
         return
     tokenizer = _tokenizer(config)
@@ -91,23 +89,23 @@ def build(flags, overrides: list[str]) -> None:
 
 
 def inspect(flags, overrides: list[str]) -> None:
-    """Documents, tokens, lengths, packing."""
+    """Shows statistics: documents, tokens, lengths, packing."""
     if flags.directory is None:
         config, phase, _ = _phase(flags, overrides)
         _show_statistics(_open(config, phase))
         return
     if not flags.directory.is_dir():
-        raise MissingInputError(f'{flags.directory}: there is no such directory')
+        raise MissingInputError(f'{flags.directory}: no such directory')
     opened = Corpus(flags.directory)
     if flags.verify:
         verify_corpus(flags.directory)
     _show(opened.statistics)
     if flags.verify:
-        print('every file is as it was made')
+        print('every file matches its digest')
 
 
 def decode(flags, overrides: list[str]) -> None:
-    """Rows as the model reads them, back as text."""
+    """Shows rows as the model reads them, decoded to text."""
     config, phase, seed = _phase(flags, overrides)
     dataset = _open(config, phase)
     rows = np.arange(min(flags.rows, phase.data.batch_size))
@@ -126,11 +124,11 @@ COMMANDS = {'build': build, 'inspect': inspect, 'decode': decode}
 
 
 def row_text(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> Text:
-    """One row [T] as text: segments apart, what counts marked."""
+    """One row [T] as text, segment by segment; tokens that count in the loss are marked."""
     text = Text()
     for segment, counts, ids in _spans(row):
         if not segment:
-            text.append(f'\n({len(ids)} of padding)', style='dim')
+            text.append(f'\n({len(ids)} padding tokens)', style='dim')
             continue
         part = tokenizer.decode(ids, skip_special_tokens=False)
         if segment < 0:
@@ -143,10 +141,10 @@ def row_text(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> 
 
 
 def _spans(row: dict[str, np.ndarray]) -> Iterator[tuple[int, bool, list[int]]]:
-    """(segment, whether the loss counts, ids); minus the segment where it begins."""
+    """Yields (segment, whether the loss counts, ids); segment is negated where it begins."""
     segments, tokens = row['segment_ids'], row['tokens']
     is_first = np.diff(segments, prepend=-1) != 0
-    # An input's mask is that of its target, which is the next token.
+    # loss_mask[t] belongs to the target of position t, which is token t + 1.
     counts = np.concatenate([[False], row['loss_mask'][:-1] > 0]) & ~is_first
     borders = np.flatnonzero(is_first | (np.diff(counts, prepend=counts[0]) != 0))
     for start, stop in zip(borders, [*borders[1:], len(tokens)]):
@@ -158,20 +156,20 @@ def _spans(row: dict[str, np.ndarray]) -> Iterator[tuple[int, bool, list[int]]]:
 def _title(number: int, row: dict[str, np.ndarray]) -> str:
     used, length = int((row['segment_ids'] > 0).sum()), len(row['tokens'])
     return (
-        f'row {number}: {row["segment_ids"].max()} segments, {used} of {length} tokens, '
-        f'{int(row["loss_mask"].sum())} targets count'
+        f'row {number}: {row["segment_ids"].max()} segments, {used} of {length} tokens used, '
+        f'{int(row["loss_mask"].sum())} targets in the loss'
     )
 
 
 def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
-    """(config, the phase that is asked for, the seed of its order)."""
+    """Returns (config, the requested phase, the seed of its data order)."""
     config = load_config(flags.config, overrides)
     phases = config.all_phases
     names = [phase.name for phase in phases]
     if flags.phase not in names:
         if flags.phase or len(phases) > 1:
-            known = f'it is one of {", ".join(names)}'
-            known = known if config.phases else 'this run has one phase'
+            known = f'choose one of {", ".join(names)}'
+            known = known if config.phases else 'this run has one phase, leave the option out'
             raise UsageError(f'--phase {flags.phase or "is needed"}: {known}')
     index = names.index(flags.phase)
     return config, phases[index], (config.seed + index) % 2**32
@@ -196,7 +194,7 @@ def _show_statistics(dataset: Dataset) -> None:
 
 
 def _show(statistics: dict) -> None:
-    """A table, and a bar for every bucket of a histogram."""
+    """Prints a table, with a bar for every bucket of a histogram."""
     table = Table(show_header=False, box=None)
     largest = max((v for k, v in statistics.items() if _is_bucket(k)), default=1)
     for name, value in statistics.items():

@@ -1,14 +1,15 @@
-"""Compiles for NVIDIA GPUs on a machine that has none, and reads what came out.
+"""Compiles for NVIDIA GPUs on a machine without one, and inspects the result.
 
     python -m tools.deviceless --config configs/llama_1b.py --devices 4 [--config.a.b=value ...]
 
-compiles the train step of a run for so many H200 and shows what they would exchange, beside what
-theory asks for, and the memory that they need. It exits with 1 where the two differ.
+compiles the train step of a run for that many H200s. It prints the collectives of the program next
+to those that theory requires, and the memory per device. It exits with 1 if they differ, if the
+program keeps gathered weights, or if it needs more memory than a device has.
 
-The compiler comes with the extra `compiler`; no driver, cuDNN or cuBLAS is needed. Kernels go
-down to machine code (registers, spills, shared memory, instructions), whole train steps to the HLO
-that XLA would run (collectives, memory). Tile sizes and libraries that XLA chooses by measuring
-alternatives are not those of a real device: what depends on them is an estimate.
+The compiler comes with the extra `compiler`; no driver, cuDNN or cuBLAS is needed. Kernels are
+compiled to machine code (registers, spills, shared memory, instructions), train steps to the HLO
+that XLA would run (collectives, memory). On a device, XLA would autotune tile sizes and libraries;
+here it cannot, so everything that depends on them is an estimate.
 """
 
 import argparse
@@ -59,12 +60,12 @@ _DEVICE = AbstractDevice(device_kind='NVIDIA H200', platform='gpu', num_cores=13
 
 @dataclasses.dataclass(frozen=True)
 class KernelCode:
-    """What the assembler says of one kernel."""
+    """What the assembler reports about one kernel."""
 
-    registers: int  # a thread
+    registers: int  # per thread
     spilled_bytes: int  # stores and loads
-    smem_bytes: int  # a block
-    is_serialized: bool  # each WGMMA waits for the one before: the assembler found a hazard
+    smem_bytes: int  # per block
+    is_serialized: bool  # the assembler found a hazard: each WGMMA waits for the previous one
     sass: str
 
     @property
@@ -82,13 +83,13 @@ def devices(count: int = 1) -> list:
 
 @contextlib.contextmanager
 def target():
-    """Code that asks which device it is traced for is told an H200."""
+    """A context in which traced code sees an H200 as its target device."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=_DEVICE)):
         yield
 
 
 def compile(function, *arrays):
-    """The executable of jax.jit(function) on one H200 for arrays or shapes of arrays."""
+    """Compiles jax.jit(function) for one H200, given arrays or shapes of arrays."""
     mesh = jax.sharding.Mesh(devices(), ('device',))
     place = NamedSharding(mesh, P())
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in arrays]
@@ -97,9 +98,9 @@ def compile(function, *arrays):
 
 
 def compile_lowered(lowered, **options):
-    """Without measurements of alternatives, for which there is no device.
+    """Compiles without autotuning, which would need a device.
 
-    options: of XLA's compiler, e.g. xla_gpu_enable_triton_gemm=False for products by cuBLAS alone.
+    options: XLA compiler options, e.g. xla_gpu_enable_triton_gemm=False to use only cuBLAS.
     """
     return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0, **options})
 
@@ -131,13 +132,13 @@ def _read_code(path: Path) -> KernelCode:
 
 @dataclasses.dataclass(frozen=True)
 class StepProgram:
-    """A train step as XLA would run it. Bytes are those of one device."""
+    """A train step as XLA would run it. Bytes are per device."""
 
     text: str  # HLO
     seconds: float  # of compilation
     arguments: int
     outputs: int
-    aliased: int  # of the outputs: where arguments were
+    aliased: int  # the part of the outputs that reuses the memory of arguments
     temporaries: int
 
     @property
@@ -146,15 +147,15 @@ class StepProgram:
 
 
 def plan_phase(config: RunConfig, count: int, name: str = '') -> Phase:
-    """The phase of a run, the first by default, on `count` H200.
+    """A phase of a run, by default the first, on `count` H200s.
 
     Raises:
-      ConfigError: the run has no such phase, or does not fit so many devices.
+      ConfigError: the run has no such phase, or cannot be split over `count` devices.
       MissingInputError: the compiler is not installed.
     """
     if importlib.util.find_spec('jax_cuda13_plugin') is None:
         raise MissingInputError(
-            "there is no compiler for GPUs here; it is an extra: pip install -e '.[compiler]'"
+            "the compiler for GPUs is not installed: pip install -e '.[compiler]'"
         )
     sizes = sharding.mesh_shape(dict(config.mesh), count)
     check_on_mesh(config, sizes)
@@ -171,7 +172,7 @@ def plan_phase(config: RunConfig, count: int, name: str = '') -> Phase:
 
 
 def compile_step(phase: Phase) -> StepProgram:
-    """The train step of `plan_phase`, compiled; nothing is allocated."""
+    """Compiles the train step of a phase from `plan_phase`; allocates no arrays."""
     with jax.set_mesh(phase.mesh):
         lowered = phase.train_step().lower(phase.abstract_state(), phase.abstract_batch())
     started = time.monotonic()
@@ -188,19 +189,19 @@ def compile_step(phase: Phase) -> StepProgram:
 
 
 def problems(program: StepProgram, phase: Phase, config: RunConfig) -> list[str]:
-    """What is wrong with how the program spreads its work over devices, in sentences."""
+    """Sentences about wrong collectives, saved weights and memory; empty if all is well."""
     with jax.set_mesh(phase.mesh):
         needs = traffic.list_needs(phase, config.model)
     sentences = traffic.differences(hlo.collectives(program.text), needs)
     sentences += traffic.saved_weights(hlo.list_carried(program.text), phase)
     if program.peak > MEMORY:
-        sentences.append(f'{human_bytes(program.peak)} a device, which has {human_bytes(MEMORY)}')
+        sentences.append(f'{human_bytes(program.peak)} per device exceed {human_bytes(MEMORY)}')
     return sentences
 
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
-    jax.config.update('jax_platforms', 'cpu')  # also where there is a GPU: nothing runs here
+    jax.config.update('jax_platforms', 'cpu')  # even if there is a GPU: nothing runs
     try:
         flags, overrides = parse(argv)
         config = load_config(flags.config, overrides)
@@ -212,7 +213,7 @@ def main(argv: list[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_code
     for sentence in wrong:
-        print(f'differs: {sentence}')
+        print(f'problem: {sentence}')
     if not wrong:
         print('collectives, saved weights and memory are as they should be')
     return 1 if wrong else 0
@@ -223,12 +224,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     argument, overrides, rest = split_arguments(argv)
 
     parser = Parser(prog='python -m tools.deviceless', description=__doc__.partition('\n')[0])
-    parser.add_argument('--devices', type=int, default=1, help='H200s, in one node')
-    parser.add_argument('--phase', default='', help='the name of one of several phases')
+    parser.add_argument('--devices', type=int, default=1, help='number of H200s, in one node')
+    parser.add_argument('--phase', default='', help='name of the phase, if there are several')
     flags = parser.parse_args(rest)
     flags.config = argument
     if argument is None:
-        raise UsageError('which run? --config=configs/llama_1b.py, for example')
+        raise UsageError('no run given: pass --config=FILE, e.g. --config=configs/llama_1b.py')
     if flags.devices < 1:
         raise UsageError(f'--devices must be at least 1, got {flags.devices}')
     return flags, overrides
@@ -239,29 +240,29 @@ def _show(program: StepProgram, phase: Phase, config: RunConfig) -> None:
     print(f'{phase.mesh.size} x NVIDIA H200, {", ".join(split) or "one device"}')
     print(f'compiled in {program.seconds:.1f} s')
     print(
-        f'memory of a device: {human_bytes(program.peak)} of {human_bytes(MEMORY)} '
+        f'memory per device: {human_bytes(program.peak)} of {human_bytes(MEMORY)} '
         f'(arguments {human_bytes(program.arguments)}, outputs {human_bytes(program.outputs)}, '
-        f'of which {human_bytes(program.aliased)} in place of arguments, temporaries '
+        f'of which {human_bytes(program.aliased)} alias arguments, temporaries '
         f'{human_bytes(program.temporaries)})'
     )
     with jax.set_mesh(phase.mesh):
         needs = traffic.list_needs(phase, config.model)
     _print_table(
-        ('what', 'collective', 'dtype', 'elements', 'devices', 'times', 'a device sends'),
+        ('what', 'collective', 'dtype', 'elements', 'devices', 'times', 'sent per device'),
         [
             (need.what, *_row(need.collective), f'{need.times:,}', human_bytes(need.sent))
             for need in needs
         ],
-        'theory, a step',
+        'theory, per step',
     )
     found = hlo.collectives(program.text)
     _print_table(
-        ('collective', 'dtype', 'elements', 'devices', 'times', 'a device sends'),
+        ('collective', 'dtype', 'elements', 'devices', 'times', 'sent per device'),
         [
             (*_row(each), f'{times:,}', human_bytes(times * each.sent))
             for each, times in sorted(found.items(), key=lambda item: -item[1] * item[0].sent)
         ],
-        'compiled, a step',
+        'compiled, per step',
     )
     asked = traffic.sums((need.collective, need.times) for need in needs)
     sent = traffic.sums(found.items())
@@ -270,8 +271,8 @@ def _show(program: StepProgram, phase: Phase, config: RunConfig) -> None:
         (times, is_sent), (_, wanted) = sent.get(key, (0, 0)), asked.get(key, (0, 0))
         ratio = f'{is_sent / wanted:.3f}' if wanted else '-'
         rows.append((*key, f'{times:,}', human_bytes(is_sent), human_bytes(wanted), ratio))
-    titles = ('collective', 'dtype', 'times', 'a device sends', 'theory', 'ratio')
-    _print_table(titles, rows, 'compared')
+    titles = ('collective', 'dtype', 'times', 'sent per device', 'theory', 'ratio')
+    _print_table(titles, rows, 'compiled against theory')
 
 
 def _row(collective: hlo.Collective) -> tuple[str, ...]:

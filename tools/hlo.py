@@ -1,8 +1,7 @@
-"""Reads optimised HLO: which collectives a program runs, how often, and what its loops carry.
+"""Parses optimised HLO: which collectives a program runs, how often, and what its loops carry.
 
-The text is that of `compiled.as_text()`. A collective stands there as one instruction or as a pair
-of -start and -done; what is inside a while loop runs as often as the loop, whose count XLA writes
-beside it.
+The input is `compiled.as_text()`. A collective appears as one instruction or as a -start/-done
+pair. The body of a while loop runs as often as its trip count, with which XLA annotates the loop.
 """
 
 import dataclasses
@@ -12,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
-_BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}  # else the number in the name: f32, f8e4m3fn, u8
+_BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}  # else as in the name: f32, f8e4m3fn, u8
 
 _COMPUTATION = re.compile(r'^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%(?P<name>[\w.-]+) = (?P<rest>.*)$')
@@ -24,7 +23,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array of the program: what one device has of it."""
+    """An array of the program; the shape is that of one device's part."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,9 +40,9 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Arrays that are exchanged by groups of devices; a combined instruction is several of these.
+    """An array exchanged within groups of devices; a combined instruction counts as several.
 
-    `size` is in elements: of the whole array before it is scattered or after it is gathered.
+    `size` is the number of elements of the whole array, before a scatter or after a gather.
     """
 
     kind: str
@@ -80,7 +79,7 @@ def collectives(text: str) -> Counter[Collective]:
             kind = each.opcode.removesuffix('-start')
             if kind in KINDS:
                 devices = _group_size(each.attributes)
-                # A gather alone takes a part of what it is counted as.
+                # An operand is the whole array, except for a gather, which takes one device's part.
                 parts = devices if kind == 'all-gather' else 1
                 for array in (array for name in each.operands for array in arrays[name]):
                     found[Collective(kind, array.dtype, array.size * parts, devices)] += times
@@ -88,7 +87,7 @@ def collectives(text: str) -> Counter[Collective]:
 
 
 def list_carried(text: str) -> list[Array]:
-    """What the while loops carry from one iteration to the next, results included."""
+    """Arrays that while loops carry from one iteration to the next, including results."""
     computations, entry = _parse(text)
     return [
         array
@@ -121,7 +120,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(_instruction(found['name'], found['rest']))
     if not entry:
-        raise ValueError('no HLO module: it has no ENTRY')
+        raise ValueError('not an HLO module: found no ENTRY computation')
     return computations, entry
 
 
@@ -136,7 +135,7 @@ def _instruction(name: str, rest: str) -> _Instruction:
 
 
 def _find_close(text: str, start: int) -> int:
-    """Where the parenthesis closes that opens at `start`."""
+    """The index of the parenthesis that closes the first one at or after `start`."""
     depth = 0
     for found in re.finditer(r'[()]', text[start:]):
         depth += 1 if found[0] == '(' else -1
@@ -153,9 +152,9 @@ def _arrays(result: str) -> list[Array]:
 
 
 def _walk(computations, entry: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """(computation, how often it runs), from the entry down.
+    """Yields (computation, how often it runs), from the entry down.
 
-    Of a conditional every branch counts, so that none is overlooked.
+    Every branch of a conditional counts, so that none is overlooked.
     """
     yield entry, times
     for each in computations[entry]:
@@ -171,12 +170,12 @@ def _trips(instruction: _Instruction) -> int:
         return 1
     known = _TRIPS.search(instruction.attributes)
     if known is None:
-        raise ValueError(f'XLA does not know how often {instruction.name} runs')
+        raise ValueError(f'{instruction.name} has no known trip count in the HLO')
     return int(known[1])
 
 
 def _group_size(attributes: str) -> int:
-    """Devices in one of the groups, in each of the ways that XLA writes them."""
+    """Devices per group, from any notation that XLA uses for groups."""
     text = attributes.partition('replica_groups=')[2]
     if named := re.match(r'mesh\[([^\]]*)\]\S*\s*\{([^}]*)\}', text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))

@@ -1,10 +1,10 @@
-"""What devices must exchange in a train step, and where a compiled one does otherwise.
+"""Collectives that a train step needs in theory, and where a compiled step differs from them.
 
-Theory: a weight that is stored in shards is brought together in the compute dtype for every
-microbatch, twice for blocks, because gathered weights are not kept for the backward pass; its
-gradient is scattered back in the dtype of `model.gradient_reduce_dtype`. A tied table is used
-twice. Vectors are whole everywhere and their gradients are summed. What is split inside a layer
-(heads, MLP, vocabulary) costs sums of activations.
+In theory, a sharded weight is all-gathered in the compute dtype for every microbatch. In blocks
+this happens twice, because gathered weights are not kept for the backward pass. The weight's
+gradient is reduce-scattered in `model.gradient_reduce_dtype`. A tied table is used twice. Vectors
+are replicated, and their gradients are all-reduced. Splitting inside a layer (heads, MLP,
+vocabulary) costs all-reduces of activations.
 """
 
 import dataclasses
@@ -16,28 +16,28 @@ from jaxfm.errors import human_bytes
 from jaxfm.models.transformer import compute_dtype
 from tools.hlo import Array, Collective
 
-TOLERANCE = 0.05  # of the bytes of a kind and dtype
+TOLERANCE = 0.05  # relative, for the bytes of one kind and dtype
 LARGE = sharding.LARGE_PARAMETER
-_NAMES = {'bfloat16': 'bf16', 'float32': 'f32'}  # of HLO
+_NAMES = {'bfloat16': 'bf16', 'float32': 'f32'}  # names in HLO
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """A collective that theory asks for."""
+    """A collective that theory requires."""
 
     what: str
     collective: Collective
-    times: int  # in a step
-    is_spared: bool = False  # XLA may find a way without it
+    times: int  # per step
+    is_spared: bool = False  # XLA may avoid it
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends in a step."""
+        """Bytes that a device sends per step."""
         return self.times * self.collective.sent
 
 
 def list_needs(phase, model) -> list[Need]:
-    """The collectives of a train step of a phase; those of fewer than 1 KiB in all are left out."""
+    """The collectives of a phase's train step, except those that send less than 1 KiB in total."""
     needs = [*_of_weights(phase, model), *_of_activations(phase, model)]
     return [need for need in needs if need.sent >= 1024]
 
@@ -75,7 +75,7 @@ def _of_weights(phase, model):
 
 
 def _uses(path: str, model) -> list[str]:
-    """What a parameter is, once for every place where it is used."""
+    """A label for each place where a parameter is used."""
     if path == 'embedding/table' and model.tie_embeddings:
         return ['look-up', 'output']
     names = {'embedding/table': 'look-up', 'head/table': 'output'}
@@ -100,7 +100,7 @@ def _of_activations(phase, model):
 
 
 def used_shape(parts, path: str, mesh) -> tuple[int, ...]:
-    """Of a weight on one device while it is used, stacked layers included."""
+    """The shape of a weight on one device while it is used, including stacked layers."""
     sizes = zip(parts.shapes[path].shape, parts.axes[path], strict=True)
     return tuple(size // sharding.axis_size(sharding.USED, name, mesh) for size, name in sizes)
 
@@ -115,7 +115,7 @@ def sums(counted) -> dict[tuple[str, str], tuple[int, int]]:
 
 
 def differences(found: dict[Collective, int], needs: list[Need]) -> list[str]:
-    """Where what a program exchanges is not what theory asks for, in sentences."""
+    """Sentences about collectives of the program that differ from theory; empty if none do."""
     asked = [(need.collective, need.times) for need in needs]
     is_sent, should_be = sums(found.items()), sums(asked)
     spared = sums((need.collective, need.times) for need in needs if need.is_spared)
@@ -124,27 +124,27 @@ def differences(found: dict[Collective, int], needs: list[Need]) -> list[str]:
         similar = [o for o, _ in asked if (o.kind, o.dtype) == (each.kind, each.dtype)]
         if each.size >= LARGE and not any(other.size >= LARGE for other in similar):
             sentences.append(
-                f'{times} x {each.kind} of {each.size:,} elements in {each.dtype}, of which '
-                'theory asks for none that large'
+                f'{times} x {each.kind} of {each.size:,} elements in {each.dtype}: '
+                'theory requires none that large'
             )
     total = sum(sent for _, sent in should_be.values())
     for key in sorted(is_sent.keys() | should_be.keys()):
         (_, sent), (_, wanted) = is_sent.get(key, (0, 0)), should_be.get(key, (0, 0))
         least = wanted - spared.get(key, (0, 0))[1]
-        # Of what is small beside the whole theory does not know all.
+        # Theory does not cover every small transfer, so the total sets a minimum tolerance.
         allowed = TOLERANCE * max(wanted, TOLERANCE * total)
         if not least - allowed <= sent <= wanted + allowed:
             sentences.append(
-                f'{" in ".join(key)}: a device sends {human_bytes(sent)} a step, theory asks for '
+                f'{" in ".join(key)}: a device sends {human_bytes(sent)} per step, theory requires '
                 f'{human_bytes(wanted)}'
             )
     return sentences
 
 
 def saved_weights(carried: list[Array], phase) -> list[str]:
-    """Gathered weights of all layers that a loop keeps for the backward pass, in sentences.
+    """Sentences about gathered weights of all layers that a loop keeps for the backward pass.
 
-    Only loops over layers are looked at: where layers are unrolled this finds nothing.
+    It examines only loops over layers: with unrolled layers it finds nothing.
     """
     parts, mesh = phase.parts, phase.mesh
     shapes = {_form(each.shape) for each in carried}
@@ -159,5 +159,5 @@ def saved_weights(carried: list[Array], phase) -> list[str]:
 
 
 def _form(shape) -> tuple[int, ...]:
-    """A shape whatever the order of its dimensions."""
+    """The dimensions above 1, sorted, to compare shapes regardless of their order."""
     return tuple(sorted(size for size in shape if size > 1))

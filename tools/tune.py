@@ -1,11 +1,11 @@
-"""Finds the tile sizes of a kernel that are quickest on the GPU of this machine.
+"""Finds the fastest tile sizes of a kernel on this machine's GPU.
 
     python -m tools.tune --op attention --out pallas_kernels [--dry_run]
 
-Every candidate is compiled, compared with the first one, and timed at the benchmark's shapes; the
-winner goes into OUT/<op>/tiles.json, where kernels look for it. Where several shapes share a key
-of that table, the sum of their times counts. --dry_run, without a GPU, compiles all candidates for
-an H200 instead and tells registers, spills and shared memory.
+Every candidate is compiled, checked against the output of the first one, and timed at the
+benchmark's shapes. The winner is written to OUT/<op>/tiles.json, where kernels look it up. If
+several shapes share a key of that table, the least total time wins. --dry_run needs no GPU: it
+compiles all candidates for an H200 and prints registers, spills and shared memory.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from tools.bench.gpu import speed
 from tools.bench.gpu.numerics import OPS, kernels
 from tools.bench.gpu.timing import microseconds
 
-TOLERANCE = 0.02  # between candidates, relative to the norm: they add up in other orders
-# Beside the shapes of the benchmark.
+TOLERANCE = 0.02  # between candidates, relative to the norm: they sum in different orders
+# Tuned in addition to the benchmark's shapes.
 MORE_SHAPES = (
     speed.RmsNorm(16384, 2048),
     speed.Attention('causal', 2, 4096, 16, 16, 256),
@@ -38,7 +38,7 @@ MORE_SHAPES = (
 class Problem:
     """A kernel at a shape."""
 
-    shape: object  # of `speed`
+    shape: object  # one of the shape classes of `speed`
     part: str
 
     @property
@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def key(self) -> dict:
-        """What the table knows it by, beside the device."""
+        """The key in the table, without the device."""
         return kernels(self.shape.op).table_key(self.part, **self.shape.words)
 
     @property
@@ -77,7 +77,7 @@ def tune(op: str, table: Path, found: list[Problem], measure) -> None:
             for tiles in problem.candidates:
                 try:
                     took, outputs = measure(problem, tiles, expected)
-                except Exception as error:  # the compiler refuses in many ways
+                except Exception as error:  # the compiler raises many types
                     said = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
                     print(f'  {tiles}: {said}')
                     totals[tiles] = float('inf')
@@ -92,7 +92,7 @@ def tune(op: str, table: Path, found: list[Problem], measure) -> None:
 
 
 def measure_on_gpu(problem: Problem, tiles, expected):
-    """Median microseconds; a candidate that computes something else is an error."""
+    """(median microseconds, outputs); raises ArithmeticError if outputs differ from `expected`."""
     call = problem.shape.kernel(problem.part, tiles=tiles)
     function = jax.jit(call.function)
     outputs = function(*call.arrays)
@@ -101,12 +101,12 @@ def measure_on_gpu(problem: Problem, tiles, expected):
             got, wanted = (x.astype(jnp.float32) for x in (got, wanted))
             error = jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted)
             if not error <= TOLERANCE:
-                raise ArithmeticError(f'differs by {error:.2g} from the first candidate')
+                raise ArithmeticError(f'output differs by {error:.2g} from the first candidate')
     return microseconds(function, *call.arrays)['microseconds'], outputs
 
 
 def write(path: Path, key: dict, tiles, took: float) -> None:
-    """Puts the entry of a key on this device into the table, in the place of an older one."""
+    """Writes the entry for a key on this device into the table, replacing an older one."""
     about = {'device': short_kind(jax.devices()[0].device_kind), **key}
     entries = json.loads(path.read_text()) if path.exists() else []
     entries = [e for e in entries if {name: e.get(name) for name in about} != about]
@@ -118,7 +118,7 @@ def write(path: Path, key: dict, tiles, took: float) -> None:
 
 
 def compile_all(found: list[Problem]) -> bool:
-    """Compiles every candidate once for an H200 -> whether none fails or spills."""
+    """Compiles every candidate once for an H200; returns whether none failed or spilled."""
     good, seen = True, set()
     for problem in found:
         for tiles in problem.candidates:
@@ -127,7 +127,7 @@ def compile_all(found: list[Problem]) -> bool:
             seen.add(case)
             try:
                 codes = _compile(problem, tiles)
-            except Exception as error:  # the compiler refuses in many ways
+            except Exception as error:  # the compiler raises many types
                 good = False
                 print(f'{problem.name} {tiles}: {type(error).__name__}: {str(error)[:200]}')
                 continue
@@ -161,7 +161,7 @@ def main(argv=None) -> None:
     if arguments.dry_run:
         raise SystemExit(0 if compile_all(found) else 1)
     if jax.default_backend() != 'gpu':
-        raise SystemExit('there is no GPU here: --dry_run compiles all candidates for an H200')
+        raise SystemExit('no GPU here: --dry_run compiles all candidates for an H200 without one')
     tune(arguments.op, arguments.out / arguments.op / 'tiles.json', found, measure_on_gpu)
 
 

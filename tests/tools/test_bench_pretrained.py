@@ -1,4 +1,4 @@
-"""The benchmark of models from outside measures everything it promises."""
+"""The benchmark of importing and exporting models measures everything it promises."""
 
 from tests.models import goldens
 from tools.bench import pretrained as bench

@@ -1,4 +1,4 @@
-"""The checkpoint tool, on a disk and on S3: what it shows, what it finds, and what it deletes."""
+"""The checkpoint tool, on a disk and on S3: what it lists, verifies and deletes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ time.sleep(600)
 
 @pytest.fixture(params=['disk', 's3'])
 def place(request, tmp_path) -> str:
-    """A place for checkpoints that is not there yet."""
+    """A place for checkpoints that does not exist yet."""
     if request.param == 'disk':
         return str(tmp_path / 'checkpoints')
     request.getfixturevalue('s3_environment')
@@ -45,7 +45,7 @@ def storage(place):
 
 
 def state_of(step):
-    """Four arrays, the large one split over all devices and in several chunks."""
+    """Four arrays; the large ones are split over all devices."""
     random = np.random.default_rng(step)
     mesh = jax.make_mesh((8,), ('fsdp',))
     split, whole = NamedSharding(mesh, jax.P('fsdp')), NamedSharding(mesh, jax.P())
@@ -85,20 +85,20 @@ def flip_a_bit(storage, name):
 
 
 def largest_file(storage, directory):
-    """The file of a step with most of its arrays."""
+    """The file that contains most of a step's arrays."""
     found = storage.list(f'{directory}/state/d')
     return max(found, key=lambda name: found[name].size)
 
 
-def plant_a_commit_of_one_who_was_replaced(store, step):
-    """A step that a writer of an earlier lease commits after its successor began."""
-    save(store.storage.root)  # takes the lease, and gives it back
+def plant_a_fenced_commit(store, step):
+    """Commits a step with the lease of an earlier writer, after its successor has started."""
+    save(store.storage.root)  # acquires and releases the lease
     digest = store.write_manifest(step, 'fedcba987654', {'epoch': 1, 'arrays': {}})
     store.commit(Commit(step, 'fedcba987654', 1, digest))
 
 
 def test_ls_shows_every_save_and_what_became_of_it(saved, place, capsys):
-    plant_a_commit_of_one_who_was_replaced(saved, 15)
+    plant_a_fenced_commit(saved, 15)
     saved.storage.write('20/0123456789ab/state/d/half', bytes(5000))
     saved.storage.write('5/commit.json', b'{')
     flip_a_bit(saved.storage, f'{saved.commits()[10].directory}/manifest.json')
@@ -109,7 +109,7 @@ def test_ls_shows_every_save_and_what_became_of_it(saved, place, capsys):
         5: 'damaged', 10: 'damaged', 15: 'fenced', 20: 'torn',
     }  # fmt: skip
     assert re.search(r'20 +torn +0123456789ab +5 kB', shown)
-    assert 'which gave it back' in shown
+    assert ', released' in shown
     save(place, 25)
     assert checkpoint.main(['ls', place]) == 0
     shown = capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_while_a_run_writes_nothing_is_swept(saved, holder, place, capsys):
     assert checkpoint.main(['ls', place]) == 0
     shown = capsys.readouterr().out
     assert rows(shown)[20][0] == 'unfinished'
-    assert f'process {holder.pid} on ' in shown and 'which holds it' in shown
+    assert f'process {holder.pid} on ' in shown and 'still held' in shown
     assert saved.storage.list().keys() == before.keys()
 
 
@@ -151,12 +151,12 @@ def test_after_a_kill_nobody_holds_the_lease(saved, holder, place, capsys):
     saved.storage.write('20/0123456789ab/state/d/half', bytes(5000))
     assert checkpoint.main(['ls', place]) == 0
     shown = capsys.readouterr().out
-    assert rows(shown)[20][0] == 'torn' and 'ended without giving it back' in shown
+    assert rows(shown)[20][0] == 'torn' and 'ended without releasing it' in shown
     assert checkpoint.main(['sweep', place]) == 0
 
 
 def test_a_sweep_removes_exactly_the_orphans(saved, place, capsys):
-    plant_a_commit_of_one_who_was_replaced(saved, 15)
+    plant_a_fenced_commit(saved, 15)
     attempt = saved.commits()[5].attempt
     mine = ['notes.txt', 'other/9/a', '5/notes.txt', '2026/thesis.txt', f'{attempt}/state/x']
     torn = ['20/0123456789ab/state/d/half', '10/0123456789ab/manifest.json']
@@ -256,13 +256,13 @@ def test_the_work_directory_of_a_run_says_where_its_checkpoints_are(saved, tiny,
         (['ls'], 64, 'PATH'),
         (['lst', 'DIR'], 64, 'invalid choice'),
         (['verify', 'DIR', '--step', 'x'], 64, '--step'),
-        (['ls', 'gs://bucket/run'], 64, 'want a directory or s3://'),
-        (['ls', 's3://'], 64, 'want a directory or s3://'),
-        (['ls', 'DIR/gone/deep'], 66, 'the nearest is DIR\n'),
+        (['ls', 'gs://bucket/run'], 64, 'must be a directory or s3://'),
+        (['ls', 's3://'], 64, 'must be a directory or s3://'),
+        (['ls', 'DIR/gone/deep'], 66, 'the nearest parent is DIR\n'),
         (['ls', 'DIR'], 66, 'DIR holds no checkpoints'),
         (['verify', 'DIR'], 66, 'DIR holds no checkpoints'),
         (['sweep', 'DIR'], 66, 'DIR holds no checkpoints'),
-        (['ls', 'DIR/file'], 66, 'there is no such directory'),
+        (['ls', 'DIR/file'], 66, 'no such directory'),
     ],
 )
 def test_mistakes_are_told(tmp_path, capsys, arguments, code, message):

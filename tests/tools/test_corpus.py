@@ -1,4 +1,4 @@
-"""The corpus tool: what it builds a run can use, and what it shows is what a model reads."""
+"""The corpus tool: runs can use what it builds, and it shows what a model reads."""
 
 import json
 import re
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_named_by_verify_alone(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     'arguments, code, message',
     [
-        (['decode'], 64, 'which data?'),
+        (['decode'], 64, 'no data given'),
         (['bulid'], 64, 'invalid choice'),
         (['decode', 'CONFIG', '--phase', 'sft'], 64, '--phase sft: this run has one phase'),
         (['build', 'CONFIG', '--rebuild'], 64, '--rebuild needs --output'),

@@ -12,7 +12,7 @@ SMOKE = ['--config', 'configs/llama_1b.py:smoke']
 @pytest.mark.parametrize(
     'arguments, code, message',
     [
-        ([], 64, 'which run?'),
+        ([], 64, 'no run given'),
         ([*SMOKE, '--devices', '0'], 64, 'at least 1, got 0'),
         ([*SMOKE, '--devices', 'four'], 64, 'invalid int value'),
         ([*SMOKE, '--config.mesh.fsdp=2', '--devices', '4'], 78, 'fsdp 2 = 2 is not the 4 devices'),

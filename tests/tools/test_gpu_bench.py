@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs from end to end without one, and names what is wrong."""
+"""The GPU benchmark runs from end to end on a CPU, and reports what is wrong."""
 
 import gc
 import json
@@ -27,8 +27,8 @@ from tools.bench.gpu.record import Record, outcome
 from tools.bench.gpu.stages import Runner, quick
 from tools.bench.gpu.timing import floor_microseconds
 
-# Of tools/bench/peers/llama_torch.py with torch 2.13 on a CPU, from the weights that this jax
-# draws: --part train --smoke --peer_python PYTHON.
+# Losses of tools/bench/peers/llama_torch.py with torch 2.13 on a CPU, from the initial weights that
+# this jax draws: --part train --smoke --peer_python PYTHON.
 TORCH_LOSSES = [6.664012, 6.371418, 6.107687]
 
 
@@ -56,7 +56,7 @@ def test_smoke_of_kernels(kernels_record, capsys):
         own = [row for name, row in rows if name.split()[0] == op]
         assert own and all(row['held'] for row in own), op
     refused = {outcome(row) for row in kernels_record.rows if 'refused' in row}
-    said = ('not installed', 'no public way')
+    said = ('not installed', 'no public API')
     assert all(any(words in reason for words in said) for reason in refused), refused
     values = json.loads(kernels_record.path.read_text())
     assert {'device', 'date', 'versions', 'collected', 'bars', 'seconds'} <= values.keys()
@@ -140,7 +140,7 @@ def test_a_hang_leaves_time_for_the_rows_behind_it(tmp_path):
 
 
 class Plan(Runner):
-    """Notes what would be run; a process takes this share of its time."""
+    """Records what would run; every stage takes `pace` times its limit."""
 
     pace = 1.0
 
@@ -152,7 +152,7 @@ class Plan(Runner):
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """A function: --only's patterns -> (stages as planned, files of tests with their seconds)."""
+    """A function: patterns of --only -> (planned stages, {test file: seconds}, record)."""
 
     def run(*only, pace=1.0):
         files = {}
@@ -199,7 +199,7 @@ def test_gpu_tests_run_file_by_file_and_those_left_out_are_named(plan, monkeypat
     assert all(seconds >= kernels.LEAST_SECONDS for seconds in files.values())
     _, files, record = plan()
     assert not files
-    assert {found['not_run'] for found in record.values['tests'].values()} == {'the time is out'}
+    assert {found['not_run'] for found in record.values['tests'].values()} == {'out of time'}
 
 
 def test_of_another_device_nothing_stays(tmp_path):
@@ -256,7 +256,7 @@ def test_what_did_not_fit_is_freed_before_less_is_tried(monkeypatch):
     def train_step(smoke, weights, rows, remat, **variant):
         assert not [each for each in held if each() is not None]
         arrays = Arrays()
-        arrays.itself = arrays  # only the collector frees it
+        arrays.itself = arrays  # a cycle: only the garbage collector frees it
         held.append(weakref.ref(arrays))
         if rows > 2:
             raise RuntimeError('RESOURCE_EXHAUSTED: as said')
@@ -303,7 +303,7 @@ def test_when_the_time_is_out_the_rest_is_named(tmp_path):
     record = Record(tmp_path, 'kernels', smoke=True)
     hanging = STAGE.replace("names = ['good', 'crash', ", "names = ['good', ")
     Runner(record, 2).run_command('stage', [sys.executable, '-c', hanging])
-    assert [outcome(row) for row in record.rows] == ['', *['not run: the time is out'] * 2]
+    assert [outcome(row) for row in record.rows] == ['', *['not run: out of time'] * 2]
 
 
 def test_a_stage_runs_in_a_process_of_its_own(tmp_path):

@@ -1,4 +1,4 @@
-"""What the benchmark for GPUs takes for right, for proven and for fast enough."""
+"""What the GPU benchmark accepts as correct, as proven and as fast enough."""
 
 import functools
 import json
@@ -66,7 +66,7 @@ def test_with_one_key_rounding_is_no_failure_and_a_wrong_gradient_is_one():
 
 
 def record_of(tmp_path, *ops: str) -> Record:
-    """Of a GPU on which all of these passed, made up."""
+    """A made-up record of a GPU on which these ops passed everything."""
     record = Record(tmp_path, 'kernels', smoke=False)
     record.set(device='NVIDIA H200', platform='gpu', tests={})
     for op in ops:
@@ -109,7 +109,7 @@ def without_a_case(record):
 
 def with_a_case_cut_off(record):
     name = numerics.names('attention')[7]
-    record.add({'stage': 'numerics', 'name': name, 'not_run': 'the time is out'})
+    record.add({'stage': 'numerics', 'name': name, 'not_run': 'out of time'})
 
 
 def with_a_case_wrong(record):
@@ -169,7 +169,7 @@ def test_speed_over_xla_is_that_of_the_worst_shape_and_of_all_shapes(tmp_path):
     assert speed_after(microseconds=8.0) == pytest.approx(0.8)
     record.add({'stage': 'speed', 'name': f'{last} / xla', 'failed': 'out of memory'})
     assert speed_after(microseconds=20.0) == pytest.approx(1.5)
-    record.add({'stage': 'speed', 'name': f'{last} / mosaic', 'not_run': 'the time is out'})
+    record.add({'stage': 'speed', 'name': f'{last} / mosaic', 'not_run': 'out of time'})
     assert speed_after() is None
 
 

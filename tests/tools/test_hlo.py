@@ -1,4 +1,4 @@
-"""Reading HLO: every way in which XLA writes a collective, and how often it runs."""
+"""Parsing HLO: every notation that XLA uses for collectives, and how often they run."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_collectives_are_counted_with_the_loops_around_them():
     assert collectives(TEXT) == {
         Collective('all-gather', 'bf16', 16 * 2 * 4, 4): 5,
         Collective('all-gather', 'f8e4m3fn', 16, 4): 5,
-        Collective('reduce-scatter', 'f32', 8, 4): 6,  # in the loop, and started beside it
+        Collective('reduce-scatter', 'f32', 8, 4): 6,  # in the loop, and asynchronous outside it
         Collective('all-reduce', 'f32', 8, 4): 1,
     }
 
@@ -91,7 +91,7 @@ def test_groups_of_devices_are_read_in_every_notation(groups, devices):
 
 
 def test_a_loop_of_unknown_length_is_not_guessed():
-    with pytest.raises(ValueError, match='how often while.1 runs'):
+    with pytest.raises(ValueError, match='while.1 has no known trip count'):
         collectives(TEXT.replace('known_trip_count', 'unknown'))
 
 

@@ -1,4 +1,4 @@
-"""The tuner: what it tries, what it takes, and that a kernel finds it again."""
+"""The tuner: what it tries, what it chooses, and that kernels find its choice."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Computes x + 1, with size 4 something else, with size 8 nothing."""
+    """Computes x + 1; something else with size 4; raises with size 8."""
 
     name: str = 'shape'
 
@@ -38,7 +38,7 @@ class Problem:
 
 
 def times(**by_size):
-    """Measures nothing: candidates take so long, and what is wrong raises."""
+    """A `measure` that returns these times; wrong outputs still raise."""
 
     def measure(problem, tiles, expected):
         _, outputs = tune.measure_on_gpu(problem, tiles, expected)

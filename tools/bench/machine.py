@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine and versions that a result was measured with."""
 
 import datetime
 import importlib.metadata
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def about(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Date, machine and versions, as every result has them."""
+    """Date, machine and versions, for every result."""
     return {
         'date': datetime.date.today().isoformat(),
         'cpu': _cpu(),

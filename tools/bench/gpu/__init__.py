@@ -1,1 +1,1 @@
-"""What only a GPU can prove: kernels right and fast, training, decoding, equal bits."""
+"""Checks and benchmarks that need a GPU: kernels, training, decoding, determinism."""

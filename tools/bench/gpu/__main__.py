@@ -1,14 +1,16 @@
-"""All that a GPU has to prove, each command under nine minutes.
+"""Runs the checks and benchmarks that need a GPU; each part takes under nine minutes.
 
     python -m tools.bench.gpu --part kernels|train|decode|determinism --out DIR [--smoke]
 
-The result is DIR/gpu-PART-DATE.json, which is there from the first row on; a table comes last.
-`train`, `decode` and `determinism` need pydantic and ml_collections beside jax, flax and optax; a
-resumed run needs all that training needs. What is not installed, or does not fit, has a row that
-says so. --only 'GLOB', of names of rows or of a stage (timing, numerics, speed, tests; train,
-peer, train_ops), runs these and keeps the others of the same day: what was cut is completed so.
---smoke is the same path on a CPU with tiny shapes, in seconds. The exit code is 1 if something
-failed.
+Results go to DIR/gpu-PART-DATE.json, which is rewritten after every row; a table is printed at the
+end. `train`, `decode` and `determinism` need pydantic and ml_collections besides jax, flax and
+optax; a resumed run needs everything that training needs. Whatever is not installed or does not fit
+gets a row that says so.
+
+--only 'GLOB' runs the rows or stages that it matches (stages: timing, numerics, speed, tests;
+train, peer, train_ops) and keeps the other rows of the same day, so it can complete a run that was
+cut off. --smoke runs the same code on a CPU with tiny shapes, in seconds. The exit code is 1 if
+anything failed.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def main(argv=None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.smoke:
         os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-        os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')  # the interpreter of kernels needs them
+        os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')  # the Pallas interpreter needs them
     part = importlib.import_module(f'tools.bench.gpu.{arguments.part}')
     record = Record(arguments.out, arguments.part, arguments.smoke, resume=bool(arguments.only))
     runner = Runner(
@@ -59,14 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--part', choices=PARTS, required=True)
-    parser.add_argument('--out', type=Path, required=True, help='directory of the results')
+    parser.add_argument('--out', type=Path, required=True, help='directory for the results')
     parser.add_argument('--smoke', action='store_true')
-    parser.add_argument('--seconds', type=float, default=SECONDS, help='of the whole part')
+    parser.add_argument('--seconds', type=float, default=SECONDS, help='limit for the part')
     parser.add_argument('--only', action='append', default=[], metavar='GLOB')
     parser.add_argument(
-        '--record_proven', action='store_true', help='kernels: into pallas_kernels/proven.json'
+        '--record_proven', action='store_true', help='kernels: update pallas_kernels/proven.json'
     )
-    parser.add_argument('--peer_python', help='train: an interpreter that has torch')
+    parser.add_argument('--peer_python', help='train: a Python interpreter with torch')
     arguments = parser.parse_args(argv)
     if arguments.record_proven and (arguments.part != 'kernels' or arguments.smoke):
         parser.error('--record_proven is for --part kernels, on a GPU')

@@ -1,10 +1,10 @@
-"""Part `decode`: what the sampler makes of the 1B shape, against the bytes it has to read.
+"""Part `decode`: the sampler's speed with the 1B shape, against the bytes it has to read.
 
-This is the sampler with its contiguous cache and the attention that a model takes; the kernel
-`decode_attention`, over pages, is not used by it yet and is measured in part `kernels`.
+This measures the sampler with its contiguous cache and the model's attention op. The sampler does
+not use the kernel for paged caches, `decode_attention`, yet; part `kernels` measures that.
 
-A token of every sequence needs all weights and the keys and values that are there; nothing else
-has to move. Their bytes over the time are held against the device's peak and against copying.
+A decode step has to read all weights and all cached keys and values, nothing else. Those bytes
+divided by the time are compared with the device's peak bandwidth and with a copy.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tools.bench.gpu import models
 from tools.bench.gpu.record import Record, bar, outcome, show_bars
 from tools.bench.gpu.stages import Runner, Task
 
-# Of the vendor's data sheets, GB/s; of an H100 the SXM part.
+# GB/s, from the vendor's data sheets; the H100 is the SXM version.
 PEAK_GIGABYTES = {'H200': 4800, 'H100': 3350}
 SLOTS = (1, 8, 32, 64, 128, 256)
 PROMPT, LENGTH, STEPS = 128, 1024, 16
@@ -35,7 +35,7 @@ def run(record: Record, runner: Runner) -> None:
 
 
 def tasks(smoke: bool) -> list[Task]:
-    """The batch sizes."""
+    """One task per batch size."""
     sizes = (1, 2) if smoke else SLOTS
     return [Task(f'{slots} sequences', functools.partial(_decode, smoke, slots)) for slots in sizes]
 
@@ -49,7 +49,7 @@ class _Model:
 
 @functools.cache
 def _model(smoke: bool) -> _Model:
-    """Random weights in bfloat16, made once; needs a mesh that is set."""
+    """Random weights in bfloat16, made once; needs the mesh to be set."""
     config = models.model_config(smoke, param_dtype='bfloat16', remat='none')
     trainer = models.Trainer(config)
     return _Model(config, trainer, trainer.params())
@@ -77,7 +77,7 @@ def _decode(smoke: bool, slots: int) -> dict:
             sampler.step()  # its tokens are on the host when it returns
             times.append((time.monotonic() - start) / steps)
     seconds = statistics.median(times)
-    present = prompt + steps * (1 + (count + 1) / 2)  # tokens of a sequence, on average
+    present = prompt + steps * (1 + (count + 1) / 2)  # average cached tokens per sequence
     moved = _weight_bytes(model) + slots * present * _bytes_per_key(model.config)
     rate = moved / seconds / 1e9
     peak = PEAK_GIGABYTES.get(short_kind(jax.devices()[0].device_kind))
@@ -109,16 +109,16 @@ def _bytes_per_key(config) -> int:
 
 
 def bars(record: Record) -> list[dict]:
-    """No goal is set for the sampler as a whole; an idle device is told as one."""
+    """The sampler has no speed goal; this bar reveals a device that idles half of the time."""
     rows = record.stage('decode').values()
     best = max((row.get('of_peak', 0) for row in rows), default=0)
     return [bar('bytes over the peak, best batch size', best or None, 0.5)]
 
 
 def show(record: Record) -> None:
-    """The table."""
+    """Prints the table."""
     copy = record.stage('timing').get('copy', {}).get('gigabytes_per_second')
-    print(f'{"":20}{"tok/s":>10} {"us a step":>10} {"GB/s":>8} {"of peak":>8} {"of copying":>10}')
+    print(f'{"":20}{"tok/s":>10} {"us/step":>10} {"GB/s":>8} {"of peak":>8} {"of copy":>10}')
     for row in (row for row in record.rows if row['stage'] == 'decode'):
         if outcome(row):
             print(f'{row["name"]:20}{outcome(row)}')

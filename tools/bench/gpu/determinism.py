@@ -1,8 +1,8 @@
-"""Part `determinism`: the same step three times, and a run that was resumed, bit for bit.
+"""Part `determinism`: repeats a step and resumes a run, and compares the results bit for bit.
 
-Steps run as a config makes them, and once more with the compiler told to refuse what is not
-deterministic, which says whose fault a difference is. Runs go through `jaxfm.main`: one to its
-end, and a copy of it whose last checkpoint is taken away, so that it goes on from the one before.
+A step is compiled once with default options and once with nondeterministic ops excluded; if only
+the first differs between repeats, XLA's choice of ops is the cause. Runs go through `jaxfm.main`:
+one runs to its end, and a copy of it without the last checkpoint resumes from the one before.
 """
 
 import functools
@@ -36,7 +36,7 @@ STEP_CASES = {
     'all kernels': KERNELS,
 }
 RUN_CASES = {'as chosen': {}, 'mosaic': dict(attention='mosaic')}
-# Several processes use the device at once: none may take most of its memory at its start.
+# Several processes use the device at once: none may preallocate most of its memory.
 ENVIRONMENT = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 STRICT = {'xla_gpu_exclude_nondeterministic_ops': True}
 
@@ -68,12 +68,12 @@ def get_config():
 
 
 def run(record: Record, runner: Runner) -> None:
-    # A row of two runs is silent until both are at their end.
+    # A row consists of two runs, and appears only after both have ended.
     runner.run('determinism', environment=ENVIRONMENT, patience=2 * RUN_SECONDS + 30)
 
 
 def tasks(smoke: bool) -> list[Task]:
-    """Steps, then runs."""
+    """Repeated steps, then resumed runs."""
     steps = {'xla': STEP_CASES['xla']} if smoke else STEP_CASES
     runs = {'as chosen': {}} if smoke else RUN_CASES
     found = []
@@ -90,7 +90,7 @@ def tasks(smoke: bool) -> list[Task]:
 
 
 def _repeat(smoke: bool, implementations: dict, options: dict | None = None) -> dict:
-    """Two steps, from the same state, as often as wanted; packed rows where they can be."""
+    """Runs two steps from the same state REPEATS times, on packed rows unless the op forbids it."""
     config = models.model_config(smoke, num_layers=2, remat='none', implementations=implementations)
     tokens = models.sequence_length(smoke)
     packed = not implementations.get('one_document')
@@ -157,7 +157,7 @@ def _write_config(directory: Path, smoke: bool, implementations: dict) -> Path:
 
 
 def _main(config: Path, workdir: Path, smoke: bool) -> str:
-    """A run to its end -> what it said."""
+    """Runs `jaxfm.main` to its end; returns its stderr."""
     command = [sys.executable, '-m', 'jaxfm.main', '--config', config, '--workdir', workdir]
     environment = {'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': CACHE, 'GLIBC_TUNABLES': ''}
     environment |= ENVIRONMENT | {'JAX_NUM_CPU_DEVICES': '1'}
@@ -187,7 +187,7 @@ def _digest_checkpoint(workdir: Path, step: int) -> dict[str, str]:
 
 
 def bars(record: Record) -> list[dict]:
-    """Every row as a config makes it is equal; strict ones only explain."""
+    """Every row must be equal, except the strict ones, which only explain differences."""
     rows = [row for row in record.rows if row['stage'] == 'determinism' and 'equal' in row]
     shares = [row['equal'] for row in rows if not row['name'].endswith('strict')]
     value = sum(shares) / len(shares) if shares else None
@@ -195,7 +195,7 @@ def bars(record: Record) -> list[dict]:
 
 
 def show(record: Record) -> None:
-    """The table."""
+    """Prints the table."""
     for row in (row for row in record.rows if row['stage'] == 'determinism'):
         said = outcome(row)
         if not said:

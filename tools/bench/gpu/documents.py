@@ -1,16 +1,16 @@
-"""Rows of documents as they come in training, and caches in pages as they come in serving.
+"""Rows of documents as in training, and paged caches as in serving.
 
-Drawn by numpy from a fixed seed: the same for everyone who compares with us.
+Numpy draws them from a fixed seed, so that every peer gets the same ones.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-MEDIAN, SIGMA = 500, 1.2  # of a lognormal: web text in tokens, few documents hold most of them
+MEDIAN, SIGMA = 500, 1.2  # lognormal, tokens: as in web text, few documents hold most tokens
 
 
 def lengths(rows: int, tokens: int, seed: int = 0) -> list[list[int]]:
-    """Document lengths that fill each row; the last one is cut."""
+    """Lengths of the documents that fill each row; the last document is cut to fit."""
     random, median = np.random.default_rng(seed), min(MEDIAN, tokens / 8)
     filled = []
     for _ in range(rows):
@@ -22,7 +22,7 @@ def lengths(rows: int, tokens: int, seed: int = 0) -> list[list[int]]:
 
 
 def places(rows: list[list[int]], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, segment ids) [rows, tokens] of documents of these lengths, then padding."""
+    """(positions, segment ids), each [rows, tokens], of documents of these lengths and padding."""
     positions, segments = (np.zeros((len(rows), tokens), np.int32) for _ in range(2))
     for index, row in enumerate(rows):
         start = 0
@@ -34,7 +34,7 @@ def places(rows: list[list[int]], tokens: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def visible_pairs(rows: list[list[int]], window: int = 0) -> float:
-    """Pairs of query and key that see each other, causal counted half: n^2 / 2 of a document."""
+    """Pairs of a query and a key that it sees; without a window, n^2 / 2 for n tokens (causal)."""
     total = 0.0
     for length in (length for row in rows for length in row):
         reach = min(window, length) if window else length
@@ -45,9 +45,9 @@ def visible_pairs(rows: list[list[int]], window: int = 0) -> float:
 def layout(name: str, B: int, T: int, S: int):
     """Positions and segment ids of queries [B, T] and of keys [B, S], as a kernel takes them.
 
-    causal: one document a row. packed: several and padding. single: of one token each. masked:
-    a row of padding alone beside a whole one. permuted: packed, in an order of its own for
-    queries and for keys. continued: the queries are the last of the keys.
+    causal: one document per row. packed: several documents and padding. single: documents of one
+    token. masked: the first row is one document, the others are only padding. permuted: packed,
+    with different random orders of queries and keys. continued: the queries are the last T keys.
     """
     random = np.random.default_rng(1)
     rows = {
@@ -69,9 +69,9 @@ def layout(name: str, B: int, T: int, S: int):
 
 
 def make_paged(B: int, pages: int, page: int):
-    """A page table [B, pages] in random order and lengths [B]: one empty, one of a token, one full.
+    """A page table [B, pages] in random order, and lengths [B], which include full, 0 and 1.
 
-    Page 0 belongs to nobody: unused entries of the table point there.
+    Page 0 belongs to no sequence: unused entries of the table point there.
     """
     random = np.random.default_rng(2)
     found = random.integers(1, pages * page + 1, B)

@@ -1,8 +1,8 @@
-"""Part `kernels`: GPU tests, numerics over the grid, speed against the others and the roofline.
+"""Part `kernels`: GPU tests, numerics over a grid, speed against peers and the roofline.
 
-What passes its tests and numerics may be written down as proven, with its speed over that of XLA,
-which makes it a choice of `ops`. What the time did not suffice for is done by another call with
---only and a stage: timing, numerics, speed, tests.
+Kernels that pass their tests and numerics can be recorded as proven, with their speed over XLA;
+`ops` chooses among proven kernels. If time runs out, complete the record with another call and
+--only STAGE: timing, numerics, speed or tests.
 """
 
 import importlib
@@ -23,22 +23,22 @@ from tools.bench.gpu.stages import ENVIRONMENT, ROOT, Runner, passes, quick
 from tools.bench.gpu.timing import floor_microseconds
 
 PROVEN = ROOT / 'pallas_kernels' / 'proven.json'
-LEAST_SECONDS = 60  # of an op's numerics, or of a file of tests, which has failed if it is not done
-NUMERICS = 0.6  # of the time: flash attention alone has some 200 s of programs to compile
+LEAST_SECONDS = 60  # for an op's numerics or a test file; if that is not enough, it has failed
+NUMERICS = 0.6  # share of the time: flash attention alone compiles for some 200 s
 
 
 def run(record: Record, runner: Runner) -> None:
-    """Numerics come first: without them speed is worth nothing. Tests have what time is left."""
-    runner.run('timing', limit=90, patience=quick(90))  # also says which device it is
+    """Numerics come first: without them speed is worth nothing. Tests get the remaining time."""
+    runner.run('timing', limit=90, patience=quick(90))  # also records the device
     _run_numerics(runner)
     for group, share in zip(speed.GROUPS, (0.6, 0.6, 0.5)):
-        # Ours first: what others do not get done proves nothing.
+        # Ours come first: a proof needs them, while rows of others may be missing.
         _run(runner, 'speed', share * runner.left, implementations=list(group))
     _run_tests(record, runner)
 
 
 def _run(runner: Runner, stage: str, limit: float, **options) -> None:
-    """A stage of tasks of seconds; no process starts for what --only leaves out."""
+    """Runs a stage of tasks that take seconds; starts no process if --only matches none."""
     tasks = importlib.import_module(f'tools.bench.gpu.{stage}').tasks(runner.smoke, **options)
     if any(passes(runner.only, stage, task.name) for task in tasks):
         limit = max(0.0, min(limit, runner.left))
@@ -46,7 +46,7 @@ def _run(runner: Runner, stage: str, limit: float, **options) -> None:
 
 
 def _run_numerics(runner: Runner) -> None:
-    """Time by the number of cases; what an op leaves of its time goes to those with more cases."""
+    """Splits the time by number of cases; ops with few cases go first and pass on unused time."""
     rest = 0.0 if runner.only else (1 - NUMERICS) * runner.left
     ops = sorted(OPS, key=lambda op: len(numerics.names(op)))
     for index, op in enumerate(ops):
@@ -56,7 +56,7 @@ def _run_numerics(runner: Runner) -> None:
 
 
 def _run_tests(record: Record, runner: Runner) -> None:
-    """File by file, each with its share of the time that is left."""
+    """Runs file by file, each with an equal share of the remaining time."""
     files = [file for file in test_files() if passes(runner.only, 'tests', file)]
     if runner.smoke and files:
         record.set(collected=run_tests(files, runner.left, collect_only=True))
@@ -66,13 +66,13 @@ def _run_tests(record: Record, runner: Runner) -> None:
         if seconds >= LEAST_SECONDS:
             found = run_tests([file], seconds) | {'source': _source(file)}
         else:
-            found = {'not_run': 'the time is out'}
+            found = {'not_run': 'out of time'}
         record.set(tests=record.values.get('tests', {}) | {file: found})
         print(f'{"tests":12} {file:58} {_verdict(found)}', flush=True)
 
 
 def test_files(op: str = '') -> list[str]:
-    """The files with tests marked `gpu`, of an op or of all, those with few cases first."""
+    """Files with tests marked `gpu`, of an op or of all ops (those with few cases first)."""
     found = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / 'tests').glob('*/**/test_*.py'))
@@ -84,7 +84,7 @@ def test_files(op: str = '') -> list[str]:
 
 
 def _op(file: str) -> str:
-    """The op whose tests a file holds, by the file's name; '' for another."""
+    """The op that a test file tests, from the file's name; '' if none."""
     tested = Path(file).stem.removeprefix('test_')
     return next((op for op in OPS if tested.startswith(op)), '')
 
@@ -94,7 +94,10 @@ def _source(file: str) -> str:
 
 
 def run_tests(files: list[str], seconds: float, collect_only: bool = False) -> dict:
-    """The tests marked `gpu`, in a process of their own -> counts, failures, pytest's last line."""
+    """Runs the tests marked `gpu` in a process of their own.
+
+    Returns counts, failures and pytest's last line.
+    """
     command = [sys.executable, '-m', 'pytest', '-v', '--tb=line', '-m', 'gpu']
     command += ['-p', 'no:cacheprovider', *files, *(['--collect-only'] if collect_only else [])]
     with TemporaryFile('w+') as output:
@@ -116,7 +119,7 @@ def run_tests(files: list[str], seconds: float, collect_only: bool = False) -> d
     counts = Counter(verdict for _, verdict in verdicts)
     failed = [name for name, verdict in verdicts if verdict in ('FAILED', 'ERROR')]
     found |= {'said': said[-1], 'counts': counts, 'failed_tests': failed}
-    # Without pytest, or with one that cannot read the configuration, there is nothing to count.
+    # If pytest is missing or cannot read the configuration, there is nothing to count.
     return found if counts and not failed else found | {'output': said[-40:]}
 
 
@@ -129,28 +132,28 @@ def _verdict(found: dict) -> str:
 
 
 def explain_unproven(record: Record, op: str) -> str:
-    """Why an op is not proven: its whole grid has to be held, and all its tests to pass."""
+    """Why an op is not proven, or '': all numerics cases must hold and all tests must pass."""
     if record.values.get('platform') != 'gpu' or record.values['smoke']:
-        return 'not without a GPU'
+        return 'that needs a GPU'
     rows, tests = record.stage('numerics'), record.values.get('tests', {})
     names, files, source = numerics.names(op), test_files(op), source_digest(op)
     if lacking := [name for name in names if not rows.get(name, {}).get('held')]:
-        return f'{len(lacking)} of {len(names)} cases are not held: --only numerics'
+        return f'{len(lacking)} of {len(names)} cases do not hold: run --only numerics'
     if lacking := [file for file in files if not all_passed(tests.get(file, {}))]:
-        return f'{", ".join(lacking)}: not all passed: --only tests'
+        return f'{", ".join(lacking)}: not all passed: run --only tests'
     measured = [rows[name] for name in names] + [tests[file] for file in files]
     if any(found['source'] != source for found in measured):
-        return 'its source has changed since'
+        return 'its source has changed since it was measured'
     return ''
 
 
 def list_proven(record: Record) -> list[str]:
-    """The ops whose whole grid of numerics is held here, and whose tests passed."""
+    """The ops whose numerics all hold in this record, and whose tests all passed."""
     return [op for op in OPS if not explain_unproven(record, op)]
 
 
 def _has_failed(record: Record, op: str) -> bool:
-    """Whether something of an op is wrong, and not only left out."""
+    """Whether an op failed somewhere, as opposed to not being measured."""
     rows = [row for row in record.rows if row['stage'] == 'numerics']
     return any(_op(file) == op for file in record.failed_tests) or any(
         row['name'].split()[0] == op and ('failed' in row or row.get('held') is False)
@@ -159,10 +162,10 @@ def _has_failed(record: Record, op: str) -> bool:
 
 
 def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
-    """Writes down what is proven on this device; what fails there now is struck off."""
+    """Records what is proven on this device, and removes entries of ops that now fail there."""
     values, kind = record.values, short_kind(record.values['device'])
     if values['platform'] != 'gpu' or values['smoke']:
-        raise SystemExit('nothing is proven without a GPU')
+        raise SystemExit('nothing can be proven without a GPU')
     judged = {*list_proven(record), *(op for op in OPS if _has_failed(record, op))}
     entries = [
         entry
@@ -185,9 +188,9 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
 
 
 def speed_over_xla(record: Record, op: str) -> float | None:
-    """XLA's time over ours at the shape where that is least; None unless all were measured.
+    """The lowest ratio of XLA's time to ours over all shapes; None unless all were measured.
 
-    Where XLA does not find enough memory there is nothing to divide by, and nothing to lose.
+    Shapes for which XLA runs out of memory do not count.
     """
     rows = {row['name']: row for row in record.rows if row['stage'] == 'speed'}
     calls = [
@@ -207,7 +210,7 @@ def speed_over_xla(record: Record, op: str) -> float | None:
 
 
 def bars(record: Record) -> list[dict]:
-    """The goals, measured on ours."""
+    """The goals for our kernels, with what was measured."""
     rows, ceilings = record.stage('speed'), record.stage('timing')
 
     def value(name: str, key: str):
@@ -250,7 +253,7 @@ def _times_faster(rows: dict, name: str, others) -> float | None:
 
 
 def show(record: Record) -> None:
-    """The table."""
+    """Prints the table."""
     ceilings = record.stage('timing')
     for name in ('matmul', 'copy', 'launch'):
         if row := ceilings.get(name):
@@ -267,10 +270,10 @@ def show(record: Record) -> None:
         held = sum(bool(row.get('held')) for row in own)
         why_not = explain_unproven(record, op)
         verdict = f'not proven: {why_not}' if why_not else 'PROVEN'
-        print(f'{op}: {held} of {len(own)} cases held; {verdict}')
+        print(f'{op}: {held} of {len(own)} cases hold; {verdict}')
         for row in own:
             if not row.get('held'):
-                said = outcome(row) or f'error {row["error"]:.2g}, of XLA {row["of_xla"]:.2g}'
+                said = outcome(row) or f'error {row["error"]:.2g}, XLA {row["of_xla"]:.2g}'
                 print(f'    {row["name"]}: {said}')
     print(f'{"":74}{"us":>10} {"TFLOP/s":>8} {"GB/s":>7} {"of floor":>8}')
     for row in (row for row in record.rows if row['stage'] == 'speed'):

@@ -1,4 +1,4 @@
-"""The model of configs/llama_1b.py with its train state and step, built as a run builds them."""
+"""Builds the model of configs/llama_1b.py, its train state and its step as a run does."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ CLIP_NORM = 1.0
 
 
 def model_config(smoke: bool, **changes) -> TransformerConfig:
-    """The model of the config; its :smoke is of the same form."""
+    """The model config of configs/llama_1b.py; with smoke, of its `:smoke` variant."""
     try:
         from configs.llama_1b import get_config
     except ModuleNotFoundError as error:
@@ -42,7 +42,7 @@ def sequence_length(smoke: bool) -> int:
 
 @contextlib.contextmanager
 def one_device():
-    """The mesh of a run on one device, set."""
+    """Sets the mesh of a run on one device."""
     mesh = sharding.make_mesh(dict.fromkeys(MESH_AXES, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         yield mesh
@@ -50,7 +50,7 @@ def one_device():
 
 @dataclasses.dataclass
 class Trainer:
-    """Needs a mesh that is set."""
+    """A model and its optimizer; needs the mesh to be set."""
 
     config: TransformerConfig
 
@@ -64,7 +64,7 @@ class Trainer:
         return state.init_state(self._make_model, self.parts, self.optimizer, seed=0)
 
     def params(self) -> dict:
-        """The weights of `state` alone."""
+        """Only the weights of `state`."""
         return state.fresh_params(self._make_model, self.parts, 0, self.parts.shapes)
 
     def step(self):
@@ -74,9 +74,9 @@ class Trainer:
 
 
 def batch(vocab_size: int, rows: int, tokens: int, packed: bool, mesh) -> dict:
-    """Random tokens on the device, one document a row or several.
+    """Random tokens on the device, with one document per row, or several if packed.
 
-    The tokens are those of numpy's generator with seed 0, which peers draw too.
+    They come from numpy's generator with seed 0, so that peers can draw the same tokens.
     """
     drawn = np.random.default_rng(0).integers(0, vocab_size, (rows, tokens + 1)).astype(np.int32)
     lengths = documents.lengths(rows, tokens) if packed else [[tokens]] * rows
@@ -93,7 +93,7 @@ def batch(vocab_size: int, rows: int, tokens: int, packed: bool, mesh) -> dict:
 
 @functools.cache
 def flops_per_token(smoke: bool, packed: bool, causal: bool) -> float:
-    """By the counter of `plan`; of packed rows with the keys that are really seen."""
+    """FLOPs per token as `plan` counts them; packed rows count only visible keys."""
     config, tokens = model_config(smoke), sequence_length(smoke)
     whole = model_flops_per_token(config, tokens, causal)
     if not packed:
@@ -103,12 +103,12 @@ def flops_per_token(smoke: bool, packed: bool, causal: bool) -> float:
         seen = documents.visible_pairs(rows) / (64 * tokens) / (tokens / 2)
     else:
         seen = sum(length**2 for row in rows for length in row) / (64 * tokens) / tokens
-    attention = model_flops_per_token(config, 2 * tokens, causal) - whole  # as much again
+    attention = model_flops_per_token(config, 2 * tokens, causal) - whole  # of `tokens` keys
     return whole - attention * (1 - seen)
 
 
 def mfu(tokens_per_second: float, smoke: bool, packed: bool) -> dict:
-    """By both counts; nothing for a device whose peak is not known."""
+    """MFU with causal and with full attention; empty if the device's peak is unknown."""
     peak = peak_flops(jax.devices()[0].device_kind, 'bfloat16')
     if peak is None:
         return {}

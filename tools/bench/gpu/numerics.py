@@ -1,7 +1,7 @@
-"""Every kernel over a grid of shapes, against the reference in float32.
+"""Checks every kernel over a grid of shapes against a float32 reference.
 
-A kernel may be off by twice what XLA's path in the same dtype is off by, and by no more than a cap;
-it must give the same bits each time.
+A kernel's error may be at most twice that of XLA's path in the same dtype, and at most a cap. Its
+results must be the same, bit for bit, every time.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from tools.bench.gpu.stages import Task
 from tools.bench.gpu.timing import normal
 
 OPS = tuple(op for op, names in IMPLEMENTATIONS.items() if 'mosaic' in names)
-CAP = 0.02  # of the relative error
-STRETCHED_CAP = 0.1  # where scores are ten times as large, and so is what rounding does to them
-WORST_CAP = 0.1  # of the largest single error, relative to the largest value
-ALLOWANCE = 1e-4  # beside twice XLA's error, which may be 0
-LEAST = 0.01  # inputs are of unit size: what is smaller than this counts as this large
+CAP = 0.02  # limit of the relative error
+STRETCHED_CAP = 0.1  # the same if scores, and thus rounding errors, are ten times as large
+WORST_CAP = 0.1  # limit of the largest single error, relative to the largest value
+ALLOWANCE = 1e-4  # added to twice XLA's error, which may be 0
+LEAST = 0.01  # inputs are of unit size: values smaller than this count as this large
 
 
 def kernels(op: str):
@@ -32,10 +32,10 @@ def kernels(op: str):
 
 
 def compare(kernel, plain, exact, cap: float = CAP, repeats: int = 3, least=None) -> dict:
-    """Errors of the kernel's and the plain outputs, {name: array} all three, and the verdict.
+    """Errors of the kernel's and the plain outputs against the exact ones, and the verdict.
 
-    kernel: a function, called `repeats` times. least: {name: size that smaller values count as},
-    where that is not LEAST.
+    `kernel` is called `repeats` times and returns {name: array}, like `plain` and `exact`.
+    least: {name: size that smaller values count as}, by default LEAST.
     """
     sizes = least or {}
     first, *again = (jax.device_get(kernel()) for _ in range(repeats))
@@ -66,7 +66,7 @@ def compare(kernel, plain, exact, cap: float = CAP, repeats: int = 3, least=None
 
 
 def _errors(got, exact, least: float) -> tuple[float, float]:
-    """Relative error in the norm, and the worst single one by the largest value."""
+    """(relative error of the norm, largest single error relative to the largest value)."""
     got, exact = (np.asarray(x, np.float64) for x in (got, exact))
     infinite = np.isinf(exact)
     if not np.isfinite(got[~infinite]).all() or not np.array_equal(got[infinite], exact[infinite]):
@@ -107,7 +107,7 @@ class RmsNorm:
             )
             return dict(y=y, dx=dx, dscale=dscale) | ({'sum': total} if self.residual else {})
 
-        # The sum is rounded where it is kept: backward begins from there.
+        # The stored sum is rounded, and backward starts from it.
         total = x + residual if self.residual else x
 
         def reference(x, scale, dy, dsum, total, *more):
@@ -140,9 +140,10 @@ class Attention:
 
     @property
     def least(self) -> dict:
-        """With one key a query the gradients of both are 0: a difference of two sums that cancel.
+        """Sizes that smaller values count as, for `compare`.
 
-        Those are of the size of the scale times |dout||v|, so that size counts.
+        With one key per query, dq and dk are 0, as the difference of two equal sums. Those sums are
+        about as large as the scale times |dout||v|, so errors are relative to that.
         """
         return dict.fromkeys(('dq', 'dk'), self.H**0.5) if self.layout == 'single' else {}
 
@@ -177,8 +178,8 @@ class DecodeAttention:
     N: int
     K: int
     H: int
-    pages: int  # of a sequence at most
-    page: int = 64  # tokens
+    pages: int  # maximum per sequence
+    page: int = 64  # tokens per page
     window: int = 0
     softcap: float = 0.0
     dtype: str = 'bfloat16'
@@ -245,13 +246,13 @@ class TokenLogprobs:
 
 
 def _outputs(kernel, reference, *arrays) -> tuple:
-    """What `compare` takes, of a kernel that is called as its reference is."""
+    """The arguments of `compare`, for a kernel with the same signature as its reference."""
     exact = references.exact(reference, *arrays)
     return _jit(kernel, *arrays), jax.jit(reference)(*arrays), exact
 
 
 def _jit(function, *arrays):
-    """A call without arguments. What it is called with is no constant, which XLA would fold."""
+    """A call without arguments. The arrays are arguments of jit, as XLA would fold constants."""
     return functools.partial(jax.jit(function), *arrays)
 
 
@@ -310,12 +311,12 @@ def tasks(smoke: bool, op: str) -> list[Task]:
 
 
 def names(op: str) -> list[str]:
-    """All that has to be held before an op is proven."""
+    """The cases that must hold before an op is proven."""
     return [_describe(case) for case in GRID if case.op == op]
 
 
 def check(case, smoke: bool) -> dict:
-    """One case, in smoke simulated and once."""
+    """Runs one case; smoke: interpreted, and only once."""
     cap = STRETCHED_CAP if getattr(case, 'stretched', False) else CAP
     least = getattr(case, 'least', None)
     outputs = case.outputs(interpret=smoke)

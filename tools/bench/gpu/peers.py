@@ -1,6 +1,6 @@
-"""Attention and cross-entropy of other libraries, where they are installed, under one signature.
+"""Attention and cross-entropy of other libraries, if installed, with one signature.
 
-attention: (q_BTNH, k_BSKH, v_BSKH, layout) -> out; layout says which rows of documents they are.
+attention: (q_BTNH, k_BSKH, v_BSKH, rows, scale) -> out, where `rows` describes the documents.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from tools.bench.gpu.stages import Refused
 
 
 class Rows:
-    """Rows of documents, as each library wants to be told of them. window: 0 is no limit."""
+    """Rows of documents, in the forms that the libraries take. window: 0 means no limit."""
 
     def __init__(self, lengths: list[list[int]], window: int = 0):
         self.lengths, self.window = lengths, window
@@ -35,13 +35,13 @@ class Rows:
 
     @property
     def starts(self):
-        """Where documents begin in all rows one after the other, and their end."""
+        """Offsets of all documents with the rows concatenated, and the end of the last."""
         flat = [length for row in self.lengths for length in row]
         return jnp.asarray(np.concatenate([[0], np.cumsum(flat)]), jnp.int32)
 
 
 def import_installed(package: str):
-    """The package, or Refused."""
+    """Imports a package; raises Refused if it is not installed."""
     if importlib.util.find_spec(package) is None:
         raise Refused(f'{package} is not installed')
     return importlib.import_module(package)
@@ -53,7 +53,7 @@ def xla(q, k, v, rows: Rows, scale: float):
 
 def cudnn(q, k, v, rows: Rows, scale: float):
     if rows.is_packed:
-        raise Refused('jax has no public way to tell cuDNN of packed documents')
+        raise Refused('jax has no public API for packed documents with cuDNN')
     if jax.default_backend() != 'gpu':
         raise Refused('cuDNN needs a GPU')
     window = (rows.window - 1, 0) if rows.window else None
@@ -111,7 +111,7 @@ def tokamax_cross_entropy(hidden, weight, targets):
 
 
 def naive_cross_entropy(hidden, weight, targets):
-    """With all the logits at once."""
+    """Makes all the logits at once."""
     logsumexp, picked = references.cross_entropy(
         hidden, weight, targets, vocab_size=weight.shape[0]
     )

@@ -1,6 +1,6 @@
-"""The result of a part: JSON that is on the disk after every row, and a table for people.
+"""The result of a part: JSON that is saved after every row, and a table.
 
-A run that is cut off keeps what it had.
+A run that is cut off keeps the rows it had.
 """
 
 import datetime
@@ -20,9 +20,9 @@ PACKAGES = (
 
 
 class Record:
-    """One result file of a part; `rows` are what was measured, in their order.
+    """One result file of a part; `rows` are the measurements, in order.
 
-    resume: what an earlier run on the same day has measured stays, unless it is measured again.
+    resume: keep the rows of an earlier run of the same day until they are measured again.
     """
 
     def __init__(self, directory: Path, part: str, smoke: bool, resume: bool = False):
@@ -36,7 +36,7 @@ class Record:
             'python': platform.python_version(),
             'cores': len(os.sched_getaffinity(0)),
             'versions': versions(),
-            # What did not even start then has no name that could be measured again.
+            # '*' is a stage that did not even start: no row of this name would ever replace it.
             'rows': [row for row in earlier.get('rows', []) if row['name'] != '*'],
         }
         self.save()
@@ -46,19 +46,19 @@ class Record:
         return self.values['rows']
 
     def stage(self, name: str) -> dict[str, dict]:
-        """The rows of one stage by their names, those alone that have a result."""
+        """The rows of one stage that have a result, by name."""
         found = [row for row in self.rows if row['stage'] == name]
         return {row['name']: row for row in found if not outcome(row)}
 
     @property
     def failed_tests(self) -> list[str]:
-        """The files whose tests were begun and did not all pass."""
+        """The test files that were started and did not pass completely."""
         tests = self.values.get('tests', {})
         begun = {file: found for file, found in tests.items() if 'not_run' not in found}
         return [file for file, found in begun.items() if not all_passed(found)]
 
     def add(self, row: dict) -> None:
-        """Keeps, saves and prints a row; one of the same stage and name gives way to it."""
+        """Adds, saves and prints a row, which replaces one of the same stage and name."""
         same = (row['stage'], row['name'])
         kept = [each for each in self.rows if (each['stage'], each['name']) != same]
         self.values['rows'] = [*kept, row]
@@ -66,7 +66,7 @@ class Record:
         print(f'{row["stage"]:12} {row["name"]:58} {outcome(row) or summary(row)}', flush=True)
 
     def set_device(self, about: dict) -> None:
-        """What is measured from now on is of this device; of another one nothing stays."""
+        """Records the device; drops what was measured on a different one."""
         if self.values.get('device', about['device']) != about['device']:
             self.set(rows=[], tests={})
         self.set(**about)
@@ -81,7 +81,7 @@ class Record:
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed."""
+    """Versions of the installed packages."""
     found = {}
     for name in PACKAGES:
         try:
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
 
 
 def outcome(row: dict) -> str:
-    """Why there is no result; '' if there is one."""
+    """Why a row has no result; '' if it has one."""
     words = {'refused': 'refused', 'failed': 'FAILED', 'not_run': 'not run'}
     return next((f'{words[key]}: {row[key]}' for key in words if key in row), '')
 
@@ -114,7 +114,7 @@ def summary(row: dict) -> str:
 
 
 def bar(name: str, value: float | None, limit: float, at_least: bool = True) -> dict:
-    """Whether a goal is held; without a value it is not measured."""
+    """A goal and whether it is met; `held` is None without a value."""
     held = None if value is None else bool(value >= limit if at_least else value <= limit)
     return {'name': name, 'value': value, 'limit': limit, 'at_least': at_least, 'held': held}
 

@@ -1,7 +1,8 @@
-"""The plain versions that kernels are compared with: dense, in the dtype of what they are given.
+"""Plain, dense versions of the ops for comparison with kernels; they compute in the inputs' dtype.
 
-In bfloat16 they are XLA's path, from float32 copies at the highest precision the reference. They
-share nothing with the references beside the kernels.
+With bfloat16 they are XLA's path; with float32 copies at the highest precision, the reference. They
+share no code with the `reference` modules of the kernels.
+
 B batch, T queries, S keys, N heads, K kv heads, H head dim, M tokens, D embed, V vocab, P pages,
 L tokens a page.
 """
@@ -14,7 +15,7 @@ MASKED = -1e30
 
 
 def exact(function, *arguments):
-    """The function of float32 copies, without the shortcuts that devices take for float32."""
+    """The function of float32 copies, without the devices' shortcuts for float32 products."""
 
     def widen(x):
         return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -41,7 +42,7 @@ def visible(q_positions_BT, q_segment_ids_BT, kv_positions_BS, kv_segment_ids_BS
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=0.0):
-    """-> (out in q's dtype, log-sum-exp [B, N, T]); a row that sees nothing: 0 and -inf."""
+    """-> (out in q's dtype, log-sum-exp [B, N, T]); 0 and -inf for queries that see no key."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * jnp.asarray(scale, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
@@ -61,7 +62,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale, softcap=0.0):
 def decode_attention(
     q_BNH, k_pages_PLKH, v_pages_PLKH, page_table_BM, lengths_B, *, scale, window=0, softcap=0.0
 ):
-    """The pages of every sequence gathered into a row, and one query at its end."""
+    """Gathers the pages of every sequence into a row, and attends with the query at its end."""
     B, M = page_table_BM.shape
     L = k_pages_PLKH.shape[1]
     k_BSKH, v_BSKH = (
@@ -81,9 +82,9 @@ def decode_attention(
 def cross_entropy(
     hidden_MD, weight_VD, targets_M, offset_MV=None, *, vocab_size, first_id=0, softcap=0.0
 ):
-    """-> (log-sum-exp, logit of the target or 0) of the ids from first_id on, float32.
+    """-> (log-sum-exp, logit of the target or 0) over the ids from first_id on, float32.
 
-    The gradient of the offset, which is added to the products, is the one of the logits.
+    offset_MV is added to the products before the soft-cap: its gradient is that of the products.
     """
     logits_MV = jnp.einsum('md,vd->mv', hidden_MD, weight_VD, preferred_element_type=jnp.float32)
     if offset_MV is not None:

@@ -1,7 +1,7 @@
-"""Kernels at the shapes that count, beside what others have: microseconds, rates, work.
+"""Times kernels and their peers at the shapes that matter: microseconds, rates, work.
 
-Work is what any implementation must do: causal attention half of the square, every input read once
-and every output written once. What does more is slower by it.
+Work is the minimum for any implementation: half of the square for causal attention, every input
+read once, every output written once. An implementation that does more gets lower rates.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tools.bench.gpu.timing import microseconds, normal, rates
 
 
 def measure(function, *arrays, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
-    """What a row says of a call."""
+    """Measures a call; returns the values of its row."""
     times = microseconds(jax.jit(function), *arrays, smoke=smoke)
     work = {'flops': flops} if flops else {}
     work |= {'bytes': moved} if moved else {}
@@ -28,7 +28,7 @@ def measure(function, *arrays, smoke: bool, flops: float = 0, moved: float = 0) 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A jittable function, what it is called with, and the work it has to do."""
+    """A jittable function, its arguments, and the work it has to do."""
 
     function: Callable
     arrays: tuple
@@ -53,7 +53,7 @@ class RmsNorm:
 
     @property
     def words(self) -> dict:
-        """The shape as the kernel's tiles are chosen by it."""
+        """The shape as arguments of `choose_tiles`."""
         return dict(rows=self.M, width=self.D, dtype='bfloat16')
 
     @property
@@ -62,7 +62,7 @@ class RmsNorm:
         return *(normal(i, (self.M, self.D)) for i in range(4)), scale
 
     def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
-        """Ours."""
+        """A call of our kernel."""
         package = kernels(self.op)
         x, residual, dy, dsum, scale = self._arrays
         forward = functools.partial(package.forward, epsilon=1e-6, interpret=interpret)
@@ -75,7 +75,7 @@ class RmsNorm:
         return Call(backward, (dy, dsum, total, scale, inverse), **work)
 
     def other(self, part: str, implementation: str) -> Call:
-        """That of somebody else."""
+        """A call of another implementation."""
         x, residual, dy, dsum, scale = self._arrays
         function = {'xla': references.rms_norm, 'tokamax': peers.tokamax_rms_norm}[implementation]
         function = functools.partial(function, epsilon=1e-6)
@@ -96,7 +96,7 @@ class Attention:
     H: int
     packed: bool = False
     window: int = 0
-    compared: bool = True  # with more than XLA: where there is a goal for it
+    compared: bool = True  # not only with XLA, because there is a goal for this shape
 
     op = 'attention'
     parts = ('forward', 'backward')
@@ -111,7 +111,7 @@ class Attention:
 
     @property
     def words(self) -> dict:
-        """The shape as the kernels' tiles are chosen by it."""
+        """The shape as arguments of `choose_tiles`."""
         return dict(head_dim=self.H, dtype='bfloat16')
 
     @property
@@ -133,7 +133,7 @@ class Attention:
         return dict(flops=times[0] * flops, moved=times[1] * moved)
 
     def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
-        """Ours."""
+        """A call of our kernel."""
         package = kernels(self.op)
         (q, k, v, dout), places = self._arrays, self._rows.places
         options = dict(scale=self.H**-0.5, window=self.window, interpret=interpret)
@@ -146,7 +146,7 @@ class Attention:
         return Call(function, (q, k, v, out, lse, dout, *places), **self._work(part))
 
     def other(self, part: str, implementation: str) -> Call:
-        """That of somebody else."""
+        """A call of another implementation."""
         q, k, v, dout = self._arrays
         attention, scale = peers.ATTENTION[implementation], self.H**-0.5
 
@@ -161,7 +161,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeAttention:
-    """One query a sequence over a cache that is full."""
+    """One query per sequence over a full cache."""
 
     B: int
     L: int
@@ -180,7 +180,7 @@ class DecodeAttention:
 
     @property
     def words(self) -> dict:
-        """The shape as the kernel's tiles are chosen by it."""
+        """The shape as arguments of `choose_tiles`."""
         return dict(
             batch=self.B,
             num_kv_heads=self.K,
@@ -201,12 +201,12 @@ class DecodeAttention:
         return normal(0, (self.B, self.N, self.H)), k, v, table, lengths
 
     def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
-        """Ours."""
+        """A call of our kernel."""
         function = kernels(self.op).forward
         return self._call(functools.partial(function, interpret=interpret, tiles=tiles))
 
     def other(self, part: str, implementation: str) -> Call:
-        """That of somebody else."""
+        """A call of another implementation."""
         return self._call(references.decode_attention)
 
     def _call(self, function) -> Call:
@@ -216,7 +216,7 @@ class DecodeAttention:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Loss and both gradients; three products at least."""
+    """Loss and both gradients: at least three matrix products."""
 
     M: int
     D: int
@@ -232,7 +232,7 @@ class TokenLogprobs:
 
     @property
     def words(self) -> dict:
-        """The shape as the kernels' tiles are chosen by it."""
+        """The shape as arguments of `choose_tiles`."""
         return dict(rows=self.M, vocab=self.V, dim=self.D, dtype='bfloat16')
 
     @property
@@ -242,7 +242,7 @@ class TokenLogprobs:
         return normal(0, (self.M, self.D)), weight, targets
 
     def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
-        """Ours in the op that uses it; its two kernels alone have parts of their own names."""
+        """A call of our op; with part 'forward' or 'backward', of that kernel alone."""
         if part in self.parts:
             return self.other(part, 'interpret' if interpret else 'mosaic')
         function = getattr(kernels(self.op), part)
@@ -255,7 +255,7 @@ class TokenLogprobs:
         )
 
     def other(self, part: str, implementation: str) -> Call:
-        """That of somebody else."""
+        """A call of another implementation."""
         function = jax.value_and_grad(peers.CROSS_ENTROPY[implementation], (0, 1))
         return Call(function, self._arrays, flops=3 * 2 * self.M * self.D * self.V)
 
@@ -279,12 +279,12 @@ SMOKE_SHAPES = (
 )
 
 
-# Those of a group share a process; ours may break the device, and others may be slow to start.
+# A group shares a process, because ours may break the device and others may start slowly.
 GROUPS = (('mosaic',), ('xla',), ('fa3', 'cudnn', 'tokamax', 'naive'))
 
 
 def tasks(smoke: bool, implementations: list[str]) -> list[Task]:
-    """These implementations at all shapes where they are compared."""
+    """These implementations at all shapes for which they are compared."""
     return [
         Task(
             f'{shape.name} {part} / {implementation}',
@@ -304,7 +304,7 @@ def _run(shape, part: str, implementation: str, smoke: bool) -> dict:
             call = shape.kernel(part, interpret=True)
             return call.function(*call.arrays)
 
-        jax.eval_shape(call_kernel)  # simulated, its time would say nothing
+        jax.eval_shape(call_kernel)  # interpreted, its time is meaningless
         return {'traced': True}
     call = shape.kernel(part) if implementation == 'mosaic' else shape.other(part, implementation)
     row = measure(call.function, *call.arrays, smoke=smoke, flops=call.flops, moved=call.moved)

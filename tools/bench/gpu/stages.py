@@ -1,10 +1,10 @@
-"""Tasks in processes of their own: a kernel that hangs, or breaks the device, costs one row.
+"""Runs tasks in separate processes: a kernel that hangs or breaks the device costs one row.
 
     python -m tools.bench.gpu.stages STAGE --rows FILE      # what a Runner starts
 
-A stage is a module of this package with `tasks(smoke, **options)`. Its process writes a line of
-JSON before the first task (`about`, `names`) and one after each; a peer in another library speaks
-the same way.
+A stage is a module of this package with `tasks(smoke, **options)`. Its process writes one line of
+JSON before the first task (`about`, `names`) and one after each task. Peers that use other
+libraries follow the same protocol.
 """
 
 import argparse
@@ -25,32 +25,32 @@ from pathlib import Path
 from tools.bench.gpu.record import Record
 
 ROOT = Path(__file__).resolve().parents[3]
-# Compiled programs outlive the processes of a part, and serve the next one.
+# A compilation cache, because every stage runs in new processes.
 CACHE = str(Path(tempfile.gettempdir()) / f'jaxfm-bench-{os.getuid()}')
-# Also those that are quick to compile: there are hundreds of them.
+# Also cache programs that compile quickly: there are hundreds of them.
 ENVIRONMENT = {
     'JAX_COMPILATION_CACHE_DIR': CACHE,
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
 }
-PATIENCE = 120.0  # seconds without a row: a compilation may take that long, more is a hang
+PATIENCE = 120.0  # seconds without a row: compilation may take that long, more is a hang
 
 
 class Refused(Exception):
-    """What is asked for is not installed, or cannot do the case: no failure."""
+    """A peer is not installed or does not support the case; not a failure."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     name: str
-    run: Callable[[], dict]  # -> what a row holds beside stage and name
+    run: Callable[[], dict]  # -> the values of a row besides stage and name
 
 
 @dataclasses.dataclass
 class Runner:
-    """Runs stages one after the other until the time is out.
+    """Runs stages one after the other until time runs out.
 
-    seconds: of the whole part. only: glob patterns of the names to run. in_process: no processes
-    of their own, for a device that cannot break.
+    seconds: limit for the whole part. only: glob patterns of the names to run. in_process: run
+    tasks in this process, on a device that cannot break.
     """
 
     record: Record
@@ -64,17 +64,17 @@ class Runner:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds left."""
         return self._end - time.monotonic()
 
     def run(
         self, stage: str, limit=float('inf'), environment=None, patience=None, **options
     ) -> None:
-        """All tasks of a stage that `only` lets pass, for at most `limit` seconds.
+        """Runs the tasks of a stage that match `only`, for at most `limit` seconds.
 
-        --only names tasks, or a stage, which is all of its tasks.
+        A pattern that matches the stage's name selects all of its tasks.
 
-        patience: seconds without a row after which a process hangs.
+        patience: seconds without a row after which a process counts as hung.
         """
         options |= {'smoke': self.smoke, 'only': list(self.only)}
         if self.in_process:
@@ -88,7 +88,7 @@ class Runner:
     def run_command(
         self, stage: str, command, limit=float('inf'), environment=None, patience=None
     ) -> None:
-        """The same with a command that speaks as a stage does, given --first and --rows."""
+        """Like `run`, for a command with a stage's protocol that takes --first and --rows."""
         patience = patience or PATIENCE
         end = time.monotonic() + min(limit, self.left)
         first, names = 0, None
@@ -102,7 +102,7 @@ class Runner:
                 self._take(stage, line)
             if names is None:
                 key = 'failed' if time.monotonic() < end else 'not_run'
-                self.record.add({'stage': stage, 'name': '*', key: reason or 'said nothing'})
+                self.record.add({'stage': stage, 'name': '*', key: reason or 'no output'})
                 return
             rows = sum('names' not in line for line in lines)
             first += rows
@@ -110,12 +110,12 @@ class Runner:
                 return
             if time.monotonic() < end:
                 if rows and not reason:
-                    continue  # its last task broke the device for those that come
+                    continue  # its last task broke the device: the rest needs a new process
                 self.record.add({'stage': stage, 'name': names[first], 'failed': reason})
                 first += 1
                 continue
             for name in names[first:]:
-                self.record.add({'stage': stage, 'name': name, 'not_run': 'the time is out'})
+                self.record.add({'stage': stage, 'name': name, 'not_run': 'out of time'})
             return
 
     def _take(self, stage: str, line: dict) -> None:
@@ -130,9 +130,9 @@ class Runner:
 
 
 def _watch(command, end: float, patience: float, environment, say) -> tuple[list[dict], str]:
-    """Runs a process to its end, or until it is silent for too long -> (its lines, what was wrong).
+    """Runs a process until it ends, hangs or reaches `end`; returns (its lines, what went wrong).
 
-    A row counts when its line is whole.
+    Only complete lines count.
     """
     with tempfile.TemporaryDirectory() as directory:
         path, errors = Path(directory) / 'rows', Path(directory) / 'stderr'
@@ -144,7 +144,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
                 env={**ENVIRONMENT, **os.environ, **(environment or {})},
                 stdout=file,
                 stderr=file,
-                start_new_session=True,  # so that what it starts ends with it
+                start_new_session=True,  # so that killpg reaches its children, too
             )
         size, changed, reason = 0, time.monotonic(), ''
         try:
@@ -154,7 +154,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
                 if path.stat().st_size > size:
                     size, changed = path.stat().st_size, now
                 if now >= end:
-                    reason = 'the time is out'
+                    reason = 'out of time'
                 elif now - changed > patience:
                     reason = f'no result within {patience:.0f} s'
         finally:
@@ -164,7 +164,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
         lines = [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == '\n']
         said = errors.read_text(errors='replace').strip()
     if process.returncode and not reason:
-        last = said.splitlines()[-1] if said else 'it said nothing'
+        last = said.splitlines()[-1] if said else 'no output'
         reason = f'the process ended with {process.returncode}: {last[:300]}'
     if reason:
         say(said[-3000:])
@@ -172,7 +172,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
 
 
 def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
-    """The lines of a stage, from task `first` on; ends early where the device is broken."""
+    """Yields the lines of a stage, from task `first` on; stops early if the device is broken."""
     only = options.pop('only')
     module = importlib.import_module(f'tools.bench.gpu.{stage}')
     tasks = [task for task in module.tasks(**options) if passes(only, stage, task.name)]
@@ -186,22 +186,22 @@ def _rows(stage: str, options: dict, first: int) -> Iterator[dict]:
 
 
 def passes(only, *names: str) -> bool:
-    """Whether one of the patterns is that of one of the names; no pattern lets all pass."""
+    """Whether any pattern matches any of the names; without patterns, all names pass."""
     return not only or any(fnmatch.fnmatch(name, pattern) for pattern in only for name in names)
 
 
 def quick(limit: float) -> float:
-    """The patience with tasks of seconds: a hang leaves two thirds of the limit to the others."""
+    """The patience for tasks that take seconds: a hang leaves two thirds of the limit to others."""
     return min(30.0, limit / 3)
 
 
 def attempt(function: Callable[[], dict]) -> tuple[dict, bool]:
-    """What a row says of a call, and whether nothing more can run in this process."""
+    """Runs a task; returns (the values of its row, whether the device is broken)."""
     try:
         return function(), False
     except Refused as error:
         return {'refused': str(error)}, False
-    except Exception as error:  # whatever a kernel or a compiler may raise is a result here
+    except Exception as error:  # any error of a kernel or a compiler is a result
         text = ' '.join(str(error).split())
         if 'RESOURCE_EXHAUSTED' in text or 'out of memory' in text.lower():
             return {'failed': 'out of memory'}, False
@@ -232,7 +232,7 @@ def main() -> None:
         for row in _rows(arguments.stage, arguments.options, arguments.first):
             file.write(json.dumps(row) + '\n')
             file.flush()
-    # A broken device may hang the usual way out.
+    # With a broken device, a normal exit may hang.
     os._exit(0)
 
 

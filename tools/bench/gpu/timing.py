@@ -1,6 +1,6 @@
-"""Time on the device, and the ceilings that it is held against: a matmul and a copy.
+"""Times calls on the device, and measures its ceilings: a matmul and a copy.
 
-Random normal data everywhere: zeros read more than a tenth too fast.
+All data is random normal: with zeros, the device appears more than a tenth too fast.
 """
 
 import statistics
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 from tools.bench.gpu.stages import Task
 
-BATCH_SECONDS = 0.02  # of calls queued together, so that the host's part is hidden
+BATCH_SECONDS = 0.02  # of calls that are queued together to hide the host's overhead
 BATCHES = 15
-QUEUED_BYTES = 4 << 30  # results that may wait at once
+QUEUED_BYTES = 4 << 30  # most bytes of queued results
 
 
 def microseconds(function, *arguments, smoke: bool = False) -> dict:
     """Median microseconds of a jitted call over batches of calls, and their spread.
 
-    smoke: one call, whose time says nothing.
+    smoke: a single call, whose time is meaningless.
     """
     if smoke:
         batches, count = 1, 1
@@ -49,7 +49,7 @@ def normal(seed: int, shape, dtype=jnp.bfloat16, scale: float = 1.0):
 
 
 def tasks(smoke: bool) -> list[Task]:
-    """The ceilings of this device."""
+    """The ceilings of this device, and the overhead of a launch."""
 
     def matmul():
         size = 256 if smoke else 8192
@@ -69,14 +69,14 @@ def tasks(smoke: bool) -> list[Task]:
 
 
 def rates(times: dict, flops: float = 0, moved: float = 0) -> dict:
-    """TFLOP/s and GB/s, where they are asked for."""
+    """TFLOP/s and GB/s, if the work is given."""
     seconds = times['microseconds'] * 1e-6
     found = {'tflops': flops / seconds / 1e12} if flops else {}
     return found | ({'gigabytes_per_second': moved / seconds / 1e9} if moved else {})
 
 
 def floor_microseconds(row: dict, ceilings: dict) -> float | None:
-    """What the measured ceilings allow at best, by the row's flops and bytes."""
+    """The least time for a row's flops and bytes at the measured ceilings; None without them."""
     if not {'matmul', 'copy'} <= ceilings.keys():
         return None
     by_flops = row.get('flops', 0) / (ceilings['matmul']['tflops'] * 1e12)

@@ -1,9 +1,9 @@
-"""Part `train`: the 1B shape on one device, ours and PyTorch's in turn, and every op alone.
+"""Part `train`: trains the 1B shape on one device with our code and PyTorch, and times every op.
 
-The same shape, tokens, first weights, optimizer and dtypes (float32 stored, bfloat16 computed).
-Each measurement is a process of its own, so that each has the whole memory; programs that were
-compiled come from the cache. Of PyTorch the best of its settings counts. What found no time is
-measured by another call: --only 'mosaic unrolled' --only 'mosaic scanned, *'.
+Both use the same shape, tokens, initial weights, optimizer and dtypes (float32 stored, bfloat16
+computed). Each measurement has its own process, and so the whole memory; compiled programs come
+from the cache. We compare with the best of PyTorch's settings. If time runs out, measure the rest
+with another call: --only 'mosaic unrolled' --only 'mosaic scanned, *'.
 """
 
 import functools
@@ -25,14 +25,15 @@ from tools.bench.gpu.stages import ROOT, Runner, Task, passes, quick
 from tools.bench.gpu.timing import floor_microseconds
 
 PEER = 'tools/bench/peers/llama_torch.py'
-WARM_UP, GROUPS, STEPS = 4, 5, 3  # steps before anything is timed; groups of steps that are
+WARM_UP, GROUPS, STEPS = 4, 5, 3  # warm-up steps; timed groups of steps; steps per group
 SMOKE_STEPS = (3, 1, 1)
-# The default of XLA is three quarters of the memory.
+# By default, XLA takes three quarters of the memory.
 WHOLE_MEMORY = {'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.94'}
 REPEATS = 2
-LONGEST = 200  # seconds of a process: layers that are unrolled take minutes to compile
+LONGEST = 200  # seconds per process: unrolled layers take minutes to compile
 
-# Rows a step: the first that fits counts. More than 32k tokens only thin out the optimizer's 2 %.
+# Rows per step: the first that fits is used. Beyond 32k tokens, only the optimizer's share (2 %)
+# shrinks.
 ROWS = {'none': (8, 4, 2, 1), 'dots': (16, 8, 4), 'full': (16, 8, 4)}
 VARIANTS = {
     'cudnn scanned': dict(attention='cudnn'),
@@ -59,7 +60,7 @@ SMOKE_SETTINGS = {'math': dict(sdpa='math', compile='none')}
 
 
 def run(record: Record, runner: Runner, peer_python: str | None = None) -> None:
-    """The most telling comparisons come first: what comes last may find no time."""
+    """Runs the most telling comparisons first: time may run out."""
     ours, *others = SMOKE_VARIANTS if runner.smoke else VARIANTS
     settings = SMOKE_SETTINGS if runner.smoke else SETTINGS
     with tempfile.TemporaryDirectory() as directory:
@@ -97,11 +98,11 @@ def _run_peer(runner: Runner, python: str | None, weights: str, settings: dict) 
     if not settings:
         return
     if python is None and importlib.util.find_spec('torch') is None:
-        reason = f'torch is not installed for {Path(sys.executable).name}: --peer_python'
+        reason = f'torch is not installed for {Path(sys.executable).name}: pass --peer_python'
         for name in settings:
             runner.record.add({'stage': 'peer', 'name': name, 'refused': reason})
         return
-    # torch never starts in this process, so that --smoke works with another interpreter.
+    # This process never imports torch, so that --smoke works with another interpreter.
     command = [python or sys.executable, ROOT / PEER, '--model', json.dumps(_shape(runner.smoke))]
     command += ['--settings', json.dumps(settings)]
     command += ['--weights', weights, '--optimizer', json.dumps(models.OPTIMIZER)]
@@ -111,7 +112,7 @@ def _run_peer(runner: Runner, python: str | None, weights: str, settings: dict) 
 
 
 def _shape(smoke: bool) -> dict:
-    """What another library needs to know of the model."""
+    """What another library needs to know about the model."""
     config = models.model_config(smoke)
     return {
         **config.model_dump(include={'vocab_size', 'embed_dim', 'num_layers'}),
@@ -137,7 +138,7 @@ def _medians(record: Record, stage: str) -> dict[str, float]:
 
 
 def tasks(smoke: bool, names: list[str], weights: str = '') -> list[Task]:
-    """Variants by name; a name may end in ' #2'. weights: where the first ones are written."""
+    """Variants by name; a name may end in ' #2'. weights: directory for the initial weights."""
     variants = SMOKE_VARIANTS if smoke else VARIANTS
     return [
         Task(
@@ -151,7 +152,7 @@ def tasks(smoke: bool, names: list[str], weights: str = '') -> list[Task]:
 
 
 def _first_that_fits(smoke: bool, weights: str, remat: str = 'none', **variant) -> dict:
-    """Steps down where the memory is too small, and says so."""
+    """Trains with the first number of rows that fits in memory, and lists those that did not."""
     too_many = []
     for rows in (2,) if smoke else ROWS[remat]:
         try:
@@ -160,7 +161,7 @@ def _first_that_fits(smoke: bool, weights: str, remat: str = 'none', **variant) 
         except Exception as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise
-        # Only here the exception is gone, and with its traceback what holds the arrays.
+        # Only here is the exception gone, and with it the traceback that keeps the arrays alive.
         too_many.append(rows)
         gc.collect()
     raise MemoryError(f'out of memory at {too_many} rows a step')
@@ -177,7 +178,7 @@ def _train(
     fp8: bool = False,
     **implementations,
 ) -> dict:
-    # The promise that cuDNN asks for; it is kept by all rows that are not packed.
+    # cuDNN requires this promise; all rows that are not packed keep it.
     implementations |= dict(one_document=not packed)
     changes = dict(scan=scan, remat=remat, implementations=implementations)
     changes |= dict(matmul_dtype='float8') if fp8 else {}
@@ -230,7 +231,7 @@ def _write(params: dict, directory: Path) -> None:
 
 
 def bars(record: Record) -> list[dict]:
-    """The goals."""
+    """The goals, with what was measured."""
     ours, theirs = _best(record, 'train'), _best(record, 'peer')
     rows = record.stage('train')
     ratio = ours and theirs and _medians(record, 'train')[ours] / _medians(record, 'peer')[theirs]
@@ -244,7 +245,7 @@ def bars(record: Record) -> list[dict]:
 
 
 def show(record: Record) -> None:
-    """The table."""
+    """Prints the tables."""
     _show_ops(record)
     print(f'{"":58}{"tok/s":>9} {"MFU":>6} {"full":>6} {"rows":>4}  first and last loss')
     for row in record.rows:
@@ -266,12 +267,12 @@ def show(record: Record) -> None:
 
 
 def _show_ops(record: Record) -> None:
-    """Every op alone, what the ceilings allow, and what of that the whole step reaches."""
+    """Prints the time of every op alone and its floor, and how close the whole step comes to it."""
     rows, ceilings = record.stage('train_ops'), record.stage('timing')
     floors = {name: floor_microseconds(row, ceilings) for name, row in rows.items()}
     if not rows or None in floors.values():
         return
-    print(f'{"us a token":58}{"alone":>9} {"floor":>8} {"of the speed of light":>22}')
+    print(f'{"us/token":58}{"alone":>9} {"floor":>8} {"of the speed of light":>22}')
     alone, fastest = {}, {}
     for name, row in rows.items():
         share = row['count'] / row['tokens']
@@ -279,11 +280,11 @@ def _show_ops(record: Record) -> None:
         print(
             f'{name:58}{alone[name]:9.3f} {fastest[name]:8.3f} {fastest[name] / alone[name]:22.0%}'
         )
-    # Of several ways to do an op the quickest one counts.
+    # If an op has several implementations, the fastest one counts.
     ops = {name.partition(' / ')[0] for name in rows}
     best = [min((alone[n], fastest[n]) for n in rows if n.partition(' / ')[0] == op) for op in ops]
     total, light = (sum(values) for values in zip(*best))
-    print(f'{"all of them":58}{total:9.3f} {light:8.3f} {light / total:22.0%}')
+    print(f'{"all ops":58}{total:9.3f} {light:8.3f} {light / total:22.0%}')
     if ours := _best(record, 'train'):
         step = 1e6 / _medians(record, 'train')[ours]
-        print(f'{"the step, " + ours:58}{step:9.3f} {light:8.3f} {light / step:22.0%}')
+        print(f'{"whole step, " + ours:58}{step:9.3f} {light:8.3f} {light / step:22.0%}')

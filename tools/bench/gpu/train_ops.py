@@ -1,6 +1,6 @@
-"""Every op of a training step alone, forward and backward, at the 1B shape.
+"""Times every op of a training step alone, forward and backward, at the 1B shape.
 
-`flops` and `bytes` are what any implementation must do; `count` says how often a step does it.
+`flops` and `bytes` are the minimum for any implementation; `count` is how often a step runs the op.
 """
 
 import functools
@@ -148,7 +148,7 @@ def _count(run, count: int, tokens: int) -> dict:
 
 
 def _measure(function, *arrays, like, smoke: bool, flops: float = 0, moved: float = 0) -> dict:
-    """Forward and backward in one program; `like` is the shape of the result."""
+    """Times forward and backward in one program; `like` is the shape of the result."""
 
     def both(dout, *arrays):
         out, back = jax.vjp(function, *arrays)

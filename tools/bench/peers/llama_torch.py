@@ -1,13 +1,13 @@
-"""A Llama in PyTorch at its best settings, on the work of `tools.bench.gpu --part train`.
+"""Trains a Llama in PyTorch at its best settings, as the peer of `tools.bench.gpu --part train`.
 
-Needs torch and numpy, and nothing of ours: model, shape, settings and first weights come from the
-command line, and a line of JSON a setting goes to --rows. Weights are stored in float32 and
-multiplied in bfloat16 (autocast; on a CPU float32 throughout); AdamW is fused; q, k, v and gate, up
-are one matrix each; no activation is recomputed.
+It needs torch and numpy, and none of our code: model, shape, settings and initial weights come from
+the command line, and each setting writes one line of JSON to --rows. Weights are stored in float32
+and multiplied in bfloat16 (autocast; on a CPU, float32 throughout). AdamW is fused; q, k, v and
+gate, up are one matrix each; no activations are recomputed.
 
-Settings: sdpa (cudnn, flash, fa3, math), compile (blocks, model, none), loss (chunked: gradients
-made in the forward pass, a chunk of tokens at a time; library: torch's linear_cross_entropy;
-whole: all logits at once).
+Settings: sdpa (cudnn, flash, fa3, math); compile (blocks, model, none); loss (chunked: gradients
+are computed in the forward pass, one chunk of tokens at a time; library: torch's
+linear_cross_entropy; whole: all logits at once).
 """
 
 import argparse
@@ -42,7 +42,7 @@ class NotAvailable(Exception):
 
 
 def rope_tables(model: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, H / 2] with Llama 3's scaling, for halves that are rotated together."""
+    """cos and sin [T, H / 2] with Llama 3's scaling; the two halves of a head rotate together."""
     rope, dim = model['rope'], model['head_dim']
     frequencies = rope['theta'] ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if rope['scaling'] == 'llama3':
@@ -109,7 +109,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens -> hidden states; the table is also the output projection."""
+    """Tokens -> hidden states; the embedding table is also the output projection."""
 
     def __init__(self, model: dict):
         super().__init__()
@@ -125,7 +125,7 @@ class Llama(nn.Module):
 
 
 def load(llama: Llama, directory: Path) -> None:
-    """The first weights, as ours are named: stacked over layers, [inputs, outputs]."""
+    """Loads initial weights that are named like ours: stacked over layers, [inputs, outputs]."""
 
     def read(name: str):
         return torch.from_numpy(np.load(directory / f'{name}.npy'))
@@ -152,7 +152,7 @@ def load(llama: Llama, directory: Path) -> None:
 
 
 def initialise(llama: Llama) -> None:
-    """Random weights of the same spread, where none are given."""
+    """Draws random weights with the same spread as ours, if no weights are given."""
     for weight in llama.parameters():
         if weight.ndim > 1:
             std = weight.shape[-1] ** -0.5
@@ -160,7 +160,7 @@ def initialise(llama: Llama) -> None:
 
 
 def chunk_gradient(hidden, weight, targets, scale):
-    """Loss of some tokens, and the gradient of their logits and hidden states."""
+    """The loss of a chunk of tokens, and the gradients of its logits and hidden states."""
     logits = (hidden @ weight.T).float()
     logsumexp = torch.logsumexp(logits, dim=-1, keepdim=True)
     loss = (logsumexp - logits.gather(1, targets[:, None])).sum()
@@ -171,7 +171,7 @@ def chunk_gradient(hidden, weight, targets, scale):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy whose gradients are made in the forward pass; products are three a token.
+    """Mean cross-entropy; the forward pass computes the gradients, with three matrix products.
 
     The gradient of the weight is summed in float32.
     """
@@ -231,7 +231,7 @@ def make_loss(name: str, compiled: bool):
 
 @contextlib.contextmanager
 def attention_of(sdpa: str):
-    """Forces one implementation; nothing else is tried in silence."""
+    """Forces one implementation, without a silent fallback."""
     if sdpa != 'fa3':
         with sdpa_kernel(BACKENDS[sdpa]):
             yield
@@ -250,7 +250,7 @@ def attention_of(sdpa: str):
 
 
 def check_attention(model: dict, sdpa: str) -> bool:
-    """Whether keys must be repeated for grouped queries; raises where the device cannot do it."""
+    """Whether grouped queries need repeated keys; raises NotAvailable if the device lacks it."""
     N, K, H = model['num_heads'], model['num_kv_heads'], model['head_dim']
     shapes = [(1, heads, 128, H) for heads in (N, K, K)]
     q, k, v = (torch.randn(s, device=DEVICE, dtype=COMPUTE, requires_grad=True) for s in shapes)
@@ -268,7 +268,7 @@ def check_attention(model: dict, sdpa: str) -> bool:
 
 
 def train(arguments, sdpa: str, compile: str = 'blocks', loss: str = 'chunked') -> dict:
-    """Steps down where the memory is too small."""
+    """Trains with the first number of rows that fits in memory."""
     too_many = []
     for rows in arguments.rows_a_step:
         try:
@@ -367,7 +367,7 @@ def about() -> dict:
 
 
 def attempt(arguments, setting: dict) -> tuple[dict, bool]:
-    """What a row says of a setting, and whether the device is broken."""
+    """Runs a setting; returns (the values of its row, whether the device is broken)."""
     try:
         return train(arguments, **setting), False
     except NotAvailable as error:
@@ -384,9 +384,9 @@ def main() -> None:
     parser.add_argument('--model', type=json.loads, required=True)
     parser.add_argument('--settings', type=json.loads, required=True, help='{name: setting}')
     parser.add_argument('--optimizer', type=json.loads, required=True)
-    parser.add_argument('--steps', type=json.loads, required=True, help='warm-up, groups, of steps')
-    parser.add_argument('--rows_a_step', type=json.loads, required=True, help='the first that fits')
-    parser.add_argument('--weights', type=Path, help='directory of .npy, as ours are named')
+    parser.add_argument('--steps', type=json.loads, required=True, help='[warm-up, groups, steps]')
+    parser.add_argument('--rows_a_step', type=json.loads, required=True, help='tried in order')
+    parser.add_argument('--weights', type=Path, help='directory of .npy files')
     parser.add_argument('--only', type=json.loads, default=[], help='glob patterns of names')
     parser.add_argument('--first', type=int, default=0)
     parser.add_argument('--rows', type=Path, required=True)

@@ -1,9 +1,10 @@
-"""Pallas GPU kernels, each in a folder that is called like its op; imports only jax.
+"""Pallas GPU kernels, one folder per op, named like the op; imports only jax.
 
-All folders have one shape:
+Every folder contains
   reference.py  what the kernels compute, in plain jnp
-  tiles.py      what they cannot take, and sizes that change speed: of tiles.json, else a guess
-  forward.py    a kernel, as is backward.py where XLA does not do that part
-and offer the same names: `obstacle(**shape)`; `choose_tiles`, `table_key` and `candidates`, each of
-(part, **shape) with part 'forward' or 'backward'; `forward`, `backward`, `reference`.
+  tiles.py      inputs that they do not support, and sizes that affect speed: measured or guessed
+  forward.py    a kernel, and likewise backward.py unless XLA does that part
+  tiles.json    the measured sizes
+and exports the same names: `obstacle(**shape)`; `choose_tiles`, `table_key` and `candidates`, which
+take (part, **shape) with part 'forward' or 'backward'; `forward`, `backward`, `reference`.
 """

@@ -1,8 +1,7 @@
-"""The one door to Pallas for Mosaic GPU, whose interface may change with every release of jax.
+"""The only module that imports Pallas for Mosaic GPU, whose API may change with any jax release.
 
-Kernels take `pl` and `plgpu` from here, start through `launch`, and multiply matrices through
-`matmul`, so that the same source runs on a GPU, in the interpreter, and through the compiler of a
-machine that has no GPU.
+Kernels take `pl` and `plgpu` from here, start with `launch`, and multiply matrices with `matmul`.
+The same source thus runs on a GPU, runs in the interpreter, and compiles on machines without a GPU.
 """
 
 import contextlib
@@ -30,9 +29,9 @@ __all__ = [
 
 
 class _Late:
-    """A module that is imported when something of it is first used.
+    """A module that is imported on first use.
 
-    Mosaic takes 15 % of the CPU time of starting a training, and no CPU needs it.
+    Importing Mosaic takes 15 % of the CPU time of starting a run, and runs on CPU do not need it.
     """
 
     def __init__(self, name: str):
@@ -52,7 +51,7 @@ def launch(body, *, interpret: bool, approx_math: bool = False, **options):
     """`plgpu.kernel` with our compiler parameters; `interpret` simulates the GPU and finds races.
 
     Args:
-      options: those of `plgpu.kernel`: out_type, scratch_types, grid, grid_names, num_threads, ...
+      options: for `plgpu.kernel`: out_type, scratch_types, grid, grid_names, num_threads, ...
     """
     return plgpu.kernel(
         body,
@@ -65,17 +64,19 @@ def launch(body, *, interpret: bool, approx_math: bool = False, **options):
 
 
 def operand(shape, dtype, columns: int = 64):
-    """Shared memory for what the tensor cores multiply, in tiles of 8 rows and so many columns.
+    """Shared memory for an operand of the tensor cores, in tiles of 8 rows and `columns` columns.
 
-    Of two bytes an element; a row of a tile is what the swizzle goes over.
+    Elements have two bytes; the swizzle spans one row of a tile.
     """
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def tanh(x, times: float):
-    """tanh(times x) within 1e-6, where the instruction is within 5e-4: a soft-cap of 50 makes that
-    0.025. Of exp2 and rsqrt, which are instructions; a quotient is not.
+    """tanh(times * x), within 1e-6.
+
+    The tanh instruction is only within 5e-4, which a soft-cap of 50 turns into 0.025. This uses
+    exp2 and rsqrt, which are instructions; division is not.
     """
     return 1 - 2 * lax.rsqrt(1 + jnp.exp2(x * (2 * math.log2(math.e) * times))) ** 2
 
@@ -100,7 +101,7 @@ def matmul(a, b, *, interpret: bool, meanwhile=lambda: None):
 
 
 def accumulate(acc, a, b, *, interpret: bool):
-    """acc + a b, as `matmul`; acc [M, N] float32 has the layout of WGMMA."""
+    """acc + a b, with operands as in `matmul`; acc [M, N] float32 is in WGMMA layout."""
     if interpret:
         return acc + _simulate(a, b)
 
@@ -111,15 +112,15 @@ def accumulate(acc, a, b, *, interpret: bool):
 
 
 def overlap(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpret: bool) -> tuple:
-    """The sums after body(sums, products), in which matrix products run beside other work.
+    """Runs body(sums, products), whose matrix products overlap with other work; returns the sums.
 
-    The body begins products by `add_product` and takes a result by `read`; all that it has begun
-    is done at the end. Operands in SMEM must not be given back before that.
+    The body starts products with `add_product` and waits for results with `read`. All products
+    have finished when this returns; operands in SMEM must not be released before.
 
     Args:
-      sums: float32 in the layout of WGMMA; the body adds to them.
-      shapes: of products that begin at zero and do not outlive the body.
-      values: what the body returns has their shapes, and is returned after the sums.
+      sums: float32 in WGMMA layout; the body adds to them.
+      shapes: of accumulators that start at zero and do not outlive the body.
+      values: arrays with the shapes of what the body returns, which is returned after the sums.
     """
     if interpret:
         simulated = tuple(_Accumulator(x) for x in sums)
@@ -138,7 +139,7 @@ def overlap(body, sums: tuple, shapes: tuple, values: tuple = (), *, interpret: 
 
 
 def add_product(accumulator, a, b):
-    """Begins accumulator += a b; operands as in `matmul`."""
+    """Starts accumulator += a b; operands as in `matmul`."""
     if isinstance(accumulator, _Accumulator):
         accumulator.value = accumulator.value + _simulate(a, b)
     else:
@@ -146,35 +147,35 @@ def add_product(accumulator, a, b):
 
 
 def read(accumulator, *, in_flight: int = 0):
-    """What is in the accumulator when no more than the last `in_flight` products still run."""
+    """The accumulator's value, once at most the last `in_flight` products are still running."""
     if isinstance(accumulator, _Accumulator):
         return accumulator.value
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=in_flight)
 
 
 class _Accumulator:
-    """Stands for one of WGMMA in the interpreter."""
+    """Replaces a WGMMA accumulator in the interpreter."""
 
     def __init__(self, value):
         self.value = value
 
 
 def _simulate(a, b):
-    """The interpreter cannot carry accumulators of WGMMA through a loop."""
-    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))  # a view is no jax.Ref
-    # WGMMA reads as the copy engine does; this read is one of the program, so it has to be closed
-    # before the engine may fill the room again.
+    """a b without WGMMA, whose accumulators the interpreter cannot carry through a loop."""
+    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))  # a view is not a jax.Ref
+    # WGMMA reads SMEM like the copy engine. Here the program itself reads, so it needs a fence
+    # before the engine may refill the buffer.
     plgpu.commit_smem()
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def tiled_layout(tiles, *, warp_dims, lane_dims):
-    """A layout of registers: an array cut into tiles, those again, ..., the last one a vector.
+    """A register layout: an array cut into tiles, these into smaller tiles, and so on to vectors.
 
     Args:
-      tiles: shapes, each of a tile of the one before.
-      warp_dims, lane_dims: which dimensions of the array so cut, counted from the end, go over the
-      4 warps and the 32 lanes.
+      tiles: shapes, each of a tile within the previous one.
+      warp_dims, lane_dims: dimensions of the tiled array, counted from the end, that are spread
+        over the 4 warps and the 32 lanes.
     """
     layout = mgpu.TiledLayout(
         fragmented_array.Tiling(tiles), warp_dims, lane_dims, vector_dim=-1, _check_canonical=False
@@ -185,13 +186,13 @@ def tiled_layout(tiles, *, warp_dims, lane_dims):
 
 @contextlib.contextmanager
 def interpreted_races():
-    """Starts with a clean interpreter; yields a function that says if races were found since."""
-    # Private, and for tests alone: nothing else needs it.
+    """Resets the interpreter; yields a function that returns whether it has found a race since."""
+    # A private module of jax, which only tests need.
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
     interpreter.reset_gpu_interpret_mode_state()
     try:
-        # The detector exists from the first launch on.
+        # The detector is created by the first launch.
         yield lambda: interpreter.get_races().races_found
     finally:
         interpreter.reset_gpu_interpret_mode_state()

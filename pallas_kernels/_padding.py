@@ -1,10 +1,10 @@
-"""Arrays of any length for kernels that work on whole tiles."""
+"""Pads arrays of any length to the whole tiles that kernels work on."""
 
 import jax.numpy as jnp
 
 
 def whole_tiles(x, tile: int, axis: int):
-    """x with zeros at the end of the axis up to whole tiles; x itself where it has them."""
+    """Pads the axis with zeros to a multiple of `tile`; returns x itself if it is one already."""
     missing = -x.shape[axis] % tile
     if not missing:
         return x

@@ -1,6 +1,6 @@
-"""What was measured on real GPUs: tile sizes that won, and kernels that passed their tests.
+"""Results from real GPUs: the fastest tile sizes, and the kernels that passed their tests.
 
-Both are json files in the repository, written by the benchmarks and read here.
+Both are JSON files in the repository, which the benchmarks write.
 """
 
 import functools
@@ -15,10 +15,10 @@ DIRECTORY = Path(__file__).parent
 
 
 def find(directory: Path, device_kind: str, **key) -> dict | None:
-    """The tiles of the one entry in `directory/tiles.json` for this device and key.
+    """The tiles of the entry in `directory/tiles.json` for this device and key, or None.
 
     An entry is {"device", ..., "tiles": {...}, "measured": {"date", "microseconds"}}, where ... is
-    the key: what a caller looks up by (dtype, head_dim, a bucket of the size).
+    the key (dtype, head_dim, a bucket of the size).
     """
     for entry in entries(directory):
         rest = {name: entry[name] for name in entry if name not in ('tiles', 'measured')}
@@ -28,20 +28,20 @@ def find(directory: Path, device_kind: str, **key) -> dict | None:
 
 
 def look_up(file: str, **key) -> dict | None:
-    """`find` in the table beside a kernel's source file, for the device a program is made for."""
+    """`find` in the table next to a kernel's source file, for `target_device`."""
     return find(Path(file).parent, target_device().device_kind, **key)
 
 
 def entries(directory: Path, name: str = 'tiles.json') -> list[dict]:
-    """All of a table; of a kernel that has none yet, nothing."""
+    """All entries of a table; empty if there is no such file."""
     return _read(Path(directory) / name)
 
 
 def proof(op: str, device_kind: str) -> dict | None:
-    """The entry of proven.json, if the kernel as it is now is proven on that kind.
+    """The entry of proven.json, if the kernel's current source is proven on that kind of device.
 
     It is {"op", "device", "date", "versions", "source": `source_digest`, "speed_over_xla": the
-    least of what was measured, or null}.
+    lowest of all shapes, or null}.
 
     Args:
       op: the kernel's folder.
@@ -55,7 +55,7 @@ def proof(op: str, device_kind: str) -> dict | None:
 
 @functools.cache
 def source_digest(op: str) -> str:
-    """Of what a kernel is made of, its folder's modules and those all share: proofs hold for it."""
+    """Digest of a kernel's source (its folder and the shared modules), for which proofs hold."""
     digest = hashlib.sha256()
     shared = [DIRECTORY / name for name in ('_compat.py', '_padding.py')]
     for path in (*sorted((DIRECTORY / op).glob('*.py')), *shared):
@@ -64,13 +64,13 @@ def source_digest(op: str) -> str:
 
 
 def target_device() -> jax.sharding.AbstractDevice | jax.Device:
-    """What a program is made for: the device of the mesh that is set, else the default one."""
+    """The device that programs are compiled for: the current mesh's, otherwise the default one."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     return described or jax.local_devices(backend=jax.default_backend())[0]
 
 
 def short_kind(device_kind: str) -> str:
-    """'NVIDIA H100 80GB HBM3' -> 'H100': what tables know a device by."""
+    """'NVIDIA H100 80GB HBM3' -> 'H100', the name of a device in tables."""
     found = re.search(r'\b(?:GH200|[ABHL]\d{2,3})\b', device_kind)
     return found[0] if found else device_kind
 

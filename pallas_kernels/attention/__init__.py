@@ -1,4 +1,4 @@
-"""Attention with soft-cap, window and packed documents, which never holds the scores."""
+"""Attention with soft-cap, window and packed documents, which never materialises the scores."""
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.backward import backward

@@ -1,13 +1,13 @@
 """Gradients of flash attention: a kernel for dK and dV, and one for dQ.
 
-Each makes the probabilities again from the log-sum-exp of the forward pass. A block of the first
-owns a tile of keys and visits the queries that see it, of all heads of the group; a block of the
-second owns a tile of queries and visits the keys that they see. So every sum is made in one place
-and in one order: no atomics, and the same bits each time.
+Both recompute the probabilities from the log-sum-exp of the forward pass. A block of the first
+kernel owns a tile of keys and visits the queries that see it, for all heads of the group. A block
+of the second owns a tile of queries and visits the keys that they see. Every sum is therefore
+computed in one place and in a fixed order: no atomics, and results are reproducible bit for bit.
 
-One warpgroup brings what is visited into a ring in shared memory, the others compute. The scores
-of the first kernel are transposed (a row for each key), so that in both kernels what comes out of
-the softmax goes from registers into the next matrix product.
+One warpgroup copies the visited tiles into a ring in shared memory, the others compute. The scores
+of the first kernel are transposed (one row per key), so that in both kernels the output of the
+softmax enters the next matrix product directly from registers.
 
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -33,7 +33,7 @@ from pallas_kernels._padding import whole_tiles
 from pallas_kernels.attention import schedule
 from pallas_kernels.attention.tiles import BackwardTiles, choose_tiles
 
-# What a warpgroup owns: the rows of one instruction of the tensor cores.
+# Rows that a warpgroup owns: those of one tensor core instruction.
 _ROWS = 64
 _LOG2E = math.log2(math.e)
 
@@ -56,9 +56,9 @@ def backward(
     tiles: BackwardTiles | None = None,
     interpret: bool = False,
 ):
-    """(dq, dk, dv) of arrays that `forward` took, with its two results and dout_BTNH of the first.
+    """(dq, dk, dv), from the inputs and results of `forward` and the gradient dout_BTNH of `out`.
 
-    Sums over a group are float32; a query that sees nothing has no gradient.
+    Sums over a group are float32; the gradient of a query that sees no key is zero.
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[3]
     S = k_BSKH.shape[1]
@@ -69,7 +69,7 @@ def backward(
 
     delta_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3)
     delta_BNT = jnp.swapaxes(delta_BTN, 1, 2)
-    # A query that sees nothing has no probabilities: exp2(score - inf) is 0.
+    # The probabilities of a query that sees no key are exp2(score - inf) = 0.
     log2_BNT = jnp.where(jnp.isneginf(lse_BNT), jnp.inf, lse_BNT * _LOG2E)
     q, dout = (whole_tiles(x, q_tile, 1) for x in (q_BTNH, dout_BTNH.astype(q_BTNH.dtype)))
     k, v = (whole_tiles(x, kv_tile, 1) for x in (k_BSKH, v_BSKH))
@@ -88,9 +88,9 @@ def backward(
 
 
 def _one_output_each(head_dim: int, softcap: float) -> bool:
-    """Whether dK and dV together have no room in the registers of a warpgroup.
+    """Whether dK and dV together do not fit into the registers of a warpgroup.
 
-    Then two warpgroups have the same keys, and the scores are made twice.
+    If so, two warpgroups own the same keys, and the scores are computed twice.
     """
     return head_dim > (64 if softcap else 128)
 
@@ -213,10 +213,10 @@ def _dkv(
                         )
                     log2 = over_columns(statistics_ring, 0)
                     weights, slopes = _softmax(products, log2, seen, scale, softcap)
-                    # Rounded at once, as float32 would take registers that are not there.
+                    # Rounded at once, because float32 would take too many registers.
                     return weights.astype(q.dtype), slopes.astype(q.dtype)
 
-                # dweights - delta begins at -delta: a vector less in registers at the fullest.
+                # dweights - delta starts at -delta, which saves a vector of registers at the peak.
                 started = (over_columns(statistics_ring, 1),) * makes_dk
 
                 def body(sums, products):
@@ -248,7 +248,7 @@ def _dkv(
             if makes_dv:
                 v_tile[...] = sums[makes_dk].astype(v.dtype)
             plgpu.commit_smem()
-            # Read again, as the loop has no register to keep it in.
+            # The row is read again, because the loop has no register to keep it in.
             keys = keys_of(own_row(), part)
             if makes_dk:
                 plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[batch, keys, kv_head])
@@ -431,7 +431,7 @@ def _dq(
 
 
 def _of_row():
-    """The layout of vectors with a value for each row of a matrix."""
+    """The layout of vectors with one value per row of a matrix."""
     return plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -444,22 +444,22 @@ def _copy(source, target, barrier) -> None:
 
 
 def _operand(shape, dtype, summed: int):
-    """Shared memory for a kernel in which some product is a sum over `summed` rows.
+    """Shared memory for a kernel in which some product sums over `summed` rows.
 
-    The tensor cores take as many at a time as a tile in shared memory has columns, and all
-    operands have the same tiles.
+    The tensor cores take as many rows at a time as a tile in shared memory has columns, and all
+    operands use the same tiles.
     """
     return operand(shape, dtype, columns=min(summed, 64))
 
 
 def _release(barrier):
-    """Gives a slot of a ring back. The copy into it must not overtake our loads from it."""
+    """Releases a slot of a ring, with a fence: the next copy must not overtake our loads."""
     plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)
 
 
 def _drain(consumed, stages: int, steps):
-    """Waits until the last tiles are done with: a block must see all that its barriers tell."""
+    """Waits until the last tiles are consumed: a block must see all arrivals at its barriers."""
 
     @pl.loop(lax.max(steps - stages, 0), steps)
     def wait(step):
@@ -467,17 +467,17 @@ def _drain(consumed, stages: int, steps):
 
 
 def _opaque(index):
-    """The index, of which the compiler does not know that all steps of a loop have the same.
+    """Hides from the compiler that the index is the same in all steps of a loop.
 
-    It would keep the addresses of all operands in registers, and spill.
+    Otherwise it would keep the addresses of all operands in registers, and spill.
     """
     return lax.optimization_barrier(index)
 
 
 def _softmax(products, log2, seen, scale: float, softcap: float):
-    """The weights for the products q k', and their derivative but for dweights - delta.
+    """The weights for the products q k', and their derivative without the factor dweights - delta.
 
-    seen is None where all are.
+    seen: None if all keys are visible.
     """
     if softcap:
         capped = tanh(products, scale / softcap)
@@ -494,18 +494,21 @@ def _zeros(shape):
 
 
 def _visit_all(visit, num_full, num_visited, sums):
-    """The sums after the steps of full tiles, then those of partial ones, which need the mask."""
+    """Visits full tiles, then partial ones, which need the mask; returns the sums."""
     for first, last, is_partial in ((0, num_full, False), (num_full, num_visited, True)):
         sums = lax.fori_loop(first, last, functools.partial(visit, is_partial=is_partial), sums)
     return sums
 
 
 def _take_registers(warpgroups: int):
-    """Called by those that compute, for what the one that copies gives away."""
+    """Called by computing warpgroups, to take the registers that the copying one gives away."""
     if warpgroups > 1:
         plgpu.set_max_registers({2: 240, 3: 160}[warpgroups], action='increase')
 
 
 def _give_registers(warpgroups: int):
-    """Of 504 in two threads that compute and one that copies, 512 in four; more is a deadlock."""
+    """Called by the copying warpgroup. With larger totals, the kernel would deadlock.
+
+    Three warpgroups share 504 registers (2 * 240 + 24), four share 512 (3 * 160 + 32).
+    """
     plgpu.set_max_registers({1: 40, 2: 24, 3: 32}[warpgroups], action='decrease')

@@ -1,12 +1,12 @@
 """Flash attention, forward: one pass over the keys with a running softmax, on Hopper.
 
-A block computes `2 * rows` queries of one head. Two warpgroups compute, each its own half of the
-queries; a third one only copies. It walks the row of the schedule (schedule.py) and brings K and V
-of each tile into a ring of slots, which both halves read.
+A block computes `2 * rows` queries of one head. Two warpgroups compute, each one half of the
+queries; a third only copies. It follows the block's row of the schedule (schedule.py) and copies K
+and V of each tile into a ring of slots, from which both halves read.
 
-A half begins the scores of a tile together with the output of the tile before, whose weights are
-ready. The two halves take turns in beginning, so that while one does its softmax, the tensor cores
-work for the other.
+A half starts the scores of a tile together with the output of the previous tile, whose weights are
+ready. The halves take turns in starting, so that the tensor cores work for one half while the other
+computes its softmax.
 """
 
 import math
@@ -33,7 +33,7 @@ from pallas_kernels.attention.tiles import COMPUTE, ForwardTiles, choose_tiles, 
 
 _LOG2E = math.log2(math.e)
 _COPY = COMPUTE  # index of the warpgroup that copies
-# Where a running maximum starts: finite, so that a row that sees nothing has no NaN.
+# The start of a running maximum: finite, so that a row that sees no key gets no NaN.
 _LOWEST = -1e30
 
 
@@ -82,7 +82,7 @@ def forward(
     k_BSKH, v_BSKH = (whole_tiles(x, kv_tile, 1) for x in (k_BSKH, v_BSKH))
     padded_T = q_BTNH.shape[1]
 
-    # Scores leave the multiplication times this and are then powers of 2.
+    # Scores times this are exponents of 2.
     to_log2 = (softcap or scale) * _LOG2E
 
     def block(
@@ -123,7 +123,7 @@ def forward(
             return lax.rem(step, jnp.int32(slots))
 
         def free(barrier, step):
-            """Only what is waited for: no step refills the last slots."""
+            """Releases a slot that a later step refills; nobody waits for the last slots."""
 
             @pl.when(step + slots < num_visited)
             def _():
@@ -195,12 +195,12 @@ def forward(
                 return schedule.visible(q_position, q_segment, kv_position, kv_segment, window)
 
             def softmax(scores, step, row_max, row_sum, *, is_partial):
-                """(weights, row_max, row_sum, what earlier sums are to be multiplied by)."""
+                """(weights, row_max, row_sum, factor for earlier sums)."""
                 if softcap:
                     scores = tanh(scores, scale / softcap)
                 if is_partial:
                     scores = jnp.where(visible(slot_of(step)), scores, -jnp.inf)
-                    # Closes the reads of ids, whose room the copy engine fills next.
+                    # A fence after reading the ids, whose slot the copy engine refills next.
                     plgpu.commit_smem()
                 free(k_free, step)
                 new_max = jnp.maximum(row_max, jnp.max(scores, axis=1) * to_log2)
@@ -210,21 +210,21 @@ def forward(
                 correction = jnp.exp2(row_max - new_max)
                 row_sum = row_sum * correction + jnp.sum(weights, axis=1)
                 results = (weights, new_max, row_sum, correction)
-                # Asks for the exponentials before the wait for the other product; without it they
-                # come after. The assembler has the last word.
+                # Makes XLA order the exponentials before the wait for the other product instead of
+                # after it. The assembler may still reorder them.
                 return results if is_partial else lax.optimization_barrier(results)
 
             def begin(_, carry):
                 acc, row_max, row_sum, _ = carry
                 scores = matmul(q_smem.at[thread], keys_of(0), interpret=interpret)
-                # The mask is right for a full tile too.
+                # The mask is also correct for a full tile.
                 weights, row_max, row_sum, _ = softmax(
                     scores, jnp.int32(0), row_max, row_sum, is_partial=True
                 )
                 return acc, row_max, row_sum, weights.astype(dtype)
 
             def visit(step, carry, *, is_partial):
-                """The scores of a tile, and the output of the one before."""
+                """The scores of a tile, and the output of the previous tile."""
                 acc, row_max, row_sum, weights = carry
                 keys, values = keys_of(step), values_of(step - 1)
                 plgpu.barrier_wait(turn.at[thread])
@@ -233,7 +233,7 @@ def forward(
                     add_product(scores[0], q_smem.at[thread], keys)
                     add_product(sums[0], weights, values)
                     give_turn(step)
-                    # With a mask the weights of the tile before must leave the registers first.
+                    # With a mask, the previous tile's weights must leave the registers first.
                     return softmax(
                         read(scores[0], in_flight=int(not is_partial)),
                         step,
@@ -252,12 +252,12 @@ def forward(
                 )
                 free(v_free, step - 1)
                 acc *= lax.broadcast_in_dim(correction, (rows, H), [0])
-                # Rounded only now: a product in flight is made to wait for whoever writes registers
-                # that a product reads.
+                # Rounded only now: writing registers that a product reads forces a wait for all
+                # products in flight.
                 return acc, new_max, new_sum, weights.astype(dtype)
 
             def give_turn(step):
-                """The second half does not after its last tile: the first one has ended."""
+                """Gives the turn to the other half, unless that is the first and it has ended."""
 
                 @pl.when((thread == 0) | (step + 1 < num_visited))
                 def _():
@@ -278,7 +278,7 @@ def forward(
                 fill((rows, kv_tile), 0, dtype=dtype),
             )
             plgpu.barrier_wait(q_ready.at[thread])
-            # The first half begins: the second one gives it the first turn.
+            # The first half starts: the second one hands it the first turn.
             pl.when((thread == 1) & (num_visited > 1))(lambda: give_turn(jnp.int32(0)))
             at_most_once = jnp.minimum(num_visited, 1)
             carry = lax.fori_loop(0, at_most_once, begin, carry)
@@ -290,7 +290,7 @@ def forward(
 
             inverse = jnp.where(row_sum > 0, 1 / row_sum, 0.0)
             out = acc * lax.broadcast_in_dim(inverse, (rows, H), [0])
-            # The queries are read: their room serves the result.
+            # The queries are no longer needed: the result reuses their memory.
             q_smem[thread] = out.astype(dtype)
             lse_smem[thread] = jnp.where(
                 row_sum > 0, row_max * (1 / _LOG2E) + jnp.log(row_sum), -jnp.inf
@@ -334,7 +334,7 @@ def forward(
 
 
 def _check(q_BTNH, k_BSKH, v_BSKH, scale: float) -> None:
-    """Raises ValueError, in the caller's terms, unless the kernel can do it."""
+    """Raises ValueError, in the caller's terms, unless the kernel supports the arguments."""
     dtypes = sorted({x.dtype.name for x in (q_BTNH, k_BSKH, v_BSKH)})
     if len(dtypes) > 1:
         raise ValueError(f'q, k and v must have one dtype, not {", ".join(dtypes)}')
@@ -344,4 +344,4 @@ def _check(q_BTNH, k_BSKH, v_BSKH, scale: float) -> None:
     if N % K:
         raise ValueError(f'num_heads ({N}) must be a multiple of num_kv_heads ({K})')
     if scale <= 0:
-        raise ValueError(f'scale must be positive, not {scale}: the greatest score is sought first')
+        raise ValueError(f'scale must be positive, not {scale}: it is applied after the maximum')

@@ -1,4 +1,4 @@
-"""Attention in plain jnp, with the signature of the kernel: it holds all scores, [B, K, G, T, S].
+"""Attention in plain jnp, with the kernel's signature; materialises all scores, [B, K, G, T, S].
 
 B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim.
 """
@@ -21,9 +21,9 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
 ):
-    """As the kernel: out [B, T, N, H] in q's dtype and lse [B, N, T] float32.
+    """Like the kernel: out [B, T, N, H] in q's dtype and lse [B, N, T] float32.
 
-    Scores and softmax are float32, the weights are in q's dtype when they meet the values.
+    Scores and softmax are float32; weights are cast to q's dtype before they multiply the values.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -42,7 +42,7 @@ def forward(
     )
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf)
     sees_BT1 = jnp.any(mask_BTS, axis=-1, keepdims=True)[:, None, None]
-    # A row that sees nothing: finite on the way, so that gradients have no NaN.
+    # Intermediate values are finite even if a row sees no key, so that gradients have no NaN.
     highest = jnp.where(sees_BT1, jnp.max(scores_BKGTS, axis=-1, keepdims=True), 0.0)
     unnormalized = jnp.exp(scores_BKGTS - highest)
     total = jnp.where(sees_BT1, jnp.sum(unnormalized, axis=-1, keepdims=True), 1.0)

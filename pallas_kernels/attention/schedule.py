@@ -1,12 +1,12 @@
-"""Which queries see which keys: the rule for a pair of tokens, and for tiles of them a schedule.
+"""Which queries see which keys: the rule for a pair of tokens, and a schedule for tiles.
 
-A kernel works on tiles. XLA makes the schedule beforehand from positions and segment ids, never
-from array indices, so any order of tokens is right and the usual ones (packed documents, caches,
-context-sharded queries) are quick: a tile in which no query sees a key is neither loaded nor
-multiplied, a tile in which all see all needs no mask.
+Kernels work on tiles. XLA computes the schedule beforehand from positions and segment ids, never
+from array indices. Any order of tokens is therefore correct, and the usual ones (packed documents,
+caches, context-sharded queries) are fast: a tile in which no query sees a key is neither loaded nor
+multiplied, and a tile in which every query sees every key needs no mask.
 
 B batch, T query position, S key position, I tiles of queries, J tiles of keys; X and Y stand for
-either: X has the rows of a schedule, Y what a row visits.
+either: a schedule has one row for each X, which visits some of Y.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
     tiles_BXY: jax.Array  # first the full tiles of a row, then the partial ones; the rest is unused
     num_full_BX: jax.Array
     num_visited_BX: jax.Array  # full and partial
-    order_BX: jax.Array  # the rows, most tiles first: blocks that start in this order end together
+    order_BX: jax.Array  # rows with most tiles first, so that blocks end at about the same time
 
 
 def visible(q_position, q_segment, kv_position, kv_segment, window: int):
@@ -48,7 +48,7 @@ def for_queries(
     kv_tile: int,
     window: int = 0,
 ) -> Schedule:
-    """For each tile of queries the tiles of keys: forward, dq."""
+    """The tiles of keys for each tile of queries (forward, dq)."""
     return _order(
         _tile_kinds(
             _summary(q_positions_BT, q_segment_ids_BT, q_tile),
@@ -68,7 +68,7 @@ def for_keys(
     kv_tile: int,
     window: int = 0,
 ) -> Schedule:
-    """For each tile of keys the tiles of queries: dk and dv."""
+    """The tiles of queries for each tile of keys (dk and dv)."""
     kinds_BIJ = _tile_kinds(
         _summary(q_positions_BT, q_segment_ids_BT, q_tile),
         _summary(kv_positions_BS, kv_segment_ids_BS, kv_tile),
@@ -78,13 +78,13 @@ def for_keys(
 
 
 def token_ids(positions_BX, segment_ids_BX, tile: int):
-    """[B, 2, X] int32 in whole tiles, positions and segment ids: one copy brings a tile of both."""
+    """Positions and segment ids [B, 2, X] int32 in whole tiles: one copy brings a tile of both."""
     ids = jnp.stack([positions_BX, segment_ids_BX], axis=1).astype(jnp.int32)
     return whole_tiles(ids, tile, 2)
 
 
 class _Summary(NamedTuple):
-    """Each [B, X]. All but `uniform` leave tokens of segment 0 out."""
+    """A summary of each tile, [B, X]. All fields but `is_uniform` ignore tokens of segment 0."""
 
     is_empty: jax.Array
     is_uniform: jax.Array  # one segment, which is not 0
@@ -92,8 +92,8 @@ class _Summary(NamedTuple):
     greatest_segment: jax.Array
     least_position: jax.Array
     greatest_position: jax.Array
-    first_position: jax.Array  # least of the least segment
-    last_position: jax.Array  # greatest of the greatest segment
+    first_position: jax.Array  # least in the least segment
+    last_position: jax.Array  # greatest in the greatest segment
 
 
 def _summary(positions_BX, segment_ids_BX, tile: int) -> _Summary:
@@ -126,11 +126,11 @@ def _summary(positions_BX, segment_ids_BX, tile: int) -> _Summary:
 def _tile_kinds(queries: _Summary, keys: _Summary, window: int):
     """[B, I, J] of _FULL, _PARTIAL, _SKIPPED. Never skips a visible pair.
 
-    A visible pair has the same segment and kv_position <= q_position, so as (segment, position)
-    in lexicographic order the key does not come after the query. Hence the first key of a tile
-    must not come after the last query of one. In a packed row this is what skips the documents
-    that follow; bounds of positions alone say little where a tile holds the end of a document and
-    the start of another.
+    A visible pair has equal segments and kv_position <= q_position. In lexicographic order of
+    (segment, position), the key therefore does not come after the query, and the first key of a
+    tile must not come after the last query. In packed rows this skips the documents that follow;
+    bounds on positions alone say little if a tile holds the end of one document and the start of
+    another.
     """
     q = _Summary(*(x[:, :, None] for x in queries))
     kv = _Summary(*(x[:, None, :] for x in keys))
@@ -154,7 +154,7 @@ def _tile_kinds(queries: _Summary, keys: _Summary, window: int):
             q.first_position - kv.last_position < window
         )
         is_full &= q.greatest_position - kv.least_position < window
-    # Being full is exact, so it implies being possible.
+    # is_full is exact, so it implies is_possible.
     return jnp.where(is_full, _FULL, jnp.where(is_possible, _PARTIAL, _SKIPPED))
 
 

@@ -1,4 +1,4 @@
-"""Decode attention: one query a sequence over paged keys and values."""
+"""Decode attention: one query per sequence over paged keys and values."""
 
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.forward import forward

@@ -1,21 +1,20 @@
-"""Attention of one query a sequence over paged keys and values, on Hopper.
+"""Attention of one query per sequence over paged keys and values, on Hopper.
 
-The bytes of keys and values are the floor: all else must hide behind their way from memory.
-- A block attends to a part (split) of one sequence for one kv head; the parts are merged by their
-  log-sum-exps afterwards. There are enough of them to keep every SM loading, also for one long
+Loading keys and values sets the minimum time; everything else must overlap with it.
+- A block attends to a part (split) of one sequence for one kv head; the splits are then merged by
+  their log-sum-exps. There are enough splits to keep every SM loading, even for a single long
   sequence.
-- A block is one warpgroup. It begins the copies of a tile (TMA, page by page) as soon as it has
-  done the one that had the slot before, and reads the page ids of the tile after that meanwhile.
-  A second warpgroup that only copies would issue the same copies at the same moment, and its
-  registers would leave room for one block an SM instead of two: while one begins or ends, the
-  other one keeps loading.
-- A page that holds nothing of what the query sees is not loaded; in the others the values that it
-  does not see are zeroed, because they may be NaN, and zero times NaN is no zero.
-- The G query heads of a kv head are rows of one WGMMA, padded to its 64. The padding is free: of
-  a tile of 64 keys with H = 128 the two products take 256 cycles of the tensor cores and softmax
+- A block is one warpgroup. It starts copying a tile (TMA, page by page) as soon as it has finished
+  the previous tile of the slot, and meanwhile reads the page ids of the tile after that. A separate
+  warpgroup for copying would issue the same copies at the same time, but its registers would leave
+  room for only one block per SM. With two blocks, one keeps loading while the other starts or ends.
+- Pages without any visible key are not loaded. In the other pages, invisible values are zeroed,
+  because they may be NaN, and zero times NaN is not zero.
+- The G query heads of a kv head are rows of one WGMMA, padded to its 64. The padding is free: for a
+  tile of 64 keys with H = 128, the two products take 256 cycles of the tensor cores and the softmax
   about 500 of the other units, while its 32 KB take about 1700 to arrive (4.3 TB/s over 132 SMs).
-  Products on CUDA cores would bring every tile through registers, convert it and reduce over
-  lanes: for one head about as much work, and that again for each further one.
+  Products on CUDA cores would have to move every tile through registers, convert it and reduce
+  over lanes: about as much work for one head, and the same again for each further head.
 """
 
 import math
@@ -28,7 +27,7 @@ from pallas_kernels._compat import accumulate, launch, matmul, operand, pl, plgp
 from pallas_kernels.decode_attention.tiles import ROWS, Tiles, choose_tiles, obstacle
 
 LOG2_E = math.log2(math.e)
-# Below every score; finite, so that differences of two of them are no NaN.
+# Below every score, but finite, so that the difference of two is not NaN.
 MASKED = -1e30
 
 
@@ -47,19 +46,22 @@ def forward(
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> (out [B, N, H] in q's dtype, lse [B, N]).
 
-    Key j of a sequence is in page page_table[j // L], slot j % L; its query is at length - 1. A
-    sequence of length 0 gets out 0 and lse -inf. What lies beyond a length, or before the window,
-    may be anything: entries of the table point nowhere, contents of pages are NaN.
+    Key j of a sequence is in page page_table[j // L], slot j % L; the query is at position
+    length - 1. A sequence of length 0 gets out 0 and lse -inf. Beyond the length and before the
+    window, anything is allowed: invalid table entries, and pages that contain NaN.
 
     Args:
-      page_table_BM: int32; of each sequence the first cdiv(length, L) entries.
-      lengths_B: int32, tokens in the cache, that of the query included; at most M L.
+      page_table_BM: int32; only the first cdiv(length, L) entries of each sequence are used.
+      lengths_B: int32, tokens in the cache, including the query's; at most M L.
       window: a query sees keys at distance < window; 0 is no limit.
       softcap: scores become cap * tanh(scores / cap); 0 is off.
-      tiles: None is `choose_tiles`.
+      tiles: by default those of `choose_tiles`.
 
     Returns:
       out, and lse in float32, the natural logarithm of the sum of exponentials of scores.
+
+    Raises:
+      ValueError: the kernel does not support the shapes, dtypes or tiles.
     """
     B, N, H = q_BNH.shape
     P, L, K, _ = k_pages_PLKH.shape
@@ -85,7 +87,7 @@ def forward(
     if problem := tiles.misfit(head_dim=H, page_size=L):
         raise ValueError(f'decode_attention: {problem}')
     G = N // K
-    rows = -(-G // 8) * 8  # TMA and the layout of SMEM go by 8 rows
+    rows = -(-G // 8) * 8  # TMA and the SMEM layout need multiples of 8 rows
     q_BKGH = q_BNH.reshape(B, K, G, H)
     q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
     out_CBKGH, lse_CBKG = _attend_to_splits(
@@ -106,7 +108,7 @@ def forward(
 
 
 def find_seen(length, *, window: int, piece: int):
-    """The first key that the query sees, its piece, and the piece after that of the last key.
+    """(the first key that the query sees, its piece, the piece after the last key's).
 
     A piece is `piece` tokens of the sequence.
     """
@@ -115,9 +117,9 @@ def find_seen(length, *, window: int, piece: int):
 
 
 def merge(out_CX, lse_C):
-    """Attention to disjoint sets of keys [C, ..., H], [C, ...] -> to all of them.
+    """Merges attention to C disjoint sets of keys: out [C, ..., H] and lse [C, ...] -> out and lse.
 
-    Each out is normalised by its own sum, of which lse is the logarithm; an empty set has -inf.
+    Each out is normalised by its own sum, whose logarithm is lse; an empty set has lse -inf.
     """
     top_1 = jnp.max(lse_C, axis=0, keepdims=True)
     weights_C = jnp.exp(lse_C - jnp.where(jnp.isfinite(top_1), top_1, 0))
@@ -145,7 +147,7 @@ def _attend_to_splits(
     B, K, G, H = q_BKGH.shape
     M = page_table_BM.shape[1]
     dtype = q_BKGH.dtype
-    piece = min(page_size, tiles.tokens)  # what one copy moves: a page, or a part of a long one
+    piece = min(page_size, tiles.tokens)  # tokens per copy: a page, or a part of a long one
     pieces_a_tile = tiles.tokens // piece
     pieces_a_page = page_size // piece
 
@@ -166,13 +168,13 @@ def _attend_to_splits(
             return lax.rem(tile - first_tile, jnp.int32(tiles.slots))
 
         def pages_of(tile):
-            """Clamped: the last tile may have fewer, and the tile may be beyond the last."""
+            """Page ids, clamped: the last tile may have fewer, and `tile` may be past the last."""
             pieces = [first_piece + tile * pieces_a_tile + i for i in range(pieces_a_tile)]
             entries = [lax.div(x, jnp.int32(pieces_a_page)) for x in pieces]
             return tuple(table_ref[batch, jnp.minimum(x, M - 1)] for x in entries)
 
         def load(tile, pages):
-            """Begins to copy a tile into its slot; what is not there arrives as nothing."""
+            """Starts copying a tile into its slot; missing pieces only arrive at the barrier."""
             slot = slot_of(tile)
             for i, page in enumerate(pages):
                 index = first_piece + tile * pieces_a_tile + i
@@ -204,7 +206,7 @@ def _attend_to_splits(
             shape = (ROWS, tiles.tokens)
             scores = matmul(q_smem, k_smem.at[slot].transpose((1, 0)), interpret=interpret)
             if softcap:
-                # tanh(x) = 1 - 2 / (1 + exp(2 x)): of the hardware's tanh too few bits are right.
+                # tanh(x) = 1 - 2 / (1 + exp(2 x)): the hardware's tanh is too inaccurate.
                 powers = jnp.exp2(scores * (2 * LOG2_E * scale / softcap))
                 scores = softcap * LOG2_E - (2 * softcap * LOG2_E) / (1 + powers)
             else:
@@ -218,7 +220,7 @@ def _attend_to_splits(
 
             @pl.when((first_key < start) | (first_key + tiles.tokens > length))
             def _():
-                # What is masked may be NaN, which a weight of zero would not silence.
+                # Masked values may be NaN, which a weight of zero does not remove.
                 for i in range(0, H, 64):  # by parts: registers are scarce
                     part = slot, slice(None), pl.ds(i, 64)
                     values = v_smem[part]
@@ -263,12 +265,12 @@ def _attend_to_splits(
             jax.ShapeDtypeStruct((tiles.splits, B, K, G, H), jnp.float32),
             jax.ShapeDtypeStruct((tiles.splits, B, K, G), jnp.float32),
         ),
-        # The heads of a page one after another: they lie side by side in memory.
+        # kv_head varies fastest, because the heads of a page are adjacent in memory.
         grid=(B, tiles.splits, K),
         grid_names=('batch', 'split', 'kv_head'),
         scratch_types=(
             operand((ROWS, H), dtype),
-            # The result takes the place of tiles that are no longer needed.
+            # The result reuses the memory of tiles that are no longer needed.
             plgpu.RefUnion(
                 (ring, ring),
                 (plgpu.SMEM((ROWS, H), jnp.float32), plgpu.SMEM((ROWS,), jnp.float32)),

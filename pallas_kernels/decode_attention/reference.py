@@ -14,7 +14,7 @@ def forward(
     window: int = 0,
     softcap: float = 0.0,
 ):
-    """As the kernel; scores and softmax are float32."""
+    """Like the kernel; scores and softmax are float32."""
     B, N, H = q_BNH.shape
     P, L, K, _ = k_pages_PLKH.shape
     S = page_table_BM.shape[1] * L
@@ -22,11 +22,11 @@ def forward(
     visible_BS = positions_1S < lengths_B1
     if window:
         visible_BS &= positions_1S >= lengths_B1 - window
-    # Entries of the table beyond a row's length may be anything.
+    # Table entries beyond a row's length may be invalid.
     pages_BM = jnp.clip(page_table_BM, 0, P - 1)
     k_BSKH = k_pages_PLKH[pages_BM].reshape(B, S, K, H)
     v_BSKH = v_pages_PLKH[pages_BM].reshape(B, S, K, H)
-    # What a page holds beyond the length may be NaN, which a weight of zero would not silence.
+    # Values beyond the length may be NaN, which a weight of zero does not remove.
     v_BSKH = jnp.where(visible_BS[:, :, None, None], v_BSKH, 0)
     q_BKGH = q_BNH.reshape(B, K, N // K, H)
     scores_BKGS = scale * jnp.einsum(

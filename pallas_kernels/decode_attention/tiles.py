@@ -1,4 +1,4 @@
-"""Sizes of decode attention that change speed, not results: what was measured, else a guess."""
+"""Tile sizes of decode attention, which affect only speed: measured, otherwise guessed."""
 
 import dataclasses
 
@@ -7,46 +7,46 @@ import jax.numpy as jnp
 from pallas_kernels import _tables
 
 HEAD_DIMS = (64, 128, 256)
-ROWS = 64  # of one WGMMA: the query heads of a kv head, padded
-SMS = 132  # of an H100, an H200
+ROWS = 64  # of one WGMMA: the query heads of a kv head, with padding
+SMS = 132  # of an H100 or H200
 _SMEM_OF_SM = 228 * 1024
 _SMEM_OF_BLOCK = 227 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How a block goes through its part of a sequence."""
+    """How a block walks its part of a sequence."""
 
-    tokens: int  # a tile
+    tokens: int  # per tile
     slots: int  # tiles of K and V in the ring
-    splits: int  # parts of a sequence, each for a block of its own
+    splits: int  # parts of a sequence, one per block
 
     def smem_bytes(self, head_dim: int) -> int:
-        """Of a block: the queries, the ring, what the compiler takes for itself, the barriers."""
+        """Per block: the queries, the ring, what the compiler needs, the barriers."""
         matrices = 2 * head_dim * (ROWS + 2 * self.slots * self.tokens)
         return matrices + 2048 + 8 * (self.slots + 1)
 
     def blocks_per_sm(self, head_dim: int) -> int:
-        """How many work side by side: while one begins or ends, another one keeps loading."""
+        """Blocks that share an SM: while one starts or ends, another keeps loading."""
         return min(2, _SMEM_OF_SM // (self.smem_bytes(head_dim) + 1024))
 
     def misfit(self, *, head_dim: int, page_size: int) -> str | None:
-        """Why the kernel cannot run with these sizes."""
+        """Why the kernel cannot run with these sizes, or None."""
         if self.tokens % 64:
-            return f'tiles of {self.tokens} tokens: only multiples of 64'
+            return f'tiles must have a multiple of 64 tokens, not {self.tokens}'
         if self.tokens % page_size and page_size % self.tokens:
-            return f'tiles of {self.tokens} tokens and pages of {page_size} do not divide'
+            return f'tiles of {self.tokens} and pages of {page_size} tokens must divide each other'
         if min(self.slots, self.splits) < 1:
-            return f'{self.slots} slots and {self.splits} splits: both are at least 1'
+            return f'slots and splits must be at least 1, not {self.slots} and {self.splits}'
         if self.smem_bytes(head_dim) > _SMEM_OF_BLOCK:
-            return f'{self.smem_bytes(head_dim):,} bytes of shared memory, of {_SMEM_OF_BLOCK:,}'
+            return f'shared memory: {self.smem_bytes(head_dim):,} bytes exceed {_SMEM_OF_BLOCK:,}'
         return None
 
 
 def obstacle(
     *, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, dtypes
 ) -> str | None:
-    """Why the kernel cannot attend to such pages, and what it takes.
+    """Why the kernel does not support such arrays, or None.
 
     Args:
       dtypes: of queries, keys and values.
@@ -55,11 +55,11 @@ def obstacle(
     if len(dtypes) > 1 or not dtypes <= {'bfloat16', 'float16'}:
         return f'{", ".join(sorted(dtypes))}: all bfloat16 or all float16'
     if head_dim not in HEAD_DIMS:
-        return f'head_dim {head_dim} is none of {", ".join(map(str, HEAD_DIMS))}'
+        return f'head_dim must be one of {", ".join(map(str, HEAD_DIMS))}, not {head_dim}'
     if page_size < 8 or page_size & (page_size - 1):
-        return f'pages of {page_size} tokens: a power of two, 8 at least'
+        return f'page_size must be a power of two and at least 8, not {page_size}'
     if num_heads // num_kv_heads > ROWS:
-        return f'{num_heads // num_kv_heads} query heads of one kv head, at most {ROWS}'
+        return f'a kv head must have at most {ROWS} query heads, not {num_heads // num_kv_heads}'
     return None
 
 
@@ -73,11 +73,11 @@ def choose_tiles(
     max_length: int,
     dtype,
 ) -> Tiles:
-    """What was measured on the device of the program, else a guess.
+    """The tiles measured on the target device, otherwise a guess.
 
     Args:
       part: 'forward', the only one.
-      max_length: tokens that a query can see.
+      max_length: most tokens that a query can see.
     """
     key = table_key(
         part,
@@ -103,7 +103,7 @@ def table_key(
     max_length: int,
     dtype,
 ) -> dict:
-    """What an entry of tiles.json is found by, beside the device; sizes go by powers of two."""
+    """The key of an entry of tiles.json, without the device; sizes are rounded to powers of two."""
     return dict(
         part=part,
         dtype=jnp.dtype(dtype).name,
@@ -124,7 +124,7 @@ def candidates(
     max_length: int,
     dtype,
 ) -> list[Tiles]:
-    """What is worth measuring for a shape: every ring, and splits around the guess."""
+    """Tiles worth measuring for a shape: every ring, and splits around the guess."""
     del part, dtype  # there is one kernel; both dtypes have two bytes
     found = []
     for tokens, slots in _RINGS[head_dim]:
@@ -139,9 +139,9 @@ def candidates(
     return found
 
 
-# Tokens of a tile and slots by head dim, the guess first: a tile of K and V of 32 KB takes an SM
-# about 1700 cycles to load, longer than to compute with it, and two or three of them on their way
-# are more than latency times bandwidth (32 KB an SM).
+# (tokens per tile, slots) by head dim, the guess first. An SM takes about 1700 cycles to load 32 KB
+# of K and V, longer than to compute with them. Two or three such tiles in flight are more than
+# latency times bandwidth (32 KB per SM).
 _RINGS = {
     64: ((128, 3), (128, 2), (64, 4), (64, 6), (128, 6)),
     128: ((64, 2), (64, 3), (64, 4), (64, 6), (128, 3)),
@@ -150,10 +150,11 @@ _RINGS = {
 
 
 def _guess(tokens: int, slots: int, streams: int, head_dim: int, max_length: int) -> Tiles:
-    """Splits for `streams` kv heads of sequences.
+    """Chooses the splits for `streams`, the kv heads of all sequences.
 
-    Four blocks for each place on an SM, so that the last ones leave little idle. A split has eight
-    tiles, beside which its result is small (3 %); fewer only where places would stay empty.
+    Aims at four blocks for each place on an SM, so that little is idle at the end. A split has at
+    least eight tiles, so that its result is relatively small (3 %), or fewer if places would stay
+    empty otherwise.
     """
     guess = Tiles(tokens, slots, splits=1)
     places = SMS * guess.blocks_per_sm(head_dim)

@@ -1,6 +1,6 @@
-"""The backward kernel: rows as in the forward one; each block sums its part of dscale by itself.
+"""The backward kernel: rows as in the forward kernel; each block sums its own part of dscale.
 
-Those partial sums are added by XLA: no atomics, so that a result can be repeated bit for bit.
+XLA adds these partial sums, without atomics, so that results are reproducible bit for bit.
 """
 
 import jax
@@ -23,11 +23,11 @@ def backward(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ):
-    """-> dx [M, D] (of the residual too) in x's dtype, dscale [D] float32.
+    """-> dx [M, D] in x's dtype, also the residual's gradient; dscale [D] float32.
 
     Args:
-      dsum_MD: gradient of the sum that forward returned; None where there was no residual.
-      x_MD: what was normed, residual included.
+      dsum_MD: gradient of the sum that `forward` returned; None without a residual.
+      x_MD: the input of the norm, including the residual.
     """
     M, D = x_MD.shape
     tiles = tiles or choose_tiles('backward', rows=M, width=D, dtype=x_MD.dtype)
@@ -44,7 +44,7 @@ def backward(
         block = lax.axis_index('block')
 
         def over_chunks(function, init):
-            """Its columns are those of the chunk; unrolled it would keep too many addresses."""
+            """A loop over chunks of columns; unrolled, it would keep too many addresses."""
             if count == 1:
                 return function(pl.ds(0, D), init)
             each = lambda c, carry: function(pl.ds(c * tiles.columns, tiles.columns), carry)  # noqa: E731
@@ -66,9 +66,9 @@ def backward(
             return over_columns(load(scale_ref, layout.reduce(0), columns))
 
         def group(first):
-            """The rows of one group, which lie side by side."""
+            """The rows of one group, which are adjacent."""
             rows = pl.ds(first, row_tile)
-            kept = []  # the whole rows, if a chunk is one
+            kept = []  # the whole rows, if there is only one chunk
 
             def add_product(columns, dot):
                 kept[:] = read(dy_ref, rows, columns), read(x_ref, rows, columns)
@@ -114,7 +114,7 @@ def backward(
             jax.ShapeDtypeStruct(arrays[1].shape, x_MD.dtype),
             jax.ShapeDtypeStruct((blocks, row_tile, D), jnp.float32),
         ],
-        # Each thread has elements of its own there, so nobody waits for anybody.
+        # Each thread uses only its own elements, so no synchronisation is needed.
         scratch_types=[plgpu.SMEM((row_tile, D), jnp.float32)],
         grid=(blocks,),
         grid_names=('block',),

@@ -1,7 +1,7 @@
 """The forward kernel: every row is read once, straight into registers, and written once.
 
-Nothing is shared between threads but the sums of a row, so there is no copy through SMEM to wait
-for; several blocks on a multiprocessor hide the latency of the loads.
+Threads share only the sums of a row, so there is no copy through SMEM to wait for; several blocks
+per multiprocessor hide the latency of the loads.
 """
 
 import jax
@@ -22,10 +22,10 @@ def forward(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ):
-    """x / rms(x) * scale, of x + residual where there is one, which is rounded to x's dtype.
+    """x / rms(x) * scale; a residual is first added to x, and the sum rounded to x's dtype.
 
     Returns:
-      normed [M, D] in x's dtype, the sum with the residual (None without), 1 / rms [M] float32.
+      normed [M, D] in x's dtype, x + residual (None without a residual), 1 / rms [M] float32.
     """
     M, D = x_MD.shape
     tiles = tiles or choose_tiles('forward', rows=M, width=D, dtype=x_MD.dtype)
@@ -82,7 +82,7 @@ def forward(
 
 
 def layout_of(tiles: Tiles) -> 'plgpu.Layout':
-    """Of [rows, columns] in registers."""
+    """The register layout of [rows, columns]."""
     lane_rows, width = 32 // tiles.lanes, tiles.lanes * tiles.vector
     return tiled_layout(
         ((tiles.row_tile, tiles.warps * width), (lane_rows, width), (1, tiles.vector)),
@@ -92,5 +92,5 @@ def layout_of(tiles: Tiles) -> 'plgpu.Layout':
 
 
 def load(ref, layout, *index):
-    """From memory into registers."""
+    """Loads from memory into registers."""
     return plgpu.load(ref.at[index], layout=layout, optimized=False)

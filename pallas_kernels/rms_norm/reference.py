@@ -1,17 +1,17 @@
-"""RMS norm in plain jnp: what the kernels must give, and what runs where they cannot."""
+"""RMS norm in plain jnp: what the kernels must match, and what runs where they cannot."""
 
 import jax.numpy as jnp
 from jax import lax
 
 
 def forward(x, scale, residual=None, *, epsilon: float):
-    """x / rms(x) * scale over the last axes of x, those of scale; float32 inside.
+    """x / rms(x) * scale over the last axes of x, which are scale's; computed in float32.
 
     Args:
       residual: added to x, rounded to x's dtype, before the norm.
 
     Returns:
-      normed x in its dtype, the sum with the residual (None without), 1 / rms in float32.
+      normed x in its dtype, x + residual (None without a residual), 1 / rms in float32.
     """
     total = x if residual is None else x + residual
     total_32 = total.astype(jnp.float32)
@@ -23,11 +23,11 @@ def forward(x, scale, residual=None, *, epsilon: float):
 
 
 def backward(dy_MD, dsum_MD, x_MD, scale_D, inverse_rms_M):
-    """-> dx [M, D] (of the residual too) in x's dtype, dscale [D] float32.
+    """-> dx [M, D] in x's dtype, also the residual's gradient; dscale [D] float32.
 
     Args:
-      dsum_MD: gradient of the sum that forward returned; None where there was no residual.
-      x_MD: what was normed, residual included.
+      dsum_MD: gradient of the sum that `forward` returned; None without a residual.
+      x_MD: the input of the norm, including the residual.
     """
     dy, x = dy_MD.astype(jnp.float32), x_MD.astype(jnp.float32)
     inverse = inverse_rms_M[:, None]

@@ -1,4 +1,4 @@
-"""How a block of threads lies over rows and columns, and which shapes have such a way.
+"""How a block of threads covers rows and columns, and which shapes that supports.
 
 A block is a warpgroup: 4 warps of 32 lanes. `warps` x `lanes` threads share a row, each with
 `vector` neighbouring elements at a time; the other threads have other rows.
@@ -13,11 +13,12 @@ from pallas_kernels import _tables
 DTYPES = ('bfloat16', 'float16', 'float32')
 WIDEST = 16384
 MULTIPROCESSORS = 132
-# Elements of an operand that a thread holds at once, at most (backward it has two) and better.
+# The most elements of an operand that a thread holds at once (backward has two operands). Speed is
+# better up to EASILY_HELD.
 HELD = {'forward': 64, 'backward': 40}
 EASILY_HELD = 32
-# Forward so many that it matters little how many of them fit on a multiprocessor; backward as many
-# as fit in any case, because each leaves a sum.
+# Forward: so many that it hardly matters how many fit on a multiprocessor. Backward: only as many
+# as fit in any case, because each writes a partial sum.
 BLOCKS = {'forward': 16 * MULTIPROCESSORS, 'backward': 3 * MULTIPROCESSORS}
 
 
@@ -26,25 +27,25 @@ class Tiles:
     """Static choices of a launch."""
 
     vector: int  # elements that a thread loads at once
-    lanes: int  # of a warp that share a row
-    warps: int  # that share a row
-    groups: int  # rows a thread has a part of
-    columns: int  # of a row that are in registers at once
+    lanes: int  # lanes of a warp that share a row
+    warps: int  # warps that share a row
+    groups: int  # rows of which a thread has a part
+    columns: int  # columns of a row in registers at once
     blocks: int  # each takes every blocks-th group of rows
 
     @property
     def row_tile(self) -> int:
-        """Rows that the threads of a block lie on side by side."""
+        """Rows that the threads of a block cover at once."""
         return (4 // self.warps) * (32 // self.lanes)
 
     @property
     def rows(self) -> int:
-        """Of one step of a block."""
+        """Rows per step of a block."""
         return self.row_tile * self.groups
 
 
 def obstacle(*, width: int, dtype) -> str | None:
-    """Why rows of this width cannot be normed by the kernels, and what would be right."""
+    """Why the kernels do not support rows of this width and dtype, or None."""
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
         return f'its arrays are {", ".join(DTYPES)}, these are {name}'
@@ -54,7 +55,7 @@ def obstacle(*, width: int, dtype) -> str | None:
 
 
 def choose_tiles(part: str, *, rows: int, width: int, dtype) -> Tiles:
-    """What was measured to be best on the device of the mesh that is set, else a good guess.
+    """The tiles measured on the target device, otherwise a guess.
 
     Args:
       part: 'forward' or 'backward'.
@@ -64,7 +65,7 @@ def choose_tiles(part: str, *, rows: int, width: int, dtype) -> Tiles:
 
 
 def table_key(part: str, *, rows: int, width: int, dtype) -> dict:
-    """What the table knows a shape by; rows by the power of two above them."""
+    """The key of an entry of tiles.json, without the device; rows are rounded to a power of two."""
     return {
         'part': part,
         'dtype': jnp.dtype(dtype).name,
@@ -74,7 +75,7 @@ def table_key(part: str, *, rows: int, width: int, dtype) -> dict:
 
 
 def candidates(part: str, *, rows: int, width: int, dtype) -> list[Tiles]:
-    """What a tuner may try for a shape: the guess, and its neighbours."""
+    """Tiles worth measuring for a shape: the guess and its neighbours."""
     guess = _guess(part, rows, width, dtype)
     tried = {guess}
     for vector, lanes, warps in _ways(width, jnp.dtype(dtype).itemsize):
@@ -91,7 +92,7 @@ def candidates(part: str, *, rows: int, width: int, dtype) -> list[Tiles]:
 
 
 def _ways(width: int, itemsize: int):
-    """(vector, lanes, warps) that cover a row without a rest."""
+    """Yields (vector, lanes, warps) that divide a row evenly."""
     for vector in (8, 4, 2, 1):
         for lanes in (32, 16, 8):
             for warps in (1, 2, 4):
@@ -100,7 +101,7 @@ def _ways(width: int, itemsize: int):
 
 
 def _columns(width: int, unit: int, most: int) -> int:
-    """The largest part of a row, in whole units, that divides it and is not over `most`."""
+    """The largest part of a row, in whole units, that divides it and is at most `most`."""
     units = width // unit
     fitting = [n for n in range(1, units + 1) if units % n == 0 and n * unit <= most]
     return unit * max(fitting, default=1)

@@ -1,4 +1,4 @@
-"""Log-sum-exp and targets' logits of hidden states, and their gradient, without all the logits."""
+"""Log-sum-exp and target logits of hidden states, with gradients, never holding all logits."""
 
 from pallas_kernels.token_logprobs import reference
 from pallas_kernels.token_logprobs.backward import backward

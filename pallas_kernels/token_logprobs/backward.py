@@ -1,6 +1,6 @@
-"""The backward kernel: the products of the forward one again, and their gradient, which it writes.
+"""The backward kernel: recomputes the products of the forward kernel and writes their gradient.
 
-The two products that lead from there to the hidden states and to the weight are left to XLA.
+From that, XLA computes the gradients of the hidden states and of the weight.
 """
 
 import functools
@@ -38,7 +38,7 @@ def backward(
     """The gradient of hidden @ weight' [M, V] in the dtype of the hidden states.
 
     Args:
-      logsumexp_M: over the whole vocabulary, not over these ids alone.
+      logsumexp_M: over the whole vocabulary, not only over these ids.
       dpicked_M, dlogsumexp_M: gradients of the target's logit and of the log-sum-exp.
       vocab_size, first_id, softcap: as in `forward`.
     """

@@ -1,4 +1,4 @@
-"""The forward kernel: a running maximum, sum and pick of each row, which stay in registers."""
+"""The forward kernel: each row's running maximum, sum and target logit stay in registers."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from pallas_kernels.token_logprobs.walk import (
     own_ids,
 )
 
-# Where a running maximum starts: finite, so that a row of nothing but padding has no NaN.
+# The start of a running maximum: finite, so that a row with only padding gets no NaN.
 _LOWEST = -1e30
 
 
@@ -33,8 +33,8 @@ def forward(
 ):
     """Log-sum-exp of each row's logits over these ids, and the logit of its target.
 
-    Returns logsumexp [M] (-inf where all ids are padding) and picked [M] (0 where the target is not
-    among these ids, -inf where it is padding), float32.
+    Returns logsumexp [M] (-inf if all ids are padding) and picked [M] (0 if the target is not among
+    these ids, -inf if it is padding), float32.
 
     Args:
       vocab_size: ids from here on are padding, of probability 0.

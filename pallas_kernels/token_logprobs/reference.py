@@ -1,7 +1,7 @@
 """Cross-entropy over a part of the vocabulary in plain jnp, from the products of an unembedding.
 
-Products are [..., C] float32: the hidden states times rows of the weight, before the soft-cap. They
-belong to the ids from `first_id` on; ids from `vocab_size` on are padding.
+Products are [..., C] float32: the hidden states times rows of the weight, before the soft-cap. The
+first one belongs to id `first_id`; ids from `vocab_size` on are padding.
 """
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def products(hidden, weight_CD):
 
 
 def forward(hidden, weight_CD, targets, *, vocab_size: int, first_id=0, softcap: float = 0.0):
-    """-> log-sum-exp over these ids, and the target's logit: 0 elsewhere, -inf for padding."""
+    """-> log-sum-exp over these ids, and the target's logit (0 if elsewhere, -inf if padding)."""
     return reduce(
         products(hidden, weight_CD),
         targets,
@@ -36,7 +36,7 @@ def reduce(values, targets, *, vocab_size: int, first_id=0, softcap: float = 0.0
     largest = jnp.max(logits, axis=-1, keepdims=True)
     largest = jnp.where(largest == -jnp.inf, 0.0, largest)
     logsumexp = jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1)) + largest[..., 0]
-    # A masked sum: most targets are elsewhere.
+    # A masked sum, because most targets are not among these ids.
     picked = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
     return logsumexp, picked
 
@@ -77,7 +77,7 @@ def product_gradients(
     first_id=0,
     softcap: float = 0.0,
 ):
-    """[..., C] float32: through the soft-cap; none for padding.
+    """The gradient of the products, [..., C] float32, through the soft-cap; 0 for padding.
 
     Args:
       logsumexp: over the whole vocabulary.

@@ -1,4 +1,4 @@
-"""Which hidden states the kernels take, and their tiles: what was measured, else a guess."""
+"""Which hidden states the kernels support, and their tiles: measured, otherwise guessed."""
 
 import dataclasses
 
@@ -7,34 +7,34 @@ import jax.numpy as jnp
 
 from pallas_kernels import _tables
 
-COMPUTE = 2  # warpgroups of a block that compute
-ROWS = 64  # of a warpgroup
+COMPUTE = 2  # computing warpgroups per block
+ROWS = 64  # per warpgroup
 BLOCK_ROWS = COMPUTE * ROWS
-DEPTH = 64  # of D a slot
-_SMEM_BYTES = 227 * 1024 - 2048  # a block may have; barriers and padding take a little
+DEPTH = 64  # the part of D in a slot
+_SMEM_BYTES = 227 * 1024 - 2048  # per block, less a little for barriers and padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes that change speed, not results."""
+    """Sizes that affect speed, not results."""
 
-    vocab_tile: int = 256  # ids that a block has products of at a time
+    vocab_tile: int = 256  # ids whose products a block computes at a time
     slots: int = 4  # steps of D in flight
-    splits: int = 1  # parts of the vocabulary, for blocks to work on at the same time
+    splits: int = 1  # parts of the vocabulary, for different blocks
 
 
 def obstacle(*, dim: int, dtype) -> str | None:
-    """Why the kernels cannot take such hidden states, and what they take."""
+    """Why the kernels do not support such hidden states, or None."""
     name = jnp.dtype(dtype).name
     if name not in ('bfloat16', 'float16'):
-        return f'it is for bfloat16 and float16, not {name}'
+        return f'hidden states must be bfloat16 or float16, not {name}'
     if dim % DEPTH:
-        return f'the hidden states need a multiple of {DEPTH} dimensions, not {dim}'
+        return f'hidden states must have a multiple of {DEPTH} dimensions, not {dim}'
     return None
 
 
 def choose_tiles(part: str, *, rows: int, vocab: int, dim: int, dtype) -> Tiles:
-    """What was measured best for such a shape, else a guess.
+    """The tiles measured on the target device, otherwise a guess.
 
     Args:
       part: 'forward' or 'backward'.
@@ -45,7 +45,7 @@ def choose_tiles(part: str, *, rows: int, vocab: int, dim: int, dtype) -> Tiles:
 
 
 def table_key(part: str, *, rows: int, vocab: int, dim: int, dtype) -> dict:
-    """What tiles.json knows a shape by; rows and ids count by powers of two."""
+    """The key of an entry of tiles.json, without the device; rows and ids go by powers of two."""
     return dict(
         part=part,
         dtype=jnp.dtype(dtype).name,
@@ -56,8 +56,8 @@ def table_key(part: str, *, rows: int, vocab: int, dim: int, dtype) -> dict:
 
 
 def candidates(part: str, *, rows: int, vocab: int, dim: int, dtype) -> list[Tiles]:
-    """What is worth measuring for a shape."""
-    del dim  # nothing but the number of steps
+    """Tiles worth measuring for a shape."""
+    del dim  # affects only the number of steps
     guess = _guess(part, rows, vocab, dtype)
     found = {guess}
     for vocab_tile in (128, 256):
@@ -73,7 +73,7 @@ def _guess(part: str, rows: int, vocab: int, dtype) -> Tiles:
     itemsize = jnp.dtype(dtype).itemsize
     vocab_tile = min((256, 128, 64), key=lambda t: (vocab + -vocab % t > 1.1 * vocab, -t))
     if vocab % 256 and vocab % 128 == 0:
-        vocab_tile = 128  # the weight is copied to pad it
+        vocab_tile = 128  # with 256, the weight would be copied to pad it
     slot = (BLOCK_ROWS + vocab_tile) * DEPTH * itemsize
     result = BLOCK_ROWS * vocab_tile * itemsize if part == 'backward' else 0
     slots = min((_SMEM_BYTES - result) // slot, 6)
@@ -88,6 +88,6 @@ def _guess(part: str, rows: int, vocab: int, dtype) -> Tiles:
 
 
 def _processors() -> int:
-    """Of the GPU that a program is made for; of an H100 or H200 where that is not said."""
+    """Multiprocessors of the target GPU; those of an H100 or H200 if it is not described."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     return (described.num_cores if described else None) or 132

@@ -1,10 +1,10 @@
-"""The walk over the vocabulary that both kernels make: rows times tiles of the weight.
+"""The walk over the vocabulary that both kernels share: rows times tiles of the weight.
 
 A block has 128 rows of hidden states and a part of the vocabulary, which it walks tile by tile.
-Two warpgroups compute, each its own 64 rows; a third one copies what both read, 64 of D at a time,
-into a ring of slots, and goes on with the next tile while the products of the last are used. Blocks
-that run at the same time have other rows and the same tiles of the weight: it is read from memory
-once.
+Two warpgroups compute, each its own 64 rows. A third copies what both read, 64 of D at a time, into
+a ring of slots, and continues with the next tile while the others use the products of the last.
+Blocks that run at the same time have different rows but the same tiles of the weight, so the weight
+is read from memory once.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _COPY = COMPUTE  # index of the warpgroup that copies
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """Rows times tiles of the vocabulary: what both kernels have in common."""
+    """Rows times tiles of the vocabulary, as both kernels compute them."""
 
     hidden: jax.Array  # [rows, D], whole blocks
     weight: jax.Array  # [vocab, D], whole tiles
@@ -69,7 +69,7 @@ class Walk:
 
     @property
     def splits(self) -> int:
-        """No more than there is work for."""
+        """The number of splits, without empty ones."""
         return pl.cdiv(self.vocab // self.vocab_tile, self._tiles_a_split)
 
     def pad_rows(self, x_M):
@@ -87,7 +87,7 @@ class Walk:
             block,
             approx_math=True,
             scratch_types=ring | scratch_types,
-            # The last is the fastest to change.
+            # The last axis varies fastest.
             grid=(self.splits, self.rows // BLOCK_ROWS),
             grid_names=('split', 'row'),
             num_threads=COMPUTE + 1,
@@ -107,9 +107,9 @@ class Walk:
         free,
         interpret: bool,
     ):
-        """compute(thread, its rows, each_tile) on each of the warpgroups that compute.
+        """Runs compute(thread, its rows, each_tile) on each computing warpgroup.
 
-        each_tile(use, carry) is use(first id, products in registers, carry) over all tiles.
+        each_tile(use, carry) folds use(first id, products in registers, carry) over all tiles.
         """
         slots, depth = self.tiles.slots, self.hidden.shape[1] // DEPTH
         first_tile = lax.axis_index('split') * self._tiles_a_split
@@ -145,7 +145,7 @@ class Walk:
                 )
 
         def release(step):
-            """Only what is waited for: no step refills the last slots."""
+            """Releases a slot that a later step refills; nobody waits for the last slots."""
 
             @pl.when(step + slots < count * depth)
             def _():
@@ -165,7 +165,7 @@ class Walk:
                         hidden_smem.at[slot, pl.ds(thread * ROWS, ROWS)],
                         weight_smem.at[slot].transpose((1, 0)),
                     )
-                    # The product before this one is done: its slot may be filled again.
+                    # The previous product is done: its slot may be refilled.
                     plgpu.wgmma_wait(1)
                     pl.when(index > 0)(lambda: release(step - 1))
 
@@ -190,17 +190,17 @@ class Walk:
 
 
 def own_ids(walk: Walk, targets_M, weight_VD, vocab_size: int, first_id):
-    """Targets counted from the first row of the weight, and [1] where padding starts."""
+    """Targets relative to the first row of the weight, and [1], the row where padding starts."""
     V = weight_VD.shape[0]
     limit = jnp.minimum(vocab_size - first_id, V)
     targets = (targets_M - first_id).astype(jnp.int32)
-    # The rows that fill the last tile are no ids; the next part of the vocabulary has those.
+    # Rows that pad the last tile are not ids: those ids belong to the vocabulary's next part.
     targets = jnp.where(targets < V, targets, -1)
     return walk.pad_rows(targets), jnp.full((1,), limit, jnp.int32)
 
 
 def load_row(ref, rows):
-    """One value a row, straight from memory: it is read once a block."""
+    """One value per row, straight from memory: each block reads it once."""
     return plgpu.load(ref.at[rows], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
 
@@ -213,7 +213,7 @@ def ids_of(first, width: int):
 
 
 def cap(x, softcap: float):
-    """By exp2, within 1e-6 of the cap: the instruction for tanh is within 5e-4."""
+    """The soft-cap by exp2, within 1e-6 of the cap: the tanh instruction is only within 5e-4."""
     if not softcap:
         return x
     return softcap - 2 * softcap / (1 + jnp.exp2(x * (2 * LOG2E / softcap)))

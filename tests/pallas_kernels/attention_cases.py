@@ -16,10 +16,10 @@ class Case:
     num_kv_heads: int = 1
     head_dim: int = 64
     dtype: str = 'bfloat16'
-    lengths: tuple[int, ...] = ()  # of the documents in a row; what is left over is padding
+    lengths: tuple[int, ...] = ()  # of the documents in a row; the rest is padding
     window: int = 0
     softcap: float = 0.0
-    magnitude: float = 1.0  # of the logits, about
+    magnitude: float = 1.0  # approximate, of the logits
     is_permuted: bool = False
     batch: int = 1
 
@@ -28,9 +28,9 @@ class Case:
         return dict(scale=self.head_dim**-0.5, window=self.window, softcap=self.softcap)
 
     def arrays(self) -> tuple:
-        """Queries are the last tokens of a row, as with a cache.
+        """The kernel's inputs; queries are the last tokens of a row, as with a cache.
 
-        With a batch, the documents of the next row come in the opposite order, and so on.
+        In a batch, every other row has its documents in reverse order.
         """
         rng = np.random.default_rng(0)
         B, T, S, H = self.batch, self.num_queries, self.num_keys, self.head_dim
@@ -84,7 +84,7 @@ def _documents(lengths, size):
 
 
 def exact_gradients(arrays, dout, out=None, *, scale, window, softcap):
-    """dq, dk and dv in float64; of `out`, as it was rounded, if one is given."""
+    """dq, dk and dv in float64; with `out`, computed from that rounded output."""
     q, k, v, dout = (np.asarray(x, np.float64) for x in (*arrays[:3], dout))
     options = dict(scale=scale, window=window, softcap=softcap)
     exact_out, lse = exact(arrays, **options)

@@ -1,4 +1,4 @@
-"""Kernels with a planted mistake: a test that cannot fail is a defect."""
+"""Kernels with a planted mistake, to prove that the kernel tests can fail."""
 
 import importlib.util
 from pathlib import Path
@@ -6,9 +6,9 @@ from types import ModuleType
 
 
 def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
-    """The module made again from its source, in which `old` stands exactly once, as `new`."""
+    """The module recompiled with `old` replaced by `new`; `old` must occur exactly once."""
     source = Path(module.__file__).read_text()
-    assert source.count(old) == 1, f'{module.__name__} has {source.count(old)} of {old!r}'
+    assert source.count(old) == 1, f'{module.__name__} contains {old!r} {source.count(old)} times'
     spec = importlib.util.spec_from_loader(module.__name__, loader=None)
     made = importlib.util.module_from_spec(spec)
     made.__file__ = module.__file__

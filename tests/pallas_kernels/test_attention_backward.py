@@ -1,4 +1,4 @@
-"""Flash attention, backward: numbers, races, machine code, and what finds a planted mistake."""
+"""Flash attention, backward: numbers, races, machine code, and planted mistakes."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from tests.pallas_kernels.attention_cases import Case, exact_gradients
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
-# The package's attribute of this name is the function.
+# The attribute of this name in the package is the function, not the module.
 kernel = importlib.import_module('pallas_kernels.attention.backward')
 DIRECTORY = _tables.DIRECTORY / 'attention'
 NAMES = ('dq', 'dk', 'dv')
-# Two slots of a ring are soon used again.
+# With two slots, a ring wraps around soon.
 SMALL = BackwardTiles(dkv_stages=2, dq_stages=2)
 ONE_WARPGROUP = BackwardTiles(dq_warpgroups=1)
 
-# Of the same shape and options as far as possible: what is compiled for one serves the next.
+# Shapes and options are the same where possible, to share compiled programs.
 PACKED = Case(num_heads=4, lengths=(64, 70, 1, 1, 31))
 CASES = {
     'documents': PACKED,
@@ -38,13 +38,13 @@ CASES = {
     'last queries of a cache': Case(7, 330, num_heads=1),
     'head_dim 256': Case(100, 130, num_heads=1, head_dim=256, lengths=(90,)),
 }
-# Beside twice the error of XLA; both are relative to the greatest gradient.
+# Limits in addition to twice XLA's error; both are relative to the greatest gradient.
 CAPS = {'bfloat16': 0.02, 'float16': 0.003}
 
 
 @functools.cache
 def problem(case: Case):
-    """What the kernel takes: the results of the forward pass and a gradient for its output."""
+    """The kernel's inputs, with results of the forward pass and a gradient for its output."""
     q, k, v, *ids = case.arrays()
     out, lse = reference.forward(q, k, v, *ids, **case.options)
     dout = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), q.dtype)
@@ -58,7 +58,7 @@ def right(case: Case) -> tuple:
 
 
 def errors(case: Case, gradients) -> np.ndarray:
-    """Of dq, dk, dv: the greatest, in units of the greatest gradient."""
+    """The largest errors of dq, dk and dv, relative to the greatest gradient."""
     found = [np.asarray(x, np.float64) for x in gradients]
     return np.array(
         [np.max(np.abs(x - y)) / np.max(np.abs(y)) for x, y in zip(found, right(case), strict=True)]
@@ -67,10 +67,10 @@ def errors(case: Case, gradients) -> np.ndarray:
 
 @functools.cache
 def limits(case: Case) -> np.ndarray:
-    """Twice the error of XLA, and that of exact gradients which start from the rounded output.
+    """Twice XLA's error, plus the error of exact gradients that start from the rounded output.
 
-    XLA keeps the weights, a kernel has only the output to make delta of; that alone shows in dq of
-    queries with few keys.
+    XLA keeps the weights, but a kernel can compute delta only from the output; this alone shows in
+    dq of queries with few keys.
     """
     q, k, v, rounded, _, dout, *ids = problem(case)
     least = errors(case, exact_gradients((q, k, v, *ids), dout, rounded, **case.options))
@@ -98,7 +98,7 @@ def interpreted(case: Case, function=backward, tiles=SMALL):
 def assert_right(case: Case, gradients) -> None:
     for x, y in zip(gradients, problem(case), strict=False):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    # NaN is not less than anything.
+    # Also fails for NaN, which compares false.
     assert np.all(errors(case, gradients) <= limits(case)), (errors(case, gradients), limits(case))
 
 
@@ -141,21 +141,21 @@ def assert_fits(head_dim: int, dtype: str, tiles, **options):
         assert code.uses_tensor_cores
         assert code.spilled_bytes == 0
         assert not code.is_serialized
-        assert code.registers <= 255  # as launched; the warpgroups then trade among themselves
+        assert code.registers <= 255  # at launch; later, warpgroups redistribute them
         assert code.smem_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize('head_dim', HEAD_DIMS)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_kernels_compile_without_spills(head_dim, dtype, gpu_compiler):
-    """bfloat16 at its simplest, float16 with a window and a soft-cap."""
+    """bfloat16 without options, float16 with a window and a soft-cap."""
     tiles = choose_tiles('backward', head_dim=head_dim, dtype=dtype)
     options = {'bfloat16': dict(), 'float16': dict(window=1000, softcap=50.0)}[dtype]
     assert_fits(head_dim, dtype, tiles, **options)
 
 
 def measurable() -> list:
-    """Tiles that a tuner may try and those that one has chosen, beside what is tested above."""
+    """Tiles that a tuner may try or has chosen, except those tested above."""
     found = []
     for head_dim in HEAD_DIMS:
         default = choose_tiles('backward', head_dim=head_dim, dtype='bfloat16')
@@ -174,12 +174,12 @@ def test_all_tiles_that_may_be_chosen_compile_without_spills(head_dim, dtype, ti
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """`new` is planted where `old` stands, and one of `finders` is to find it.
+    """`new` replaces `old`, and at least one of `finders` must find it.
 
-    `numbers` are wrong results, `interpreter` is a race or an error there.
+    'numbers' means wrong results, 'interpreter' a race or an error in the interpreter.
     """
 
-    kernel: str  # only this one runs
+    kernel: str  # the only one that runs
     old: str
     new: str
     finders: set
@@ -199,7 +199,7 @@ MISTAKES = {
         '_dq',
         'plgpu.barrier_wait(filled.at[slot])\n                own = _opaque(warpgroup)',
         'own = _opaque(warpgroup)',
-        {'interpreter', 'numbers'},  # by what memory holds at first, if a load is that early
+        {'interpreter', 'numbers'},  # uninitialised memory, if a load is that early
     ),
     'no wait for the owned queries': Mistake(
         '_dq',
@@ -213,7 +213,7 @@ MISTAKES = {
         'pass\n\n            queries',
         {'interpreter'},
     ),
-    # Nothing finds this one: the product that the interpreter makes last closes the loads too.
+    # Nothing finds this one: the interpreter's last product also has a fence, after the loads.
     'loads open when a slot is given back': Mistake(
         '_dkv',
         'plgpu.commit_smem()\n    plgpu.barrier_arrive(barrier)',
@@ -234,7 +234,7 @@ MISTAKES = {
         'tiles_ref[batch, row, index]',
         'tiles_ref[batch, row, num_visited - 1 - index]',
         {'numbers'},
-        case=Case(192, 192),  # has full tiles, which may not be others
+        case=Case(192, 192),  # has full tiles, so that swapping matters
     ),
     'one head for all of a group': Mistake(
         '_dkv', 'kv_head * G + group', 'kv_head * G', {'numbers'}
@@ -282,7 +282,7 @@ def found_by(mistake: Mistake, monkeypatch) -> set:
     )
     ran = [i for i, name in enumerate(NAMES) if (name == 'dq') == (mistake.kernel == '_dq')]
     found = set()
-    # A function of its own: jax must not find what it has compiled of the original.
+    # A new function, so that jax does not reuse the compiled original.
     function = jitted(lambda *x, **options: made.backward(*x, **options))
     with interpreted_races() as races:
         try:
@@ -290,7 +290,7 @@ def found_by(mistake: Mistake, monkeypatch) -> set:
             worst = errors(mistake.case, gradients) - limits(mistake.case)
             if not np.all(worst[ran] <= 0):
                 found.add('numbers')
-        except jax.errors.JaxRuntimeError:  # of the interpreter: it cannot go on
+        except jax.errors.JaxRuntimeError:  # the interpreter cannot continue
             found.add('interpreter')
         if races():
             found.add('interpreter')

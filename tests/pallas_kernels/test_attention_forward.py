@@ -1,4 +1,4 @@
-"""Flash attention, forward: numbers, races, machine code, and what finds a planted mistake."""
+"""Flash attention, forward: numbers, races, machine code, and planted mistakes."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ from tests.pallas_kernels.attention_cases import Case, exact
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
-# The package's attribute of this name is the function.
+# The attribute of this name in the package is the function, not the module.
 kernel = importlib.import_module('pallas_kernels.attention.forward')
 DIRECTORY = _tables.DIRECTORY / 'attention'
-# The smallest tiles, so that few tokens are many tiles.
+# The smallest tiles, so that few tokens fill many tiles.
 SMALL = ForwardTiles(rows=64, kv_tile=64, slots=2)
 
 CASES = {
@@ -38,12 +38,12 @@ CASES = {
     'head_dim 256': Case(head_dim=256, num_queries=100, num_keys=130, num_heads=1),
     'float16': Case(dtype='float16', lengths=(100, 60), num_heads=1),
 }
-# Beside twice the error of XLA: of outputs up to 4, and of the log-sum-exp.
+# Limits in addition to twice XLA's error, for outputs up to 4.
 CAPS = {'bfloat16': 0.02, 'float16': 0.003}
 
 
 def errors(case: Case, function) -> tuple[float, float]:
-    """The greatest of out and of lse against float64; infinite if rows that see nothing differ."""
+    """The largest errors of out and lse; infinite if rows that see no key differ."""
     arrays = case.arrays()
     out, lse = function(*arrays, **case.options)
     assert out.dtype == case.dtype and lse.dtype == jnp.float32
@@ -62,7 +62,7 @@ def xla_errors(case: Case) -> tuple[float, float]:
 
 def within(case: Case, function, lse_cap: float = 1e-4) -> bool:
     out_error, lse_error = errors(case, function)
-    # NaN is not less than anything.
+    # Also false for NaN, which compares false.
     return out_error <= min(2 * xla_errors(case)[0], CAPS[case.dtype]) and lse_error <= lse_cap
 
 
@@ -94,7 +94,7 @@ def test_tiles_do_not_change_results_in_the_interpreter(interpreter):
 
 
 def random_tokens(rng, B, size):
-    """Positions and segment ids with no order, or those of packed documents, or of a part."""
+    """Positions and segment ids: random, or those of packed documents, sometimes permuted."""
     segments = rng.integers(0, rng.integers(1, 6), (B, size))
     positions = rng.integers(0, rng.integers(1, 2 * size + 2), (B, size))
     if rng.random() < 0.7:
@@ -109,11 +109,11 @@ def random_tokens(rng, B, size):
 
 
 def schedule_is_right(module, number: int = 60) -> bool:
-    """Full tiles are exactly those in which all pairs are visible, and no visible pair is left."""
+    """Whether exactly the tiles with only visible pairs are full, and no visible pair is lost."""
     rng = np.random.default_rng(0)
     T, S = 61, 93
     for _ in range(number):
-        # One shape, because each is compiled anew.
+        # One shape only, because every new shape is compiled.
         keys = random_tokens(rng, 2, S)
         start = rng.integers(0, S - T + 1)
         queries = [x[:, start : start + T] for x in keys]
@@ -155,7 +155,7 @@ def test_schedule_has_every_visible_pair_and_masks_no_full_tile():
 
 
 def test_schedule_of_packed_documents_visits_nothing_in_vain():
-    """In the order of training rows the schedule is exact, with a window too."""
+    """For tokens in the order of training rows the schedule is exact, also with a window."""
     rng = np.random.default_rng(1)
     for window in (0, 40):
         lengths = rng.integers(1, 120, 12)
@@ -212,14 +212,14 @@ def assert_fits(function, head_dim: int, dtype: str):
         assert code.uses_tensor_cores
         assert not code.is_serialized
         assert code.spilled_bytes == 0
-        assert code.registers <= 168  # 384 threads; the warpgroups then trade among themselves
+        assert code.registers <= 168  # for 384 threads; later, warpgroups redistribute them
         assert code.smem_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize('head_dim', HEAD_DIMS)
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_kernel_compiles_without_spills(head_dim, dtype, gpu_compiler):
-    """With the mask at its largest; bfloat16 without soft-cap, float16 with it."""
+    """With the most expensive mask; bfloat16 without a soft-cap, float16 with one."""
     softcap = {'bfloat16': 0.0, 'float16': 50.0}[dtype]
     tiles = choose_tiles('forward', head_dim=head_dim, dtype=dtype)
     options = dict(scale=0.1, window=1000, softcap=softcap, tiles=tiles)
@@ -227,7 +227,7 @@ def test_kernel_compiles_without_spills(head_dim, dtype, gpu_compiler):
 
 
 def measurable() -> list:
-    """Tiles that a tuner may try and those that one has chosen, beside what is tested above."""
+    """Tiles that a tuner may try or has chosen, except those tested above."""
     found = []
     for head_dim in HEAD_DIMS:
         default = choose_tiles('forward', head_dim=head_dim, dtype='bfloat16')
@@ -245,8 +245,8 @@ def test_all_tiles_that_may_be_chosen_compile_without_spills(head_dim, dtype, ti
     assert_fits(partial(kernel.forward, **options), head_dim, dtype)
 
 
-# A mistake: the module, what stands there, what is planted, and which checks are to find it.
-# `numbers` are wrong results, `interpreter` is a race or an error there.
+# Mistakes: the module, the original text, the planted text, and the checks that must find it.
+# 'numbers' means wrong results, 'interpreter' a race or an error in the interpreter.
 MISTAKES = {
     'no wait for K': (
         kernel,
@@ -334,7 +334,7 @@ def test_planted_mistake_is_found(name, monkeypatch):
         try:
             if not within(SENSITIVE, partial(forward, tiles=SMALL, interpret=True)):
                 found.add('numbers')
-        except jax.errors.JaxRuntimeError:  # of the interpreter: it cannot go on
+        except jax.errors.JaxRuntimeError:  # the interpreter cannot continue
             found.add('interpreter')
         if races():
             found.add('interpreter')
@@ -348,7 +348,7 @@ def test_without_a_mistake_nothing_is_found(interpreter):
 @pytest.mark.gpu
 @pytest.mark.parametrize('name', CASES)
 def test_kernel_agrees_with_float64_on_the_gpu(name):
-    """The log-sum-exp comes of approximate instructions there."""
+    """On the GPU, approximate instructions compute the log-sum-exp."""
     case = dataclasses.replace(CASES[name], num_queries=777, num_keys=777)
     assert within(case, jax.jit(kernel.forward, static_argnames=tuple(case.options)), 2e-3)
 

@@ -1,7 +1,7 @@
-"""Decode attention over pages: reference against float64, kernel simulated and compiled, mistakes.
+"""Decode attention over pages: reference, kernel interpreted and compiled, planted mistakes.
 
-Pages are shuffled, all that a query does not see is NaN, and entries of the table that it has no
-use for point nowhere.
+Pages are shuffled, everything that a query does not see is NaN, and unused table entries are
+invalid.
 """
 
 import functools
@@ -27,13 +27,13 @@ from pallas_kernels.decode_attention.tiles import Tiles
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
-# The package's attribute of this name is the function.
+# The attribute of this name in the package is the function, not the module.
 kernel = importlib.import_module('pallas_kernels.decode_attention.forward')
 NOWHERE = 1_000_000
 
 
 def inputs(lengths, *, heads, head_dim, page_size, dtype, window=0, logits=1.0, seed=0):
-    """(q, k_pages, v_pages, page_table, lengths) of sequences, with nothing else in the pages."""
+    """(q, k_pages, v_pages, page_table, lengths); everything else in the pages is NaN."""
     random = np.random.default_rng(seed)
     K, G = heads
     lengths = np.array(lengths, np.int32)
@@ -75,7 +75,7 @@ def exact(q, k_pages, v_pages, table, lengths, *, scale, window=0, softcap=0.0):
 
 
 def check(found, arrays, **options):
-    """At most twice the error of XLA with the same inputs, and close in any case."""
+    """Asserts at most twice XLA's error for the same inputs, and closeness in any case."""
     wanted_out, wanted_lse = exact(*arrays, **options)
     plain_out, _ = jax.jit(functools.partial(reference.forward, **options))(*arrays)
     out, lse = (np.asarray(x, np.float64) for x in found)
@@ -155,7 +155,7 @@ def test_kernel_equals_float64_without_races(name, interpreter):
 
 
 def loads_what_is_seen(kernel) -> bool:
-    """Every piece that holds a key within window and length, and no other one."""
+    """Whether exactly the pieces that hold a key within window and length are loaded."""
     lengths = jnp.arange(70)
     for window, piece in itertools.product([0, 1, 8, 9, 100], [8, 16]):
         found = kernel.find_seen(lengths, window=window, piece=piece)
@@ -172,8 +172,8 @@ def test_no_page_is_loaded_that_the_query_sees_nothing_of():
     assert loads_what_is_seen(kernel)
 
 
-# Mistakes, planted, and what finds each: the test of what is loaded (a page too many would change
-# no number), the interpreter that refuses what hangs, its search for races, the numbers.
+# Planted mistakes, and what finds each: the test of what is loaded (an extra page would change no
+# number), the interpreter, which refuses programs that hang, its race detector, or the numbers.
 
 FIRST = 'lax.div(start, jnp.int32(piece))'
 END = 'pl.cdiv(length, jnp.int32(piece))'
@@ -231,7 +231,7 @@ def what_finds(wrong, arrays, *, tiles, **options) -> str | None:
 def test_a_mistake_is_found(name):
     old, new, finder = MISTAKES[name]
     shapes = dict(heads=(1, 4), head_dim=64, page_size=64, dtype='bfloat16', window=400)
-    arrays = inputs([0, 500], **shapes)  # seven pages in four tiles, the ends in part
+    arrays = inputs([0, 500], **shapes)  # seven pages in four tiles, the ends partly
     wrong = mutant(kernel, old, new)
     assert what_finds(wrong, arrays, scale=0.125, window=400, tiles=Tiles(128, 1, 2)) == finder
 
@@ -240,7 +240,7 @@ def test_a_mistake_is_found(name):
 
 
 def compiled(forward, head_dim, page_size=16, dtype='bfloat16', **options):
-    """(tiles, the code of the one kernel)."""
+    """(tiles, the code of the only kernel)."""
     B, K, N, P, M = 4, 2, 8, 300, 64
     tiles = options.setdefault('tiles', guess(head_dim, page_size, dtype))
     shapes = [(B, N, head_dim)] + 2 * [(P, page_size, K, head_dim)]
@@ -267,7 +267,7 @@ def num_commits(code) -> int:
 
 
 def assert_good(code, tiles, head_dim):
-    """No spills, and as many blocks fit on an SM as the choice of splits counts on."""
+    """Asserts no spills, and that as many blocks fit on an SM as the choice of splits assumes."""
     blocks = tiles.blocks_per_sm(head_dim)
     assert code.spilled_bytes == 0
     assert code.uses_tensor_cores
@@ -303,8 +303,8 @@ def test_every_entry_of_the_table_compiles_without_spills(gpu_compiler):
         assert_good(compiled(forward, *shapes, tiles=tiles)[1], tiles, head_dim)
 
 
-# Memory is one in the interpreter; on a GPU what is written must be committed before WGMMA or TMA
-# read it, so that only the instructions tell.
+# The interpreter does not need these fences. On a GPU, writes must be committed before WGMMA or TMA
+# reads them, so only the instructions reveal the mistake.
 COMMITS = {
     'masked values': ('plgpu.commit_smem()\n\n            out =', '\n            out ='),
     'result': ('plgpu.commit_smem()\n        plgpu.copy', 'plgpu.copy'),
@@ -365,13 +365,13 @@ def test_everything_the_tuner_tries_can_run():
     'change, message',
     [
         (dict(dtype='float32'), 'float32: all bfloat16 or all float16'),
-        (dict(head_dim=96), 'head_dim 96 is none of 64, 128, 256'),
-        (dict(page_size=24), 'pages of 24 tokens: a power of two, 8 at least'),
-        (dict(heads=(1, 65)), '65 query heads of one kv head, at most 64'),
-        (dict(tiles=Tiles(32, 2, 1)), 'tiles of 32 tokens: only multiples of 64'),
-        (dict(tiles=Tiles(192, 1, 1)), 'tiles of 192 tokens and pages of 128 do not divide'),
-        (dict(tiles=Tiles(64, 2, 0)), '2 slots and 0 splits: both are at least 1'),
-        (dict(tiles=Tiles(128, 8, 1)), '272,456 bytes of shared memory, of 232,448'),
+        (dict(head_dim=96), 'head_dim must be one of 64, 128, 256, not 96'),
+        (dict(page_size=24), 'page_size must be a power of two and at least 8, not 24'),
+        (dict(heads=(1, 65)), 'a kv head must have at most 64 query heads, not 65'),
+        (dict(tiles=Tiles(32, 2, 1)), 'tiles must have a multiple of 64 tokens, not 32'),
+        (dict(tiles=Tiles(192, 1, 1)), 'tiles of 192 and pages of 128 tokens must divide each'),
+        (dict(tiles=Tiles(64, 2, 0)), 'slots and splits must be at least 1, not 2 and 0'),
+        (dict(tiles=Tiles(128, 8, 1)), 'shared memory: 272,456 bytes exceed 232,448'),
     ],
 )
 def test_what_the_kernel_cannot_do_is_an_error(change, message):
@@ -384,7 +384,7 @@ def test_what_the_kernel_cannot_do_is_an_error(change, message):
 # On a GPU
 
 
-# Every head dim with every page size and all options, each way to share keys several times.
+# Every head dim with every page size; all options, and every grouping of heads several times.
 OPTIONS = [
     dict(),
     dict(window=700, logits=10.0),
@@ -428,7 +428,7 @@ def test_kernel_on_a_gpu_equals_float64_and_repeats_bitwise(
 @pytest.mark.gpu
 @pytest.mark.parametrize('head_dim', [64, 128, 256])
 def test_sizes_the_tuner_tries_are_right_on_a_gpu(head_dim):
-    """A quarter of them; the tuner compares the results of all."""
+    """Checks a quarter of them; the tuner compares the results of all."""
     shapes = dict(head_dim=head_dim, page_size=16, dtype='bfloat16')
     arrays = inputs([5, 900, 4096], heads=(2, 4), **shapes)
     shape = dict(batch=3, num_kv_heads=2, max_length=4096, **shapes)

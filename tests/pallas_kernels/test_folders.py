@@ -1,4 +1,4 @@
-"""Every kernel has a folder of one shape, which is called like the op that runs it."""
+"""Every kernel has a folder with the same layout, named like the op that runs it."""
 
 import importlib
 import inspect
@@ -12,7 +12,7 @@ from pallas_kernels import _tables
 
 OPS = [op for op, names in IMPLEMENTATIONS.items() if 'mosaic' in names]
 FILES = {'__init__.py', 'reference.py', 'tiles.py', 'tiles.json', 'forward.py'}
-# What the kernels of a folder share, beside the choice of their tiles.
+# Files that the kernels of a folder share, besides tiles.py.
 SHARED = {'attention': {'schedule.py'}, 'token_logprobs': {'walk.py'}}
 NAMES = {'candidates', 'choose_tiles', 'forward', 'obstacle', 'reference', 'table_key'}
 

@@ -1,4 +1,4 @@
-"""RMS norm kernels: against float64, in the interpreter, as compiled for an H200, with mistakes."""
+"""RMS norm kernels: in the interpreter, compiled for an H200, and with planted mistakes."""
 
 import functools
 import importlib
@@ -17,16 +17,16 @@ from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
 EPSILON = 1e-3
-# The package has functions of the same names.
+# The attributes of these names in the package are functions, not modules.
 FORWARD, BACKWARD = (
     importlib.import_module(f'pallas_kernels.rms_norm.{name}') for name in ('forward', 'backward')
 )
-# Of a unit in the last place of a result: one rounding, and what the sums leave.
+# Relative tolerance of a result: one rounding, and the error of the sums.
 UNIT = {'bfloat16': 2.0**-8, 'float16': 2.0**-11, 'float32': 2.0**-20}
 
 
 def arrays(M, D, dtype, residual, seed=0):
-    """x, scale, residual, dy, dsum; one row is zeros, one is large."""
+    """x, scale, residual, dy, dsum; the first row is zero, the last is large."""
     random = np.random.default_rng(seed)
     x, r, dy, dsum = (jnp.asarray(random.normal(size=(M, D)), dtype) for _ in range(4))
     x, r = x.at[0].set(0).at[-1].multiply(100), r.at[0].set(0)
@@ -35,7 +35,7 @@ def arrays(M, D, dtype, residual, seed=0):
 
 
 def exact(x, scale, residual, dy, dsum):
-    """normed, 1 / rms, dx, dscale in float64, of x + residual as rounded."""
+    """normed, 1 / rms, dx, dscale in float64, from the rounded x + residual."""
     total = x if residual is None else x + residual
     z, w, dy = (np.asarray(value, np.float64) for value in (total, scale, dy))
     inverse = 1 / np.sqrt(np.mean(z * z, axis=1, keepdims=True) + EPSILON)
@@ -202,8 +202,8 @@ def test_a_tuner_is_offered_tiles_that_cover_the_rows():
         assert len(offered) >= 5
 
 
-# Module, as it stands, the mistake, how it shows in the interpreter. Its race detector does not see
-# that two blocks write to one place of GMEM: that shows in the place that nobody has written to.
+# Module, original text, mistake, how it shows in the interpreter. The race detector does not notice
+# two blocks that write to the same place in GMEM; that shows in the place that nobody has written.
 MUTATIONS = {
     'the last step is left out': (
         FORWARD, '(steps - block + blocks - 1) // blocks', '(steps - block) // blocks', 'numbers'),
@@ -250,7 +250,7 @@ def test_tiles_that_need_too_many_registers_are_found_by_the_compiler(gpu_compil
     assert not is_good(compiled('forward', 4096, 8192, 'bfloat16', wide))
 
 
-# Every width once, the dtypes in turn, with a residual and without.
+# All widths, with varying dtypes, with a residual and without.
 ON_A_GPU = [
     ('bfloat16', 64, True),
     ('float16', 96, False),

@@ -1,4 +1,4 @@
-"""Tables of tile sizes and proofs, as they stand and as they are looked up."""
+"""Tables of tile sizes and proofs: their content and lookups."""
 
 import json
 
@@ -45,6 +45,6 @@ def test_a_kernel_without_a_table_has_no_entries(tmp_path):
 def test_what_is_proven_says_when_and_on_what():
     for entry in _tables.entries(_tables.DIRECTORY, 'proven.json'):
         assert {'op', 'device', 'date', 'versions', 'speed_over_xla'} <= entry.keys()
-        # None of a kernel that was changed since: prove it again, or take the entry out.
+        # Fails if the kernel has changed since: prove it again, or remove the entry.
         assert proof(entry['op'], entry['device']) == entry
     assert proof('no such op', 'NVIDIA H200') is None

@@ -21,7 +21,7 @@ from pallas_kernels.token_logprobs.tiles import Tiles
 from tests.pallas_kernels.mutants import mutant
 from tools import deviceless
 
-# The package has functions of the same names.
+# The attributes of these names in the package are functions, not modules.
 FORWARD, BACKWARD = (
     importlib.import_module(f'pallas_kernels.token_logprobs.{name}')
     for name in ('forward', 'backward')
@@ -31,7 +31,7 @@ KERNELS = {'forward': FORWARD, 'backward': BACKWARD}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Rows with hidden states, and a part of a vocabulary that begins at first_id."""
+    """Rows of hidden states, and a part of a vocabulary that begins at first_id."""
 
     M: int = 128
     D: int = 128
@@ -59,19 +59,19 @@ class Case:
 
     @functools.cached_property
     def cotangents(self):
-        """Gradients of the picked logits and of the log-sum-exp; some rows count for nothing."""
+        """Gradients of the picked logits and of the log-sum-exp; those of some rows are 0."""
         draw = np.random.default_rng(1)
         values = draw.normal(size=(2, self.M)) * (draw.random(self.M) > 0.1)
         return tuple(jnp.asarray(x, jnp.float32) for x in values)
 
     @property
     def logsumexp(self):
-        """Of a vocabulary that has other ids too, but finite."""
+        """The log-sum-exp over a larger vocabulary, which is always finite."""
         here = np.asarray(self.exact()[0])
         return jnp.asarray(np.logaddexp(here, 1.0), jnp.float32)
 
     def exact(self, gradients: bool = False):
-        """What `forward` should give, or `backward`, in float64."""
+        """What `forward` or `backward` should return, in float64."""
         hidden, weight, targets = (np.asarray(x) for x in self.arrays)
         logits = hidden.astype(np.float64) @ weight.astype(np.float64).T
         if self.softcap:
@@ -102,7 +102,7 @@ class Case:
         return jax.jit(function)(*self.arrays, self.logsumexp, *self.cotangents)
 
     def check_forward(self, module=FORWARD, **options):
-        """As near to float64 as the reference is, within a factor; so does the next."""
+        """Asserts that the error against float64 is similar to that of the reference."""
         for result, known, exact in zip(
             self.forward(module, **options), self.forward(reference), self.exact(), strict=True
         ):
@@ -116,7 +116,7 @@ class Case:
 
 
 def assert_near(result, known, exact, rounding):
-    """No more than twice as wrong as what is known to be right, or than float32's rounding."""
+    """Asserts at most twice the error of `known`, plus float32's rounding."""
     result, known = (np.asarray(x, np.float64) for x in (result, known))
     finite = np.isfinite(exact)
     np.testing.assert_array_equal(result[~finite], exact[~finite])
@@ -126,7 +126,7 @@ def assert_near(result, known, exact, rounding):
         assert np.abs(result - exact).max() <= limit
 
 
-# Two tiles of two steps in one part, one in the other; padding, a soft-cap and large logits.
+# Three tiles of two steps in two splits; padding, a soft-cap and large logits.
 MIXED = Case(
     V=192,
     first_id=30,
@@ -195,15 +195,14 @@ def test_the_first_id_may_be_traced(interpreter):
 
 
 def test_what_kernels_cannot_do_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match='bfloat16 and float16, not float32'):
+    with pytest.raises(ValueError, match='must be bfloat16 or float16, not float32'):
         Case(dtype=jnp.float32).forward()
     with pytest.raises(ValueError, match='multiple of 64 dimensions, not 96'):
         Case(D=96).forward()
 
 
-# Each mistake by where it stands, with the kernel that it is looked for in, and what finds it. The
-# interpreter runs a product at once, so that a slot given back too early shows in the machine code
-# alone.
+# Mistakes: (module, original text, planted text), (kernel to run, what finds it). The interpreter
+# runs a product at once, so that a slot that is released too early shows only in the machine code.
 MISTAKES = {
     'products do not wait for the copy': (
         (walk, 'plgpu.barrier_wait(ready.at[slot])', 'None'),
@@ -262,7 +261,7 @@ MISTAKES = {
 
 @pytest.fixture
 def plant(monkeypatch):
-    """A function: the module of a kernel with a mistake in it, or in the walk that it makes."""
+    """A function that returns a kernel's module with a mistake in it or in `walk`."""
 
     def plant(kernel, module, old, new):
         made = mutant(module, old, new)
@@ -286,7 +285,7 @@ def test_a_planted_mistake_is_found(mistake, plant):
                 check(module, tiles=MIXED.tiles, interpret=True)
             assert not found_race()
         else:
-            # Numbers may be wrong too, or memory may be read that nobody has written.
+            # Numbers may also be wrong, or uninitialised memory may be read.
             with contextlib.suppress(Exception):
                 check(module, tiles=MIXED.tiles, interpret=True)
             assert found_race()
@@ -315,11 +314,11 @@ def machine_code(kernel, M, V, D, dtype=jnp.bfloat16, softcap=0.0, tiles=None):
 
 def assert_good(code):
     assert code.spilled_bytes == 0
-    # Three warpgroups start with as many; two then take from the third.
+    # The limit for three warpgroups at launch; later, two take registers from the third.
     assert code.registers <= 168
     assert code.smem_bytes <= 227 * 1024
     assert code.uses_tensor_cores and not code.is_serialized
-    # The loop over D has one product in flight while it gives back the slot of the last.
+    # The loop over D keeps one product in flight while it releases the slot of the previous one.
     assert 'WARPGROUP.DEPBAR.LE gsb0, 0x1' in code.sass
 
 
@@ -356,7 +355,7 @@ def test_the_guess_fills_processors_and_fits_memory():
     for kernel in KERNELS:
         tiles = choose_tiles(kernel, **shape)
         assert tiles.vocab_tile == 256
-        # 1024 rows are 8 blocks: with one part each, 124 of 132 processors would idle.
+        # 1024 rows are 8 blocks: without splits, 124 of 132 processors would idle.
         assert choose_tiles(kernel, **shape | dict(rows=1024)).splits == 16
         uneven = shape | dict(rows=1024, vocab=128 * 999)
         assert choose_tiles(kernel, **uneven).vocab_tile == 128
@@ -400,7 +399,7 @@ def test_log_probs_by_the_kernel_are_those_by_xla(chunk_size, interpreter):
     ids=lambda sizes: ' x '.join(sizes),
 )
 def test_every_device_gives_the_kernel_its_part(sizes, monkeypatch):
-    """The reference stands for the kernels: the interpreter simulates one device at a time."""
+    """The reference replaces the kernels, as the interpreter simulates only one device."""
 
     def stand_in(function):
         return lambda *arrays, interpret, **options: function(*arrays, **options)

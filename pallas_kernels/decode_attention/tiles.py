@@ -53,7 +53,7 @@ def obstacle(
     """
     dtypes = {jnp.dtype(dtype).name for dtype in dtypes}
     if len(dtypes) > 1 or not dtypes <= {'bfloat16', 'float16'}:
-        return f'{", ".join(sorted(dtypes))}: all bfloat16 or all float16'
+        return f'q, k and v must be all bfloat16 or all float16, not {", ".join(sorted(dtypes))}'
     if head_dim not in HEAD_DIMS:
         return f'head_dim must be one of {", ".join(map(str, HEAD_DIMS))}, not {head_dim}'
     if page_size < 8 or page_size & (page_size - 1):

@@ -48,9 +48,9 @@ def obstacle(*, width: int, dtype) -> str | None:
     """Why the kernels do not support rows of this width and dtype, or None."""
     name = jnp.dtype(dtype).name
     if name not in DTYPES:
-        return f'its arrays are {", ".join(DTYPES)}, these are {name}'
+        return f'arrays must be one of {", ".join(DTYPES)}, not {name}'
     if not 64 <= width <= WIDEST or width % 32:
-        return f'its rows have 64 to {WIDEST} elements, a multiple of 32, these have {width}'
+        return f'rows must have 64 to {WIDEST} elements, a multiple of 32, not {width}'
     return None
 
 

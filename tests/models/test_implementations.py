@@ -99,7 +99,7 @@ def test_every_op_has_a_choice_and_a_reason():
          'no soft-cap'),
         (on_gpus(context=4), {}, dict(attention='cudnn', one_document=True), 'split over context'),
         (on_gpus(), {}, dict(attention='fa3'), 'flash-attn3-jax'),
-        (on_gpus(), dict(qk_norm=True, head_dim=48), dict(rms_norm='mosaic'), 'these have 48'),
+        (on_gpus(), dict(qk_norm=True, head_dim=48), dict(rms_norm='mosaic'), 'not 48'),
         (on_gpus(tensor=2), dict(qk_norm=True, joint_qk_norm=True), dict(rms_norm='mosaic'),
          'sharded over tensor'),
     ],

@@ -75,7 +75,7 @@ def test_the_kernel_equals_xla(interpreter, shape, scale_shape):
 
 @pytest.mark.parametrize(
     'width, dtype, words',
-    [(100, 'bfloat16', 'multiple of 32, these have 100'), (128, 'int8', 'these are int8')],
+    [(100, 'bfloat16', 'multiple of 32, not 100'), (128, 'int8', 'not int8')],
 )
 def test_a_call_that_the_kernel_does_not_support_is_refused(width, dtype, words):
     x = jnp.zeros((2, width), dtype)

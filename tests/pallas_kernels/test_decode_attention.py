@@ -364,7 +364,7 @@ def test_everything_the_tuner_tries_can_run():
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(dtype='float32'), 'float32: all bfloat16 or all float16'),
+        (dict(dtype='float32'), 'q, k and v must be all bfloat16 or all float16, not float32'),
         (dict(head_dim=96), 'head_dim must be one of 64, 128, 256, not 96'),
         (dict(page_size=24), 'page_size must be a power of two and at least 8, not 24'),
         (dict(heads=(1, 65)), 'a kv head must have at most 64 query heads, not 65'),

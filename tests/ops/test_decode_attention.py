@@ -140,7 +140,7 @@ def test_the_kernel_needs_no_collective_on_four_gpus(gpu_compiler):
 def test_a_kernel_that_cannot_take_the_arrays_is_an_error(name):
     device = jax.sharding.AbstractDevice(device_kind='NVIDIA H200', num_cores=132, platform='gpu')
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    words = "all bfloat16 or all float16, not float32; say 'xla'"
+    words = "all bfloat16 or all float16, not float32; use 'xla'"
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=words):
         attend(*inputs(), scale=1.0, implementation=name)
 

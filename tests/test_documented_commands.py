@@ -1,9 +1,10 @@
-"""What README, docs and docstrings tell a reader to type is understood, up to the config's check.
+"""What our pages and docstrings tell a reader to type is understood, up to the config's check.
 
-A command is `python -m jaxfm.main` or `python -m tools.X` with arguments, in README.md, docs/, or
-in a comment or string (docstrings, messages) of configs/, jaxfm/, tools/ and tests/conftest.py.
-What stands in it for something of the reader's own, as PATH does, becomes something that is there.
-Files and modules that README, docs, pyproject.toml and .ci/run name exist, too.
+A command is `python -m jaxfm.main` or `python -m tools.X` with arguments, in README.md, docs/,
+CONTRIBUTING.md, CHANGELOG.md, or in a comment or string (docstrings, messages) of configs/, jaxfm/,
+tools/ and tests/conftest.py. A placeholder in it, such as PATH, is replaced by something that
+exists. Files, headings, tests and modules that the pages, pyproject.toml and .ci/run name exist,
+too; README is short; every page of docs/ is linked there and names its tests.
 """
 
 import ast
@@ -27,10 +28,12 @@ import pytest
 from jaxfm import main
 from jaxfm.config.load import load_config, write_config
 from jaxfm.errors import ConfigError, MissingInputError, UsageError
+from tests import doc_examples
 from tests.conftest import ROOT
 from tests.hf_directories import write_model
 
-PAGES = sorted([ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')])
+DOCS = sorted((ROOT / 'docs').rglob('*.md'))
+PAGES = [*(ROOT / f'{name}.md' for name in ('README', 'CONTRIBUTING', 'CHANGELOG')), *DOCS]
 SOURCES = sorted(
     path for room in ('configs', 'jaxfm', 'tools') for path in (ROOT / room).rglob('*.py')
 )
@@ -55,7 +58,8 @@ STANDS_FOR = {
 # Runs that other commands start from: what makes them, as README has it.
 RUNS = {
     'quickstart': ('configs/quickstart.py', []),
-    'lora': ('configs/sft.py', ['data.path=my.jsonl', 'model.lora.rank=16']),
+    'tuned': ('configs/sft.py', ['init_from=model', 'data.path=my.jsonl']),
+    'lora': ('configs/sft.py', ['init_from=model', 'data.path=my.jsonl', 'model.lora.rank=16']),
 }
 
 
@@ -176,8 +180,8 @@ def understand(module: str, line: tuple[str, ...]) -> None:
 
 
 @pytest.fixture(scope='module')
-def desk(tmp_path_factory) -> Path:
-    """A directory that has what the commands name: configs, a model, an adapter, chats and runs."""
+def desk(tmp_path_factory) -> Iterator[Path]:
+    """A directory with what commands name: configs, a model, an adapter, chats, examples, runs."""
     root = tmp_path_factory.mktemp('desk')
     (root / 'configs').symlink_to(ROOT / 'configs')
     (root / 'adapter').symlink_to(ROOT / 'tests' / 'goldens' / 'llama3_lora')
@@ -187,7 +191,8 @@ def desk(tmp_path_factory) -> Path:
         for name, (argument, overrides) in RUNS.items():
             Path('runs', name).mkdir(parents=True)
             write_config(load_config(argument, overrides), Path('runs', name, 'config.json'))
-    return root
+    with doc_examples.written(root):
+        yield root
 
 
 @pytest.fixture
@@ -220,7 +225,8 @@ def test_a_documented_command_is_understood(at_desk, command):
 def test_commands_are_found_where_they_are():
     """A finder that sees less than it did shall not pass."""
     places = collections.Counter(where.split('/')[0] for where, _ in DOCUMENTED)
-    assert places['README.md'] >= 30
+    assert places['README.md'] >= 13
+    assert places['docs'] >= 40
     assert places['configs'] >= 8
     assert places['jaxfm'] >= 4
     assert places['tools'] >= 18
@@ -318,19 +324,37 @@ PLACE = re.compile(
     r'(?<![\w./-])(?:(?:configs|docs|jaxfm|pallas_kernels|tests|tools|\.ci)/(?:[\w.-]+/?)*'
     r'|[\w-]+\.(?:txt|md|toml)\b)'
 )
-LINK = re.compile(r'\]\((?!\w+:|#)([^)\s#]+)')
+LINK = re.compile(r'\]\((?!\w+:)([^)\s]+)')
+HEADING = re.compile(r'^#+ +(.+)$', re.M)
 
 
-def missing(text: str, directory: Path) -> set[str]:
-    """Links of a page in `directory`, paths in the repository and modules that are not there."""
-    links = {link for link in LINK.findall(text) if not (directory / link).exists()}
+def missing(text: str, page: Path) -> set[str]:
+    """Links, paths in the repository and modules that a page names and that do not exist."""
+    links = {link for link in LINK.findall(text) if not _leads_somewhere(link, page)}
     places = {place.rstrip('.') for place in PLACE.findall(text)} - MADE
     modules = set(re.findall(r'python[\d.]*\s+-m\s+([\w.]*\w)', text))
     return (
         links
-        | {place for place in places if not (ROOT / place).exists()}
+        | {place for place in places if not _is_place(place, page)}
         | {module for module in modules if not _is_installed(module)}
     )
+
+
+def _leads_somewhere(link: str, page: Path) -> bool:
+    """Whether a relative link has its file and, after #, a heading of it."""
+    name, _, anchor = link.partition('#')
+    target = page.parent / name if name else page
+    return target.exists() and (not anchor or anchor in _anchors(target))
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = HEADING.findall(page.read_text()) if page.suffix == '.md' else []
+    return {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+def _is_place(place: str, page: Path) -> bool:
+    """Whether a path exists, from the root or from the page; NAME is for the reader to fill in."""
+    return 'NAME' in place or (ROOT / place).exists() or (page.parent / place).exists()
 
 
 def _is_installed(module: str) -> bool:
@@ -345,14 +369,49 @@ MADE = {'log.txt'}  # by a run
 
 @pytest.mark.parametrize('path', NAMING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_page_names_is_there(path):
-    assert missing(path.read_text(), path.parent) == set()
+    assert missing(path.read_text(), path) == set()
 
 
 def test_what_is_not_there_is_found():
-    text = 'See [a](docs/a.md#b), [b](jaxfm/main.py), `tests/none`, tools/corpus.py. '
-    text += '`python -m tools.none` and python -m none.main; constraint.txt'
-    names = {'docs/a.md', 'tests/none', 'tools.none', 'none.main', 'constraint.txt'}
-    assert missing(text, ROOT) == names
+    text = (
+        'See [a](docs/a.md#b), [b](jaxfm/main.py), `tests/none`, tools/corpus.py, tests/NAME.py. '
+    )
+    text += '[c](#develop) [d](#develope) [e](CONTRIBUTING.md#set-up) [f](CONTRIBUTING.md#setup) '
+    text += '`python -m tools.none` and python -m none.main; constraint.txt; tests/test_none.py'
+    names = {'docs/a.md#b', 'docs/a.md', '#develope', 'CONTRIBUTING.md#setup'}
+    names |= {'tests/none', 'tests/test_none.py', 'tools.none', 'none.main', 'constraint.txt'}
+    assert missing(text, ROOT / 'README.md') == names
+
+
+MOST_LINES = 150
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= MOST_LINES
+
+
+def test_the_readme_links_every_page_of_docs():
+    linked = set(LINK.findall((ROOT / 'README.md').read_text()))
+    assert {str(page.relative_to(ROOT)) for page in DOCS} <= linked
+
+
+def name_tests(text: str) -> list[str]:
+    """The test files and directories in the last section of a page, if it is about tests."""
+    title, _, section = text.rpartition('\n## ')[2].partition('\n')
+    places = PLACE.findall(section) if title == 'Tests that hold this page' else []
+    return [place for place in places if place.startswith('tests/')]
+
+
+@pytest.mark.parametrize('page', DOCS, ids=lambda page: page.name)
+def test_a_page_of_docs_ends_with_its_tests(page):
+    assert name_tests(page.read_text())
+
+
+def test_a_page_without_its_tests_is_found():
+    held = 'x\n## Tests that hold this page\n- `tests/test_main.py`'
+    assert name_tests(held) == ['tests/test_main.py']
+    assert not name_tests('x\n## Tests that hold this page\nMany. `jaxfm/main.py`')
+    assert not name_tests(f'{held}\n## More\n`tests/test_main.py`')
 
 
 def test_the_tree_in_the_readme_is_that_of_the_library():

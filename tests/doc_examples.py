@@ -1,0 +1,44 @@
+"""The Python that docs/ shows: whole files, and pieces of a config."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxfm import code
+from tests.conftest import ROOT
+
+_BLOCK = re.compile(r'^```python\n(.*?)^```$', re.M | re.S)
+_FILE = re.compile(r'# ([\w/]+\.py)\n')
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(page, source) of every block of Python."""
+    pages = sorted((ROOT / 'docs').rglob('*.md'))
+    return [(page.name, block) for page in pages for block in _BLOCK.findall(page.read_text())]
+
+
+def files() -> dict[str, str]:
+    """{path: source} of the blocks that begin with the name of a file."""
+    return {found[1]: block for _, block in blocks() if (found := _FILE.match(block))}
+
+
+def pieces() -> list[tuple[str, str]]:
+    """(page, source) of the other blocks, which set values of `config`."""
+    return [(page, block) for page, block in blocks() if not _FILE.match(block)]
+
+
+@contextlib.contextmanager
+def written(root: Path) -> Iterator[None]:
+    """Writes the files below `root`; at the end, forgets the modules that they were imported as."""
+    for name, source in files().items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source)
+    before = list(code._BESIDE), list(code._RECORDED), list(sys.path)
+    try:
+        yield
+    finally:
+        code._BESIDE[:], code._RECORDED[:], sys.path[:] = before
+        for name in files():
+            sys.modules.pop(Path(name).stem, None)

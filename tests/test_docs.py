@@ -1,0 +1,66 @@
+"""What docs/ shows works: its example is trained, and its pieces of a config pass the check."""
+
+import json
+import math
+
+import pytest
+
+from jaxfm.config.load import load_config
+from jaxfm.errors import ConfigError
+from jaxfm.metrics.writers import read_records
+from tests import doc_examples
+from tests.runs import wait_for_step
+
+# What a piece is put into; one with phases needs no steps, data and optimizer beside them.
+WHOLE = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    config = ConfigDict()
+    config.tokenizer = dict(name='bytes')
+    config.model = dict(
+        name='transformer', vocab_size=258, embed_dim=64, num_layers=2,
+        block=dict(num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=128),
+    )
+    config.steps = 10
+    config.data = dict(name='python_stdlib', sequence_length=64, batch_size=8)
+    config.optimizer = dict(name='adamw', learning_rate=1e-3)
+    PIECE
+    if 'phases' in config:
+        del config.steps, config.data, config.optimizer
+    return config
+"""
+
+RUN = 'mine/run.py'
+
+
+def check_piece(source: str, directory):
+    path = directory / 'piece.py'
+    path.write_text(WHOLE.replace('PIECE', source.replace('\n', '\n    ')))
+    return load_config(str(path))
+
+
+@pytest.mark.parametrize('page, source', doc_examples.pieces())
+def test_a_piece_of_config_passes_the_check(page, source, tmp_path):
+    check_piece(source, tmp_path)
+
+
+def test_a_wrong_piece_does_not_pass(tmp_path):
+    with pytest.raises(ConfigError, match='weigths'):
+        check_piece("config.data = dict(name='mixture', weigths=dict(web=1.0))", tmp_path)
+
+
+def test_the_example_of_a_class_of_ones_own_trains(start, tmp_path):
+    """As the page says, but for fewer steps and another gamma; in a process, on one device."""
+    given = ['--config.objective.gamma=1', '--config.steps=10', '--config.metrics.log_every=1']
+    workdir = tmp_path / 'run'
+    with doc_examples.written(tmp_path):
+        process = start(workdir, *given, '--config.checkpoint.every=0', config=tmp_path / RUN)
+        wait_for_step(workdir, 10, process)  # its report and samples are not waited for
+    assert list(json.loads((workdir / 'config.json').read_text())['code']) == ['focal:Focal']
+    records = list(read_records(workdir / 'metrics.jsonl'))
+    losses = [record['train/loss'] for record in records if record['kind'] == 'train']
+    # Fresh weights give each of 258 tokens about the same probability.
+    assert losses[0] == pytest.approx(math.log(258), rel=0.1)
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.2

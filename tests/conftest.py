@@ -1,8 +1,12 @@
 """The strict session: eight CPU devices, rank promotion raises, warnings are errors.
 
-JAXFM_NO_SKIP=1, set by .ci/run, makes every skip an error, except of tests marked `gpu`. Tests so
-marked run with `-m gpu`, alone, because the others need the CPU devices; those marked `slow` with
-`-m slow`.
+Tests marked `gpu` run only with `-m gpu`, because the others need the CPU devices. Tests marked
+`slow` run only with `-m slow`.
+
+Environment variables:
+  JAXFM_NO_SKIP=1: every skip is an error, except of tests marked `gpu`. `.ci/run` sets it.
+  JAXFM_TEST_COLD=1: no program compiled by an earlier session is used (see tests/kept.py).
+  JAXFM_TEST_PATIENCE=3: tests wait three times as long for what must happen (see tests/runs.py).
 """
 
 import contextlib
@@ -27,7 +31,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.storage import find
+from tests import kept
 from tests.fault_proxy import FaultProxy
+from tests.fork_server import ForkServer
+from tests.runs import PATIENCE
 from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +50,7 @@ def pytest_configure(config):
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', 8)
     jax.config.update('jax_numpy_rank_promotion', 'raise')
+    kept.keep_compiled_programs()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -236,14 +244,15 @@ NO_SAMPLES = '--config.sampling.num_samples=0'
 class TinyRuns:
     """Runs of a tiny model on generated text; compiled programs and tokens are shared by all."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, server: ForkServer):
+        self.root, self.server = root, server
         self.config = root / 'tiny.py'
         self.environment = {
             'XDG_CACHE_HOME': str(root / 'cache'),
             'PYTHONPATH': str(ROOT),
             'GLIBC_TUNABLES': '',  # set to anything, the process does not start over for it
         }
+        kept.link_compiled_programs(root / 'cache' / 'jaxfm' / 'compile')
         (root / 'text').mkdir()
         for index in range(40):
             draw = random.Random(index)
@@ -283,24 +292,39 @@ class TinyRuns:
 
     def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
         """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""
-        command = [sys.executable, '-m', 'jaxfm.main', *self.arguments(workdir, *more)]
+        arguments = self.arguments(workdir, *more)
         if config is not None:
-            command[command.index(str(self.config))] = str(config)
-        environment = {**self.environment, 'JAX_NUM_CPU_DEVICES': str(devices), **environment}
+            arguments[arguments.index(str(self.config))] = str(config)
         with open(f'{workdir}.stderr', 'a') as errors:
-            return subprocess.Popen(
-                command,
-                env=os.environ | environment,
+            return self.server.start(
+                ['-m', 'jaxfm.main', *arguments],
+                env=self.environment_of(devices, **environment),
                 cwd=self.root,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
             )
+
+    def run(self, *arguments: str, devices: int = 1, **options) -> subprocess.CompletedProcess:
+        """Runs a command line of jaxfm to its end; its output is captured."""
+        target = ['-m', 'jaxfm.main', *arguments]
+        options = {'timeout': PATIENCE, 'cwd': self.root, **options}
+        return self.server.run(target, env=self.environment_of(devices), **options)
+
+    def environment_of(self, devices: int, **more: str) -> dict[str, str]:
+        """The whole environment of a process with so many devices."""
+        return {**os.environ, **self.environment, 'JAX_NUM_CPU_DEVICES': str(devices), **more}
 
 
 @pytest.fixture(scope='session')
-def tiny(tmp_path_factory) -> TinyRuns:
-    return TinyRuns(tmp_path_factory.mktemp('tiny'))
+def fork_server():
+    server = ForkServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory, fork_server) -> TinyRuns:
+    return TinyRuns(tmp_path_factory.mktemp('tiny'), fork_server)
 
 
 @pytest.fixture
@@ -322,7 +346,10 @@ def straight(tiny, tmp_path_factory):
     """The work directory of the run that nobody stops, on one device."""
     workdir = tmp_path_factory.mktemp('straight') / 'run'
     process = tiny.start(workdir, NO_SAMPLES)
-    process.communicate(timeout=120)
+    try:
+        process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 0, (workdir.parent / 'run.stderr').read_text()
     return workdir
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.runs import assert_same_state, finish, measured, stderr_of, wait_until
+from tests.runs import PATIENCE, assert_same_state, finish, measured, stderr_of, wait_until
 
 LORA = ['--config.model.lora.rank=4', "--config.model.lora.targets=['all']"]
 SHORT = ['--config.steps=12', '--config.optimizer.learning_rate=1e-2']
@@ -24,7 +24,7 @@ def params_of(tiny, workdir, step):
 
 def run(tiny, workdir, *more, code=0):
     process = tiny.start(workdir, *SHORT, '--config.sampling.num_samples=0', *more)
-    process.communicate(timeout=300)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == code, stderr_of(workdir)
     return workdir
 

@@ -13,6 +13,7 @@ import pytest
 from jaxfm import main
 from jaxfm.metrics.writers import read_records
 from tests.hf_directories import write_model
+from tests.runs import PATIENCE
 
 pytestmark = pytest.mark.usefixtures('compilation_cache_as_before')
 
@@ -225,7 +226,7 @@ def adapter(tiny, tmp_path_factory):
     more = [f'--config.init_from={model}', '--config.model.lora.rank=4', '--mode=export']
     more += ['--config.export.adapters=peft', f'--output={adapter}']
     process = tiny.start(root / 'unused', *more)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, (root / 'unused.stderr').read_text()
     return model, adapter
 

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxfm.metrics.writers import read_records
+from tests.runs import PATIENCE
 
 COMMON = """
     config.steps = 24
@@ -30,7 +31,7 @@ def run(tiny, name, change, *flags):
     """A run that must end well -> its records."""
     workdir = tiny.root / f'real-{name}'
     process = tiny.start(workdir, *flags, config=tiny.derive(f'real_{name}', COMMON + change))
-    process.communicate(timeout=240)
+    process.communicate(timeout=PATIENCE)
     errors = (tiny.root / f'real-{name}.stderr').read_text()
     assert process.returncode == 0, errors[-2000:]
     return list(read_records(workdir / 'metrics.jsonl'))

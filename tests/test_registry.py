@@ -24,6 +24,7 @@ from jaxfm.optim import OPTIMIZERS
 from jaxfm.run import run as run_module
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import Bytes
+from tests.runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -175,7 +176,7 @@ def run(tiny, config_file) -> Path:
     """The work directory of a run of which every part that can be is one's own."""
     workdir = tiny.root / 'own'
     process = tiny.start(workdir, '--config.sampling.num_samples=0', config=config_file)
-    process.communicate(timeout=300)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, Path(f'{workdir}.stderr').read_text()
     return workdir
 
@@ -232,7 +233,7 @@ def test_a_run_whose_code_has_changed_says_so(run, tiny, config_file):
     try:
         given = ('--mode', 'eval', '--config.sampling.num_samples=0')
         process = tiny.start(run, *given, config=config_file)
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
     finally:
         path.write_text(LAB)
     said = errors.read_text()[before:]

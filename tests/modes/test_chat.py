@@ -8,7 +8,6 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -168,14 +167,8 @@ def chatty(tiny):
 
 def talk_to(tiny, config, workdir, said: bytes, *more):
     """Talks to a model by lines of stdin -> (code, stdout, stderr)."""
-    command = [sys.executable, '-m', 'jaxfm.main', '--config', str(config), '--mode=chat']
-    process = subprocess.run(
-        [*command, '--workdir', str(workdir), *map(str, more)],
-        input=said,
-        env=os.environ | tiny.environment,
-        capture_output=True,
-        timeout=3 * PATIENCE,
-    )
+    arguments = ['--config', config, '--mode=chat', '--workdir', workdir, *more]
+    process = tiny.run(*arguments, input=said, text=False, timeout=3 * PATIENCE)
     assert b'Traceback' not in process.stderr, process.stderr.decode()
     return process.returncode, process.stdout.decode(), process.stderr.decode()
 
@@ -280,9 +273,10 @@ def test_a_real_model_answers_by_its_own_template(tiny, smollm2_gguf, shared_dat
 # At a terminal
 
 OWN_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, runpy, termios
+os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, '-m', 'jaxfm.main', *sys.argv[1:]])
+runpy.run_module('jaxfm.main', run_name='__main__', alter_sys=True)
 """
 
 
@@ -291,13 +285,13 @@ class Terminal:
 
     def __init__(self, tiny, arguments):
         self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', OWN_TERMINAL, *arguments],
-            env=os.environ | tiny.environment,
+        self.process = tiny.server.start(
+            ['-c', OWN_TERMINAL, *arguments],
+            env=tiny.environment_of(devices=1),
             stdin=slave,
             stdout=subprocess.PIPE,
             stderr=slave,
-            start_new_session=True,
+            text=False,
         )
         os.close(slave)
         self._screens = {self._master: b'', self.process.stdout.fileno(): b''}

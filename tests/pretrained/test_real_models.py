@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -20,6 +17,7 @@ from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.engine import Sampler, complete
 from jaxfm.tokenizer.build import build_tokenizer
 from tests.pretrained.loading import Loading
+from tests.runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
@@ -30,11 +28,9 @@ def command_line(tiny, tmp_path_factory):
     """Runs `python -m jaxfm.main` on one device with the config `pretrained` -> stdout."""
 
     def run(path, *argv):
-        command = [sys.executable, '-m', 'jaxfm.main', f'--config={PRETRAINED}:smoke']
-        command += [f'--config.init_from={path}', '--workdir=run', *argv]
-        environment = os.environ | tiny.environment | {'JAX_NUM_CPU_DEVICES': '1'}
         where = tmp_path_factory.mktemp('work')
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=where)
+        flags = [f'--config={PRETRAINED}:smoke', f'--config.init_from={path}', '--workdir=run']
+        done = tiny.run(*flags, *argv, cwd=where, timeout=3 * PATIENCE)
         assert done.returncode == 0, done.stderr[-2000:]
         assert not (where / 'run').exists()
         return done.stdout

@@ -3,12 +3,12 @@
 import json
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from jaxfm.metrics.writers import read_records
+from tests.runs import finish, wait_until
 
 # The second phase freezes a layer and has another learning rate, batch size and row length.
 PHASES = """
@@ -37,11 +37,6 @@ CHAINED = [
     '--config.optimizer.learning_rate=3e-3',
     "--config.optimizer.frozen=['trunk/0/0/attention/*']",
 ]
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == code, output
 
 
 @pytest.fixture(scope='module')
@@ -111,13 +106,9 @@ def test_a_run_resumes_wherever_it_was_killed(tiny, config, whole):
     expected = records(whole), records(whole, 'eval')
     for last in (5, 15):  # inside the first and inside the second phase
         process = tiny.start(workdir, config=config)
-        deadline = time.monotonic() + 120
-        while last not in tiny.committed(workdir) and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda last=last: last in tiny.committed(workdir), process)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f'it ended before step {last} was saved'
+        finish(process, -signal.SIGKILL)
     finish(tiny.start(workdir, config=config))
     assert (records(workdir), records(workdir, 'eval')) == expected
     assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))

@@ -31,6 +31,7 @@ from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import Bytes, build_tokenizer, load_tokenizer
 from tests.hf_directories import write_model
 from tests.pretrained.loading import ROOT, Loading
+from tests.runs import PATIENCE
 
 PRETRAINED = str(ROOT / 'configs' / 'pretrained.py')
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -262,7 +263,7 @@ def exporting(tiny):
     change = '    config.export = dict(every=4)\n    config.steps = 6'
     config, workdir = tiny.derive('exporting', change), tiny.root / 'exporting'
     process = tiny.start(workdir, '--config.sampling.num_samples=0', config=config)
-    process.communicate(timeout=240)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, Path(f'{workdir}.stderr').read_text()[-2000:]
     return config, workdir
 

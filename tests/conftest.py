@@ -51,6 +51,7 @@ def pytest_configure(config):
         jax.config.update('jax_num_cpu_devices', 8)
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     kept.keep_compiled_programs()
+    config.pluginmanager.register(kept.KernelTests())
 
 
 def pytest_collection_modifyitems(config, items):

@@ -54,8 +54,47 @@ def pytest_configure(config):
     config.pluginmanager.register(kept.KernelTests())
 
 
+# The files that take longest, longest first: whoever is done early can still help with the others.
+LONGEST = (
+    'tests/test_faults.py',
+    'tests/test_checkpoint_s3.py',
+    'tests/models/test_families.py',
+    'tests/pallas_kernels/test_attention_backward.py',
+    'tests/pallas_kernels/test_attention_forward.py',
+    'tests/modes/test_chat.py',
+    'tests/test_main.py',
+    'tests/models/test_families_on_meshes.py',
+    'tests/test_meshes.py',
+    'tests/pallas_kernels/test_token_logprobs.py',
+    'tests/pallas_kernels/test_decode_attention.py',
+    'tests/tools/test_gpu_bench.py',
+    'tests/test_collectives.py',
+    'tests/test_real_data.py',
+    'tests/checkpoint/test_faults.py',
+    'tests/run/test_phases.py',
+    'tests/test_lora_runs.py',
+    'tests/models/test_lora.py',
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Several workers (-n 2) take whole files, because the tests of a file share runs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return LoadFileScheduling(config, log)
+
+
+def _rank(item) -> int:
+    file = item.nodeid.partition('::')[0]
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config, items):
     """Slow tests are not collected unless they are asked for."""
+    if hasattr(config, 'workerinput'):
+        items.sort(key=_rank)
     if config.getoption('markexpr').strip() != 'slow':
         slow = [item for item in items if item.get_closest_marker('slow')]
         config.hook.pytest_deselected(items=slow)

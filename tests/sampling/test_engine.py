@@ -9,6 +9,7 @@ import pytest
 from jaxfm import sharding
 from jaxfm.errors import DataError
 from jaxfm.sampling.engine import complete
+from jaxfm.sampling.logits import sample_tokens
 from jaxfm.sampling.request import Request
 
 PROMPTS = [[1, 2, 3], [4], list(range(10, 29)), [7, 7, 7, 7, 7], [30, 2], [59, 0, 59]]
@@ -103,6 +104,19 @@ def test_the_seed_and_the_sample_index_choose_the_sample(sampler):
     results = tokens_of(run(sampler, variants))
     assert len({tuple(tokens) for tokens in results.values()}) == len(variants)
     assert tokens_of(run(sampler, variants)) == results
+
+
+def test_the_noise_of_a_token_is_that_of_its_own_position(sampler, one_device):
+    """At a temperature at which logits do not matter, a sample is the noise of one position after
+    another, the first behind the prompt.
+    """
+    hot = Request('hot', [1, 2, 3], max_tokens=8, temperature=1e9, seed=5, sample_index=2)
+    logits = np.zeros((8, 64), np.float32)  # the vocabulary is padded to a multiple of 16
+    logits[:, 60:] = -np.inf
+    seeds = np.tile(np.array([5, 2], np.uint32), (8, 1))
+    rows = logits, np.full(8, 1e9, np.float32), seeds, np.arange(3, 11, dtype=np.int32)
+    expected, *_ = sample_tokens(*sharding.distribute(rows, one_device))
+    assert tokens_of(run(sampler, [hot]))['hot'] == expected.tolist()
 
 
 def test_a_request_ends_at_its_first_stop_token_which_is_reported(sampler):

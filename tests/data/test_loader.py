@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfm.data import loader
+from jaxfm.data.order import Order
 from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, stream
@@ -92,6 +93,15 @@ def test_the_seed_decides_the_order(batches, names):
     assert_equal(take(batches(names, seed=3), 4), take(batches(names, seed=3), 4))
     first, other = (take(batches(names, seed=seed), 1)[0] for seed in (3, 4))
     assert (first['tokens'] != other['tokens']).any()
+
+
+@pytest.mark.parametrize('name', ['texts', 'another name'])
+def test_a_single_source_is_read_in_the_order_of_the_seed_whatever_its_name(packings, name):
+    """A run that goes on from a checkpoint must find the rows that it had."""
+    packing = packings['texts']
+    order = Order(packing.num_rows, seed=3)
+    expected = packing.rows(np.array([order[n] for n in range(6)]))
+    assert_equal(take(loader.PackedBatches({name: packing}, {name: 1}, 6, seed=3), 1), [expected])
 
 
 @pytest.mark.parametrize('seed', [-1, 2**32, 2**63])

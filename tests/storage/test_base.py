@@ -247,6 +247,21 @@ def test_a_failed_write_keeps_the_old_content(disk, monkeypatch):
     assert disk.read('lease/1.json') == b'old'
 
 
+@pytest.mark.parametrize('exclusive', [False, True])
+def test_a_new_name_is_on_the_disk_when_a_write_returns(disk, monkeypatch, exclusive):
+    """A name outlives a power cut only if its directory is synced after the rename."""
+    path, fsync, synced = disk.directory / '7/commit.json', os.fsync, []
+
+    def note(descriptor):
+        is_directory = os.path.samestat(os.fstat(descriptor), path.parent.stat())
+        synced.append(('directory' if is_directory else 'file', path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', note)
+    disk.write('7/commit.json', b'data', exclusive=exclusive)
+    assert synced == [('file', False), ('directory', True)]
+
+
 def test_removing_the_last_file_removes_its_directory(disk):
     disk.write('7/a/x', b'')
     disk.write('7/y', b'')

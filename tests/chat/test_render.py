@@ -272,6 +272,31 @@ def test_tools_and_their_calls_are_written(chatml):
         assert 'Adds <two> numbers.' in coder.decode(ids)
 
 
+TURNS_OF_CALLS = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- for call in m.tool_calls or [] %}{{ call.function | tojson }}EACH{% endfor %}
+{{- 'LAST' if m.tool_calls else '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    'each, last, more',
+    [
+        ('', '<|call|>', ['<|call|>']),
+        ('', '<|im_end|>', []),
+        # Behind every one of several calls, it ends no turn.
+        ('<|call|>', '', []),
+        ('<|call|>', '<|im_end|>', []),
+    ],
+)
+def test_what_ends_a_turn_of_tool_calls_ends_a_completion_too(tmp_path, each, last, more):
+    path = tmp_path / 'template.jinja'
+    path.write_text(TURNS_OF_CALLS.replace('EACH', each).replace('LAST', last))
+    coder = bytes_with(str(path), *CHATML, '<|call|>')
+    ends = ['<|eos|>', '<|im_end|>', *more]
+    assert Chat(coder).stop_ids == {coder.special_tokens[end] for end in ends}
+
+
 def test_questions_and_answers_have_short_marks_and_no_tools():
     coder = bytes_with('qa')
     short = Chat(coder)

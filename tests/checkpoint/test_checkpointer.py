@@ -27,6 +27,8 @@ from jaxfm.errors import (
     StorageError,
     UnavailableError,
 )
+from jaxfm.storage import open_storage
+from jaxfm.storage.lease import Holder, Record
 
 EXTRA = {'source': {'next_row': 2**60 + 1}, 'seconds': 0.1, 'metrics': [1, None]}
 
@@ -504,6 +506,23 @@ def test_a_commit_whose_reply_is_lost_keeps_its_data(saved, monkeypatch, caplog)
     step, state = restore_newest(saved)
     assert step == 8
     assert_bitwise_equal(state, host_state(8))
+
+
+def test_a_run_that_is_replaced_while_it_writes_commits_nothing(saved, monkeypatch, caplog):
+    """It slept, so to say, and looks at the lease once more before it commits."""
+    write, storage = arrays.write, open_storage(saved.root)
+
+    def write_and_be_replaced(*arguments):
+        write(*arguments)
+        record = Record(2, Holder('elsewhere', 17, '1', 'its boot'), seconds=60)
+        storage.write('lease/00000002.json', record.to_json())
+
+    monkeypatch.setattr(arrays, 'write', write_and_be_replaced)
+    saved.save(8, place(host_state(8), make_mesh(8)), {})
+    saved.wait()
+    assert 'checkpoint 8 was not saved' in caplog.text
+    assert 'was taken over by process 17 on elsewhere' in caplog.text
+    assert list(storage.list('8')) == []
 
 
 def test_an_unrelated_error_is_not_reported_as_damage(saved, monkeypatch):

@@ -90,6 +90,14 @@ def test_a_commit_replaces_one_that_does_not_count(store):
     assert [commit.directory for commit in store.commits().values()] == [directory]
 
 
+def test_a_commit_replaces_one_of_its_own_epoch(store):
+    """A run saves a step again when it has found its first save damaged."""
+    hold(store, 1)
+    save(store, 1, epoch=1)
+    directory = save(store, 1, epoch=1)
+    assert [commit.directory for commit in store.commits().values()] == [directory]
+
+
 def test_a_commit_does_not_replace_one_of_a_later_epoch(store):
     directory = save(store, 1, epoch=2)
     with pytest.raises(LockedError, match='step 1 .* was committed by a run that took over'):

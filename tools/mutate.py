@@ -3,9 +3,10 @@
     nice python -m tools.mutate --seed 0 --count 100 --out mutants.json
     nice python -m tools.mutate --seed 1 --count 20 --rooms data storage
 
-`tools.mutants` says what is planted. Each mutant goes into a copy of the working tree, where the
-tests run that `tools.pick_tests` picks for the module: first the quick ones, nearest first, then,
-if these pass, those that it leaves out. The first failure ends it. The fates:
+`tools.mutants` says what is planted. Each mutant goes into a copy of the working tree. The tests
+that `tools.pick_tests` picks for the module run there, nearest first; if these pass, other tests of
+the same room that reach the module through imports; then the long ones. The first failure ends it.
+The fates:
 
     caught      a test fails; or the module cannot be imported
     hangs       one test ran for more than half of the time limit
@@ -38,7 +39,7 @@ from jaxfm.errors import RunError, UsageError
 from jaxfm.storage.whole import write_file
 from tools.import_graph import ROOMS, Graph
 from tools.mutants import Mutant, draw, list_rooms
-from tools.pick_tests import ROOT, list_files, pick
+from tools.pick_tests import ROOT, leave_out, list_files, order_tests, pick
 
 # Imported once, in the process that every test process is forked from.
 PRELOADED = (
@@ -189,13 +190,10 @@ def _run_pytest(place: str, arguments: list[str], log: str, cache: str) -> None:
 
 
 def find_fate(copy: Copy, graph: Graph, mutant: Mutant, seconds: float) -> Fate:
-    """Plants a mutant and runs the quick tests, then the long ones if it survives those."""
-    picked = pick(graph, [mutant.path])
-    quick = [*(f'--deselect={name}' for name in picked.left_out if '::' in name), *picked.files]
-    stages = [quick if picked.files else [], list(picked.left_out)]
+    """Plants a mutant and runs test after test, in three stages, until one catches it."""
     total = Fate('untested')
     with copy.plant(mutant):
-        for arguments in filter(None, stages):
+        for arguments in filter(None, make_stages(graph, mutant.path)):
             fate = copy.test(arguments, seconds)
             fate.num_tests += total.num_tests
             fate.seconds += total.seconds
@@ -205,18 +203,31 @@ def find_fate(copy: Copy, graph: Graph, mutant: Mutant, seconds: float) -> Fate:
     return total
 
 
+def make_stages(graph: Graph, path: str) -> list[list[str]]:
+    """What pytest runs to catch a mutant of a module: near tests, more of its room, long ones."""
+    picked = pick(graph, [path])
+    room = f'tests/{path.split("/")[path.startswith("jaxfm/")]}/'
+    further = [
+        name
+        for name in order_tests(graph, path)
+        if name.startswith(room) and name not in {*picked.files, *picked.left_out}
+        if not leave_out(graph, name, picked.left_out)
+    ]
+    deselected = [f'--deselect={name}' for name in picked.left_out if '::' in name]
+    stages = [*picked.files], further
+    return [*([*deselected, *files] for files in stages if files), list(picked.left_out)]
+
+
 def find_fates(
     copy: Copy, graph: Graph, mutants: list[Mutant], out: Path, seconds: float
 ) -> Iterator[tuple[Mutant, Fate]]:
     """The fate of each mutant; those that are in the file `out` are not tested again."""
     known = read_known(out)
-    records = []
     for mutant in mutants:
-        fate = known.get(mutant) or find_fate(copy, graph, mutant, seconds)
-        records.append(dataclasses.asdict(mutant) | dataclasses.asdict(fate))
         if mutant not in known:
-            write_records(out, records)
-        yield mutant, fate
+            known[mutant] = find_fate(copy, graph, mutant, seconds)
+            write_fates(out, known)
+        yield mutant, known[mutant]
 
 
 def read_known(out: Path) -> dict[Mutant, Fate]:
@@ -232,7 +243,8 @@ def read_known(out: Path) -> dict[Mutant, Fate]:
     }
 
 
-def write_records(out: Path, records: list[dict]) -> None:
+def write_fates(out: Path, fates: dict[Mutant, Fate]) -> None:
+    records = [dataclasses.asdict(m) | dataclasses.asdict(f) for m, f in fates.items()]
     with write_file(out) as file:
         file.write(json.dumps(records, indent=1).encode())
 
@@ -297,7 +309,7 @@ def main(argv: list[str], root: Path = ROOT) -> int:
         doubtful = find_doubtful(copy, [fate for _, fate in fates])
     for _, fate in fates:
         fate.fate = 'doubtful' if fate.test in doubtful else fate.fate
-    write_records(flags.out, [dataclasses.asdict(m) | dataclasses.asdict(f) for m, f in fates])
+    write_fates(flags.out, read_known(flags.out) | dict(fates))
     print(make_table(fates))
     return int(any(fate.fate not in ('caught', 'hangs') for _, fate in fates))
 

@@ -8,8 +8,9 @@ import pytest
 from tools import mutate
 from tools.import_graph import Graph
 from tools.mutants import draw
-from tools.mutate import Copy, Fate, find_fate, find_fates, read_fate
+from tools.mutate import Copy, Fate, find_fate, find_fates, make_stages, read_fate
 
+LONG = '\ndef test_quick():\n    pass\ndef test_run(tiny):\n    pass'
 FILES = {
     'pyproject.toml': '[tool.pytest.ini_options]\npythonpath = ["."]',
     'jaxfm/__init__.py': '',
@@ -97,6 +98,24 @@ def test_long_tests_run_once_the_quick_ones_have_passed(copy, graph, mutants, sc
     assert find_fate(copy, graph, mutants['constant'], 60).fate == 'survived'
 
 
+def test_tests_of_the_room_come_before_long_ones(tmp_path):
+    files = {
+        'jaxfm/data/order.py': '',
+        'jaxfm/data/loader.py': 'import jaxfm.data.order',
+        'tests/data/test_order.py': LONG,
+        'tests/data/test_loader.py': 'import jaxfm.data.loader' + LONG,
+        'tests/test_loader.py': 'import jaxfm.data.loader',
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    near, room, long = make_stages(Graph(tmp_path, files), 'jaxfm/data/order.py')
+    runs = [f'tests/data/test_{name}.py::test_run' for name in ('order', 'loader')]
+    deselected = [f'--deselect={run}' for run in runs]
+    assert near == [*deselected, 'tests/data/test_order.py']
+    assert room == [*deselected, 'tests/data/test_loader.py'] and long == runs
+
+
 def test_the_working_tree_is_never_touched_and_the_copy_is_put_back(
     copy, root, graph, mutants, scripted
 ):
@@ -132,6 +151,11 @@ def test_an_interruption_loses_nothing_and_the_same_line_goes_on(
     assert [record['fate'] for record in records] == ['caught'] * 3
     assert {record['path'] for record in records} == {'jaxfm/order.py'}
     assert list(find_fates(copy, graph, mutants, out, 60)) == fates and len(runs) == 5
+    # What another draw has found stays there, too.
+    out.write_text(json.dumps(records[1:]))
+    ends += ['caught']
+    assert next(find_fates(copy, graph, mutants[:1], out, 60)) == fates[0]
+    assert len(json.loads(out.read_text())) == 3
 
 
 STARTED = '{"started": "a::b", "time": 100.0}\n{"started": "a::c", "time": 200.0}\n'

@@ -1,0 +1,60 @@
+"""Defaults and bounds of every config group, against tests/goldens/config_defaults.json.
+
+    python -m tests.config.test_defaults
+
+makes the golden anew. A default decides what a run does whose config does not name the value, so a
+change of one is a change of behaviour, and shows as a line in the diff of the golden.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import jaxfm.config.run  # noqa: F401  it imports every room that declares groups
+from jaxfm.schema import Group
+
+GOLDEN = Path(__file__).resolve().parents[2] / 'tests' / 'goldens' / 'config_defaults.json'
+
+
+def find_groups(kind: type[Group] = Group) -> dict[str, type[Group]]:
+    """{module.class: class} of all groups that jaxfm declares; tests declare some of their own."""
+    found = {f'{kind.__module__}.{kind.__name__}': kind}
+    for inner in kind.__subclasses__():
+        found |= find_groups(inner)
+    return {path: found[path] for path in sorted(found) if path.startswith('jaxfm.')}
+
+
+def describe(field) -> str:
+    """What a value may be and is when nobody gives it: 'required; Gt(gt=0)', '0.0; Ge(ge=0)'."""
+    default = repr(field.get_default(call_default_factory=True))
+    return '; '.join(['required' if field.is_required() else default, *map(name, field.metadata)])
+
+
+def name(bound) -> str:
+    """A bound, without the places in memory that some of them show."""
+    if hasattr(bound, 'registry'):
+        return f'one of {", ".join(bound.registry)}'
+    return bound.func.__name__ if hasattr(bound, 'func') else repr(bound)
+
+
+def collect() -> dict[str, dict[str, str]]:
+    """{group: {key: its default and bounds}} of groups that have keys."""
+    return {
+        path: {key: describe(field) for key, field in group.model_fields.items()}
+        for path, group in find_groups().items()
+        if group.model_fields
+    }
+
+
+@pytest.mark.parametrize('path', json.loads(GOLDEN.read_text()) if GOLDEN.exists() else [])
+def test_defaults_and_bounds_are_those_of_the_golden(path):
+    assert collect()[path] == json.loads(GOLDEN.read_text())[path]
+
+
+def test_the_golden_has_every_group():
+    assert collect().keys() == json.loads(GOLDEN.read_text()).keys()
+
+
+if __name__ == '__main__':
+    GOLDEN.write_text(json.dumps(collect(), indent=1, ensure_ascii=False) + '\n')

@@ -112,6 +112,15 @@ def test_real_functions_are_judged_as_ast_judges_them(heldout):
     assert 40 < accepted < 90
 
 
+@pytest.mark.parametrize(
+    'indentation, columns',
+    [('', 0), ('    ', 4), ('\t', 8), ('   \t', 8), ('\t\t', 16), ('\f  ', 2)],
+)
+def test_a_tab_reaches_to_the_next_multiple_of_eight_columns(indentation, columns):
+    """As Python has it: a tab and eight spaces indent alike."""
+    assert prompt(f'{indentation}def f(x):').indentation == columns
+
+
 GOOD = {
     'two statements': '\n    y = x\n    return y\n',
     'cut at the dedent': '\n    y = x\n    return y\n\ndef g(:\n',

@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
+from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig, word_encoder
 from jaxfm.tokenizer.build import PATTERNS, build_tokenizer
 from jaxfm.tokenizer.word_encoder import KNOWN, encode_batch, make_word_encoder
 
@@ -107,3 +107,13 @@ def test_a_tokenizer_with_added_words_has_no_word_encoder():
     assert make_word_encoder(backend.to_str(), backend) is not None
     backend.add_tokens(['ab'])
     assert make_word_encoder(backend.to_str(), backend) is None
+
+
+def test_few_words_are_remembered_and_no_long_ones(monkeypatch):
+    """Over a whole corpus the table would be larger than the corpus."""
+    monkeypatch.setattr(word_encoder, '_REMEMBERED', 3)
+    encoder = build_tokenizer(BPEConfig(vocab_size=300), [TEXT])._words
+    encoder.encode('a' * 65)
+    assert not encoder._ids_of
+    encoder.encode('b' * 64 + ' one two three four')
+    assert list(encoder._ids_of) == ['b' * 64, ' one', ' two']

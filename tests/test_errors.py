@@ -1,8 +1,32 @@
-"""Words for messages."""
+"""Exit codes, and words for messages."""
+
+import os
 
 import pytest
 
+from jaxfm import errors
 from jaxfm.errors import human_bytes
+
+
+@pytest.mark.parametrize(
+    'kind, code',
+    [
+        (errors.UsageError, os.EX_USAGE),
+        (errors.DataError, os.EX_DATAERR),
+        (errors.DamagedError, os.EX_DATAERR),
+        (errors.MissingInputError, os.EX_NOINPUT),
+        (errors.UnavailableError, os.EX_UNAVAILABLE),
+        (errors.NumericsError, os.EX_SOFTWARE),
+        (errors.LockedError, os.EX_CANTCREAT),
+        (errors.StorageError, os.EX_IOERR),
+        (errors.Preempted, os.EX_TEMPFAIL),
+        (errors.PermissionDeniedError, os.EX_NOPERM),
+        (errors.ConfigError, os.EX_CONFIG),
+    ],
+)
+def test_exit_codes_are_those_of_sysexits(kind, code):
+    """Schedulers and scripts decide by them whether to start a run again."""
+    assert kind.exit_code == code
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import pytest
 
-from jaxfm.chat.messages import CallForm, prepare_messages, wrap_tool
+from jaxfm.chat.messages import CallForm, make_view, prepare_messages, wrap_tool
+from jaxfm.chat.template import TEMPLATES
 from jaxfm.errors import DataError
 
 CALLS = [{'function': {'name': name, 'arguments': '{"a": "ü"}'}} for name in ('add', 'sum')]
@@ -39,6 +40,16 @@ def test_the_given_messages_are_not_modified():
     before = repr(CHAT)
     prepare_messages(CHAT, CallForm(True, None))
     assert repr(CHAT) == before
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [(None, 'no content'), (7, 'content of type int'), ([], 'content of type list')],
+)
+def test_a_message_without_a_text_is_named_with_what_it_has(content, words):
+    message = {'role': 'user', 'content': content}
+    with pytest.raises(DataError, match=rf'^message 1 \(user\) has {words}; a text is expected$'):
+        make_view([message], (), TEMPLATES['plain'], None, None)
 
 
 @pytest.mark.parametrize('tool', ['add', {}, {'function': 'add'}, {'name': 1}])

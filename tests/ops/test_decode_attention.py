@@ -13,6 +13,7 @@ from jaxfm import sharding
 from jaxfm.ops import attention as plain
 from jaxfm.ops.decode_attention import decode_attention
 from pallas_kernels._compat import interpreted_races
+from pallas_kernels.decode_attention.tiles import ROWS
 from tools import deviceless
 
 K, H, L, M = 2, 64, 32, 2
@@ -136,13 +137,29 @@ def test_the_kernel_needs_no_collective_on_four_gpus(gpu_compiler):
     assert not collectives(program)
 
 
+HOPPER = jax.sharding.AbstractMesh(
+    (),
+    (),
+    abstract_device=jax.sharding.AbstractDevice(
+        device_kind='NVIDIA H200', num_cores=132, platform='gpu'
+    ),
+)
+
+
 @pytest.mark.parametrize('name', ['mosaic', 'interpret'])
 def test_a_kernel_that_cannot_take_the_arrays_is_an_error(name):
-    device = jax.sharding.AbstractDevice(device_kind='NVIDIA H200', num_cores=132, platform='gpu')
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     words = "all bfloat16 or all float16, not float32; use 'xla'"
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match=words):
+    with jax.sharding.use_abstract_mesh(HOPPER), pytest.raises(ValueError, match=words):
         attend(*inputs(), scale=1.0, implementation=name)
+
+
+def test_the_kernel_refuses_more_query_heads_a_key_head_than_it_has_rows():
+    pages = jnp.zeros((2, 8, 1, 64), jnp.bfloat16)
+    q = jnp.zeros((1, 2 * ROWS, 64), jnp.bfloat16)
+    arrays = q, pages, pages, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
+    words = f'{2 * ROWS} query heads of one kv head'
+    with jax.sharding.use_abstract_mesh(HOPPER), pytest.raises(ValueError, match=words):
+        decode_attention(*arrays, scale=1.0, implementation='mosaic')
 
 
 def test_a_kernel_that_the_device_cannot_run_is_an_error():

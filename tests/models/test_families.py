@@ -251,6 +251,22 @@ def test_smollm3_has_windows_in_the_layers_without_rope(changes, with_window):
     assert windows == [16 if layer in with_window else 0 for layer in range(8)]
 
 
+@pytest.mark.parametrize(
+    'changes, with_window',
+    [
+        ({}, [0, 1, 2, 3, 4, 6]),  # released configs of Gemma 3 do not all say the period
+        (dict(sliding_window_pattern=3), [0, 1, 3, 4, 6]),
+    ],
+    ids=str,
+)
+def test_every_sixth_layer_of_gemma3_sees_everything(changes, with_window):
+    hf = json.loads((goldens.Golden('gemma3').path / 'config_v4.json').read_text())
+    hf = {key: value for key, value in hf.items() if 'pattern' not in key and key != 'layer_types'}
+    model = TransformerConfig.model_validate(read_config(hf | dict(num_hidden_layers=7) | changes))
+    windows = [bool(block.window) for block in blocks_of(model)]
+    assert windows == [layer in with_window for layer in range(7)]
+
+
 def test_every_family_has_a_golden():
     types = {
         json.loads((goldens.Golden(n).path / 'config.json').read_text())['model_type']

@@ -38,6 +38,7 @@ from tests.runs import PATIENCE
 from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
 
 
 def _wants_gpu(config) -> bool:
@@ -47,6 +48,8 @@ def _wants_gpu(config) -> bool:
 def pytest_configure(config):
     if not _wants_gpu(config):
         os.environ['JAX_PLATFORMS'] = 'cpu'  # for the processes that tests start
+        # Small programs compile in one piece: parts for 32 threads cost a tenth more CPU time.
+        os.environ.setdefault('XLA_FLAGS', '--xla_cpu_parallel_codegen_split_count=1')
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', 8)
     jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -172,7 +175,19 @@ def smollm2_gguf(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def interpreter():
+def quick_programs(request):
+    """Programs that compile quickly, except where the machine code for a GPU is judged.
+
+    Interpreted kernels are large CPU programs that run once.
+    """
+    before = jax.config.read(OPTIMIZATIONS_OFF)
+    jax.config.update(OPTIMIZATIONS_OFF, 'gpu_compiler' not in request.fixturenames)
+    yield
+    jax.config.update(OPTIMIZATIONS_OFF, before)
+
+
+@pytest.fixture
+def interpreter(quick_programs):
     """A clean interpreter of kernels; a test in which it has seen a race fails."""
     from pallas_kernels._compat import interpreted_races  # a second, for those alone who need it
 
@@ -289,6 +304,7 @@ class TinyRuns:
         self.config = root / 'tiny.py'
         self.environment = {
             'XDG_CACHE_HOME': str(root / 'cache'),
+            'MPLCONFIGDIR': str(kept.directory() / 'matplotlib'),  # the list of fonts takes seconds
             'PYTHONPATH': str(ROOT),
             'GLIBC_TUNABLES': '',  # set to anything, the process does not start over for it
         }
@@ -408,7 +424,7 @@ def compilation_cache_as_before():
 @pytest.fixture(scope='module')
 def quick_compilation():
     """LLVM's expensive passes take most of the time of small programs and change no layout."""
-    before = jax.config.read('jax_disable_most_optimizations')
-    jax.config.update('jax_disable_most_optimizations', True)
+    before = jax.config.read(OPTIMIZATIONS_OFF)
+    jax.config.update(OPTIMIZATIONS_OFF, True)
     yield
-    jax.config.update('jax_disable_most_optimizations', before)
+    jax.config.update(OPTIMIZATIONS_OFF, before)

@@ -77,4 +77,4 @@ def short_kind(device_kind: str) -> str:
 
 @functools.cache
 def _read(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
+    return json.loads(path.read_text('utf-8')) if path.exists() else []

@@ -118,15 +118,15 @@ def compile_kernels(function, *arrays) -> list[KernelCode]:
 
 
 def _read_code(path: Path) -> KernelCode:
-    assembler = path.read_text()
+    assembler = path.read_text('utf-8')
     spills = re.search(r'(\d+) bytes spill stores, (\d+) bytes spill loads', assembler)
-    resources = path.with_suffix('.resources.txt').read_text()
+    resources = path.with_suffix('.resources.txt').read_text('utf-8')
     return KernelCode(
         registers=int(re.search(r'Used (\d+) registers', assembler)[1]),
         spilled_bytes=int(spills[1]) + int(spills[2]),
         smem_bytes=int(re.search(r'smem_scratch_bytes=(\d+)', resources)[1]),
         is_serialized='wgmma.mma_async instructions are serialized' in assembler,
-        sass=path.with_suffix('.sass_ctrl').read_text(),
+        sass=path.with_suffix('.sass_ctrl').read_text('utf-8'),
     )
 
 

@@ -108,13 +108,13 @@ def measure_on_gpu(problem: Problem, tiles, expected):
 def write(path: Path, key: dict, tiles, took: float) -> None:
     """Writes the entry for a key on this device into the table, replacing an older one."""
     about = {'device': short_kind(jax.devices()[0].device_kind), **key}
-    entries = json.loads(path.read_text()) if path.exists() else []
+    entries = json.loads(path.read_text('utf-8')) if path.exists() else []
     entries = [e for e in entries if {name: e.get(name) for name in about} != about]
     date = datetime.date.today().isoformat()
     measured = {'date': date, 'microseconds': round(took, 1)}
     entries.append({**about, 'tiles': dataclasses.asdict(tiles), 'measured': measured})
     entries.sort(key=lambda entry: json.dumps({**entry, 'measured': None}))
-    path.write_text('[\n' + ',\n'.join(json.dumps(entry) for entry in entries) + '\n]\n')
+    path.write_text('[\n' + ',\n'.join(json.dumps(entry) for entry in entries) + '\n]\n', 'utf-8')
 
 
 def compile_all(found: list[Problem]) -> bool:

@@ -181,6 +181,6 @@ def process_start() -> float:
     """When this process was started, on the monotonic clock; `exec` does not make it younger."""
     if not sys.platform.startswith('linux'):
         return _IMPORTED
-    fields = Path('/proc/self/stat').read_text().rpartition(')')[2].split()
+    fields = Path('/proc/self/stat').read_text('utf-8').rpartition(')')[2].split()
     since_boot = int(fields[19]) / os.sysconf('SC_CLK_TCK')  # `starttime` of proc_pid_stat(5)
     return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)

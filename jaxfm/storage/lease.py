@@ -233,7 +233,7 @@ def _read(storage: Storage, epoch: int) -> Record:
 def _start_of(pid: int) -> str | None:
     """When a process of this host started, in ticks since boot; None when there is none."""
     try:
-        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        fields = Path(f'/proc/{pid}/stat').read_text('utf-8').rpartition(')')[2].split()
     except OSError:
         return None
     return None if fields[0] in 'ZX' else fields[19]  # a zombie has ended
@@ -241,7 +241,7 @@ def _start_of(pid: int) -> str | None:
 
 def _pid_space() -> str:
     try:
-        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()
         return f'{boot} {os.readlink("/proc/self/ns/pid")}'
     except OSError:
         return ''

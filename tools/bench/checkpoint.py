@@ -64,7 +64,7 @@ def main() -> None:
         record = measure(places, flags.repeats, flags.megabytes)
     flags.out.mkdir(parents=True, exist_ok=True)
     path = flags.out / f'checkpoint-{record["date"]}.json'
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    path.write_text(json.dumps(record, indent=1) + '\n', 'utf-8')
     show(record)
     print(path)
 

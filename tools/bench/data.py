@@ -62,7 +62,7 @@ def main() -> None:
         record = measure(Path(directory), arguments.repeats, arguments.megabytes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f'data-{record["date"]}.json'
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    path.write_text(json.dumps(record, indent=1) + '\n', 'utf-8')
     print(f'\n{path}\n')
     for result in record['results']:
         rates = result['tokens_per_second']

@@ -21,7 +21,7 @@ def about(packages: tuple[str, ...]) -> dict[str, Any]:
 
 def _cpu() -> str:
     try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text('utf-8').splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(': ')[2] for line in lines if line.startswith('model name')), '')

@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.out) as directory:
         record = measure(Path(directory), arguments.layers, arguments.repeats, arguments.model)
     path = arguments.out / f'pretrained-{record["date"]}.json'
-    path.write_text(json.dumps(record, indent=1) + '\n')
+    path.write_text(json.dumps(record, indent=1) + '\n', 'utf-8')
     show(record)
     print(path)
 
@@ -152,7 +152,7 @@ def _write_random(config, directory: Path) -> int:
 
     tensors = (tensor(shape) for shape in layout.shapes.values())
     write_safetensors(directory / 'model.safetensors', layout.shapes, bfloat16, tensors)
-    (directory / 'config.json').write_text(json.dumps(write_config(config)))
+    (directory / 'config.json').write_text(json.dumps(write_config(config)), 'utf-8')
     return (directory / 'model.safetensors').stat().st_size
 
 
@@ -188,7 +188,7 @@ def _export(config, params, target: Path) -> None:
 
 
 def _save_nothing(directory: Path) -> None:
-    (directory / 'tokenizer_config.json').write_text('{}')
+    (directory / 'tokenizer_config.json').write_text('{}', 'utf-8')
 
 
 def _load_once(path: Path) -> dict[str, float]:
@@ -205,8 +205,8 @@ def _load_once(path: Path) -> dict[str, float]:
 
 
 def _process_start() -> float:
-    fields = Path('/proc/self/stat').read_text().rpartition(')')[2].split()
-    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since boot, like the monotonic clock
+    fields = Path('/proc/self/stat').read_text('utf-8').rpartition(')')[2].split()
+    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since the boot, as the monotonic clock
 
 
 if __name__ == '__main__':

@@ -70,7 +70,7 @@ def make(directory: Path, base: Path, options: dict) -> None:
     config = directory / 'adapter_config.json'
     written = read_json(config)  # PEFT writes a set, in arbitrary order
     written['target_modules'].sort()
-    config.write_text(json.dumps(written, indent=2) + '\n')
+    config.write_text(json.dumps(written, indent=2) + '\n', 'utf-8')
 
     batch = load_file(base / 'golden.safetensors')
     keys = ('inputs', 'targets', 'attention_mask', 'loss_mask')
@@ -89,7 +89,7 @@ def make(directory: Path, base: Path, options: dict) -> None:
         'base': base.name,
         'max_difference_of_merging': float(f'{np.abs(arrays["logits"] - merged).max():.2g}'),
     }
-    (directory / 'golden.json').write_text(lines(about))
+    (directory / 'golden.json').write_text(lines(about), 'utf-8')
     print(directory.name, about)
 
 

@@ -58,21 +58,22 @@ def make(name: str, family: Family, output: Path, seed: int) -> bool:
     model = random_model(family, seed)
     save(model, directory, family.generation)
     (directory / 'config_v4.json').write_text(
-        json.dumps(old_layout(read_json(directory / 'config.json'), family), indent=2) + '\n'
+        json.dumps(old_layout(read_json(directory / 'config.json'), family), indent=2) + '\n',
+        'utf-8',
     )
     arrays = batches(np.random.default_rng(seed))
     report = write_golden(directory, model, arrays, seed, train=True)
     if max(report['max_difference_of_rounding'].values()) > MOST_ROUNDING:
         return False
     check_old_layout(directory, arrays)
-    (directory / 'golden.json').write_text(lines(report))
+    (directory / 'golden.json').write_text(lines(report), 'utf-8')
     if name == SHARDED:
         save(model_from(directory), output / f'{name}_sharded', max_shard_size='20KB')
     if name == BFLOAT16:
         other = output / f'{name}_bfloat16'
         save(model_from(directory).to(torch.bfloat16), other)
         half = write_golden(other, model_from(other), arrays, seed, train=False)
-        (other / 'golden.json').write_text(lines(half))
+        (other / 'golden.json').write_text(lines(half), 'utf-8')
     print(name, json.dumps({k: v for k, v in report.items() if k not in ('greedy', 'versions')}))
     return True
 
@@ -283,7 +284,7 @@ def lines(values: dict) -> str:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))
 
 
 if __name__ == '__main__':

@@ -41,7 +41,7 @@ def main() -> None:
     for part in flags.only:
         report = read_json(about) if about.exists() else {}
         report[part] = PARTS[part](flags, report)
-        about.write_text(lines(report))
+        about.write_text(lines(report), 'utf-8')
         print(part, report[part], flush=True)
 
 

@@ -113,7 +113,7 @@ def make_corpus(config, tokenizer: Tokenizer, directory: Path, rebuild: bool = F
         _remove(partial)
     if not directory.exists():
         partial.mkdir(parents=True, exist_ok=True)
-        (partial / 'recipe.json').write_text(json.dumps(recipe))
+        (partial / 'recipe.json').write_text(json.dumps(recipe), 'utf-8')
         _make_cache(directory, recipe, config, tokenizer)
     return Corpus(directory, tokenizer)
 
@@ -193,8 +193,8 @@ def _check_sides(statistics: dict) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Waits for another process that builds the same cache; if locks do not work, both build it."""
-    with open(path, 'w') as file:
+    """Waits for another process that builds the same; where files cannot be locked both build."""
+    with open(path, 'w', encoding='utf-8') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -207,7 +207,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _partial_recipe(partial: Path) -> dict | None:
     try:
-        return json.loads((partial / 'recipe.json').read_text())
+        return json.loads((partial / 'recipe.json').read_text('utf-8'))
     except (OSError, ValueError):
         return None
 
@@ -235,7 +235,7 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
         'statistics': statistics,
         'files': entries,
     }
-    with open(directory / INDEX, 'w') as file:
+    with open(directory / INDEX, 'w', encoding='utf-8') as file:
         json.dump(index, file, indent=1)
         whole.sync(file)
 
@@ -275,7 +275,7 @@ def _read_index(directory: Path) -> dict:
     _check_is_cache(directory)
     remedy = _remedy(directory)
     try:
-        index = json.loads((directory / INDEX).read_text())
+        index = json.loads((directory / INDEX).read_text('utf-8'))
         sizes = {directory / name: entry['bytes'] for name, entry in index['files'].items()}
         missing = {'recipe', 'fingerprint', 'is_chat', 'vocab_size', 'statistics'} - index.keys()
         if missing or not sizes:

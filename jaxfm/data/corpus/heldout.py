@@ -29,7 +29,7 @@ class Heldout:
 
     def __init__(self, directory: Path, vocab_size: int, fingerprint: str):
         self.directory, self.fingerprint = directory, fingerprint
-        self.statistics = json.loads((directory / 'statistics.json').read_text())
+        self.statistics = json.loads((directory / 'statistics.json').read_text('utf-8'))
         self.is_chat = (directory / 'heldout.mask').exists()
         self.heldout = TokenCache(directory, 'heldout', vocab_size, fingerprint, self.is_chat)
 
@@ -63,7 +63,7 @@ def _build(config, tokenizer: Tokenizer, directory: Path) -> None:
         heldout = {name: v for name, v in statistics.items() if name.startswith('heldout_')}
         if not heldout['heldout_documents']:
             raise DataError('config.data: no document is held out; raise heldout_fraction')
-        (partial / 'statistics.json').write_text(json.dumps(heldout))
+        (partial / 'statistics.json').write_text(json.dumps(heldout), 'utf-8')
 
 
 def _write(config, tokenizer: Tokenizer, part: Path) -> None:

@@ -32,7 +32,7 @@ class Ledger:
         self.num_documents = 0
         for i, part in enumerate(parts):
             if part.exists():
-                self._results[i] = json.loads((part / 'part.json').read_text())
+                self._results[i] = json.loads((part / 'part.json').read_text('utf-8'))
         self._advance()
 
     @property

@@ -34,7 +34,7 @@ def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progres
     """Writes the part of one shard and returns its summary."""
     with whole.write_directory(part) as temporary:
         summary = _write_part(config, shard, tokenizer, temporary, progress)
-        with open(temporary / 'part.json', 'w') as file:
+        with open(temporary / 'part.json', 'w', encoding='utf-8') as file:
             json.dump(summary, file)
             whole.sync(file)
     return summary

@@ -145,14 +145,14 @@ def _write_config(directory: Path, smoke: bool, implementations: dict) -> Path:
     for index in range(40):
         draw = random.Random(index)
         words = ' '.join(f'{draw.randrange(300):x}' for _ in range(1000))
-        (directory / 'text' / f'{index}.txt').write_text(words)
+        (directory / 'text' / f'{index}.txt').write_text(words, 'utf-8')
     sizes = dict(EMBED=32, HEAD=8, LENGTH=32) if smoke else dict(EMBED=256, HEAD=64, LENGTH=512)
     values = sizes | {'TEXT': str(directory / 'text' / '*.txt'), 'IMPLEMENTATIONS': implementations}
     text = CONFIG
     for name, value in values.items():
         text = text.replace(name, repr(value))
     path = directory / 'tiny.py'
-    path.write_text(text)
+    path.write_text(text, 'utf-8')
     return path
 
 
@@ -167,7 +167,8 @@ def _main(config: Path, workdir: Path, smoke: bool) -> str:
         env=os.environ | environment,
         cwd=config.parent,
         capture_output=True,
-        text=True,
+        encoding='utf-8',
+        errors='replace',
         timeout=RUN_SECONDS,
     )
     if done.returncode:

@@ -76,7 +76,7 @@ def test_files(op: str = '') -> list[str]:
     found = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / 'tests').glob('*/**/test_*.py'))
-        if '@pytest.mark.gpu' in path.read_text()
+        if '@pytest.mark.gpu' in path.read_text('utf-8')
     ]
     if op:
         return [file for file in found if _op(file) == op]
@@ -169,7 +169,7 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
     judged = {*list_proven(record), *(op for op in OPS if _has_failed(record, op))}
     entries = [
         entry
-        for entry in json.loads(path.read_text())
+        for entry in json.loads(path.read_text('utf-8'))
         if entry['device'] != kind or entry['op'] not in judged
     ]
     about = {'device': kind, 'date': values['date'], 'versions': values['versions']}
@@ -183,7 +183,7 @@ def record_proven(record: Record, path: Path = PROVEN) -> list[dict]:
         for op in list_proven(record)
     ]
     entries.sort(key=lambda entry: (entry['device'], entry['op']))
-    path.write_text(json.dumps(entries, indent=1) + '\n')
+    path.write_text(json.dumps(entries, indent=1) + '\n', 'utf-8')
     return entries
 
 

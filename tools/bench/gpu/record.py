@@ -28,7 +28,7 @@ class Record:
     def __init__(self, directory: Path, part: str, smoke: bool, resume: bool = False):
         date = datetime.date.today().isoformat()
         self.path = directory / f'gpu-{part}{"-smoke" if smoke else ""}-{date}.json'
-        earlier = json.loads(self.path.read_text()) if resume and self.path.exists() else {}
+        earlier = json.loads(self.path.read_text('utf-8')) if resume and self.path.exists() else {}
         self.values: dict[str, Any] = earlier | {
             'part': part,
             'date': date,

@@ -137,7 +137,7 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
     with tempfile.TemporaryDirectory() as directory:
         path, errors = Path(directory) / 'rows', Path(directory) / 'stderr'
         path.touch()
-        with errors.open('w') as file:
+        with errors.open('w', encoding='utf-8') as file:
             process = subprocess.Popen(
                 [*map(str, command), '--rows', str(path)],
                 cwd=ROOT,
@@ -161,8 +161,9 @@ def _watch(command, end: float, patience: float, environment, say) -> tuple[list
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        lines = [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == '\n']
-        said = errors.read_text(errors='replace').strip()
+        written = path.read_text('utf-8').splitlines(True)
+        lines = [json.loads(line) for line in written if line[-1] == '\n']
+        said = errors.read_text('utf-8', 'replace').strip()
     if process.returncode and not reason:
         last = said.splitlines()[-1] if said else 'no output'
         reason = f'the process ended with {process.returncode}: {last[:300]}'
@@ -221,14 +222,14 @@ def _device() -> dict:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         query = '--query-gpu=name,driver_version,memory.total,clocks.sm,power.limit'
         command = ['nvidia-smi', query, '--format=csv,noheader']
-        said = subprocess.run(command, capture_output=True, check=True, text=True)
+        said = subprocess.run(command, capture_output=True, check=True, encoding='utf-8')
         about['nvidia_smi'] = said.stdout.strip()
     return about
 
 
 def main() -> None:
     arguments = parse()
-    with arguments.rows.open('a') as file:
+    with arguments.rows.open('a', encoding='utf-8') as file:
         for row in _rows(arguments.stage, arguments.options, arguments.first):
             file.write(json.dumps(row) + '\n')
             file.flush()

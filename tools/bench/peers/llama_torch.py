@@ -399,7 +399,7 @@ def main() -> None:
         for name, setting in arguments.settings.items()
         if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)
     }
-    with arguments.rows.open('a') as file:
+    with arguments.rows.open('a', encoding='utf-8') as file:
 
         def write(line: dict) -> None:
             file.write(json.dumps(line) + '\n')

@@ -5,7 +5,6 @@ It uses the monotonic clock, so setting the system clock during a run has no eff
 
 import contextlib
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from jaxfm.metrics import goodput
 # change must.
 _SMOOTHING = 0.7
 _IMPORTED = time.monotonic()
+_STAT = Path('/proc/self/stat')
 
 
 class StepClock:
@@ -178,9 +178,13 @@ class StepClock:
 
 
 def process_start() -> float:
-    """When this process was started, on the monotonic clock; `exec` does not make it younger."""
-    if not sys.platform.startswith('linux'):
+    """When this process was started, in seconds of the monotonic clock; `exec` keeps it.
+
+    Without /proc (macOS): when this module was imported.
+    """
+    try:
+        fields = _STAT.read_bytes().rpartition(b')')[2].split()
+    except OSError:
         return _IMPORTED
-    fields = Path('/proc/self/stat').read_text('utf-8').rpartition(')')[2].split()
     since_boot = int(fields[19]) / os.sysconf('SC_CLK_TCK')  # `starttime` of proc_pid_stat(5)
     return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)

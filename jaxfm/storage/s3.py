@@ -4,9 +4,11 @@ Credentials, region and endpoint come from the usual AWS variables and files. No
 a silent connection is dropped after STALL_SECONDS, and a request is sent at most TRIES times.
 """
 
+import atexit
 import contextlib
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -46,7 +48,7 @@ class S3Storage:
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', str(STALL_SECONDS))
         os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1')
         self._client = self._make_client()
-        self._passed_on: int | None = None  # a file in memory, for TensorStore
+        self._passed_on: tuple[int, str] | None = None  # a private file, for TensorStore
 
     def prepare(self) -> None:
         name = f'probe-{uuid.uuid4().hex[:8]}'
@@ -180,11 +182,11 @@ class S3Storage:
         lines += [f'aws_secret_access_key = {keys.secret_key}']
         lines += [f'aws_session_token = {keys.token}'] if keys.token else []
         if self._passed_on is None:
-            self._passed_on = os.memfd_create('credentials')
+            self._passed_on = _open_private_file()
+        descriptor, path = self._passed_on
         content = '\n'.join([*lines, '']).encode()
-        os.pwrite(self._passed_on, content, 0)
-        os.ftruncate(self._passed_on, len(content))
-        path = f'/proc/{os.getpid()}/fd/{self._passed_on}'
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
         return {
             'type': 'profile',
             'profile': 'default',
@@ -270,6 +272,24 @@ class S3Storage:
     def _place(self) -> str:
         endpoint = self._client.meta.endpoint_url
         return f'bucket {self._bucket} at {endpoint}'
+
+
+def _open_private_file() -> tuple[int, str]:
+    """A file that only this user can read, as descriptor and path; it is gone with this process.
+
+    It is in memory on Linux, elsewhere in the directory for temporary files.
+    """
+    if hasattr(os, 'memfd_create') and os.path.isdir('/proc/self/fd'):
+        descriptor = os.memfd_create('credentials')
+        return descriptor, f'/proc/{os.getpid()}/fd/{descriptor}'
+    descriptor, path = tempfile.mkstemp(prefix='jaxfm-credentials-')
+    atexit.register(_remove_private_file, path)
+    return descriptor, path
+
+
+def _remove_private_file(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
 
 
 def _line(error: Exception) -> str:

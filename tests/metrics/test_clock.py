@@ -5,10 +5,11 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from jaxfm.metrics import goodput
+from jaxfm.metrics import clock, goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.devices import peak_flops
 
@@ -276,6 +277,12 @@ def test_the_start_of_a_process_is_before_its_imports_and_before_an_exec():
     age = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     tick = 0.02  # the kernel reports start times in hundredths of a second
     assert 0.5 <= age <= time.monotonic() - started + tick
+
+
+def test_without_proc_a_process_starts_with_its_imports(monkeypatch):
+    monkeypatch.setattr(clock, '_STAT', Path('/no/proc/self/stat'))
+    monkeypatch.delattr(time, 'CLOCK_BOOTTIME')  # macOS
+    assert clock.process_start() == clock._IMPORTED
 
 
 # Peaks

@@ -20,7 +20,7 @@ from jaxfm.errors import (
     StorageError,
     UnavailableError,
 )
-from jaxfm.storage import open_storage
+from jaxfm.storage import open_storage, s3
 from jaxfm.storage.posix import PosixStorage
 from tests.fault_proxy import Fault, LoseReply, Status, is_write
 
@@ -453,3 +453,16 @@ def test_a_missing_server_is_unavailable(s3_environment, monkeypatch):
     for use in (storage.list, lambda: storage.read('x'), storage.prepare):
         with pytest.raises(UnavailableError, match='at http://127.0.0.1:9 cannot be reached'):
             use()
+
+
+def test_credentials_are_private_where_the_system_has_no_files_in_memory(monkeypatch):
+    monkeypatch.delattr(os, 'memfd_create')  # macOS
+    descriptor, path = s3._open_private_file()
+    try:
+        assert os.stat(path).st_mode & 0o077 == 0
+        os.pwrite(descriptor, b'secret', 0)
+        assert Path(path).read_bytes() == b'secret'
+    finally:
+        s3._remove_private_file(path)
+        os.close(descriptor)
+    assert not os.path.exists(path)

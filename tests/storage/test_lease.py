@@ -18,7 +18,7 @@ from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError, StorageError, UnavailableError
-from jaxfm.storage import open_storage
+from jaxfm.storage import holder, open_storage
 from jaxfm.storage.lease import Holder, Lease, Record, read_lease
 
 LONG = 60  # seconds that no test waits for
@@ -203,6 +203,57 @@ def test_of_another_host_nobody_knows_whether_the_process_is_gone(disk, take, fi
     take(disk, SHORT, Holder(**vars(Holder.here()) | {'pid': 2**22 + 1, field: 'another'}))
     with pytest.raises(LockedError, match='is written by process 4194305'):
         take(disk, SHORT)
+
+
+@pytest.fixture
+def no_proc(monkeypatch, tmp_path):
+    """This process sees no /proc, as on macOS."""
+    monkeypatch.setattr(holder, '_PROC', tmp_path / 'no' / 'proc')
+
+
+def test_without_proc_a_live_holder_is_never_judged_dead(disk, take, no_proc, caplog):
+    mine = Holder.here()
+    assert mine == Holder.here() and not mine.is_gone()
+    # A process of a container has the same host name and pid as one of another container.
+    other = Holder(mine.host, mine.pid, 'of its own', '')
+    take(disk, SHORT, other)
+    with pytest.raises(LockedError, match='is written by process'):
+        take(disk, SHORT)
+    assert 'to see whether it is alive' in caplog.text
+
+
+def test_without_proc_a_dead_holder_is_replaced_when_its_lease_has_run_out(disk, take, no_proc):
+    dead = Holder(Holder.here().host, 2**22 + 1, 'of its own', '')
+    fall_asleep(take(disk, SHORT, dead))
+    started = time.monotonic()
+    assert take(disk, SHORT).epoch == 2
+    assert time.monotonic() - started >= SHORT
+
+
+def test_who_has_proc_does_not_judge_a_holder_that_has_none(monkeypatch, no_proc):
+    without = Holder.here()
+    monkeypatch.undo()
+    assert not without.is_gone()
+
+
+@pytest.mark.parametrize(
+    'answer, is_gone',
+    [(None, False), (PermissionError, False), (ProcessLookupError, True)],
+    ids=['of this user', "another user's, hidden", 'ended'],
+)
+def test_a_process_that_cannot_be_read_is_not_a_dead_one(monkeypatch, answer, is_gone):
+    """/proc may hide the processes of others, and this process may be out of descriptors."""
+
+    def kill(pid, number):
+        assert (pid, number) == (17, 0)
+        if answer is not None:
+            raise answer
+
+    here = Holder.here()
+    monkeypatch.setattr(holder, '_start_of', lambda pid: None)
+    monkeypatch.setattr(os, 'kill', kill)
+    assert here.space, 'this host has a /proc'
+    assert Holder(here.host, 17, '1', here.space).is_gone() == is_gone
 
 
 def test_a_released_lease_is_free_at_once_and_its_commits_count(storage, take, caplog):

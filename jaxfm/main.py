@@ -1,14 +1,22 @@
-"""`python -m jaxfm.main --config configs/<run>.py`: flags, all built from the config, one mode run.
+"""`python -m jaxfm.main --config configs/<run>.py`: reads the command line and runs one mode.
 
-Errors that a person must read are `RunError`s: each is printed as one message and becomes an exit
-code. Generated text alone goes to stdout, all else to stderr and the log.
+A `RunError` is a mistake that the user can mend: it is printed as one message and becomes an exit
+code. stdout carries only generated text; everything else goes to stderr and log.txt.
 """
+
+import os
+import sys
+
+from jaxfm import process
+
+if __name__ == '__main__':  # before the imports below, which Ctrl-C may interrupt
+    process.begin()
+    if not {'-h', '--help'} & set(sys.argv):
+        process.use_huge_pages()
 
 import argparse
 import errno
-import glob
-import os
-import sys
+import functools
 import traceback
 from pathlib import Path
 
@@ -28,55 +36,92 @@ from jaxfm.errors import (
 from jaxfm.modes.output import check_absent
 from jaxfm.storage import open_storage
 
-# glibc gives back and maps anew the large temporaries of every step unless told not to, and uses
-# small pages; on CPU that costs 14 % of the speed. It reads this when a process starts.
-HUGE_PAGES = (
-    'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296'
-    ':glibc.malloc.trim_threshold=8589934592'
-)
-
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config).
 
     Raises:
-      UsageError: a flag that does not exist or lacks its value.
+      UsageError: an unknown flag, a flag without its value, or no --config.
     """
+    argument, overrides, rest = split_arguments(argv)
+    flags = _make_parser().parse_args(rest)
+    flags.config = argument
+    if argument is None:
+        raise UsageError(
+            'no run was named: give --config=FILE; configs/quickstart.py is a good first one'
+        )
+    flags.workdir = flags.workdir or workdir_for(argument)
+    # Arguments arrive in the encoding of the locale; text is UTF-8 in every locale.
+    flags.prompt = [_as_utf8(prompt) for prompt in flags.prompt or ()]
+    flags.allow_change = [name for name in flags.allow_change.split(',') if name]
+    return flags, overrides
+
+
+def _make_parser() -> Parser:
     parser = Parser(
         prog='python -m jaxfm.main',
-        description='Trains, evaluates, samples and talks to foundation models.',
-        epilog='Any value of the config can be given as --config.group.key=value.',
+        usage='%(prog)s --config FILE[:ARG] [--mode MODE] [options]',
+        description='Trains, evaluates, samples, exports or chats with a model.',
+        epilog='Any value of the config can be changed with --config.GROUP.KEY=VALUE, '
+        'for example --config.optimizer.learning_rate=3e-4.',
         allow_abbrev=False,
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=26),
     )
-    parser.add_argument('--config', metavar='FILE[:ARG]', help='a file of configs/')
-    parser.add_argument('--mode', choices=tuple(modes.MODES), default='train')
-    parser.add_argument('--workdir', type=Path, help='default: runs/<config>[-<arg>]')
+    parser.add_argument(
+        '--config', metavar='FILE[:ARG]', help='the run, for example configs/quickstart.py:smoke'
+    )
+    parser.add_argument(
+        '--mode',
+        metavar='MODE',
+        choices=tuple(modes.MODES),
+        default='train',
+        help=f'{", ".join(modes.MODES)} (default: train)',
+    )
+    parser.add_argument(
+        '--workdir',
+        type=Path,
+        metavar='DIR',
+        help='directory of the run (default: runs/<config>[-<arg>])',
+    )
     parser.add_argument(
         '--allow_change',
         default='',
         metavar='GROUPS',
-        help='what of the config may differ from the run in workdir, e.g. optimizer,data',
+        help='groups of the config that may differ from the run in --workdir, '
+        'for example optimizer,data',
     )
-    sampling = parser.add_argument_group('sampling (--mode sample, chat)')
-    sampling.add_argument(
-        '--prompt', action='append', help='text to continue, or said in a chat; may be repeated'
-    )
-    sampling.add_argument('--temperature', type=number(float, 0), help='0 is greedy')
-    sampling.add_argument('--max_tokens', type=number(int, 1))
-    sampling.add_argument('--seed', type=number(int, 0, 2**32), default=0, help='of the noise')
     parser.add_argument(
         '--output',
         type=Path,
-        help='a file for samples, scores or chats, as JSON lines; of export the directory',
+        metavar='PATH',
+        help='eval, sample, chat: file for the results, as JSON lines; export: directory to write',
     )
-    argument, overrides, rest = split_arguments(argv)
-    flags = parser.parse_args(rest)
-    flags.config = argument
-    if argument is None:
-        raise UsageError('which run? --config=configs/quickstart.py is a good first one')
-    flags.workdir = flags.workdir or workdir_for(argument)
-    flags.allow_change = [name for name in flags.allow_change.split(',') if name]
-    return flags, overrides
+    sampling = parser.add_argument_group('options of --mode sample and chat')
+    sampling.add_argument(
+        '--prompt',
+        action='append',
+        metavar='TEXT',
+        help='text to continue, or a message in a chat; may be repeated',
+    )
+    sampling.add_argument(
+        '--temperature', type=number(float, 0), metavar='T', help='0 is greedy decoding'
+    )
+    sampling.add_argument(
+        '--max_tokens', type=number(int, 1), metavar='N', help='longest completion, in tokens'
+    )
+    sampling.add_argument(
+        '--seed',
+        type=number(int, 0, 2**32),
+        default=0,
+        metavar='N',
+        help='seed of the sampling noise (default: 0)',
+    )
+    return parser
+
+
+def _as_utf8(argument: str) -> str:
+    """Bytes that are not UTF-8 stay surrogates, which the tokenizer refuses."""
+    return os.fsencode(argument).decode('utf-8', 'surrogateescape')
 
 
 def main(argv: list[str]) -> int:
@@ -90,18 +135,27 @@ def main(argv: list[str]) -> int:
             _check_files(config)
         if config.checkpoint.directory:
             open_storage(config.checkpoint.directory).check_readable()
-        run_mode = modes.load(flags.mode)  # jax only now: a mistake costs no start-up time
+        run_mode = modes.load(flags.mode)  # imports jax: mistakes are reported before that
         return run_mode(flags, config, changes)
     except RunError as error:
         return _report(error)
     except MemoryError as error:
         return _report(NumericsError(f'out of memory on the host: {error}'))
     except KeyboardInterrupt:
-        return 130
+        return process.report_interrupt()
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # which any path of a command line may be
+        if error.errno != errno.ENAMETOOLONG:  # any path of a command line may be too long
             raise
         return _report(MissingInputError(f'{error.filename}: {error.strerror}'))
+    except UnicodeEncodeError as error:
+        if error.encoding != sys.getfilesystemencoding():
+            raise
+        return _report(
+            ConfigError(
+                f'{error.object!a} cannot be the name of a file in this locale, whose encoding is '
+                f'{error.encoding}: set PYTHONUTF8=1'
+            )
+        )
     except Exception as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -116,26 +170,24 @@ REMEDIES = (
 
 
 def _check_files(config) -> None:
-    """Raises unless the files are there that all phases read; a cache needs none."""
+    """Raises unless the files that the phases read exist; a token cache needs none."""
     for phase in (phase for phase in config.all_phases if not phase.data.cache):
         for source in phase.data.all_sources.values():
             SOURCES.load(source.name)(source).files()
 
 
 def _check_mode(flags, config) -> None:
-    """Raises unless the config has what the mode needs."""
+    """Raises unless the config has the groups that the mode needs."""
     if flags.mode in ('train', 'eval') and not config.all_phases:
         raise ConfigError(
-            f'this config uses a model as it is; to {flags.mode} it needs config.steps, '
-            'config.data and config.optimizer, as configs/sft.py has'
+            f'this config has no training; --mode {flags.mode} needs config.steps, config.data '
+            'and config.optimizer, as in configs/sft.py'
         )
     if flags.mode == 'train' and config.model.lora and not config.init_from:
-        raise ConfigError(
-            'config.model.lora adapts a trained model, which config.init_from must name'
-        )
+        raise ConfigError('config.model.lora adapts a trained model: name it in config.init_from')
     if flags.mode == 'export':
         if flags.output is None:
-            raise UsageError('where to? --mode export needs --output=DIRECTORY')
+            raise UsageError('--mode export needs a directory to write: give --output=DIR')
         check_absent(flags.output)
 
 
@@ -143,49 +195,44 @@ def _check_workdir(flags, config) -> list[Change]:
     """Raises unless the run in the work directory, if any, may go on with this config.
 
     Returns:
-      What differs.
+      The differences between the two configs.
     """
     known = flags.workdir / 'config.json'
     if known.exists():
         return check_resume(read_config(known), config, flags.allow_change)
     if flags.mode != 'train' and not config.init_from:
         raise MissingInputError(
-            f'{flags.workdir} holds no run to {flags.mode}; train one first, or give its --workdir '
-            'or a model by --config.init_from'
+            f'{flags.workdir} holds no run to {flags.mode}: train one first, name the --workdir of '
+            'another run, or name a model with --config.init_from'
         )
     return []
 
 
 def _report(error: RunError) -> int:
-    # The log may not be set up yet, or be gone; stderr is always there.
-    print(f'error: {error}', file=sys.stderr, flush=True)
+    process.print_line(f'error: {error}')  # the log may not be open yet, or closed again
     return error.exit_code
 
 
 def _run(argv: list[str]) -> int:
-    """`main` of a process of its own: one that fails among several does not wait for the others."""
+    """Runs `main` as the whole of this process.
+
+    A process that fails does not wait for the other processes of the run.
+    """
     try:
         code = main(argv)
-    except Exception:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt):
         code = 1
+        if not process.is_interrupted():
+            process.print_line(traceback.format_exc().rstrip())
+    finally:  # also after --help, which exits
+        process.end_on_interrupt()
+        process.flush()
+    if process.is_interrupted():  # also if a library made another error of it
+        code = process.report_interrupt()
     if code not in (0, Preempted.exit_code):
         distributed.end_after_error(code)
     return code
 
 
-def _start_with_huge_pages(argv: list[str]) -> None:
-    """Starts this process over with HUGE_PAGES, once, where computing happens on CPU."""
-    platform = os.environ.get('JAX_PLATFORMS', '').split(',')[0]
-    on_gpu = platform != 'cpu' if platform else bool(glob.glob('/dev/nvidia[0-9]*'))
-    if not sys.platform.startswith('linux') or on_gpu or 'GLIBC_TUNABLES' in os.environ:
-        return
-    os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
-    print('on CPU: started over with huge pages for malloc', file=sys.stderr, flush=True)
-    os.execv(sys.executable, [sys.executable, '-m', 'jaxfm.main', *argv])
-
-
 if __name__ == '__main__':
-    if not {'-h', '--help'} & set(sys.argv):
-        _start_with_huge_pages(sys.argv[1:])
     sys.exit(_run(sys.argv[1:]))

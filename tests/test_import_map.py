@@ -19,7 +19,7 @@ from jaxfm.sharding import MESH_AXES
 ROOT = Path(__file__).resolve().parent.parent
 
 # Anyone may import these, and they import nothing of ours but each other.
-GROUND = {'errors', 'schema', 'code', 'registry', 'command_line'}
+GROUND = {'errors', 'schema', 'code', 'registry', 'command_line', 'process'}
 # Rooms that check a config: nothing heavy is imported there.
 LIGHT = {'config'}
 
@@ -77,6 +77,7 @@ MAP = {
     'storage': set(),
     'distributed': set(),
     'errors': set(),
+    'process': set(),
     'schema': set(),
     'code': set(),
     'registry': set(),

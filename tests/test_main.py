@@ -1,8 +1,10 @@
 """The command line: modes, what they leave, and one clear line for every mistake."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxfm import main
+from jaxfm import main, process
 from jaxfm.metrics.writers import read_records
+from jaxfm.modes import train
 from tests.hf_directories import write_model
 from tests.runs import PATIENCE
 
@@ -145,6 +148,16 @@ def test_a_command_without_config_names_a_good_first_one(first_stage):
     assert_one_clear_message(error, ['configs/quickstart.py'])
 
 
+def test_a_name_that_the_locale_does_not_know_is_told(tiny, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise UnicodeEncodeError(sys.getfilesystemencoding(), '/data/ü.txt', 6, 7, 'no such byte')
+
+    monkeypatch.setattr(main, 'load_config', refuse)
+    assert main.main(tiny.arguments(tiny.root / 'run')) == 78
+    error = capsys.readouterr().err
+    assert_one_clear_message(error, [r"'/data/\xfc.txt'", 'locale', 'PYTHONUTF8=1'])
+
+
 # The second stage: jax is there, nothing is written yet
 
 
@@ -269,13 +282,23 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(cli, tmp_path, adapter, s
 # A finished run, and what can be done with it
 
 
+ASCII = {
+    **{'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'},
+    **{'PYTHONIOENCODING': 'ascii:strict', 'NO_COLOR': '1', 'TERM': 'dumb', 'COLUMNS': '40'},
+}
+
+
 @pytest.fixture(scope='module')
 def finished(tiny, tmp_path_factory):
-    """(work directory, stdout, stderr) of a run by the command itself, started over and all."""
-    workdir = tmp_path_factory.mktemp('finished') / 'run'
-    environment = {**os.environ, **tiny.environment, 'JAX_NUM_CPU_DEVICES': '8'}
+    """(work directory, stdout, stderr) of a run by the command itself, started over and all.
+
+    Its locale knows ASCII alone, which must matter to none of the tests.
+    """
+    workdir = tmp_path_factory.mktemp('finished') / 'rün'
+    environment = {**os.environ, **tiny.environment, **ASCII, 'JAX_NUM_CPU_DEVICES': '8'}
     environment.pop('GLIBC_TUNABLES')
-    command = [sys.executable, '-m', 'jaxfm.main', *tiny.arguments(workdir)]
+    prompt = '--config.sampling.prompts=["\\xe9t\\xe9 "]'  # Python's escapes: 'été '
+    command = [sys.executable, '-m', 'jaxfm.main', *tiny.arguments(workdir), prompt]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return workdir, process.stdout, process.stderr
@@ -318,21 +341,35 @@ def test_records_are_flat_and_in_order_and_the_loss_falls(finished):
 
 def test_the_console_shows_the_start_the_way_and_no_traceback(finished):
     _, _, error = finished
-    for words in ('started over', 'parameters', 'fsdp 8', 'cut documents', 'compiled', 'eta'):
+    for words in ('parameters', 'fsdp 8', 'compiled', 'eta'):
         assert words in error
     assert 'Traceback' not in error and 'Warning' not in error
-    assert (finished[0] / 'log.txt').read_text().count('step 40/40') == 2  # train and eval
+    log = (finished[0] / 'log.txt').read_text('utf-8')
+    assert log.count('step 40/40') == 2  # train and eval
+    for words in ('parameters', 'fsdp', 'cut documents', 'xla: the kernel', 'trunk/'):
+        assert words in log
+
+
+def test_the_first_progress_comes_within_fifteen_lines_and_nothing_is_said_twice(finished):
+    start = finished[2].partition('step 0/40')[0].splitlines()
+    assert len(start) < 15, start
+    assert len(set(start)) == len(start)
+    place = str(finished[0].parent)
+    assert all(len(line) <= 80 for line in start if place not in line), start
 
 
 def test_documents_that_do_not_stand_in_one_row_are_counted(finished):
-    [line] = [line for line in finished[2].splitlines() if 'cut documents' in line]
+    lines = (finished[0] / 'log.txt').read_text('utf-8').splitlines()
+    [line] = [line for line in lines if 'cut documents' in line]
     assert int(line.split()[-1]) > 30  # nearly every one of the 40 has more than 32 tokens
 
 
 def test_stdout_is_generated_text_alone(finished):
     workdir, out, _ = finished
     [record] = map(json.loads, (workdir / 'samples' / 'final.jsonl').read_text().splitlines())
-    assert out == record['prompt'] + record['completion'] + '\n'
+    assert record['prompt'] == 'été '
+    text = record['prompt'] + record['completion'] + '\n'
+    assert out == text.encode('ascii', 'replace').decode()
 
 
 def test_a_finished_run_says_so_and_how_to_go_on(cli, finished):
@@ -373,6 +410,48 @@ def test_more_steps_go_on_from_the_checkpoint(cli, run_again):
     later = [record['step'] for record in records[len(before) :] if record['kind'] == 'train']
     assert later == [42, 44]
     assert json.loads((run_again / 'config.json').read_text())['steps'] == 44
+
+
+def test_ctrl_c_while_the_last_samples_are_printed_ends_the_run(cli, run_again, tiny, monkeypatch):
+    monkeypatch.setattr(process, '_interrupts', [])
+    monkeypatch.setattr(process, 'print_text', lambda text: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as of a new process
+    try:
+        code, _, error = cli(run_again, '--config.steps=41', '--allow_change=steps')
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130 and process._interrupts == ['told']
+    assert 'Traceback' not in error and 'SIGINT' not in error
+    assert tiny.committed(run_again)[-1] == 41, 'it is saved before anything is printed'
+    assert cli(run_again, '--config.steps=41', '--allow_change=steps')[0] == 0  # nobody has a lease
+
+
+def test_a_signal_after_the_last_step_ends_the_run_as_saved(cli, run_again, monkeypatch):
+    def run_phases(*arguments, original=train._run_phases):
+        state = original(*arguments)
+        [loop] = arguments[2]
+        signal.raise_signal(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE
+        while not loop.preemption.should_stop(41):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return state
+
+    monkeypatch.setattr(train, '_run_phases', run_phases)
+    code, out, error = cli(run_again, '--config.steps=41', '--allow_change=steps')
+    assert (code, out) == (75, '')
+    assert_one_clear_message(error, ['after the last step (41), which is saved'])
+
+
+def test_samples_that_nobody_reads_are_written_to_their_file(finished, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
+    output = tmp_path / 'samples.jsonl'
+    more = ['--mode=sample', '--prompt=a', '--prompt=b', '--max_tokens=2', f'--output={output}']
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head -1` does
+    with open(writer, 'w') as closed, contextlib.redirect_stdout(closed):
+        assert main.main(tiny.arguments(finished[0], *more)) == 0
+    assert len(output.read_text('utf-8').splitlines()) == 2
 
 
 def test_a_resume_that_is_refused_changes_no_file(cli, run_again):

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jaxfm import process
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.checkpoint.survey import Attempt, survey
@@ -41,6 +42,7 @@ log = logging.getLogger('jaxfm')
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
+    process.replace_unprintable()
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     try:
         flags = parse(argv)
@@ -49,8 +51,8 @@ def main(argv: list[str]) -> int:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader closed the pipe, for example `head`
+        return process.report_interrupt()
+    except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
     return 0
 

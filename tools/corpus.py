@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxfm import process
 from jaxfm.command_line import Parser, number
 from jaxfm.config.load import load_config, split_arguments
 from jaxfm.config.run import PhaseConfig, RunConfig
@@ -35,6 +36,7 @@ BAR = 40  # columns of the longest bar of a histogram
 
 def main(argv: list[str]) -> int:
     """Runs one command line; returns its exit code."""
+    process.replace_unprintable()
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
     try:
         flags, overrides = parse(argv)
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
     except RunError as error:
         print(f'error: {error}', file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return process.report_interrupt()
     except BrokenPipeError:  # the reader closed the pipe, for example `head`
         sys.stdout = None
     return 0

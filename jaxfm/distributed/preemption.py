@@ -58,7 +58,9 @@ class Preemption:
         }
 
     def restore(self) -> None:
-        """Gives the signals back to whoever had them before."""
+        """Gives the signals back to whoever had them before; nothing if that is done already."""
+        if not self._handlers:
+            return
         for number, handler in self._handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
@@ -67,6 +69,7 @@ class Preemption:
         os.close(self._writer)
         self._listener.join()
         os.close(self._reader)
+        self._handlers = {}
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop before this step.

@@ -1,13 +1,15 @@
-"""What a person sees of a run, on stderr and in log.txt: start-up tables, progress, one line a log.
+"""What people see of a run: a summary at the start, progress, and one line for every record.
 
-On a terminal the progress is a live bar; elsewhere it is one plain line a record, and log.txt has
-those lines in any case. Nothing here writes to stdout, which belongs to generated text.
+stderr gets the summary and the progress, as a live bar on a terminal and as plain lines elsewhere.
+log.txt gets every line, and the tables that are too long for a screen. stdout is left to generated
+text.
 """
 
 import io
 import logging
 import re
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,22 @@ from rich.box import SIMPLE
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+from jaxfm import process
 
 log = logging.getLogger('jaxfm')
 
-_WIDTH = 110
-_ALREADY_SHOWN = {'shown': True}
+_LOG_WIDTH = 110  # columns of the tables in log.txt
+_ALREADY_SHOWN = {'shown': True}  # `extra` of lines that are not for the screen
 
 
 class Console:
-    """Tables, log lines and progress; a sink for a Recorder.
+    """Summary, log lines and progress; a sink for a Recorder.
 
-    total_steps: of the run, for the bar. log_path: as in `log_to`.
-    enabled: False on all processes but the first, which then show warnings alone.
+    total_steps: of the run, for the bar. log_path: as for `log_to`.
+    enabled: False on all processes but the first, which then show only warnings.
     Close it in any case, or the terminal keeps a dead bar.
     """
 
@@ -44,7 +48,7 @@ class Console:
         self._task = None
         self._handlers = [_ScreenHandler(self._console, self._live)]
         self._level, self._propagate = log.level, log.propagate
-        log.propagate = False  # libraries add handlers to the root: every line would come twice
+        log.propagate = False  # libraries add handlers to the root logger: lines would come twice
         log.setLevel(logging.INFO if enabled else logging.WARNING)
         for handler in self._handlers:
             log.addHandler(handler)
@@ -52,26 +56,36 @@ class Console:
             self.log_to(log_path)
 
     def log_to(self, path: str | Path) -> None:
-        """From here on every line goes to a file too, with a time stamp; nothing if disabled."""
+        """Appends all further lines to a file too, with time stamps; does nothing if disabled."""
         if self._enabled:
             self._handlers.append(_file_handler(Path(path)))
             log.addHandler(self._handlers[-1])
 
-    def show_tables(self, sections: Mapping[str, Iterable[tuple[str, Any]]]) -> None:
-        """What the run is, as {title: [(name, value), ...]}."""
-        self._show(Group(*(_section(title, rows) for title, rows in sections.items())))
+    def show_summary(self, rows: Iterable[tuple[str, str]]) -> None:
+        """The run in a few lines on the screen, as [(name, value), ...]; log.txt has the tables."""
+        rows = list(rows)
+        indent = max(len(name) for name, _ in rows) + 2
+        # A terminal would break lines in the middle of words; a file is easier to search unbroken.
+        width = max(self._console.width, 2 * indent) if self._console.is_terminal else None
+        for name, value in rows if self._enabled else ():
+            line = f'{name:<{indent}}{value}'
+            process.print_line(_wrap(line, width, indent) if width else line)
 
-    def show_parameters(self, rows: Iterable[tuple[str, Any, Any, Any, str]]) -> None:
-        """Parameters as (name, shape, dtype, sharding, rule of the optimizer).
+    def log_tables(self, sections: Mapping[str, Iterable[tuple[str, Any]]]) -> None:
+        """What the run is in full, as {title: [(name, value), ...]}, for log.txt."""
+        _log_plain(Group(*(_section(title, rows) for title, rows in sections.items())))
 
-        Those that differ only in a number of their name share a line.
+    def log_parameters(self, rows: Iterable[tuple[str, Any, Any, Any, str]]) -> None:
+        """Parameters as (name, shape, dtype, sharding, rule of the optimizer), for log.txt.
+
+        Parameters whose names differ only in numbers share a line.
         """
         table = Table(box=SIMPLE, title='parameters', title_justify='left', pad_edge=False)
         for column in ('name', 'shape', 'dtype', 'sharding', 'optimizer'):
             table.add_column(column, overflow='fold')
         for row in _condense(rows):
             table.add_row(*map(Text, row))
-        self._show(table)
+        _log_plain(table)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """A train or eval record as a line; on a terminal, training moves the bar instead.
@@ -90,11 +104,15 @@ class Console:
         elif record['kind'] == 'eval':
             log.info('%s', format_record(record, self._total_steps))
 
-    def close(self) -> None:
-        """Ends the bar and gives the logger back as it was."""
+    def stop_bar(self) -> None:
+        """Leaves the bar as it is and goes on below it."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def close(self) -> None:
+        """Ends the bar and gives the logger back as it was."""
+        self.stop_bar()
         for handler in self._handlers:
             log.removeHandler(handler)
             handler.close()
@@ -103,41 +121,41 @@ class Console:
 
     def _advance(self, record: Mapping[str, Any]) -> None:
         if self._progress is None:
-            # No thread that repaints: the bar moves when a record comes.
-            self._progress = Progress(
-                TextColumn('{task.fields[step]}'),
-                BarColumn(),
-                TextColumn('{task.fields[values]}'),
-                console=self._console,
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task('', total=self._total_steps, step='', values='')
+            self._start_bar()
         step = f'{record["step"]}/{self._total_steps}'
-        # Plain text: a metric called "[x]" is no markup.
+        # Plain text: a metric called "[x]" is not markup.
         values = Text(_values({k: v for k, v in record.items() if k in _ON_BAR})).markup
         self._progress.update(self._task, completed=record['step'], step=step, values=values)
         self._progress.refresh()
 
-    def _show(self, renderable) -> None:
-        plain = RichConsole(file=io.StringIO(), width=_WIDTH, color_system=None)
-        plain.print(renderable)
-        lines = [line.rstrip() for line in plain.file.getvalue().rstrip().splitlines()]
-        if self._live:
-            self._console.print(renderable)
-        log.info('%s', '\n'.join(lines), extra=_ALREADY_SHOWN if self._live else None)
+    def _start_bar(self) -> None:
+        # Without a thread that repaints: the bar moves when a record comes.
+        self._progress = Progress(
+            TextColumn('{task.fields[step]}', table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn('{task.fields[values]}', table_column=Column(no_wrap=True)),
+            console=self._console,
+            auto_refresh=False,
+            expand=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._progress.start()
+        self._console.show_cursor(True)  # a process that is killed could not bring it back
+        self._task = self._progress.add_task('', total=self._total_steps, step='', values='')
 
 
 def format_record(record: Mapping[str, Any], total_steps: int) -> str:
-    """A record as one line, such as `step 40/2000  loss 3.211  tokens/s 11.2k  eta 3m10s`."""
+    """A record as one line, such as `step 40/2000  loss 3.211  tokens/s 11.2k  eta 3m10s`.
+
+    metrics.jsonl has all values; the line leaves out those that hardly ever change.
+    """
     step = f'step {record["step"]}' + (f'/{total_steps}' if total_steps else '')
     return f'{step}  {_values(record)}'.rstrip()
 
 
 def format_seconds(seconds: float) -> str:
-    """As short as a person would say it: 4.2s, 3m10s, 2h05m, 3d04h."""
+    """A duration in its two largest units: 4.2s, 3m10s, 2h05m, 3d04h."""
     if seconds < 59.5:
         return f'{seconds:.1f}s' if seconds < 10 else f'{seconds:.0f}s'
     minutes, rest = divmod(round(seconds), 60)
@@ -149,8 +167,9 @@ def format_seconds(seconds: float) -> str:
 
 _HEAD = ('step', 'phase', 'time', 'kind')
 _SHOWN_PERF = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
+_IF_ANY = ('train/skipped_steps',)
 _ON_BAR = ('train/loss', *_SHOWN_PERF)
-# How the line says a metric; others drop the `train/` or `eval/` in front of their name.
+# Metrics with a shorter name in the line; all others only lose `train/` or `eval/`.
 _SHORT = {
     'perf/tokens_per_second': 'tokens/s',
     'perf/mfu': 'MFU',
@@ -160,8 +179,11 @@ _SHORT = {
 
 
 def _values(record: Mapping[str, Any]) -> str:
-    bounds = {f'{name}{end}' for name in record for end in ('_low', '_high')}
-    named = [(k, v) for k, v in record.items() if k not in _HEAD and k not in bounds]
+    hidden = {f'{name}{end}' for name in record for end in ('_low', '_high')}
+    hidden |= {*_HEAD, 'train/target_tokens', *(name for name in _IF_ANY if not record.get(name))}
+    # The loss comes first, also on a screen too narrow for the rest.
+    names = sorted((name for name in record if name not in hidden), key='train/loss'.__ne__)
+    named = [(name, record[name]) for name in names]
     return '  '.join(f'{_short(k)} {_value(k, v)}{_interval(k, record)}' for k, v in named)
 
 
@@ -207,6 +229,25 @@ def _condense(rows: Iterable[tuple]) -> list[tuple[str, ...]]:
     ]
 
 
+def _wrap(line: str, width: int, indent: int) -> str:
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=' ' * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+
+
+def _log_plain(renderable) -> None:
+    """Into log.txt alone."""
+    plain = RichConsole(file=io.StringIO(), width=_LOG_WIDTH, color_system=None)
+    plain.print(renderable)
+    lines = [line.rstrip() for line in plain.file.getvalue().rstrip().splitlines()]
+    log.info('%s', '\n'.join(lines), extra=_ALREADY_SHOWN)
+
+
 class _ScreenHandler(logging.Handler):
     """Log lines on stderr, above the bar where there is one."""
 
@@ -225,12 +266,15 @@ class _ScreenHandler(logging.Handler):
                 self._console.print(Text(line, style=style or ''), soft_wrap=True)
             else:
                 print(line, file=sys.stderr, flush=True)
+        except OSError:  # nobody reads stderr any more
+            pass
         except Exception:
             self.handleError(record)
 
 
 def _file_handler(path: Path) -> logging.Handler:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding='utf-8')
+    # Paths may contain bytes that are not UTF-8.
+    handler = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     return handler

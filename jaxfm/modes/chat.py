@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from jaxfm import process
 from jaxfm.chat.render import Chat
 from jaxfm.config.run import RunConfig
 from jaxfm.errors import DataError, UsageError
@@ -71,8 +72,14 @@ def chat(flags, config: RunConfig, changes) -> int:
         hint = _hint if is_terminal else _no_hint
         hint(f'{HINTS}\n')
         turns = _turns(flags.prompt or [], is_terminal, hint)
-        num_refused = _talk(assistant, turns, flags.output, hint)
+        num_refused = 0
+        with contextlib.suppress(_NobodyReads):
+            num_refused = _talk(assistant, turns, flags.output, hint)
     return DataError.exit_code if num_refused and not is_terminal else 0
+
+
+class _NobodyReads(Exception):
+    """stdout was closed, as by `| head -1`: the chat ends."""
 
 
 class Assistant:
@@ -217,11 +224,13 @@ def _interrupt() -> Iterator[threading.Event]:
 
 
 def _show(text: str) -> None:
-    print(text, end='', flush=True)
+    if not process.print_text(text, end=''):
+        raise _NobodyReads
 
 
 def _hint(text: str) -> None:
-    print(text, end='', file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, end='', file=sys.stderr, flush=True)
 
 
 def _no_hint(text: str) -> None:

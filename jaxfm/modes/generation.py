@@ -1,8 +1,8 @@
 """Shared by the modes: prompts -> sampler requests, and sampler events -> text."""
 
-import sys
 from pathlib import Path
 
+from jaxfm import process
 from jaxfm.chat.render import Chat
 from jaxfm.modes.output import write_lines
 from jaxfm.run.run import Run
@@ -48,7 +48,10 @@ def _prompt_ids(config, tokenizer, chat: Chat, prompt: str) -> list[int]:
 
 
 def write_samples(run: Run, tokenizer, prompts, requests, events, path: Path | None) -> None:
-    """Prints prompts and completions to stdout; also writes them to `path` as JSON lines."""
+    """Prints prompts and completions to stdout; also writes them to `path` as JSON lines.
+
+    The file is written even if nobody reads stdout any more.
+    """
     if not run.primary:
         return
     records = []
@@ -59,9 +62,9 @@ def write_samples(run: Run, tokenizer, prompts, requests, events, path: Path | N
         # A chat answer is a text of its own; a completion is decoded as continuing its prompt.
         before = [] if run.config.sampling.chat else request.tokens
         text = tokenizer.decode_after(before, ids)
-        print(prompt + '\n' * run.config.sampling.chat + text, flush=True)
+        process.print_text(prompt + '\n' * run.config.sampling.chat + text)
         if len(prompts) > 1:
-            print('-' * 80, file=sys.stderr, flush=True)
+            process.print_line('-' * 40)
         records.append({'prompt': prompt, 'completion': text, 'finish_reason': reason})
     if path:
         write_lines(path, records)

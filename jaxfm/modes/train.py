@@ -12,6 +12,7 @@ import jax
 from jaxfm.config.resume import Change
 from jaxfm.config.run import RunConfig
 from jaxfm.distributed.preemption import Preemption
+from jaxfm.errors import Preempted
 from jaxfm.evals import GenerateConfig, contamination
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
@@ -19,7 +20,7 @@ from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.writers import Recorder
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.modes.generation import requests_for, write_samples
-from jaxfm.plan.tables import parameter_rows, tables
+from jaxfm.plan.tables import parameter_rows, summary, tables
 from jaxfm.prefetch import Prefetch
 from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
@@ -72,11 +73,12 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             workdir.cut_records(recorder.jsonl, clock, position, step or 0)
         for change in changes_of_saved or changes:
             log.warning('config.%s: %s -> %s', *change)
-        log.info('work directory: %s', run.workdir)
+        about = (config, run.phases, data.datasets, run.mesh, wanted[0])
+        console.show_summary(summary(*about, run.workdir))
+        console.log_tables(tables(*about))
+        console.log_parameters(parameter_rows(run.phases, run.mesh))
         if step is not None:
             log.info('resumed at step %d', step)
-        console.show_tables(tables(config, run.phases, data.datasets, run.mesh, wanted[0]))
-        console.show_parameters(parameter_rows(run.phases, run.mesh))
         loops = [
             Loop(
                 last=phase.last,
@@ -93,8 +95,17 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             for phase, source in zip(run.phases, sources)
         ]
         state = _run_phases(run, data, loops, current, state, step)
+        if preemption.should_stop(config.total_steps):
+            raise Preempted(
+                f'stopped by a signal after the last step ({config.total_steps}), which is saved; '
+                '--mode sample shows what the model writes'
+            )
+        preemption.restore()  # everything is saved: Ctrl-C may end what follows
+        console.stop_bar()
         events = complete(sampler, requests, state.params, config.total_steps)
         path = run.workdir / 'samples' / 'final.jsonl'
+        if requests:
+            log.info('samples of the final weights:')
         write_samples(run, data.tokenizer, prompts, requests, events, path)
         recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, data, evaluators)

@@ -47,11 +47,15 @@ def target() -> Device:
 def choose(
     op: str, implementation: str | None, unsupported: Mapping[str, str] | None = None
 ) -> str:
-    """The name that `decide` chooses. For None, logs the choice and its reason once per op."""
+    """The name that `decide` chooses. For None, logs the choice and its reason once per op.
+
+    The screen shows them on a machine with a GPU, log.txt everywhere.
+    """
     choice = decide(op, implementation, unsupported)
     if implementation is None and (op, choice.name) not in _told:
         _told.add((op, choice.name))
-        log.info('%s runs as %s: %s', op, choice.name, choice.reason)
+        extra = None if target().platform == 'gpu' else {'shown': True}
+        log.info('%s runs as %s: %s', op, choice.name, choice.reason, extra=extra)
     return choice.name
 
 

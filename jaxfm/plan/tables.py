@@ -1,4 +1,4 @@
-"""The tables that say at start what a resolved config is and needs."""
+"""What a run is and needs: a summary of a few lines for the screen, tables for log.txt."""
 
 import jax
 
@@ -9,16 +9,71 @@ from jaxfm.models.transformer import compute_dtype
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
 from jaxfm.plan.memory import bytes_per_device, num_parameters
 
+MOST_PHASES = 3  # that the summary lists
+
+
+def summary(config, phases, datasets, mesh, state, workdir) -> list[tuple[str, str]]:
+    """The run in a few lines, as [(name, value), ...]; arguments as of `tables`."""
+    rows = [
+        ('work directory', str(workdir)),
+        *_origin(config),
+        ('model', _model_line(config.model, phases[0])),
+        ('devices', _device_line(mesh, state)),
+        ('ops', ', '.join(f'{op} {one.name}' for op, one in choices(config.model, mesh).items())),
+    ]
+    for phase in phases[:MOST_PHASES]:
+        optimizer, steps = phase.config.optimizer, phase.config.steps
+        line = f'{steps:,} steps of {phase.tokens_per_step:,} tokens, {optimizer.name}'
+        rows.append((f'phase {phase.name}' if phase.name else 'training', line))
+        rows.append(('  data' if phase.name else 'data', _data_line(datasets[phase.name])))
+    if len(phases) > MOST_PHASES:
+        rows.append(('', f'and {len(phases) - MOST_PHASES} more phases'))
+    return [*rows, ('details', f'{workdir / "log.txt"}')]
+
+
+def _model_line(model, phase) -> str:
+    trained, total = _parameter_counts(phase)
+    parts = [f'{model.name}, {model.num_layers} layers', f'{total:,} parameters']
+    parts += [f'{trained:,} trained'] if trained < total else []
+    return ', '.join([*parts, compute_dtype(model).name])
+
+
+def _parameter_counts(phase) -> tuple[int, int]:
+    """Parameters that the phase trains, and all of them."""
+    shapes = phase.parts.shapes
+    trained = num_parameters({path: shapes[path] for path in phase.parts.trainable})
+    return trained, num_parameters(shapes)
+
+
+def _device_line(mesh, state) -> str:
+    processes = f' in {jax.process_count()} processes' if jax.process_count() > 1 else ''
+    devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}{processes}'
+    split = f', mesh {_mesh_line(mesh)}' if mesh.size > 1 else ''
+    return f'{devices}{split}, {human_bytes(bytes_per_device(state))} of train state on each'
+
+
+def _mesh_line(mesh) -> str:
+    return ', '.join(f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1)
+
+
+def _data_line(dataset) -> str:
+    found = {'train_tokens': 0, 'heldout_tokens': 0}  # of a mixture: in all sources together
+    for name, value in dataset.statistics.items():
+        if (known := name.rpartition('/')[2]) in found:
+            found[known] += value
+    return f'{found["train_tokens"]:,} tokens, and {found["heldout_tokens"]:,} held out'
+
 
 def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
-    """What a run is, as {title: [(name, value), ...]}.
+    """What a run is, in full, as {title: [(name, value), ...]}.
 
     Args:
-      config: a RunConfig. phases: its Phases. datasets: {name of a phase: its data}. state: the
-      TrainState of the first, or its shapes and shardings.
+      config: a RunConfig.
+      phases: its Phases.
+      datasets: {name of a phase: its data}.
+      state: the TrainState of the first phase, or its shapes and shardings.
     """
     model = config.model
-    split = [f'{axis} {size}' for axis, size in mesh.shape.items() if size > 1]
     chosen = choices(model, mesh)
     sections = {
         'run': [('steps', f'{config.total_steps:,}'), *_origin(config)],
@@ -46,7 +101,7 @@ def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
         'devices': [
             ('devices', f'{jax.device_count()} x {jax.devices()[0].device_kind}'),
             ('processes', jax.process_count()),
-            ('mesh', ', '.join(split) or 'one device'),
+            ('mesh', _mesh_line(mesh) or 'one device'),
             ('train state', f'{human_bytes(bytes_per_device(state))} a device'),
         ],
     }
@@ -63,8 +118,7 @@ def _origin(config) -> list[tuple]:
 
 def _phase_rows(phase, model) -> list[tuple]:
     optimizer, data = phase.config.optimizer, phase.config.data
-    total = num_parameters(phase.parts.shapes)
-    trained = num_parameters({path: phase.parts.shapes[path] for path in phase.parts.trainable})
+    trained, total = _parameter_counts(phase)
     frozen = frozen_matmul_params(phase.parts)
     flops = model_flops_per_token(model, data.sequence_length, frozen=frozen)
     tokens, steps = phase.tokens_per_step, phase.config.steps
@@ -77,7 +131,7 @@ def _phase_rows(phase, model) -> list[tuple]:
     ]
 
 
-# What the start-up table shows of the statistics; the records and the report have them all.
+# The statistics in the table; the records and the report have all of them.
 SHOWN_STATISTICS = (
     *('train_documents', 'train_bytes', 'train_tokens', 'train_supervised_tokens'),
     *('heldout_documents', 'heldout_tokens', 'bytes_per_token', 'share', 'rows_per_epoch'),
@@ -87,7 +141,7 @@ SHOWN_STATISTICS = (
 
 
 def _data_rows(statistics: dict) -> list[tuple]:
-    """Of a mixture, '<source>/' stands before the names."""
+    """In a mixture every name begins with '<source>/'."""
     return [
         (name.replace('_', ' '), _format_value(value))
         for name, value in statistics.items()

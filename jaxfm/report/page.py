@@ -44,7 +44,8 @@ def write_report(workdir: str | Path) -> Path:
     pictures = draw_plots(series, data, workdir / 'plots')
     page = _page(workdir.absolute().name, series, data, config, pictures)
     path = workdir / 'report.html'
-    path.write_text(page, encoding='utf-8')
+    # The name of the run may hold bytes that are not UTF-8.
+    path.write_text(page, encoding='utf-8', errors='replace')
     return path
 
 

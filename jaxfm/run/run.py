@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from pathlib import Path
 
 import jax
 from flax import nnx
 
-from jaxfm import sharding
+from jaxfm import process, sharding
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import format_config
@@ -120,12 +121,26 @@ class Run:
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path):
     """Context: joins the other processes, configures JAX, sets the mesh and yields the Run."""
+    logging.getLogger('jax._src.xla_bridge').addFilter(_shorten_plugin_error)
     initialize()
     jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compile'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
     run = Run(config, workdir)
+    process.unwind_on_interrupt()
     with jax.set_mesh(run.mesh):
         yield run
+
+
+def _shorten_plugin_error(record: logging.LogRecord) -> bool:
+    """A filter for JAX's report on a plugin that cannot be loaded, which is two tracebacks.
+
+    It keeps the reason, in a line; without an NVIDIA GPU there is nothing to report.
+    """
+    if record.exc_info and record.exc_info[1] is not None:
+        record.msg, record.args = f'{record.getMessage()}: {record.exc_info[1]}', ()
+        record.exc_info = record.exc_text = None
+        return process.has_nvidia_gpu()
+    return True
 
 
 def _check_code(config: RunConfig) -> None:

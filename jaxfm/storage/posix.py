@@ -22,6 +22,7 @@ class PosixStorage:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory).expanduser().absolute()
         self.root = str(self.directory)
+        self._path_for_tensorstore()  # a path that cannot be used is refused at once
 
     def prepare(self) -> None:
         with self._explain_errors():
@@ -88,7 +89,17 @@ class PosixStorage:
                 path.parent.rmdir()
 
     def kvstore(self, prefix: str) -> dict:
-        return {'driver': 'file', 'path': f'{self.directory / prefix}/'}
+        return {'driver': 'file', 'path': f'{Path(self._path_for_tensorstore(), prefix)}/'}
+
+    def _path_for_tensorstore(self) -> str:
+        """TensorStore takes UTF-8, while Python's text of a path depends on the locale."""
+        try:
+            return os.fsencode(self.directory).decode('utf-8')
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f'{self.root!r} is not UTF-8, which TensorStore needs: give another --workdir or '
+                'config.checkpoint.directory'
+            ) from None
 
     def retries(self) -> int:
         return 0

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxfm.metrics.console import Console, format_seconds
+from jaxfm.metrics.console import Console, _wrap, format_seconds
 
 log = logging.getLogger('jaxfm')
 
@@ -58,11 +58,31 @@ def test_old_perf_does_not_join_a_later_step(console, capsys):
     assert capsys.readouterr().err == 'step 50/2000  loss 3\n'
 
 
-def test_tables_say_everything_and_take_brackets_for_text(console, capsys, tmp_path):
-    console.show_tables(
+def test_the_summary_is_for_the_screen_and_says_all_of_its_rows(console, capsys, tmp_path):
+    console.show_summary([('model', '[red]odd[/red]'), ('work directory', 'w' * 200)])
+    out, err = capsys.readouterr()
+    assert (out, err) == ('', f'model           [red]odd[/red]\nwork directory  {"w" * 200}\n')
+    assert (tmp_path / 'run' / 'log.txt').read_text() == ''
+
+
+def test_on_a_terminal_the_summary_keeps_its_columns():
+    line = 'work directory  a directory, with words, of several lines'
+    wrapped = [
+        'work directory  a directory,',
+        '                with words, of',
+        '                several lines',
+    ]
+    assert _wrap(line, 30, 16).splitlines() == wrapped
+    assert _wrap('data  ' + 'w' * 50, 20, 6).splitlines() == ['data', '      ' + 'w' * 50]
+
+
+def test_tables_are_for_the_log_say_everything_and_take_brackets_for_text(
+    console, capsys, tmp_path
+):
+    console.log_tables(
         {'model': [('parameters', '8.4M'), ('[red]odd[/red]', '[/]')], 'mesh': [('fsdp', 8)]}
     )
-    console.show_parameters(
+    console.log_parameters(
         [
             ('embed', (2048, 256), 'float32', "('fsdp', None)", 'adamw'),
             ('layers.0.q', (256, 256), 'float32', '()', 'adamw, decay'),
@@ -70,21 +90,43 @@ def test_tables_say_everything_and_take_brackets_for_text(console, capsys, tmp_p
             ('layers.0.scale', (256,), 'float32', '()', 'adamw'),
         ]
     )
-    out, err = capsys.readouterr()
-    assert out == ''
-    assert re.search(r'^model$', err, re.MULTILINE)
+    assert capsys.readouterr() == ('', '')
+    logged = (tmp_path / 'run' / 'log.txt').read_text('utf-8')
+    assert re.search(r'INFO model$', logged, re.MULTILINE)
     for row in (r'parameters +8\.4M', r'\[red\]odd\[/red\] +\[/\]', r'fsdp +8'):
-        assert re.search(row, err), row
-    assert re.search(r'layers\.\*\.q \(2\) +\(256, 256\) +float32 +\(\) +adamw, decay', err)
-    assert re.search(r'layers\.0\.scale +\(256,\)', err)
-    logged = (tmp_path / 'run' / 'log.txt').read_text()
-    assert '8.4M' in logged and 'layers.*.q (2)' in logged
+        assert re.search(row, logged), row
+    assert re.search(r'layers\.\*\.q \(2\) +\(256, 256\) +float32 +\(\) +adamw, decay', logged)
+    assert re.search(r'layers\.0\.scale +\(256,\)', logged)
 
 
 def test_numbers_that_are_none_do_not_break_a_line(console, capsys):
     values = {'train/loss': float('nan'), 'a': float('inf'), 'b': None, 'c': True, 'd': 12_345_678}
     console.write(record(1, **values))
     assert capsys.readouterr().err == 'step 1/2000  loss nan  a inf  b None  c True  d 12.35M\n'
+
+
+def test_the_loss_comes_first_and_what_never_changes_is_left_out(console, capsys):
+    usual = {'train/grad_norm': 1.0, 'train/loss': 2.5, 'train/target_tokens': 2048}
+    console.write(record(1, **usual, **{'train/skipped_steps': 0}))
+    console.write(record(2, **usual, **{'train/skipped_steps': 3}))
+    assert capsys.readouterr().err.splitlines() == [
+        'step 1/2000  loss 2.5  grad_norm 1',
+        'step 2/2000  loss 2.5  grad_norm 1  skipped_steps 3',
+    ]
+
+
+def test_a_line_that_stderr_or_the_log_cannot_show_is_no_error(
+    console, capsys, tmp_path, monkeypatch
+):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, 'w', encoding='utf-8') as closed_early, monkeypatch.context() as patch:
+        patch.setattr('sys.stderr', closed_early)
+        log.warning('a path with \udcff')
+        console.show_summary([('work directory', 'somewhere')])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    assert capsys.readouterr() == ('', '')
+    assert (tmp_path / 'run' / 'log.txt').read_text('utf-8').endswith('a path with \\udcff\n')
 
 
 def test_other_processes_show_warnings_alone(tmp_path, capsys):
@@ -126,7 +168,7 @@ ON_A_TERMINAL = """
 import logging, sys
 from jaxfm.metrics.console import Console
 console = Console(100, sys.argv[1])
-console.show_tables({'model': [('parameters', '8.4M')]})
+console.show_summary([('parameters', '8.4M')])
 for step in range(10, 101, 10):
     head = {'step': step, 'phase': '', 'time': 0.0}
     console.write(head | {'kind': 'perf', 'perf/tokens_per_second': 5e4, 'perf/eta_seconds': 9.0})
@@ -152,9 +194,17 @@ def read_terminal(descriptor):
         shown += part
 
 
-def test_on_a_terminal_a_bar_shows_the_step_and_stdout_stays_clean(tmp_path):
+@pytest.mark.parametrize(
+    'columns, encoding',
+    [(120, 'utf-8'), (80, 'ascii'), (40, 'utf-8')],
+    ids=['wide', 'ascii and no colour', 'narrow'],
+)
+def test_on_a_terminal_a_bar_shows_the_step_and_stdout_stays_clean(tmp_path, columns, encoding):
     mine, theirs = pty.openpty()
-    environment = os.environ | {'TERM': 'xterm', 'COLUMNS': '120'}
+    environment = os.environ | {
+        **{'TERM': 'xterm', 'COLUMNS': str(columns), 'PYTHONIOENCODING': encoding},
+        **({} if encoding == 'utf-8' else {'NO_COLOR': '1'}),
+    }
     process = subprocess.Popen(
         [sys.executable, '-c', ON_A_TERMINAL, str(tmp_path / 'log.txt')],
         stderr=theirs,
@@ -168,7 +218,15 @@ def test_on_a_terminal_a_bar_shows_the_step_and_stdout_stays_clean(tmp_path):
     assert process.communicate(timeout=30)[0] == 'generated text\n'
     assert process.returncode == 0, shown
     plain = re.sub(r'\x1b\[[\d;?]*[A-Za-z]', '', shown)
-    for part in ('100/100', '━', 'loss 12.5', 'tokens/s 50k', 'eta 9.0s'):
+    assert max(map(len, re.split(r'[\r\n]', plain))) <= columns
+    # A process that is killed could not bring the cursor back.
+    assert shown.index('\x1b[?25h') < shown.index('10/100'), 'the cursor is hidden'
+    if encoding == 'ascii':
+        assert not re.search(r'\x1b\[[\d;]*3\dm', shown), 'NO_COLOR is set'
+    parts = ['100/100', 'loss 12.5']
+    if columns >= 80:
+        parts += ['━' if encoding == 'utf-8' else '-', 'tokens/s 50k', 'eta 9.0s']
+    for part in parts:
         assert part in plain, part
     assert 'grad_norm' not in plain
     for once in ('checkpoint saved', 'held_out/loss 2.5', '8.4M'):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxfm.main import HUGE_PAGES
 from jaxfm.pretrained.huggingface.export import write_safetensors
+from jaxfm.process import HUGE_PAGES
 from tests.distributed.processes import ranks, start
 from tests.hf_directories import LLAMA, random_tensors, shapes_of, write_json, write_model
 from tests.pretrained.loading import ROOT, Counted, Loading

@@ -455,6 +455,14 @@ def test_a_missing_server_is_unavailable(s3_environment, monkeypatch):
             use()
 
 
+def test_a_path_is_the_same_for_tensorstore_in_every_locale(tmp_path, monkeypatch):
+    assert PosixStorage(tmp_path / 'ü').kvstore('1')['path'] == f'{tmp_path}/ü/1/'
+    monkeypatch.setattr(os, 'fsencode', lambda path: str(path).encode('ascii', 'surrogateescape'))
+    assert PosixStorage(tmp_path / '\udcc3\udcbc').kvstore('1')['path'] == f'{tmp_path}/ü/1/'
+    with pytest.raises(ConfigError, match='is not UTF-8, which TensorStore needs'):
+        PosixStorage(tmp_path / '\udcfc')
+
+
 def test_credentials_are_private_where_the_system_has_no_files_in_memory(monkeypatch):
     monkeypatch.delattr(os, 'memfd_create')  # macOS
     descriptor, path = s3._open_private_file()

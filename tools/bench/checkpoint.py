@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.fingerprint import fingerprints
-from jaxfm.main import HUGE_PAGES
+from jaxfm.process import use_huge_pages
 from jaxfm.storage import open_storage
 from jaxfm.storage.base import S3
 from tools.bench import machine
@@ -317,7 +317,5 @@ def local_s3() -> Iterator[str]:
 
 
 if __name__ == '__main__':
-    if 'GLIBC_TUNABLES' not in os.environ:  # a run on CPU restarts itself like this
-        os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
-        os.execv(sys.executable, [sys.executable, '-m', 'tools.bench.checkpoint', *sys.argv[1:]])
+    use_huge_pages()  # as a run does
     main()

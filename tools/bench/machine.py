@@ -2,10 +2,11 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from jaxfm.process import num_cores
 
 
 def about(packages: tuple[str, ...]) -> dict[str, Any]:
@@ -13,7 +14,7 @@ def about(packages: tuple[str, ...]) -> dict[str, Any]:
     return {
         'date': datetime.date.today().isoformat(),
         'cpu': _cpu(),
-        'cores': len(os.sched_getaffinity(0)),
+        'cores': num_cores(),
         'python': platform.python_version(),
         'versions': {name: importlib.metadata.version(name) for name in packages},
     }

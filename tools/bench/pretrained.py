@@ -26,6 +26,7 @@ import numpy as np
 from flax import nnx
 
 from jaxfm import sharding, state
+from jaxfm.metrics.clock import process_start
 from jaxfm.models import TransformerConfig
 from jaxfm.models.families.base import find_family, write_config
 from jaxfm.models.transformer import Transformer
@@ -201,12 +202,7 @@ def _load_once(path: Path) -> dict[str, float]:
         params = load_params(pretrained, config, parts.axes, parts.shapes)
         jax.block_until_ready(params)
     ended = time.monotonic()
-    return {'load': ended - begun, 'all': ended - _process_start()}
-
-
-def _process_start() -> float:
-    fields = Path('/proc/self/stat').read_text('utf-8').rpartition(')')[2].split()
-    return int(fields[19]) / os.sysconf('SC_CLK_TCK')  # since the boot, as the monotonic clock
+    return {'load': ended - begun, 'all': ended - process_start()}
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import signal
 import traceback
 import uuid
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 from jaxfm.data.corpus.ledger import Ledger
 from jaxfm.data.corpus.parts import Progress, TooManyInShard, make_part
 from jaxfm.errors import RunError, StorageError
+from jaxfm.process import interrupts_blocked, num_cores
 from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
 
 log = logging.getLogger('jaxfm')
@@ -54,7 +54,8 @@ def _work_in_processes(count: int, todo, config, saved: Path, ledger: Ledger) ->
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, config, saved), daemon=True)
-            process.start()
+            with interrupts_blocked():
+                process.start()
             theirs.close()
             processes.append(process)
             _hand_out(ours, todo, busy, ledger)
@@ -123,4 +124,4 @@ def _num_workers(todo: list[tuple[int, Any, Path]]) -> int:
     size = sum(getattr(shard, 'num_bytes', 0) for _, shard, _ in todo)
     if size < PARALLEL_BYTES:
         return 1
-    return min(len(os.sched_getaffinity(0)), len(todo))
+    return min(num_cores(), len(todo))

@@ -6,11 +6,11 @@ A run that is cut off keeps the rows it had.
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
 
+from jaxfm.process import num_cores
 from jaxfm.storage.whole import write_file
 
 PACKAGES = (
@@ -34,7 +34,7 @@ class Record:
             'date': date,
             'smoke': smoke,
             'python': platform.python_version(),
-            'cores': len(os.sched_getaffinity(0)),
+            'cores': num_cores(),
             'versions': versions(),
             # '*' is a stage that did not even start: no row of this name would ever replace it.
             'rows': [row for row in earlier.get('rows', []) if row['name'] != '*'],

@@ -248,6 +248,7 @@ def _run(target: list[str]) -> None:
     kind, what, *arguments = target
     if kind == '-m':
         sys.argv = [what, *arguments]
+        sys.modules.pop(what, None)  # it has been imported by another name than __main__
         runpy.run_module(what, run_name='__main__', alter_sys=True)
     else:
         sys.argv = ['-c', *arguments]

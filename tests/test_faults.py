@@ -132,11 +132,13 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp
 
 def test_a_second_interrupt_exits_at_once(tiny, start, tmp_path):
     process = start(tmp_path / 'run')
-    # Compiling takes seconds, so that the second signal comes before the first is acted upon.
     wait_until(lambda: (tmp_path / 'run' / 'checkpoints').exists(), process)
-    process.send_signal(signal.SIGINT)
-    wait_until(lambda: 'SIGINT: saving' in stderr_of(tmp_path / 'run'), process)
-    process.send_signal(signal.SIGINT)
+    # Python may take two signals for one while the main thread compiles. The next one comes long
+    # before the save is over that the first one has asked for.
+    deadline = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
     finish(process, 130)
     assert not tiny.committed(tmp_path / 'run')
 
@@ -215,7 +217,7 @@ def test_a_shard_that_is_another_one_on_one_host_ends_the_run(start, tmp_path):
     ranks = start_ranks(start, tmp_path / 'run', *options, homes=homes)
     for rank in ranks:
         finish(rank, 65)
-    assert stderr_of(tmp_path / 'run').count('not the same tokens') == 2
+    assert stderr_of(tmp_path / 'run').count('have different tokens') == 2
 
 
 def test_a_mistake_that_all_processes_see_is_told_by_each(start, tmp_path):

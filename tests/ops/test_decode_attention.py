@@ -157,7 +157,7 @@ def test_the_kernel_refuses_more_query_heads_a_key_head_than_it_has_rows():
     pages = jnp.zeros((2, 8, 1, 64), jnp.bfloat16)
     q = jnp.zeros((1, 2 * ROWS, 64), jnp.bfloat16)
     arrays = q, pages, pages, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-    words = f'{2 * ROWS} query heads of one kv head'
+    words = f'at most {ROWS} query heads, not {2 * ROWS}'
     with jax.sharding.use_abstract_mesh(HOPPER), pytest.raises(ValueError, match=words):
         decode_attention(*arrays, scale=1.0, implementation='mosaic')
 

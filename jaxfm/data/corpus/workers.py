@@ -93,7 +93,6 @@ def _speak(speak: Callable, *words):
 
 def _work(pipe: Connection, config, saved: Path) -> None:
     """A worker process: makes one part after another until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates us
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # there is one process per core
     tokenizer = load_tokenizer(saved)
     with contextlib.suppress(EOFError, ConnectionError):

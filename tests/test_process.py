@@ -130,7 +130,10 @@ def test_starting_over_keeps_the_command_line_and_blocks_interrupts(monkeypatch)
 
 
 def test_ctrl_c_during_the_imports_of_the_command_line_is_one_line(tmp_path):
-    """A real process, held in the first import that is not of the standard library."""
+    """A real process, held in the first import that is not of the standard library.
+
+    It has the default handler of SIGINT, because this process has one (see the fixture above).
+    """
     (tmp_path / 'pydantic').mkdir()
     holds = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
     (tmp_path / 'pydantic' / '__init__.py').write_text(holds)
@@ -141,7 +144,6 @@ def test_ctrl_c_during_the_imports_of_the_command_line_is_one_line(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert run.stdout.readline() == 'importing\n'
     run.send_signal(signal.SIGINT)

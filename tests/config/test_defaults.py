@@ -8,6 +8,7 @@ change of one is a change of behaviour, and shows as a line in the diff of the g
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,19 @@ GOLDEN = Path(__file__).resolve().parents[2] / 'tests' / 'goldens' / 'config_def
 
 
 def find_groups(kind: type[Group] = Group) -> dict[str, type[Group]]:
-    """{module.class: class} of all groups that jaxfm declares; tests declare some of their own."""
+    """{module.class: class} of all groups that jaxfm declares.
+
+    Tests declare some of their own, and the registry makes groups for classes from outside.
+    """
     found = {f'{kind.__module__}.{kind.__name__}': kind}
     for inner in kind.__subclasses__():
         found |= find_groups(inner)
-    return {path: found[path] for path in sorted(found) if path.startswith('jaxfm.')}
+    return {path: found[path] for path in sorted(found) if is_declared(path, found[path])}
+
+
+def is_declared(path: str, group: type[Group]) -> bool:
+    module, _, name = path.rpartition('.')
+    return module.startswith('jaxfm.') and vars(sys.modules[module]).get(name) is group
 
 
 def describe(field) -> str:

@@ -353,6 +353,16 @@ def test_templates_get_the_functions_and_tags_they_expect(of_text):
     assert spelled(coder, ids, mask) == ['four<|eos|>']
 
 
+def test_blocks_on_lines_of_their_own_leave_nothing_in_a_text(of_text):
+    """As in transformers, for which templates are written: the indentation of a block is none."""
+    encode = of_text(
+        '{% for m in messages %}\n    {% if m.content %}\n{{ m.content }}{{ eos_token }}\n'
+        '    {% endif %}\n{% endfor %}\n'
+    )
+    ids, _ = encode.encode([QUESTION, ANSWER])
+    assert bytes_with('').decode(ids) == 'two and two?\nfour'
+
+
 def test_a_bad_template_is_named_with_its_line(tmp_path):
     path = tmp_path / 'mine.jinja'
     path.write_text('{{ messages }}\n{% for %}')

@@ -131,6 +131,10 @@ def test_masked_positions_give_no_gradient():
     np.testing.assert_array_equal(gradient(hidden, weight, other)[1], dweight)
 
 
+def test_the_default_limit_of_a_chunk_is_a_quarter_of_a_gibibyte():
+    assert ops._chunk_size(bytes_an_id=4 * 4096, vocab_size=1 << 17) * 4 * 4096 == 1 << 28
+
+
 @pytest.mark.parametrize('chunks', [1, 2, 5])
 def test_the_default_chunk_keeps_logits_under_the_limit(monkeypatch, chunks):
     vocab = 5 * 256

@@ -319,9 +319,10 @@ def test_a_phase_begins_as_a_run_with_the_same_weights_would():
     state = init_state(make_transformer, parts, adamw(parts), 0)
     step = make_train_step(parts, NextToken(NextTokenConfig()), adamw(parts))
     trained, _ = step(state, make_batch())
-    weights = jax.device_get(trained.params)
+    weights = jax.device_get(jax.tree.map(jnp.copy, trained.params))  # a view would hold them
     fresh = jax.device_get(init_state(make_transformer, other, adamw(other), 5).to_tree())
     begun = jax.device_get(begin_phase(trained.params, other, adamw(other), 5).to_tree())
+    assert all(leaf.is_deleted() for leaf in trained.params.values())  # they were donated
     assert begun.keys() == fresh.keys()
     for name, value in begun.items():
         kind, _, path = name.partition('/')

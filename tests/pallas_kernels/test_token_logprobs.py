@@ -175,6 +175,22 @@ def test_gradients_of_the_reference_are_those_of_its_forward():
     np.testing.assert_allclose(by_hand, jax.grad(total)(values), rtol=1e-4, atol=1e-6)
 
 
+def test_logits_have_no_cap_unless_one_is_given():
+    case = Case(M=8, D=64, V=48, vocab_size=40, dtype=jnp.float32)
+    hidden, weight, targets = case.arrays
+    logsumexp, _ = reference.forward(hidden, weight, targets, vocab_size=40)
+    np.testing.assert_array_equal(logsumexp, case.forward(reference)[0])
+    rows = targets, logsumexp, *case.cotangents
+    for function, first in (
+        (reference.backward, (hidden, weight)),
+        (reference.product_gradients, (reference.products(hidden, weight),)),
+    ):
+        found, wanted = (
+            function(*first, *rows, vocab_size=40, **o) for o in ({}, {'softcap': 0.0})
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_kernels_equal_float64(case, interpreter):
     case.check_forward(tiles=case.tiles, interpret=True)

@@ -13,6 +13,7 @@ import pytest
 from jaxfm.checkpoint.store import Store
 from jaxfm.storage import open_storage
 from tests.runs import (
+    PATIENCE,
     STEPS,
     assert_same_run,
     finish,
@@ -78,7 +79,7 @@ def test_killed_twice_a_run_resumes_from_s3_bit_for_bit_even_in_a_new_work_direc
 
     for mode, more in (('eval', ()), ('sample', ('--max_tokens=4', '--prompt=1f'))):
         process = start(second, at(place), f'--mode={mode}', *more)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0 and out.startswith('1f' if mode == 'sample' else '')
     process = start(tmp_path / 'third', at(place), '--config.model.num_layers=3')
     finish(process, 78)

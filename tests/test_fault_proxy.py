@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.fault_proxy import Fault, LoseReply, Reset, Stall, Status, is_read, is_write
+from tests.runs import PATIENCE
 
 DATA = os.urandom(5_000_000)
 BUCKET = 'bucket'
@@ -285,7 +286,7 @@ def test_an_outage_breaks_what_is_under_way(fault_proxy, client):
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert stall.happened.wait(10)
+    assert stall.happened.wait(PATIENCE)
     fault_proxy.down()
     thread.join()
     assert len(errors) == 1
@@ -324,7 +325,7 @@ def test_tensorstore_sees_an_outage(fault_proxy, store):
 def test_tensorstore_waits_for_a_stall(fault_proxy, store):
     stall = fault_proxy.add(Fault(Stall()))
     writing = store.write('stalled', DATA)
-    assert stall.happened.wait(10)
+    assert stall.happened.wait(PATIENCE)
     assert not writing.done()
     stall.release()
     writing.result()
@@ -370,8 +371,8 @@ def test_closing_is_quick_whatever_is_under_way(fault_proxy, client):
     idle = socket.create_connection(fault_proxy.address)
     with idle, socket.create_connection(fault_proxy.address) as stalled:
         stalled.sendall(b'PUT /bucket/a HTTP/1.1\r\nContent-Length: 5\r\n\r\n')
-        assert stall.happened.wait(10)
+        assert stall.happened.wait(PATIENCE)
         started = time.monotonic()
         fault_proxy.close()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < PATIENCE / 30  # not for ever
         assert not any(t.name.endswith('(_run)') for t in threading.enumerate())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfm.prefetch import Prefetch
+from tests.runs import PATIENCE
 from tests.test_sharding import make_batch, make_mesh
 
 
@@ -55,7 +56,7 @@ def numbers(source, count):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -136,7 +137,7 @@ def test_closing_does_not_wait_for_an_error_nobody_takes(prefetch):
     time.sleep(0.2)  # the queue is full, the error stands behind it
     closing = threading.Thread(target=source.close, daemon=True)
     closing.start()
-    closing.join(timeout=5)
+    closing.join(timeout=PATIENCE / 10)
     is_stuck = closing.is_alive()
     if is_stuck:
         source.next(None, 1)  # makes room, so that the thread can end

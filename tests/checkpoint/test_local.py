@@ -17,6 +17,7 @@ from jaxfm.checkpoint import CheckpointConfig, LocalConfig, arrays
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.errors import StorageError
+from tests.runs import PATIENCE
 
 
 def mesh_of(count):
@@ -252,7 +253,7 @@ def run_two(root, mode):
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=60) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [int(out.split()[-1]) for out, _ in outputs]
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
+from tests.runs import PATIENCE
 
 ONE_OF_TWO = """
 import sys
@@ -54,7 +55,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
         subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], '\n'.join(errors)
 
     reader = Reader(CheckpointConfig(), tmp_path)

@@ -12,6 +12,7 @@ from jaxfm.data.order import Order
 from jaxfm.data.packing.rows import BestFit, Concat
 from jaxfm.errors import ConfigError, DataError
 from tests.data.streams import BOS, stream
+from tests.runs import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 T = 32
@@ -162,7 +163,7 @@ def run_processes(count, directory, state, steps):
         command = [sys.executable, '-c', PROCESS, json.dumps(arguments)]
         environment = os.environ | {'PYTHONPATH': str(ROOT)}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
-    states = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    states = [json.loads(process.communicate(timeout=PATIENCE)[0]) for process in processes]
     assert all(process.returncode == 0 for process in processes)
     assert all(state == states[0] for state in states)
     parts = [dict(np.load(f'{directory}/{index}.npz')) for index in range(count)]

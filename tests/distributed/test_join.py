@@ -9,6 +9,7 @@ from jaxfm import distributed
 from jaxfm.distributed import join
 from jaxfm.errors import UnavailableError, UsageError
 from tests.distributed.processes import ranks, read_until, start
+from tests.runs import PATIENCE
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_missing_processes_are_an_error_with_an_exit_code():
     env = ranks(2)[1]
     with start(program, [env]) as [process]:
         assert env['JAX_COORDINATOR_ADDRESS'] in read_until(process, 'error')
-        assert process.wait(10) == 69
+        assert process.wait(PATIENCE) == 69
 
 
 FAILING = """
@@ -83,7 +84,7 @@ def test_a_process_that_failed_does_not_wait_for_the_others():
     with start(FAILING, ranks(2)) as processes:
         for process in processes:
             read_until(process, 'joined')
-        assert processes[1].wait(20) == 65  # JAX would keep it for five minutes
+        assert processes[1].wait(PATIENCE) == 65  # JAX would keep it for five minutes
         assert processes[0].poll() is None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxfm.distributed import preemption
 from tests.distributed.processes import ranks, read_until, start
+from tests.runs import PATIENCE
 
 LOOP = """
     import sys, time
@@ -14,7 +15,7 @@ LOOP = """
     join.initialize(timeout_seconds=40, heartbeat_seconds=10)
     handler = preemption._get_action(15).raw[:8]
     with preemption.Preemption() as signals:
-        for step in range(2000):
+        for step in range(10**6):
             if signals.should_stop(step):
                 print('stopped at', step, flush=True)
                 break
@@ -31,7 +32,7 @@ def test_first_signal_stops_a_single_process_gracefully(number):
         read_until(process, 'step 3')
         process.send_signal(number)
         read_until(process, 'stopped at')
-        assert process.wait(10) == 75
+        assert process.wait(PATIENCE) == 75
         assert 'a second signal exits at once' in process.stderr.read()
 
 
@@ -57,7 +58,7 @@ def test_second_signal_exits_at_once_though_the_main_thread_is_busy(first, secon
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(second)
-        assert process.wait(5) == code
+        assert process.wait(PATIENCE) == code
 
 
 def test_one_request_delivered_as_two_signals_counts_once():
@@ -65,7 +66,7 @@ def test_one_request_delivered_as_two_signals_counts_once():
         read_until(process, 'step 3')
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 75
+        assert process.wait(PATIENCE) == 75
 
 
 def test_handlers_are_restored():
@@ -87,7 +88,7 @@ def test_signal_to_one_rank_stops_all_ranks_at_the_same_step(number):
         processes[1].send_signal(number)
         stops = [read_until(process, 'stopped at') for process in processes]
         assert stops[0] == stops[1]
-        assert [process.wait(20) for process in processes] == [75, 75]
+        assert [process.wait(PATIENCE) for process in processes] == [75, 75]
 
 
 def test_second_signal_ends_a_rank_at_once():
@@ -98,4 +99,4 @@ def test_second_signal_ends_a_rank_at_once():
         time.sleep(0.5)
         assert processes[1].poll() is None
         processes[1].send_signal(signal.SIGTERM)
-        assert processes[1].wait(5) == 143
+        assert processes[1].wait(PATIENCE) == 143

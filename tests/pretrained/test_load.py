@@ -17,6 +17,7 @@ from jaxfm.process import HUGE_PAGES
 from tests.distributed.processes import ranks, start
 from tests.hf_directories import LLAMA, random_tensors, shapes_of, write_json, write_model
 from tests.pretrained.loading import ROOT, Counted, Loading
+from tests.runs import PATIENCE
 
 MESHES = {
     'fsdp': dict(fsdp=8),
@@ -145,7 +146,7 @@ def test_each_of_two_processes_reads_its_own_part_and_together_they_write(tmp_pa
     program = TWO.format(path=str(path), saved=str(saved), output=str(output))
     devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
     with start(program, [environment | devices for environment in ranks(2)]) as processes:
-        told = [process.communicate(timeout=120) for process in processes]
+        told = [process.communicate(timeout=PATIENCE) for process in processes]
     read = []
     for out, error in told:
         lines = [line for line in out.splitlines() if line.startswith('read ')]
@@ -221,7 +222,7 @@ def test_if_one_of_two_processes_cannot_write_both_report_it(tmp_path):
     program = FAILING.format(path=str(path), output=str(output))
     devices = dict(JAX_NUM_CPU_DEVICES='1', PYTHONPATH=str(ROOT))
     with start(program, [environment | devices for environment in ranks(2)]) as processes:
-        told = [process.communicate(timeout=120) for process in processes]
+        told = [process.communicate(timeout=PATIENCE) for process in processes]
     expected = [
         f'met 74 {output}/file/below: cannot be written: Not a directory',
         f'met 74 {output}/full: cannot be written: File too large',

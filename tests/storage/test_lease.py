@@ -20,6 +20,7 @@ from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import LockedError, StorageError, UnavailableError
 from jaxfm.storage import holder, open_storage
 from jaxfm.storage.lease import Holder, Lease, Record, read_lease
+from tests.runs import PATIENCE
 
 LONG = 60  # seconds that no test waits for
 SHORT = 0.9
@@ -368,11 +369,11 @@ def test_a_holder_that_cannot_renew_for_a_while_stays_the_holder(disk, take, mon
         raise UnavailableError('an outage')
 
     monkeypatch.setattr(disk, 'write', refuse)
-    assert tried.wait(10)
+    assert tried.wait(PATIENCE)
     lease.confirm()
     before = json.loads(disk.read('lease/00000001.json'))['renewals']
     monkeypatch.setattr(disk, 'write', write)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while read_lease(disk, disk.list('lease')).renewals <= before:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -31,6 +31,7 @@ from jaxfm.errors import (
 )
 from jaxfm.storage import find, whole
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig, BytesConfig
+from tests.runs import PATIENCE
 
 BYTES = make_tokenizer(BytesConfig(), None, None)
 
@@ -464,7 +465,7 @@ def test_a_killed_build_is_resumed_and_never_mistaken_for_a_cache(
     (tmp_path / 'killed.py').write_text(KILLED)
     arguments = [tmp_path / 'killed.py', config.model_dump_json(), cache_dir, when]
     killed = subprocess.run(
-        [sys.executable, *map(str, arguments)], timeout=60, stdout=-1, text=True
+        [sys.executable, *map(str, arguments)], timeout=PATIENCE, stdout=-1, text=True
     )
     assert killed.returncode == -9
     assert [path.suffix for path in cache_dir.iterdir()] == ['.partial']
@@ -482,7 +483,7 @@ def test_a_killed_build_is_resumed_and_never_mistaken_for_a_cache(
 
 def _await_the_end_of(pids):
     assert len(pids) == 2
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, 'processes outlive the build that started them'
         time.sleep(0.05)

@@ -243,6 +243,7 @@ def adapter(tiny, tmp_path_factory):
     return model, adapter
 
 
+@pytest.mark.usefixtures('quick_programs')
 @pytest.mark.parametrize('kind', ['adapter', 'run'])
 def test_a_run_goes_on_when_what_it_began_from_is_gone(cli, tmp_path, adapter, straight, kind):
     origin, workdir = tmp_path / 'origin', tmp_path / 'run'

@@ -167,6 +167,7 @@ def measurable() -> list:
     return list(dict.fromkeys(found))
 
 
+@pytest.mark.slow  # before a tuner tries them; what is chosen today is compiled above
 @pytest.mark.parametrize(('head_dim', 'dtype', 'tiles'), measurable())
 def test_all_tiles_that_may_be_chosen_compile_without_spills(head_dim, dtype, tiles, gpu_compiler):
     assert_fits(head_dim, dtype, tiles, window=1000, softcap=50.0)

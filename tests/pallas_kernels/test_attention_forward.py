@@ -239,6 +239,7 @@ def measurable() -> list:
     return list(dict.fromkeys(found))
 
 
+@pytest.mark.slow  # before a tuner tries them; what is chosen today is compiled above
 @pytest.mark.parametrize(('head_dim', 'dtype', 'tiles'), measurable())
 def test_all_tiles_that_may_be_chosen_compile_without_spills(head_dim, dtype, tiles, gpu_compiler):
     options = dict(scale=0.1, window=1000, softcap=50.0, tiles=tiles)

@@ -110,14 +110,14 @@ def pick(graph: Graph, changed: Iterable[str]) -> Picked:
 def leave_out(graph: Graph, path: str, left_out: dict[str, str]) -> bool:
     """Notes what takes too long in a test file; whether that is all of it."""
     if path in LONG_FILES:
-        left_out[path] = 'takes longer than half a minute'
+        left_out[path] = 'longer than half a minute'
         return True
     long = find_long_tests(graph, path)
     if long and None in long.values():
-        left_out |= {f'{path}::{test}': f'takes {why}' for test, why in long.items() if why}
+        left_out |= {f'{path}::{test}': f'fixture {why}' for test, why in long.items() if why}
         return False
     if long:
-        left_out[path] = f'every test takes {" or ".join(sorted(set(long.values())))}'
+        left_out[path] = f'every test: fixture {" or ".join(sorted(set(long.values())))}'
     return bool(long)
 
 
@@ -153,11 +153,12 @@ def describe(picked: Picked) -> list[str]:
     by_reason = {}
     for name, why in picked.left_out.items():
         path, _, test = name.partition('::')
-        by_reason.setdefault((path, why if not test else f'some tests: {why}'), []).append(test)
+        by_reason.setdefault((path, why), []).append(test)
     if by_reason:
         lines.append('left out, because a minute is too short (CI runs them):')
     for (path, why), tests in by_reason.items():
-        lines.append(f'  {path}  ({f"{len(tests)} " if tests != [""] else ""}{why})')
+        number = '' if tests == [''] else f'{len(tests)} tests: '
+        lines.append(f'  {path}  ({number}{why})')
     return lines
 
 

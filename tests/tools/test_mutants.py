@@ -95,12 +95,12 @@ def test_a_mutant_says_where_it_is_and_what_its_lines_become():
 def tree(tmp_path):
     """The root and the files of a repository with three rooms, one of them small."""
     files = {
-        'jaxfm/main.py': 'x = 1',
-        'jaxfm/data/__init__.py': '',
-        'jaxfm/data/order.py': '\n'.join(f'x{n} = {n} + y' for n in range(30)),
-        'pallas_kernels/norm/forward.py': '\n'.join(f'f(x < {n})' for n in range(30)),
+        'jaxfm/press.py': 'x = 1',
+        'jaxfm/fruit/__init__.py': '',
+        'jaxfm/fruit/apple.py': '\n'.join(f'x{n} = {n} + y' for n in range(30)),
+        'pallas_kernels/mill/forward.py': '\n'.join(f'f(x < {n})' for n in range(30)),
         'tools/other.py': 'x = 1',
-        'jaxfm/data/tiles.json': '{}',
+        'jaxfm/fruit/cogs.json': '{}',
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,9 +110,9 @@ def tree(tmp_path):
 
 def test_rooms_are_the_directories_of_the_library(tree):
     assert list_rooms(tree[1]) == {
-        'jaxfm': ['jaxfm/main.py'],
-        'data': ['jaxfm/data/__init__.py', 'jaxfm/data/order.py'],
-        'pallas_kernels': ['pallas_kernels/norm/forward.py'],
+        'jaxfm': ['jaxfm/press.py'],
+        'fruit': ['jaxfm/fruit/__init__.py', 'jaxfm/fruit/apple.py'],
+        'pallas_kernels': ['pallas_kernels/mill/forward.py'],
     }
 
 
@@ -130,10 +130,10 @@ def reversed_files(tree):
 
 def test_every_room_has_its_share_until_it_has_no_more(tree):
     rooms = Counter(m.path.split('/')[1] for m in draw(*tree, seed=3, count=21))
-    assert rooms == {'main.py': 1, 'data': 10, 'norm': 10}
+    assert rooms == {'press.py': 1, 'fruit': 10, 'mill': 10}
     everything = draw(*tree, seed=3, count=10**6)
     assert len(everything) == 1 + 60 + 90
-    assert {m.path for m in draw(*tree, 0, 9, rooms=['data'])} == {'jaxfm/data/order.py'}
+    assert {m.path for m in draw(*tree, 0, 9, rooms=['fruit'])} == {'jaxfm/fruit/apple.py'}
 
 
 def test_mutants_of_this_repository_are_python(tree):

@@ -14,12 +14,12 @@ LONG = '\ndef test_quick():\n    pass\ndef test_run(tiny):\n    pass'
 FILES = {
     'pyproject.toml': '[tool.pytest.ini_options]\npythonpath = ["."]',
     'jaxfm/__init__.py': '',
-    'jaxfm/order.py': 'def f(x):\n    return x + 1',
-    'tests/test_order.py': (
-        'from jaxfm.order import f\nimport time\ndef test_early():\n    pass\n'
+    'jaxfm/apple.py': 'def f(x):\n    return x + 1',
+    'tests/test_apple.py': (
+        'from jaxfm.apple import f\nimport time\ndef test_early():\n    pass\n'
         'def test_f():\n    if f(1) == 0:\n        time.sleep(60)\n    assert f(1) == 2'
     ),
-    'tests/test_long.py': 'import jaxfm.order\ndef test_run(tiny):\n    pass',
+    'tests/test_long.py': 'import jaxfm.apple\ndef test_run(tiny):\n    pass',
 }
 
 
@@ -47,7 +47,7 @@ def graph(root):
 
 @pytest.fixture
 def mutants(root):
-    """{operator: mutant} of jaxfm/order.py, which has one of each."""
+    """{operator: mutant} of jaxfm/apple.py, which has one of each."""
     drawn = draw(root, FILES, seed=0, count=9)
     assert len(drawn) == 3
     return {mutant.operator: mutant for mutant in drawn}
@@ -59,7 +59,7 @@ def scripted(copy, monkeypatch):
     ends, runs = [], []
 
     def run(arguments, seconds):
-        source = (copy.place / 'jaxfm/order.py').read_text()
+        source = (copy.place / 'jaxfm/apple.py').read_text()
         runs.append((arguments, source.partition('return ')[2]))
         end = ends.pop(0)
         if isinstance(end, BaseException):
@@ -73,12 +73,12 @@ def scripted(copy, monkeypatch):
 def test_a_mutant_that_fails_a_test_is_caught_by_it(copy, graph, mutants):
     """With real processes: pytest runs in the copy, on the changed source."""
     fate = find_fate(copy, graph, mutants['constant'], seconds=60)
-    assert (fate.fate, fate.test) == ('caught', 'tests/test_order.py::test_f')
+    assert (fate.fate, fate.test) == ('caught', 'tests/test_apple.py::test_f')
     assert 'assert 3 == 2' in fate.message and fate.num_tests == 2 and fate.seconds > 0
-    assert copy.test(['tests/test_order.py'], 60).fate == 'survived'  # the change is gone
+    assert copy.test(['tests/test_apple.py'], 60).fate == 'survived'  # the change is gone
     fate = copy.test(['tests/test_long.py'], 60)
     assert (fate.fate, fate.num_tests) == ('caught', 1)  # there is no such fixture
-    assert copy.test(['tests/test_order.py', '-k', 'nothing'], 60).fate == 'untested'
+    assert copy.test(['tests/test_apple.py', '-k', 'nothing'], 60).fate == 'untested'
 
 
 def test_a_mutant_that_hangs_is_killed(copy, graph, mutants):
@@ -93,27 +93,27 @@ def test_long_tests_run_once_the_quick_ones_have_passed(copy, graph, mutants, sc
     ends += ['survived', 'caught', 'caught', 'survived', 'survived']
     changed = 'x + 2'
     assert find_fate(copy, graph, mutants['constant'], 60) == Fate('caught', '', '', 6, 3.0)
-    assert runs == [(['tests/test_order.py'], changed), (['tests/test_long.py'], changed)]
+    assert runs == [(['tests/test_apple.py'], changed), (['tests/test_long.py'], changed)]
     assert find_fate(copy, graph, mutants['constant'], 60).num_tests == 3
     assert find_fate(copy, graph, mutants['constant'], 60).fate == 'survived'
 
 
 def test_tests_of_the_room_come_before_long_ones(tmp_path):
     files = {
-        'jaxfm/data/order.py': '',
-        'jaxfm/data/loader.py': 'import jaxfm.data.order',
-        'tests/data/test_order.py': LONG,
-        'tests/data/test_loader.py': 'import jaxfm.data.loader' + LONG,
-        'tests/test_loader.py': 'import jaxfm.data.loader',
+        'jaxfm/fruit/apple.py': '',
+        'jaxfm/fruit/press.py': 'import jaxfm.fruit.apple',
+        'tests/fruit/test_apple.py': LONG,
+        'tests/fruit/test_press.py': 'import jaxfm.fruit.press' + LONG,
+        'tests/test_press.py': 'import jaxfm.fruit.press',
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    near, room, long = make_stages(Graph(tmp_path, files), 'jaxfm/data/order.py')
-    runs = [f'tests/data/test_{name}.py::test_run' for name in ('order', 'loader')]
+    near, room, long = make_stages(Graph(tmp_path, files), 'jaxfm/fruit/apple.py')
+    runs = [f'tests/fruit/test_{name}.py::test_run' for name in ('apple', 'press')]
     deselected = [f'--deselect={run}' for run in runs]
-    assert near == [*deselected, 'tests/data/test_order.py']
-    assert room == [*deselected, 'tests/data/test_loader.py'] and long == runs
+    assert near == [*deselected, 'tests/fruit/test_apple.py']
+    assert room == [*deselected, 'tests/fruit/test_press.py'] and long == runs
 
 
 def test_the_working_tree_is_never_touched_and_the_copy_is_put_back(
@@ -122,15 +122,15 @@ def test_the_working_tree_is_never_touched_and_the_copy_is_put_back(
     ends, runs = scripted
     ends += ['caught', KeyboardInterrupt(), 'caught']
     before = {name: (root / name).stat() for name in FILES}
-    there = (copy.place / 'jaxfm/order.py').stat()
+    there = (copy.place / 'jaxfm/apple.py').stat()
     for mutant in mutants.values():
         try:
             find_fate(copy, graph, mutant, 60)
         except KeyboardInterrupt:
             pass
-        now = (copy.place / 'jaxfm/order.py').stat()
+        now = (copy.place / 'jaxfm/apple.py').stat()
         assert (now.st_mtime_ns, now.st_size) == (there.st_mtime_ns, there.st_size)
-        assert (copy.place / 'jaxfm/order.py').read_text() == FILES['jaxfm/order.py']
+        assert (copy.place / 'jaxfm/apple.py').read_text() == FILES['jaxfm/apple.py']
     assert {source for _, source in runs} == {'x - 1', 'x + 2', 'None'}
     assert {name: (root / name).stat() for name in FILES} == before
 
@@ -149,7 +149,7 @@ def test_an_interruption_loses_nothing_and_the_same_line_goes_on(
     assert [mutant for mutant, _ in fates] == mutants and not ends and len(runs) == 5
     records = json.loads(out.read_text())
     assert [record['fate'] for record in records] == ['caught'] * 3
-    assert {record['path'] for record in records} == {'jaxfm/order.py'}
+    assert {record['path'] for record in records} == {'jaxfm/apple.py'}
     assert list(find_fates(copy, graph, mutants, out, 60)) == fates and len(runs) == 5
     # What another draw has found stays there, too.
     out.write_text(json.dumps(records[1:]))
@@ -194,7 +194,7 @@ def test_the_table_has_a_line_for_each_mutant_and_the_sums(mutants):
     constant = mutants['constant']
     table = mutate.make_table([(constant, Fate('caught', 'a::b')), (constant, Fate('survived'))])
     assert (
-        '| 0 | jaxfm/order.py:2 | constant: `return x + 1` -> `return x + 2` | caught | a::b |'
+        '| 0 | jaxfm/apple.py:2 | constant: `return x + 1` -> `return x + 2` | caught | a::b |'
         in table.splitlines()
     )
     assert table.endswith('1 caught, 1 survived')

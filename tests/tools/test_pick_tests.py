@@ -13,38 +13,38 @@ ROOT = Path(__file__).resolve().parents[2]
 # A small repository, with one edge of each kind.
 FILES = {
     'jaxfm/__init__.py': '',
-    'jaxfm/errors.py': '"""Nobody but order reads this; jaxfm.deep is only a word here."""',
-    'jaxfm/data/__init__.py': "SOURCES = {'files': 'jaxfm.data.files:Files'}",
-    'jaxfm/data/order.py': 'from ..errors import RunError\nfrom . import mixture',
-    'jaxfm/data/mixture.py': 'x = 1',
-    'jaxfm/data/files.py': '',
-    'jaxfm/main.py': 'def main():\n    from jaxfm.deep import inner',
+    'jaxfm/stones.py': '"""Nobody but apple reads this; jaxfm.deep is only a word here."""',
+    'jaxfm/fruit/__init__.py': "SOURCES = {'plum': 'jaxfm.fruit.plum:Plum'}",
+    'jaxfm/fruit/apple.py': 'from ..stones import RunError\nfrom . import pear',
+    'jaxfm/fruit/pear.py': 'x = 1',
+    'jaxfm/fruit/plum.py': '',
+    'jaxfm/press.py': 'def main():\n    from jaxfm.deep import inner',
     'jaxfm/deep.py': '',
-    'jaxfm/families/llama.py': '',
-    'pallas_kernels/attention/forward.py': '',
-    'pallas_kernels/attention/tiles.py': "PATH = 'tiles.json'",
-    'pallas_kernels/attention/tiles.json': '{}',
-    'pallas_kernels/norm/tiles.json': '{}',
-    'configs/sft.py': '',
-    'README.md': '',
+    'jaxfm/trees/oak.py': '',
+    'pallas_kernels/mill/forward.py': '',
+    'pallas_kernels/mill/cogs.py': "PATH = 'cogs.json'",
+    'pallas_kernels/mill/cogs.json': '{}',
+    'pallas_kernels/norm/cogs.json': '{}',
+    'configs/jam.py': '',
+    'NOTES.md': '',
     'tests/conftest.py': (
-        'import pytest\nfrom jaxfm import errors\n@pytest.fixture\ndef tiny():\n    pass\n'
+        'import pytest\nfrom jaxfm import stones\n@pytest.fixture\ndef tiny():\n    pass\n'
         '@pytest.fixture\ndef place():\n    pass'
     ),
-    'tests/helper.py': 'import jaxfm.data.mixture',
-    'tests/families/conftest.py': '@pytest.fixture(autouse=True)\ndef quick():\n    pass',
-    'tests/families/test_llama.py': 'def test_it():\n    pass',
-    'tests/data/test_order.py': 'def test_it():\n    pass',
-    'tests/data/test_both.py': 'from jaxfm.data.order import Order\nfrom tests import helper',
-    'tests/test_program.py': "command = ['-m', 'jaxfm.main', '--config', 'configs/sft.py']",
-    'tests/test_text.py': "PROGRAM = '''\nfrom jaxfm.data import mixture, order\n'''",
-    'tests/test_registry.py': "name = 'jaxfm.data.files:Files'",
-    'tests/test_families.py': 'def test_it():\n    pass',
+    'tests/helper.py': 'import jaxfm.fruit.pear',
+    'tests/trees/conftest.py': '@pytest.fixture(autouse=True)\ndef quick():\n    pass',
+    'tests/trees/test_oak.py': 'def test_it():\n    pass',
+    'tests/fruit/test_apple.py': 'def test_it():\n    pass',
+    'tests/fruit/test_both.py': 'from jaxfm.fruit.apple import Apple\nfrom tests import helper',
+    'tests/test_program.py': "command = ['-m', 'jaxfm.press', '--config', 'configs/jam.py']",
+    'tests/test_text.py': "PROGRAM = '''\nfrom jaxfm.fruit import pear, apple\n'''",
+    'tests/test_registry.py': "name = 'jaxfm.fruit.plum:Plum'",
+    'tests/test_trees.py': 'def test_it():\n    pass',
     'tests/test_place.py': 'def test_it(place):\n    pass',
-    'tests/test_words.py': '"""jaxfm.errors and README.md stand here as words."""',
-    'tests/test_readme.py': "path = ROOT / 'README.md'",
-    'tests/pallas_kernels/test_attention_forward.py': 'def test_it():\n    pass',
-    'tests/pallas_kernels/test_tiles.py': 'import pallas_kernels.attention.tiles',
+    'tests/test_words.py': '"""jaxfm.stones and NOTES.md stand here as words."""',
+    'tests/test_notes.py': "path = ROOT / 'NOTES.md'",
+    'tests/pallas_kernels/test_mill_forward.py': 'def test_it():\n    pass',
+    'tests/pallas_kernels/test_cogs.py': 'import pallas_kernels.mill.cogs',
 }
 
 
@@ -87,27 +87,27 @@ def picked(tmp_path):
         ('tests/test_program.py', ['tests/test_program.py']),
         # The mirror first, then who imports it, also in a program that a string holds.
         (
-            'jaxfm/data/order.py',
-            ['tests/data/test_order.py', 'tests/data/test_both.py', 'tests/test_text.py'],
+            'jaxfm/fruit/apple.py',
+            ['tests/fruit/test_apple.py', 'tests/fruit/test_both.py', 'tests/test_text.py'],
         ),
         # A helper of tests is a part of the file that imports it.
-        ('jaxfm/data/mixture.py', ['tests/data/test_both.py', 'tests/test_text.py']),
-        ('tests/helper.py', ['tests/data/test_both.py']),
-        ('jaxfm/main.py', ['tests/test_program.py']),
-        ('configs/sft.py', ['tests/test_program.py']),
-        ('jaxfm/data/files.py', ['tests/test_registry.py']),
+        ('jaxfm/fruit/pear.py', ['tests/fruit/test_both.py', 'tests/test_text.py']),
+        ('tests/helper.py', ['tests/fruit/test_both.py']),
+        ('jaxfm/press.py', ['tests/test_program.py']),
+        ('configs/jam.py', ['tests/test_program.py']),
+        ('jaxfm/fruit/plum.py', ['tests/test_registry.py']),
         # Nobody tests it: those that are nearest by imports.
         ('jaxfm/deep.py', ['tests/test_program.py']),
-        ('jaxfm/families/llama.py', ['tests/families/test_llama.py', 'tests/test_families.py']),
+        ('jaxfm/trees/oak.py', ['tests/trees/test_oak.py', 'tests/test_trees.py']),
         (
-            'pallas_kernels/attention/forward.py',
-            ['tests/pallas_kernels/test_attention_forward.py'],
+            'pallas_kernels/mill/forward.py',
+            ['tests/pallas_kernels/test_mill_forward.py'],
         ),
-        ('pallas_kernels/attention/tiles.json', ['tests/pallas_kernels/test_tiles.py']),
-        ('pallas_kernels/norm/tiles.json', []),
+        ('pallas_kernels/mill/cogs.json', ['tests/pallas_kernels/test_cogs.py']),
+        ('pallas_kernels/norm/cogs.json', []),
         ('tests/conftest.py', ['tests/test_place.py']),
-        ('tests/families/conftest.py', ['tests/families/test_llama.py']),
-        ('README.md', ['tests/test_readme.py']),
+        ('tests/trees/conftest.py', ['tests/trees/test_oak.py']),
+        ('NOTES.md', ['tests/test_notes.py']),
         ('jaxfm/gone.py', []),
         ('tests/test_gone.py', []),
     ],
@@ -117,22 +117,22 @@ def test_a_change_picks_the_tests_that_it_concerns(picked, changed, files):
 
 
 def test_every_test_file_is_picked_once_and_says_why(picked):
-    found = picked('jaxfm/data/mixture.py', 'jaxfm/data/order.py', 'tests/test_text.py')
+    found = picked('jaxfm/fruit/pear.py', 'jaxfm/fruit/apple.py', 'tests/test_text.py')
     assert found.files == {
         'tests/test_text.py': 'changed',
-        'tests/data/test_both.py': 'reads jaxfm/data/mixture.py',
-        'tests/data/test_order.py': 'mirrors jaxfm/data/order.py',
+        'tests/fruit/test_both.py': 'reads jaxfm/fruit/pear.py',
+        'tests/fruit/test_apple.py': 'mirrors jaxfm/fruit/apple.py',
     }
 
 
 def test_a_deleted_module_picks_the_tests_that_still_name_it(picked):
-    found = picked('jaxfm/data/lost.py', tests__test_lost='from jaxfm.data.lost import Lost')
+    found = picked('jaxfm/fruit/lost.py', tests__test_lost='from jaxfm.fruit.lost import Lost')
     assert list(found.files) == ['tests/test_lost.py']
 
 
 LONG = """
 import pytest
-from jaxfm.data import order
+from jaxfm.fruit import apple
 
 @pytest.fixture
 def run(tiny):
@@ -154,30 +154,30 @@ def test_by_a_mark():
 
 
 def test_whole_runs_are_left_out_and_the_rest_of_their_file_is_not(picked):
-    found = picked('jaxfm/data/order.py', tests__data__test_order=LONG)
-    assert 'tests/data/test_order.py' in found.files
-    left_out = [f'tests/data/test_order.py::test_{n}' for n in ('direct', 'through_a_fixture')]
-    assert list(found.left_out) == [*left_out, 'tests/data/test_order.py::test_by_a_mark']
+    found = picked('jaxfm/fruit/apple.py', tests__fruit__test_apple=LONG)
+    assert 'tests/fruit/test_apple.py' in found.files
+    left_out = [f'tests/fruit/test_apple.py::test_{n}' for n in ('direct', 'through_a_fixture')]
+    assert list(found.left_out) == [*left_out, 'tests/fruit/test_apple.py::test_by_a_mark']
     assert found.arguments(Path())[:3] == [f'--deselect={name}' for name in found.left_out]
-    assert '  tests/data/test_order.py  (3 some tests: takes tiny)' in pick_tests.describe(found)
+    assert '  tests/fruit/test_apple.py  (3 tests: fixture tiny)' in pick_tests.describe(found)
 
 
 def test_a_file_of_whole_runs_alone_is_left_out_unless_it_is_changed(picked, monkeypatch):
     only = LONG.replace('def test_quick', 'def quick')
-    found = picked('jaxfm/data/order.py', tests__data__test_order=only)
-    assert found.left_out == {'tests/data/test_order.py': 'every test takes tiny'}
-    assert 'tests/data/test_order.py' not in found.files
-    found = picked('tests/data/test_order.py', tests__data__test_order=only)
-    assert found.files == {'tests/data/test_order.py': 'changed'} and not found.left_out
+    found = picked('jaxfm/fruit/apple.py', tests__fruit__test_apple=only)
+    assert found.left_out == {'tests/fruit/test_apple.py': 'every test: fixture tiny'}
+    assert 'tests/fruit/test_apple.py' not in found.files
+    found = picked('tests/fruit/test_apple.py', tests__fruit__test_apple=only)
+    assert found.files == {'tests/fruit/test_apple.py': 'changed'} and not found.left_out
     monkeypatch.setattr(pick_tests, 'LONG_FILES', {'tests/test_text.py'})
-    assert 'tests/test_text.py' in picked('jaxfm/data/order.py').left_out
+    assert 'tests/test_text.py' in picked('jaxfm/fruit/apple.py').left_out
 
 
 def test_what_changed_is_what_git_says_with_untracked_and_deleted_files(repository):
     write(repository, {'jaxfm/new one.py': '', 'jaxfm/deep.py': 'x = 2', '.gitignore': 'out'})
     write(repository, {'out': 'ignored'})
-    (repository / 'jaxfm/main.py').unlink()
-    changed = ['.gitignore', 'jaxfm/deep.py', 'jaxfm/main.py', 'jaxfm/new one.py']
+    (repository / 'jaxfm/press.py').unlink()
+    changed = ['.gitignore', 'jaxfm/deep.py', 'jaxfm/new one.py', 'jaxfm/press.py']
     assert pick_tests.list_changes(repository, 'HEAD') == changed
     git(repository, 'add', '-A')
     git(repository, 'commit', '-q', '-m', 'second')
@@ -192,9 +192,9 @@ def test_the_picked_files_run_and_the_exit_code_is_that_of_pytest(repository, mo
     write(repository, {'jaxfm/deep.py': 'x = 2'})
     assert pick_tests.main(['--list'], repository) == 0
     assert not calls and 'tests/test_program.py  (2 imports from' in capsys.readouterr().out
-    assert pick_tests.main(['--', '-k', 'order'], repository) == 1
+    assert pick_tests.main(['--', '-k', 'apple'], repository) == 1
     file = f'{repository}/tests/test_program.py'
-    assert calls == [['-x', '-q', f'--rootdir={repository}', file, '-k', 'order']]
+    assert calls == [['-x', '-q', f'--rootdir={repository}', file, '-k', 'apple']]
 
 
 def test_an_unknown_commit_is_one_clear_message(repository, capsys):

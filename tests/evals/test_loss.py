@@ -83,6 +83,11 @@ def evaluator(mesh, model=Bigram, heldout=Heldout, **changes):
     return HeldOutLoss(LossConfig(**{'batch_size': 2, **changes}), context)
 
 
+def test_it_is_due_when_its_config_says_so(mesh):
+    loss = evaluator(mesh, every=3, at_start=False)
+    assert [step for step in range(8) if loss.is_due(step, last=7)] == [3, 6, 7]
+
+
 def by_hand(params):
     """-> nats over all targets of all documents, number of targets."""
     logits = np.asarray(params['in'], np.float64) @ np.asarray(params['out'], np.float64).T

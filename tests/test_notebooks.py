@@ -1,6 +1,6 @@
 """Notebooks run from their first cell to their last, in the short form that SMOKE = True gives.
 
-A notebook has a cell tagged `parameters` that says `SMOKE = False`; a cell behind it says True here.
+A notebook has a cell tagged `parameters` with `SMOKE = False`; the tests add one with True.
 The short form takes at most SECONDS of CPU time; the long one is run by hand with `-m slow`.
 """
 

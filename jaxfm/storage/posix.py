@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jaxfm.errors import ConfigError, PermissionDeniedError, StorageError
 from jaxfm.storage.base import Stored
-from jaxfm.storage.whole import sync_directory, write_file
+from jaxfm.storage.whole import make_directory, sync_directory, write_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -26,7 +26,7 @@ class PosixStorage:
 
     def prepare(self) -> None:
         with self._explain_errors():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.directory)
             with tempfile.TemporaryFile(dir=self.directory) as probe:
                 probe.write(b'room for one checkpoint?')
 
@@ -54,7 +54,7 @@ class PosixStorage:
     def _write(self, name: str, data: bytes, exclusive: bool) -> None:
         path = self.directory / name
         with self._explain_errors():  # a FileExistsError here is not about `path` itself
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
         with self._explain_errors(name):
             with write_file(path, exclusive) as file:
                 file.write(data)

@@ -68,6 +68,15 @@ def remove_directory(directory: Path) -> None:
     shutil.rmtree(temporary)
 
 
+def make_directory(directory: Path) -> None:
+    """Makes a directory and its missing parents, each of which survives a power cut."""
+    if not directory.is_dir():
+        if not directory.parent.exists():
+            make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
+
+
 def sync(file) -> None:
     """Flushes and fsyncs a file, so that its content survives a power cut."""
     file.flush()

@@ -251,6 +251,7 @@ def test_a_failed_write_keeps_the_old_content(disk, monkeypatch):
 def test_a_new_name_is_on_the_disk_when_a_write_returns(disk, monkeypatch, exclusive):
     """A name outlives a power cut only if its directory is synced after the rename."""
     path, fsync, synced = disk.directory / '7/commit.json', os.fsync, []
+    disk.write('7/manifest.json', b'data')
 
     def note(descriptor):
         is_directory = os.path.samestat(os.fstat(descriptor), path.parent.stat())

@@ -9,7 +9,13 @@ import threading
 import pytest
 
 from jaxfm.storage import whole
-from jaxfm.storage.whole import publish, remove_directory, write_directory, write_file
+from jaxfm.storage.whole import (
+    make_directory,
+    publish,
+    remove_directory,
+    write_directory,
+    write_file,
+)
 
 KILLED = """
 import os, signal, sys
@@ -171,3 +177,14 @@ def test_a_removed_directory_loses_its_name_first(tmp_path, monkeypatch):
     directory.mkdir()
     remove_directory(directory)
     assert not directory.exists()
+
+
+def test_every_directory_that_is_made_is_synced_in_its_parent(tmp_path, monkeypatch):
+    """Otherwise a power cut could take the directory of a checkpoint and leave nothing of it."""
+    synced = []
+    monkeypatch.setattr(whole, 'sync_directory', synced.append)
+    make_directory(tmp_path / 'run' / 'checkpoints' / '7')
+    assert (tmp_path / 'run' / 'checkpoints' / '7').is_dir()
+    assert synced == [tmp_path, tmp_path / 'run', tmp_path / 'run' / 'checkpoints']
+    make_directory(tmp_path / 'run' / 'checkpoints' / '7')
+    assert len(synced) == 3

@@ -1,10 +1,11 @@
-"""What our pages and docstrings tell a reader to type is understood, up to the config's check.
+"""Every command that pages and docstrings show can be parsed, and its config passes the checks.
 
 A command is `python -m jaxfm.main` or `python -m tools.X` with arguments, in README.md, docs/,
 CONTRIBUTING.md, CHANGELOG.md, or in a comment or string (docstrings, messages) of configs/, jaxfm/,
 tools/ and tests/conftest.py. A placeholder in it, such as PATH, is replaced by something that
-exists. Files, headings, tests and modules that the pages, pyproject.toml and .ci/run name exist,
-too; README is short; every page of docs/ is linked there and names its tests.
+exists. Further checks: files, headings, tests and modules that the pages, pyproject.toml and
+.ci/run name exist; README is short, links every page of docs/, and its tree matches jaxfm/; every
+page of docs/ ends with its tests.
 """
 
 import ast
@@ -44,7 +45,7 @@ COMMAND = re.compile(
 )
 END = {'&&', '||', '|', ';', '>', '2>'}
 
-# What a reader would put in the place of a word; names of what `desk` makes.
+# What replaces a placeholder: things that the fixture `desk` makes.
 STANDS_FOR = {
     'PATH': 'model',
     'MODEL': 'model',
@@ -53,9 +54,9 @@ STANDS_FOR = {
     'FILE': 'configs/quickstart.py',
     'N': '1',
     'STAGE': 'timing',
-    'VALUE': 'new',  # what a message fills in
+    'VALUE': 'new',  # filled in by an f-string
 }
-# Runs that other commands start from: what makes them, as README has it.
+# Runs that other commands start from, with the config and overrides that README gives for them.
 RUNS = {
     'quickstart': ('configs/quickstart.py', []),
     'tuned': ('configs/sft.py', ['init_from=model', 'data.path=my.jsonl']),
@@ -65,7 +66,7 @@ RUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line as it is shown: the module after -m, and the words after that."""
+    """A command line as shown: the module after -m, and the words after it."""
 
     module: str
     words: tuple[str, ...]
@@ -74,7 +75,7 @@ class Command:
         return ' '.join([self.module, *self.words])
 
     def lines(self) -> Iterator[tuple[str, ...]]:
-        """What to type: without and with what is in [], for each of a|b."""
+        """The command lines it stands for: with and without parts in [], for each choice in a|b."""
         for words in {_required(self.words), _everything(self.words)}:
             yield from itertools.product(*(_choices(_filled(word)) for word in words))
 
@@ -88,7 +89,7 @@ def _everything(words) -> tuple[str, ...]:
 
 
 def _optional(words) -> Iterator[tuple[str, bool]]:
-    """(word, whether it is in []) of a usage line, brackets and dots taken off."""
+    """(word, whether it is in []) for the words of a usage line, without brackets and dots."""
     inside = False
     for word in words:
         begins = word.startswith('[')
@@ -110,7 +111,7 @@ def _filled(word: str) -> str:
 
 
 def find(text: str) -> list[Command]:
-    """The commands in a text; the name of a module without arguments is none of them."""
+    """The commands in a text; a module name without arguments does not count."""
     text = re.sub(r'\\\n\s*', ' ', text)
     found = []
     for match in COMMAND.finditer(text):
@@ -124,7 +125,7 @@ def find(text: str) -> list[Command]:
 
 
 def spoken(source: str) -> Iterator[str]:
-    """Every string and comment of a Python file; what an f-string fills in is VALUE."""
+    """Yields every string and comment of a Python file; VALUE replaces fields of f-strings."""
     nodes = list(ast.walk(ast.parse(source)))
     texts = [node for node in nodes if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for text in texts for part in text.values}
@@ -147,7 +148,7 @@ def spoken(source: str) -> Iterator[str]:
 
 
 def documented() -> list[tuple[str, Command]]:
-    """(file, command) of all that is shown, each once."""
+    """(file, command) for every command that is shown, without repetitions."""
     texts = [(path, path.read_text()) for path in PAGES]
     texts += [(path, text) for path in SOURCES for text in spoken(path.read_text())]
     found = {
@@ -159,7 +160,7 @@ def documented() -> list[tuple[str, Command]]:
 
 
 def understand(module: str, line: tuple[str, ...]) -> None:
-    """Reads a command line as the module does, and its config; files of data are not looked for."""
+    """Parses a command line as the module does, and loads its config; data need not exist."""
     if module == 'jaxfm.main':
         flags, overrides = main.parse(list(line))
         config = load_config(flags.config, overrides, workdir=flags.workdir)
@@ -170,7 +171,7 @@ def understand(module: str, line: tuple[str, ...]) -> None:
     is_package = spec.submodule_search_locations is not None
     tool = importlib.import_module(f'{module}.__main__' if is_package else module)
     if len(line) == 1 and line[0] in getattr(tool, 'COMMANDS', ()):
-        return  # only its name, in a sentence
+        return  # only the subcommand's name, in a sentence
     parsed = tool.parse(list(line))
     flags, overrides = parsed if isinstance(parsed, tuple) else (parsed, [])
     if getattr(flags, 'config', None) is not None:
@@ -181,7 +182,7 @@ def understand(module: str, line: tuple[str, ...]) -> None:
 
 @pytest.fixture(scope='module')
 def desk(tmp_path_factory) -> Iterator[Path]:
-    """A directory with what commands name: configs, a model, an adapter, chats, examples, runs."""
+    """A directory with everything that commands name: configs, a model, an adapter, chats, runs."""
     root = tmp_path_factory.mktemp('desk')
     (root / 'configs').symlink_to(ROOT / 'configs')
     (root / 'adapter').symlink_to(ROOT / 'tests' / 'goldens' / 'llama3_lora')
@@ -197,10 +198,10 @@ def desk(tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture
 def at_desk(desk, monkeypatch):
-    """The current directory is the desk, and everything that tools import can be imported."""
+    """Changes to the desk, and mocks packages that some tools import and tests do not have."""
     monkeypatch.chdir(desk)
     monkeypatch.setattr(main, 'check_absent', lambda path: None)  # another command reads `adapter`
-    # Goldens are made in an environment of their own, which has these.
+    # Goldens are made in a separate environment, which has these packages.
     theirs = ('torch', 'torch.nn', 'torch.nn.functional', 'peft')
     for name in (*theirs, 'transformers', 'transformers.utils'):
         monkeypatch.setitem(sys.modules, name, MagicMock())
@@ -217,13 +218,13 @@ DOCUMENTED = documented()
 @pytest.mark.parametrize(
     'command', [pytest.param(command, id=f'{where}: {command}') for where, command in DOCUMENTED]
 )
-def test_a_documented_command_is_understood(at_desk, command):
+def test_a_documented_command_can_be_parsed(at_desk, command):
     for line in command.lines():
         understand(command.module, line)
 
 
-def test_commands_are_found_where_they_are():
-    """A finder that sees less than it did shall not pass."""
+def test_commands_are_found_in_every_place():
+    """Guards against a `find` that misses commands."""
     places = collections.Counter(where.split('/')[0] for where, _ in DOCUMENTED)
     assert places['README.md'] >= 13
     assert places['docs'] >= 40
@@ -260,14 +261,14 @@ def test_commands_are_found_where_they_are():
         ('tools.bench.speed --out DIR', AssertionError, 'tools.bench.speed'),
     ],
 )
-def test_a_wrong_command_is_not_understood(at_desk, line, error, words):
+def test_a_wrong_command_fails(at_desk, line, error, words):
     [command] = find(f'python -m {line}')
     with pytest.raises(error, match=words):
         for words in command.lines():
             understand(command.module, words)
 
 
-def test_a_placeholder_that_nobody_knows_is_told():
+def test_an_unknown_placeholder_fails():
     [command] = find('python -m tools.checkpoint ls BUCKET')
     with pytest.raises(KeyError, match='BUCKET'):
         list(command.lines())
@@ -291,7 +292,7 @@ def test_a_command_is_found_in_a_text(text, found):
     assert [str(command) for command in find(text)] == found
 
 
-def test_what_a_python_file_says_is_found():
+def test_commands_in_strings_and_comments_are_found():
     source = '''
 """Title.
 
@@ -316,7 +317,7 @@ def test_a_usage_line_stands_for_several():
     }
 
 
-# Files and modules that are named
+# Files and modules that pages name
 
 
 NAMING = [*PAGES, ROOT / 'pyproject.toml', ROOT / '.ci' / 'run']
@@ -329,7 +330,7 @@ HEADING = re.compile(r'^#+ +(.+)$', re.M)
 
 
 def missing(text: str, page: Path) -> set[str]:
-    """Links, paths in the repository and modules that a page names and that do not exist."""
+    """Links, repository paths and modules that a page names but that do not exist."""
     links = {link for link in LINK.findall(text) if not _leads_somewhere(link, page)}
     places = {place.rstrip('.') for place in PLACE.findall(text)} - MADE
     modules = set(re.findall(r'python[\d.]*\s+-m\s+([\w.]*\w)', text))
@@ -341,7 +342,7 @@ def missing(text: str, page: Path) -> set[str]:
 
 
 def _leads_somewhere(link: str, page: Path) -> bool:
-    """Whether a relative link has its file and, after #, a heading of it."""
+    """Whether the file of a relative link exists, and has the heading after #."""
     name, _, anchor = link.partition('#')
     target = page.parent / name if name else page
     return target.exists() and (not anchor or anchor in _anchors(target))
@@ -353,26 +354,26 @@ def _anchors(page: Path) -> set[str]:
 
 
 def _is_place(place: str, page: Path) -> bool:
-    """Whether a path exists, from the root or from the page; NAME is for the reader to fill in."""
+    """Whether a path exists, relative to the root or the page, or has the placeholder NAME."""
     return 'NAME' in place or (ROOT / place).exists() or (page.parent / place).exists()
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package it is in
+    except ModuleNotFoundError:  # its package is missing
         return False
 
 
-MADE = {'log.txt'}  # by a run
+MADE = {'log.txt'}  # files that runs make
 
 
 @pytest.mark.parametrize('path', NAMING, ids=lambda path: str(path.relative_to(ROOT)))
-def test_what_a_page_names_is_there(path):
+def test_what_a_page_names_exists(path):
     assert missing(path.read_text(), path) == set()
 
 
-def test_what_is_not_there_is_found():
+def test_missing_names_are_found():
     text = (
         'See [a](docs/a.md#b), [b](jaxfm/main.py), `tests/none`, tools/corpus.py, tests/NAME.py. '
     )
@@ -398,7 +399,7 @@ def test_the_readme_links_every_page_of_docs():
 def name_tests(text: str) -> list[str]:
     """The test files and directories in the last section of a page, if it is about tests."""
     title, _, section = text.rpartition('\n## ')[2].partition('\n')
-    places = PLACE.findall(section) if title == 'Tests that hold this page' else []
+    places = PLACE.findall(section) if title == 'Tests for this page' else []
     return [place for place in places if place.startswith('tests/')]
 
 
@@ -407,14 +408,14 @@ def test_a_page_of_docs_ends_with_its_tests(page):
     assert name_tests(page.read_text())
 
 
-def test_a_page_without_its_tests_is_found():
-    held = 'x\n## Tests that hold this page\n- `tests/test_main.py`'
+def test_a_page_without_tests_is_found():
+    held = 'x\n## Tests for this page\n- `tests/test_main.py`'
     assert name_tests(held) == ['tests/test_main.py']
-    assert not name_tests('x\n## Tests that hold this page\nMany. `jaxfm/main.py`')
+    assert not name_tests('x\n## Tests for this page\nMany. `jaxfm/main.py`')
     assert not name_tests(f'{held}\n## More\n`tests/test_main.py`')
 
 
-def test_the_tree_in_the_readme_is_that_of_the_library():
+def test_the_tree_in_the_readme_matches_the_package():
     tree = (ROOT / 'README.md').read_text().partition('\n```\njaxfm/\n')[2].partition('```')[0]
     lines = re.findall(r'^  ([\w.]+/?(?:, [\w.]+/?)*) ', tree, re.M)
     named = [name for line in lines for name in line.split(', ')]

@@ -104,10 +104,16 @@ def _make_parser() -> Parser:
         help='text to continue, or a message in a chat; may be repeated',
     )
     sampling.add_argument(
-        '--temperature', type=number(float, 0), metavar='T', help='0 is greedy decoding'
+        '--temperature',
+        type=number(float, 0),
+        metavar='T',
+        help='0 is greedy decoding (default: config.sampling.temperature)',
     )
     sampling.add_argument(
-        '--max_tokens', type=number(int, 1), metavar='N', help='longest completion, in tokens'
+        '--max_tokens',
+        type=number(int, 1),
+        metavar='N',
+        help='longest completion, in tokens (default: config.sampling.max_tokens)',
     )
     sampling.add_argument(
         '--seed',
@@ -164,8 +170,8 @@ def main(argv: list[str]) -> int:
 
 
 REMEDIES = (
-    'config.optimizer.accumulate x 2 (half the activations), config.model.remat=full, '
-    'or more devices in config.mesh.fsdp'
+    'double --config.optimizer.accumulate (halves the activations), give '
+    '--config.model.remat=full, or use more devices with --config.mesh.fsdp'
 )
 
 

@@ -24,7 +24,7 @@ from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
 
-PATIENCE = 20  # consecutive steps that may be skipped
+PATIENCE = 20  # a run stops after at least this many skipped steps in a row, at a logged step
 
 
 class Source(Protocol):
@@ -77,7 +77,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
 
     Raises:
       Preempted: a signal asked the run to stop; the state has been saved.
-      NumericsError: the loss or the gradient has not been finite for PATIENCE steps.
+      NumericsError: at a logged step, no update has been applied for PATIENCE steps or more.
       StorageError, LockedError: the run can no longer be saved.
     """
     first, before = step, None
@@ -162,7 +162,7 @@ def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[i
     """Returns (step, updates) as of the last applied update.
 
     Raises:
-      NumericsError: no update has been applied for PATIENCE steps.
+      NumericsError: no update has been applied for PATIENCE steps or more.
     """
     last_step, last_updates = before
     if updates > last_updates:

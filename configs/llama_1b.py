@@ -6,10 +6,10 @@ Each UTF-8 file is one document. A twentieth of the files is held out, chosen by
 A byte-level BPE tokenizer is trained first, on the other files; its vocabulary is at most as large
 as Llama's.
 
-Hardware: one node of 8 H200. The run trains on 25 G tokens, 20 per parameter (of 1.24 G), in 18
-hours at 40 % of the dense bf16 peak. Expect a held-out loss of 2.5 to 2.8 nats per token on web
-text. The time and the loss are estimates (6 FLOPs per parameter and token; Hoffmann et al., 2022),
-not measurements.
+Hardware: one node of 8 H200. The run trains on 25 G tokens, 20 per parameter (of 1.24 G), in 16
+hours: computed from 6 FLOPs per parameter and token at 40 % of the dense bf16 peak, not measured.
+Expect a held-out loss of 2.5 to 2.8 nats per token on web text: an estimate (Hoffmann et al.,
+2022), not a measurement.
 
 `configs/llama_1b.py:smoke` runs the same path in seconds, with a tiny model of the same shape on
 the source code of Python's standard library.

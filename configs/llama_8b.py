@@ -9,9 +9,9 @@ A byte-level BPE tokenizer is trained first, on the other files; its vocabulary 
 as Llama's.
 
 Hardware: 8 nodes of 8 H200. The run trains on 160 G tokens, 20 per parameter (of 8.03 G), in 3.5
-days at 40 % of the dense bf16 peak. Expect a held-out loss of 2.2 to 2.4 nats per token on web
-text. The time and the loss are estimates (6 FLOPs per parameter and token; Hoffmann et al., 2022),
-not measurements.
+days: computed from 6 FLOPs per parameter and token at 40 % of the dense bf16 peak, not measured.
+Expect a held-out loss of 2.2 to 2.4 nats per token on web text: an estimate (Hoffmann et al.,
+2022), not a measurement.
 
 `configs/llama_8b.py:smoke` runs the same path in seconds, with a tiny model of the same shape on
 the source code of Python's standard library.

@@ -1,8 +1,8 @@
-"""Which file reads which, found in the source alone: nothing is imported, so this takes no JAX.
+"""Which file of the repository reads which, found by parsing: nothing is imported, not even JAX.
 
-A file reads another if it imports it, anywhere in its text, or names it in a string: 'jaxfm.main'
-run as a program, 'jaxfm.evals.loss:Loss' in a registry, 'configs/sft.py', 'tiles.json'. A string
-that holds a program counts as the imports in it. Docstrings do not count.
+A file reads another if it imports it, anywhere in the file, or names it in a string: 'jaxfm.main'
+run as a program, 'jaxfm.evals.loss:Loss' in a registry, 'configs/sft.py', 'tiles.json'. Imports in
+a program inside a string count too. Docstrings do not count.
 """
 
 import ast
@@ -19,11 +19,11 @@ _FILE = re.compile(r'[\w-]+(?:\.[\w-]+)+')
 
 
 class Graph:
-    """The files of a repository and who reads them.
+    """The files of a repository, and which files read each of them.
 
-    root: of the repository.
-    paths: of its files, relative to the root; others are not looked at. A path may be of a file
-    that was deleted: files that still name it read it.
+    root: the root of the repository.
+    paths: its files, relative to the root; other files are ignored. A path may be of a deleted
+    file: files that still name it count as reading it.
     """
 
     def __init__(self, root: Path, paths: Iterable[str]):
@@ -42,8 +42,8 @@ class Graph:
     def tests_of(self, path: str) -> dict[str, int]:
         """{test file: its distance from `path`}, nearest first.
 
-        A test file that reads `path` has distance 1. A helper below tests/ counts as a part of the
-        files that read it, but for tests/conftest.py, which every file reads.
+        A test file that reads `path` has distance 1. A helper in tests/ counts as a part of the
+        files that read it, except tests/conftest.py, which every test file reads.
         """
         distances, at = {path: 0}, [path]
         while at:
@@ -58,7 +58,7 @@ class Graph:
         return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))
 
     def mirrors_of(self, path: str) -> list[str]:
-        """The test files whose place says that they test `path`, nearest first."""
+        """The test files that mirror `path` in tests/, nearest first."""
         parts = PurePosixPath(path).with_suffix('').parts
         if parts[0] not in ROOMS[:3] or not path.endswith('.py'):
             return []
@@ -72,7 +72,7 @@ class Graph:
         return [path for path in paths if path in self.paths]
 
     def parse(self, path: str) -> ast.Module | None:
-        """The syntax tree of a file; None if it is gone or no Python."""
+        """The syntax tree of a file; None if the file is gone or is not Python."""
         try:
             return _parse(self.root / path)
         except (FileNotFoundError, SyntaxError):
@@ -102,7 +102,7 @@ class Graph:
         return next((self._modules[head] for head in heads if head in self._modules), None)
 
     def _find_conftests_used(self, path: str, taken: set[str]) -> Iterator[str]:
-        """The files conftest.py above a test file that define a fixture it takes."""
+        """The conftest.py files above a test file that define a fixture that it uses."""
         for place in self.conftests_of(path):
             conftest = self.parse(place)
             names = find_fixtures(conftest) if conftest else {}
@@ -110,7 +110,7 @@ class Graph:
                 yield place
 
     def conftests_of(self, path: str) -> list[str]:
-        """The files conftest.py in force for a test file, nearest first."""
+        """The conftest.py files that apply to a test file, nearest first."""
         places = (f'{parent}/conftest.py' for parent in PurePosixPath(path).parents)
         return [place for place in places if place in self.paths]
 
@@ -121,7 +121,7 @@ def is_test(path: str) -> bool:
 
 
 def find_fixtures(tree: ast.Module) -> dict[str, ast.FunctionDef]:
-    """{name: function} of the fixtures that a file defines."""
+    """{name: function} for the fixtures that a file defines."""
     return {
         node.name: node
         for node in tree.body
@@ -148,14 +148,14 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _find_texts(nodes: list[ast.AST]) -> set[str]:
-    """All strings but docstrings."""
+    """All strings except docstrings."""
     alone = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     constants = (n for n in nodes if isinstance(n, ast.Constant) and id(n) not in alone)
     return {node.value for node in constants if isinstance(node.value, str)}
 
 
 def _find_names(nodes: list[ast.AST], texts: set[str], package: list[str]) -> Iterator[str]:
-    """Dotted names of all that a file imports or names in a string."""
+    """Yields the dotted names of everything that a file imports or names in a string."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,18 +1,19 @@
-"""Mutants: small mistakes planted in the source, drawn at random with a seed.
+"""Mutants: small mistakes to plant in the source, drawn at random with a seed.
 
-Each operator makes one change that keeps the text valid Python:
+Each operator makes one change after which the source is still valid Python:
 
-    comparison   < and <=, > and >=, == and !=, `is` and `in` with their negations
-    arithmetic   + and -, * and /, // to *
-    boolean      `and` and `or`, `not` left out
-    condition    the condition of an `if` negated
-    constant     a number plus one, True and False
-    default      the same in the default of an argument
-    return       None in place of a returned value
-    statement    a call whose result nobody uses left out
+    comparison   swaps < and <=, > and >=, == and !=; negates `is` and `in`
+    arithmetic   swaps + and -, * and /; // becomes *
+    boolean      swaps `and` and `or`; drops a `not`
+    condition    negates the condition of an `if`
+    constant     adds one to a number; swaps True and False
+    default      the same for the default of an argument
+    return       returns None instead of a value
+    statement    drops a call whose result is not used
 
-Left alone: docstrings, annotations, decorators, what is raised, parts of f-strings, what is logged,
-`__repr__` and `__str__`. Texts are for people, and tests should not fix every word.
+These are never changed: docstrings, annotations, decorators, raised exceptions, parts of f-strings,
+logged text, `__repr__` and `__str__`. They are mostly text for people, of which tests should not
+pin every word.
 """
 
 import ast
@@ -43,14 +44,14 @@ _ARITHMETIC = {
     ast.FloorDiv: (r'//', '*'),
 }
 _BOOLEAN = {ast.And: (r'\band\b', 'or'), ast.Or: (r'\bor\b', 'and')}
-# What + and * join and repeat; with another operator it would not run at all.
+# Sequences, which only + and * accept: any other operator would fail at once.
 _SEQUENCES = ast.JoinedStr | ast.List | ast.Tuple | ast.ListComp
 _SILENT = re.compile(r'log\.debug\b')
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One change of one file. start, stop: bytes of the source that `replacement` replaces."""
+    """One change of one file: `replacement` replaces the bytes from start to stop of the source."""
 
     path: str
     line: int
@@ -58,7 +59,7 @@ class Mutant:
     start: int
     stop: int
     replacement: str
-    before: str  # the lines that change, as one
+    before: str  # the changed lines, joined into one
     after: str
 
     def apply(self, source: bytes) -> bytes:
@@ -68,12 +69,12 @@ class Mutant:
 def draw(
     root: Path, paths: Iterable[str], seed: int, count: int, rooms: Iterable[str] = ()
 ) -> list[Mutant]:
-    """Mutants of jaxfm/ and pallas_kernels/: a room, then a module, then a line, then a change.
+    """Draws mutants of jaxfm/ and pallas_kernels/: first a package, then a module, line and change.
 
-    Every room has the same share, to within one. The first n of a draw are the draw of n. Fewer
-    come back if there are no more.
+    Every package gets the same number of mutants, to within one. With the same seed, the first n
+    mutants do not depend on `count`. If there are fewer than `count` mutants, returns all of them.
 
-    rooms: names from `list_rooms`; none are all.
+    rooms: the packages, by their names in `list_rooms`; empty for all.
     """
     by_room = {
         room: {path: None for path in modules}
@@ -90,7 +91,7 @@ def draw(
 
 
 def list_rooms(paths: Iterable[str]) -> dict[str, list[str]]:
-    """{room: its modules}: the directories of jaxfm, 'jaxfm' for what lies directly in it, and
+    """{package: its modules} for each directory of jaxfm, 'jaxfm' (the modules directly in it) and
     'pallas_kernels'."""
     found = {}
     for path in sorted(paths):
@@ -102,7 +103,7 @@ def list_rooms(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_mutants(path: str, source: bytes) -> list[Mutant]:
-    """All mutants of a module, in the order of the text."""
+    """All mutants of a module, in source order."""
     changes = _Finder(source).find_all()
     return list(filter(None, (make_mutant(path, source, *change) for change in changes)))
 
@@ -110,7 +111,7 @@ def find_mutants(path: str, source: bytes) -> list[Mutant]:
 def make_mutant(
     path: str, source: bytes, operator: str, start: int, stop: int, replacement: str
 ) -> Mutant | None:
-    """The change as a Mutant; None if it is no Python, or no change."""
+    """The change as a Mutant; None if it gives invalid Python or the same syntax tree."""
     line = source.count(b'\n', 0, start) + 1
     mutant = Mutant(path, line, operator, start, stop, replacement, '', '')
     changed = mutant.apply(source)
@@ -128,9 +129,9 @@ def make_mutant(
 
 
 def _take(random_: random.Random, root: Path, modules: dict[str, dict | None]) -> Mutant | None:
-    """Draws one mutant of a room and removes it there; None if the room has none.
+    """Draws one mutant of a package and removes it from `modules`; None if there are no more.
 
-    modules: {path: {line: its changes}, or None before it was read}.
+    modules: {path: {line: its changes}, or None if the module has not been read yet}.
     """
     while modules:
         path = random_.choice(sorted(modules))
@@ -163,7 +164,7 @@ class _Finder:
             self._starts.append(self._starts[-1] + len(line))
 
     def find_all(self) -> list[tuple[str, int, int, str]]:
-        """All changes of the source, in the order of the text."""
+        """All changes of the source, in source order."""
         found = self.find(ast.parse(self._source))
         return sorted(found, key=lambda change: (change[1], change[2], change[0]))
 
@@ -175,7 +176,7 @@ class _Finder:
 
     @functools.singledispatchmethod
     def _changes(self, node) -> Iterator[tuple[str, int, int, str]]:
-        """The changes of a node itself."""
+        """All changes of a node itself, without its children."""
         return iter(())
 
     @_changes.register
@@ -250,7 +251,7 @@ class _Finder:
             yield name, start + found.start(), start + found.end(), replacement
 
     def _negate(self, test: ast.expr):
-        """Negates a condition, unless another operator does: of `not x`, and of x == y."""
+        """Negates a condition, unless another operator does so: for `not x` and `x == y`."""
         is_opposite = isinstance(test, ast.Compare) and not isinstance(
             test.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE
         )
@@ -267,7 +268,7 @@ class _Finder:
 
 
 def _children(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes inside of one that may be changed."""
+    """The children of a node that may be changed."""
     skipped = []
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         if node.name in ('__repr__', '__str__'):
@@ -276,7 +277,7 @@ def _children(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.ClassDef):
         skipped = [*node.decorator_list, *node.bases, *node.keywords]
     elif isinstance(node, ast.arguments):
-        # Defaults that are constants have an operator of their own.
+        # Constant defaults have their own operator.
         defaults = [*node.defaults, *filter(None, node.kw_defaults)]
         yield from (default for default in defaults if not isinstance(default, ast.Constant))
         return
@@ -300,7 +301,7 @@ def _is_logged(node: ast.AST) -> bool:
 
 
 def _another(node: ast.Constant) -> str | None:
-    """Another value in place of a number or a truth value; None for any other constant."""
+    """A different value for a number or a boolean; None for any other constant."""
     if isinstance(node.value, bool):
         return repr(not node.value)
     return repr(node.value + 1) if isinstance(node.value, int | float) else None

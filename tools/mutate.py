@@ -1,22 +1,22 @@
-"""Plants mistakes in the source one by one, and sees which of them the tests catch.
+"""Mutation testing: plants mistakes in the source, one by one, to see which the tests catch.
 
     nice python -m tools.mutate --seed 0 --count 100 --out mutants.json
     nice python -m tools.mutate --seed 1 --count 20 --rooms data storage
 
-`tools.mutants` says what is planted. Each mutant goes into a copy of the working tree. The tests
-that `tools.pick_tests` picks for the module run there, nearest first; if these pass, other tests of
-the same room that reach the module through imports; then the long ones. The first failure ends it.
-The fates:
+`tools.mutants` lists the kinds of mistakes. Each mutant is planted in a copy of the working tree.
+Tests run there in three stages, until the first failure: the tests that `tools.pick_tests` picks
+for the module, nearest first; then tests of the same package that reach the module through imports;
+then the tests that take long. The fates:
 
-    caught      a test fails; or the module cannot be imported
+    caught      a test failed, or the module could not be imported
     hangs       one test ran for more than half of the time limit
-    survived    every test passed: a hole, or no mistake after all
-    unfinished  the time was up while tests were passing
+    survived    every test passed: a test is missing, or the change makes no difference
+    unfinished  the time limit was reached while tests were passing
     untested    no test reads the module
 
---out is written after every mutant, and the same command goes on where it was interrupted. In the
-end the tests that caught something run once more without a mutant: one that fails there has caught
-nothing, and its mutants are marked `doubtful`.
+--out is written after every mutant, and the same command continues after an interruption. At the
+end, the tests that caught a mutant run once more without one. If a test fails there too, its
+mutants are marked `doubtful`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from tools.import_graph import ROOMS, Graph
 from tools.mutants import Mutant, draw, list_rooms
 from tools.pick_tests import ROOT, leave_out, list_files, order_tests, pick
 
-# Imported once, in the process that every test process is forked from.
+# Imported once, in the process from which every test process is forked.
 PRELOADED = (
     *('jax', 'jax.numpy', 'flax.nnx', 'optax', 'tensorstore', 'tokenizers', 'pydantic', 'jinja2'),
     *('ml_collections', 'safetensors', 'gguf', 'rich.console', 'pytest', 'numpy.testing'),
@@ -51,7 +51,7 @@ OPTIONS = ('-x', '-q', '--tb=line', '-p', 'no:cacheprovider')
 
 @dataclasses.dataclass
 class Fate:
-    """What became of a mutant. test: the one that caught it, or in which it hangs."""
+    """What became of a mutant. test: the test that caught it, or the test that hangs."""
 
     fate: str
     test: str = ''
@@ -61,7 +61,7 @@ class Fate:
 
 
 class Copy:
-    """A copy of a repository, in which mutants are planted and tests run."""
+    """A copy of a repository in which mutants are planted and tests run."""
 
     def __init__(self, root: Path, place: Path):
         self.place = place
@@ -81,7 +81,7 @@ class Copy:
         return Planted(self.place / mutant.path, mutant)
 
     def test(self, arguments: list[str], seconds: float) -> Fate:
-        """Runs pytest in a process of its own, for so long at most."""
+        """Runs pytest in its own process, for at most this many seconds."""
         began = time.monotonic()
         self._log.write_text('')
         arguments = [*OPTIONS, f'--rootdir={self.place}', *arguments]
@@ -101,7 +101,7 @@ class Copy:
 
 
 class Planted:
-    """A mutant in its place for the time of a `with` block."""
+    """Plants a mutant for the duration of a `with` block."""
 
     def __init__(self, path: Path, mutant: Mutant):
         self._path, self._mutant = path, mutant
@@ -117,14 +117,14 @@ class Planted:
         self._forget_compiled()
 
     def _forget_compiled(self):
-        """Python compares a module and its compiled form by time and size, which may be equal."""
+        """Python reuses compiled code if the source has the same time and size, and it may have."""
         Path(importlib.util.cache_from_source(self._path)).unlink(missing_ok=True)
 
 
 def read_fate(log: str, exit_code: int, killed_at: float | None) -> Fate:
-    """What the lines that `_Watch` wrote, a record each, say about a test run.
+    """The fate of a mutant, from the records that `_Watch` wrote during a test run, one per line.
 
-    killed_at: the time when it was killed; `seconds` is then how long the last test had run.
+    killed_at: when the test run was killed, or None; `seconds` is then how long its last test ran.
     """
     records = [json.loads(line) for line in log.splitlines() if line.endswith('}')]
     started = [record for record in records if 'started' in record]
@@ -141,7 +141,7 @@ def read_fate(log: str, exit_code: int, killed_at: float | None) -> Fate:
 
 
 class _Watch:
-    """A plugin of pytest that writes what happens, a record a line."""
+    """A pytest plugin that records starts and failures of tests, one per line."""
 
     def __init__(self, path: str):
         self._file = open(path, 'a', buffering=1)
@@ -166,7 +166,7 @@ class _Watch:
 
 
 def _run_pytest(place: str, arguments: list[str], log: str, cache: str) -> None:
-    """Runs in a forked process, of a session of its own: whoever kills it kills its children."""
+    """Runs in a forked process with its own session, so that killing it kills its children too."""
     os.setsid()
     output = os.open(f'{log}.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -175,7 +175,7 @@ def _run_pytest(place: str, arguments: list[str], log: str, cache: str) -> None:
     os.chdir(place)
     os.environ['PYTHONPATH'] = place
     sys.path[:] = [place, *(entry for entry in sys.path if entry not in ('', str(ROOT)))]
-    for name in list(sys.modules):  # those of the working tree
+    for name in list(sys.modules):  # modules of the working tree
         if name.split('.')[0] in ROOMS:
             del sys.modules[name]
     if jax := sys.modules.get('jax'):
@@ -190,7 +190,7 @@ def _run_pytest(place: str, arguments: list[str], log: str, cache: str) -> None:
 
 
 def find_fate(copy: Copy, graph: Graph, mutant: Mutant, seconds: float) -> Fate:
-    """Plants a mutant and runs test after test, in three stages, until one catches it."""
+    """Plants a mutant and runs the tests in three stages until one catches it."""
     total = Fate('untested')
     with copy.plant(mutant):
         for arguments in filter(None, make_stages(graph, mutant.path)):
@@ -204,7 +204,7 @@ def find_fate(copy: Copy, graph: Graph, mutant: Mutant, seconds: float) -> Fate:
 
 
 def make_stages(graph: Graph, path: str) -> list[list[str]]:
-    """What pytest runs to catch a mutant of a module: near tests, more of its room, long ones."""
+    """Arguments for pytest in each stage: near tests, more of the package's tests, long tests."""
     picked = pick(graph, [path])
     room = f'tests/{path.split("/")[path.startswith("jaxfm/")]}/'
     further = [
@@ -221,7 +221,7 @@ def make_stages(graph: Graph, path: str) -> list[list[str]]:
 def find_fates(
     copy: Copy, graph: Graph, mutants: list[Mutant], out: Path, seconds: float
 ) -> Iterator[tuple[Mutant, Fate]]:
-    """The fate of each mutant; those that are in the file `out` are not tested again."""
+    """Yields each mutant with its fate; a mutant that is in the file `out` is not tested again."""
     known = read_known(out)
     for mutant in mutants:
         if mutant not in known:
@@ -231,7 +231,7 @@ def find_fates(
 
 
 def read_known(out: Path) -> dict[Mutant, Fate]:
-    """The mutants of a file that an earlier run has written, with their fates."""
+    """{mutant: fate} from the file of an earlier run; {} if there is none."""
     if not out.exists():
         return {}
     names = [field.name for field in dataclasses.fields(Mutant)]
@@ -250,7 +250,7 @@ def write_fates(out: Path, fates: dict[Mutant, Fate]) -> None:
 
 
 def find_doubtful(copy: Copy, fates: list[Fate]) -> set[str]:
-    """The tests among those that caught something that fail without a mutant as well."""
+    """The tests that caught a mutant but also fail without one."""
     tests = sorted({fate.test for fate in fates if fate.fate == 'caught' and '::' in fate.test})
     doubtful = set()
     while tests:
@@ -263,7 +263,7 @@ def find_doubtful(copy: Copy, fates: list[Fate]) -> set[str]:
 
 
 def make_table(fates: list[tuple[Mutant, Fate]]) -> str:
-    """A table in Markdown, and a line of sums below it."""
+    """A Markdown table of all mutants, and a line with the number of each fate."""
     lines = ['| | where | change | fate | test |', '|---|---|---|---|---|']
     for index, (mutant, fate) in enumerate(fates):
         change = f'`{mutant.before[:90]}` -> `{mutant.after[:90]}`'.replace('|', '\\|')
@@ -277,24 +277,24 @@ def make_table(fates: list[tuple[Mutant, Fate]]) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog='python -m tools.mutate', description=__doc__.partition('\n')[0])
-    parser.add_argument('--seed', type=int, default=0, help='of the draw')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the random draw')
     parser.add_argument('--count', type=number(int, 1), default=100, help='how many mutants')
-    parser.add_argument('--rooms', nargs='*', default=[], help='default: all')
-    parser.add_argument('--out', type=Path, default=Path('mutants.json'), help='what is known')
+    parser.add_argument('--rooms', nargs='*', default=[], help='packages to mutate (default: all)')
+    parser.add_argument('--out', type=Path, default=Path('mutants.json'), help='file of results')
     parser.add_argument(
-        '--timeout', type=number(float, 1), default=180, help='seconds that a test run may take'
+        '--timeout', type=number(float, 1), default=180, help='time limit of a test run, in seconds'
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
-    """Runs one command line; returns its exit code: 1 where a mutant was not caught."""
+    """Runs one command line; returns its exit code, which is 1 if a mutant was not caught."""
     try:
         flags = parse(argv)
         paths = list_files(root)
         if unknown := set(flags.rooms) - list_rooms(paths).keys():
             names = ', '.join(list_rooms(paths))
-            raise UsageError(f'--rooms: no room {min(unknown)}; there are: {names}')
+            raise UsageError(f'--rooms: no package {min(unknown)}; there are: {names}')
         mutants = draw(root, paths, flags.seed, flags.count, flags.rooms)
     except RunError as error:
         print(f'error: {error}', file=sys.stderr)

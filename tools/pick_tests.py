@@ -1,20 +1,21 @@
-"""Runs the tests that changed files concern, for a look within a minute while you edit.
+"""Runs the tests of the files you changed, for feedback within a minute while you edit.
 
     python -m tools.pick_tests                    # what differs from the last commit
     python -m tools.pick_tests --since main       # what differs from a branch
-    python -m tools.pick_tests --list             # says which, and runs nothing
-    python -m tools.pick_tests -- -k order        # the rest goes to pytest
+    python -m tools.pick_tests --list             # lists the tests without running them
+    python -m tools.pick_tests -- -k order        # arguments after -- go to pytest
 
-A changed test file is picked itself. Of any other changed file these are picked: the test file
-whose place mirrors it (jaxfm/data/order.py, tests/data/test_order.py) and every test file that
-reads it directly, by an import or by its name in a string (`import_graph`); if there are none,
-those that are nearest along imports. A helper below tests/ picks the files that read it.
+A changed test file is picked itself. For any other changed file, it picks the test file that
+mirrors it (tests/data/test_order.py for jaxfm/data/order.py) and every test file that reads it
+directly, by an import or by its name in a string (`import_graph`). If there are none, it picks the
+test files that reach it through the fewest imports. A changed helper in tests/ picks the test files
+that read it.
 
-Left out, and listed, is what takes too long for a minute:
-- tests that take a fixture in LONG_FIXTURES, also through other fixtures: whole runs of the
-  program, a real model, kernels in the interpreter or compiled for a GPU, a storage that fails;
-- files in LONG_FILES, which take longer than half a minute without any of these.
-A test file that is itself changed is never left out. Tests marked `slow` run nowhere here.
+What takes too long for this is left out and listed:
+- tests that use a fixture in LONG_FIXTURES, directly or through other fixtures: complete runs of
+  the program, a real model, kernels in the interpreter or compiled for a GPU, failing storage;
+- test files in LONG_FILES, which take more than half a minute even without these fixtures.
+A test file that has itself changed is never left out. Tests marked `slow` never run here.
 """
 
 import argparse
@@ -45,34 +46,34 @@ LONG_FILES = frozenset(
 
 @dataclasses.dataclass
 class Picked:
-    """What to run. files: {test file: why}; left_out: {file, or file::test: why}."""
+    """What to run. files: {test file: why}; left_out: {test file or file::test: why}."""
 
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def arguments(self, root: Path) -> list[str]:
-        """Of pytest, for a repository at `root`."""
+        """The arguments for pytest, for a repository at `root`."""
         tests = (name for name in self.left_out if '::' in name)
         files = (str(root / name) for name in self.files)
         return [*(f'--deselect={name}' for name in tests), *files]
 
 
 def list_files(root: Path) -> list[str]:
-    """The files of the repository that git tracks or would track."""
+    """The files that git tracks, and the untracked ones that it does not ignore."""
     return _git(root, 'ls-files', '--cached', '--others', '--exclude-standard')
 
 
 def list_changes(root: Path, since: str) -> list[str]:
-    """The files that differ from a commit, deleted and untracked ones too."""
+    """The files that differ from a commit, including deleted and untracked ones."""
     changed = _git(root, 'diff', '--name-only', '--no-renames', since, '--')
     return sorted({*changed, *_git(root, 'ls-files', '--others', '--exclude-standard')})
 
 
 def order_tests(graph: Graph, path: str) -> dict[str, int]:
-    """{test file: distance} of all that could notice a change of `path`, nearest first.
+    """{test file: distance} of all test files that reach `path`, nearest first.
 
-    Mirrors have distance 0. Of one distance come first the files in the room of the first mirror,
-    then those that read the least beside it.
+    Mirrors have distance 0. Among files of equal distance, those in the test directory of the same
+    package come first; the rest is in alphabetical order.
     """
     mirrors, found = graph.mirrors_of(path), graph.tests_of(path)
     room = path.split('/')[1 if path.startswith('jaxfm/') else 0]
@@ -84,7 +85,7 @@ def order_tests(graph: Graph, path: str) -> dict[str, int]:
 
 
 def pick(graph: Graph, changed: Iterable[str]) -> Picked:
-    """Which tests the changed files concern, and which of them take too long."""
+    """Picks the test files for the changed files, and leaves out what takes too long."""
     picked = Picked()
     for path in sorted(changed, key=is_test, reverse=True):
         if is_test(path):
@@ -106,9 +107,9 @@ def pick(graph: Graph, changed: Iterable[str]) -> Picked:
 
 
 def leave_out(graph: Graph, path: str, left_out: dict[str, str]) -> bool:
-    """Notes what takes too long in a test file; whether that is all of it."""
+    """Adds the long tests of a file to `left_out`; returns whether all of its tests are long."""
     if path in LONG_FILES:
-        left_out[path] = 'longer than half a minute'
+        left_out[path] = 'takes more than half a minute'
         return True
     long = find_long_tests(graph, path)
     if long and None in long.values():
@@ -120,7 +121,7 @@ def leave_out(graph: Graph, path: str, left_out: dict[str, str]) -> bool:
 
 
 def find_long_tests(graph: Graph, path: str) -> dict[str, str | None]:
-    """{test: the fixture that makes it long, or None} of a test file."""
+    """{test: the fixture that makes it long, or None} for the tests of a file."""
     fixtures = {}
     for place in reversed([path, *graph.conftests_of(path)]):
         fixtures |= find_fixtures(graph.parse(place))
@@ -146,14 +147,14 @@ def _fixtures_taken(function: ast.FunctionDef) -> set[str]:
 
 
 def describe(picked: Picked) -> list[str]:
-    """Lines for a person: what runs and why, what does not."""
+    """Lines that say what runs and why, and what is left out and why."""
     lines = [f'{name}  ({why})' for name, why in picked.files.items()]
     by_reason = {}
     for name, why in picked.left_out.items():
         path, _, test = name.partition('::')
-        by_reason.setdefault((path, why), []).append(test)
+        by_reason.setdefault((path, why if not test else f'of its tests: {why}'), []).append(test)
     if by_reason:
-        lines.append('left out, because a minute is too short (CI runs them):')
+        lines.append('left out because they take too long here (CI runs them):')
     for (path, why), tests in by_reason.items():
         number = '' if tests == [''] else f'{len(tests)} tests: '
         lines.append(f'  {path}  ({number}{why})')
@@ -161,7 +162,7 @@ def describe(picked: Picked) -> list[str]:
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
-    """Runs one command line; returns pytest's exit code, 0 where there is nothing to run."""
+    """Runs one command line; returns pytest's exit code, or 0 if there is nothing to run."""
     try:
         flags, rest = parse(argv)
         changed = list_changes(root, flags.since)
@@ -180,16 +181,21 @@ def main(argv: list[str], root: Path = ROOT) -> int:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Command line -> (flags, what is pytest's)."""
+    """Command line -> (flags, arguments for pytest)."""
     own = argv[: argv.index('--')] if '--' in argv else argv
     parser = Parser(prog='python -m tools.pick_tests', description=__doc__.partition('\n')[0])
-    parser.add_argument('--since', default='HEAD', metavar='REF', help='default: the last commit')
-    parser.add_argument('--list', action='store_true', help='say which tests, and run none')
+    parser.add_argument(
+        '--since',
+        default='HEAD',
+        metavar='REF',
+        help='compare with this commit or branch (default: the last commit)',
+    )
+    parser.add_argument('--list', action='store_true', help='list the tests without running them')
     return parser.parse_args(own), argv[len(own) + 1 :]
 
 
 def _git(root: Path, *arguments: str) -> list[str]:
-    """The lines that git prints. Raises UsageError with what it says on an error."""
+    """The lines that git prints. Raises UsageError with git's message if it fails."""
     command = ['git', '-C', str(root), '-c', 'core.quotePath=false', *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

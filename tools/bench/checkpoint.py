@@ -167,7 +167,7 @@ def _with_shares(one: dict[str, float]) -> dict[str, float]:
 
 
 def _time_copy(state: dict[str, jax.Array]) -> dict[str, float]:
-    """Times the two parts of a save, alone: the copy to the host and the fingerprints."""
+    """Times two parts of a save separately: the copy to the host and the fingerprints."""
 
     def copy():
         return [np.array(shard.data) for array in state.values()

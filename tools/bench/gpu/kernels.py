@@ -24,7 +24,7 @@ from tools.bench.gpu.timing import floor_microseconds
 
 PROVEN = ROOT / 'pallas_kernels' / 'proven.json'
 LEAST_SECONDS = 60  # for an op's numerics or a test file; if that is not enough, it has failed
-NUMERICS = 0.6  # share of the time: flash attention alone compiles for some 200 s
+NUMERICS = 0.6  # share of the time: compiling flash attention takes about 200 s of it
 
 
 def run(record: Record, runner: Runner) -> None:

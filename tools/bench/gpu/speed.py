@@ -242,7 +242,7 @@ class TokenLogprobs:
         return normal(0, (self.M, self.D)), weight, targets
 
     def kernel(self, part: str, interpret: bool = False, tiles=None) -> Call:
-        """A call of our op; with part 'forward' or 'backward', of that kernel alone."""
+        """A call of our op; with part 'forward' or 'backward', of only that kernel."""
         if part in self.parts:
             return self.other(part, 'interpret' if interpret else 'mosaic')
         function = getattr(kernels(self.op), part)

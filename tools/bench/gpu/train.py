@@ -267,7 +267,7 @@ def show(record: Record) -> None:
 
 
 def _show_ops(record: Record) -> None:
-    """Prints the time of every op alone and its floor, and how close the whole step comes to it."""
+    """Prints the time of each op by itself, its floor, and how close the step comes to it."""
     rows, ceilings = record.stage('train_ops'), record.stage('timing')
     floors = {name: floor_microseconds(row, ceilings) for name, row in rows.items()}
     if not rows or None in floors.values():

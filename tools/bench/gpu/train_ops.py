@@ -1,4 +1,4 @@
-"""Times every op of a training step alone, forward and backward, at the 1B shape.
+"""Times every op of a training step by itself, forward and backward, at the 1B shape.
 
 `flops` and `bytes` are the minimum for any implementation; `count` is how often a step runs the op.
 """

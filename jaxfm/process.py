@@ -1,6 +1,6 @@
-"""What a command line needs of its process: Ctrl-C, streams, malloc, cores.
+"""Process-level setup for command lines: Ctrl-C, standard streams, malloc settings, CPU cores.
 
-`begin` runs before anything heavy is imported, so this module imports the standard library alone.
+`begin` runs before the heavy imports, so this module imports only the standard library.
 """
 
 import contextlib
@@ -8,27 +8,28 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # exit code after Ctrl-C, by the convention of shells (128 + SIGINT)
 
-# By default glibc returns the large temporaries of every step to the system and maps them anew, in
-# small pages; on CPU that costs 14 % of the speed. It reads this variable when a process starts.
+# By default glibc returns the large temporaries of every step to the system and maps them again, in
+# small pages; on CPU that costs 14 % of the speed. It reads GLIBC_TUNABLES when a process starts.
 HUGE_PAGES = (
     'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296'
     ':glibc.malloc.trim_threshold=8589934592'
 )
 
-_interrupts: list[str] = []  # 'received' once Ctrl-C has raised, 'told' once the line is written
+_interrupts: list[str] = []  # 'received' once Ctrl-C has raised, 'told' once it is reported
 
 
 def begin() -> None:
     """Prepares this process to run one command line, before the heavy imports.
 
-    Ctrl-C during start-up ends it at once: nothing is written yet, and an exception could be raised
-    anywhere inside an import. `unwind_on_interrupt` changes that.
+    Until `unwind_on_interrupt` is called, Ctrl-C ends the process at once: nothing has been written
+    yet, and an exception could be raised in the middle of an import.
     """
     if sys.platform == 'win32':
         sys.exit('error: jaxfm runs on Linux and macOS; on Windows use it inside WSL')
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as under nohup
+    # Background jobs of a script, for example, start with SIGINT ignored; that stays.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _end_at_once)
         sys.unraisablehook = _end_if_interrupted
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by `use_huge_pages`
@@ -37,27 +38,27 @@ def begin() -> None:
 
 
 def unwind_on_interrupt() -> None:
-    """From here on the first Ctrl-C raises KeyboardInterrupt: there is something to clean up.
+    """From now on the first Ctrl-C raises KeyboardInterrupt: there is something to clean up.
 
-    The second one ends the process at once. Nothing changes where `begin` has not been called.
+    The second one ends the process at once. Does nothing unless `begin` has been called.
     """
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, _raise_once)
 
 
 def end_on_interrupt() -> None:
-    """From here on Ctrl-C ends the process at once, without a word from the interpreter's exit."""
+    """From now on Ctrl-C ends the process at once, and the interpreter prints nothing."""
     if signal.getsignal(signal.SIGINT) is _raise_once:
         signal.signal(signal.SIGINT, _end_at_once)
 
 
 def is_interrupted() -> bool:
-    """Whether Ctrl-C has raised a KeyboardInterrupt, which somebody may have caught."""
+    """Whether Ctrl-C has raised a KeyboardInterrupt, even if a library has caught it."""
     return 'received' in _interrupts
 
 
 def report_interrupt() -> int:
-    """Writes the one line that Ctrl-C leaves on stderr; returns the exit code."""
+    """Writes one line about the interruption to stderr, once; returns the exit code."""
     if 'told' not in _interrupts:
         _interrupts.append('told')
         # A terminal has echoed ^C, which the carriage return overwrites.
@@ -78,7 +79,7 @@ def _raise_once(*_) -> None:
 
 
 def _end_if_interrupted(unraisable) -> None:
-    """Python cannot raise inside a finalizer: it would print the traceback there and go on."""
+    """Ends the process if Ctrl-C arrived in a finalizer: Python would print it and continue."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _end_at_once()
     else:
@@ -87,7 +88,7 @@ def _end_if_interrupted(unraisable) -> None:
 
 @contextlib.contextmanager
 def interrupts_blocked():
-    """Processes started inside never receive Ctrl-C, which a terminal sends to all of a group."""
+    """Blocks SIGINT, also in processes started inside; a terminal sends it to the whole group."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -99,20 +100,20 @@ def interrupts_blocked():
 
 
 def replace_unprintable() -> None:
-    """stdout and stderr show `?` for a character that their encoding lacks, and do not fail."""
+    """Makes stdout and stderr write `?` for characters that their encoding lacks, and not raise."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
 
 
 def print_line(line: str) -> None:
-    """Writes a line to stderr, whether or not anybody reads it."""
+    """Writes a line to stderr; ignores a closed stream or pipe."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
 
 
 def print_text(text: str, end: str = '\n') -> bool:
-    """Writes text to stdout; False if nobody reads it any more, as after `| head -1`."""
+    """Writes text to stdout; returns False if the reader has gone, as after `| head -1`."""
     try:
         print(text, end=end, flush=True)
     except BrokenPipeError:
@@ -122,7 +123,7 @@ def print_text(text: str, end: str = '\n') -> bool:
 
 
 def flush() -> None:
-    """Flushes stdout and stderr: what nobody reads is discarded, or Python would complain of it."""
+    """Flushes stdout and stderr; discards what has no reader, or Python would print an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -131,14 +132,14 @@ def flush() -> None:
 
 
 def _discard(stream) -> None:
-    """All that a stream still holds, and all that follows, goes to /dev/null."""
+    """Redirects a stream to /dev/null, including what it has buffered."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _open_closed_streams() -> None:
-    """A stream that was closed (`>&-`) becomes /dev/null; the next file would take its number."""
+    """Opens closed streams (`>&-`) as /dev/null, or the next open file would get their number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -153,26 +154,26 @@ def _open_closed_streams() -> None:
 
 
 def use_huge_pages() -> None:
-    """Starts this process over with HUGE_PAGES, once, where it computes on CPU with glibc."""
+    """Restarts this process once with HUGE_PAGES, if it will compute on CPU with glibc."""
     platform = os.environ.get('JAX_PLATFORMS', '').split(',')[0]
     on_gpu = platform != 'cpu' if platform else has_nvidia_gpu()
     if not sys.platform.startswith('linux') or on_gpu or 'GLIBC_TUNABLES' in os.environ:
         return
     os.environ['GLIBC_TUNABLES'] = HUGE_PAGES
-    # Ctrl-C waits for `begin`: until then the interpreter would show a traceback of its own.
+    # Ctrl-C stays blocked until `begin`: before it, the interpreter would print a traceback.
     with interrupts_blocked(), contextlib.suppress(OSError):
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def has_nvidia_gpu() -> bool:
     """Whether the system has a device of the NVIDIA driver."""
-    import glob  # brings `re`, and `begin` should come early
+    import glob  # imports `re`, which would delay `begin`
 
     return bool(glob.glob('/dev/nvidia[0-9]*'))
 
 
 def num_cores() -> int:
-    """The CPU cores that this process may use; all of the machine's where the system cannot say."""
+    """How many CPU cores this process may use; all of the machine's if the system cannot tell."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,7 +1,7 @@
-"""What people see of a run: a summary at the start, progress, and one line for every record.
+"""What a run shows: a summary at the start, progress, and a line for each train and eval record.
 
 stderr gets the summary and the progress, as a live bar on a terminal and as plain lines elsewhere.
-log.txt gets every line, and the tables that are too long for a screen. stdout is left to generated
+log.txt gets every line, and tables that are too long for a screen. stdout is reserved for generated
 text.
 """
 
@@ -26,15 +26,15 @@ from jaxfm import process
 log = logging.getLogger('jaxfm')
 
 _LOG_WIDTH = 110  # columns of the tables in log.txt
-_ALREADY_SHOWN = {'shown': True}  # `extra` of lines that are not for the screen
+_ALREADY_SHOWN = {'shown': True}  # `extra` of log lines that the screen must not show again
 
 
 class Console:
     """Summary, log lines and progress; a sink for a Recorder.
 
     total_steps: of the run, for the bar. log_path: as for `log_to`.
-    enabled: False on all processes but the first, which then show only warnings.
-    Close it in any case, or the terminal keeps a dead bar.
+    enabled: False on all processes except the first; these show only warnings.
+    Always close it, or the terminal keeps a dead bar.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Console:
         self._task = None
         self._handlers = [_ScreenHandler(self._console, self._live)]
         self._level, self._propagate = log.level, log.propagate
-        log.propagate = False  # libraries add handlers to the root logger: lines would come twice
+        log.propagate = False  # libraries add handlers to the root logger, which would repeat lines
         log.setLevel(logging.INFO if enabled else logging.WARNING)
         for handler in self._handlers:
             log.addHandler(handler)
@@ -56,29 +56,29 @@ class Console:
             self.log_to(log_path)
 
     def log_to(self, path: str | Path) -> None:
-        """Appends all further lines to a file too, with time stamps; does nothing if disabled."""
+        """Also appends all further lines to a file, with time stamps; does nothing if disabled."""
         if self._enabled:
             self._handlers.append(_file_handler(Path(path)))
             log.addHandler(self._handlers[-1])
 
     def show_summary(self, rows: Iterable[tuple[str, str]]) -> None:
-        """The run in a few lines on the screen, as [(name, value), ...]; log.txt has the tables."""
+        """Prints the summary of the run, [(name, value), ...], to the screen but not to log.txt."""
         rows = list(rows)
         indent = max(len(name) for name, _ in rows) + 2
-        # A terminal would break lines in the middle of words; a file is easier to search unbroken.
+        # A terminal would break lines inside words; in a file, unbroken lines are easier to search.
         width = max(self._console.width, 2 * indent) if self._console.is_terminal else None
         for name, value in rows if self._enabled else ():
             line = f'{name:<{indent}}{value}'
             process.print_line(_wrap(line, width, indent) if width else line)
 
     def log_tables(self, sections: Mapping[str, Iterable[tuple[str, Any]]]) -> None:
-        """What the run is in full, as {title: [(name, value), ...]}, for log.txt."""
+        """Writes the full description of the run, {title: [(name, value), ...]}, to log.txt."""
         _log_plain(Group(*(_section(title, rows) for title, rows in sections.items())))
 
     def log_parameters(self, rows: Iterable[tuple[str, Any, Any, Any, str]]) -> None:
-        """Parameters as (name, shape, dtype, sharding, rule of the optimizer), for log.txt.
+        """Writes a table of (name, shape, dtype, sharding, optimizer rule) to log.txt.
 
-        Parameters whose names differ only in numbers share a line.
+        Parameters that differ only in the numbers in their names share a line.
         """
         table = Table(box=SIMPLE, title='parameters', title_justify='left', pad_edge=False)
         for column in ('name', 'shape', 'dtype', 'sharding', 'optimizer'):
@@ -88,9 +88,9 @@ class Console:
         _log_plain(table)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """A train or eval record as a line; on a terminal, training moves the bar instead.
+        """Shows a train or eval record as a line; on a terminal, training moves the bar instead.
 
-        A perf record joins the train record of the same step that follows it; events are not shown.
+        A perf record is merged into the train record of the same step; events are not shown.
         """
         if record['kind'] == 'perf':
             self._perf = record
@@ -105,13 +105,13 @@ class Console:
             log.info('%s', format_record(record, self._total_steps))
 
     def stop_bar(self) -> None:
-        """Leaves the bar as it is and goes on below it."""
+        """Leaves the bar as it is; further output goes below it."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
     def close(self) -> None:
-        """Ends the bar and gives the logger back as it was."""
+        """Stops the bar and restores the logger."""
         self.stop_bar()
         for handler in self._handlers:
             log.removeHandler(handler)
@@ -123,13 +123,13 @@ class Console:
         if self._progress is None:
             self._start_bar()
         step = f'{record["step"]}/{self._total_steps}'
-        # Plain text: a metric called "[x]" is not markup.
+        # As Text, so that a metric called "[x]" is not read as markup.
         values = Text(_values({k: v for k, v in record.items() if k in _ON_BAR})).markup
         self._progress.update(self._task, completed=record['step'], step=step, values=values)
         self._progress.refresh()
 
     def _start_bar(self) -> None:
-        # Without a thread that repaints: the bar moves when a record comes.
+        # No thread repaints the bar: it moves when a record arrives.
         self._progress = Progress(
             TextColumn('{task.fields[step]}', table_column=Column(no_wrap=True)),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
@@ -141,12 +141,12 @@ class Console:
             redirect_stderr=False,
         )
         self._progress.start()
-        self._console.show_cursor(True)  # a process that is killed could not bring it back
+        self._console.show_cursor(True)  # if the process is killed, it stays visible
         self._task = self._progress.add_task('', total=self._total_steps, step='', values='')
 
 
 def format_record(record: Mapping[str, Any], total_steps: int) -> str:
-    """A record as one line, such as `step 40/2000  loss 3.211  tokens/s 11.2k  eta 3m10s`.
+    """Formats a record as one line, like `step 40/2000  loss 3.211  tokens/s 11.2k  eta 3m10s`.
 
     metrics.jsonl has all values; the line leaves out those that hardly ever change.
     """
@@ -169,7 +169,7 @@ _HEAD = ('step', 'phase', 'time', 'kind')
 _SHOWN_PERF = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
 _IF_ANY = ('train/skipped_steps',)
 _ON_BAR = ('train/loss', *_SHOWN_PERF)
-# Metrics with a shorter name in the line; all others only lose `train/` or `eval/`.
+# Metrics with a shorter name in the line; all others only lose the prefix `train/` or `eval/`.
 _SHORT = {
     'perf/tokens_per_second': 'tokens/s',
     'perf/mfu': 'MFU',
@@ -241,7 +241,7 @@ def _wrap(line: str, width: int, indent: int) -> str:
 
 
 def _log_plain(renderable) -> None:
-    """Into log.txt alone."""
+    """Renders as plain text, for log.txt only."""
     plain = RichConsole(file=io.StringIO(), width=_LOG_WIDTH, color_system=None)
     plain.print(renderable)
     lines = [line.rstrip() for line in plain.file.getvalue().rstrip().splitlines()]
@@ -249,7 +249,7 @@ def _log_plain(renderable) -> None:
 
 
 class _ScreenHandler(logging.Handler):
-    """Log lines on stderr, above the bar where there is one."""
+    """Writes log lines to stderr, above the bar if there is one."""
 
     def __init__(self, console: RichConsole, live: bool):
         super().__init__()
@@ -266,7 +266,7 @@ class _ScreenHandler(logging.Handler):
                 self._console.print(Text(line, style=style or ''), soft_wrap=True)
             else:
                 print(line, file=sys.stderr, flush=True)
-        except OSError:  # nobody reads stderr any more
+        except OSError:  # the reader of stderr has gone
             pass
         except Exception:
             self.handleError(record)

@@ -1,8 +1,8 @@
-"""The process that holds a lease: a name for people, and whether it has certainly ended.
+"""Identifies the process that holds a lease, and tells whether it has certainly ended.
 
-A process that may be alive is never judged dead. Where this host cannot tell, the lease has to run
-out: on another host or in another container, without /proc (macOS), or where /proc hides the
-processes of other users.
+A process that may still be alive is never reported as ended. If this host cannot tell, the lease
+has to run out: the process is on another host or in another container, there is no /proc (macOS),
+or /proc hides the processes of other users.
 """
 
 import dataclasses
@@ -12,16 +12,16 @@ import uuid
 from pathlib import Path
 
 _PROC = Path('/proc')
-_TOKEN = uuid.uuid4().hex  # tells this process from all others where /proc cannot
+_TOKEN = uuid.uuid4().hex  # identifies this process where there is no /proc
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """A process, identified beyond its pid, which the system gives to others after its end.
+    """A process, identified by more than its pid, which the system reuses.
 
-    started: ticks from the boot of the host to the start of the process; a random token without
-    /proc. space: the boot of the host and the pid namespace, where `pid` and `started` together are
-    unique; '' without /proc.
+    started: clock ticks from the boot of the host to the start of the process; without /proc, a
+    random token. space: the boot of the host and the pid namespace, in which the pair (pid,
+    started) is unique; without /proc, ''.
     """
 
     host: str
@@ -40,7 +40,7 @@ class Holder:
         return f'process {self.pid} on {self.host}'
 
     def is_gone(self) -> bool:
-        """Whether the process has certainly ended; False wherever only its own host could tell."""
+        """Whether the process has certainly ended; False if this process cannot tell."""
         if not self.space or self.space != _pid_space() or self.host != socket.gethostname():
             return False
         started = _start_of(self.pid)
@@ -48,16 +48,16 @@ class Holder:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this host started, in ticks since boot.
+    """When a process of this host started, in clock ticks since boot.
 
-    '' for a zombie, which has ended. None where it cannot be read: that alone does not mean that
-    there is no such process.
+    '' for a zombie, which has ended. None if it cannot be read, which does not prove that there is
+    no such process.
     """
     try:
         stat = (_PROC / str(pid) / 'stat').read_bytes()
     except OSError:
         return None
-    fields = stat.rpartition(b')')[2].split()  # the name of the program may contain anything
+    fields = stat.rpartition(b')')[2].split()  # the program's name may contain spaces and )
     return '' if fields[0] in (b'Z', b'X') else fields[19].decode()
 
 

@@ -1,6 +1,6 @@
 """Code outside jaxfm: importing the modules that a config names as `module:Class`, with digests.
 
-The search order is: beside the config file, the installed packages, the directory where the run in
+The search order is: next to the config file, the installed packages, the directory where the run in
 the work directory found the module earlier. A module's file is hashed when it is imported; the
 modules it imports are not. A module may import jax but must not touch devices, because the config
 is read before the run sets them up.
@@ -113,7 +113,9 @@ def import_module(name: str) -> ModuleType:
     if found is None:
         raise ConfigError(f'{module_name} is not a Python file')
     if file is not None and not file.samefile(found):
-        raise ConfigError(f'{found} hides the module {module_name} beside the config: rename yours')
+        raise ConfigError(
+            f'{found} hides the module {module_name} next to the config: rename yours'
+        )
     if found not in _DIGESTS:
         _DIGESTS[found] = _read_digest(found)
     return module
@@ -134,7 +136,7 @@ def locate_error(error: Exception, path: Path) -> str:
 def _find_file(module_name: str, directories: list[Path]) -> Path | None:
     """The file of a module in the first directory that has it; adds the directory to sys.path.
 
-    It is appended at the end, so that a file beside a config never hides another module.
+    It is appended at the end, so that a file next to a config never hides another module.
     """
     for directory in directories:
         module = directory.joinpath(*module_name.split('.'))

@@ -1,7 +1,7 @@
 """Finds the class behind a name in a config: an entry of a registry, or a path `module:Class`.
 
 `name='adamw'` is an entry. `name='my_lab:Focal'` is the class Focal in the module my_lab, which
-lies beside the config file or is installed (`code.py` finds it). Such a class needs an attribute
+is next to the config file or is installed (`code.py` finds it). Such a class needs an attribute
 `Config`, the pydantic group of its values; `objective = dict(name='my_lab:Focal', gamma=2.0)` is
 checked like any other group. Each package declares its registry in its `__init__.py`, so that a
 config can be checked without importing jax; only modules outside jaxfm are imported.

@@ -394,7 +394,7 @@ def test_a_module_that_misses_another_says_which(beside):
 def test_a_module_of_the_same_name_elsewhere_is_not_taken_for_it(beside):
     (beside[0] / 'fractions.py').write_text(SMALL)
     said = refusal(beside, 'objective.name=fractions:Focal')
-    assert 'hides the module fractions beside the config: rename yours' in said
+    assert 'hides the module fractions next to the config: rename yours' in said
 
 
 def test_a_class_may_have_no_values_of_its_own(beside):

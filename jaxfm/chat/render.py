@@ -2,7 +2,7 @@
 
 The mask comes from rendering prefixes of the chat. The messages before a turn, rendered with a
 generation prompt, are the text from which sampling starts. Whatever the template writes after that,
-through the mark that ends the turn, is the assistant's. The text is cut at these borders before it
+through the end-of-turn token, is the assistant's. The text is cut at these borders before it
 is encoded, so a prompt's ids are always a prefix of the chat's, whatever the assistant answers.
 """
 
@@ -162,7 +162,7 @@ class Chat:
         return os.path.commonprefix(answers)
 
     def _stop(self, turn: str, text: str, start: int | None) -> int | None:
-        """Where a turn ends in `text`, after its mark; `turn` is the chat rendered up to there."""
+        """End of a turn in `text`, with its end-of-turn token. `turn`: the chat up to there."""
         if start is None or not turn.startswith(text[:start]):
             return None
         stop = self._end_of_turn(turn, start)

@@ -68,7 +68,7 @@ _QA = """\
 {%- if add_generation_prompt %}{{ 'A: ' }}{% endif %}"""
 
 # The built-in templates. `plain` needs no special token except the tokenizer's eos, `chatml` needs
-# those of ChatML, and `qa` has the shortest marks, for small byte-level models.
+# those of ChatML, and `qa` has the shortest markup, for small byte-level models.
 TEMPLATES = {'plain': _PLAIN, 'chatml': _CHATML, 'qa': _QA}
 
 

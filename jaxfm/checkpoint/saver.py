@@ -27,7 +27,7 @@ _NOTES = re.compile(r'\[(tensorstore_spec|os_error|source|http_|curl_|x-amzn)')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one save has to do. private: the store belongs to this process alone."""
+    """What one save has to do. private: the store belongs to this process only."""
 
     store: Store
     step: int

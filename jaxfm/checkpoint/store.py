@@ -5,7 +5,7 @@
     <step>/commit.json               written last: which attempt counts, and the manifest's digest
     lease/<epoch>.json               who may write
 
-Each attempt to save has its own directory, so a torn save, or one by a writer that was replaced,
+Each attempt to save has its own directory, so an incomplete save, or one by a replaced writer,
 never mixes with another. The commit holds the digest of the manifest, and the manifest the digests
 of everything else; commits and leases carry their own digest (`seal`).
 """

@@ -2,7 +2,7 @@
 
 `writers` writes metrics.jsonl, from which everything else is derived. `clock` counts tokens and
 time, `goodput` defines the buckets that time is charged to, `devices` knows the peak FLOP/s of
-devices, and `console` shows progress. This room imports no other room except storage.
+devices, and `console` shows progress. It imports no other package except storage.
 """
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from pydantic import Field
 from jaxfm.registry import Registry, one_of
 from jaxfm.schema import Group
 
-# Other receivers of the records, beside metrics.jsonl and the console; built as
+# Other receivers of the records, besides metrics.jsonl and the console; built as
 # `Sink(group, workdir)`.
 SINKS = Registry({}, base=Group)
 

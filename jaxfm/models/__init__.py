@@ -55,7 +55,7 @@ class BlockConfig(Group):
     query_scale: float = Field(0.0, ge=0)  # 0: 1 / sqrt(head_dim)
     attention_softcap: float = Field(0.0, ge=0)  # cap * tanh(scores / cap); 0: off
     qk_norm: bool = False
-    joint_qk_norm: bool = False  # normalise all heads together (OLMo 2), not each one alone
+    joint_qk_norm: bool = False  # normalise all heads together (OLMo 2), not each one separately
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False

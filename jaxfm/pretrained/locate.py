@@ -63,7 +63,7 @@ def _open_file(path: Path) -> Pretrained:
 
 
 def _nearest(path: Path) -> str:
-    """The end of a message: the nearest name among the models beside `path`, else all of them."""
+    """The end of a message: the nearest name among the models next to `path`, else all of them."""
     if not path.parent.is_dir():
         return ''
     models = [

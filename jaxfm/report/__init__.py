@@ -1,1 +1,1 @@
-"""Reports: plots and an HTML page of what a run measured, made from the files of the run alone."""
+"""Reports: plots and an HTML page of what a run measured, made only from its files."""

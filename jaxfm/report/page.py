@@ -1,4 +1,4 @@
-"""Writes report.html and plots/*.png of a run, from config.json and metrics.jsonl alone.
+"""Writes report.html and plots/*.png of a run, using only config.json and metrics.jsonl.
 
 The page embeds its pictures and loads nothing from the network. It shows whatever has been recorded
 so far, so a run that has just started, or has crashed, has a report too.

@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxfm.metrics import goodput
 
-# The name under which an evaluator records, beside bits_per_byte, what `xz -9e` reaches on the same
-# text.
+# The name under which an evaluator records what `xz -9e` reaches on the same text as
+# bits_per_byte.
 XZ_SUFFIX = '/xz_bits_per_byte'
 BOUNDS = ('_low', '_high')
 CONTAMINATION = 'contamination/'  # followed by the name of an evaluator

@@ -1,4 +1,4 @@
-"""A lease beside the checkpoints, so that one process at a time writes them.
+"""A lease next to the checkpoints, so that one process at a time writes them.
 
 The holder creates `lease/<epoch>.json`. Creation is exclusive (If-None-Match on S3, a hard link on
 disk), so exactly one of several contenders gets an epoch, and the highest epoch is in force. The

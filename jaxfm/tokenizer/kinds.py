@@ -138,7 +138,7 @@ class Tokenizer:
         return self._decode([int(i) for i in ids if int(i) not in hidden])
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add to `before`; decoded alone, SentencePiece drops a first space."""
+        """The text that `ids` add to `before`. Without it, SentencePiece drops a first space."""
         text, whole = self.decode(before), self.decode([*before, *ids])
         return whole[len(os.path.commonprefix([text, whole])) :]
 

@@ -1,8 +1,8 @@
 """An incremental detokenizer: ids arrive a few at a time and become text as soon as possible.
 
-It returns whole characters, and all pieces together equal `decode` of all ids. Decoding each id
-alone would be wrong: a character may take several tokens, SentencePiece drops the space before a
-text, and a run of byte tokens ('<0xF0>') is valid text only as a whole, or not at all. So every
+It returns whole characters, and all pieces together equal `decode` of all ids. Decoding ids
+one by one would be wrong: a character may take several tokens, SentencePiece drops the space before
+a text, and a run of byte tokens ('<0xF0>') is valid text only as a whole, or not at all. So every
 push decodes a window of ids again and returns the text that can no longer change.
 """
 

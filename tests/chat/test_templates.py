@@ -19,7 +19,7 @@ SPECIAL = re.compile(
     r'|</?think>|</?tool_call>'
 )
 
-# End-of-turn marks: if a template has one, every answer ends with it.
+# End-of-turn tokens: if a template has one, every answer ends with it.
 ENDS = re.compile(r'<\|im_end\|>|<end_of_turn>|<\|eot_id\|>|<\|eot\|>|<\|end\|>|<turn\|>')
 # Templates that write bos before every question, as in the training of their models.
 MANY_BEGINNINGS = {'ct_llama-2-chat', 'ct_saiga'}
@@ -133,7 +133,7 @@ def produced_by(coder, name, run) -> str:
 
 
 def check_answers(coder, name, messages, ids, mask):
-    """Asserts that the supervised runs are exactly the answers with their end-of-turn marks."""
+    """Asserts that the supervised runs are exactly the answers with their end-of-turn tokens."""
     answers = [m['content'] for m in messages if m['role'] == 'assistant']
     runs = spans(coder, ids, mask)
     assert len(runs) == len(answers)

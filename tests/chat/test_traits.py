@@ -12,7 +12,7 @@ from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import Bytes
 
 TOKENIZER = Bytes(BytesConfig(special_tokens=['<|im_start|>', '<|im_end|>']), texts=[])
-# Traits of a template that writes only a header before every message and a mark after it.
+# Traits of a template that writes only a header before each message and an end-of-turn token after.
 USUAL = TemplateTraits(
     gives_none=True,
     asks_late=False,

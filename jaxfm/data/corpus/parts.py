@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]  # bytes and tokens that were added
 
 
 class TooManyInShard(Exception):
-    """One shard alone has more bad records than are allowed."""
+    """A single shard has more bad records than are allowed."""
 
     def __init__(self, summary: dict):
         super().__init__(summary)

@@ -4,9 +4,9 @@ Tests marked `gpu` run only with `-m gpu`, because the others need the CPU devic
 `slow` run only with `-m slow`.
 
 Environment variables:
-  JAXFM_NO_SKIP=1: every skip is an error, except of tests marked `gpu`. `.ci/run` sets it.
-  JAXFM_TEST_COLD=1: no program compiled by an earlier session is used (see tests/kept.py).
-  JAXFM_TEST_PATIENCE=3: tests wait three times as long for what must happen (see tests/runs.py).
+  JAXFM_NO_SKIP=1: every skip is a failure, except for tests marked `gpu`. `.ci/run` sets it.
+  JAXFM_TEST_COLD=1: ignores what earlier sessions kept (see tests/kept.py).
+  JAXFM_TEST_PATIENCE=3: tests wait three times as long before they fail (see tests/runs.py).
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def _wants_gpu(config) -> bool:
 def pytest_configure(config):
     if not _wants_gpu(config):
         os.environ['JAX_PLATFORMS'] = 'cpu'  # for the processes that tests start
-        # Small programs compile in one piece: parts for 32 threads cost a tenth more CPU time.
+        # Compile small programs in one piece: splitting them for 32 threads costs 10 % CPU time.
         os.environ.setdefault('XLA_FLAGS', '--xla_cpu_parallel_codegen_split_count=1')
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', 8)
@@ -57,7 +57,7 @@ def pytest_configure(config):
     config.pluginmanager.register(kept.KernelTests())
 
 
-# The files that take longest, longest first: whoever is done early can still help with the others.
+# The slowest files, slowest first, so that no worker is left with a long file at the end.
 LONGEST = (
     'tests/test_faults.py',
     'tests/test_checkpoint_s3.py',
@@ -85,7 +85,7 @@ def pytest_xdist_make_scheduler(config, log):
     """Several workers (-n 2) take whole files, because the tests of a file share runs."""
     from xdist.scheduler import LoadFileScheduling
 
-    config.option.loadscopereorder = False  # the order is that of the collection
+    config.option.loadscopereorder = False  # keep the order of collection
     return LoadFileScheduling(config, log)
 
 
@@ -95,7 +95,7 @@ def _rank(item) -> int:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests are not collected unless they are asked for."""
+    """Deselects slow tests unless they are asked for; workers start with the longest files."""
     if hasattr(config, 'workerinput'):
         items.sort(key=_rank)
     if config.getoption('markexpr').strip() != 'slow':
@@ -113,7 +113,7 @@ def pytest_runtest_setup(item):
 
 
 def _forbid_skip(report):
-    """Turns the report of a skip into one of a failure; an expected failure is no skip."""
+    """Turns a reported skip into a failure, if JAXFM_NO_SKIP=1. An expected failure is no skip."""
     is_skip = report.skipped and not hasattr(report, 'wasxfail')
     if is_skip and os.environ.get('JAXFM_NO_SKIP') == '1':
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
@@ -138,7 +138,7 @@ def pytest_make_collect_report():
 
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
-    """The directory of shared corpora and evaluation sets, beside or in the repository."""
+    """The directory of shared corpora and evaluation sets, in or next to the repository."""
     for directory in (ROOT / 'shared' / 'data', ROOT.parent / 'shared' / 'data'):
         if directory.is_dir():
             return directory
@@ -176,9 +176,9 @@ def smollm2_gguf(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def quick_programs(request):
-    """Programs that compile quickly, except where the machine code for a GPU is judged.
+    """Turns XLA's optimizations off, unless the test examines machine code for a GPU.
 
-    Interpreted kernels are large CPU programs that run once.
+    Interpreted kernels are large CPU programs that run only once.
     """
     before = jax.config.read(OPTIMIZATIONS_OFF)
     jax.config.update(OPTIMIZATIONS_OFF, 'gpu_compiler' not in request.fixturenames)
@@ -188,8 +188,8 @@ def quick_programs(request):
 
 @pytest.fixture
 def interpreter(quick_programs):
-    """A clean interpreter of kernels; a test in which it has seen a race fails."""
-    from pallas_kernels._compat import interpreted_races  # a second, for those alone who need it
+    """A kernel interpreter without earlier races; the test fails if it detects one."""
+    from pallas_kernels._compat import interpreted_races  # takes a second, so only here
 
     with interpreted_races() as found:
         yield found
@@ -198,7 +198,7 @@ def interpreter(quick_programs):
 
 @pytest.fixture(scope='session')
 def gpu_compiler():
-    """Skips where the compiler for GPUs is not installed."""
+    """Skips the test if the compiler for GPUs is not installed."""
     for package in ('jax_cuda13_plugin', 'nvidia'):
         if importlib.util.find_spec(package) is None:
             pytest.skip('no compiler for GPUs: pip install -e ".[compiler]"')
@@ -223,7 +223,7 @@ def s3_server():
 
 @pytest.fixture
 def s3_environment(s3_server, monkeypatch) -> S3Server:
-    """The S3 server, which this process and those it starts find by their environment."""
+    """The S3 server; this process and those it starts find it through their environment."""
     for name in [name for name in os.environ if name.startswith('AWS_')]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment.items():
@@ -233,7 +233,7 @@ def s3_environment(s3_server, monkeypatch) -> S3Server:
 
 @pytest.fixture
 def s3(s3_environment):
-    """The file system of the S3 server, which this process finds by its environment."""
+    """The file system of the S3 server, found through the environment."""
     find.s3.cache_clear()
     yield s3_environment.system()
     find.s3.cache_clear()
@@ -241,17 +241,17 @@ def s3(s3_environment):
 
 @pytest.fixture
 def fault_proxy(s3_server):
-    """A proxy before the S3 server, which may be told to fail."""
+    """A proxy in front of the S3 server that can inject faults."""
     with FaultProxy(s3_server.endpoint) as proxy:
         yield proxy
 
 
 @pytest.fixture(scope='session')
 def moto_server():
-    """The endpoint of a quick S3 server in memory, with a bucket, that believes any key."""
+    """The endpoint of a quick in-memory S3 server with a bucket; it accepts any key."""
     server = pytest.importorskip('moto.server').ThreadedMotoServer('127.0.0.1', 0, verbose=False)
     client = pytest.importorskip('botocore.session').get_session().create_client
-    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # it tells of every request
+    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # it logs every request
     server.start()
     endpoint = 'http://{}:{}'.format(*server.get_host_and_port())
     keys = dict(aws_access_key_id='key', aws_secret_access_key='secret')
@@ -297,16 +297,16 @@ NO_SAMPLES = '--config.sampling.num_samples=0'
 
 
 class TinyRuns:
-    """Runs of a tiny model on generated text; compiled programs and tokens are shared by all."""
+    """Runs of a tiny model on generated text; all share compiled programs and cached tokens."""
 
     def __init__(self, root: Path, server: ForkServer):
         self.root, self.server = root, server
         self.config = root / 'tiny.py'
         self.environment = {
             'XDG_CACHE_HOME': str(root / 'cache'),
-            'MPLCONFIGDIR': str(kept.directory() / 'matplotlib'),  # the list of fonts takes seconds
+            'MPLCONFIGDIR': str(kept.directory() / 'matplotlib'),  # listing fonts takes seconds
             'PYTHONPATH': str(ROOT),
-            'GLIBC_TUNABLES': '',  # set to anything, the process does not start over for it
+            'GLIBC_TUNABLES': '',  # if it is set, the process does not restart itself
         }
         kept.link_compiled_programs(root / 'cache' / 'jaxfm' / 'compile')
         (root / 'text').mkdir()
@@ -321,7 +321,7 @@ class TinyRuns:
         return ['--config', str(self.config), '--workdir', str(workdir), *more]
 
     def derive(self, name: str, change: str) -> Path:
-        """A config file that makes the tiny one and then does what `change` says with `config`."""
+        """Writes a config file: the tiny config, followed by the Python line `change`."""
         path = self.root / f'{name}.py'
         text = self.config.read_text().replace('    return config', f'{change}\n    return config')
         path.write_text(text)
@@ -335,7 +335,7 @@ class TinyRuns:
 
     @staticmethod
     def saved_state(workdir: Path, step: int, place: str = '') -> dict[str, np.ndarray]:
-        """Every array of a checkpoint, of the place if it is not in workdir: {its name: array}."""
+        """{name: array} of a checkpoint in `place`, by default in the work directory."""
         reader = Reader(CheckpointConfig(directory=place), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
@@ -347,7 +347,7 @@ class TinyRuns:
         return jax.device_get(reader.restore(step, wanted)[0])
 
     def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
-        """A process; its stderr goes on in `<workdir>.stderr`, its stdout is a pipe."""
+        """Starts a process; its stderr is appended to `<workdir>.stderr`, its stdout is a pipe."""
         arguments = self.arguments(workdir, *more)
         if config is not None:
             arguments[arguments.index(str(self.config))] = str(config)
@@ -361,13 +361,13 @@ class TinyRuns:
             )
 
     def run(self, *arguments: str, devices: int = 1, **options) -> subprocess.CompletedProcess:
-        """Runs a command line of jaxfm to its end; its output is captured."""
+        """Runs a command line of jaxfm to its end and captures its output."""
         target = ['-m', 'jaxfm.main', *arguments]
         options = {'timeout': PATIENCE, 'cwd': self.root, **options}
         return self.server.run(target, env=self.environment_of(devices), **options)
 
     def environment_of(self, devices: int, **more: str) -> dict[str, str]:
-        """The whole environment of a process with so many devices."""
+        """The complete environment of a process with this number of devices."""
         return {**os.environ, **self.environment, 'JAX_NUM_CPU_DEVICES': str(devices), **more}
 
 
@@ -385,7 +385,7 @@ def tiny(tmp_path_factory, fork_server) -> TinyRuns:
 
 @pytest.fixture
 def start(tiny):
-    """`TinyRuns.start` without samples at the end; every process is gone after the test."""
+    """`TinyRuns.start` without final samples; kills every process after the test."""
     with contextlib.ExitStack() as stack:
 
         def start_process(*arguments, **options):
@@ -399,7 +399,7 @@ def start(tiny):
 
 @pytest.fixture(scope='session')
 def straight(tiny, tmp_path_factory):
-    """The work directory of the run that nobody stops, on one device."""
+    """The work directory of an uninterrupted run on one device."""
     workdir = tmp_path_factory.mktemp('straight') / 'run'
     process = tiny.start(workdir, NO_SAMPLES)
     try:
@@ -412,7 +412,7 @@ def straight(tiny, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def compilation_cache_as_before():
-    """The command line turns the cache on for the whole process; the session goes on without it."""
+    """Restores the compilation cache settings, which the command line changes for the process."""
     names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
     before = {name: getattr(jax.config, name) for name in names}
     yield
@@ -423,7 +423,7 @@ def compilation_cache_as_before():
 
 @pytest.fixture(scope='module')
 def quick_compilation():
-    """LLVM's expensive passes take most of the time of small programs and change no layout."""
+    """Turns XLA's optimizations off: LLVM's expensive passes dominate, and change no layout."""
     before = jax.config.read(OPTIMIZATIONS_OFF)
     jax.config.update(OPTIMIZATIONS_OFF, True)
     yield

@@ -1,4 +1,4 @@
-"""The Python that docs/ shows: whole files, and pieces of a config."""
+"""The Python examples in docs/: complete files, and pieces of a config."""
 
 import contextlib
 import re
@@ -14,13 +14,13 @@ _FILE = re.compile(r'# ([\w/]+\.py)\n')
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(page, source) of every block of Python."""
+    """(page, source) of every Python block."""
     pages = sorted((ROOT / 'docs').rglob('*.md'))
     return [(page.name, block) for page in pages for block in _BLOCK.findall(page.read_text())]
 
 
 def files() -> dict[str, str]:
-    """{path: source} of the blocks that begin with the name of a file."""
+    """{path: source} of the blocks whose first line is a comment with a file name."""
     return {found[1]: block for _, block in blocks() if (found := _FILE.match(block))}
 
 
@@ -31,7 +31,7 @@ def pieces() -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def written(root: Path) -> Iterator[None]:
-    """Writes the files below `root`; at the end, forgets the modules that they were imported as."""
+    """Writes the files below `root`; on exit, unloads the modules imported from them."""
     for name, source in files().items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(source)

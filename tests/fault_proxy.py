@@ -1,13 +1,13 @@
-"""A proxy before an HTTP server that does what networks and object stores do on bad days.
+"""A proxy in front of an HTTP server that injects the faults of networks and object stores.
 
-Requests and replies pass byte for byte, so that signatures hold, except those that a fault hits:
+It passes requests and replies on byte for byte, so that signatures stay valid, unless a fault hits:
 
     with FaultProxy(server.endpoint) as proxy:
         fault = proxy.add(Fault(Status(503), when=is_write, probability=0.3, times=5))
-        ...  # a client of proxy.endpoint
+        ...  # use a client of proxy.endpoint
         assert fault.hits and proxy.counts['PUT', 503] == fault.hits
         proxy.clear()
-        proxy.down()  # connections break and are refused, until proxy.up()
+        proxy.down()  # breaks all connections and refuses new ones, until proxy.up()
 """
 
 import collections
@@ -37,29 +37,29 @@ S3_CODES = {
 
 @dataclass(frozen=True)
 class Status:
-    """The server is not asked: an error as S3 words it is the answer."""
+    """The proxy answers with an error in S3's format; the server never sees the request."""
 
     status: int
-    code: str = ''  # that of S3_CODES if not given
+    code: str = ''  # default: from S3_CODES
 
 
 @dataclass(frozen=True)
 class Reset:
-    """The connection is reset: without asking the server, or when so much of its reply is out."""
+    """Resets the connection: before the server sees the request, or in the middle of its reply."""
 
-    after_bytes: int | None = None  # of the reply's body
+    after_bytes: int | None = None  # of the reply's body; None: before the request is passed on
 
 
 @dataclass(frozen=True)
 class Stall:
-    """Nothing is read or answered; once released, or after so long, the request passes."""
+    """Neither reads nor answers; passes the request on when released, or after `seconds`."""
 
     seconds: float = float('inf')
 
 
 @dataclass(frozen=True)
 class LoseReply:
-    """The server does what is asked; then, in place of its reply, the connection is reset."""
+    """The server executes the request; then the connection is reset instead of its reply."""
 
 
 Action = Status | Reset | Stall | LoseReply
@@ -75,14 +75,14 @@ def is_read(method: str, path: str) -> bool:
 
 @dataclass(eq=False)
 class Fault:
-    """What to do to which requests; the first fault of a proxy that hits a request has it."""
+    """An action and which requests it hits; if several faults match, the first one added acts."""
 
     action: Action
-    # Called with the method and the path as it was sent, with its query: '/bucket/key?uploads='.
+    # Called with the method and the path as sent, query included: '/bucket/key?uploads='.
     when: Callable[[str, str], bool] = lambda method, path: True
-    skip: int = 0  # the first so many such requests pass
-    times: int | None = None  # how many it hits at most
-    seconds: float = float('inf')  # how long it lasts once added
+    skip: int = 0  # how many matching requests pass first
+    times: int | None = None  # how many requests it hits at most; None: no limit
+    seconds: float = float('inf')  # how long it is active after it was added
     probability: float = 1.0
     seed: int = 0
     hits: int = field(default=0, init=False)
@@ -95,7 +95,7 @@ class Fault:
         self._end = float('inf')
 
     def release(self) -> None:
-        """What it stalls passes, now and from now on."""
+        """Lets stalled requests pass, and all later ones too."""
         self._released.set()
 
     def _hits(self, method: str, path: str) -> bool:
@@ -113,11 +113,11 @@ class Fault:
 
 
 class FaultProxy:
-    """Listens on a free port of the loopback; may be told everything from any thread."""
+    """Listens on a free port of the loopback interface; all methods are thread-safe."""
 
     def __init__(self, upstream: str):
         self.upstream = (urlsplit(upstream).hostname, urlsplit(upstream).port)
-        # Bound and never listening: the port stays ours, and refuses, while the proxy is down.
+        # Bound but not listening: while the proxy is down, the port stays ours and refuses.
         self._reserved = socket.socket()
         self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._reserved.bind(('127.0.0.1', 0))
@@ -138,15 +138,17 @@ class FaultProxy:
 
     @property
     def log(self) -> list[tuple[str, str, int | str]]:
-        """(method, path, status) of each request so far; without a reply the status is 'reset',
-        'stalled' or 'lost', or 'unanswered' where client or server left in the middle. One that
-        stalled and then passed is there twice."""
+        """(method, path, status) of each request so far.
+
+        Without a reply, the status is 'reset', 'stalled' or 'lost', or 'unanswered' if client or
+        server closed the connection. A request that stalled and then passed appears twice.
+        """
         with self._lock:
             return list(self._log)
 
     @property
     def counts(self) -> collections.Counter:
-        """How many requests there were: {(method, status): count}."""
+        """{(method, status): number of requests}."""
         return collections.Counter((method, status) for method, _, status in self.log)
 
     def add(self, fault: Fault) -> Fault:
@@ -156,7 +158,7 @@ class FaultProxy:
         return fault
 
     def clear(self) -> None:
-        """No faults from now on; what was stalled passes."""
+        """Removes all faults; stalled requests pass."""
         with self._lock:
             faults, self._faults = self._faults, []
         for fault in faults:
@@ -167,7 +169,7 @@ class FaultProxy:
             self._listener = _Listener(self)
 
     def down(self) -> None:
-        """Connections are refused from now on, and those that there are break."""
+        """Breaks all connections and refuses new ones."""
         if self._listener is not None:
             self._listener.stop()
             self._listener = None
@@ -183,7 +185,7 @@ class FaultProxy:
         self._reserved.close()
 
     def _serve(self, client: socket.socket) -> None:
-        """In a thread of its own."""
+        """Serves a client connection in its own thread."""
         connection = _Connection(self, client)
         thread = threading.Thread(target=self._run, args=[connection], daemon=True)
         with self._lock:
@@ -202,7 +204,7 @@ class FaultProxy:
             return next((f for f in self._faults if f._hits(request.method, request.path)), None)
 
     def _note(self, request: Head, status: int | str) -> None:
-        """Called before the client can know, so that it finds its request in the log."""
+        """Logs a request, before the client gets its reply, so that the client can find it."""
         with self._lock:
             self._log.append((request.method, request.path, status))
 
@@ -227,7 +229,7 @@ class _Listener(socketserver.TCPServer):
 
 
 class _Connection:
-    """One of a client, and the one to the server that belongs to it."""
+    """A connection of a client, and the matching connection to the server."""
 
     def __init__(self, proxy: FaultProxy, client: socket.socket):
         self.proxy = proxy
@@ -236,7 +238,7 @@ class _Connection:
         self.is_interrupted = False
 
     def run(self) -> None:
-        """Until one of both sides closes it, or a fault does."""
+        """Passes on requests until either side, or a fault, closes the connection."""
         try:
             while (request := self.client.head()) and self._exchange(request):
                 pass
@@ -249,14 +251,14 @@ class _Connection:
                 self.server.abort()
 
     def interrupt(self) -> None:
-        """Wakes the thread, which closes its sockets itself: their numbers might be others' now."""
+        """Wakes the thread, which closes its own sockets: their numbers may be reused by now."""
         self.is_interrupted = True
         for stream in (self.client, self.server):
             if stream:
                 stream.wake()
 
     def _exchange(self, request: Head) -> bool:
-        """One request and its reply; whether another may follow."""
+        """Handles one request and its reply; returns whether another may follow."""
         fault = self.proxy._fault_for(request)
         match fault and fault.action:
             case Status() as action:
@@ -272,7 +274,7 @@ class _Connection:
                 return self._pass(request, action)
 
     def _refuse(self, request: Head, action: Status) -> bool:
-        """The body is read first, or else the client may miss the answer while it still sends."""
+        """Reads the body before answering, or a client that is still sending may miss it."""
         if not request.expects_continue:
             for _ in self.client.body(request):
                 pass
@@ -314,8 +316,8 @@ class _Connection:
         return is_sent and request.keeps_alive and reply.keeps_alive
 
     def _ask(self, request: Head) -> tuple[bool, Head]:
-        """Whether the whole request was sent, and the head of the reply."""
-        if self.server is None or self.server.is_readable():  # that is, closed by the server
+        """Sends a request -> (whether all of it was sent, head of the reply)."""
+        if self.server is None or self.server.is_readable():  # the server has closed it
             self._connect()
         self.server.send(request.raw)
         if request.expects_continue and self._hears_first_from_server():
@@ -327,7 +329,7 @@ class _Connection:
         for block in self.client.body(request):
             try:
                 self.server.send(block)
-            except OSError:  # it has refused in the middle, and its reason may be there to read
+            except OSError:  # the server refused in mid-request; its reply may be readable
                 is_sent = False
                 break
         while (reply := self.server.reply()).is_interim:
@@ -342,7 +344,7 @@ class _Connection:
             raise ConnectionAbortedError
 
     def _hears_first_from_server(self) -> bool:
-        """Some clients send their body without having been told to go on, at once or in the end."""
+        """Whether the server answers first: some clients send the body without waiting for 100."""
         if self.client.buffer:
             return False
         return first_readable(self.client, self.server) is self.server

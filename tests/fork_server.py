@@ -1,13 +1,13 @@
-"""Starts processes that have done their imports already.
+"""Starts processes whose imports are already done.
 
 Most of the CPU time of a tiny run goes into importing jax and jaxfm. One server process does this
-once and forks a child for every process that a test asks for. The child gets the arguments,
-environment, working directory and streams that `subprocess.Popen` would give it. It is a process of
-its own: it can be killed, stopped and signalled, and it initialises its own devices.
+once and forks a child for every process that a test needs. The child gets the arguments,
+environment, working directory and streams that `subprocess.Popen` would give it. It is a separate
+process: it can be killed, stopped and signalled, and it initialises its own devices.
 
-Forking is safe because the server has imported jax but never used it: XLA has started no thread.
+Forking is safe because the server has imported jax but never used it, so XLA has started no thread.
 
-Tests of what happens before the imports are done use `subprocess.Popen`.
+Tests of what happens before or during the imports use `subprocess.Popen`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LARGEST_REQUEST = 1 << 17  # bytes
 
-# What runs import, at the start or later.
+# Modules that runs import, at the start or later.
 IMPORTS = """
 jaxfm.main jaxfm.modes.train jaxfm.modes.evaluate jaxfm.modes.sample jaxfm.modes.chat
 jaxfm.modes.export jaxfm.data.sources.files jaxfm.data.corpus.build jaxfm.models.transformer
@@ -37,7 +37,7 @@ jaxfm.report.page matplotlib.backends.backend_agg
 
 
 class ForkServer:
-    """The server, and how to start a process by it."""
+    """Starts the server process, and starts processes through it."""
 
     def __init__(self):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,9 +58,9 @@ class ForkServer:
 
         Args:
           target: ['-m', MODULE, arguments...] or ['-c', PROGRAM, arguments...].
-          env: the whole environment.
+          env: the complete environment.
           stdin, stdout, stderr: a file, a file descriptor, `subprocess.PIPE`, or None for the
-            stream of the tests.
+            stream of the test process.
         """
         with contextlib.ExitStack() as stack:
             pipes, passed = {}, []
@@ -96,7 +96,7 @@ class ForkServer:
         return subprocess.CompletedProcess(target, process.returncode, out, error)
 
     def stop(self) -> None:
-        """Ends the server; children that live on are nobody's."""
+        """Ends the server; nothing waits for children that are still running."""
         self._socket.close()
         self._process.wait()
 
@@ -104,7 +104,7 @@ class ForkServer:
 class Forked:
     """A process that the server has forked, with the methods of `subprocess.Popen`.
 
-    It is no child of this process: its exit status comes through a pipe from the server.
+    It is not a child of this process, so its exit status comes from the server through a pipe.
     """
 
     def __init__(self, pid: int, status: int, pipes: dict[str, int], args, text: bool):
@@ -142,7 +142,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, input=None, timeout: float | None = None):
-        """Writes the input, reads both outputs, waits -> (stdout, stderr)."""
+        """Writes the input, reads both outputs and waits -> (stdout, stderr)."""
         found = {}
 
         def read(name, stream):
@@ -170,7 +170,7 @@ class Forked:
 
 
 def _serve(requests: socket.socket) -> tuple[list[str], ...] | None:
-    """Forks until nobody can ask; returns in each child what to run, in the server None."""
+    """Forks until the socket is closed; returns the request in each child, None in the server."""
     woken, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -205,18 +205,18 @@ def _serve(requests: socket.socket) -> tuple[list[str], ...] | None:
 
 
 def _report_ends(statuses: dict[int, int]) -> None:
-    """Writes the exit code of each child that has ended into its pipe, as `Popen.returncode`."""
+    """Writes the exit code of each ended child to its pipe, in the form of `Popen.returncode`."""
     while statuses:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        with contextlib.suppress(BrokenPipeError):  # nobody waits for it
+        with contextlib.suppress(BrokenPipeError):  # the test does not wait for it
             os.write(statuses[pid], struct.pack('i', os.waitstatus_to_exitcode(status)))
         os.close(statuses.pop(pid))
 
 
 def _adopt(env: dict[str, str], cwd: str) -> None:
-    """Makes the environment this process's, for jax too, which has read its variables at import."""
+    """Sets environment and directory, and updates jax, which read its variables at import."""
     import jax
 
     os.environ.clear()
@@ -234,7 +234,7 @@ def _adopt(env: dict[str, str], cwd: str) -> None:
 
 
 def _open_streams() -> None:
-    """Opens the standard streams as the interpreter does at its start."""
+    """Opens the standard streams as the interpreter does at start-up."""
     encoding, _, errors = os.environ.get('PYTHONIOENCODING', '').partition(':')
     how = dict(encoding=encoding or None, closefd=False)
     sys.stdin = sys.__stdin__ = open(0, errors=errors or None, **how)
@@ -244,11 +244,11 @@ def _open_streams() -> None:
 
 
 def _run(target: list[str]) -> None:
-    """Runs a target as the interpreter would have."""
+    """Runs a target as a new interpreter would."""
     kind, what, *arguments = target
     if kind == '-m':
         sys.argv = [what, *arguments]
-        sys.modules.pop(what, None)  # it has been imported by another name than __main__
+        sys.modules.pop(what, None)  # imported before, but not as __main__
         runpy.run_module(what, run_name='__main__', alter_sys=True)
     else:
         sys.argv = ['-c', *arguments]

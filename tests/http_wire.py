@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes on a socket: heads and bodies that can be passed on unchanged."""
+"""HTTP/1.1 as bytes on a socket: reads heads and bodies so that they can be sent on unchanged."""
 
 import contextlib
 import select
@@ -10,7 +10,7 @@ BLOCK_BYTES = 256 << 10
 
 
 class Head:
-    """The first lines of a request or a reply, as they came and taken apart."""
+    """The first line and headers of a request or a reply, raw and parsed."""
 
     def __init__(self, raw: bytes):
         self.raw = raw
@@ -37,7 +37,7 @@ class Head:
 
     @property
     def expects_continue(self) -> bool:
-        """Before there is a body; some clients say so though there is none, and get no word."""
+        """Whether the client waits for 100 Continue; some ask without a body and get no answer."""
         has_body = self.headers.get('content-length') != '0'
         return has_body and self.headers.get('expect', '').lower() == '100-continue'
 
@@ -48,7 +48,7 @@ class Head:
 
 
 class Stream:
-    """A socket and what was read from it too early."""
+    """A socket, with a buffer of bytes that were read but not used yet."""
 
     def __init__(self, connected: socket.socket):
         self.socket = connected
@@ -59,7 +59,7 @@ class Stream:
         self.socket.sendall(data)
 
     def read(self, limit: int) -> bytes:
-        """At least a byte, at the end none."""
+        """Up to `limit` bytes, at least one; b'' at the end of the stream."""
         if not self.buffer:
             return self.socket.recv(min(limit, BLOCK_BYTES))
         data, self.buffer = self.buffer[:limit], self.buffer[limit:]
@@ -81,7 +81,7 @@ class Stream:
             yield data
 
     def head(self) -> Head | None:
-        """None at the end."""
+        """Reads the head of a message; None at the end of the stream."""
         if not self.buffer:
             self.buffer = self.socket.recv(BLOCK_BYTES)
         return Head(b''.join(self._lines())) if self.buffer else None
@@ -92,7 +92,7 @@ class Stream:
         raise ConnectionError('closed without a reply')
 
     def _lines(self) -> Iterator[bytes]:
-        """Up to an empty one."""
+        """Yields lines up to and including an empty one."""
         while True:
             line = self.line()
             yield line
@@ -100,7 +100,7 @@ class Stream:
                 return
 
     def body(self, head: Head, reply_to: str = '') -> Iterator[bytes]:
-        """As it is on the wire, marks of chunks included."""
+        """Yields the body as it is on the wire, chunk sizes included."""
         if reply_to and (reply_to == 'HEAD' or head.status in (204, 304)):
             return
         if 'chunked' in head.headers.get('transfer-encoding', '').lower():
@@ -113,13 +113,15 @@ class Stream:
             yield from self.exactly(int(head.headers['content-length']))
         elif reply_to:
             yield from iter(lambda: self.read(BLOCK_BYTES), b'')
-            head.headers['connection'] = 'close'  # that was the mark of its end
+            head.headers['connection'] = (
+                'close'  # the end of the connection was the end of the body
+            )
 
     def is_readable(self) -> bool:
         return bool(self.buffer or self._poll(select.POLLIN))
 
     def is_gone(self) -> bool:
-        """Whether the other side has closed it, though there be more to read."""
+        """Whether the other side has closed the connection, even if there is more to read."""
         return self._poll(select.POLLRDHUP)
 
     def _poll(self, event: int) -> bool:
@@ -132,7 +134,7 @@ class Stream:
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Closes it in order: what is still under way from the other side would reset it."""
+        """Closes the connection in order: unread data from the other side would reset it."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
             self.socket.settimeout(1)
@@ -141,14 +143,14 @@ class Stream:
         self.socket.close()
 
     def abort(self) -> None:
-        """Closes it by a reset."""
+        """Closes the connection with a reset."""
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.socket.close()
 
 
 def first_readable(*streams: Stream) -> Stream:
-    """Waits for the first of them that has something to say, if only that it ends."""
+    """Waits for the first stream with data to read, or that has been closed."""
     poll = select.poll()
     for stream in streams:
         poll.register(stream.socket, select.POLLIN)

@@ -1,12 +1,12 @@
 """What a test session keeps for the next one, in the user's cache directory, never in git.
 
-Compiled programs: half of the time of many tests is XLA's.
+Compiled programs: many tests spend half of their time in XLA's compiler.
 
-Kernel tests that passed: they take a quarter of the time of all tests, and most changes concern no
-kernel. A session over all tests leaves out those that passed before with the same sources, the same
-versions and the same Python. A session that names tests runs what it names.
+Ids of kernel tests that passed: these tests take a quarter of the time of the suite, and most
+changes do not touch kernels. A session that runs all tests leaves out kernel tests that have passed
+with the same sources, package versions and Python. A session that names tests runs all of them.
 
-JAXFM_TEST_COLD=1 uses nothing of this.
+JAXFM_TEST_COLD=1 ignores all of this.
 """
 
 import atexit
@@ -22,7 +22,7 @@ import jax
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = 'tests/pallas_kernels'
-# All that kernel tests import of the repository, and what makes them pass.
+# Everything in the repository that kernel tests import or depend on.
 KERNEL_SOURCES = (
     'pallas_kernels',
     KERNEL_TESTS,
@@ -50,13 +50,13 @@ def is_cold() -> bool:
 
 
 def directory() -> Path:
-    """Where sessions keep things; JAXFM_TEST_CACHE names another place."""
+    """Where sessions keep files; JAXFM_TEST_CACHE overrides it."""
     default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxfm' / 'tests'
     return Path(os.environ.get('JAXFM_TEST_CACHE') or default)
 
 
 def keep_compiled_programs() -> None:
-    """Turns jax's compilation cache on for this session and the processes that it starts."""
+    """Turns on jax's compilation cache for this session and the processes that it starts."""
     if is_cold() and 'JAXFM_TEST_CACHE' not in os.environ:
         # The workers of this session inherit the variable and share the directory.
         os.environ['JAXFM_TEST_CACHE'] = tempfile.mkdtemp(prefix='jaxfm-tests-')
@@ -69,13 +69,13 @@ def keep_compiled_programs() -> None:
 
 
 def link_compiled_programs(path: Path) -> None:
-    """Gives runs whose cache directory holds `path` the same programs."""
+    """Links `path`, the compilation cache of runs, to the programs kept by sessions."""
     path.parent.mkdir(parents=True)
     path.symlink_to(directory() / 'compiled')
 
 
 class KernelTests:
-    """A pytest plugin: which kernel tests have passed already, by their ids."""
+    """A pytest plugin that leaves out kernel tests that have passed, and records new ones."""
 
     def __init__(self):
         self.path = directory() / 'kernels' / _digest_of_kernels()
@@ -100,7 +100,7 @@ class KernelTests:
         new = sorted(self._passed - self._failed - self.known)
         if new and not is_cold():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, 'a') as file:  # several workers write their own lines
+            with open(self.path, 'a') as file:  # several workers append to it
                 file.write(''.join(f'{line}\n' for line in new))
 
     def pytest_terminal_summary(self, terminalreporter, config) -> None:
@@ -112,7 +112,7 @@ class KernelTests:
 
 
 def _is_over_everything(config) -> bool:
-    """Whether no test was named on the command line."""
+    """Whether the session runs all tests: none is named on the command line."""
     return not is_cold() and config.args == config.getini('testpaths')
 
 

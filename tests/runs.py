@@ -1,4 +1,4 @@
-"""What tests do with real runs: start some as one, wait for what they write, compare them."""
+"""Helpers for tests of real runs: start several processes, wait for records, compare runs."""
 
 import os
 import re
@@ -10,8 +10,8 @@ import numpy as np
 from jaxfm.metrics.writers import read_records
 
 STEPS = 40
-# Seconds until something that must happen counts as missing. Tests need less; a busy machine may
-# need more.
+# Seconds that a test waits for something before it fails. Tests need less; a busy machine may need
+# more.
 PATIENCE = 120 * float(os.environ.get('JAXFM_TEST_PATIENCE', '1'))
 
 
@@ -32,7 +32,7 @@ def start_ranks(start, workdir, *more, count=2, homes=None):
 
 
 def wait_until(condition, process):
-    """Polls until the condition gives something, and gives that; the process must live so long."""
+    """Polls until condition() is true and returns its value; fails if the process ends first."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if found := condition():
@@ -57,7 +57,7 @@ def wait_for_step(workdir, step, process):
 
 
 def finish(process, code=0):
-    """Waits for the end of a process; it must exit with this code."""
+    """Waits for a process to end and checks its exit code."""
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, output
 
@@ -88,9 +88,9 @@ def assert_same_state(one, other):
 
 
 def assert_same_run(tiny, workdir, reference, place='', first_step=0):
-    """The same records, the same final state with optimizer and counters.
+    """Checks that two runs have the same records and final state, optimizer and counters included.
 
-    place: of the checkpoints, if it is not in workdir. first_step: of the records that are there.
+    place: where the checkpoints are, if not in workdir. first_step: compares records from here on.
     """
     expected = {key: value for key, value in measured(reference).items() if key[0] >= first_step}
     assert measured(workdir) == expected

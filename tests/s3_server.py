@@ -1,4 +1,4 @@
-"""An S3 server on this machine that checks signatures and permissions."""
+"""A local S3 server that checks signatures and permissions."""
 
 import json
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class S3Server:
-    """SeaweedFS, one process of all its parts, on free ports of the loopback."""
+    """SeaweedFS with all its services in one process, on free ports of the loopback interface."""
 
     BUCKET = 'bucket'
     PORTS = ['master', 'volume', 'filer', 's3']
@@ -27,7 +27,7 @@ class S3Server:
             'AWS_SECRET_ACCESS_KEY': 'secret',
             'AWS_DEFAULT_REGION': 'us-east-1',
             'AWS_EC2_METADATA_DISABLED': 'true',
-            # None of whoever runs the tests.
+            # Not the files of the user who runs the tests.
             'AWS_CONFIG_FILE': str(directory / 'absent'),
             'AWS_SHARED_CREDENTIALS_FILE': str(directory / 'absent'),
         }
@@ -46,7 +46,7 @@ class S3Server:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
 
     def wait(self) -> None:
-        """Until an object has been stored."""
+        """Waits until the server has stored an object."""
         deadline = time.monotonic() + self.STARTUP_SECONDS
         while True:
             try:
@@ -61,7 +61,7 @@ class S3Server:
                 time.sleep(0.2)
 
     def system(self):
-        """A file system of the one who may do everything."""
+        """A file system with all permissions."""
         import s3fs
 
         return s3fs.S3FileSystem(
@@ -73,7 +73,7 @@ class S3Server:
         )
 
     def stop(self) -> None:
-        # Nothing of it is kept, so it need not end in order, which takes half a minute.
+        # Its data is not kept, so it is killed: an orderly stop takes half a minute.
         self.process.kill()
         self.process.wait()
         for name, port in self.ports.items():

@@ -1,4 +1,4 @@
-"""What docs/ shows works: its example is trained, and its pieces of a config pass the check."""
+"""The examples in docs/ work: the complete one trains, and pieces of a config pass the checks."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from jaxfm.metrics.writers import read_records
 from tests import doc_examples
 from tests.runs import wait_for_step
 
-# What a piece is put into; one with phases needs no steps, data and optimizer beside them.
+# The config into which a piece is inserted; with phases it needs no steps, data and optimizer.
 WHOLE = """
 from ml_collections import ConfigDict
 
@@ -46,18 +46,18 @@ def test_a_piece_of_config_passes_the_check(page, source, tmp_path):
     check_piece(source, tmp_path)
 
 
-def test_a_wrong_piece_does_not_pass(tmp_path):
+def test_a_wrong_piece_fails(tmp_path):
     with pytest.raises(ConfigError, match='weigths'):
         check_piece("config.data = dict(name='mixture', weigths=dict(web=1.0))", tmp_path)
 
 
-def test_the_example_of_a_class_of_ones_own_trains(start, tmp_path):
-    """As the page says, but for fewer steps and another gamma; in a process, on one device."""
+def test_the_example_with_your_own_class_trains(start, tmp_path):
+    """As on the page, but with fewer steps and another gamma; in a process, on one device."""
     given = ['--config.objective.gamma=1', '--config.steps=10', '--config.metrics.log_every=1']
     workdir = tmp_path / 'run'
     with doc_examples.written(tmp_path):
         process = start(workdir, *given, '--config.checkpoint.every=0', config=tmp_path / RUN)
-        wait_for_step(workdir, 10, process)  # its report and samples are not waited for
+        wait_for_step(workdir, 10, process)  # do not wait for its report and samples
     assert list(json.loads((workdir / 'config.json').read_text())['code']) == ['focal:Focal']
     records = list(read_records(workdir / 'metrics.jsonl'))
     losses = [record['train/loss'] for record in records if record['kind'] == 'train']

@@ -1,8 +1,8 @@
-"""Real processes, real signals: whatever stops a run, the same command goes on as if nothing had.
+"""Real processes, real signals: whatever stops a run, the same command resumes it exactly.
 
 Metrics (train and eval records, without their time) and final parameters are compared bit for bit
-with a run that nobody stopped. A process under `jax.distributed` survives SIGTERM, so whatever is
-left is ended with SIGKILL.
+with an uninterrupted run. A process under `jax.distributed` survives SIGTERM, so processes that are
+left at the end are killed with SIGKILL.
 """
 
 import os
@@ -37,7 +37,7 @@ def perf(workdir) -> list[dict]:
 
 
 def work_on(workdir, seconds):
-    """A record as if the process that was killed had gone on for so long."""
+    """Appends a record as if the killed process had continued for this many seconds."""
     last = perf(workdir)[-1]
     recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
     elapsed = last['perf/elapsed_seconds'] + seconds
@@ -46,7 +46,7 @@ def work_on(workdir, seconds):
 
 
 def seconds_after_checkpoint(workdir) -> float:
-    """What passed between the newest checkpoint and the last record, or somewhat less."""
+    """Seconds from the newest checkpoint to the last record, or slightly less."""
     saved = max(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
     records = perf(workdir)
     first = next(record for record in records if record['step'] >= saved)
@@ -54,20 +54,20 @@ def seconds_after_checkpoint(workdir) -> float:
 
 
 def assert_times_add_up(workdir):
-    """The buckets are the time of the run, told by every record."""
+    """Checks that in every record the buckets add up to the time of the run."""
     for record in perf(workdir):
         account = sum(record[goodput.name_of(bucket)] for bucket in goodput.BUCKETS)
         assert account == pytest.approx(record['perf/elapsed_seconds'])
 
 
-def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
+def test_a_run_killed_at_a_random_step_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     seed = int.from_bytes(os.urandom(4))
     step = random.Random(seed).randrange(8, 28)
     print(f'seed {seed}: SIGKILL at step {step}')
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, step, process)
-    # Steps are quick: what was saved at step 5 may not be committed yet.
+    # Steps are quick: the save at step 5 may not be committed yet.
     wait_until(lambda: tiny.committed(workdir), process)
     process.kill()
     finish(process, -signal.SIGKILL)
@@ -76,20 +76,20 @@ def test_killed_at_a_random_step_a_run_resumes_bit_for_bit(tiny, start, straight
     assert_same_run(tiny, workdir, straight)
 
 
-def torn_steps(workdir) -> list[str]:
+def incomplete_steps(workdir) -> list[str]:
     steps = (workdir / 'checkpoints').glob('[0-9]*')
     return [step.name for step in steps if not (step / 'commit.json').exists()]
 
 
-def test_killed_during_a_save_a_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
+def test_a_run_killed_during_a_save_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, 12, process)
-    # A step is there before its commit is.
-    torn = wait_until(lambda: torn_steps(workdir), process)
+    # The directory of a step exists before its commit.
+    incomplete = wait_until(lambda: incomplete_steps(workdir), process)
     process.kill()
     finish(process, -signal.SIGKILL)
-    print(f'killed while {torn} was written')
+    print(f'killed while {incomplete} was written')
     work_on(workdir, seconds=100)
     lost = seconds_after_checkpoint(workdir)
     finish(start(workdir))
@@ -97,17 +97,17 @@ def test_killed_during_a_save_a_run_resumes_bit_for_bit(tiny, start, straight, t
     assert_times_add_up(workdir)
     wasteful = [record for record in perf(workdir) if record['goodput/wasted_seconds']]
     assert lost <= wasteful[-1]['goodput/wasted_seconds'] < lost + PATIENCE
-    assert 'perf/step_seconds' not in wasteful[0]  # told before the next step
+    assert 'perf/step_seconds' not in wasteful[0]  # recorded before the next step
     told = re.findall(r'warning: (\d+) s of work after step \d+ were lost', stderr_of(workdir))
     assert len(told) == 1 and int(told[0]) >= 99
     assert tiny.committed(workdir) == [STEPS - 5, STEPS]
-    assert not torn_steps(workdir)
+    assert not incomplete_steps(workdir)
 
 
-def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp_path):
+def test_a_run_saved_on_a_signal_resumes_bit_for_bit(tiny, start, straight, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
-    # Everything is checked, nothing is compiled yet: long before the loop.
+    # The config is checked and nothing is compiled yet: long before the loop.
     wait_until(lambda: (workdir / 'checkpoints').exists(), process)
     process.send_signal(signal.SIGINT)
     finish(process, 75)
@@ -133,8 +133,8 @@ def test_signals_save_and_the_run_resumes_bit_for_bit(tiny, start, straight, tmp
 def test_a_second_interrupt_exits_at_once(tiny, start, tmp_path):
     process = start(tmp_path / 'run')
     wait_until(lambda: (tmp_path / 'run' / 'checkpoints').exists(), process)
-    # Python may take two signals for one while the main thread compiles. The next one comes long
-    # before the save is over that the first one has asked for.
+    # While the main thread compiles, Python may merge two signals into one. The next one arrives
+    # long before the save for the first one has finished.
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < deadline:
         process.send_signal(signal.SIGINT)
@@ -143,16 +143,16 @@ def test_a_second_interrupt_exits_at_once(tiny, start, tmp_path):
     assert not tiny.committed(tmp_path / 'run')
 
 
-def test_before_the_run_has_begun_a_signal_leaves_nothing(tiny, tmp_path):
+def test_a_signal_before_the_run_has_begun_leaves_no_work_directory(tiny, tmp_path):
     command = [sys.executable, '-m', 'jaxfm.main', *tiny.arguments(tmp_path / 'run')]
     process = subprocess.Popen(command, env=tiny.environment_of(devices=1))
-    time.sleep(0.3)  # within the seconds that the imports take
+    time.sleep(0.3)  # while the imports are running
     process.terminate()
     finish(process, -signal.SIGTERM)
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_run_goes_on_with_the_same_numbers_on_another_mesh(start, straight, tiny, tmp_path):
+def test_a_run_resumes_with_the_same_numbers_on_another_mesh(start, straight, tiny, tmp_path):
     workdir = tmp_path / 'run'
     process = start(workdir)
     wait_for_step(workdir, 10, process)
@@ -182,7 +182,7 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(start, straight
     assert 'Traceback' not in stderr_of(workdir)
 
 
-def test_a_mistake_that_one_process_sees_ends_all_at_once(start, tmp_path):
+def test_a_mistake_that_one_process_sees_ends_all_of_them_at_once(start, tmp_path):
     (tmp_path / 'empty.txt').write_text('')
     source = f'--config.data.path={tmp_path}/empty.txt'
     ranks = start_ranks(start, tmp_path / 'run', source)
@@ -208,7 +208,7 @@ def test_a_shard_that_is_missing_on_one_host_ends_the_run(start, tmp_path, token
     assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_a_shard_that_is_another_one_on_one_host_ends_the_run(start, tmp_path):
+def test_a_shard_that_differs_on_one_host_ends_the_run(start, tmp_path):
     homes = tmp_path / 'a', tmp_path / 'b'
     for home in homes:
         home.mkdir()
@@ -220,7 +220,7 @@ def test_a_shard_that_is_another_one_on_one_host_ends_the_run(start, tmp_path):
     assert stderr_of(tmp_path / 'run').count('have different tokens') == 2
 
 
-def test_a_mistake_that_all_processes_see_is_told_by_each(start, tmp_path):
+def test_a_mistake_that_all_processes_see_is_reported_by_each(start, tmp_path):
     ranks = start_ranks(start, tmp_path / 'run', '--config.mesh.fsdp=4')
     for rank in ranks:
         finish(rank, 78)

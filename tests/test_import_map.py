@@ -1,7 +1,7 @@
-"""Who may import whom (DESIGN, section 3), held by reading the source of every module.
+"""Which package may import which, checked by parsing the source of every module.
 
-A room is a package or a module directly in jaxfm/. Imports inside functions count as well, and so
-do the "module:Class" targets of the registries.
+A room is a package or a module directly in jaxfm/. Imports inside functions count too, and so do
+the "module:Class" targets of the registries.
 """
 
 import ast
@@ -18,13 +18,13 @@ from jaxfm.sharding import MESH_AXES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Anyone may import these, and they import nothing of ours but each other.
+# Every room may import these; from jaxfm they import only each other.
 GROUND = {'errors', 'schema', 'code', 'registry', 'command_line', 'process'}
-# Rooms that check a config: nothing heavy is imported there.
+# Rooms that check a config; they import nothing heavy.
 LIGHT = {'config'}
 
-# room -> the rooms it may import, beside itself and the ground. `rooms` and `room/part` are keys: a
-# part has a list of its own. A room that is listed must be imported, so that the map stays true.
+# room -> the rooms that it may import, besides itself and GROUND. A part of a room ('data.corpus')
+# has its own list. Every listed import must exist, so that the map stays true.
 MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
@@ -37,7 +37,7 @@ MAP = {
         *('models', 'optim', 'sharding', 'checkpoint', 'report', 'metrics', 'storage'),
         'distributed',
     },
-    # Of the rooms that are configured it imports the schemas alone.
+    # From the rooms that it configures, it imports only the schemas.
     'config': {
         *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
         *('pretrained.huggingface', 'models', 'optim', 'checkpoint', 'metrics', 'storage'),
@@ -53,7 +53,7 @@ MAP = {
     'data.sources': {'data', 'storage'},
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat', 'storage'},
     'data.packing': {'data', 'data.corpus', 'storage'},
-    # A tokenizer brings its chat template; a .gguf file has a tokenizer inside.
+    # A tokenizer comes with its chat template; a .gguf file contains a tokenizer.
     'tokenizer': {'chat', 'pretrained.gguf', 'storage'},
     'chat': set(),
     # Models from outside become ours. Several processes write one export, and fail as one.
@@ -84,23 +84,23 @@ MAP = {
     'command_line': set(),
     '': set(),  # jaxfm/__init__.py
 }
-# Rooms that import another for its schemas and registries alone.
+# Rooms that import only the schemas and registries of others,
 SCHEMAS_ONLY = {'config'}
-# ... but for what `init_from` and adapters say of themselves, read when a config names one.
+# ... except to describe what `init_from` or an adapter names, read only if a config names one,
 READ_LATE = {('config', 'pretrained'), ('config', 'pretrained.huggingface')}
-# ... and for how files are written and read, which is no more than the standard library.
+# ... and except to read and write files, which needs only the standard library.
 FILES = {('config', 'storage')}
 
 ARRAYS = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
 FORBIDDEN = {'models': {'optax'}, 'ops': {'flax'}, 'tasks': ARRAYS} | dict.fromkeys(
     ('data', 'tokenizer', 'chat'), ARRAYS
 )
-# They belong to tools and tests, which compare with them.
+# Only tools and tests may import these, to compare with them.
 NEVER = {'torch', 'transformers', 'wandb', 'tensorflow'}
 
 
 def room_of(name: str) -> str:
-    """The room of a dotted module: the deepest one on the map, or the first part of its name."""
+    """The room of a dotted module: the deepest one in the map, or the first part of its name."""
     if name.split('.')[0] == 'pallas_kernels':
         return 'pallas_kernels'
     parts = name.removeprefix('jaxfm').lstrip('.').split('.')
@@ -110,7 +110,7 @@ def room_of(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One source file. `name` is dotted; a package's is that of its `__init__.py`."""
+    """One source file. `name` is dotted; `__init__.py` has the name of its package."""
 
     name: str
     is_package: bool
@@ -123,7 +123,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-    """What a line imports; a registry's target is imported later, when the run needs it."""
+    """One import; the target of a registry is imported later, when the run needs it."""
 
     target: str
     line: int
@@ -145,7 +145,7 @@ def read_tree(*roots) -> list[Module]:
 
 
 def imports(module: Module, names: set[str]):
-    """All imports of a module; `names` tells a submodule from a name inside a module."""
+    """All imports of a module; `names` distinguishes submodules from names inside a module."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno) for alias in node.names)
@@ -165,7 +165,7 @@ def imports(module: Module, names: set[str]):
 
 
 def _ours(module, imported, packages):
-    """What is wrong with an import of our own, or None."""
+    """What is wrong with an import of a module of jaxfm, or None."""
     room = room_of(imported.target)
     is_schema = imported.target in packages or imported.is_lazy
     if room in {module.room, '', *GROUND}:
@@ -179,7 +179,7 @@ def _ours(module, imported, packages):
 
 
 def _theirs(module, package):
-    """What is wrong with an import of somebody else's package, or None."""
+    """What is wrong with an import of another package, or None."""
     if package in sys.stdlib_module_names:
         return None
     if package in NEVER | FORBIDDEN.get(module.room, set()):
@@ -209,7 +209,7 @@ def broken_arrows(modules: list[Module]) -> list[str]:
 
 
 def unused_arrows(modules: list[Module]) -> list[str]:
-    """One line for every arrow of the map that no import goes along."""
+    """One line for every entry of the map that no import uses."""
     names = {module.name for module in modules}
     used = {(m.room, room_of(imported.target)) for m in modules for imported in imports(m, names)}
     return [
@@ -221,7 +221,7 @@ def unused_arrows(modules: list[Module]) -> list[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
-    """The largest sets of names that reach each other, of more than one name."""
+    """The strongly connected components with more than one name."""
     reach = {name: set(others) for name, others in arrows.items()}
     for via in arrows:
         for name in arrows:
@@ -235,7 +235,7 @@ def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
 
 
 def module_arrows(modules: list[Module]) -> dict[str, set[str]]:
-    """{module: the modules it imports}; a registry's target comes later, when a run needs it."""
+    """{module: the modules it imports}, without targets of registries, which are imported later."""
     names = {module.name for module in modules}
     return {
         module.name: {
@@ -249,7 +249,7 @@ def module_arrows(modules: list[Module]) -> dict[str, set[str]]:
 
 
 def top_rooms() -> dict[str, set[str]]:
-    """The map without the parts of rooms and without what imports schemas alone."""
+    """The map without parts of rooms, and without rooms that import only schemas."""
     arrows = {}
     for room, others in MAP.items():
         top = room.split('.')[0]
@@ -258,7 +258,7 @@ def top_rooms() -> dict[str, set[str]]:
 
 
 def foreign_imports(modules: list[Module], allowed: set[str]) -> list[str]:
-    """One line for every import of anything but the allowed packages."""
+    """One line for every import of a package that is not allowed."""
     found = [(module, imported) for module in modules for imported in imports(module, set())]
     return [
         f'{module.name}:{imported.line}: imports {imported.target}'

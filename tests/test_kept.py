@@ -1,4 +1,4 @@
-"""Kernel tests are left out only when they passed with exactly what is there now."""
+"""Kernel tests are left out only if they passed with exactly the present sources and versions."""
 
 import ast
 
@@ -10,7 +10,7 @@ ROOT = kept.ROOT
 
 
 class Config:
-    """What the plugin asks of pytest's."""
+    """The parts of pytest's config that the plugin uses."""
 
     def __init__(self, *args):
         self.args = list(args)
@@ -42,7 +42,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def session(*reports) -> kept.KernelTests:
-    """A session with these reports, to its end."""
+    """Runs the plugin through a session with these reports."""
     plugin = kept.KernelTests()
     for report in reports:
         plugin.pytest_runtest_logreport(report)
@@ -65,7 +65,7 @@ def test_tests_that_passed_are_left_out_of_a_session_over_all_tests():
     assert left_out('tests') == ['a', 'b']
 
 
-def test_a_skip_is_no_pass():
+def test_a_skip_does_not_count_as_passed():
     session(Report('a', 'skipped', 'setup'), Report('a', 'passed', 'teardown'))
     assert left_out('tests') == []
 

@@ -290,9 +290,9 @@ ASCII = {
 
 @pytest.fixture(scope='module')
 def finished(tiny, tmp_path_factory):
-    """(work directory, stdout, stderr) of a run by the command itself, started over and all.
+    """(work directory, stdout, stderr) of a run started by the real command, which restarts itself.
 
-    Its locale knows ASCII alone, which must matter to none of the tests.
+    Its locale only knows ASCII, which must not matter to any test.
     """
     workdir = tmp_path_factory.mktemp('finished') / 'rün'
     environment = {**os.environ, **tiny.environment, **ASCII, 'JAX_NUM_CPU_DEVICES': '8'}

@@ -1,4 +1,4 @@
-"""Notebooks run from their first cell to their last, in the short form that SMOKE = True gives.
+"""Every notebook runs from its first cell to its last, in the short form that SMOKE = True gives.
 
 A notebook has a cell tagged `parameters` with `SMOKE = False`; the tests add one with True.
 The short form takes at most SECONDS of CPU time; the long one is run by hand with `-m slow`.
@@ -37,7 +37,7 @@ def execute(path: Path, directory: Path, is_short: bool):
         resources={'metadata': {'path': str(directory)}},
     )
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of event loops and sockets that are not ours
+        warnings.simplefilter('ignore')  # from event loops and sockets that are not ours
         client.execute(env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '1'})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return notebook, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -55,7 +55,7 @@ def test_notebooks_run_whole(tmp_path):
 
 
 def planted(directory: Path, *sources: str) -> Path:
-    """A notebook of these cells, the first of which has the parameters."""
+    """Writes a notebook with these cells; the first is tagged `parameters`."""
     cells = [
         dict(cell_type='code', id=str(i), metadata={}, outputs=[], execution_count=None, source=s)
         for i, s in enumerate(sources)
@@ -66,7 +66,7 @@ def planted(directory: Path, *sources: str) -> Path:
     return path
 
 
-def test_the_short_form_is_run_where_the_test_says_and_a_failing_cell_is_told(tmp_path):
+def test_the_short_form_runs_in_the_given_directory_and_a_failing_cell_fails(tmp_path):
     path = planted(
         tmp_path,
         'SMOKE = False',

@@ -567,7 +567,7 @@ def test_too_little_space_is_refused_with_the_numbers(saved, tmp_path):
     ) as e:
         empty.check_room(free // 4 * 3 + 2**38)
     assert empty.root in str(e.value)
-    saved.check_room(free // 5 * 2)  # beside the one that is there
+    saved.check_room(free // 5 * 2)  # besides the existing one
     empty.close()
 
 

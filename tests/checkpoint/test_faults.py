@@ -244,7 +244,7 @@ def test_an_outage_during_a_save_loses_only_that_save(saved, opened, fault_proxy
     saved.close()
     assert opened().steps() == [1, 3]
     left = {name.split('/')[0] for name in saved._store.storage.list()}
-    assert left == {'1', '3', 'lease'}, 'the torn step is swept'
+    assert left == {'1', '3', 'lease'}, 'the incomplete step is deleted'
 
 
 @pytest.mark.parametrize('must', [False, True])

@@ -1,4 +1,4 @@
-"""Which saves count as checkpoints: not torn, fenced off, damaged or partly deleted ones."""
+"""Which saves count as checkpoints: not incomplete, fenced off, damaged or partly deleted ones."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,9 @@ def test_what_a_run_did_after_its_last_step_is_no_sign_of_death(recorder):
 
 
 @pytest.mark.parametrize(
-    'rest', [b'\0' * 64 + b'\n', b'{"step": 3, "kind": "perf", "perf/el'], ids=['zeros', 'torn']
+    'rest',
+    [b'\0' * 64 + b'\n', b'{"step": 3, "kind": "perf", "perf/el'],
+    ids=['zeros', 'incomplete'],
 )
 def test_the_search_stops_at_records_damaged_by_a_power_failure(recorder, rest):
     recorder.write(2, 'perf', {'perf/elapsed_seconds': 20.0})

@@ -108,14 +108,14 @@ def test_every_line_of_a_killed_process_is_there(path):
     assert [record['train/loss'] for record in without_time(path)] == [s / 3 for s in range(100)]
 
 
-@pytest.mark.parametrize('torn', ['{', '{"step": 7}', 'x' * 200_000])
-def test_a_torn_last_line_is_removed(path, torn):
+@pytest.mark.parametrize('incomplete', ['{', '{"step": 7}', 'x' * 200_000])
+def test_an_incomplete_last_line_is_removed(path, incomplete):
     writer = JsonlWriter(path)
     writer.write({'step': 1})
     position = writer.position()
     writer.close()
     with open(path, 'a') as file:
-        file.write(torn)
+        file.write(incomplete)
     assert len(list(read_records(path))) == 2
     writer = JsonlWriter(path)
     assert writer.position() == position == os.path.getsize(path)

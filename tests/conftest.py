@@ -126,6 +126,10 @@ def pytest_runtest_makereport(item):
     report = yield
     if not item.get_closest_marker('gpu'):
         _forbid_skip(report)
+    # A worker cannot send text that is not UTF-8, such as the log of a test of surrogates.
+    report.sections = [
+        (name, text.encode('utf-8', 'backslashreplace').decode()) for name, text in report.sections
+    ]
     return report
 
 

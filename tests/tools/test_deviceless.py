@@ -15,7 +15,11 @@ SMOKE = ['--config', 'configs/llama_1b.py:smoke']
         ([], 64, 'no run given'),
         ([*SMOKE, '--devices', '0'], 64, 'at least 1, got 0'),
         ([*SMOKE, '--devices', 'four'], 64, 'invalid int value'),
-        ([*SMOKE, '--config.mesh.fsdp=2', '--devices', '4'], 78, 'fsdp 2 = 2 is not the 4 devices'),
+        (
+            [*SMOKE, '--config.mesh.fsdp=2', '--devices', '4'],
+            78,
+            'must equal the number of devices',
+        ),
         ([*SMOKE, '--phase', 'sft'], 78, "no phase 'sft' to compile"),
         (['--config', 'configs/nothing.py'], 66, 'configs/nothing.py'),
     ],

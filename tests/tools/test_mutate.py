@@ -203,4 +203,4 @@ def test_the_table_has_a_line_for_each_mutant_and_the_sums(mutants):
 def test_an_unknown_room_is_one_clear_message(root, monkeypatch, capsys):
     monkeypatch.setattr(mutate, 'list_files', lambda root: list(FILES))
     assert mutate.main(['--rooms', 'dta'], root) == 64
-    assert 'error: --rooms: no room dta; there are: jaxfm' in capsys.readouterr().err
+    assert 'error: --rooms: no package dta; there are: jaxfm' in capsys.readouterr().err

@@ -159,7 +159,9 @@ def test_whole_runs_are_left_out_and_the_rest_of_their_file_is_not(picked):
     left_out = [f'tests/fruit/test_apple.py::test_{n}' for n in ('direct', 'through_a_fixture')]
     assert list(found.left_out) == [*left_out, 'tests/fruit/test_apple.py::test_by_a_mark']
     assert found.arguments(Path())[:3] == [f'--deselect={name}' for name in found.left_out]
-    assert '  tests/fruit/test_apple.py  (3 of its tests: fixture tiny)' in pick_tests.describe(found)
+    assert '  tests/fruit/test_apple.py  (3 of its tests: fixture tiny)' in pick_tests.describe(
+        found
+    )
 
 
 def test_a_file_of_whole_runs_alone_is_left_out_unless_it_is_changed(picked, monkeypatch):

@@ -187,7 +187,7 @@ def _source(path):
         ),
         (['--config.mesh.fsdp=4'], 78, ['fsdp 4 = 4, which must equal the number of devices, 8']),
         (['--config.mesh.fsdp=1', '--config.mesh.tensor=-1'], 78, ['2 = 0 x 8 + 2', 'mesh.tensor']),
-        (['--config.model.vocab_size=200'], 65, ['258 tokens', 'vocab_size is 200']),
+        (['--config.model.vocab_size=200'], 65, ['258 tokens', 'vocab_size is only 200']),
         (['--config.optimizer.frozen=["trunc/*"]'], 78, ['trunc/*', 'final_norm/scale']),
         (['--config.checkpoint.directory=gs://bucket/run'], 78, ['gs://bucket/run']),
     ],

@@ -232,7 +232,7 @@ def test_a_turn_that_cannot_be_answered_is_told_and_leaves_the_conversation(talk
     assert out == answers_in(chats)
     first, second = [line for line in error.splitlines() if line.startswith('error: ')]
     assert 'exceed sampling.max_length 64' in first and '=128' in first
-    assert 'UTF-8' in second
+    assert 'not valid Unicode' in second
 
 
 def test_a_tokenizer_without_a_template_is_told(talk, chatty, tmp_path):

@@ -48,7 +48,8 @@ def test_the_given_messages_are_not_modified():
 )
 def test_a_message_without_a_text_is_named_with_what_it_has(content, words):
     message = {'role': 'user', 'content': content}
-    with pytest.raises(DataError, match=rf'^message 1 \(user\) has {words}; a text is expected$'):
+    sentence = rf'^message 1 \(user\) has {words}; content must be a string$'
+    with pytest.raises(DataError, match=sentence):
         make_view([message], (), TEMPLATES['plain'], None, None)
 
 

@@ -137,9 +137,16 @@ def test_a_broken_config_and_odd_values_do_not_break_the_report(tmp_path):
     assert 'train/loss nan' in text and 'eval/a/$odd^ 1' in text
 
 
-def test_a_report_takes_less_than_two_seconds(tmp_path):
-    record_run(tmp_path, steps=20_000)
-    write_report(tmp_path)  # imports matplotlib
-    started = time.process_time()  # other processes may keep the machine busy
-    write_report(tmp_path)
-    assert time.process_time() - started < 2
+def test_a_long_run_takes_no_longer_to_report_than_a_short_one(tmp_path):
+    """Matplotlib's share is the same for both: about a second on a quiet machine."""
+
+    def seconds(steps):
+        workdir = tmp_path / str(steps)
+        workdir.mkdir()
+        record_run(workdir, steps)
+        started = time.process_time()
+        write_report(workdir)
+        return time.process_time() - started
+
+    seconds(100)  # imports matplotlib
+    assert seconds(20_000) < 2 * seconds(200)

@@ -119,7 +119,7 @@ FIRST_STAGE = {
         66,
         ['neither config.json'],
     ),
-    'config is a list': (written('config.json', '[1]'), 65, ['config.json', 'not a list']),
+    'config is a list': (written('config.json', '[1]'), 65, ['config.json', 'JSON object']),
     'generation config is damaged': (
         written('generation_config.json', '{'),
         65,
@@ -439,7 +439,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
     both = [said(vocab_size=200), lambda p: save_file(random_tensors(small), p / WEIGHTS)]
     code, out, error = refused(lambda path: [change(path) for change in both])
     assert (code, out) == (65, '')
-    assert_one_message(error, ['258 tokens', 'vocab_size is 200'])
+    assert_one_message(error, ['258 tokens', 'vocab_size is only 200'])
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ class Copy:
     def test(self, arguments: list[str], seconds: float) -> Fate:
         """Runs pytest in its own process, for at most this many seconds."""
         began = time.monotonic()
-        self._log.write_text('')
+        self._log.write_text('', 'utf-8')
         arguments = [*OPTIONS, f'--rootdir={self.place}', *arguments]
         process = self._context.Process(
             target=_run_pytest, args=(str(self.place), arguments, str(self._log), str(self._cache))
@@ -93,7 +93,9 @@ class Copy:
         if is_late := process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
-        fate = read_fate(self._log.read_text(), process.exitcode, time.time() if is_late else None)
+        fate = read_fate(
+            self._log.read_text('utf-8'), process.exitcode, time.time() if is_late else None
+        )
         if fate.fate == 'unfinished' and fate.seconds > seconds / 2:
             fate.fate = 'hangs'
         fate.seconds = round(time.monotonic() - began, 1)
@@ -144,7 +146,7 @@ class _Watch:
     """A pytest plugin that records starts and failures of tests, one per line."""
 
     def __init__(self, path: str):
-        self._file = open(path, 'a', buffering=1)
+        self._file = open(path, 'a', buffering=1, encoding='utf-8')
 
     def _write(self, **record):
         self._file.write(json.dumps(record) + '\n')
@@ -239,7 +241,7 @@ def read_known(out: Path) -> dict[Mutant, Fate]:
         Mutant(**{name: record[name] for name in names}): Fate(
             **{field.name: record[field.name] for field in dataclasses.fields(Fate)}
         )
-        for record in json.loads(out.read_text())
+        for record in json.loads(out.read_text('utf-8'))
     }
 
 

@@ -156,7 +156,7 @@ def describe(picked: Picked) -> list[str]:
     if by_reason:
         lines.append('left out because they take too long here (CI runs them):')
     for (path, why), tests in by_reason.items():
-        number = '' if tests == [''] else f'{len(tests)} tests: '
+        number = '' if tests == [''] else f'{len(tests)} '
         lines.append(f'  {path}  ({number}{why})')
     return lines
 
@@ -197,7 +197,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _git(root: Path, *arguments: str) -> list[str]:
     """The lines that git prints. Raises UsageError with git's message if it fails."""
     command = ['git', '-C', str(root), '-c', 'core.quotePath=false', *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8')
     if done.returncode:
         raise UsageError(done.stderr.strip())
     return done.stdout.splitlines()

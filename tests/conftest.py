@@ -178,16 +178,22 @@ def smollm2_gguf(tmp_path_factory) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _optimizations_off(value: bool):
+    before = jax.config.read(OPTIMIZATIONS_OFF)
+    jax.config.update(OPTIMIZATIONS_OFF, value)
+    yield
+    jax.config.update(OPTIMIZATIONS_OFF, before)
+
+
 @pytest.fixture
 def quick_programs(request):
     """Turns XLA's optimizations off, unless the test examines machine code for a GPU.
 
     Interpreted kernels are large CPU programs that run only once.
     """
-    before = jax.config.read(OPTIMIZATIONS_OFF)
-    jax.config.update(OPTIMIZATIONS_OFF, 'gpu_compiler' not in request.fixturenames)
-    yield
-    jax.config.update(OPTIMIZATIONS_OFF, before)
+    with _optimizations_off('gpu_compiler' not in request.fixturenames):
+        yield
 
 
 @pytest.fixture
@@ -428,7 +434,5 @@ def compilation_cache_as_before():
 @pytest.fixture(scope='module')
 def quick_compilation():
     """Turns XLA's optimizations off: LLVM's expensive passes dominate, and change no layout."""
-    before = jax.config.read(OPTIMIZATIONS_OFF)
-    jax.config.update(OPTIMIZATIONS_OFF, True)
-    yield
-    jax.config.update(OPTIMIZATIONS_OFF, before)
+    with _optimizations_off(True):
+        yield

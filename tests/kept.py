@@ -39,6 +39,7 @@ KERNEL_PACKAGES = (
     'numpy',
     'ml_dtypes',
     'jax-cuda13-plugin',
+    'jax-cuda13-pjrt',
     'nvidia-cuda-nvcc',
     'nvidia-nvvm',
     'nvidia-cuda-nvdisasm',

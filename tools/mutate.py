@@ -176,14 +176,11 @@ def _run_pytest(place: str, arguments: list[str], log: str, cache: str) -> None:
     os.dup2(output, 2)
     os.chdir(place)
     os.environ['PYTHONPATH'] = place
+    os.environ['JAXFM_TEST_CACHE'] = cache  # tests/kept.py keeps compiled programs there
     sys.path[:] = [place, *(entry for entry in sys.path if entry not in ('', str(ROOT)))]
     for name in list(sys.modules):  # modules of the working tree
         if name.split('.')[0] in ROOMS:
             del sys.modules[name]
-    if jax := sys.modules.get('jax'):
-        jax.config.update('jax_compilation_cache_dir', cache)
-        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-        jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
     import pytest
 
     code = pytest.main(arguments, plugins=[_Watch(log)])

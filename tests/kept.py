@@ -20,6 +20,8 @@ from pathlib import Path
 
 import jax
 
+from jaxfm.run import cache
+
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL_TESTS = 'tests/pallas_kernels'
 # Everything in the repository that kernel tests import or depend on.
@@ -52,8 +54,7 @@ def is_cold() -> bool:
 
 def directory() -> Path:
     """Where sessions keep files; JAXFM_TEST_CACHE overrides it."""
-    default = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxfm' / 'tests'
-    return Path(os.environ.get('JAXFM_TEST_CACHE') or default)
+    return Path(os.environ.get('JAXFM_TEST_CACHE') or cache.cache_directory() / 'tests')
 
 
 def keep_compiled_programs() -> None:
@@ -64,8 +65,7 @@ def keep_compiled_programs() -> None:
         atexit.register(shutil.rmtree, os.environ['JAXFM_TEST_CACHE'], ignore_errors=True)
     compiled = directory() / 'compiled'
     compiled.mkdir(parents=True, exist_ok=True)
-    jax.config.update('jax_compilation_cache_dir', str(compiled))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+    cache.keep_compiled_programs(compiled, min_seconds=0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 

@@ -28,7 +28,7 @@ from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.corpus.build import Corpus, make_corpus, verify_corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
-from jaxfm.run.data import cache_directory
+from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import Tokenizer
 
 BAR = 40  # columns of the longest bar of a histogram

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.distributed import agree
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from jaxfm.tokenizer.kinds import Tokenizer
 
@@ -65,12 +65,6 @@ def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
         tokenizer = build_tokenizer(config.tokenizer, ())
     _check_tokenizer(tokenizer, config)
     return tokenizer
-
-
-def cache_directory() -> Path:
-    """The directory of compiled programs and tokenised data. It may be deleted at any time."""
-    home = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(home) / 'jaxfm'
 
 
 def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:

@@ -25,7 +25,8 @@ from jaxfm.models.implementations import check_matmuls, choices
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.load import check_layout
 from jaxfm.pretrained.source import Pretrained
-from jaxfm.run.data import RunData, cache_directory
+from jaxfm.run.cache import cache_directory, keep_compiled_programs
+from jaxfm.run.data import RunData
 from jaxfm.run.phase import Phase, make_phases, phase_at
 from jaxfm.sampling.engine import Sampler
 from jaxfm.state import split
@@ -123,8 +124,7 @@ def start_run(config: RunConfig, workdir: Path):
     """Context: joins the other processes, configures JAX, sets the mesh and yields the Run."""
     logging.getLogger('jax._src.xla_bridge').addFilter(_shorten_plugin_error)
     initialize()
-    jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compile'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+    keep_compiled_programs(cache_directory() / 'compile', min_seconds=0.3)
     run = Run(config, workdir)
     process.unwind_on_interrupt()
     with jax.set_mesh(run.mesh):

@@ -1,11 +1,20 @@
 """The user's cache directory, and the compiled programs in it."""
 
+import hashlib
 import os
+import platform
+import re
 import uuid
 from pathlib import Path
 
 import jax
 from jax._src import lru_cache
+
+# Fields of /proc/cpuinfo on x86 and on Arm.
+KIND_OF_PROCESSOR = (
+    *('vendor_id', 'cpu family', 'model', 'flags'),
+    *('CPU implementer', 'CPU variant', 'CPU part', 'Features'),
+)
 
 
 def cache_directory() -> Path:
@@ -15,10 +24,28 @@ def cache_directory() -> Path:
 
 
 def keep_compiled_programs(directory: Path, min_seconds: float) -> None:
-    """Makes JAX keep programs that took `min_seconds` to compile, for later processes to load."""
+    """Makes JAX keep programs that took `min_seconds` to compile, for later processes to load.
+
+    They lie in a subdirectory for this kind of processor. XLA compiles for all instructions that
+    the processor has, but JAX does not look at the processor when it loads a program, which may
+    kill the process on another machine with the same home directory.
+    """
     lru_cache.LRUCache.put = _put
-    jax.config.update('jax_compilation_cache_dir', str(directory))
+    jax.config.update('jax_compilation_cache_dir', str(directory / _kind_of_processor()))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', min_seconds)
+
+
+def _kind_of_processor(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
+    """A name that differs between processors with different instructions."""
+    try:
+        first = cpuinfo.read_text().partition('\n\n')[0]
+    except OSError:  # not Linux: a name for each machine
+        first = ''
+    fields = dict(re.findall(r'^(.+?)\s*: (.*)$', first, re.MULTILINE))
+    kind = [fields.get(name) for name in KIND_OF_PROCESSOR]
+    if not any(kind):
+        kind = [platform.machine(), platform.processor(), platform.node()]
+    return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
 
 
 def _put(self, key: str, value: bytes) -> None:

@@ -83,10 +83,10 @@ LONGEST = (
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Several workers (-n 2) take whole files, because the tests of a file share runs."""
-    from xdist.scheduler import LoadFileScheduling
+    from tests.whole_files import WholeFiles
 
     config.option.loadscopereorder = False  # keep the order of collection
-    return LoadFileScheduling(config, log)
+    return WholeFiles(config, log)
 
 
 def _rank(item) -> int:

@@ -30,6 +30,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
+from jaxfm.distributed.join import provide_threads
 from jaxfm.storage import find
 from tests import kept
 from tests.fault_proxy import FaultProxy
@@ -52,6 +53,9 @@ def pytest_configure(config):
         os.environ.setdefault('XLA_FLAGS', '--xla_cpu_parallel_codegen_split_count=1')
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', 8)
+        provide_threads()
+        jax.devices()
+        os.environ.pop('NPROC')  # processes that tests start have fewer devices
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     kept.keep_compiled_programs()
     config.pluginmanager.register(kept.KernelTests())

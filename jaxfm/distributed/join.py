@@ -5,6 +5,7 @@ check what we can first, and connect in a thread whose result we can stop waitin
 """
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -15,6 +16,26 @@ import jax
 from jaxfm import distributed
 from jaxfm.distributed.agree import NEVER, barrier
 from jaxfm.errors import UnavailableError, UsageError
+
+_THREADS_PER_DEVICE = 4
+
+
+def provide_threads() -> None:
+    """Gives XLA enough threads for several CPU devices. Call it before any use of a device.
+
+    A collective blocks one thread of each device until all devices have joined it. By default XLA
+    has as many threads as devices, or as cores if those are more. Then two collectives of a program
+    that do not depend on each other can each hold threads that the other waits for, and after 40 s
+    XLA ends the process. XLA reads the number of threads from NPROC, which stays if it is set.
+    """
+    devices = jax.config.jax_num_cpu_devices
+    flag = re.search(
+        r'--xla_force_host_platform_device_count=(\d+)', os.environ.get('XLA_FLAGS', '')
+    )
+    if flag:
+        devices = int(flag[1])
+    if devices > 1:
+        os.environ.setdefault('NPROC', str(_THREADS_PER_DEVICE * devices))
 
 
 def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bool:

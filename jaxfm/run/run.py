@@ -16,7 +16,7 @@ from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import format_config
 from jaxfm.config.run import RunConfig, check_on_mesh
 from jaxfm.distributed import agree
-from jaxfm.distributed.join import initialize
+from jaxfm.distributed.join import initialize, provide_threads
 from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
@@ -123,6 +123,7 @@ class Run:
 def start_run(config: RunConfig, workdir: Path):
     """Context: joins the other processes, configures JAX, sets the mesh and yields the Run."""
     logging.getLogger('jax._src.xla_bridge').addFilter(_shorten_plugin_error)
+    provide_threads()
     initialize()
     keep_compiled_programs(cache_directory() / 'compile', min_seconds=0.3)
     run = Run(config, workdir)

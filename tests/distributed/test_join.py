@@ -2,6 +2,7 @@
 
 import os
 import socket
+import types
 
 import pytest
 
@@ -131,3 +132,29 @@ def test_slurm_step_is_found(environment, nodes, host):
     assert join._from_slurm() == (f'{host}:61443', 4, 3)
     environment(JAX_COORDINATOR_PORT='7000')
     assert join._from_slurm() == (f'{host}:7000', 4, 3)
+
+
+@pytest.mark.parametrize(
+    'devices, flags, before, after',
+    [
+        (1, '', None, None),
+        (8, '', None, '32'),
+        (8, '', '5', '5'),
+        (-1, '--xla_force_host_platform_device_count=4', None, '16'),
+    ],
+)
+def test_several_cpu_devices_have_more_threads_than_xla_would_give_them(
+    devices, flags, before, after, monkeypatch
+):
+    monkeypatch.setenv('NPROC', 'restored after the test')
+    monkeypatch.delenv('NPROC')
+    monkeypatch.setenv('XLA_FLAGS', flags)
+    if before:
+        monkeypatch.setenv('NPROC', before)
+    monkeypatch.setattr(
+        join,
+        'jax',
+        types.SimpleNamespace(config=types.SimpleNamespace(jax_num_cpu_devices=devices)),
+    )
+    join.provide_threads()
+    assert os.environ.get('NPROC') == after

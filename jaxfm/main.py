@@ -91,6 +91,13 @@ def _make_parser() -> Parser:
         'for example optimizer,data',
     )
     parser.add_argument(
+        '--resume_step',
+        type=number(int, 1),
+        metavar='N',
+        help='train: go back to the checkpoint of step N; later ones are set aside. Not for job '
+        'scripts, because every start would go back',
+    )
+    parser.add_argument(
         '--output',
         type=Path,
         metavar='PATH',
@@ -183,7 +190,9 @@ def _check_files(config) -> None:
 
 
 def _check_mode(flags, config) -> None:
-    """Raises unless the config has the groups that the mode needs."""
+    """Raises unless the flags suit the mode, and the config has the groups that it needs."""
+    if flags.mode != 'train' and flags.resume_step is not None:
+        raise UsageError(f'--resume_step is of --mode train; --mode {flags.mode} only reads')
     if flags.mode in ('train', 'eval') and not config.all_phases:
         raise ConfigError(
             f'this config has no training; --mode {flags.mode} needs config.steps, config.data '

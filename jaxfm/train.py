@@ -6,6 +6,10 @@ weights of step k before anything changes, and the checkpoint is saved before th
 So a run that resumes at step k continues exactly as the uninterrupted run did, without evaluating
 step k again. Each phase ends like a run, evaluated and saved, so the next phase starts from a state
 that is in storage.
+
+A step whose loss or gradient is not finite applies no update. While the last step was such a step,
+nothing is saved, because the weights may be ruined: a checkpoint that is due waits for the next
+update.
 """
 
 import contextlib
@@ -17,14 +21,14 @@ import jax
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.distributed.preemption import Preemption
-from jaxfm.errors import NumericsError, Preempted
+from jaxfm.errors import NumericsError, Preempted, RunError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import Recorder
 from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
 
-PATIENCE = 20  # a run stops after at least this many skipped steps in a row, at a logged step
+PATIENCE = 20  # a run stops after this many skipped steps in a row
 
 
 class Source(Protocol):
@@ -76,28 +80,38 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
       done: whether the weights at `step` have been evaluated and saved already.
 
     Raises:
-      Preempted: a signal asked the run to stop; the state has been saved.
-      NumericsError: at a logged step, no update has been applied for PATIENCE steps or more.
+      Preempted: a signal asked the run to stop; the state has been saved, unless the last step was
+        skipped.
+      NumericsError: no update has been applied for PATIENCE steps, or at the end of the phase.
       StorageError, LockedError: the run can no longer be saved.
     """
-    first, before = step, None
-    progress = (step, -1)
+    first, metrics = step, None
+    updates = Updates(step, int(state.counters['skipped']))
+    due = None  # the step at which the next save was due
     while True:
         if not done:
             evaluate(loop, state, step)
         stopping = step < loop.last and loop.preemption.should_stop(step)
         leaving = stopping or step >= loop.last
-        if not done and (leaving or loop.checkpointer.is_due(step)):
-            save(loop, state, step, must=leaving)
+        if not done and (leaving or due or loop.checkpointer.is_due(step)):
+            due = due or step
+            if updates.see(step, metrics):
+                save(loop, state, step, due, must=leaving)
+                due = None
+            elif leaving:
+                raise _end_unsaved(loop, updates, stopping)
         if stopping:
             raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
         if leaving:
             return state
+        if updates.missing >= PATIENCE:
+            raise _end_unsaved(loop, updates)
 
         # Implicit transfers between host and device would stall a step, so they are errors here.
         with jax.transfer_guard('disallow'):
             with loop.clock.aside('data_wait'):
                 batch = loop.source.next(state.params, step)
+            before = metrics
             with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
                 state, metrics = loop.train_step(state, batch)
         if step == first:
@@ -106,10 +120,10 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         loop.clock.step(loop.tokens_per_step)
         # Keep at most two steps in flight: more can abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
-        before = metrics
+        updates.see(step - 1, before)
         if step % loop.log_every == 0 or step in (1, loop.last):
-            values = record(loop, metrics, step)
-            progress = _check_progress(step, step - values.get('skipped_steps', 0), progress)
+            record(loop, metrics, step)
+            updates.see(step, metrics)
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
@@ -122,10 +136,71 @@ def evaluate(loop: Loop, state: TrainState, step: int) -> None:
             loop.recorder.write(step, 'eval', named)
 
 
-def save(loop: Loop, state: TrainState, step: int, must: bool) -> None:
+class Updates:
+    """Which steps applied an update, and which were skipped.
+
+    Attributes:
+      last: the step after the last applied update.
+    """
+
+    def __init__(self, step: int, skipped: int):
+        self.last = self._step = step
+        self._skipped = skipped
+
+    def see(self, step: int, metrics: dict[str, jax.Array] | None) -> bool:
+        """Waits for a step's metrics; returns whether that step applied an update.
+
+        Steps must be seen in order; seeing one twice is harmless. metrics: None before the first.
+        """
+        if step > self._step and metrics is not None:
+            skipped = int(metrics['skipped_steps'])
+            if skipped == self._skipped:
+                self.last = step
+            self._step, self._skipped = step, skipped
+        return self.last == self._step
+
+    @property
+    def missing(self) -> int:
+        """How many steps in a row were skipped."""
+        return self._step - self.last
+
+
+def _end_unsaved(loop: Loop, updates: Updates, stopping: bool = False) -> RunError:
+    """The error for a run that ends after a skipped step; says where it will resume.
+
+    Unless a signal is `stopping` the run, the last update may have ruined the weights, so a
+    checkpoint of them is set aside.
+    """
+    step, last = updates.last + updates.missing, updates.last
+    skipped = f'no update could be applied from step {last} to {step}'
+    ruined = ''
+    if stopping:
+        loop.checkpointer.wait()
+    else:
+        try:
+            for one in loop.checkpointer.set_aside(last):
+                ruined += f'; checkpoint {one} is set aside'
+        except RunError as error:
+            ruined = f'; checkpoints from step {last} on could not be set aside: {error}'
+    _record_saves(loop, step)
+    newest = loop.checkpointer.latest_step()
+    resume = 'start over' if newest is None else f'resume at step {newest}'
+    if stopping:
+        return Preempted(
+            f'stopped by a signal at step {step} and not saved, because {skipped}; run it again to '
+            f'{resume}'
+        )
+    return NumericsError(
+        f'{skipped}, because the loss or the gradient was not finite{ruined}; run it again to '
+        f'{resume}'
+    )
+
+
+def save(loop: Loop, state: TrainState, step: int, due: int, must: bool) -> None:
     """Starts saving a checkpoint: train state, data position, clocks, and length of the metrics.
 
     Args:
+      due: the step since which it has been due.
       must: the loop ends here, so wait until the checkpoint is committed, and raise if it fails.
     """
     with loop.clock.aside('checkpoint_save'):
@@ -135,12 +210,12 @@ def save(loop: Loop, state: TrainState, step: int, must: bool) -> None:
             'metrics_position': loop.recorder.jsonl.position(),
             'phase': loop.recorder.phase,
         }
-        loop.checkpointer.save(step, state.to_tree(), extra, must)
+        loop.checkpointer.save(step, state.to_tree(), extra, must, due)
     _record_saves(loop, step)
 
 
-def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, float]:
-    """Waits for the step, writes its metrics, and returns them.
+def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> None:
+    """Waits for the step and writes its metrics.
 
     The two records of a step are one line on the console.
     """
@@ -149,27 +224,9 @@ def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> dict[str, fl
     loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
     _record_saves(loop, step)
-    return values
 
 
 def _record_saves(loop: Loop, step: int) -> None:
     """Records the outcome of earlier saves, which finish in the background."""
     for values in loop.checkpointer.events():
         loop.recorder.write(step, 'event', values)
-
-
-def _check_progress(step: int, updates: int, before: tuple[int, int]) -> tuple[int, int]:
-    """Returns (step, updates) as of the last applied update.
-
-    Raises:
-      NumericsError: no update has been applied for PATIENCE steps or more.
-    """
-    last_step, last_updates = before
-    if updates > last_updates:
-        return step, updates
-    if step - last_step >= PATIENCE:
-        raise NumericsError(
-            f'no update could be applied from step {last_step} to {step}, because the loss or the '
-            f'gradient was never finite; checkpoints up to step {last_step} are good'
-        )
-    return before

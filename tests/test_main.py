@@ -15,6 +15,7 @@ import pytest
 from jaxfm import main, process
 from jaxfm.metrics.writers import read_records
 from jaxfm.modes import train
+from tests.conftest import NO_SAMPLES
 from tests.hf_directories import write_model
 from tests.runs import PATIENCE
 
@@ -469,12 +470,67 @@ def test_a_resume_that_is_refused_changes_no_file(cli, run_again):
     assert contents() == before
 
 
-def test_a_run_whose_numbers_stay_bad_ends(cli, tmp_path):
-    more = ['--config.optimizer.learning_rate=1e38', '--config.optimizer.warmup_steps=0']
-    code, out, error = cli(tmp_path / 'run', *more)
-    assert (code, out) == (70, '')
-    assert 'no update could be applied from step' in error
-    assert 'no update could be applied from step' in (tmp_path / 'run' / 'log.txt').read_text()
+def test_weights_ruined_by_an_update_cost_no_good_checkpoint(cli, run_again, tiny):
+    more = [NO_SAMPLES, '--config.steps=80', '--config.checkpoint.every=1']
+    ruin = ['--config.optimizer.learning_rate=1e37', '--config.optimizer.schedule=constant']
+    allow = '--allow_change=steps,optimizer'
+    for _ in range(2):  # the same command resumes where the first one did
+        code, out, error = cli(run_again, *more, *ruin, allow)
+        assert (code, out) == (70, '')
+        told = (
+            'no update could be applied from step 41 to 61, because the loss or the gradient was '
+            'not finite; checkpoint 41 is set aside; run it again to resume at step 40'
+        )
+        assert told in error and told in (run_again / 'log.txt').read_text()
+        assert tiny.committed(run_again) == [40]
+
+    code, _, error = cli(run_again, NO_SAMPLES, '--config.steps=50', allow)
+    assert code == 0, error
+    assert 'resumed at step 40' in (run_again / 'log.txt').read_text()
+    assert tiny.committed(run_again) == [45, 50]
+
+
+def test_a_run_goes_back_to_an_earlier_checkpoint(cli, run_again, tiny):
+    """The rest of the finished run is repeated, and what came before stays beside it."""
+    before = (run_again / 'metrics.jsonl').read_bytes()
+    code, _, error = cli(run_again, NO_SAMPLES, '--resume_step=35')
+    assert code == 0, error
+    assert 'back at step 35; set aside: checkpoints 40' in error
+    assert (run_again / 'metrics.until_40.jsonl').read_bytes() == before
+    assert tiny.committed(run_again) == [35, 40]
+    assert len(list((run_again / 'checkpoints' / '40').glob('set_aside.*.json'))) == 1
+    assert_same_records(run_again / 'metrics.jsonl', run_again / 'metrics.until_40.jsonl')
+
+
+@pytest.mark.parametrize(
+    'more, code, words',
+    [
+        (['--resume_step=36'], 66, ['no checkpoint 36', 'available steps: 35, 40']),
+        (['--resume_step=35', '--mode=eval'], 64, ['--resume_step is of --mode train']),
+        (['--resume_step=0'], 64, ['--resume_step']),
+    ],
+)
+def test_going_back_where_there_is_nothing_changes_nothing(cli, run_again, tiny, more, code, words):
+    before = (run_again / 'metrics.jsonl').read_bytes()
+    found, out, error = cli(run_again, *more)
+    assert (found, out) == (code, '')
+    assert_one_clear_message(error, words)
+    assert tiny.committed(run_again) == [35, 40]
+    assert (run_again / 'metrics.jsonl').read_bytes() == before
+
+
+def assert_same_records(one, other):
+    """The losses of two metrics files are equal at every step."""
+
+    def losses(path):
+        return {
+            (record['step'], name): value
+            for record in read_records(path)
+            for name, value in record.items()
+            if name in ('train/loss', 'eval/heldout/loss')
+        }
+
+    assert losses(one) == losses(other)
 
 
 def test_evaluation_gives_the_numbers_of_the_training_run(cli, finished, tmp_path):

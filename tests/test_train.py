@@ -15,8 +15,10 @@ from jaxfm import sharding
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
+from jaxfm.checkpoint.store import Store
+from jaxfm.checkpoint.survey import SET_ASIDE, survey
 from jaxfm.distributed.preemption import Preemption
-from jaxfm.errors import Preempted
+from jaxfm.errors import NumericsError, Preempted, UnavailableError
 from jaxfm.evals.base import Periodic
 from jaxfm.metrics import goodput
 from jaxfm.metrics.clock import StepClock
@@ -30,6 +32,7 @@ from jaxfm.optim import AdamWConfig
 from jaxfm.optim.adamw import AdamW
 from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
+from jaxfm.storage.posix import PosixStorage
 from jaxfm.train import Loop, train
 
 V, ROWS, LENGTH = 30, 4, 8
@@ -129,6 +132,19 @@ def prefetched(kit):
     return Prefetch(Dataset(kit), kit.mesh, ROWS)
 
 
+def poisoned(*numbers):
+    """A source whose batches of these numbers give a loss that is not a number."""
+
+    class Poisoned(Dataset):
+        def next(self, params, step):
+            batch = super().next(params, step)
+            if self.number - 1 in numbers:
+                batch['loss_mask'] *= np.float32(np.nan)
+            return batch
+
+    return lambda kit: Prefetch(Poisoned(kit), kit.mesh, ROWS)
+
+
 class Rollout:
     """A source that samples with the weights it is lent."""
 
@@ -191,9 +207,9 @@ class NotingCheckpointer(Checkpointer):
         super().__init__(CheckpointConfig(every=4, keep=3), directory)
         self.notes = events
 
-    def save(self, step, state, extra, must):
+    def save(self, step, state, extra, must, due):
         self.notes.append(('save', step))
-        super().save(step, state, extra, must)
+        super().save(step, state, extra, must, due)
         if must:
             time.sleep(self.settle_seconds)
 
@@ -455,6 +471,78 @@ def test_no_steps_is_to_evaluate_only(kit, tmp_path):
     assert_same_state(state, fresh_state(kit))
 
 
+# Steps that are skipped
+
+
+def steps_in(directory):
+    return Reader(CheckpointConfig(), directory / 'checkpoints').steps()
+
+
+def test_a_save_that_is_due_waits_for_the_next_update(kit, tmp_path):
+    state, events = run(kit, tmp_path, poisoned(2, 3, 4))
+    assert [step for kind, *step in events if kind == 'save'] == [[6], [8]]
+    assert steps_in(tmp_path) == [6, 8]
+    assert int(state.counters['skipped']) == 3
+
+
+def test_one_skipped_step_delays_no_other_save(kit, tmp_path):
+    _, events = run(kit, tmp_path, poisoned(4), steps=9)
+    assert [step for kind, *step in events if kind == 'save'] == [[4], [8], [9]]
+
+
+def test_a_stop_among_skipped_steps_saves_nothing_and_names_the_step_to_resume_at(kit, tmp_path):
+    with pytest.raises(Preempted, match='step 6 and not saved.* again to resume at step 4$'):
+        run(kit, tmp_path, poisoned(4, 5), stop_at=6)
+    assert steps_in(tmp_path) == [4]
+    with pytest.raises(Preempted, match='again to start over$'):
+        run(kit, tmp_path / 'new', poisoned(0, 1), stop_at=2)
+
+
+def test_a_phase_that_ends_with_a_skipped_step_fails(kit, tmp_path):
+    with pytest.raises(NumericsError, match='from step 7 to 8, .* again to resume at step 4$'):
+        run(kit, tmp_path, poisoned(7))
+    assert steps_in(tmp_path) == [4]
+
+
+def test_weights_that_take_no_update_are_set_aside(kit, tmp_path):
+    """Checkpoint 8 is of such weights; the run resumes before it and keeps it all the while."""
+    bad = range(8, 40)
+    options = dict(steps=40, log_every=1000, evaluators={})
+    with pytest.raises(NumericsError) as raised:
+        run(kit, tmp_path, poisoned(*bad), **options)
+    assert str(raised.value) == (
+        'no update could be applied from step 8 to 28, because the loss or the gradient was not '
+        'finite; checkpoint 8 is set aside; run it again to resume at step 4'
+    )
+    assert steps_in(tmp_path) == [4]
+    events = [record for record in read_records(tmp_path / 'metrics.jsonl')]
+    assert [e['checkpoint/set_aside'] for e in events if 'checkpoint/set_aside' in e] == [8]
+
+    run(kit, tmp_path, prefetched, steps=24, evaluators={})  # saves step 8 again, and deletes it
+    assert steps_in(tmp_path) == [16, 20, 24]
+    store = Store(PosixStorage(tmp_path / 'checkpoints'))
+    [aside] = [one for one in survey(store).attempts if one.state == SET_ASIDE]
+    assert aside.step == 8 and aside.manifest['extra']['source'] == {'number': 8}
+
+    assert store.sweep() == {}
+
+
+def test_without_a_checkpoint_before_bad_weights_the_run_starts_over(kit, tmp_path):
+    with pytest.raises(NumericsError, match='; checkpoint 4 is set aside; .* to start over$'):
+        run(kit, tmp_path, poisoned(*range(4, 30)), steps=40, evaluators={})
+    assert steps_in(tmp_path) == []
+
+
+def test_a_place_that_refuses_to_set_aside_is_told(kit, tmp_path, monkeypatch):
+    def refuse(store, commit):
+        raise UnavailableError('no answer')
+
+    monkeypatch.setattr(Store, 'set_aside', refuse)
+    with pytest.raises(NumericsError, match='from step 4 on could not be set aside: no answer; '):
+        run(kit, tmp_path, poisoned(*range(4, 30)), steps=40, evaluators={})
+    assert steps_in(tmp_path) == [4]
+
+
 # Transfers, and steps in flight
 
 
@@ -500,6 +588,9 @@ class Pending:
         self.block_until_ready()
         return np.zeros(())
 
+    def __int__(self):
+        return int(self.__array__())
+
 
 def test_at_most_two_steps_are_in_flight(kit, tmp_path):
     flying, most = [], []
@@ -507,15 +598,16 @@ def test_at_most_two_steps_are_in_flight(kit, tmp_path):
     def fake_step(state, batch):
         metric = Pending(flying)
         most.append(len(flying))
-        return state, {'loss': metric}
+        return state, {'skipped_steps': metric}
 
     run(kit, tmp_path, prefetched, train_step=fake_step, log_every=100, evaluators={})
-    assert most == [1, 1] + [2] * 6  # the first step is logged, which waits for it
+    # The first step is logged and the fourth is saved, which waits for them.
+    assert most == [1, 1, 2, 2, 1, 2, 2, 2]
 
 
 def test_a_logged_loss_that_is_not_a_number_does_not_stop_the_run(kit, tmp_path):
     def fake_step(state, batch):
-        return state, {'loss': np.float32(np.nan)}
+        return state, {'loss': np.float32(np.nan), 'skipped_steps': np.int32(0)}
 
     run(kit, tmp_path, prefetched, train_step=fake_step, steps=2, evaluators={})
     losses = [record['train/loss'] for record in metrics(tmp_path)]

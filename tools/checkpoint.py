@@ -1,17 +1,20 @@
 """Lists checkpoints, verifies that they are intact, and deletes what interrupted saves left behind.
 
-    python -m tools.checkpoint ls PATH                  # every save, and who holds the lease
-    python -m tools.checkpoint verify PATH [--step N]   # read back all committed files and arrays
-    python -m tools.checkpoint sweep PATH [--dry_run]   # delete files that no checkpoint uses
+    python -m tools.checkpoint ls PATH                   # every save, and who holds the lease
+    python -m tools.checkpoint verify PATH [--step N]    # read back all committed files and arrays
+    python -m tools.checkpoint sweep PATH [--dry_run]    # delete files that no checkpoint uses
+    python -m tools.checkpoint take_back PATH --step N   # a checkpoint set aside counts again
 
 PATH is a directory of checkpoints, the work directory of a run, or s3://bucket/prefix. `verify`
 needs no accelerator and little memory, whatever mesh wrote the arrays.
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +23,7 @@ from rich.table import Table
 from jaxfm import process
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.store import Commit, Store
-from jaxfm.checkpoint.survey import Attempt, survey
+from jaxfm.checkpoint.survey import SET_ASIDE, Attempt, survey
 from jaxfm.command_line import Parser
 from jaxfm.config.load import read_config
 from jaxfm.errors import (
@@ -61,7 +64,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Command line -> flags."""
     parser = Parser(prog='python -m tools.checkpoint', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    _, verify_, sweep_ = (
+    _, verify_, sweep_, take_back_ = (
         commands.add_parser(name, help=function.__doc__.partition('\n')[0])
         for name, function in COMMANDS.items()
     )
@@ -69,6 +72,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         each.add_argument('path', metavar='PATH', help='checkpoints, a run, or s3://...')
     verify_.add_argument('--step', type=int, help='verify only this step')
     sweep_.add_argument('--dry_run', action='store_true', help='list the files, delete none')
+    sweep_.add_argument('--set_aside', action='store_true', help='also what runs have set aside')
+    take_back_.add_argument('--step', type=int, required=True, help='the step to take back')
     return parser.parse_args(argv)
 
 
@@ -117,16 +122,37 @@ def sweep(flags) -> None:
         lease = read_lease(store.storage, listing)
         if lease is not None and lease.is_held:
             log.warning('%s; this list may contain files of a save in progress', _describe(lease))
-        orphans = store.orphans(listing, store.commits(listing))
+        orphans = store.orphans(listing, store.commits(listing), flags.set_aside)
     else:
-        orphans = _sweep_alone(store)
+        with _alone(store):
+            orphans = store.sweep(flags.set_aside)
     for name, size in orphans.items():
         print(f'{name}  {human_bytes(size, 1000, 3)}')
     verb = 'would be deleted' if flags.dry_run else 'deleted'
     print(f'{len(orphans)} orphans, {human_bytes(sum(orphans.values()), 1000, 3)}: {verb}')
 
 
-COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep}
+def take_back(flags) -> None:
+    """Makes a checkpoint that a run has set aside count again."""
+    store = _open(flags.path)
+    aside = [one for one in survey(store).attempts if one.state == SET_ASIDE]
+    found = [one for one in aside if one.step == flags.step]
+    if not found:
+        steps = ', '.join(sorted({str(one.step) for one in aside})) or 'none'
+        raise MissingInputError(
+            f'no checkpoint {flags.step} was set aside in {store.storage.root}; set aside: {steps}'
+        )
+    newest = max(found, key=lambda one: one.modified)
+    with _alone(store) as lease:
+        if flags.step in store.commits():
+            raise DataError(
+                f'checkpoint {flags.step} in {store.storage.root} was saved again since, and counts'
+            )
+        store.take_back(f'{newest.step}/{newest.name}', lease.epoch)
+    print(f'checkpoint {flags.step} counts again')
+
+
+COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep, 'take_back': take_back}
 
 
 def _open(path: str) -> Store:
@@ -197,15 +223,15 @@ def _is_whole(store: Store, commit: Commit) -> bool:
     return not found
 
 
-def _sweep_alone(store: Store) -> dict[str, int]:
-    """Sweeps while holding the lease, as a starting run does, so that nobody else can write."""
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[Lease]:
+    """Context: holds the lease, as a starting run does, so that nobody else can write."""
     lease = Lease(store.storage, CheckpointConfig().lease_seconds)
     lease.acquire(store.epochs)
     is_empty = False
     try:
-        orphans = store.sweep()
+        yield lease
         is_empty = not store.commits()
-        return orphans
     finally:
         lease.release(is_empty)
 

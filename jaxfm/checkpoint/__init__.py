@@ -22,7 +22,7 @@ class LocalConfig(Group):
     directory: str
     # Steps between two local saves.
     every: int = Field(default=100, ge=1)
-    keep: int = Field(default=1, ge=1)
+    keep: int = Field(default=2, ge=2)
 
 
 class CheckpointConfig(Group):
@@ -32,8 +32,9 @@ class CheckpointConfig(Group):
     directory: str = ''
     # Steps between two saves; 0 saves only at the end and when a signal stops the run.
     every: int = Field(default=1000, ge=0)
-    # How many of the newest committed checkpoints to keep; older ones are deleted.
-    keep: int = Field(default=2, ge=1)
+    # How many of the newest committed checkpoints to keep; older ones are deleted. The newest one
+    # may hold the result of an update that ruined the weights, so at least one more is kept.
+    keep: int = Field(default=2, ge=2)
     # A save or restore that takes longer than this fails. A single request that gets no answer
     # gives up much earlier.
     timeout_seconds: float = Field(default=1800, gt=0)

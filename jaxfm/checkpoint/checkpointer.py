@@ -114,21 +114,30 @@ class Checkpointer(Reader):
             error = raised
         agree.first_error(error)
 
-    def save(self, step: int, state: Arrays, extra: dict[str, Any], must: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Arrays,
+        extra: dict[str, Any],
+        must: bool = False,
+        due: int | None = None,
+    ) -> None:
         """Starts a save and returns as soon as the state is copied; the caller may then donate it.
 
         A failed save is logged and counted, and training goes on to the next one. A step that is
         already saved is skipped. If the previous save is stuck, this one is dropped.
 
         state: {name: global array}. extra: JSON. must: save on the durable tier, retry after
-        failures, and return only when the step is committed.
+        failures, and return only when the step is committed. due: the step since which this save
+        has been due, if it had to wait.
 
         Raises:
           StorageError: `max_failures` consecutive saves on the durable tier have failed.
           LockedError: another run has taken over the lease.
         """
         extra = json.loads(json.dumps(extra))  # a copy: the data source moves on during the write
-        tier = next((t for t in self._tiers if t.is_due(step)), self._durable)
+        due = range(due or step, step + 1)
+        tier = next((t for t in self._tiers if any(map(t.is_due, due))), self._durable)
         tier = self._durable if must else tier
         while True:
             started = time.monotonic()
@@ -144,6 +153,31 @@ class Checkpointer(Reader):
         """Blocks until the saves under way have ended, successfully or not."""
         for tier in self._tiers:
             self._await_save(tier)
+
+    def set_aside(self, first: int) -> list[int]:
+        """Makes the checkpoints from step `first` on count no longer -> their steps.
+
+        Nothing of them is deleted. With a local tier, every process does this for its own.
+
+        Raises:
+          LockedError: another run has taken over the lease.
+          UnavailableError, PermissionDeniedError: the storage cannot be changed.
+        """
+        self.wait()
+        steps, error = [], None
+        try:
+            if agree.is_primary():
+                self._lease.confirm()
+                steps = _set_aside(self._store, first)
+            if self._local:
+                steps += _set_aside(self._local, first)
+        except (RunError, OSError) as raised:
+            error = raised if isinstance(raised, RunError) else StorageError(str(raised))
+        agree.first_error(error)
+        steps = agree.from_primary(lambda: sorted(set(steps)))
+        self._steps -= set(steps)
+        self._events += [{'checkpoint/set_aside': step} for step in steps]
+        return steps
 
     def close(self) -> None:
         """Waits up to PATIENCE_SECONDS per tier for saves under way, then releases the lease."""
@@ -268,6 +302,14 @@ class Checkpointer(Reader):
         self._lost += 1
         self._events.append({'checkpoint/lost': self._lost})
         log.warning('checkpoint %d was not saved%s: %s', step, count, reason)
+
+
+def _set_aside(store: Store, first: int) -> list[int]:
+    # A damaged commit does not say what it stands for; the next saves delete it.
+    found = [one for one in store.commits().values() if one.step >= first and one.attempt]
+    for commit in found:
+        store.set_aside(commit)
+    return [commit.step for commit in found]
 
 
 def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:

@@ -154,7 +154,7 @@ def _clean(job: Job) -> None:
         if job.step not in commits or commits[job.step].attempt != job.attempt:
             return  # another run has taken over: this one may no longer delete anything here
         for step in find_outdated(commits, job):
-            job.store.remove(step)
+            job.store.remove(commits[step], listing)
     except Exception as error:
         log.warning('old checkpoints could not be deleted: %s', explain(error, job.store))
 

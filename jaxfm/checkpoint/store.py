@@ -3,6 +3,7 @@
     <step>/<attempt>/state/...       arrays, one OCDBT database
     <step>/<attempt>/manifest.json   all arrays and files of the step, data position, config
     <step>/commit.json               written last: which attempt counts, and the manifest's digest
+    <step>/set_aside.<attempt>.json  a commit that no longer counts, but whose attempt is kept
     lease/<epoch>.json               who may write
 
 Each attempt to save has its own directory, so an incomplete save, or one by a replaced writer,
@@ -27,10 +28,14 @@ VERSION = 1
 # Files up to this size have a digest; larger ones hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
 _COMMIT = re.compile(r'(\d+)/commit\.json')
+_SET_ASIDE = re.compile(r'(\d+)/set_aside\.([0-9a-f]{12})\.json')
 # The names a save creates. _EMPTY: directories that may be left empty. _SAVED: files of an
-# attempt, a commit, the temporary file of a commit.
+# attempt, a commit, the temporary file of a commit, the marker of what was set aside.
 _EMPTY = re.compile(r'\d+(/[0-9a-f]{12}(/|$)|$)')
-_SAVED = re.compile(r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$)')
+_SAVED = re.compile(
+    r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$'
+    r'|set_aside\.[0-9a-f]{12}\.json$)'
+)
 
 Listing = dict[str, Stored]
 
@@ -161,26 +166,57 @@ class Store:
             self.storage.remove(name)
             self.storage.write(name, content, exclusive=True)
 
-    def remove(self, step: int) -> None:
-        """Deletes a step, its commit first, so that no reader sees a partly deleted step."""
-        self.storage.remove(f'{step}/commit.json')
-        self.storage.remove(str(step))
+    def remove(self, commit: Commit, listing: Listing) -> None:
+        """Deletes a step, its commit first, so that no reader sees a partly deleted step.
 
-    def sweep(self) -> dict[str, int]:
-        """Deletes the orphans and returns them. Only the holder of the lease may call it."""
+        Attempts of this step that were set aside stay.
+        """
+        self.storage.remove(f'{commit.step}/commit.json')
+        stays = any(name.startswith(f'{commit.step}/') for name in set_aside(listing))
+        self.storage.remove(commit.directory if stays else str(commit.step))
+
+    def set_aside(self, commit: Commit) -> None:
+        """Makes a commit count no longer; `take_back` undoes it."""
+        self.storage.write(_marker(commit.directory), seal(dataclasses.asdict(commit)))
+        self.storage.remove(f'{commit.step}/commit.json')
+
+    def take_back(self, directory: str, epoch: int) -> None:
+        """Commits an attempt that was set aside again, under the epoch of the caller's lease.
+
+        Raises:
+          DamagedError: the marker cannot be read.
+        """
+        marker = _marker(directory)
+        try:
+            commit = Commit(**unseal(self.storage.read(marker)) | {'epoch': epoch})
+        except (ValueError, TypeError):
+            raise self.damaged_error(int(directory.partition('/')[0]), marker) from None
+        self.commit(commit)
+        self.storage.remove(marker)
+
+    def sweep(self, with_set_aside: bool = False) -> dict[str, int]:
+        """Deletes the orphans and returns them. Only the holder of the lease may call it.
+
+        with_set_aside: deletes what was set aside as well.
+        """
         listing = self.storage.list()
-        orphans = self.orphans(listing, self.commits(listing))
+        orphans = self.orphans(listing, self.commits(listing), with_set_aside)
         empty = [name for name in self.storage.empty_directories() if _EMPTY.match(name)]
         for name in [*orphans, *empty]:
             self.storage.remove(name)
         return orphans
 
-    def orphans(self, listing: Listing, commits: dict[int, Commit]) -> dict[str, int]:
+    def orphans(
+        self, listing: Listing, commits: dict[int, Commit], with_set_aside: bool = False
+    ) -> dict[str, int]:
         """{directory or file: bytes} of saves that were never committed or no longer count.
 
         Only names that a save creates are considered; other files here belong to somebody else.
         """
         kept = {commit.directory for commit in commits.values()}
+        if not with_set_aside:
+            aside = set_aside(listing)
+            kept |= aside | set(map(_marker, aside))
         # A damaged commit does not say which attempt it meant, so all attempts of its step stay.
         unknown = {commit.step for commit in commits.values() if not commit.attempt}
         orphans: dict[str, int] = {}
@@ -212,6 +248,18 @@ class Store:
             'size': stored.size,
             'sha256': hashlib.sha256(self.storage.read(name)).hexdigest(),
         }
+
+
+def _marker(directory: str) -> str:
+    """The file that says that an attempt was set aside."""
+    step, attempt = directory.split('/')
+    return f'{step}/set_aside.{attempt}.json'
+
+
+def set_aside(listing: Listing) -> set[str]:
+    """The directories of the attempts that were set aside."""
+    found = map(_SET_ASIDE.fullmatch, listing)
+    return {f'{match[1]}/{match[2]}' for match in found if match}
 
 
 def _counts(commit: Commit, lease: Record) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxfm.checkpoint.store import Commit, Listing, Store
+from jaxfm.checkpoint.store import Commit, Listing, Store, set_aside
 from jaxfm.errors import DamagedError
 from jaxfm.storage.lease import Record, read_lease
 
@@ -13,6 +13,7 @@ COMMITTED = 'committed'
 FENCED_OFF = 'fenced off'  # committed by a writer that had been replaced: it does not count
 DAMAGED = 'damaged'  # committed, but the commit or the manifest has changed since
 TORN = 'torn'  # never committed
+SET_ASIDE = 'set aside'  # was committed, and no longer counts: the run has gone back before it
 UNFINISHED = 'unfinished'  # not committed, but its writer may still be working
 
 
@@ -42,10 +43,12 @@ def survey(store: Store) -> Survey:
     lease = read_lease(store.storage, listing)
     counted, written = store.commits(listing), store.all_commits(listing)
     unfinished = UNFINISHED if lease is not None and lease.is_held else TORN
-    attempts = []
+    attempts, aside = [], set_aside(listing)
     for step, name in sorted(_names(listing, written)):
         commit = written.get(step)
-        if commit is None or commit.attempt not in ('', name):
+        if f'{step}/{name}' in aside and (commit is None or commit.attempt != name):
+            commit, state = Commit(step, name, -1, ''), SET_ASIDE
+        elif commit is None or commit.attempt not in ('', name):
             commit, state = Commit(step, name, -1, ''), unfinished
         elif not commit.attempt:
             commit, state = Commit(step, name, -1, ''), DAMAGED

@@ -48,7 +48,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         data = open_data(config, run.workdir)
         wanted = [phase.abstract_state() for phase in run.phases]
         check_replication(wanted[0], run.parts, run.mesh)
-        is_finished, changes_of_saved = restart.find_end(run, flags.allow_change)
+        is_finished, changes_of_saved = restart.find_end(run, flags.allow_change, flags.resume_step)
         if is_finished:
             if not (run.workdir / 'report.html').exists():
                 workdir.report(run)
@@ -62,13 +62,15 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         prompts, requests = _last_samples(config, data.tokenizer)
         for request in requests:
             sampler.check(request)
-        restored = restart.restore_newest(
-            run, checkpointer, wanted, sources, clock, flags.allow_change
+        restored = restart.restore(
+            run, checkpointer, wanted, sources, clock, flags.allow_change, flags.resume_step
         )
         state, step, position = restored or (initial_state(run), None, 0)
         current = run.phases.index(run.phase_at(step or 0))
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
+        if flags.resume_step is not None:
+            workdir.set_aside(checkpointer, recorder.jsonl, step)
         if run.primary:
             workdir.cut_records(recorder.jsonl, clock, position, step or 0)
         for change in changes_of_saved or changes:

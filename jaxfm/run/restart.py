@@ -1,13 +1,18 @@
-"""Resuming a run from its newest complete checkpoint: train state, data position and clocks.
+"""Resuming a run from a complete checkpoint: train state, data position and clocks.
+
+That is the newest one, unless the user goes back to an earlier one.
 
 Nothing is written until every check has passed.
 """
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import make_config
 from jaxfm.config.resume import Change, check_resume
 from jaxfm.distributed import agree
@@ -22,7 +27,7 @@ from jaxfm.state import TrainState
 log = logging.getLogger('jaxfm')
 
 
-def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
+def find_end(run: Run, allowed: list[str], at: int | None = None) -> tuple[bool, list[Change]]:
     """Returns whether the run is finished, and how its config differs from the checkpoint's.
 
     It changes nothing. It compares the configs only if the work directory is new, because then only
@@ -30,13 +35,15 @@ def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
 
     Args:
       allowed: groups of the config that may differ from the checkpoint's.
+      at: the step to resume at; None is the newest.
 
     Raises:
       ConfigError: the checkpoints belong to a run with another config.
-      DataError: the run has saved checkpoints, but none is left.
+      DataError: the run has saved checkpoints, but none is left; or that of step `at` is damaged.
+      MissingInputError: there is no checkpoint of step `at`.
     """
     checkpoints, changes = run.reader(), []
-    newest = checkpoints.newest_whole(lambda step: (step, checkpoints.read_manifest(step)))
+    newest = _choose(checkpoints, lambda step: (step, checkpoints.read_manifest(step)), at)
     if newest is None:
         agree.from_primary(lambda: _check_never_saved(run, checkpoints.root))
         return False, changes
@@ -51,13 +58,14 @@ def find_end(run: Run, allowed: list[str]) -> tuple[bool, list[Change]]:
     return True, changes
 
 
-def restore_newest(
+def restore(
     run: Run,
     checkpointer: Checkpointer,
     wanted: list[TrainState],
     sources: list[Prefetch],
     clock: StepClock,
     allowed: list[str],
+    at: int | None = None,
 ) -> tuple[TrainState, int, int] | None:
     """Restores the newest complete checkpoint: (state, step, length of its metrics) or None.
 
@@ -67,17 +75,23 @@ def restore_newest(
       wanted: the shapes and shardings of each phase's state.
       sources: the source of each phase.
       allowed: groups of the config that the user allowed to change.
+      at: the step to restore instead of the newest.
     """
     may_change = bool({'data', 'phases', 'tokenizer', 'code'} & set(allowed))
 
-    def restore(step: int):
+    def restore_step(step: int):
         index = run.phases.index(run.phase_at(step))
         state, extra = _restore(checkpointer, step, run.phases[index], wanted[index], clock)
         _set_position(sources[index], extra['source'], may_change)
         clock.set_state(extra['clock'])
         return state, step, extra['metrics_position']
 
-    return checkpointer.newest_whole(restore)
+    return _choose(checkpointer, restore_step, at)
+
+
+def _choose(checkpoints: Reader, restore: Callable[[int], Any], at: int | None) -> Any:
+    """The result of `restore(step)` for step `at`, or else for the newest undamaged step."""
+    return checkpoints.newest_whole(restore) if at is None else restore(at)
 
 
 def _check_never_saved(run: Run, root: str) -> None:

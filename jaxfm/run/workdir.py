@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from pathlib import Path
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
@@ -80,6 +81,21 @@ def _open_sinks(run: Run) -> list[Sink]:
         except Exception as error:
             log.warning('config.metrics.sinks.%s is skipped: %s', name, error)
     return sinks
+
+
+def set_aside(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
+    """Sets aside what comes after a step that the run goes back to: checkpoints, and a copy of all
+    metrics.
+    """
+    steps = checkpointer.set_aside(step + 1)
+    log.warning(
+        'back at step %d; set aside: checkpoints %s', step, ', '.join(map(str, steps)) or '(none)'
+    )
+    if steps and jsonl.position():
+        copy = jsonl.path.with_name(f'metrics.until_{steps[-1]}.jsonl')
+        with explain_write(copy):
+            shutil.copyfile(jsonl.path, copy)
+        log.warning('the metrics until then are in %s', copy)
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:

@@ -38,7 +38,7 @@ def abstract(count=8):
 
 @pytest.fixture
 def config(tmp_path):
-    local = LocalConfig(directory=str(tmp_path / 'local'), every=2, keep=1)
+    local = LocalConfig(directory=str(tmp_path / 'local'), every=2, keep=2)
     return CheckpointConfig(directory=str(tmp_path / 'durable'), every=6, keep=2, local=local)
 
 
@@ -69,7 +69,7 @@ def steps_below(directory):
 def test_each_tier_has_its_cadence_and_the_newest_step_of_both_is_restored(config):
     checkpointer = save_until(config, 10)
     assert steps_below(config.directory) == [6]
-    assert steps_below(config.local.directory) == [10]  # 2, 4 and 8 were saved and deleted before
+    assert steps_below(config.local.directory) == [8, 10]  # 2 and 4 were saved and deleted before
     assert_newest_is(checkpointer, 10)
     checkpointer.close()
     fresh = Checkpointer(config, '')
@@ -92,14 +92,14 @@ def test_without_the_local_disk_the_durable_step_is_restored(config):
     fresh.close()
 
 
-def test_a_damaged_local_step_is_named_and_the_durable_one_restored(config, caplog):
+def test_a_damaged_local_step_is_named_and_the_one_before_restored(config, caplog):
     save_until(config, 10).close()
-    (data,) = Path(config.local.directory).rglob('state/d/*')
+    (data,) = Path(config.local.directory).rglob('10/*/state/d/*')
     content = bytearray(data.read_bytes())
     content[content.index(np.asarray(state_at(10)['w'])[3].tobytes())] ^= 1
     data.write_bytes(content)
     fresh = Checkpointer(config, '')
-    assert_newest_is(fresh, 6)
+    assert_newest_is(fresh, 8)
     assert 'checkpoint 10 in' in caplog.text and 'digest mismatch: state/d/' in caplog.text
     fresh.close()
 
@@ -129,8 +129,8 @@ def test_stale_local_steps_of_a_host_that_was_away_are_ignored(config):
 
 def test_after_a_fallback_the_local_tier_keeps_the_new_steps(config):
     save_until(config, 10).close()
-    (data,) = Path(config.local.directory).rglob('state/d/*')
-    data.write_bytes(b'')
+    for data in Path(config.local.directory).rglob('state/d/*'):
+        data.write_bytes(b'')
     fresh = Checkpointer(config, '')
     assert_newest_is(fresh, 6)
     fresh.save(8, state_at(8), {'step': 8})

@@ -272,13 +272,18 @@ def test_an_interrupted_deletion_leaves_a_whole_step_or_none(store, monkeypatch,
     monkeypatch.setattr(Path, 'unlink', interrupted)
     monkeypatch.setattr('shutil.rmtree', lambda path: [one.unlink() for one in files_of(path)])
     with pytest.raises(KeyboardInterrupt):
-        store.remove(7)
+        remove_step(store, 7)
     monkeypatch.undo()
     assert steps(store) == ([8] if deletions else [7, 8])
     for commit in store.commits().values():
         store.check(commit)
     store.sweep()
     assert not deletions or not Path(store.storage.root, '7').exists()
+
+
+def remove_step(store, step):
+    listing = store.storage.list()
+    store.remove(store.commits(listing)[step], listing)
 
 
 def files_of(directory):
@@ -290,7 +295,7 @@ def test_a_step_deleted_during_a_read_is_damage_and_not_a_crash(store):
     commit = store.commits()[7]
     listing = store.storage.list()
     manifest = store.manifest(commit)
-    store.remove(7)
+    remove_step(store, 7)
     assert store.commits(listing) == {}
     assert list(store.differences(commit, manifest))
     with pytest.raises(DamagedError, match='manifest.json is missing'):

@@ -26,7 +26,7 @@ PHASES = """
         ),
     ]
     config.evals = dict(heldout=dict(name='loss', phase='second', every=6, batch_size=8))
-    config.checkpoint = dict(every=5, keep=1)
+    config.checkpoint = dict(every=5)
     config.sampling.num_samples = 0
 """
 CHAINED = [
@@ -75,7 +75,7 @@ def test_a_phase_has_its_own_learning_rate_batch_and_name(whole):
 
 
 def test_the_end_of_a_phase_is_evaluated_and_its_checkpoint_is_kept(tiny, whole):
-    assert tiny.committed(whole) == [12, 22]
+    assert tiny.committed(whole) == [12, 20, 22]
     assert {r['step'] for r in records(whole, 'eval')} == {0, 6, 12, 18, 22}
 
 
@@ -117,7 +117,8 @@ def test_a_run_resumes_wherever_it_was_killed(tiny, config, whole):
 def test_a_run_killed_between_phases_begins_the_second_one(tiny, config, whole):
     workdir = tiny.root / 'between'
     shutil.copytree(whole, workdir)
-    shutil.rmtree(workdir / 'checkpoints' / '22')
+    for step in (20, 22):
+        shutil.rmtree(workdir / 'checkpoints' / str(step))
     finish(tiny.start(workdir, config=config))
     assert (records(workdir), records(workdir, 'eval')) == (records(whole), records(whole, 'eval'))
     assert_bitwise_equal(tiny.saved_state(workdir, 22), tiny.saved_state(whole, 22))
@@ -139,7 +140,8 @@ def test_the_steps_of_an_ended_phase_cannot_change(tiny, config, whole, number):
 def test_other_data_is_refused_or_if_allowed_read_from_its_first_row(tiny, config, whole):
     workdir = tiny.root / 'other'
     shutil.copytree(whole, workdir)
-    shutil.rmtree(workdir / 'checkpoints' / '22')
+    for step in (20, 22):
+        shutil.rmtree(workdir / 'checkpoints' / str(step))
     change = '--config.phases[0].data.heldout_fraction=0.3'
     finish(tiny.start(workdir, change, config=config), code=78)
     finish(tiny.start(workdir, change, '--allow_change=phases', config=config))

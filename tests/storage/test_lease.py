@@ -308,7 +308,7 @@ def test_whoever_was_replaced_does_not_replace_what_was_committed_since(storage,
 
 
 def test_whoever_was_replaced_deletes_nothing(disk, take, monkeypatch):
-    replaced = Checkpointer(CheckpointConfig(keep=1), disk.root)
+    replaced = Checkpointer(CheckpointConfig(), disk.root)
     mine = take(disk)
     for step in (3, 4):
         Store(disk).commit(Commit(step, 'mine', mine.epoch, 'digest'))

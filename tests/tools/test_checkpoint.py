@@ -233,7 +233,7 @@ def test_a_step_that_its_run_deletes_meanwhile_is_not_called_damaged(
 
     def late(store, commit, manifest):
         if commit.step == 5:
-            store.remove(5)
+            store.remove(commit, store.storage.list())
         return differences(store, commit, manifest)
 
     monkeypatch.setattr(Store, 'differences', late)
@@ -308,3 +308,49 @@ def test_the_lease_says_how_long_to_wait_for_its_holder(tmp_path):
     save(tmp_path, 5)
     (lease,) = tmp_path.glob('lease/*.json')
     assert json.loads(lease.read_text())['seconds'] == CheckpointConfig().lease_seconds
+
+
+def test_what_was_set_aside_is_listed_kept_and_taken_back(saved, place, capsys):
+    commit = saved.commits()[10]
+    saved.set_aside(commit)
+    assert list(saved.commits()) == [5]
+    assert checkpoint.main(['sweep', place]) == 0
+    assert '0 orphans' in capsys.readouterr().out
+    assert checkpoint.main(['ls', place]) == 0
+    assert rows(capsys.readouterr().out)[10][:3] == ['set', 'aside', commit.attempt]
+
+    assert checkpoint.main(['take_back', place, '--step', '5']) == 66
+    assert 'no checkpoint 5 was set aside' in (error := capsys.readouterr().err)
+    assert error.endswith('set aside: 10\n')
+    assert checkpoint.main(['take_back', place, '--step', '10']) == 0
+    taken = saved.commits()[10]
+    assert (taken.attempt, taken.digest) == (commit.attempt, commit.digest)
+    assert not [name for name in saved.storage.list('10') if 'set_aside' in name]
+    assert checkpoint.main(['verify', place]) == 0
+
+
+def test_a_step_that_was_saved_again_is_not_replaced_and_the_other_can_be_deleted(
+    saved, place, capsys
+):
+    first = saved.commits()[10]
+    saved.set_aside(first)
+    save(place, 10)
+    second = saved.commits()[10]
+    assert checkpoint.main(['take_back', place, '--step', '10']) == 65
+    assert 'was saved again since' in capsys.readouterr().err
+    assert saved.commits()[10] == second
+
+    saved.remove(second, saved.storage.list())
+    names = saved.storage.list('10')
+    assert names and all(first.attempt in name for name in names)
+    assert checkpoint.main(['sweep', place, '--set_aside']) == 0
+    assert '2 orphans' in capsys.readouterr().out
+    assert not saved.storage.list('10') and list(saved.commits()) == [5]
+
+
+def test_a_damaged_marker_is_told(saved, place, capsys):
+    commit = saved.commits()[10]
+    saved.set_aside(commit)
+    saved.storage.write(f'10/set_aside.{commit.attempt}.json', b'{"torn')
+    assert checkpoint.main(['take_back', place, '--step', '10']) == 65
+    assert 'digest mismatch: 10/set_aside' in capsys.readouterr().err

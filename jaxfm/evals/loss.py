@@ -1,9 +1,10 @@
 """Held-out loss in nats per token and bits per UTF-8 byte; every held-out target counts once."""
 
 import functools
+import itertools
 import lzma
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 
 from jaxfm import sharding
 from jaxfm.data.loader import evaluation_batches
+from jaxfm.errors import DataError
 from jaxfm.evals import LossConfig
 from jaxfm.evals.base import Context, Periodic
 from jaxfm.ops.logprobs import token_logprobs
@@ -21,6 +23,9 @@ class HeldOutLoss(Periodic):
 
     Bits per byte are (nats of all targets) / ln 2 / (bytes of text), so they do not depend on the
     tokenizer. They are not defined for chats, where only assistant tokens are targets.
+
+    Raises:
+      DataError: no held-out token of a source counts in the loss.
     """
 
     def __init__(self, config: LossConfig, context: Context):
@@ -28,6 +33,9 @@ class HeldOutLoss(Periodic):
         self._config, self._dataset, self._mesh = config, context.dataset, context.mesh
         self._length = config.sequence_length or context.dataset.sequence_length
         self._rows = sharding.whole_rows(config.batch_size, context.mesh)
+        for source, cache in context.dataset.heldout.items():
+            if not any(batch['loss_mask'].any() for batch in self._batches(cache)):
+                raise DataError(_no_targets(context.name, source, cache, config.max_batches))
 
         @jax.jit
         def sums(params, batch):
@@ -63,20 +71,36 @@ class HeldOutLoss(Periodic):
     def _totals(self, params, cache) -> np.ndarray:
         """[nats, number of targets] of one source's held-out documents."""
         totals = np.zeros(2)
-        batches = evaluation_batches(cache, self._length, self._rows, self._config.stride or None)
         pending = None
-        for index, batch in enumerate(batches):
-            if index == (self._config.max_batches or math.inf):
-                break
+        for batch in self._batches(cache):
             new = self._sums(params, sharding.distribute(batch, self._mesh))
             # Fetch the previous batch only now, so that two batches are in flight.
             totals += 0 if pending is None else jax.device_get(pending)
             pending = new
         return totals if pending is None else totals + jax.device_get(pending)
 
+    def _batches(self, cache) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of one source that are read: all, or the first `max_batches`."""
+        batches = evaluation_batches(cache, self._length, self._rows, self._config.stride or None)
+        return itertools.islice(batches, self._config.max_batches or None)
+
     @functools.cached_property
     def _xz_bits_per_byte(self) -> float:
         return xz_bits_per_byte(document.text for document in self._dataset.heldout_documents)
+
+
+def _no_targets(name: str, source: str, cache, max_batches: int) -> str:
+    what = (
+        f'the batches that are read (max_batches {max_batches})'
+        if max_batches
+        else f'{cache.num_tokens:,} tokens'
+    )
+    remedy = f'raise config.evals.{name}.max_batches or ' if max_batches else 'raise '
+    reason = ', where only what the assistant says counts' if cache.is_chat else ''
+    return (
+        f'config.evals.{name}: no token in {what} of the held-out data of {source} counts in the '
+        f'loss{reason}; {remedy}the heldout_fraction of the data, or remove config.evals.{name}'
+    )
 
 
 def xz_bits_per_byte(texts: Iterable[str]) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxfm import sharding
+from jaxfm.errors import DataError
 from jaxfm.evals import LossConfig
 from jaxfm.evals.base import Context
 from jaxfm.evals.loss import HeldOutLoss, xz_bits_per_byte
@@ -190,3 +191,21 @@ def test_xz_needs_little_for_repetition_and_eight_bits_for_noise():
     assert xz_bits_per_byte(['abc' * 10_000]) < 0.1
     noise = np.random.default_rng(0).integers(0, 128, 20_000).astype(np.uint8).tobytes().decode()
     assert 6.9 < xz_bits_per_byte([noise[:9_000], noise[9_000:]]) < 7.5
+
+
+def test_held_out_chats_without_a_target_are_refused_before_training(mesh, tmp_path):
+    class Silent(Masked):
+        mask = np.zeros_like(Masked.mask)
+
+    with pytest.raises(DataError) as raised:
+        evaluator(mesh, heldout=lambda: Silent(tmp_path))
+    assert str(raised.value) == (
+        f'config.evals.heldout: no token in {Heldout.num_tokens} tokens of the held-out data of '
+        'web counts in the loss, where only what the assistant says counts; raise the '
+        'heldout_fraction of the data, or remove config.evals.heldout'
+    )
+    with pytest.raises(
+        DataError,
+        match=r'in the batches that are read \(max_batches 1\) of .*; raise .*max_batches or the',
+    ):
+        evaluator(mesh, heldout=lambda: Silent(tmp_path), max_batches=1)

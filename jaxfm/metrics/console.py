@@ -5,6 +5,7 @@ log.txt gets every line, and tables that are too long for a screen. stdout is re
 text.
 """
 
+import contextlib
 import io
 import logging
 import re
@@ -272,9 +273,32 @@ class _ScreenHandler(logging.Handler):
             self.handleError(record)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that may lose lines, for example on a full disk, but never stops the run."""
+
+    def __init__(self, path: Path):
+        # Paths may contain bytes that are not UTF-8.
+        super().__init__(path, encoding='utf-8', errors='backslashreplace')
+        self._warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says once why lines are lost, where logging would print a traceback for each."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._warned:
+            self._warned = True
+            process.print_line(
+                f'warning: {self.baseFilename} cannot be written, lines are lost: {error}'
+            )
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is still in the buffer
+            super().close()
+
+
 def _file_handler(path: Path) -> logging.Handler:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Paths may contain bytes that are not UTF-8.
-    handler = logging.FileHandler(path, encoding='utf-8', errors='backslashreplace')
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     return handler

@@ -234,3 +234,18 @@ def test_on_a_terminal_a_bar_shows_the_step_and_stdout_stays_clean(tmp_path, col
     logged = open_lines(tmp_path / 'log.txt')
     assert sum('grad_norm 77.7' in line for line in logged) == 10
     assert any('checkpoint saved' in line for line in logged)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='there is no /dev/full')
+def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(tmp_path, capsys):
+    full = tmp_path / 'log.txt'
+    full.symlink_to('/dev/full')
+    console = Console(2000, full)
+    for step in (40, 50):
+        console.write(record(step, **{'train/loss': 3.0}))
+    console.close()
+    assert capsys.readouterr().err.splitlines() == [
+        'step 40/2000  loss 3',
+        f'warning: {full} cannot be written, lines are lost: [Errno 28] No space left on device',
+        'step 50/2000  loss 3',
+    ]

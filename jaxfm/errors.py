@@ -58,7 +58,7 @@ class StorageError(RunError):
 
 
 class Preempted(RunError):
-    """A signal stopped the run after it was saved; the same command resumes it."""
+    """A signal stopped the run, which can be resumed by the same command."""
 
     exit_code = 75
 

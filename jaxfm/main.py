@@ -192,7 +192,7 @@ def _check_files(config) -> None:
 def _check_mode(flags, config) -> None:
     """Raises unless the flags suit the mode, and the config has the groups that it needs."""
     if flags.mode != 'train' and flags.resume_step is not None:
-        raise UsageError(f'--resume_step is of --mode train; --mode {flags.mode} only reads')
+        raise UsageError(f'--resume_step is a flag of --mode train, not of {flags.mode}')
     if flags.mode in ('train', 'eval') and not config.all_phases:
         raise ConfigError(
             f'this config has no training; --mode {flags.mode} needs config.steps, config.data '

@@ -99,13 +99,13 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
                 save(loop, state, step, due, must=leaving)
                 due = None
             elif leaving:
-                raise _end_unsaved(loop, updates, stopping)
+                raise _stop_unsaved(loop, updates) if stopping else _give_up(loop, updates)
         if stopping:
             raise Preempted(f'stopped by a signal and saved at step {step}; run it again to resume')
         if leaving:
             return state
         if updates.missing >= PATIENCE:
-            raise _end_unsaved(loop, updates)
+            raise _give_up(loop, updates)
 
         # Implicit transfers between host and device would stall a step, so they are errors here.
         with jax.transfer_guard('disallow'):
@@ -140,11 +140,13 @@ class Updates:
     """Which steps applied an update, and which were skipped.
 
     Attributes:
-      last: the step after the last applied update.
+      first: the step at which this process began.
+      step: the last step that was seen.
+      last: the step after the last applied update, at least `first`.
     """
 
     def __init__(self, step: int, skipped: int):
-        self.last = self._step = step
+        self.first = self.last = self.step = step
         self._skipped = skipped
 
     def see(self, step: int, metrics: dict[str, jax.Array] | None) -> bool:
@@ -152,48 +154,61 @@ class Updates:
 
         Steps must be seen in order; seeing one twice is harmless. metrics: None before the first.
         """
-        if step > self._step and metrics is not None:
+        if step > self.step and metrics is not None:
             skipped = int(metrics['skipped_steps'])
             if skipped == self._skipped:
                 self.last = step
-            self._step, self._skipped = step, skipped
-        return self.last == self._step
+            self.step, self._skipped = step, skipped
+        return self.last == self.step
 
     @property
     def missing(self) -> int:
         """How many steps in a row were skipped."""
-        return self._step - self.last
+        return self.step - self.last
+
+    def __str__(self) -> str:
+        return f'no update could be applied from step {self.last} to {self.step}'
 
 
-def _end_unsaved(loop: Loop, updates: Updates, stopping: bool = False) -> RunError:
-    """The error for a run that ends after a skipped step; says where it will resume.
-
-    Unless a signal is `stopping` the run, the last update may have ruined the weights, so a
-    checkpoint of them is set aside.
-    """
-    step, last = updates.last + updates.missing, updates.last
-    skipped = f'no update could be applied from step {last} to {step}'
-    ruined = ''
-    if stopping:
-        loop.checkpointer.wait()
-    else:
-        try:
-            for one in loop.checkpointer.set_aside(last):
-                ruined += f'; checkpoint {one} is set aside'
-        except RunError as error:
-            ruined = f'; checkpoints from step {last} on could not be set aside: {error}'
-    _record_saves(loop, step)
-    newest = loop.checkpointer.latest_step()
-    resume = 'start over' if newest is None else f'resume at step {newest}'
-    if stopping:
-        return Preempted(
-            f'stopped by a signal at step {step} and not saved, because {skipped}; run it again to '
-            f'{resume}'
-        )
-    return NumericsError(
-        f'{skipped}, because the loss or the gradient was not finite{ruined}; run it again to '
-        f'{resume}'
+def _stop_unsaved(loop: Loop, updates: Updates) -> Preempted:
+    """The error for a run that a signal stops after a skipped step."""
+    loop.checkpointer.wait()
+    _record_saves(loop, updates.step)
+    return Preempted(
+        f'stopped by a signal at step {updates.step} and not saved, because {updates}; '
+        f'run it again to {_name_next_start(loop)}'
     )
+
+
+def _give_up(loop: Loop, updates: Updates) -> NumericsError:
+    """The error for a run that can apply no update.
+
+    If the last update may have ruined the weights, a checkpoint of them is set aside, unless it is
+    the first that is left. That is so after PATIENCE steps, or if this process applied no update at
+    all, because then the next one would not either.
+    """
+    told = ''
+    try:
+        loop.checkpointer.wait()
+        is_ruined = updates.missing >= PATIENCE or updates.last == updates.first
+        if is_ruined and any(step < updates.last for step in loop.checkpointer.steps()):
+            for step in loop.checkpointer.set_aside(updates.last):
+                told += f'; checkpoint {step} is set aside'
+    except RunError as error:
+        told = f'; checkpoints from step {updates.last} on could not be set aside: {error}'
+    _record_saves(loop, updates.step)
+    return NumericsError(
+        f'{updates}, because the loss or the gradient was not finite{told}; '
+        f'run it again to {_name_next_start(loop)}'
+    )
+
+
+def _name_next_start(loop: Loop) -> str:
+    try:
+        newest = loop.checkpointer.latest_step()
+    except RunError:
+        return 'resume at the newest checkpoint'
+    return 'start over' if newest is None else f'resume at step {newest}'
 
 
 def save(loop: Loop, state: TrainState, step: int, due: int, must: bool) -> None:

@@ -495,18 +495,20 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(cli, run_again, tiny):
     before = (run_again / 'metrics.jsonl').read_bytes()
     code, _, error = cli(run_again, NO_SAMPLES, '--resume_step=35')
     assert code == 0, error
-    assert 'back at step 35; set aside: checkpoints 40' in error
-    assert (run_again / 'metrics.until_40.jsonl').read_bytes() == before
+    assert 'back at step 35; checkpoints set aside: 40' in error
+    [copy] = run_again.glob('metrics.set_aside_*.jsonl')
+    assert copy.read_bytes() == before
     assert tiny.committed(run_again) == [35, 40]
     assert len(list((run_again / 'checkpoints' / '40').glob('set_aside.*.json'))) == 1
-    assert_same_records(run_again / 'metrics.jsonl', run_again / 'metrics.until_40.jsonl')
+    assert_same_records(run_again / 'metrics.jsonl', copy)
 
 
 @pytest.mark.parametrize(
     'more, code, words',
     [
         (['--resume_step=36'], 66, ['no checkpoint 36', 'available steps: 35, 40']),
-        (['--resume_step=35', '--mode=eval'], 64, ['--resume_step is of --mode train']),
+        (['--resume_step=35', '--mode=eval'], 64, ['--resume_step is a flag of --mode train']),
+        (['--resume_step=40'], 78, ['--resume_step=40 is the end of the run', '--config.steps=80']),
         (['--resume_step=0'], 64, ['--resume_step']),
     ],
 )

@@ -527,20 +527,39 @@ def test_weights_that_take_no_update_are_set_aside(kit, tmp_path):
     assert store.sweep() == {}
 
 
-def test_without_a_checkpoint_before_bad_weights_the_run_starts_over(kit, tmp_path):
-    with pytest.raises(NumericsError, match='; checkpoint 4 is set aside; .* to start over$'):
-        run(kit, tmp_path, poisoned(*range(4, 30)), steps=40, evaluators={})
-    assert steps_in(tmp_path) == []
+def test_the_first_checkpoint_that_is_left_is_never_set_aside(kit, tmp_path):
+    bad = poisoned(*range(4, 30))
+    for _ in range(2):
+        with pytest.raises(NumericsError, match='not finite; run it again to resume at step 4$'):
+            run(kit, tmp_path, bad, steps=40, evaluators={})
+        assert steps_in(tmp_path) == [4]
 
 
-def test_a_place_that_refuses_to_set_aside_is_told(kit, tmp_path, monkeypatch):
-    def refuse(store, commit):
+def test_a_run_that_resumed_with_ruined_weights_goes_back(kit, tmp_path):
+    bad = poisoned(*range(8, 40))
+    with pytest.raises(Preempted, match='again to resume at step 8$'):
+        run(kit, tmp_path, bad, steps=40, stop_at=12)
+    assert steps_in(tmp_path) == [4, 8]
+    with pytest.raises(NumericsError, match='checkpoint 8 is set aside; .* at step 4$'):
+        run(kit, tmp_path, bad, steps=14)  # the phase ends before there are 20 skipped steps
+    assert steps_in(tmp_path) == [4]
+
+
+def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, monkeypatch):
+    def refuse(*_):
+        monkeypatch.setattr(Store, 'commits', refuse)
         raise UnavailableError('no answer')
 
     monkeypatch.setattr(Store, 'set_aside', refuse)
-    with pytest.raises(NumericsError, match='from step 4 on could not be set aside: no answer; '):
-        run(kit, tmp_path, poisoned(*range(4, 30)), steps=40, evaluators={})
-    assert steps_in(tmp_path) == [4]
+    with pytest.raises(NumericsError) as raised:
+        run(kit, tmp_path, poisoned(*range(8, 40)), steps=40, evaluators={})
+    monkeypatch.undo()
+    assert str(raised.value) == (
+        'no update could be applied from step 8 to 28, because the loss or the gradient was not '
+        'finite; checkpoints from step 8 on could not be set aside: no answer; run it again to '
+        'resume at the newest checkpoint'
+    )
+    assert steps_in(tmp_path) == [4, 8]
 
 
 # Transfers, and steps in flight

@@ -7,13 +7,8 @@ class WholeFiles(LoadFileScheduling):
     """xdist's scheduler, which goes on when a worker dies while few tests are left.
 
     xdist would assign the files that the dead worker had finished once more, to a worker that then
-    waits for ever, or would end without the tests that are left. It would also run the test that
-    killed the worker again.
+    waits for ever. It would also run the test that killed the worker again.
     """
-
-    @property
-    def tests_finished(self) -> bool:
-        return not self.workqueue and super().tests_finished
 
     def remove_node(self, node) -> str | None:
         work = self.assigned_work[node]

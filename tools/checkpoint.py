@@ -146,10 +146,11 @@ def take_back(flags) -> None:
     with _alone(store) as lease:
         if flags.step in store.commits():
             raise DataError(
-                f'checkpoint {flags.step} in {store.storage.root} was saved again since, and counts'
+                f'checkpoint {flags.step} in {store.storage.root} was saved again since, and '
+                'counts; --resume_step with an earlier step would set it aside'
             )
         store.take_back(f'{newest.step}/{newest.name}', lease.epoch)
-    print(f'checkpoint {flags.step} counts again')
+    print(f'checkpoint {flags.step} counts again; to go on from it give --resume_step={flags.step}')
 
 
 COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep, 'take_back': take_back}

@@ -136,8 +136,8 @@ class Checkpointer(Reader):
           LockedError: another run has taken over the lease.
         """
         extra = json.loads(json.dumps(extra))  # a copy: the data source moves on during the write
-        due = range(due or step, step + 1)
-        tier = next((t for t in self._tiers if any(map(t.is_due, due))), self._durable)
+        since = range(due or step, step + 1)
+        tier = next((t for t in self._tiers if any(map(t.is_due, since))), self._durable)
         tier = self._durable if must else tier
         while True:
             started = time.monotonic()
@@ -164,18 +164,19 @@ class Checkpointer(Reader):
           UnavailableError, PermissionDeniedError: the storage cannot be changed.
         """
         self.wait()
-        steps, error = [], None
+        steps, damaged, error = [], [], None
         try:
             if agree.is_primary():
                 self._lease.confirm()
-                steps = _set_aside(self._store, first)
+                steps, damaged = _set_aside(self._store, first)
             if self._local:
-                steps += _set_aside(self._local, first)
+                steps += _set_aside(self._local, first)[0]
         except (RunError, OSError) as raised:
             error = raised if isinstance(raised, RunError) else StorageError(str(raised))
         agree.first_error(error)
-        steps = agree.from_primary(lambda: sorted(set(steps)))
-        self._steps -= set(steps)
+        steps, damaged = agree.from_primary(lambda: (sorted(set(steps)), damaged))
+        self._steps -= {*steps, *damaged}
+        self._damaged |= {(self.root, step) for step in damaged}  # the next save deletes them
         self._events += [{'checkpoint/set_aside': step} for step in steps]
         return steps
 
@@ -206,7 +207,7 @@ class Checkpointer(Reader):
         try:
             if self._local:
                 self._local.storage.prepare()
-                self._local.sweep()
+                self._local.sweep(with_set_aside=True)  # the durable tier keeps its own
         except RunError as raised:
             error = raised
         try:
@@ -304,12 +305,15 @@ class Checkpointer(Reader):
         log.warning('checkpoint %d was not saved%s: %s', step, count, reason)
 
 
-def _set_aside(store: Store, first: int) -> list[int]:
-    # A damaged commit does not say what it stands for; the next saves delete it.
-    found = [one for one in store.commits().values() if one.step >= first and one.attempt]
-    for commit in found:
-        store.set_aside(commit)
-    return [commit.step for commit in found]
+def _set_aside(store: Store, first: int) -> tuple[list[int], list[int]]:
+    """(the steps set aside, the steps whose commit is damaged and does not name its attempt)."""
+    found = [commit for step, commit in store.commits().items() if step >= first]
+    # The newest first, so that what counts is a part of one history if this is interrupted.
+    for commit in reversed(found):
+        if commit.attempt:
+            store.set_aside(commit)
+    whole = [commit.step for commit in found if commit.attempt]
+    return whole, [commit.step for commit in found if not commit.attempt]
 
 
 def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:

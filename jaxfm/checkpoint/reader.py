@@ -81,16 +81,24 @@ class Reader:
         """The newest committed step; None when there is no checkpoint."""
         return next((found.commit.step for found in self._candidates()), None)
 
-    def newest_whole(self, restore: Callable[[int], Any]) -> Any:
+    def newest_whole(self, restore: Callable[[int], Any], at: int | None = None) -> Any:
         """The result of `restore(step)` for the newest step that is not damaged.
 
         None if there is no checkpoint at all, but never because all of them are damaged.
 
+        at: considers only the checkpoints of this step.
+
         Raises:
-          DataError: all checkpoints are damaged; the message says what is wrong with each.
+          DataError: all of them are damaged; the message says what is wrong with each.
+          MissingInputError: there is no checkpoint of step `at`.
         """
         problems = []
-        while candidates := self._candidates():
+        there = {found.commit.step for found in self._candidates()}
+        if at is not None and at not in there:
+            raise self._store.missing_error(at, sorted(there))
+        while candidates := [
+            found for found in self._candidates() if at is None or found.commit.step == at
+        ]:
             found = candidates[0]
             try:
                 restored = restore(found.commit.step)
@@ -103,7 +111,8 @@ class Reader:
                 continue
             return restored
         if problems:
-            raise DataError('\n  '.join(['every checkpoint is damaged:', *problems]))
+            which = 'every checkpoint' if at is None else f'checkpoint {at}'
+            raise DataError('\n  '.join([f'{which} is damaged:', *problems]))
         return None
 
     def restore(self, step: int, abstract_state: dict) -> tuple[Arrays, dict[str, Any]]:

@@ -33,8 +33,8 @@ _SET_ASIDE = re.compile(r'(\d+)/set_aside\.([0-9a-f]{12})\.json')
 # attempt, a commit, the temporary file of a commit, the marker of what was set aside.
 _EMPTY = re.compile(r'\d+(/[0-9a-f]{12}(/|$)|$)')
 _SAVED = re.compile(
-    r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|\.commit\.json\.[0-9a-f]{8}\.tmp$'
-    r'|set_aside\.[0-9a-f]{12}\.json$)'
+    r'(\d+)/([0-9a-f]{12}(?=/)|commit\.json$|set_aside\.[0-9a-f]{12}\.json$'
+    r'|\.(?:commit|set_aside\.[0-9a-f]{12})\.json\.[0-9a-f]{8}\.tmp$)'
 )
 
 Listing = dict[str, Stored]
@@ -172,8 +172,12 @@ class Store:
         Attempts of this step that were set aside stay.
         """
         self.storage.remove(f'{commit.step}/commit.json')
-        stays = any(name.startswith(f'{commit.step}/') for name in set_aside(listing))
-        self.storage.remove(commit.directory if stays else str(commit.step))
+        aside = {name for name in set_aside(listing) if name.startswith(f'{commit.step}/')}
+        if not aside - {commit.directory}:
+            self.storage.remove(str(commit.step))
+        elif commit.attempt:  # a damaged commit does not say which attempt it meant
+            for name in (commit.directory, _marker(commit.directory)):
+                self.storage.remove(name)
 
     def set_aside(self, commit: Commit) -> None:
         """Makes a commit count no longer; `take_back` undoes it."""

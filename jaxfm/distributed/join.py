@@ -35,7 +35,8 @@ def provide_threads() -> None:
     if flag:
         devices = int(flag[1])
     if devices > 1:
-        os.environ.setdefault('NPROC', str(_THREADS_PER_DEVICE * devices))
+        threads = max(_THREADS_PER_DEVICE * devices, os.cpu_count() or 1)
+        os.environ.setdefault('NPROC', str(threads))
 
 
 def initialize(timeout_seconds: float = 300, heartbeat_seconds: int = 100) -> bool:

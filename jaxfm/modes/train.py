@@ -1,4 +1,4 @@
-"""--mode train: trains phase after phase, from the newest checkpoint if there is one.
+"""--mode train: trains phase after phase, from the newest checkpoint or that of --resume_step.
 
 Nothing is written until every check has passed: config, mesh, data, whether the model fits the
 mesh, and space for checkpoints.
@@ -36,7 +36,7 @@ log = logging.getLogger('jaxfm')
 
 
 def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
-    """Trains to the end, phase after phase, from the newest checkpoint if there is one.
+    """Trains to the end, phase after phase, from a checkpoint if there is one.
 
     changes: how the config differs from that of the work directory's earlier run, for the log.
     """
@@ -70,7 +70,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
         if flags.resume_step is not None:
-            workdir.set_aside(checkpointer, recorder.jsonl, step)
+            workdir.go_back(checkpointer, recorder.jsonl, step)
         if run.primary:
             workdir.cut_records(recorder.jsonl, clock, position, step or 0)
         for change in changes_of_saved or changes:

@@ -48,15 +48,24 @@ def _kind_of_processor(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
     return hashlib.sha256(repr(kind).encode()).hexdigest()[:16]
 
 
+_put_in_place = lru_cache.LRUCache.put
+
+
 def _put(self, key: str, value: bytes) -> None:
     """Replaces JAX's method, which writes the file in place and never replaces it.
 
     If a process were killed while it writes, all later ones would warn and compile again, and two
     writers at once could leave a mixture of two programs. The file is not synced: after a power cut
-    the program is compiled again.
+    the program is compiled again. With jax_compilation_cache_max_size, JAX takes a lock and evicts,
+    so its method stays.
     """
+    if self.eviction_enabled:
+        return _put_in_place(self, key, value)
     path = Path(self.path, f'{key}{lru_cache._CACHE_SUFFIX}')
     if not path.exists():
         temporary = path.with_name(f'.{uuid.uuid4().hex}.tmp')
-        temporary.write_bytes(value)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(value)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

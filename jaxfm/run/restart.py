@@ -6,13 +6,10 @@ Nothing is written until every check has passed.
 """
 
 import logging
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
-from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import make_config
 from jaxfm.config.resume import Change, check_resume
 from jaxfm.distributed import agree
@@ -38,12 +35,12 @@ def find_end(run: Run, allowed: list[str], at: int | None = None) -> tuple[bool,
       at: the step to resume at; None is the newest.
 
     Raises:
-      ConfigError: the checkpoints belong to a run with another config.
+      ConfigError: the checkpoints belong to a run with another config, or the run ends at `at`.
       DataError: the run has saved checkpoints, but none is left; or that of step `at` is damaged.
       MissingInputError: there is no checkpoint of step `at`.
     """
     checkpoints, changes = run.reader(), []
-    newest = _choose(checkpoints, lambda step: (step, checkpoints.read_manifest(step)), at)
+    newest = checkpoints.newest_whole(lambda step: (step, checkpoints.read_manifest(step)), at)
     if newest is None:
         agree.from_primary(lambda: _check_never_saved(run, checkpoints.root))
         return False, changes
@@ -54,6 +51,8 @@ def find_end(run: Run, allowed: list[str], at: int | None = None) -> tuple[bool,
         changes = check_resume(config, run.config, allowed, root, '--config.checkpoint.directory')
     if step < run.config.total_steps:
         return False, changes
+    if at is not None:
+        raise ConfigError(f'--resume_step={at} is the end of the run; {_how_to_go_on(run.config)}')
     log.warning('%s is finished at step %d; %s', run.workdir, step, _how_to_go_on(run.config))
     return True, changes
 
@@ -86,12 +85,7 @@ def restore(
         clock.set_state(extra['clock'])
         return state, step, extra['metrics_position']
 
-    return _choose(checkpointer, restore_step, at)
-
-
-def _choose(checkpoints: Reader, restore: Callable[[int], Any], at: int | None) -> Any:
-    """The result of `restore(step)` for step `at`, or else for the newest undamaged step."""
-    return checkpoints.newest_whole(restore) if at is None else restore(at)
+    return checkpointer.newest_whole(restore_step, at)
 
 
 def _check_never_saved(run: Run, root: str) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-import shutil
+import time
 from pathlib import Path
 
 from jaxfm.checkpoint.checkpointer import Checkpointer
@@ -17,6 +17,7 @@ from jaxfm.plan.memory import bytes_total
 from jaxfm.report.page import write_report
 from jaxfm.run.run import Run
 from jaxfm.state import TrainState
+from jaxfm.storage import whole
 from jaxfm.storage.base import S3
 from jaxfm.storage.files import explain_write
 from jaxfm.tokenizer.kinds import Tokenizer
@@ -83,19 +84,16 @@ def _open_sinks(run: Run) -> list[Sink]:
     return sinks
 
 
-def set_aside(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
-    """Sets aside what comes after a step that the run goes back to: checkpoints, and a copy of all
-    metrics.
-    """
+def go_back(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
+    """Sets aside the checkpoints after `step`, and copies the metrics, which will be cut."""
+    if jsonl.position():
+        copy = jsonl.path.with_name(f'metrics.set_aside_{time.strftime("%Y%m%d_%H%M%S")}.jsonl')
+        with explain_write(copy), whole.write_file(copy, exclusive=True) as file:
+            file.write(jsonl.path.read_bytes())
+        log.warning('copied the metrics so far to %s', copy)
     steps = checkpointer.set_aside(step + 1)
-    log.warning(
-        'back at step %d; set aside: checkpoints %s', step, ', '.join(map(str, steps)) or '(none)'
-    )
-    if steps and jsonl.position():
-        copy = jsonl.path.with_name(f'metrics.until_{steps[-1]}.jsonl')
-        with explain_write(copy):
-            shutil.copyfile(jsonl.path, copy)
-        log.warning('the metrics until then are in %s', copy)
+    there = ', '.join(map(str, steps)) or '(none)'
+    log.warning('back at step %d; checkpoints set aside: %s', step, there)
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:
@@ -107,7 +105,9 @@ def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) 
     lost = clock.waste(goodput.last_elapsed(jsonl.path, end))
     if lost > 1:
         log.warning(
-            '%.0f s of work after step %d were lost when the previous process ended', lost, step
+            '%.0f s of work after step %d are repeated: no checkpoint that counts has them',
+            lost,
+            step,
         )
     jsonl.truncate(end)
 

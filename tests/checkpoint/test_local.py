@@ -271,3 +271,31 @@ def test_processes_use_their_own_disks_and_agree_on_the_steps_all_have(tmp_path)
     assert run_two(tmp_path, 'restore') == [3, 3]
     manifest = json.loads(next((tmp_path / 'durable').rglob('3/*/manifest.json')).read_text())
     assert manifest['processes'] == 2
+
+
+def test_a_save_that_waited_goes_to_the_tier_in_which_it_was_due(config):
+    checkpointer = Checkpointer(config, '')
+    checkpointer.save(7, state_at(7), {'step': 7}, due=6)
+    checkpointer.save(9, state_at(9), {'step': 9}, due=8)
+    checkpointer.save(13, state_at(13), {'step': 13}, due=10)  # 12 is a step of the durable tier
+    checkpointer.wait()
+    assert steps_below(config.directory) == [7, 13]
+    assert steps_below(config.local.directory) == [9]
+    checkpointer.close()
+
+
+def test_steps_of_both_tiers_are_set_aside(config):
+    checkpointer = save_until(config, 10)
+    assert checkpointer.set_aside(6) == [6, 8, 10]
+    assert checkpointer.steps() == [] and checkpointer.latest_step() is None
+    assert [event for event in checkpointer.events() if 'checkpoint/set_aside' in event] == [
+        {'checkpoint/set_aside': step} for step in (6, 8, 10)
+    ]
+    checkpointer.save(6, state_at(60), {'step': 6})
+    checkpointer.close()
+    fresh = Checkpointer(config, '')
+    np.testing.assert_array_equal(newest(fresh)[1][0]['w'], state_at(60)['w'])
+    # The next start empties the hosts' own disks, and keeps what is on the durable tier.
+    assert not list(Path(config.local.directory).rglob('manifest.json'))
+    assert len(list(Path(config.directory).rglob('manifest.json'))) == 2
+    fresh.close()

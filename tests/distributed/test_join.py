@@ -140,6 +140,7 @@ def test_slurm_step_is_found(environment, nodes, host):
         (1, '', None, None),
         (8, '', None, '32'),
         (8, '', '5', '5'),
+        (2, '', None, '9'),
         (-1, '--xla_force_host_platform_device_count=4', None, '16'),
     ],
 )
@@ -149,6 +150,7 @@ def test_several_cpu_devices_have_more_threads_than_xla_would_give_them(
     monkeypatch.setenv('NPROC', 'restored after the test')
     monkeypatch.delenv('NPROC')
     monkeypatch.setenv('XLA_FLAGS', flags)
+    monkeypatch.setattr(os, 'cpu_count', lambda: 9)
     if before:
         monkeypatch.setenv('NPROC', before)
     monkeypatch.setattr(

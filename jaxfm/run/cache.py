@@ -38,7 +38,7 @@ def keep_compiled_programs(directory: Path, min_seconds: float) -> None:
 def _kind_of_processor(cpuinfo: Path = Path('/proc/cpuinfo')) -> str:
     """A name that differs between processors with different instructions."""
     try:
-        first = cpuinfo.read_text().partition('\n\n')[0]
+        first = cpuinfo.read_text('utf-8').partition('\n\n')[0]
     except OSError:  # not Linux: a name for each machine
         first = ''
     fields = dict(re.findall(r'^(.+?)\s*: (.*)$', first, re.MULTILINE))

@@ -98,7 +98,7 @@ def test_a_run_killed_during_a_save_resumes_bit_for_bit(tiny, start, straight, t
     wasteful = [record for record in perf(workdir) if record['goodput/wasted_seconds']]
     assert lost <= wasteful[-1]['goodput/wasted_seconds'] < lost + PATIENCE
     assert 'perf/step_seconds' not in wasteful[0]  # recorded before the next step
-    told = re.findall(r'warning: (\d+) s of work after step \d+ were lost', stderr_of(workdir))
+    told = re.findall(r'warning: (\d+) s of work after step \d+ are repeated', stderr_of(workdir))
     assert len(told) == 1 and int(told[0]) >= 99
     assert tiny.committed(workdir) == [STEPS - 5, STEPS]
     assert not incomplete_steps(workdir)

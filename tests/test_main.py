@@ -404,7 +404,7 @@ def test_more_steps_go_on_from_the_checkpoint(cli, run_again):
     code, _, error = cli(run_again, *more)
     assert code == 0
     assert 'config.steps: 40 -> 44' in error and 'resumed at step 40' in error
-    assert 'were lost' not in error
+    assert 'are repeated' not in error
     records = list(read_records(run_again / 'metrics.jsonl'))
     # Cut back to the checkpoint, nothing twice; the last evaluation of the 40 belongs to step 40.
     assert records[: len(before)] == before

@@ -152,9 +152,9 @@ class Updates:
     def see(self, step: int, metrics: dict[str, jax.Array] | None) -> bool:
         """Waits for a step's metrics; returns whether that step applied an update.
 
-        Steps must be seen in order; seeing one twice is harmless. metrics: None before the first.
+        Steps must be seen in order; seeing one twice is harmless. metrics: None at `first`.
         """
-        if step > self.step and metrics is not None:
+        if step > self.step:
             skipped = int(metrics['skipped_steps'])
             if skipped == self._skipped:
                 self.last = step

@@ -89,7 +89,6 @@ def pytest_xdist_make_scheduler(config, log):
     """Several workers (-n 2) take whole files, because the tests of a file share runs."""
     from tests.whole_files import WholeFiles
 
-    config.option.loadscopereorder = False  # keep the order of collection
     return WholeFiles(config, log)
 
 

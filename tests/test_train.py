@@ -515,7 +515,7 @@ def test_weights_that_take_no_update_are_set_aside(kit, tmp_path):
         'finite; checkpoint 8 is set aside; run it again to resume at step 4'
     )
     assert steps_in(tmp_path) == [4]
-    events = [record for record in read_records(tmp_path / 'metrics.jsonl')]
+    events = list(read_records(tmp_path / 'metrics.jsonl'))
     assert [e['checkpoint/set_aside'] for e in events if 'checkpoint/set_aside' in e] == [8]
 
     run(kit, tmp_path, prefetched, steps=24, evaluators={})  # saves step 8 again, and deletes it

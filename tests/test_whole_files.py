@@ -12,7 +12,6 @@ import pytest
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     from tests.whole_files import WholeFiles
-    config.option.loadscopereorder = False
     return WholeFiles(config, log)
 """
 GOOD = """

@@ -10,6 +10,10 @@ class WholeFiles(LoadFileScheduling):
     waits for ever. It would also run the test that killed the worker again.
     """
 
+    def __init__(self, config, log=None):
+        config.option.loadscopereorder = False  # keep the order of collection
+        super().__init__(config, log)
+
     def remove_node(self, node) -> str | None:
         work = self.assigned_work[node]
         for file in [file for file, tests in work.items() if all(tests.values())]:

@@ -138,7 +138,7 @@ def take_back(flags) -> None:
     aside = [one for one in survey(store).attempts if one.state == SET_ASIDE]
     found = [one for one in aside if one.step == flags.step]
     if not found:
-        steps = ', '.join(sorted({str(one.step) for one in aside})) or 'none'
+        steps = ', '.join(map(str, sorted({one.step for one in aside}))) or 'none'
         raise MissingInputError(
             f'no checkpoint {flags.step} was set aside in {store.storage.root}; set aside: {steps}'
         )

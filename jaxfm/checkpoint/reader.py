@@ -93,9 +93,10 @@ class Reader:
           MissingInputError: there is no checkpoint of step `at`.
         """
         problems = []
-        there = {found.commit.step for found in self._candidates()}
-        if at is not None and at not in there:
-            raise self._store.missing_error(at, sorted(there))
+        if at is not None:
+            there = {found.commit.step for found in self._candidates()}
+            if at not in there:
+                raise self._store.missing_error(at, sorted(there))
         while candidates := [
             found for found in self._candidates() if at is None or found.commit.step == at
         ]:

@@ -172,7 +172,7 @@ class Store:
         Attempts of this step that were set aside stay.
         """
         self.storage.remove(f'{commit.step}/commit.json')
-        aside = {name for name in set_aside(listing) if name.startswith(f'{commit.step}/')}
+        aside = {name for name in find_set_aside(listing) if name.startswith(f'{commit.step}/')}
         if not aside - {commit.directory}:
             self.storage.remove(str(commit.step))
         elif commit.attempt:  # a damaged commit does not say which attempt it meant
@@ -219,7 +219,7 @@ class Store:
         """
         kept = {commit.directory for commit in commits.values()}
         if not with_set_aside:
-            aside = set_aside(listing)
+            aside = find_set_aside(listing)
             kept |= aside | set(map(_marker, aside))
         # A damaged commit does not say which attempt it meant, so all attempts of its step stay.
         unknown = {commit.step for commit in commits.values() if not commit.attempt}
@@ -260,7 +260,7 @@ def _marker(directory: str) -> str:
     return f'{step}/set_aside.{attempt}.json'
 
 
-def set_aside(listing: Listing) -> set[str]:
+def find_set_aside(listing: Listing) -> set[str]:
     """The directories of the attempts that were set aside."""
     found = map(_SET_ASIDE.fullmatch, listing)
     return {f'{match[1]}/{match[2]}' for match in found if match}

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from jaxfm.checkpoint.store import Commit, Listing, Store, set_aside
+from jaxfm.checkpoint.store import Commit, Listing, Store, find_set_aside
 from jaxfm.errors import DamagedError
 from jaxfm.storage.lease import Record, read_lease
 
@@ -43,7 +43,7 @@ def survey(store: Store) -> Survey:
     lease = read_lease(store.storage, listing)
     counted, written = store.commits(listing), store.all_commits(listing)
     unfinished = UNFINISHED if lease is not None and lease.is_held else TORN
-    attempts, aside = [], set_aside(listing)
+    attempts, aside = [], find_set_aside(listing)
     for step, name in sorted(_names(listing, written)):
         commit = written.get(step)
         if f'{step}/{name}' in aside and (commit is None or commit.attempt != name):

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Configs count, because no run is without one.
 CORE = ('jaxfm', 'pallas_kernels', 'configs')
-# Distributions that come with a dependency, pinned by it, and are imported by their own names.
-COMES_WITH = {'pydantic_core': 'pydantic', 'jaxlib': 'jax'}
+# Modules that a dependency brings under another name than its own.
+COMES_WITH = {'pydantic_core': 'pydantic', 'jaxlib': 'jax', 'orbax': 'orbax_checkpoint'}
 
 
 def dependencies() -> set[str]:

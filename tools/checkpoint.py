@@ -1,9 +1,10 @@
-"""Lists checkpoints, verifies that they are intact, and deletes what interrupted saves left behind.
+"""Lists, verifies and downloads checkpoints, and deletes what interrupted saves left behind.
 
     python -m tools.checkpoint ls PATH                   # every save, and who holds the lease
     python -m tools.checkpoint verify PATH [--step N]    # read back all committed files and arrays
     python -m tools.checkpoint sweep PATH [--dry_run]    # delete files that no checkpoint uses
     python -m tools.checkpoint take_back PATH --step N   # a checkpoint set aside counts again
+    python -m tools.checkpoint download PATH --step N --to DIR   # the arrays, for Orbax
 
 PATH is a directory of checkpoints, the work directory of a run, or s3://bucket/prefix. `verify`
 needs no accelerator and little memory, whatever mesh wrote the arrays.
@@ -37,6 +38,7 @@ from jaxfm.errors import (
 from jaxfm.storage import open_storage
 from jaxfm.storage.base import S3
 from jaxfm.storage.lease import Lease, Record, read_lease
+from jaxfm.storage.whole import write_directory
 
 COLUMNS = ('step', 'state', 'attempt', 'size', 'age', 'arrays', 'mesh', 'processes', 'phase')
 
@@ -64,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Command line -> flags."""
     parser = Parser(prog='python -m tools.checkpoint', description=__doc__.partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    _, verify_, sweep_, take_back_ = (
+    _, verify_, sweep_, take_back_, download_ = (
         commands.add_parser(name, help=function.__doc__.partition('\n')[0])
         for name, function in COMMANDS.items()
     )
@@ -74,6 +76,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     sweep_.add_argument('--dry_run', action='store_true', help='list the files, delete none')
     sweep_.add_argument('--set_aside', action='store_true', help='also what runs have set aside')
     take_back_.add_argument('--step', type=int, required=True, help='the step to take back')
+    download_.add_argument('--step', type=int, required=True, help='the step to copy')
+    download_.add_argument('--to', type=Path, required=True, help='a directory that is made')
     return parser.parse_args(argv)
 
 
@@ -153,7 +157,31 @@ def take_back(flags) -> None:
     print(f'checkpoint {flags.step} counts again; to go on from it give --resume_step={flags.step}')
 
 
-COMMANDS = {'ls': ls, 'verify': verify, 'sweep': sweep, 'take_back': take_back}
+def download(flags) -> None:
+    """Copies the arrays of a step into a new directory, from which Orbax restores them."""
+    store = _open(flags.path)
+    if flags.to.exists():
+        raise UsageError(f'--to {flags.to}: it exists already; name a directory to make')
+    commits = store.commits()
+    if flags.step not in commits:
+        raise store.missing_error(flags.step, commits)
+    commit = commits[flags.step]
+    files = [name for name in store.check(commit)['files'] if name.startswith('state/')]
+    with write_directory(flags.to.expanduser().absolute()) as directory:
+        for name in files:
+            path = directory / name.removeprefix('state/')
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(store.storage.read(f'{commit.directory}/{name}'))
+    print(f'{flags.to}: restore it with orbax.checkpoint.StandardCheckpointer().restore')
+
+
+COMMANDS = {
+    'ls': ls,
+    'verify': verify,
+    'sweep': sweep,
+    'take_back': take_back,
+    'download': download,
+}
 
 
 def _open(path: str) -> Store:

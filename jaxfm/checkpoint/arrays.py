@@ -40,7 +40,12 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A host copy of the shards of a global array that this process writes."""
+    """The shards of a global array that this process writes, in host memory.
+
+    They stay as they are, whatever happens to the array. From a GPU they are copied. On CPU they
+    are views of the array's own memory, which XLA leaves alone while a view exists: a step to which
+    the array is donated then works on a copy.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -84,20 +89,17 @@ class Deadline:
                     raise
 
 
-def snapshots(arrays: dict[str, jax.Array], every_local: bool = False) -> Iterator[Snapshot]:
-    """Yields host copies of the shards that this process writes, one array at a time, in order.
+def snapshots(arrays: dict[str, jax.Array], every_local: bool = False) -> dict[str, Snapshot]:
+    """{name: the shards that this process writes}; the arrays may then be donated.
 
-    An array may be donated as soon as its copy has been yielded.
-
-    every_local: copy every distinct shard that this process holds, even if another process holds
-    the same one. For a tier where each process has its own directory.
+    every_local: every distinct shard that this process holds, even if another process holds the
+    same one. For a tier where each process has its own directory.
     """
     chosen = {name: _shards(array, every_local) for name, array in arrays.items()}
     for shards in chosen.values():
         for shard in shards:
             shard.data.copy_to_host_async()
-    for name, shards in chosen.items():
-        yield _snapshot(arrays[name], shards)
+    return {name: _snapshot(arrays[name], shards) for name, shards in chosen.items()}
 
 
 def _shards(array: jax.Array, every_local: bool) -> list:
@@ -108,9 +110,7 @@ def _shards(array: jax.Array, every_local: bool) -> list:
 
 
 def _snapshot(array: jax.Array, shards: list) -> Snapshot:
-    # On CPU, host and device share memory, which the next step overwrites.
-    shared = next(iter(array.sharding.device_set)).platform == 'cpu'
-    pieces = [(shard.index, np.array(shard.data, copy=shared or None)) for shard in shards]
+    pieces = [(shard.index, np.asarray(shard.data)) for shard in shards]
     part = array.sharding.shard_shape(array.shape)
     chunk = _chunk(part, array.shape, array.dtype.itemsize)
     return Snapshot(array.shape, array.dtype, chunk, pieces)
@@ -296,7 +296,12 @@ def _key(index: Index) -> tuple:
 
 
 def _spec(base: dict, name: str) -> dict:
-    return {'driver': 'zarr3', 'kvstore': _database(base) | {'path': f'{name}/'}}
+    return {
+        'driver': 'zarr3',
+        'kvstore': _database(base) | {'path': f'{name.replace("/", ".")}/'},  # as Orbax names it
+        # Orbax expects every chunk, also one of zeros only.
+        'store_data_equal_to_fill_value': True,
+    }
 
 
 def _database(base: dict) -> dict:

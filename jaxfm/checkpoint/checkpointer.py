@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxfm.checkpoint import CheckpointConfig, arrays
-from jaxfm.checkpoint.fingerprint import start_fingerprint
+from jaxfm.checkpoint.fingerprint import Fingerprint
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
 from jaxfm.checkpoint.store import Store, new_attempt
@@ -240,10 +240,12 @@ class Checkpointer(Reader):
             tier.under_way.wait()
         # The only device-to-host transfer that the training loop intends.
         with jax.transfer_guard('allow'):
-            parts, prints = _copy(state, every_local=tier.private)
+            # Started first, so the devices compute them while the host copies.
+            prints = [Fingerprint(array) for array in state.values()]
+            parts = arrays.snapshots(state, every_local=tier.private)
         manifest = {
             'epoch': epoch,
-            'arrays': {name: _describe(state[name], parts[name], prints[name]) for name in state},
+            'arrays': {name: _describe(state[name], parts[name]) for name in state},
             'mesh': mesh_of(state),
             'processes': jax.process_count(),
             'extra': extra,
@@ -256,6 +258,7 @@ class Checkpointer(Reader):
                 step=step,
                 attempt=attempt,
                 parts=parts,
+                prints=prints,
                 manifest=manifest | self._about,
                 keep=tier.keep,
                 milestones=frozenset() if tier.private else self._milestones,
@@ -316,23 +319,8 @@ def _set_aside(store: Store, first: int) -> tuple[list[int], list[int]]:
     return whole, [commit.step for commit in found if not commit.attempt]
 
 
-def _copy(state: Arrays, every_local: bool) -> tuple[dict[str, arrays.Snapshot], dict[str, int]]:
-    """Host copies and fingerprints; the devices compute fingerprints while the host copies."""
-    parts, prints = {}, {}
-    copies = arrays.snapshots(state, every_local)
-    for name, array in state.items():
-        started = start_fingerprint(array)
-        parts[name] = next(copies)
-        prints[name] = int(started)
-    return parts, prints
-
-
-def _describe(array: jax.Array, part: arrays.Snapshot, fingerprint: int) -> dict[str, Any]:
-    described = {
-        'shape': list(array.shape),
-        'dtype': array.dtype.name,
-        'fingerprint': fingerprint,
-    }
+def _describe(array: jax.Array, part: arrays.Snapshot) -> dict[str, Any]:
+    described = {'shape': list(array.shape), 'dtype': array.dtype.name}
     whole = len(part.pieces) == 1 and part.pieces[0][1].shape == array.shape
     if whole and array.size <= _SMALL and np.issubdtype(array.dtype, np.integer):
         described['value'] = part.pieces[0][1].tolist()

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxfm.distributed import agree
+
 # The 32-bit finalizer of MurmurHash3 (Appleby, 2011): its odd multipliers, and its shifts below.
 # The golden ratio spreads the indices.
 _SPREAD, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -25,6 +27,27 @@ _MANY, _FEW = 1 << 20, 1 << 12  # slice arrays larger than _MANY, until _FEW ele
 _NO_MESH = jax.sharding.Mesh(np.empty((), object), ())  # for arrays on a single device
 
 
+class Fingerprint:
+    """A fingerprint that the devices are computing; creating one does not wait for them.
+
+    No device communicates with another: each sums up its own shard, and the host adds the sums.
+    The array may be donated at once.
+    """
+
+    def __init__(self, array: jax.Array):
+        place = array.sharding
+        # The caller's current mesh may be a different one.
+        with jax.set_mesh(getattr(place, 'mesh', _NO_MESH)):
+            self._sums = _sum_shards(array, getattr(place, 'spec', None))
+        # Every shard is counted once, also if several devices hold it.
+        self._counted = {s.device for s in array.addressable_shards if s.replica_id == 0}
+
+    def part(self) -> int:
+        """The contribution of this process's shards, modulo 2^32; waits for the devices."""
+        shards = self._sums.addressable_shards
+        return sum(int(s.data.item()) for s in shards if s.device in self._counted) % 2**32
+
+
 def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     """{name: fingerprint} of global arrays of any dtype and sharding; all processes must call it.
 
@@ -32,17 +55,16 @@ def fingerprints(arrays: dict[str, jax.Array]) -> dict[str, int]:
     all arrays would take seconds to compile.
     """
     with jax.transfer_guard('allow'):
-        return {name: int(start_fingerprint(array)) for name, array in arrays.items()}
+        started = [Fingerprint(array) for array in arrays.values()]
+        return dict(zip(arrays, add_up([one.part() for one in started])))
 
 
-def start_fingerprint(array: jax.Array) -> jax.Array:
-    """Starts computing a fingerprint, a uint32 on the devices; does not wait for it.
+def add_up(parts: list[int], name: str = '', timeout_seconds: float = agree.NEVER) -> list[int]:
+    """The fingerprints whose parts every process gives, on all processes.
 
-    Run one at a time: with several CPU devices, XLA aborts when many programs are in flight.
+    name and timeout_seconds are those of `agree.from_primary`.
     """
-    # The caller's current mesh may be a different one.
-    with jax.set_mesh(getattr(array.sharding, 'mesh', _NO_MESH)):
-        return _fingerprint(array)
+    return [total % 2**32 for total in agree.sums(parts, name, timeout_seconds)]
 
 
 def fingerprint_of_part(part: np.ndarray, shape: tuple[int, ...], start: tuple[int, ...]) -> int:
@@ -63,24 +85,32 @@ def _fingerprint_of_part(part: jax.Array, shape: tuple[int, ...], first: jax.Arr
     return _sum(_hash(part, shape, {}, first))
 
 
-@jax.jit
-def _fingerprint(array: jax.Array) -> jax.Array:
-    sharding = jax.typeof(array).sharding
-    if sharding.mesh.empty:  # an array on a single device
-        return _sum(_hash(array, array.shape, {}))
+@functools.partial(jax.jit, static_argnums=1)
+def _sum_shards(array: jax.Array, spec: jax.P | None) -> jax.Array:
+    """[devices] sums, each of the device's own shard and on that device.
+
+    spec: how the array is sharded over the current mesh; None if it is on a single device.
+    """
+    if spec is None:
+        return _sum(_hash(array, array.shape, {}))[None]
     # A dimension may be sharded over several mesh axes, and an array over none.
     axes = {
         dim: name if isinstance(name, tuple) else (name,)
-        for dim, name in enumerate(sharding.spec)
+        for dim, name in enumerate(spec)
         if name is not None
     }
+    mesh = jax.sharding.get_abstract_mesh()
 
-    @jax.shard_map(in_specs=sharding.spec, out_specs=jax.P(), mesh=sharding.mesh)
-    def add_up(part):
-        total = _sum(_hash(part, array.shape, axes))
-        return lax.psum(total, sum(axes.values(), ())) if axes else total
+    @jax.shard_map(
+        in_specs=spec,
+        out_specs=jax.P(mesh.axis_names),
+        mesh=mesh,
+        check_vma=False,  # devices that hold the same shard give the same sum
+    )
+    def add_up_shard(part):
+        return _sum(_hash(part, array.shape, axes))[None]
 
-    return add_up(array)
+    return add_up_shard(array)
 
 
 def _hash(part: jax.Array, shape: tuple[int, ...], axes: dict[int, tuple], first=0) -> jax.Array:

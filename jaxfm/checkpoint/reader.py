@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from jaxfm.checkpoint import CheckpointConfig, arrays
+from jaxfm.checkpoint import CheckpointConfig, arrays, orbax_tree
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
 from jaxfm.checkpoint.store import Commit, Store
@@ -202,8 +202,11 @@ class Reader:
             )
         restored, error = {}, None
         deadline = arrays.Deadline.after(self._config.timeout_seconds)
+        storage = found.store.storage
         try:
-            restored = arrays.read(found.store.storage.kvstore(found.state), wanted, deadline)
+            metadata = storage.read(f'{found.state}/{orbax_tree.METADATA}')
+            base = storage.kvstore(found.state)
+            restored = orbax_tree.restore(base, metadata, wanted, deadline)
         except Exception as raised:
             error = explain_read(raised, found.store, found.commit.step)
             if not isinstance(error, RunError):

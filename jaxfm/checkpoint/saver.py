@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from jaxfm.checkpoint import arrays
+from jaxfm.checkpoint import arrays, orbax_tree
+from jaxfm.checkpoint.fingerprint import Fingerprint, add_up
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.distributed import agree
 from jaxfm.errors import LockedError, RunError, StorageError
@@ -33,6 +34,7 @@ class Job:
     step: int
     attempt: str
     parts: dict[str, arrays.Snapshot]
+    prints: list[Fingerprint]  # of the arrays, in the order of `parts`
     manifest: dict[str, Any]
     keep: int
     milestones: frozenset[int]
@@ -116,14 +118,24 @@ class Save:
 
 
 def _write(job: Job) -> None:
-    """Writes the arrays: returns once those of all processes are stored, or raises on all."""
+    """Writes the arrays, and adds their fingerprints to the manifest.
+
+    Returns once those of all processes are stored, or raises on all of them.
+    """
     part = job.state if job.private else _part(job.state, jax.process_index())
-    error = None
+    storage, error = job.store.storage, None
     try:
-        arrays.write(job.store.storage.kvstore(part), job.parts, job.deadline)
+        metadata = orbax_tree.save(storage.kvstore(part), job.parts, job.deadline, job.private)
+        if metadata is not None:
+            storage.write(f'{job.state}/{orbax_tree.METADATA}', metadata)
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
     agree.first_error(error, f'{job.attempt}/written', job.deadline.left)
+    prints = add_up(
+        [one.part() for one in job.prints], f'{job.attempt}/fingerprints', job.deadline.left
+    )
+    for name, fingerprint in zip(job.parts, prints, strict=True):
+        job.manifest['arrays'][name]['fingerprint'] = fingerprint
 
 
 def _merge(job: Job) -> Commit:

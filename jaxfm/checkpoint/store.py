@@ -19,12 +19,13 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxfm.errors import DamagedError, LockedError, MissingInputError
+from jaxfm.errors import DamagedError, DataError, LockedError, MissingInputError
 from jaxfm.storage.base import Storage, Stored
 from jaxfm.storage.lease import Record, read_lease
 from jaxfm.storage.seal import seal, unseal
 
-VERSION = 1
+# Of the format. 1: names of arrays with '/', and no file for Orbax.
+VERSION = 2
 # Files up to this size have a digest; larger ones hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
 _COMMIT = re.compile(r'(\d+)/commit\.json')
@@ -89,8 +90,10 @@ class Store:
 
         Raises:
           DamagedError: "digest mismatch" and what differs.
+          DataError: an earlier or later version of this code saved it in another format.
         """
         manifest = self.manifest(commit)
+        self.check_version(commit.step, manifest['version'])
         for what in self.differences(commit, manifest):
             raise self.damaged_error(commit.step, what)
         return manifest
@@ -107,6 +110,20 @@ class Store:
         if hashlib.sha256(content).hexdigest() != commit.digest:
             raise self.damaged_error(commit.step, name)
         return json.loads(content)
+
+    def check_version(self, step: int, version: int) -> None:
+        """Raises DataError unless this code can read a step of this version."""
+        if version == VERSION:
+            return
+        later = 'a later version of jaxfm saved it, so update jaxfm'
+        earlier = (
+            'an earlier version of jaxfm saved it; with that version, go on or export the weights '
+            '(--mode export), from which --config.init_from starts a new run'
+        )
+        raise DataError(
+            f'checkpoint {step} in {self.storage.root} has format {version}, not {VERSION}: '
+            + (later if version > VERSION else earlier)
+        )
 
     def differences(self, commit: Commit, manifest: dict[str, Any]) -> Iterator[str]:
         """Yields a description of each file of a step that differs from the manifest."""

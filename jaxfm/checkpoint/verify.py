@@ -34,11 +34,13 @@ def find_damages(store: Store, commit: Commit) -> list[DamagedError]:
 
     Raises:
       UnavailableError, PermissionDeniedError: the storage cannot be read.
+      DataError: the step has another format.
     """
     try:
         manifest = store.manifest(commit)
     except DamagedError as error:  # without a manifest there is nothing to compare with
         return [error]
+    store.check_version(commit.step, manifest['version'])
     files = [store.damaged_error(commit.step, what) for what in store.differences(commit, manifest)]
     return files + _check_arrays(store, commit, manifest)
 

@@ -127,6 +127,18 @@ def common(values: list[str]) -> list[str]:
     return _from_all(values, lambda all_: [v for v in all_[0] if all(v in one for one in all_)])
 
 
+def sums(values: list[int], name: str = '', timeout_seconds: float = NEVER) -> list[int]:
+    """The sums of every process's values, on all processes.
+
+    name and timeout_seconds are those of `from_primary`.
+    """
+    if global_state.client is None:
+        return values
+    return _from_all(
+        values, lambda all_: [sum(each) for each in zip(*all_, strict=True)], name, timeout_seconds
+    )
+
+
 def _from_all(mine: Any, combine: Callable, name: str = '', timeout_seconds=NEVER) -> Any:
     """Gathers every process's value, combines them on the primary -> the result, on all."""
     name = name or f'decision/{next(_decisions)}'

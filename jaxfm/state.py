@@ -69,6 +69,11 @@ class Parts:
         """The parameters that LoRA adds to a model."""
         return frozenset(path for path, axes in self.axes.items() if 'lora' in axes)
 
+    @property
+    def base_axes(self) -> dict[str, tuple[str, ...]]:
+        """`axes` without the adapters: those of the model as it came from elsewhere."""
+        return {path: axes for path, axes in self.axes.items() if path not in self.adapters}
+
     def merge(self, params: dict[str, jax.Array]) -> nnx.Module:
         """The model with these arrays; `params` must hold all of them."""
         nested = {_split_path(path): value for path, value in params.items()}

@@ -349,15 +349,28 @@ class TinyRuns:
     @staticmethod
     def saved_state(workdir: Path, step: int, place: str = '') -> dict[str, np.ndarray]:
         """{name: array} of a checkpoint in `place`, by default in the work directory."""
+        return jax.device_get(TinyRuns.restored(workdir, step, place))
+
+    @staticmethod
+    def restored(workdir: Path, step: int, place: str = '') -> dict[str, jax.Array]:
+        """`saved_state`, on a device. The weights that adapters belong to come from their run."""
         reader = Reader(CheckpointConfig(directory=place), workdir / 'checkpoints')
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        manifest = reader.read_manifest(step)
+        base = manifest.get('base', {'arrays': {}})
         wanted = {
             name: jax.ShapeDtypeStruct(
                 tuple(entry['shape']), jnp.dtype(entry['dtype']), sharding=here
             )
-            for name, entry in reader.read_manifest(step)['arrays'].items()
+            for name, entry in (manifest['arrays'] | base['arrays']).items()
         }
-        return jax.device_get(reader.restore(step, wanted)[0])
+
+        def load_base():
+            origin = Path(base['origin'])
+            newest = Reader(CheckpointConfig(), origin / 'checkpoints').latest_step()
+            return {n.partition('/')[2]: x for n, x in TinyRuns.restored(origin, newest).items()}
+
+        return reader.restore(step, wanted, load_base)[0]
 
     def start(self, workdir: Path, *more: str, config=None, devices: int = 1, **environment: str):
         """Starts a process; its stderr is appended to `<workdir>.stderr`, its stdout is a pipe."""

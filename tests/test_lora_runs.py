@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.reader import Reader
 from tests.runs import PATIENCE, assert_same_state, finish, measured, stderr_of, wait_until
 
 LORA = ['--config.model.lora.rank=4', "--config.model.lora.targets=['all']"]
@@ -126,3 +128,18 @@ def test_adapters_of_another_kind_are_refused(tiny, adapted):
     ):
         assert words in said
     assert not workdir.exists()
+
+
+def test_a_checkpoint_of_adapters_needs_the_model_they_belong_to(tiny, straight, adapted):
+    manifest = Reader(CheckpointConfig(), adapted / 'checkpoints').read_manifest(STEPS)
+    assert not [name for name in manifest['arrays'] if name.startswith('frozen/')]
+    assert manifest['base']['origin'] == str(straight)
+    hidden = straight.with_name('hidden')
+    straight.rename(hidden)
+    try:
+        output = ['--mode', 'sample', '--prompt', 'a']
+        workdir = run(tiny, adapted, f'--config.init_from={straight}', *LORA, *output, code=66)
+    finally:
+        hidden.rename(straight)
+    only = f'holds only adapters, not the weights of {straight} that they belong to'
+    assert f'{only}: there is no {straight}' in stderr_of(workdir)

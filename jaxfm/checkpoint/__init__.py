@@ -42,4 +42,7 @@ class CheckpointConfig(Group):
     max_failures: int = Field(default=3, ge=1)
     # Another run may take over when the holder of the lease has not renewed it for this long.
     lease_seconds: float = Field(default=30, gt=0)
+    # Of a run with adapters, also save the frozen weights that they adapt. Otherwise these are read
+    # again from `init_from`, which must stay as it is.
+    include_frozen: bool = False
     local: LocalConfig | None = None

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxfm.checkpoint import CheckpointConfig, arrays
+from jaxfm.checkpoint.base import Base
 from jaxfm.checkpoint.fingerprint import Fingerprint
 from jaxfm.checkpoint.reader import Arrays, Reader, mesh_of
 from jaxfm.checkpoint.saver import Job, Save
@@ -64,6 +65,7 @@ class Checkpointer(Reader):
     directory: where the checkpoints are, unless the config names another place.
     milestones: steps whose checkpoints are never deleted, such as the ends of phases.
     about: JSON that is added to every manifest, such as the config of the run.
+    base: arrays of the state that are not saved, because they can be read from elsewhere again.
 
     Raises:
       LockedError: another run holds the lease.
@@ -76,9 +78,11 @@ class Checkpointer(Reader):
         directory: str | Path,
         milestones: Iterable[int] = (),
         about: dict[str, Any] | None = None,
+        base: Base | None = None,
     ):
         super().__init__(config, directory)
         self._about = about or {}
+        self._base = base
         self._milestones = frozenset(milestones)
         self._lease = Lease(self._store.storage, config.lease_seconds)
         self._durable = Tier(self._store, config.every, config.keep, private=False)
@@ -238,14 +242,18 @@ class Checkpointer(Reader):
     ) -> None:
         if tier.under_way is not None:  # never on the primary process: `_decide` settled it
             tier.under_way.wait()
+        left_out = self._base.names if self._base else frozenset()
+        base = {name: array for name, array in state.items() if name in left_out}
+        state = {name: array for name, array in state.items() if name not in left_out}
         # The only device-to-host transfer that the training loop intends.
         with jax.transfer_guard('allow'):
             # Started first, so the devices compute them while the host copies.
-            prints = [Fingerprint(array) for array in state.values()]
+            prints = {name: Fingerprint(array) for name, array in (state | base).items()}
             parts = arrays.snapshots(state, every_local=tier.private)
         manifest = {
             'epoch': epoch,
             'arrays': {name: _describe(state[name], parts[name]) for name in state},
+            **({'base': self._describe_base(base)} if base else {}),
             'mesh': mesh_of(state),
             'processes': jax.process_count(),
             'extra': extra,
@@ -268,6 +276,10 @@ class Checkpointer(Reader):
                 lease=self._lease if agree.is_primary() else None,
             )
         )
+
+    def _describe_base(self, arrays: Arrays) -> dict[str, Any]:
+        described = {name: _describe(array) for name, array in arrays.items()}
+        return {'origin': self._base.origin, 'arrays': described}
 
     def _await_save(self, tier: Tier) -> bool:
         """Waits for the save under way -> whether it was committed, the same on all processes."""
@@ -319,8 +331,10 @@ def _set_aside(store: Store, first: int) -> tuple[list[int], list[int]]:
     return whole, [commit.step for commit in found if not commit.attempt]
 
 
-def _describe(array: jax.Array, part: arrays.Snapshot) -> dict[str, Any]:
+def _describe(array: jax.Array, part: arrays.Snapshot | None = None) -> dict[str, Any]:
     described = {'shape': list(array.shape), 'dtype': array.dtype.name}
+    if part is None:
+        return described
     whole = len(part.pieces) == 1 and part.pieces[0][1].shape == array.shape
     if whole and array.size <= _SMALL and np.issubdtype(array.dtype, np.integer):
         described['value'] = part.pieces[0][1].tolist()

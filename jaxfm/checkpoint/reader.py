@@ -16,6 +16,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxfm.checkpoint import CheckpointConfig, arrays, orbax_tree
+from jaxfm.checkpoint.base import Arrays, arrays_of, restore_base
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
 from jaxfm.checkpoint.store import Commit, Store
@@ -27,7 +28,7 @@ from jaxfm.storage.posix import PosixStorage
 
 log = logging.getLogger('jaxfm')
 
-Arrays = dict[str, jax.Array]
+LoadBase = Callable[[], Arrays]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,32 +117,40 @@ class Reader:
             raise DataError('\n  '.join([f'{which} is damaged:', *problems]))
         return None
 
-    def restore(self, step: int, abstract_state: dict) -> tuple[Arrays, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract_state: dict, load_base: LoadBase | None = None
+    ) -> tuple[Arrays, dict[str, Any]]:
         """Restores a step -> (its arrays, sharded like `abstract_state`; its extra).
 
         abstract_state: {name: jax.ShapeDtypeStruct} with concrete NamedShardings, of any mesh.
+        load_base: gives the parameters of the model that the run started from, {path: array}; it is
+        called if the step has only adapters of that model (`base`).
 
         Raises:
           ConfigError: arrays differ in name, shape or dtype; the message names them.
           DamagedError: a file or array differs from what was saved; "digest mismatch" and its name.
           UnavailableError, PermissionDeniedError: the storage cannot be read.
-          MissingInputError: there is no such step.
+          MissingInputError: there is no such step, or no such model.
+          DataError: that model has other weights now.
         """
         found, manifest = self._verify(step)
-        check_fit(abstract_state, leaves_of(manifest), self._name(step))
-        return self._read(found, manifest, abstract_state), manifest['extra']
+        check_fit(abstract_state, _leaves(manifest), self._name(step))
+        restored = self._complete(found, manifest, abstract_state, load_base)
+        return restored, manifest['extra']
 
-    def restore_params(self, step: int, abstract_params: dict) -> Arrays:
+    def restore_params(
+        self, step: int, abstract_params: dict, load_base: LoadBase | None = None
+    ) -> Arrays:
         """Restores only the parameters, {path: array}, whether that phase trained them or not.
 
         Raises as `restore` does.
         """
         found, manifest = self._verify(step)
-        stored = leaves_of(manifest)
+        stored = _leaves(manifest)
         names = {path: _name_of_param(path, stored) for path in abstract_params}
         wanted = {names[path]: leaf for path, leaf in abstract_params.items()}
         check_fit(wanted, stored, self._name(step), partial=True)
-        restored = self._read(found, manifest, wanted)
+        restored = self._complete(found, manifest, wanted, load_base)
         return {path: restored[name] for path, name in names.items()}
 
     def read_manifest(self, step: int) -> dict[str, Any]:
@@ -193,6 +202,13 @@ class Reader:
         agree.first_error(error)
         return manifest
 
+    def _complete(self, found: Found, manifest: dict, wanted: dict, load_base) -> Arrays:
+        """Reads the arrays that the step has, and those that it left out from their origin."""
+        held = {name: leaf for name, leaf in wanted.items() if name in manifest['arrays']}
+        restored = self._read(found, manifest, held)
+        base = restore_base(manifest, list(wanted), load_base, self._name(found.commit.step))
+        return {name: (restored | base)[name] for name in wanted}
+
     def _read(self, found: Found, manifest: dict, wanted: dict) -> Arrays:
         """Reads the arrays and compares them with their fingerprints."""
         if found.private and manifest['mesh'] != mesh_of(wanted):
@@ -238,6 +254,11 @@ def _local_storage(config: CheckpointConfig, root: str) -> PosixStorage:
     run = hashlib.sha256(root.encode()).hexdigest()[:12]
     process = f'{jax.process_index()}-of-{jax.process_count()}'
     return PosixStorage(Path(config.local.directory) / run / process)
+
+
+def _leaves(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: shape and dtype} of all arrays of a step, also of those that it left out."""
+    return leaves_of(manifest['arrays'] | arrays_of(manifest))
 
 
 def _name_of_param(path: str, stored: dict) -> str:

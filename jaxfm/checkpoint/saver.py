@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxfm.checkpoint import arrays, orbax_tree
+from jaxfm.checkpoint.base import arrays_of
 from jaxfm.checkpoint.fingerprint import Fingerprint, add_up
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.distributed import agree
@@ -34,7 +35,7 @@ class Job:
     step: int
     attempt: str
     parts: dict[str, arrays.Snapshot]
-    prints: list[Fingerprint]  # of the arrays, in the order of `parts`
+    prints: dict[str, Fingerprint]  # of all arrays in the manifest
     manifest: dict[str, Any]
     keep: int
     milestones: frozenset[int]
@@ -131,11 +132,11 @@ def _write(job: Job) -> None:
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
     agree.first_error(error, f'{job.attempt}/written', job.deadline.left)
-    prints = add_up(
-        [one.part() for one in job.prints], f'{job.attempt}/fingerprints', job.deadline.left
-    )
-    for name, fingerprint in zip(job.parts, prints, strict=True):
-        job.manifest['arrays'][name]['fingerprint'] = fingerprint
+    prints = [one.part() for one in job.prints.values()]
+    prints = add_up(prints, f'{job.attempt}/fingerprints', job.deadline.left)
+    described = job.manifest['arrays'] | arrays_of(job.manifest)
+    for name, fingerprint in zip(job.prints, prints, strict=True):
+        described[name]['fingerprint'] = fingerprint
 
 
 def _merge(job: Job) -> Commit:

@@ -45,11 +45,11 @@ def find_damages(store: Store, commit: Commit) -> list[DamagedError]:
     return files + _check_arrays(store, commit, manifest)
 
 
-def leaves_of(manifest: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """{name: shape and dtype} of the arrays of a step."""
+def leaves_of(arrays: dict[str, dict]) -> dict[str, jax.ShapeDtypeStruct]:
+    """{name: shape and dtype} of arrays as a manifest describes them."""
     return {
         name: jax.ShapeDtypeStruct(tuple(entry['shape']), jax.numpy.dtype(entry['dtype']))
-        for name, entry in manifest['arrays'].items()
+        for name, entry in arrays.items()
     }
 
 
@@ -69,7 +69,7 @@ def explain_read(error: Exception, store: Store, step: int, what: str = 'it') ->
 
 
 def _check_arrays(store: Store, commit: Commit, manifest: dict[str, Any]) -> list[DamagedError]:
-    leaves, damaged = leaves_of(manifest), {}
+    leaves, damaged = leaves_of(manifest['arrays']), {}
     prints = collections.Counter()
     base = store.storage.kvstore(f'{commit.directory}/state')
     for name, start, chunk in arrays.read_chunks(base, leaves, CHUNK_SECONDS):

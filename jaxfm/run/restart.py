@@ -19,6 +19,7 @@ from jaxfm.metrics.writers import read_records
 from jaxfm.prefetch import Prefetch
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run
+from jaxfm.run.weights import base_params
 from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
@@ -80,7 +81,7 @@ def restore(
 
     def restore_step(step: int):
         index = run.phases.index(run.phase_at(step))
-        state, extra = _restore(checkpointer, step, run.phases[index], wanted[index], clock)
+        state, extra = _restore(run, checkpointer, step, run.phases[index], wanted[index], clock)
         _set_position(sources[index], extra['source'], may_change)
         clock.set_state(extra['clock'])
         return state, step, extra['metrics_position']
@@ -99,7 +100,7 @@ def _check_never_saved(run: Run, root: str) -> None:
         )
 
 
-def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
+def _restore(run: Run, checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
     """Restores the checkpoint of a step: the state and the extra values stored with it.
 
     Raises:
@@ -112,7 +113,7 @@ def _restore(checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
                 f'checkpoint {step} is from phase {extra["phase"]}, which ends before that step in '
                 'this config: the steps of phases that have ended cannot change'
             )
-        tree, extra = checkpointer.restore(step, wanted.to_tree())
+        tree, extra = checkpointer.restore(step, wanted.to_tree(), lambda: base_params(run))
         _check_first(int(jax.device_get(tree['step'])), step, phase)
     return wanted.with_tree(tree), extra
 

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from jaxfm import process, sharding
+from jaxfm.checkpoint.base import Base
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import format_config
@@ -59,18 +60,12 @@ class Run:
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # fail early
-            check_layout(self.outside, config.model, *self.outside_parts)
+            check_layout(self.outside, config.model, self.parts.base_axes, self.parts.shapes)
 
     @functools.cached_property
     def outside(self) -> Pretrained:
         """The pretrained model that `init_from` names; cached, so the model checked is loaded."""
         return locate.open_pretrained(self.config.init_from)
-
-    @property
-    def outside_parts(self) -> tuple[dict, dict]:
-        """Axes and shapes of the arrays that a pretrained model has, which excludes adapters."""
-        axes, adapters = self.parts.axes, self.parts.adapters
-        return {path: axes[path] for path in axes if path not in adapters}, self.parts.shapes
 
     def phase_at(self, step: int) -> Phase:
         """The phase whose state a checkpoint at this step holds."""
@@ -85,7 +80,15 @@ class Run:
         ends = [phase.last for phase in self.phases]
         about = {'config': json.loads(format_config(self.config))}
         directory = self.workdir / 'checkpoints'
-        return Checkpointer(self.config.checkpoint, directory, ends[:-1], about)
+        return Checkpointer(self.config.checkpoint, directory, ends[:-1], about, self.base)
+
+    @property
+    def base(self) -> Base | None:
+        """What checkpoints leave out: of a run with adapters, the weights that these adapt."""
+        if not self.parts.adapters or self.config.checkpoint.include_frozen:
+            return None
+        paths = self.parts.base_axes.keys() - self.parts.buffers
+        return Base(self.config.init_from, frozenset(f'frozen/{path}' for path in paths))
 
     def sampler(self, slots: int | None = None) -> Sampler:
         """A sampler for this run's model; call its `lend` to give it weights.

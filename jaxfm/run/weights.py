@@ -1,6 +1,7 @@
 """A run's weights: fresh, from a checkpoint, an earlier run or a pretrained model; their export."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from jaxfm.chat.render import Chat
@@ -9,11 +10,12 @@ from jaxfm.config.load import read_config
 from jaxfm.config.run import OriginConfig
 from jaxfm.errors import MissingInputError
 from jaxfm.evals.export import PeriodicExport
-from jaxfm.models import lora
+from jaxfm.models import TransformerConfig, lora
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.load import load_params
+from jaxfm.pretrained.source import Pretrained
 from jaxfm.run.run import Run, model_maker
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 from jaxfm.tokenizer.kinds import Tokenizer
@@ -30,7 +32,7 @@ def current_params(run: Run) -> tuple[dict, int | None]:
       MissingInputError: there is no checkpoint yet.
     """
     if run.has_begun or not run.config.init_from:
-        return _restore_params(run.reader(), run.parts)
+        return _restore_params(run.reader(), run.parts, lambda: base_params(run))
     return _earlier_params(run), None
 
 
@@ -38,6 +40,11 @@ def initial_state(run: Run) -> TrainState:
     """The state at step 0, with fresh weights or with those of `init_from`."""
     first = run.phases[0]
     return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
+
+
+def base_params(run: Run) -> dict:
+    """{path: array} of the weights that `init_from` names, without adapters of this run's own."""
+    return _params_of(run.config.init_from, run.config.model, lambda: run.outside)
 
 
 def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
@@ -59,14 +66,14 @@ def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport
     return {'export': PeriodicExport(every, exporter, run.workdir / 'export')}
 
 
-def _restore_params(checkpoints: Reader, parts: Parts) -> tuple[dict, int]:
+def _restore_params(checkpoints: Reader, parts: Parts, load_base) -> tuple[dict, int]:
     """The weights of the newest complete checkpoint, without the optimizer state, and its step.
 
-    parts: the structure of the model in the checkpoint.
+    parts: the structure of the model in the checkpoint. load_base: as in `Reader.restore`.
     """
     wanted = abstract_params(parts)
     restored = checkpoints.newest_whole(
-        lambda step: (checkpoints.restore_params(step, wanted), step)
+        lambda step: (checkpoints.restore_params(step, wanted, load_base), step)
     )
     if restored is None:
         raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet: train first')
@@ -79,15 +86,8 @@ def _earlier_params(run: Run) -> dict:
     If they lack the adapters that this run's model has, those come from `model.lora.path`, or are
     fresh.
     """
-    name, adapters, model = run.config.init_from, run.parts.adapters, run.config.model
-    directory = Path(name).expanduser()
-    if locate.is_run(directory):
-        earlier = read_config(directory / 'config.json', OriginConfig)
-        params, step = _params_of(run, earlier, directory)
-        log.info('loaded weights from %s at step %d', directory, step)
-    else:
-        params = load_params(run.outside, model, *run.outside_parts)
-        log.info('loaded weights from %s', run.outside.path)
+    adapters, model = run.parts.adapters, run.config.model
+    params = base_params(run)
     if adapters <= params.keys():
         return params
     if model.lora.path:
@@ -95,17 +95,31 @@ def _earlier_params(run: Run) -> dict:
     return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
 
 
-def _params_of(run: Run, earlier: OriginConfig, directory: Path) -> tuple[dict, int]:
-    """The newest weights of an earlier run and their step.
+def _params_of(name: str, model: TransformerConfig, opened: Callable[[], Pretrained]) -> dict:
+    """The weights that an `init_from` names, for a model of this config.
 
-    If this run has no adapters, those of the earlier run are merged into the weights.
+    Those of a run with adapters include these if `model` has adapters; otherwise they are merged
+    into the weights.
+
+    opened: opens the pretrained model of that name; not called for a run.
     """
-    model = run.config.model.model_copy(update={'lora': earlier.model.lora})
-    checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
-    params, step = _restore_params(checkpoints, split(model_maker(model)))
-    if model.lora and not run.config.model.lora:
-        params = lora.merge(params, model)
-    return params, step
+    directory = Path(name).expanduser()
+    if not locate.is_run(directory):
+        parts, pretrained = split(model_maker(model)), opened()
+        params = load_params(pretrained, model, parts.base_axes, parts.shapes)
+        log.info('loaded weights from %s', pretrained.path)
+        return params
+    earlier = read_config(directory / 'config.json', OriginConfig)
+    theirs = model.model_copy(update={'lora': earlier.model.lora})
+    params, step = _restore_params(
+        Reader(earlier.checkpoint, directory / 'checkpoints'),
+        split(model_maker(theirs)),
+        lambda: _params_of(
+            earlier.init_from, theirs, lambda: locate.open_pretrained(earlier.init_from)
+        ),
+    )
+    log.info('loaded weights from %s at step %d', directory, step)
+    return lora.merge(params, theirs) if theirs.lora and not model.lora else params
 
 
 def _base_of(init_from: str) -> str:

@@ -48,8 +48,16 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
     stack.push(remove_what_is_empty)
     checkpointer = run.checkpointer()
     stack.callback(checkpointer.close)
-    checkpointer.check_room(max(map(bytes_total, wanted)))
+    checkpointer.check_room(max(_size(run, state) for state in wanted))
     return checkpointer
+
+
+def _size(run: Run, state: TrainState) -> int:
+    """The bytes of a checkpoint of this state."""
+    left_out = run.base.names if run.base else ()
+    return bytes_total(
+        {name: leaf for name, leaf in state.to_tree().items() if name not in left_out}
+    )
 
 
 def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new: bool) -> Recorder:

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
@@ -63,3 +64,6 @@ def test_two_processes_write_one_checkpoint(tmp_path):
     whole = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state, _ = reader.restore(4, {'w': jax.ShapeDtypeStruct((8, 10), np.float32, sharding=whole)})
     np.testing.assert_array_equal(state['w'], np.arange(80).reshape(8, 10))
+    (attempt,) = (path.parent for path in tmp_path.glob('4/*/manifest.json'))
+    stock = ocp.StandardCheckpointer().restore(attempt / 'state')
+    np.testing.assert_array_equal(stock['w'], np.arange(80).reshape(8, 10))

@@ -136,20 +136,22 @@ def make_stack(shape, dtype, axes):
 
 @functools.partial(jax.jit, static_argnames=('axes', 'shape', 'dtype'))
 def as_parameter(value, axes, shape, dtype):
-    """A parameter without layers or gate_up axis, from its only part."""
+    """A parameter from its only part."""
     return jnp.reshape(value.astype(dtype), shape, out_sharding=sharding.stored_weight(axes))
 
 
 @functools.partial(jax.jit, static_argnames=('axes',), donate_argnums=0)
 def put_into(stack, value, repeat, way, axes):
-    """Replaces one layer (and way) of a stacked parameter, which is donated.
+    """Replaces a part of a stacked parameter, which is donated: one layer, one way, or both.
 
     Args:
-      way: None if the stack has no gate_up axis.
+      repeat, way: None for a part with all layers, or all ways.
       axes: of the stack.
     """
-    shape = tuple(1 if name in ('layers', 'gate_up') else n for name, n in zip(axes, stack.shape))
-    starts = [{'layers': repeat, 'gate_up': way}.get(name, 0) for name in axes]
+    chosen = {'layers': repeat, 'gate_up': way}
+    chosen = {name: index for name, index in chosen.items() if index is not None}
+    shape = tuple(1 if name in chosen else n for name, n in zip(axes, stack.shape))
+    starts = [chosen.get(name, 0) for name in axes]
     value = jnp.reshape(value.astype(stack.dtype), shape, out_sharding=sharding.stored_weight(axes))
     return jax.lax.dynamic_update_slice(stack, value, starts)
 

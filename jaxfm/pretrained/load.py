@@ -6,7 +6,7 @@ tensors are prefetched while one is put into its stack on the devices.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -47,6 +47,21 @@ def load_params(
     def read(part):  # runs in a thread, which does not inherit the current mesh
         return _read(tensors, part, shapes[part.path], places[part])
 
+    return fill_params(parts, read, axes, shapes)
+
+
+def fill_params(
+    parts: Sequence,
+    read: Callable[..., jax.Array],
+    axes: Mapping[str, tuple[str, ...]],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """{path: array} of the parameters that the parts fill.
+
+    Args:
+      parts: each with `path`, `repeat` and `way`, as in `layout.Part`.
+      read: called in threads; returns a part in the parameter's orientation.
+    """
     params = {}
     for part, tensor in zip(parts, run_ahead(read, parts)):
         path = part.path
@@ -94,9 +109,9 @@ def _turn(part: Part, pair: tuple) -> tuple:
     return pair[::-1] if part.is_turned else pair
 
 
-def _put(stack: jax.Array | None, value: jax.Array, part: Part, axes, leaf) -> jax.Array:
+def _put(stack: jax.Array | None, value: jax.Array, part, axes, leaf) -> jax.Array:
     """The parameter with one more part filled in; `stack` is None before its first part."""
-    if not {'layers', 'gate_up'} & set(axes):
+    if part.repeat is None and part.way is None:
         return as_parameter(value, axes, leaf.shape, leaf.dtype)
     if stack is None:
         stack = make_stack(leaf.shape, leaf.dtype, axes)

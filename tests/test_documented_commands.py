@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 
 from jaxfm import main
@@ -32,6 +33,7 @@ from jaxfm.errors import ConfigError, MissingInputError, UsageError
 from tests import doc_examples
 from tests.conftest import ROOT
 from tests.hf_directories import write_model
+from tests.orbax_trees import FORMATS
 
 DOCS = sorted((ROOT / 'docs').rglob('*.md'))
 PAGES = [*(ROOT / f'{name}.md' for name in ('README', 'CONTRIBUTING', 'CHANGELOG')), *DOCS]
@@ -50,6 +52,7 @@ STANDS_FOR = {
     'PATH': 'model',
     'MODEL': 'model',
     'ADAPTER': 'adapter',
+    'CHECKPOINT': 'theirs',
     'DIR': 'new',
     'FILE': 'configs/quickstart.py',
     'N': '1',
@@ -188,6 +191,7 @@ def desk(tmp_path_factory) -> Iterator[Path]:
     (root / 'adapter').symlink_to(ROOT / 'tests' / 'goldens' / 'llama3_lora')
     (root / 'my.jsonl').write_text('{"messages": []}\n')
     write_model(root / 'model')
+    FORMATS['zarr'](root / 'theirs', {'w': np.ones(2)})
     with contextlib.chdir(root):
         for name, (argument, overrides) in RUNS.items():
             Path('runs', name).mkdir(parents=True)

@@ -33,14 +33,15 @@ MAP = {
     },
     'run': {
         *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
-        *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface', 'state'),
-        *('models', 'optim', 'sharding', 'checkpoint', 'report', 'metrics', 'storage'),
-        'distributed',
+        *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface'),
+        *('pretrained.orbax', 'state', 'models', 'optim', 'sharding', 'checkpoint', 'report'),
+        *('metrics', 'storage', 'distributed'),
     },
     # From the rooms that it configures, it imports only the schemas.
     'config': {
         *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
-        *('pretrained.huggingface', 'models', 'optim', 'checkpoint', 'metrics', 'storage'),
+        *('pretrained.huggingface', 'pretrained.orbax', 'models', 'optim', 'checkpoint'),
+        *('metrics', 'storage'),
     },
     'train': {'state', 'checkpoint', 'metrics', 'distributed'},
     'prefetch': {'sharding'},
@@ -58,12 +59,15 @@ MAP = {
     'chat': set(),
     # Models from outside become ours. Several processes write one export, and fail as one.
     'pretrained': {
-        *('pretrained.gguf', 'pretrained.huggingface', 'models', 'models.families', 'sharding'),
+        *('pretrained.gguf', 'pretrained.huggingface', 'pretrained.orbax', 'models'),
+        *('models.families', 'sharding'),
     },
     'pretrained.gguf': {'pretrained', 'storage'},
     'pretrained.huggingface': {
         *('pretrained', 'models', 'models.families', 'sharding', 'storage', 'distributed'),
     },
+    # Checkpoints of other JAX projects: names of our parameters, files on disk or S3.
+    'pretrained.orbax': {'pretrained', 'models', 'sharding', 'storage'},
     'state': {'sharding'},
     'models': {'models.families', 'ops', 'sharding'},
     'models.families': {'models'},
@@ -87,7 +91,9 @@ MAP = {
 # Rooms that import only the schemas and registries of others,
 SCHEMAS_ONLY = {'config'}
 # ... except to describe what `init_from` or an adapter names, read only if a config names one,
-READ_LATE = {('config', 'pretrained'), ('config', 'pretrained.huggingface')}
+READ_LATE = {
+    ('config', part) for part in ('pretrained', 'pretrained.huggingface', 'pretrained.orbax')
+}
 # ... and except to read and write files, which needs only the standard library.
 FILES = {('config', 'storage')}
 

@@ -175,6 +175,14 @@ def adapters_fit(run, prefix):
         yield Problem((path_to('export.adapters'), path_to('model.lora')), sentence)
 
 
+@reads('init_from', 'init_names', 'init_ignore')
+def names_have_a_checkpoint(run, prefix):
+    for key in ('init_names', 'init_ignore'):
+        if getattr(run, key) and not run.init_from:
+            sentence = f'{key} names arrays of a checkpoint: init_from must say where it is'
+            yield Problem(((key,), ('init_from',)), sentence)
+
+
 @reads('evals', 'sampling')
 def completions_fit(run, prefix):
     room, longest = path_to('sampling.max_length'), run.sampling.max_length
@@ -267,6 +275,7 @@ RUN_CHECKS = (
     vocabulary_fits,
     model_divides,
     adapters_fit,
+    names_have_a_checkpoint,
     completions_fit,
     export_has_its_name,
     nothing_is_packed,

@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxfm.config.file import read_json, write_whole
 from jaxfm.config.run import RunConfig
 from jaxfm.config.validation import format_value
-from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.errors import ConfigError, DataError, MissingInputError, RunError
 from jaxfm.storage.files import explain_errors
 
 # A file in the work directory: {config key: {name of the model or adapter: its values}}.
@@ -37,6 +37,23 @@ def remove_inherited(values: dict) -> dict:
     return tokenizer
 
 
+def brings_config(init_from: str, inherited: dict) -> bool:
+    """Whether the model of `init_from` decides about its architecture, rather than the config.
+
+    Args:
+        inherited: the values stored when the run began, {} for a new run.
+    """
+    known = inherited.get('init_from', {})
+    if init_from in known:
+        return bool(known[init_from])
+    from jaxfm.pretrained import locate  # as in `_describe_model`
+
+    try:
+        return not locate.is_without_config(init_from)
+    except (RunError, OSError):
+        return True  # `_describe` meets the same error and explains it
+
+
 def inherit(values: dict, inherited: dict, tokenizer: dict | None) -> None:
     """Fills in the values that the named model and adapter specify about themselves.
 
@@ -58,7 +75,17 @@ def inherit(values: dict, inherited: dict, tokenizer: dict | None) -> None:
 
 def _inherit_model(values: dict, inherited: dict, tokenizer: dict) -> None:
     """Fills in the values of the model that `init_from` names, where `values` has none."""
-    earlier = _describe('init_from', values['init_from'], inherited, values.get('checkpoint'))
+    name = values['init_from']
+    earlier = _describe('init_from', name, inherited, values.get('checkpoint'))
+    if not earlier:
+        _check_has_model(values)
+        return
+    for key in ('init_names', 'init_ignore'):
+        if values.get(key):
+            raise ConfigError(
+                f'config.{key} is for a checkpoint that another project saved with Orbax; {name} '
+                'has names of its own: leave it out'
+            )
     for group, theirs in earlier.items():
         ours = values.get(group) or {}
         if isinstance(ours, dict) and ours.get('name') in (None, theirs.get('name')):
@@ -71,6 +98,14 @@ def _inherit_model(values: dict, inherited: dict, tokenizer: dict) -> None:
         )
     if earlier['model'].get('lora'):
         _keep_adapters(values['model'], earlier['model']['lora'])
+
+
+def _check_has_model(values: dict) -> None:
+    if 'model' not in values:
+        raise ConfigError(
+            f'config.model is required: {values["init_from"]} has weights, but not the shape of '
+            'their model; use a config file that sets model and tokenizer'
+        )
 
 
 def _merge(theirs: dict, ours: dict) -> dict:
@@ -159,10 +194,17 @@ def _describe_adapter(path: str) -> dict:
 
 
 def _describe_model(init_from: str) -> dict:
-    """{group: values} of an existing model: a jaxfm run or a pretrained model."""
+    """{group: values} of an existing model: a jaxfm run or a pretrained model.
+
+    {} for a checkpoint of another project, which has weights only.
+    """
     # Imported here: it pulls in numpy and safetensors, which most configs do not need.
     from jaxfm.pretrained import locate
+    from jaxfm.pretrained.orbax.directory import find_tree
 
+    if locate.is_without_config(init_from):
+        find_tree(init_from)  # raises if there is none
+        return {}
     directory = Path(init_from).expanduser()
     if not locate.is_run(directory):
         return locate.values_of(locate.open_pretrained(init_from))

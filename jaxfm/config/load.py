@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxfm.code import find_code, search_beside, search_recorded
 from jaxfm.config.file import read_json, run_file, split_file, write_whole
-from jaxfm.config.inherit import inherit, read_inherited, remove_inherited
+from jaxfm.config.inherit import brings_config, inherit, read_inherited, remove_inherited
 from jaxfm.config.overrides import (
     Override,
     apply_override,
@@ -75,12 +75,13 @@ def load_config(
     search_beside(split_file(config_argument)[0].parent)
     values = run_file(config_argument, problems)
     named = [text.partition('=')[2] for text in overrides if text.startswith('init_from=')]
-    tokenizer = None
-    if named[-1] if named else values.get('init_from'):
+    inherited, tokenizer = read_inherited(workdir), None
+    init_from = named[-1] if named else values.get('init_from')
+    if isinstance(init_from, str) and init_from and brings_config(init_from, inherited):
         tokenizer = remove_inherited(values)
     given, refusals = _apply_overrides(values, overrides, schema)
     values = make_plain(values, (), problems)
-    inherit(values, read_inherited(workdir), tokenizer)
+    inherit(values, inherited, tokenizer)
     _record_code(values, problems)
     return _resolve(schema, values, config_argument, problems, given, refusals)
 

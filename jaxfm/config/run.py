@@ -19,6 +19,7 @@ from jaxfm.models import MODELS
 from jaxfm.objectives import OBJECTIVES, NextTokenConfig
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.pretrained import ExportConfig
+from jaxfm.pretrained.orbax import StoredName
 from jaxfm.registry import one_of
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import ConflictError, Group, Problem
@@ -93,7 +94,13 @@ class RunConfig(Group):
     # the config file describes another one; so does the tokenizer, unless the config file sets
     # tokenizer.name='file'; so do `sampling.stop_ids` and `export.dtype`, unless the config sets
     # them.
+    # Or a checkpoint that another JAX project saved with Orbax, on disk or s3://: weights alone, so
+    # the config has the model and the tokenizer.
     init_from: str = ''
+    # {our parameter: 'their/name [axes]'} for such a checkpoint; {}: it has our names. And patterns
+    # of names in it that are no parameters of the model.
+    init_names: dict[str, StoredName] = {}
+    init_ignore: list[str] = []
     model: one_of(MODELS)
     tokenizer: one_of(TOKENIZERS) = BPEConfig()
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: evaluate only
@@ -135,6 +142,8 @@ class OriginConfig(Group):
     model_config = pydantic.ConfigDict(extra='ignore')
 
     init_from: str = ''
+    init_names: dict[str, StoredName] = {}
+    init_ignore: list[str] = []
     model: one_of(MODELS)
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -1,4 +1,7 @@
-"""Finds what `init_from` names: a run of ours, a directory, a .gguf file or a hub model. No jax."""
+"""Finds what `init_from` names: a run of ours, a directory, a .gguf file or a hub model. No jax.
+
+Checkpoints of other JAX projects are recognised here and read by `pretrained.orbax`.
+"""
 
 import difflib
 import re
@@ -7,6 +10,7 @@ from pathlib import Path
 from jaxfm.errors import DataError, MissingInputError, listed
 from jaxfm.models.families.base import read_config
 from jaxfm.pretrained.huggingface import directory
+from jaxfm.pretrained.orbax.directory import is_foreign
 from jaxfm.pretrained.source import Pretrained
 
 _HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?')
@@ -20,8 +24,15 @@ def is_run(path: Path) -> bool:
     return isinstance(config.get('model'), dict) and 'model_type' not in config
 
 
+def is_without_config(name: str) -> bool:
+    """Whether `init_from` names weights only: a checkpoint that stock Orbax saved elsewhere."""
+    return not is_run(Path(name).expanduser()) and is_foreign(name)
+
+
 def open_pretrained(name: str) -> Pretrained:
-    """The model at a path, or on the hub under this id. Not for runs of ours: see `is_run`.
+    """The model at a path, or on the hub under this id.
+
+    Not for runs of ours (see `is_run`), nor for weights alone (see `is_without_config`).
 
     Raises:
         MissingInputError: nothing has this name; the message suggests the nearest that exists.
@@ -41,7 +52,9 @@ def open_pretrained(name: str) -> Pretrained:
         if ggufs:
             names = ', '.join(file.name for file in ggufs)
             raise DataError(f'{path} has several models; name one of the files: {names}')
-        raise MissingInputError(f'{path} has no model: neither config.json nor a .gguf file')
+        raise MissingInputError(
+            f'{path} has no model: neither config.json nor a .gguf file, nor an Orbax checkpoint'
+        )
     is_of_runs = path.parts[:1] == ('runs',)  # the default place of runs, not a hub organisation
     if _HUB_ID.fullmatch(name) and not path.parent.is_dir() and not is_of_runs:
         from jaxfm.pretrained.huggingface.hub import download

@@ -15,7 +15,7 @@ from jaxfm.checkpoint.base import Base
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import format_config
-from jaxfm.config.run import RunConfig, check_on_mesh
+from jaxfm.config.run import OriginConfig, RunConfig, check_on_mesh
 from jaxfm.distributed import agree
 from jaxfm.distributed.join import initialize, provide_threads
 from jaxfm.errors import ConfigError
@@ -24,13 +24,17 @@ from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
 from jaxfm.models.implementations import check_matmuls, choices
 from jaxfm.pretrained import locate
-from jaxfm.pretrained.load import check_layout
+from jaxfm.pretrained.load import check_layout, load_params
+from jaxfm.pretrained.orbax.directory import find_tree
+from jaxfm.pretrained.orbax.load import Foreign
 from jaxfm.pretrained.source import Pretrained
 from jaxfm.run.cache import cache_directory, keep_compiled_programs
 from jaxfm.run.data import RunData
 from jaxfm.run.phase import Phase, make_phases, phase_at
 from jaxfm.sampling.engine import Sampler
-from jaxfm.state import split
+from jaxfm.state import Parts, split
+
+Outside = Pretrained | Foreign
 
 
 @dataclasses.dataclass
@@ -60,12 +64,19 @@ class Run:
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # fail early
-            check_layout(self.outside, config.model, self.parts.base_axes, self.parts.shapes)
+            self._check_outside()
 
     @functools.cached_property
-    def outside(self) -> Pretrained:
+    def outside(self) -> Outside:
         """The pretrained model that `init_from` names; cached, so the model checked is loaded."""
-        return locate.open_pretrained(self.config.init_from)
+        return open_outside(self.config)
+
+    def _check_outside(self) -> None:
+        model, parts = self.config.model, self.parts
+        if isinstance(self.outside, Foreign):
+            self.outside.check(model, parts.base_axes, parts.shapes)
+        else:
+            check_layout(self.outside, model, parts.base_axes, parts.shapes)
 
     def phase_at(self, step: int) -> Phase:
         """The phase whose state a checkpoint at this step holds."""
@@ -159,6 +170,22 @@ def _check_code(config: RunConfig) -> None:
                 f'config.code: the file of {min(name for name, _ in differ)} is not the same on '
                 f'the hosts of processes 0 and {index}: copy it again'
             )
+
+
+def open_outside(config: RunConfig | OriginConfig) -> Outside:
+    """The model that `init_from` names, if that is no run of ours; its weights are not read yet."""
+    if not locate.is_without_config(config.init_from):
+        return locate.open_pretrained(config.init_from)
+    # Another run may be saving newer steps there meanwhile.
+    place = agree.from_primary(lambda: find_tree(config.init_from))
+    return Foreign(place, config.init_names, config.init_ignore)
+
+
+def load_outside(outside: Outside, model: TransformerConfig, parts: Parts) -> dict[str, jax.Array]:
+    """Its weights, {path: array}, for a model of this config. Needs a current mesh."""
+    if isinstance(outside, Foreign):
+        return outside.load(model, parts.base_axes, parts.shapes)
+    return load_params(outside, model, parts.base_axes, parts.shapes)
 
 
 def model_maker(model: TransformerConfig):

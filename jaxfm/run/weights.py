@@ -7,16 +7,14 @@ from pathlib import Path
 from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import read_config
-from jaxfm.config.run import OriginConfig
+from jaxfm.config.run import OriginConfig, RunConfig
 from jaxfm.errors import MissingInputError
 from jaxfm.evals.export import PeriodicExport
 from jaxfm.models import TransformerConfig, lora
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.huggingface.export import Exporter
-from jaxfm.pretrained.load import load_params
-from jaxfm.pretrained.source import Pretrained
-from jaxfm.run.run import Run, model_maker
+from jaxfm.run.run import Outside, Run, load_outside, model_maker, open_outside
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 from jaxfm.tokenizer.kinds import Tokenizer
 
@@ -44,7 +42,7 @@ def initial_state(run: Run) -> TrainState:
 
 def base_params(run: Run) -> dict:
     """{path: array} of the weights that `init_from` names, without adapters of this run's own."""
-    return _params_of(run.config.init_from, run.config.model, lambda: run.outside)
+    return _params_of(run.config, run.config.model, lambda: run.outside)
 
 
 def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
@@ -95,28 +93,28 @@ def _earlier_params(run: Run) -> dict:
     return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
 
 
-def _params_of(name: str, model: TransformerConfig, opened: Callable[[], Pretrained]) -> dict:
-    """The weights that an `init_from` names, for a model of this config.
+def _params_of(
+    config: RunConfig | OriginConfig, model: TransformerConfig, outside: Callable[[], Outside]
+) -> dict:
+    """The weights that the `init_from` of a config names, for a model of this config.
 
     Those of a run with adapters include these if `model` has adapters; otherwise they are merged
     into the weights.
 
-    opened: opens the pretrained model of that name; not called for a run.
+    outside: opens what `init_from` names; not called if that is a run.
     """
-    directory = Path(name).expanduser()
+    directory = Path(config.init_from).expanduser()
     if not locate.is_run(directory):
-        parts, pretrained = split(model_maker(model)), opened()
-        params = load_params(pretrained, model, parts.base_axes, parts.shapes)
-        log.info('loaded weights from %s', pretrained.path)
+        opened = outside()
+        params = load_outside(opened, model, split(model_maker(model)))
+        log.info('loaded weights from %s', opened.path)
         return params
     earlier = read_config(directory / 'config.json', OriginConfig)
     theirs = model.model_copy(update={'lora': earlier.model.lora})
     params, step = _restore_params(
         Reader(earlier.checkpoint, directory / 'checkpoints'),
         split(model_maker(theirs)),
-        lambda: _params_of(
-            earlier.init_from, theirs, lambda: locate.open_pretrained(earlier.init_from)
-        ),
+        lambda: _params_of(earlier, theirs, lambda: open_outside(earlier)),
     )
     log.info('loaded weights from %s at step %d', directory, step)
     return lora.merge(params, theirs) if theirs.lora and not model.lora else params

@@ -335,6 +335,12 @@ def put(batch: dict[str, np.ndarray], mesh, batch_size: int) -> dict[str, jax.Ar
     }
 
 
+def scalar(value: float) -> jax.Array:
+    """A float32 scalar on every device of the mesh that is set."""
+    place = NamedSharding(jax.sharding.get_mesh(), P())
+    return jax.make_array_from_callback((), place, lambda _: np.float32(value))
+
+
 def distribute(arrays, mesh):
     """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch."""
 

@@ -6,6 +6,7 @@ path of the parameter ('trunk/0/0/attention/q'). Only `trainable` has gradients 
 
 import dataclasses
 import fnmatch
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxfm import sharding
 from jaxfm.errors import ConfigError
+from jaxfm.optim.rules import is_vector
 
 
 @jax.tree_util.register_dataclass
@@ -239,11 +241,12 @@ def check_replication(state: TrainState, parts: Parts, mesh) -> None:
 def make_train_step(
     parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
 ):
-    """The jitted step: (state, batch) -> (state, metrics). It donates the state.
+    """The jitted step: (state, batch, limit=None) -> (state, metrics). It donates the state.
 
     The loss is the sum over the objective's terms of coefficient * sum / weight. The weights are
     those of the whole batch, so `accumulate` microbatches give the same gradient as one batch. If
-    the loss or the gradient is not finite, the step is skipped: only `step` and `counters` advance.
+    the loss or the gradient is not finite, or the loss is above `limit`, the step is skipped: only
+    `step` and `counters` advance.
 
     Args:
       objective: gives the sums and weights of the terms (`jaxfm.objectives`).
@@ -265,8 +268,10 @@ def make_train_step(
         (loss, extras), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
         return grads, loss, *extras
 
+    groups = _groups(parts)
+
     @jax.jit(donate_argnums=0)
-    def train_step(state: TrainState, batch):
+    def train_step(state: TrainState, batch, limit=None):
         weights = objective.weights(batch)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if accumulate == 1:
@@ -281,24 +286,30 @@ def make_train_step(
             )
         grads, loss, terms, sums, increments = totals
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if limit is not None:
+            applied &= loss <= limit
         if clip_norm:
             shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
         learning_rate = optimizer.schedule(state.counters['updates'])
-        new = _apply(state, grads, increments, optimizer, learning_rate)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        new, updates = _apply(state, grads, increments, optimizer, learning_rate)
+        new = jax.tree.map(lambda new, old: jnp.where(applied, new, old), new, state)
         tokens = jnp.sum(batch['loss_mask'])
         state = dataclasses.replace(
             new,
             step=state.step + 1,
             counters={
-                'updates': state.counters['updates'] + finite,
-                'skipped': state.counters['skipped'] + ~finite,
+                'updates': state.counters['updates'] + applied,
+                'skipped': state.counters['skipped'] + ~applied,
             },
         )
         metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
         metrics |= {name: total / _nonzero(weight) for name, (total, weight) in sums.items()}
+        for group, paths in groups.items():
+            moved = learning_rate * _norm(updates, paths)
+            metrics[f'update_norm/{group}'] = jnp.where(applied, moved, 0.0)
+            metrics[f'param_norm/{group}'] = _norm(new.trainable, paths)
         if len(terms) > 1:
             metrics |= {f'{name}_term': value for name, value in terms.items()}
         return state, metrics | {
@@ -307,6 +318,25 @@ def make_train_step(
         }
 
     return train_step
+
+
+def _groups(parts: Parts) -> dict[str, list[str]]:
+    """{group: paths of its trainable parameters}, for the norms in the metrics.
+
+    A group is a module of the model, such as attention, over all blocks. Norm scales and biases
+    are a group of their own: they would hide among matrices.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in sorted(parts.trainable):
+        names = re.sub(r'^.*/\d+/', '', path).split('/')  # trunk/0/1/attention/q -> attention
+        group = 'vectors' if is_vector(parts.axes[path]) else names[0]
+        groups.setdefault(group, []).append(path)
+    return groups
+
+
+def _norm(tree: dict[str, jax.Array], paths: list[str]):
+    """The norm of these arrays together, in float32."""
+    return optax.tree.norm([tree[path].astype(jnp.float32) for path in paths])
 
 
 def _nonzero(weight):
@@ -337,7 +367,8 @@ def _accumulate(gradients, batch, count: int):
     return totals
 
 
-def _apply(state: TrainState, grads, increments, optimizer, learning_rate) -> TrainState:
+def _apply(state: TrainState, grads, increments, optimizer, learning_rate):
+    """-> (the state with the update applied, the update before the learning rate)."""
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.trainable)
     trainable = jax.tree.map(
         lambda param, update: (param - learning_rate * update).astype(param.dtype),
@@ -345,4 +376,5 @@ def _apply(state: TrainState, grads, increments, optimizer, learning_rate) -> Tr
         updates,
     )
     buffers = {path: state.buffers[path] + increments.get(path, 0) for path in state.buffers}
-    return dataclasses.replace(state, trainable=trainable, opt_state=opt_state, buffers=buffers)
+    new = dataclasses.replace(state, trainable=trainable, opt_state=opt_state, buffers=buffers)
+    return new, updates

@@ -7,14 +7,17 @@ So a run that resumes at step k continues exactly as the uninterrupted run did, 
 step k again. Each phase ends like a run, evaluated and saved, so the next phase starts from a state
 that is in storage.
 
-A step whose loss or gradient is not finite applies no update. While the last step was such a step,
-nothing is saved, because the weights may be ruined: a checkpoint that is due waits for the next
-update.
+A step whose loss or gradient is not finite applies no update, and nor does one whose loss is a
+spike if the policy for spikes is `skip`. While the last step was such a step, nothing is saved,
+because the weights may be ruined: a checkpoint that is due waits for the next update. Only where
+the loop ends are spikes no reason not to save. If the policy is `rewind`, a spike ends the loop
+with `Rewind` before anything of it is saved.
 """
 
 import contextlib
 import dataclasses
 import logging
+import math
 from typing import Any, Protocol
 
 import jax
@@ -24,6 +27,7 @@ from jaxfm.distributed.preemption import Preemption
 from jaxfm.errors import NumericsError, Preempted, RunError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import Recorder
+from jaxfm.optim.spikes import Rewind, Spike, Spikes
 from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
@@ -62,8 +66,9 @@ class Loop:
     """Everything the loop needs for one phase."""
 
     last: int  # the step of the run at which the phase ends
-    train_step: Any  # jitted (state, batch) -> (state, metrics); donates the state
+    train_step: Any  # jitted (state, batch, limit) -> (state, metrics); donates the state
     source: Source
+    spikes: Spikes
     evaluators: dict[str, Evaluator]
     checkpointer: Checkpointer
     recorder: Recorder
@@ -82,7 +87,9 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
     Raises:
       Preempted: a signal asked the run to stop; the state has been saved, unless the last step was
         skipped.
-      NumericsError: no update has been applied for PATIENCE steps, or at the end of the phase.
+      NumericsError: no update has been applied for PATIENCE steps, or at the end of the phase; or
+        the loss has spiked after as many rewinds as are allowed.
+      Rewind: the loss has spiked, and the caller must go back to before that.
       StorageError, LockedError: the run can no longer be saved.
     """
     first, metrics = step, None
@@ -95,7 +102,8 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         leaving = stopping or step >= loop.last
         if not done and (leaving or due or loop.checkpointer.is_due(step)):
             due = due or step
-            if updates.see(step, metrics):
+            see(loop, updates, step, metrics)
+            if updates.is_applied or (leaving and updates.is_finite):
                 save(loop, state, step, due, must=leaving)
                 due = None
             elif leaving:
@@ -111,19 +119,20 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         with jax.transfer_guard('disallow'):
             with loop.clock.aside('data_wait'):
                 batch = loop.source.next(state.params, step)
+            limit = loop.spikes.begin(step + 1, loop.source.get_state())
             before = metrics
             with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
-                state, metrics = loop.train_step(state, batch)
+                state, metrics = loop.train_step(state, batch, limit)
         if step == first:
             log.info('compiled the step in %.1f s', loop.clock.seconds['compile'])
         step, done = step + 1, False
         loop.clock.step(loop.tokens_per_step)
         # Keep at most two steps in flight: more can abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
-        updates.see(step - 1, before)
+        see(loop, updates, step - 1, before)
         if step % loop.log_every == 0 or step in (1, loop.last):
+            see(loop, updates, step, metrics)
             record(loop, metrics, step)
-            updates.see(step, metrics)
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
@@ -143,22 +152,23 @@ class Updates:
       first: the step at which this process began.
       step: the last step that was seen.
       last: the step after the last applied update, at least `first`.
+      is_finite: whether loss and gradient have been finite in every step since `last`.
     """
 
     def __init__(self, step: int, skipped: int):
         self.first = self.last = self.step = step
-        self._skipped = skipped
+        self._skipped, self.is_finite = skipped, True
 
-    def see(self, step: int, metrics: dict[str, jax.Array] | None) -> bool:
-        """Waits for a step's metrics; returns whether that step applied an update.
+    def add(self, step: int, skipped: int, is_finite: bool) -> None:
+        """Notes the next step. skipped: how many steps of the phase were skipped so far."""
+        if skipped == self._skipped:
+            self.last, self.is_finite = step, True
+        self.step, self._skipped = step, skipped
+        self.is_finite &= is_finite
 
-        Steps must be seen in order; seeing one twice is harmless. metrics: None at `first`.
-        """
-        if step > self.step:
-            skipped = int(metrics['skipped_steps'])
-            if skipped == self._skipped:
-                self.last = step
-            self.step, self._skipped = step, skipped
+    @property
+    def is_applied(self) -> bool:
+        """Whether the last step applied an update."""
         return self.last == self.step
 
     @property
@@ -168,6 +178,40 @@ class Updates:
 
     def __str__(self) -> str:
         return f'no update could be applied from step {self.last} to {self.step}'
+
+
+def see(loop: Loop, updates: Updates, step: int, metrics: dict[str, jax.Array] | None) -> None:
+    """Waits for a step, and judges its loss.
+
+    Steps must be seen in order; seeing one twice is harmless. metrics: None before the first step.
+
+    Raises:
+      Rewind: its loss is a spike, and the policy is to go back.
+    """
+    if step <= updates.step:
+        return
+    names = ('loss', 'grad_norm', 'skipped_steps')
+    loss, norm, skipped = (metrics[name].item() for name in names)
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    updates.add(step, skipped, is_finite)
+    if spike := loop.spikes.judge(step, loss, is_finite, updates.is_applied):
+        loop.recorder.write(step, 'event', spike.values(loop.spikes.config.policy))
+        if loop.spikes.config.policy == 'rewind':
+            raise _go_back(loop, spike)
+
+
+def _go_back(loop: Loop, spike: Spike) -> Rewind | NumericsError:
+    """The error for a spike from which the run must go back, if it may do so once more."""
+    loop.checkpointer.wait()
+    _record_saves(loop, spike.step)
+    if loop.spikes.rewinds < loop.spikes.config.max_rewinds:
+        return Rewind(spike)
+    return NumericsError(
+        f'the loss of step {spike.step}, {spike.loss:.4g}, is a spike, and this phase has gone back '
+        f'{loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the learning '
+        'rate with --allow_change=optimizer, or go further back with --resume_step; '
+        f'run it again to {_name_next_start(loop)}'
+    )
 
 
 def _stop_unsaved(loop: Loop, updates: Updates) -> Preempted:
@@ -188,6 +232,9 @@ def _give_up(loop: Loop, updates: Updates) -> NumericsError:
     all, because then the next one would not either.
     """
     told = ''
+    reason = 'the loss or the gradient was not finite'
+    if updates.is_finite:
+        reason = 'the loss was above the limit for spikes'
     try:
         loop.checkpointer.wait()
         is_ruined = updates.missing >= PATIENCE or updates.last == updates.first
@@ -198,7 +245,7 @@ def _give_up(loop: Loop, updates: Updates) -> NumericsError:
         told = f'; checkpoints from step {updates.last} on could not be set aside: {error}'
     _record_saves(loop, updates.step)
     return NumericsError(
-        f'{updates}, because the loss or the gradient was not finite{told}; '
+        f'{updates}, because {reason}{told}; '
         f'run it again to {_name_next_start(loop)}'
     )
 
@@ -224,6 +271,7 @@ def save(loop: Loop, state: TrainState, step: int, due: int, must: bool) -> None
             'clock': loop.clock.get_state(),
             'metrics_position': loop.recorder.jsonl.position(),
             'phase': loop.recorder.phase,
+            'spikes': loop.spikes.get_state(),
         }
         loop.checkpointer.save(step, state.to_tree(), extra, must, due)
     _record_saves(loop, step)
@@ -235,6 +283,7 @@ def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> None:
     The two records of a step are one line on the console.
     """
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+    values['spikes'] = loop.spikes.count
     progress = {f'data/{name}': value for name, value in loop.source.progress().items()}
     loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})

@@ -29,7 +29,7 @@ MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
         *('run', 'config', 'train', 'prefetch', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
-        *('state', 'models', 'metrics', 'storage', 'distributed'),
+        *('state', 'models', 'optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
         *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
@@ -43,7 +43,8 @@ MAP = {
         *('pretrained.huggingface', 'pretrained.orbax', 'models', 'optim', 'checkpoint'),
         *('metrics', 'storage'),
     },
-    'train': {'state', 'checkpoint', 'metrics', 'distributed'},
+    # A spike decides whether an update is applied.
+    'train': {'state', 'checkpoint', 'optim', 'metrics', 'distributed'},
     'prefetch': {'sharding'},
     'plan': {'models', 'optim', 'sharding'},
     'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
@@ -68,7 +69,8 @@ MAP = {
     },
     # Checkpoints of other JAX projects: names of our parameters, files on disk or S3.
     'pretrained.orbax': {'pretrained', 'models', 'sharding', 'storage'},
-    'state': {'sharding'},
+    # Norm scales and biases are a group of parameters for the optimizers and for the metrics.
+    'state': {'optim', 'sharding'},
     'models': {'models.families', 'ops', 'sharding'},
     'models.families': {'models'},
     'optim': {'sharding'},

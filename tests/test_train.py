@@ -28,8 +28,9 @@ from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
-from jaxfm.optim import AdamWConfig
+from jaxfm.optim import AdamWConfig, SpikesConfig
 from jaxfm.optim.adamw import AdamW
+from jaxfm.optim.spikes import Spikes
 from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.storage.posix import PosixStorage
@@ -233,6 +234,7 @@ def run(
     stop_at=None,
     before=lambda step: None,
     clock=None,
+    policy=types.MappingProxyType({}),
     **options,
 ):
     """The loop in `directory` as `jaxfm.modes.train` builds it, resumed if there is a checkpoint.
@@ -243,17 +245,19 @@ def run(
     source = make_source(kit)
     checkpointer = NotingCheckpointer(directory / 'checkpoints', events)
     recorder = Recorder(JsonlWriter(directory / 'metrics.jsonl'))
+    spikes = Spikes(SpikesConfig(**policy))
     clock = clock or StepClock(steps)
 
-    def step_with_a_note(state, batch):
+    def step_with_a_note(state, batch, limit):
         events.append(('step',))
-        return kit.step(state, batch)
+        return kit.step(state, batch, limit)
 
     loop = Loop(
         **dict(
             last=steps,
             train_step=step_with_a_note,
             source=Noting(source, events, before),
+            spikes=spikes,
             evaluators={'probe': Probe(2, events)},
             checkpointer=checkpointer,
             recorder=recorder,
@@ -273,6 +277,7 @@ def run(
             state = kit.wanted.with_tree(tree)
             source.set_state(extra['source'])
             clock.set_state(extra['clock'])
+            spikes.set_state(extra['spikes'])
             recorder.jsonl.truncate(extra['metrics_position'])
         with clock.training():
             state = train(loop, state, step or 0, done=step is not None)
@@ -587,7 +592,7 @@ def test_an_implicit_transfer_in_a_step_raises(make_source, kit, tmp_path):
 
 
 @jax.jit
-def small_step(state, batch):
+def small_step(state, batch, limit):
     return state, {'loss': jnp.sum(batch['loss_mask'])}
 
 
@@ -607,17 +612,17 @@ class Pending:
         self.block_until_ready()
         return np.zeros(())
 
-    def __int__(self):
-        return int(self.__array__())
+    def item(self):
+        return self.__array__().item()
 
 
 def test_at_most_two_steps_are_in_flight(kit, tmp_path):
     flying, most = [], []
 
-    def fake_step(state, batch):
+    def fake_step(state, batch, limit):
         metric = Pending(flying)
         most.append(len(flying))
-        return state, {'skipped_steps': metric}
+        return state, dict.fromkeys(('loss', 'grad_norm', 'skipped_steps'), metric)
 
     run(kit, tmp_path, prefetched, train_step=fake_step, log_every=100, evaluators={})
     # The first step is logged and the fourth is saved, which waits for them.
@@ -625,8 +630,9 @@ def test_at_most_two_steps_are_in_flight(kit, tmp_path):
 
 
 def test_a_logged_loss_that_is_not_a_number_does_not_stop_the_run(kit, tmp_path):
-    def fake_step(state, batch):
-        return state, {'loss': np.float32(np.nan), 'skipped_steps': np.int32(0)}
+    def fake_step(state, batch, limit):
+        nan = np.float32(np.nan)
+        return state, {'loss': nan, 'grad_norm': nan, 'skipped_steps': np.int32(0)}
 
     run(kit, tmp_path, prefetched, train_step=fake_step, steps=2, evaluators={})
     losses = [record['train/loss'] for record in metrics(tmp_path)]

@@ -156,6 +156,16 @@ class StepClock:
         self._restored_seconds = sum(state['seconds'].values())
         self._window_started = self.seconds['step'] + self.seconds['data_wait']
 
+    def go_back(self, state: dict[str, Any] | None) -> None:
+        """Returns to the state of a checkpoint, or to the beginning; the time since is `wasted`."""
+        state = state or {'tokens': 0, 'seconds': {}}
+        elapsed = self.elapsed
+        self.seconds = Counter(state['seconds'])
+        self.seconds['wasted'] += elapsed - sum(state['seconds'].values())
+        self._tokens = state['tokens']
+        self._steps = self._window_tokens = self._window_steps = 0
+        self._window_started = self.seconds['step'] + self.seconds['data_wait']
+
     def waste(self, elapsed: float) -> float:
         """Charges the time that an earlier process lost after its checkpoint to `wasted`.
 

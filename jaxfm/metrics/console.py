@@ -91,7 +91,8 @@ class Console:
     def write(self, record: Mapping[str, Any]) -> None:
         """Shows a train or eval record as a line; on a terminal, training moves the bar instead.
 
-        A perf record is merged into the train record of the same step; events are not shown.
+        A perf record is merged into the train record of the same step. Of the events, only spikes
+        are shown, when they happen.
         """
         if record['kind'] == 'perf':
             self._perf = record
@@ -102,6 +103,8 @@ class Console:
             log.info('%s', line, extra=_ALREADY_SHOWN if self._live else None)
             if self._live:
                 self._advance(record)
+        elif 'spike/loss' in record and 'spike/step' not in record:
+            log.warning('%s', _describe_spike(record))
         elif record['kind'] == 'eval':
             log.info('%s', format_record(record, self._total_steps))
 
@@ -168,7 +171,8 @@ def format_seconds(seconds: float) -> str:
 
 _HEAD = ('step', 'phase', 'time', 'kind')
 _SHOWN_PERF = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
-_IF_ANY = ('train/skipped_steps',)
+_IF_ANY = ('train/skipped_steps', 'train/spikes')
+_NORMS = ('train/update_norm/', 'train/param_norm/')  # only in metrics.jsonl and the report
 _ON_BAR = ('train/loss', *_SHOWN_PERF)
 # Metrics with a shorter name in the line; all others only lose the prefix `train/` or `eval/`.
 _SHORT = {
@@ -181,11 +185,24 @@ _SHORT = {
 
 def _values(record: Mapping[str, Any]) -> str:
     hidden = {f'{name}{end}' for name in record for end in ('_low', '_high')}
+    hidden |= {name for name in record if name.startswith(_NORMS)}
     hidden |= {*_HEAD, 'train/target_tokens', *(name for name in _IF_ANY if not record.get(name))}
     # The loss comes first, also on a screen too narrow for the rest.
     names = sorted((name for name in record if name not in hidden), key='train/loss'.__ne__)
     named = [(name, record[name]) for name in names]
     return '  '.join(f'{_short(k)} {_value(k, v)}{_interval(k, record)}' for k, v in named)
+
+
+def _describe_spike(record: Mapping[str, Any]) -> str:
+    done = {
+        'warn': 'its update was applied',
+        'skip': 'its update was skipped',
+        'rewind': 'the run goes back',
+    }
+    return (
+        f'the loss of step {record["step"]}, {record["spike/loss"]:.4g}, is a spike, above '
+        f'{record["spike/limit"]:.4g}: {done[record["spike/policy"]]}'
+    )
 
 
 def _interval(name: str, record: Mapping[str, Any]) -> str:

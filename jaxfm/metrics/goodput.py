@@ -20,7 +20,7 @@ BUCKETS = (
     'eval',
     'checkpoint_save',  # only while it blocks the loop
     'checkpoint_restore',
-    'wasted',  # time of a process that died, after its last checkpoint
+    'wasted',  # after a checkpoint at which the run resumed, or to which it went back
     'other',  # after the loop, such as the final samples
 )
 PREFIX = 'goodput/'  # of metric names in records

@@ -20,6 +20,7 @@ from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.writers import Recorder
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.modes.generation import requests_for, write_samples
+from jaxfm.optim.spikes import Rewind, Spike
 from jaxfm.plan.tables import parameter_rows, summary, tables
 from jaxfm.prefetch import Prefetch
 from jaxfm.run import restart, workdir
@@ -62,11 +63,10 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         prompts, requests = _last_samples(config, data.tokenizer)
         for request in requests:
             sampler.check(request)
-        restored = restart.restore(
-            run, checkpointer, wanted, sources, clock, flags.allow_change, flags.resume_step
-        )
+        spikes = [phase.spikes() for phase in run.phases]
+        parts = (run, checkpointer, wanted, sources, spikes, clock)
+        restored = restart.restore(*parts, flags.allow_change, flags.resume_step)
         state, step, position = restored or (initial_state(run), None, 0)
-        current = run.phases.index(run.phase_at(step or 0))
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
         if flags.resume_step is not None:
@@ -86,6 +86,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
                 last=phase.last,
                 train_step=phase.train_step(),
                 source=source,
+                spikes=judge,
                 evaluators=evaluators,
                 checkpointer=checkpointer,
                 recorder=recorder,
@@ -94,9 +95,16 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
                 preemption=preemption,
                 tokens_per_step=phase.tokens_per_step,
             )
-            for phase, source in zip(run.phases, sources)
+            for phase, source, judge in zip(run.phases, sources, spikes)
         ]
-        state = _run_phases(run, data, loops, current, state, step)
+        while True:
+            try:
+                state = _run_phases(run, data, loops, state, step)
+                break
+            except Rewind as error:
+                spike = error.spike
+            # Here the loop has let go of its state: there may be no room for two.
+            state, step = _go_back(spike, recorder, *parts)
         if preemption.should_stop(config.total_steps):
             raise Preempted(
                 f'stopped by a signal after the last step ({config.total_steps}), which is saved; '
@@ -115,18 +123,29 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
     return 0
 
 
+def _go_back(
+    spike: Spike, recorder: Recorder, run: Run, *parts
+) -> tuple[TrainState, int | None]:
+    """Goes back to before a spike -> (the state, its step), as `_run_phases` takes them."""
+    restored = restart.rewind(run, *parts, spike)
+    state, step, position = restored or (initial_state(run), None, 0)
+    if run.primary:
+        workdir.undo_records(recorder, position, step or 0, spike)
+    return state, step
+
+
 def _run_phases(
     run: Run,
     data: RunData,
     loops: list[Loop],
-    current: int,
     state: TrainState,
     step: int | None,
 ) -> TrainState:
-    """Trains the phases from index `current` on; returns the last state.
+    """Trains the phases from a step on; returns the last state.
 
     step: the step of the run to resume at; None for a new run.
     """
+    current = run.phases.index(run.phase_at(step or 0))
     for index in range(current, len(run.phases)):
         phase, loop = run.phases[index], loops[index]
         is_resumed = index == current and step is not None

@@ -11,8 +11,23 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class SpikesConfig(Group):
+    """What to do when the loss of a step is a spike: above mean + sigmas * sigma of those before.
+
+    Each phase begins a new window; the first steps of a phase are not judged.
+    """
+
+    # off: losses are not judged. warn: a line and an event. skip: the step applies no update.
+    # rewind: the run goes back to the newest checkpoint before the spike and continues with the
+    # data after it.
+    policy: Literal['off', 'warn', 'skip', 'rewind'] = 'warn'
+    sigmas: float = Field(6.0, gt=0)
+    window: int = Field(128, ge=2)  # the last applied steps, from which mean and sigma are computed
+    max_rewinds: int = Field(5, ge=0)  # per phase; at the next spike the run ends with 70
+
+
 class OptimizerConfig(Group):
-    """The fields that every optimizer has: schedule, weight decay, clipping, frozen parameters."""
+    """The fields that every optimizer has: schedule, decay, clipping, spikes, frozen parameters."""
 
     learning_rate: float = Field(gt=0)  # at the end of warm-up
     warmup_steps: int = Field(0, ge=0)  # linear, from learning_rate / warmup_steps
@@ -24,6 +39,7 @@ class OptimizerConfig(Group):
     b2: Decay = 0.95
     eps: float = Field(1e-8, gt=0)
     clip_norm: float = Field(1.0, ge=0)  # clip the global gradient norm; 0: no clipping
+    spikes: SpikesConfig = SpikesConfig()
     accumulate: int = Field(1, ge=1)  # microbatches per step (gradient accumulation)
     frozen: list[str] = []  # glob patterns for the paths of parameters that are not trained
     moment_dtype: Literal['float32', 'bfloat16'] = 'float32'  # of first moments

@@ -16,6 +16,7 @@ from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.objectives import OBJECTIVES
 from jaxfm.optim import OPTIMIZERS
+from jaxfm.optim.spikes import Spikes
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
 from jaxfm.state import (
     TrainState,
@@ -88,6 +89,10 @@ class Phase:
             accumulate=optimizer.accumulate,
             clip_norm=optimizer.clip_norm,
         )
+
+    def spikes(self) -> Spikes:
+        """Judges the losses of this phase."""
+        return Spikes(self.config.optimizer.spikes)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and shardings of a batch, for lowering."""

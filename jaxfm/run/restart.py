@@ -16,6 +16,7 @@ from jaxfm.distributed import agree
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import read_records
+from jaxfm.optim.spikes import Spike, Spikes
 from jaxfm.prefetch import Prefetch
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run
@@ -63,17 +64,18 @@ def restore(
     checkpointer: Checkpointer,
     wanted: list[TrainState],
     sources: list[Prefetch],
+    spikes: list[Spikes],
     clock: StepClock,
     allowed: list[str],
     at: int | None = None,
 ) -> tuple[TrainState, int, int] | None:
     """Restores the newest complete checkpoint: (state, step, length of its metrics) or None.
 
-    Also resets the clock and the source of its phase to the checkpoint.
+    Also resets the clock, and the source and the spikes of its phase, to the checkpoint.
 
     Args:
       wanted: the shapes and shardings of each phase's state.
-      sources: the source of each phase.
+      sources, spikes: those of each phase.
       allowed: groups of the config that the user allowed to change.
       at: the step to restore instead of the newest.
     """
@@ -83,10 +85,45 @@ def restore(
         index = run.phases.index(run.phase_at(step))
         state, extra = _restore(run, checkpointer, step, run.phases[index], wanted[index], clock)
         _set_position(sources[index], extra['source'], may_change)
+        spikes[index].set_state(extra.get('spikes'))
         clock.set_state(extra['clock'])
         return state, step, extra['metrics_position']
 
     return checkpointer.newest_whole(restore_step, at)
+
+
+def rewind(
+    run: Run,
+    checkpointer: Checkpointer,
+    wanted: list[TrainState],
+    sources: list[Prefetch],
+    spikes: list[Spikes],
+    clock: StepClock,
+    spike: Spike,
+) -> tuple[TrainState, int, int] | None:
+    """Restores the newest checkpoint before a spike, as `restore` does, but the data goes on.
+
+    None if nothing has been saved: the run must begin anew, with the data after the spike. There is
+    no checkpoint after the spike, because the loop judges a step before it saves it. Nothing is
+    written: a run that is killed before its next checkpoint comes to the same spike again.
+    """
+    current = run.phases.index(run.phase_at(spike.step))
+
+    def restore_step(step: int):
+        index = run.phases.index(run.phase_at(step))
+        state, extra = _restore(checkpointer, step, run.phases[index], wanted[index], clock)
+        if index != current:  # the phase before, which has ended
+            sources[index].set_state(extra['source'])
+            spikes[index].set_state(extra.get('spikes'))
+        losses = extra.get('spikes') if index == current else None
+        return (state, step, extra['metrics_position']), losses, extra['clock']
+
+    found = checkpointer.newest_whole(restore_step)
+    restored, losses, seconds = found or (None, None, None)
+    spikes[current].go_back(losses)
+    clock.go_back(seconds)
+    sources[current].set_state(spike.position)
+    return restored
 
 
 def _check_never_saved(run: Run, root: str) -> None:

@@ -13,6 +13,7 @@ from jaxfm.metrics import SINKS, goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.writers import JsonlWriter, Recorder, Sink
+from jaxfm.optim.spikes import Spike
 from jaxfm.plan.memory import bytes_total
 from jaxfm.report.page import write_report
 from jaxfm.run.run import Run
@@ -102,6 +103,26 @@ def go_back(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
     steps = checkpointer.set_aside(step + 1)
     there = ', '.join(map(str, steps)) or '(none)'
     log.warning('back at step %d; checkpoints set aside: %s', step, there)
+
+
+def undo_records(recorder: Recorder, position: int, step: int, spike: Spike) -> None:
+    """Truncates the metrics to those up to the checkpoint before a spike, and records the rewind.
+
+    What is cut off stays in a file of its own, because it shows how the loss came to spike.
+    """
+    jsonl = recorder.jsonl
+    end = jsonl.end_of(step, position)
+    copy = jsonl.path.with_name(f'metrics.before_spike_{spike.step}.jsonl')
+    with explain_write(copy), whole.write_file(copy) as file:
+        file.write(jsonl.path.read_bytes()[end:])
+    jsonl.truncate(end)
+    recorder.write(step, 'event', spike.values('rewind') | {'spike/step': spike.step})
+    log.warning(
+        'back at step %d; the data goes on after the spike of step %d; %s has the metrics so far',
+        step,
+        spike.step,
+        copy,
+    )
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:

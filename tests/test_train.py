@@ -30,7 +30,7 @@ from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import logits
 from jaxfm.optim import AdamWConfig, SpikesConfig
 from jaxfm.optim.adamw import AdamW
-from jaxfm.optim.spikes import Spikes
+from jaxfm.optim.spikes import Rewind, Spikes
 from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.storage.posix import PosixStorage
@@ -90,6 +90,7 @@ def kit():
             wanted=abstract_state(make_model, parts, rule, 0),
             step=make_train_step(parts, NextToken(NextTokenConfig()), rule),
             sample=sample,
+            no_limit=sharding.scalar(np.inf),
         )
 
 
@@ -250,7 +251,8 @@ def run(
 
     def step_with_a_note(state, batch, limit):
         events.append(('step',))
-        return kit.step(state, batch, limit)
+        # Always with a limit: without one it would be another program to compile.
+        return kit.step(state, batch, kit.no_limit if limit is None else limit)
 
     loop = Loop(
         **dict(
@@ -564,6 +566,128 @@ def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, mo
         'finite; checkpoints from step 8 on could not be set aside: no answer; run it again to '
         'resume at the newest checkpoint'
     )
+    assert steps_in(tmp_path) == [4, 8]
+
+
+# Losses that spike
+
+
+def odd(*numbers):
+    """A source whose batches of these numbers have targets that no other batch has."""
+
+    class Odd(Dataset):
+        def next(self, params, step):
+            batch = super().next(params, step)
+            is_odd = self.number - 1 in numbers
+            batch['targets'] = np.where(is_odd, V - 1, batch['targets'] // 2).astype(np.int32)
+            return batch
+
+    return lambda kit: Prefetch(Odd(kit), kit.mesh, ROWS)
+
+
+STRICT = dict(window=6, sigmas=4)  # judges from step 8 on
+
+
+def events_in(directory, prefix='spike/'):
+    return [
+        (record['step'], {k: v for k, v in record.items() if k.startswith(prefix)})
+        for record in read_records(directory / 'metrics.jsonl')
+        if record['kind'] == 'event' and any(name.startswith(prefix) for name in record)
+    ]
+
+
+def test_a_spike_is_told_and_changes_nothing_else(kit, tmp_path):
+    found = {}
+    for policy in ('off', 'warn'):
+        directory = tmp_path / policy
+        found[policy], _ = run(
+            kit, directory, odd(10), steps=14, policy=STRICT | {'policy': policy}
+        )
+    assert_same_state(found['off'], found['warn'])
+    assert events_in(tmp_path / 'off') == []
+    [(step, values)] = events_in(tmp_path / 'warn')
+    assert step == 11 and values['spike/policy'] == 'warn'
+    assert values['spike/loss'] > values['spike/limit']
+    counts = {r['step']: r['train/spikes'] for r in metrics(tmp_path / 'warn') if 'train/spikes' in r}
+    assert counts == {1: 0, 3: 0, 6: 0, 9: 0, 12: 1, 14: 1}
+
+
+@pytest.fixture(scope='module')
+def skipping(kit, tmp_path_factory):
+    """An uninterrupted run that skips the spikes of steps 11, 12 and 18: (directory, state)."""
+    directory = tmp_path_factory.mktemp('skipping')
+    state, events = run(
+        kit, directory, odd(10, 11, 17), steps=20, policy=STRICT | {'policy': 'skip'}
+    )
+    return directory, state, events
+
+
+def test_a_spike_that_is_skipped_leaves_the_weights_and_delays_a_save(skipping, kit):
+    directory, state, events = skipping
+    assert [step for step, _ in events_in(directory)] == [11, 12, 18]
+    assert int(state.counters['skipped']) == 3 and int(state.counters['updates']) == 17
+    assert [step for kind, *step in events if kind == 'save'] == [[4], [8], [13], [16], [20]]
+    sums = {r['step']: r['eval/probe/sum'] for r in metrics(directory) if 'eval/probe/sum' in r}
+    assert sums[10] == sums[12] != sums[14]
+    updates = {r['step']: r['train/skipped_steps'] for r in metrics(directory) if 'train/loss' in r}
+    assert updates == {1: 0, 3: 0, 6: 0, 9: 0, 12: 2, 15: 2, 18: 3, 20: 3}
+
+
+@pytest.mark.parametrize('stop', [10, 11, 12, 17])
+def test_a_run_that_skips_spikes_resumes_as_if_never_stopped(stop, skipping, kit, tmp_path):
+    """Before, at and between the spikes: a loss is judged by the same losses."""
+    directory, wanted, _ = skipping
+    options = dict(steps=20, policy=STRICT | {'policy': 'skip'})
+    with pytest.raises(Preempted, match=f'saved at step {stop}'):
+        run(kit, tmp_path, odd(10, 11, 17), stop_at=stop, **options)
+    state, _ = run(kit, tmp_path, odd(10, 11, 17), **options)
+    assert_same_state(state, wanted)
+    assert metrics(tmp_path) == metrics(directory)
+    assert events_in(tmp_path) == events_in(directory)
+
+
+def test_the_limit_of_a_step_does_not_depend_on_when_the_host_looks(skipping, kit, tmp_path):
+    directory, wanted, _ = skipping
+    options = dict(steps=20, policy=STRICT | {'policy': 'skip'}, log_every=1)
+    state, _ = run(kit, tmp_path, odd(10, 11, 17), **options)
+    assert_same_state(state, wanted)
+    assert events_in(tmp_path) == events_in(directory)
+
+
+def test_a_phase_may_end_with_a_spike_that_is_skipped(kit, tmp_path):
+    """Its loss was finite, and the weights are those of the update before it."""
+    state, events = run(kit, tmp_path, odd(10), steps=11, policy=STRICT | {'policy': 'skip'})
+    assert int(state.counters['skipped']) == 1
+    assert events[-1] == ('save', 11)
+
+
+def test_losses_that_stay_high_end_a_run_that_skips_them(kit, tmp_path):
+    bad = odd(*range(12, 60))
+    with pytest.raises(NumericsError) as raised:
+        run(kit, tmp_path, bad, steps=60, evaluators={}, policy=STRICT | {'policy': 'skip'})
+    assert str(raised.value) == (
+        'no update could be applied from step 12 to 32, because the loss was above the limit for '
+        'spikes; checkpoint 12 is set aside; run it again to resume at step 8'
+    )
+
+
+@pytest.mark.parametrize('log_every', [3, 1])
+def test_a_spike_that_rewinds_ends_the_loop_before_it_is_saved(kit, tmp_path, log_every):
+    """Whenever the host looked at it, the data goes on after the batch of the spike."""
+    policy = STRICT | {'policy': 'rewind'}
+    with pytest.raises(Rewind) as raised:
+        run(kit, tmp_path, odd(11), steps=20, policy=policy, log_every=log_every)
+    assert raised.value.spike.step == 12  # at which a save was due
+    assert raised.value.spike.position == {'number': 12}
+    assert steps_in(tmp_path) == [4, 8]
+    [(step, values)] = events_in(tmp_path)
+    assert step == 12 and values['spike/policy'] == 'rewind'
+
+
+def test_too_many_rewinds_end_the_run(kit, tmp_path):
+    policy = STRICT | {'policy': 'rewind', 'max_rewinds': 0}
+    with pytest.raises(NumericsError, match='a spike, .* gone back 0 times .* resume at step 8$'):
+        run(kit, tmp_path, odd(10), steps=20, policy=policy)
     assert steps_in(tmp_path) == [4, 8]
 
 

@@ -207,8 +207,8 @@ def _go_back(loop: Loop, spike: Spike) -> Rewind | NumericsError:
     if loop.spikes.rewinds < loop.spikes.config.max_rewinds:
         return Rewind(spike)
     return NumericsError(
-        f'the loss of step {spike.step}, {spike.loss:.4g}, is a spike, and this phase has gone back '
-        f'{loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the learning '
+        f'the loss of step {spike.step}, {spike.loss:.4g}, is a spike, and this phase has gone '
+        f'back {loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the learning '
         'rate with --allow_change=optimizer, or go further back with --resume_step; '
         f'run it again to {_name_next_start(loop)}'
     )
@@ -245,8 +245,7 @@ def _give_up(loop: Loop, updates: Updates) -> NumericsError:
         told = f'; checkpoints from step {updates.last} on could not be set aside: {error}'
     _record_saves(loop, updates.step)
     return NumericsError(
-        f'{updates}, because {reason}{told}; '
-        f'run it again to {_name_next_start(loop)}'
+        f'{updates}, because {reason}{told}; run it again to {_name_next_start(loop)}'
     )
 
 

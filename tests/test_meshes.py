@@ -125,6 +125,7 @@ class Result:
     initial: dict[str, np.ndarray]
     moments: dict[str, np.ndarray]  # the first ones, after a step: a tenth of the clipped gradient
     losses: np.ndarray
+    norms: list[dict[str, float]]  # of updates and parameters, by group
     final: TrainState
 
 
@@ -133,12 +134,13 @@ def run(sizes, muon=False, start=None, model=MODEL, **options) -> Result:
     with Setup.on(sizes, muon, model) as setup:
         state = setup.state() if start is None else setup.placed(start)
         initial = jax.device_get(state.to_tree())
-        step, losses, moments = setup.step(**options), [], None
+        step, losses, norms, moments = setup.step(**options), [], [], None
         for batch in make_batches():
             state, metrics = step(state, sharding.put(batch, setup.mesh, ROWS))
             losses.append(metrics['loss'].item())
+            norms.append({n: float(v) for n, v in metrics.items() if '_norm/' in n})
             moments = moments or moments_of(state)
-        return Result(initial, moments, np.array(losses), state)
+        return Result(initial, moments, np.array(losses), norms, state)
 
 
 def moments_of(state) -> dict[str, np.ndarray]:
@@ -160,6 +162,10 @@ def assert_same_run(result, reference):
     # 20 units in the last place off, 2.01e-6.
     np.testing.assert_allclose(result.losses, reference.losses, rtol=3e-6)
     assert len(set(reference.losses)) == STEPS
+    for found, wanted in zip(result.norms, reference.norms, strict=True):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert found[name] == pytest.approx(wanted[name], rel=3e-4), name
 
 
 def assert_same_gradients(result, reference):
@@ -181,6 +187,22 @@ def test_gradients_of_the_first_step_agree(single, sharded):
 
 def test_losses_of_ten_steps_agree(single, sharded):
     assert_same_run(sharded, single)
+
+
+def test_the_norms_are_those_of_the_groups_of_a_model(single):
+    groups = {'attention', 'embedding', 'head', 'mlp', 'vectors'}
+    kinds = 'train/update_norm', 'train/param_norm'
+    assert {f'train/{name}' for name in single.norms[0]} == {
+        f'{k}/{g}' for k in kinds for g in groups
+    }
+    squares = dict.fromkeys(groups, 0.0)
+    for path, weight in single.final.trainable.items():
+        names = [group for group in groups if f'/{group}/' in f'/{path}']
+        group = 'vectors' if path.endswith('scale') else names[0]
+        squares[group] += np.sum(np.square(np.asarray(weight, np.float64)))
+    for group in groups:
+        wanted = np.sqrt(squares[group])
+        assert single.norms[-1][f'param_norm/{group}'] == pytest.approx(wanted, rel=1e-6), group
 
 
 def test_the_abstract_state_is_the_state_in_shape_dtype_and_place(sharded, request):

@@ -235,8 +235,15 @@ def everything_but_counts(state):
 @pytest.mark.parametrize('bad', [dict(table=np.nan), dict(table=np.inf), dict(out=-np.inf)])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
     state, step = tiny_run(Linear(), clip_norm=1.0)
-    state, _ = step(state, linear_batch())
+    start = everything_but_counts(state)
+    state, metrics = step(state, linear_batch())
     before = everything_but_counts(state)
+    groups = {'table': 'table', 'out': 'out', 'scale': 'vectors'}
+    for path, group in groups.items():
+        now = before[f'trainable/{path}']
+        moved = np.linalg.norm(now - start[f'trainable/{path}'])
+        np.testing.assert_allclose(metrics[f'update_norm/{group}'], moved, rtol=1e-5)
+        np.testing.assert_allclose(metrics[f'param_norm/{group}'], np.linalg.norm(now), rtol=1e-6)
 
     state, metrics = step(state, linear_batch(**bad))
     after = everything_but_counts(state)
@@ -247,6 +254,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(bad):
     assert state.counters['skipped'] == metrics['skipped_steps'] == 1
     assert state.counters['updates'] == 1
     assert not np.isfinite(metrics['grad_norm'])
+    for path, group in groups.items():
+        assert metrics[f'update_norm/{group}'] == 0
+        norm = np.linalg.norm(before[f'trainable/{path}'])
+        np.testing.assert_allclose(metrics[f'param_norm/{group}'], norm, rtol=1e-6)
     assert state.buffers['seen'].tolist() == [1.0] * V
 
     state, metrics = step(state, linear_batch())

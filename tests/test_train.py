@@ -608,7 +608,9 @@ def test_a_spike_is_told_and_changes_nothing_else(kit, tmp_path):
     [(step, values)] = events_in(tmp_path / 'warn')
     assert step == 11 and values['spike/policy'] == 'warn'
     assert values['spike/loss'] > values['spike/limit']
-    counts = {r['step']: r['train/spikes'] for r in metrics(tmp_path / 'warn') if 'train/spikes' in r}
+    counts = {
+        r['step']: r['train/spikes'] for r in metrics(tmp_path / 'warn') if 'train/spikes' in r
+    }
     assert counts == {1: 0, 3: 0, 6: 0, 9: 0, 12: 1, 14: 1}
 
 

@@ -103,7 +103,7 @@ class Console:
             log.info('%s', line, extra=_ALREADY_SHOWN if self._live else None)
             if self._live:
                 self._advance(record)
-        elif 'spike/loss' in record and 'spike/step' not in record:
+        elif 'spike/loss' in record and 'spike/rewinds' not in record:
             log.warning('%s', _describe_spike(record))
         elif record['kind'] == 'eval':
             log.info('%s', format_record(record, self._total_steps))
@@ -200,7 +200,7 @@ def _describe_spike(record: Mapping[str, Any]) -> str:
         'rewind': 'the run goes back',
     }
     return (
-        f'the loss of step {record["step"]}, {record["spike/loss"]:.4g}, is a spike, above '
+        f'the loss of step {record["spike/step"]}, {record["spike/loss"]:.4g}, is a spike, above '
         f'{record["spike/limit"]:.4g}: {done[record["spike/policy"]]}'
     )
 

@@ -123,9 +123,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
     return 0
 
 
-def _go_back(
-    spike: Spike, recorder: Recorder, run: Run, *parts
-) -> tuple[TrainState, int | None]:
+def _go_back(spike: Spike, recorder: Recorder, run: Run, *parts) -> tuple[TrainState, int | None]:
     """Goes back to before a spike -> (the state, its step), as `_run_phases` takes them."""
     restored = restart.rewind(run, *parts, spike)
     state, step, position = restored or (initial_state(run), None, 0)

@@ -30,10 +30,12 @@ class Spike:
     loss: float
     limit: float
     position: Any
+    rewinds: int = 0  # of the phase before it
 
     def values(self, policy: str) -> dict[str, Any]:
-        """The values for an `event` record of this step."""
-        return {'spike/loss': self.loss, 'spike/limit': self.limit, 'spike/policy': policy}
+        """The values for an `event` record."""
+        told = {'spike/step': self.step, 'spike/loss': self.loss, 'spike/limit': self.limit}
+        return told | {'spike/policy': policy}
 
 
 class Rewind(Exception):
@@ -89,7 +91,7 @@ class Spikes:
         if not is_finite or loss <= limit:
             return None
         self.count += 1
-        return Spike(step, loss, limit, self._positions[step])
+        return Spike(step, loss, limit, self._positions[step], self.rewinds)
 
     def get_state(self) -> dict[str, Any]:
         """The state to save in a checkpoint, as JSON."""

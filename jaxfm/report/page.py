@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxfm.errors import listed
 from jaxfm.metrics import goodput
 from jaxfm.metrics.console import format_seconds
 from jaxfm.metrics.writers import read_records
@@ -22,6 +23,8 @@ from jaxfm.report.series import (
     Series,
     collect_data,
     collect_series,
+    count_skipped,
+    find_spikes,
     is_bound,
     last_account,
     read_config,
@@ -109,7 +112,21 @@ def _run_rows(series: Series, config: Any) -> list[tuple[str, ...]]:
     for name in sorted(series):
         if name.startswith('train/') and 'loss' in name:
             rows.append((name, _number(series[name][-1][1])))
+    rows += _trouble_rows(series)
     rows += _speed_rows(series)
+    return rows
+
+
+def _trouble_rows(series: Series) -> list[tuple[str, ...]]:
+    """How many steps were skipped, and which losses were spikes; [] if there was nothing."""
+    rows = []
+    if skipped := count_skipped(series):
+        rows.append(('skipped steps', f'{skipped}'))
+    if spikes := find_spikes(series):
+        told = listed([f'{_number(loss)} at step {step}' for step, loss in spikes])
+        rows.append(('loss spikes', f'{len(spikes)}: {told}'))
+    if 'spike/rewinds' in series:
+        rows.append(('went back', listed([f'to step {at}' for at, _ in series['spike/rewinds']])))
     return rows
 
 

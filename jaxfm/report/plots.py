@@ -4,19 +4,29 @@ from pathlib import Path
 from typing import Any
 
 from jaxfm.metrics import goodput
-from jaxfm.report.series import BOUNDS, HISTOGRAM, XZ_SUFFIX, Series, is_bound, last_account
+from jaxfm.report.series import (
+    BOUNDS,
+    HISTOGRAM,
+    XZ_SUFFIX,
+    Series,
+    find_spikes,
+    is_bound,
+    last_account,
+    norms_by_group,
+)
 
 # Training steps are green, wasted time is red.
 _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 
 
 def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
-    """Draws {loss,eval,throughput,goodput,lengths}.png, each only if there is data for it.
+    """Draws {loss,norms,eval,throughput,goodput,lengths}.png, each only if there is data for it.
 
     data: as from `collect_data`. Returns the paths of the files.
     """
     panels = {
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
+        'norms': norms_by_group(series),
         'eval': _eval_panels(series),
         'throughput': [[n] for n in ('perf/tokens_per_second', 'perf/mfu') if n in series],
     }
@@ -101,9 +111,18 @@ def _plot_curves(panels: list[list[str]], series: Series, path: Path) -> Path:
     figure = Figure(figsize=(5.5 * columns, 3.2 * rows), dpi=90, layout='constrained')
     for index, names in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1, xlabel='step')
-        axes.set_title(names[0], fontsize=10, parse_math=False)
+        is_grouped = names[0].count('/') > 1 and names[0].startswith('train/')
+        title = names[0].rpartition('/')[0] if is_grouped else names[0]
+        axes.set_title(title, fontsize=10, parse_math=False)
         axes.grid(alpha=0.3)
         _draw_curves(axes, names, series)
+        if is_grouped:
+            if any(value > 0 for name in names for _, value in series[name]):
+                axes.set_yscale('log')  # the sizes of the groups are very different
+            axes.legend([name.rpartition('/')[2] for name in names], fontsize=8)
+        elif names == ['train/loss'] and (spikes := find_spikes(series)):
+            axes.plot(*zip(*spikes), 'rx', label='spikes')
+            axes.legend()
     figure.savefig(path)
     return path
 

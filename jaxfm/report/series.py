@@ -48,6 +48,26 @@ def collect_data(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, An
     return data
 
 
+def count_skipped(series: Series) -> int:
+    """How many steps of the run were skipped; every phase counts its own."""
+    counts = [int(count) for _, count in series.get('train/skipped_steps', ())]
+    ends = [one for one, then in zip(counts, [*counts[1:], 0]) if then < one]
+    return sum(ends)
+
+
+def find_spikes(series: Series) -> list[tuple[int, float]]:
+    """[(step, loss)] of the losses that were spikes, also of those that a rewind has undone."""
+    steps, losses = series.get('spike/step', ()), series.get('spike/loss', ())
+    return [(int(step), loss) for (_, step), (_, loss) in zip(steps, losses)]
+
+
+def norms_by_group(series: Series) -> list[list[str]]:
+    """The names of the norms: of the gradient, and of updates and parameters by group."""
+    kinds = 'train/grad_norm', 'train/update_norm/', 'train/param_norm/'
+    names = [[name for name in sorted(series) if name.startswith(kind)] for kind in kinds]
+    return [found for found in names if found]
+
+
 def last_account(series: Series) -> dict[str, float]:
     """{bucket: seconds} as last recorded."""
     names = {bucket: goodput.name_of(bucket) for bucket in goodput.BUCKETS}

@@ -116,7 +116,8 @@ def undo_records(recorder: Recorder, position: int, step: int, spike: Spike) -> 
     with explain_write(copy), whole.write_file(copy) as file:
         file.write(jsonl.path.read_bytes()[end:])
     jsonl.truncate(end)
-    recorder.write(step, 'event', spike.values('rewind') | {'spike/step': spike.step})
+    values = spike.values('rewind') | {'spike/rewinds': spike.rewinds + 1}
+    recorder.write(step, 'event', values)
     log.warning(
         'back at step %d; the data goes on after the spike of step %d; %s has the metrics so far',
         step,

@@ -108,11 +108,21 @@ def test_numbers_that_are_none_do_not_break_a_line(console, capsys):
 def test_the_loss_comes_first_and_what_never_changes_is_left_out(console, capsys):
     usual = {'train/grad_norm': 1.0, 'train/loss': 2.5, 'train/target_tokens': 2048}
     console.write(record(1, **usual, **{'train/skipped_steps': 0}))
-    console.write(record(2, **usual, **{'train/skipped_steps': 3}))
+    norms = {'train/update_norm/head': 1.0, 'train/param_norm/head': 1.0}
+    console.write(record(2, **usual, **{'train/skipped_steps': 3}, **norms))
     assert capsys.readouterr().err.splitlines() == [
         'step 1/2000  loss 2.5  grad_norm 1',
         'step 2/2000  loss 2.5  grad_norm 1  skipped_steps 3',
     ]
+
+
+def test_a_spike_is_a_warning_when_it_happens(console, capsys):
+    values = {'spike/step': 7, 'spike/loss': 9.25, 'spike/limit': 4.5, 'spike/policy': 'skip'}
+    console.write(record(7, 'event', **values))
+    console.write(record(4, 'event', **values, **{'spike/rewinds': 1}))
+    assert capsys.readouterr().err == (
+        'warning: the loss of step 7, 9.25, is a spike, above 4.5: its update was skipped\n'
+    )
 
 
 def test_a_line_that_stderr_or_the_log_cannot_show_is_no_error(

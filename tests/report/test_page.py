@@ -117,6 +117,24 @@ def test_the_report_is_one_file_and_escapes_html(tmp_path):
     assert '<b>' not in page and '&lt;script&gt;' in page
 
 
+def test_the_report_shows_steps_that_were_skipped_spikes_and_norms(tmp_path):
+    recorder = Recorder(JsonlWriter(tmp_path / 'metrics.jsonl'))
+    for phase, skipped in (('first', [0, 2, 2]), ('second', [0, 0, 1])):
+        recorder.phase = phase
+        for count in skipped:
+            norms = {f'{kind}_norm/{name}': 0.0 for kind in ('update', 'param') for name in 'ab'}
+            values = {'loss': 3.0, 'grad_norm': 1.0, 'skipped_steps': count, 'spikes': 1} | norms
+            recorder.write(3, 'train', {f'train/{name}': value for name, value in values.items()})
+    for step, spike, more in ((91, 91, {}), (80, 95, {'spike/rewinds': 1})):
+        values = {'spike/step': spike, 'spike/loss': 7.25, 'spike/limit': 4.0}
+        recorder.write(step, 'event', values | more)
+    recorder.close()
+    text = text_of(write_report(tmp_path).read_text())
+    assert 'skipped steps 3 loss spikes 2: 7.25 at step 91, 7.25 at step 95' in text
+    assert 'went back to step 80' in text
+    assert (tmp_path / 'plots' / 'norms.png').exists()
+
+
 @pytest.mark.parametrize('content', [None, '', '{"step": 1, "ki', '{"step": 1, "kind": "event"}\n'])
 def test_a_run_with_nothing_recorded_has_a_report(tmp_path, content):
     if content is not None:

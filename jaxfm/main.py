@@ -53,6 +53,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     flags.workdir = flags.workdir or workdir_for(argument)
     # Arguments arrive in the encoding of the locale; text is UTF-8 in every locale.
     flags.prompt = [_as_utf8(prompt) for prompt in flags.prompt or ()]
+    # Also a flag that is given its default value counts as given.
+    flags.given = {argument.partition('=')[0].removeprefix('--') for argument in rest}
     flags.allow_change = [name for name in flags.allow_change.split(',') if name]
     return flags, overrides
 
@@ -189,10 +191,21 @@ def _check_files(config) -> None:
             SOURCES.load(source.name)(source).files()
 
 
+_TALKING = ('sample', 'chat')
+MODES_OF_FLAGS = {  # all others are flags of every mode
+    'resume_step': ('train',),
+    'output': ('eval', 'sample', 'chat', 'export'),
+    **dict.fromkeys(('prompt', 'temperature', 'max_tokens', 'seed'), _TALKING),
+}
+
+
 def _check_mode(flags, config) -> None:
     """Raises unless the flags suit the mode, and the config has the groups that it needs."""
-    if flags.mode != 'train' and flags.resume_step is not None:
-        raise UsageError(f'--resume_step is a flag of --mode train, not of {flags.mode}')
+    for name, wanted in MODES_OF_FLAGS.items():
+        if name in flags.given and flags.mode not in wanted:
+            raise UsageError(
+                f'--{name} is a flag of --mode {", ".join(wanted)}, not of {flags.mode}'
+            )
     if flags.mode in ('train', 'eval') and not config.all_phases:
         raise ConfigError(
             f'this config has no training; --mode {flags.mode} needs config.steps, config.data '

@@ -208,8 +208,8 @@ def _go_back(loop: Loop, spike: Spike) -> Rewind | NumericsError:
         return Rewind(spike)
     return NumericsError(
         f'the loss of step {spike.step}, {spike.loss:.4g}, is a spike, and this phase has gone '
-        f'back {loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the learning '
-        'rate with --allow_change=optimizer, or go further back with --resume_step; '
+        f'back {loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the '
+        'learning rate with --allow_change=optimizer, or go further back with --resume_step; '
         f'run it again to {_name_next_start(loop)}'
     )
 
@@ -239,7 +239,7 @@ def _give_up(loop: Loop, updates: Updates) -> NumericsError:
         loop.checkpointer.wait()
         is_ruined = updates.missing >= PATIENCE or updates.last == updates.first
         if is_ruined and any(step < updates.last for step in loop.checkpointer.steps()):
-            for step in loop.checkpointer.set_aside(updates.last):
+            for step in loop.checkpointer.set_aside(updates.last, are_ruined=True):
                 told += f'; checkpoint {step} is set aside'
     except RunError as error:
         told = f'; checkpoints from step {updates.last} on could not be set aside: {error}'

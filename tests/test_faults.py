@@ -8,6 +8,7 @@ left at the end are killed with SIGKILL.
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,34 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(start, straight
         finish(rank)
     assert list(measured(workdir)) == list(measured(straight))
     np.testing.assert_allclose(losses(workdir), losses(straight), rtol=2e-6)
+    assert 'Traceback' not in stderr_of(workdir)
+
+
+def test_two_processes_stop_among_skipped_steps_and_go_back_together(start, straight, tmp_path):
+    """The update of step 41 ruins the weights; there are 20 skipped steps to stop in."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(straight, workdir)
+    ruin = ['--config.optimizer.learning_rate=1e37', '--config.optimizer.schedule=constant']
+    slow = ['--config.evals.heldout.every=1', '--config.metrics.log_every=1']
+    allow = '--allow_change=steps,optimizer,evals'
+    ranks = start_ranks(start, workdir, '--config.steps=80', *ruin, *slow, allow)
+    wait_for_step(workdir, STEPS + 2, ranks[0])
+    ranks[1].terminate()
+    for rank in ranks:
+        finish(rank, 75)
+    told = re.findall(
+        r'signal at step (\d+) and not saved, because no update could be applied from step 41 to '
+        r'(\d+); run it again to resume at step 40',
+        stderr_of(workdir),
+    )
+    assert len(told) == 2 and len({step for both in told for step in both}) == 1
+
+    for rank in start_ranks(start, workdir, '--resume_step=35', allow):
+        finish(rank)
+    assert 'back at step 35; checkpoints set aside: 40' in stderr_of(workdir)
+    assert list(measured(workdir)) == list(measured(straight))
+    np.testing.assert_allclose(losses(workdir), losses(straight), rtol=2e-6)
+    assert len(list((workdir / 'checkpoints' / '40').glob('set_aside.*.json'))) == 1
     assert 'Traceback' not in stderr_of(workdir)
 
 

@@ -24,7 +24,15 @@ pytestmark = pytest.mark.usefixtures('compilation_cache_as_before')
 # Mistakes that are found without jax: (arguments after those of the tiny run, code, words).
 FIRST_STAGE = {
     'a typo': (['--config.model.embed_dmi=64'], 78, ['embed_dmi', 'did you mean embed_dim?']),
-    'a typo in a flag': (['--wrokdir=x'], 64, ['--wrokdir']),
+    'a typo in a flag': (['--wrokdir=x'], 64, ['--wrokdir=x; did you mean --workdir?']),
+    'a typo in a number': (['--resume_stp', '3'], 64, ['3; did you mean --resume_step?']),
+    'a prompt to train with': (
+        ['--prompt=x'],
+        64,
+        ['--prompt is a flag of --mode sample, chat, not of train'],
+    ),
+    'a default value that is not used': (['--mode=export', '--seed=0'], 64, ['--seed', 'export']),
+    'an output of training': (['--output=x'], 64, ['--mode eval, sample, chat, export']),
     'a flag without its value': (['--prompt'], 64, ['--prompt']),
     'an unknown mode': (['--mode=trian'], 64, ['trian', 'train']),
     'a wrong type': (['--config.steps=ten'], 78, ['config.steps', "'ten'"]),
@@ -483,6 +491,9 @@ def test_weights_ruined_by_an_update_cost_no_good_checkpoint(cli, run_again, tin
         )
         assert told in error and told in (run_again / 'log.txt').read_text()
         assert tiny.committed(run_again) == [40]
+        # The second copy of the same ruined weights takes the place of the first.
+        assert len(list((run_again / 'checkpoints' / '41').glob('set_aside.*.json'))) == 1
+        assert len([p for p in (run_again / 'checkpoints' / '41').iterdir() if p.is_dir()]) == 1
 
     code, _, error = cli(run_again, NO_SAMPLES, '--config.steps=50', allow)
     assert code == 0, error
@@ -649,4 +660,5 @@ def test_storage_that_refuses_is_told_at_the_start(
     found, out, error, left = run_on_mount(mounting, tiny, tmp_path / 'mount', options, fill)
     assert (found, out) == (code, '')
     assert_one_clear_message(error, words)
+    assert 'tokenised' not in error  # which may take hours
     assert [path for path in left if not path.endswith('/filled')] == []

@@ -78,6 +78,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     take_back_.add_argument('--step', type=int, required=True, help='the step to take back')
     download_.add_argument('--step', type=int, required=True, help='the step to copy')
     download_.add_argument('--to', type=Path, required=True, help='a directory that is made')
+    take_back_.add_argument(
+        '--attempt', metavar='NAME', help='as ls lists it (default: the newest of the step)'
+    )
     return parser.parse_args(argv)
 
 
@@ -146,14 +149,22 @@ def take_back(flags) -> None:
         raise MissingInputError(
             f'no checkpoint {flags.step} was set aside in {store.storage.root}; set aside: {steps}'
         )
-    newest = max(found, key=lambda one: one.modified)
+    chosen = max(found, key=lambda one: one.modified)
+    if flags.attempt is not None:
+        there = {one.name: one for one in found}
+        if flags.attempt not in there:
+            raise MissingInputError(
+                f'no attempt {flags.attempt} of checkpoint {flags.step} was set aside in '
+                f'{store.storage.root}; set aside: {", ".join(there)}'
+            )
+        chosen = there[flags.attempt]
     with _alone(store) as lease:
         if flags.step in store.commits():
             raise DataError(
                 f'checkpoint {flags.step} in {store.storage.root} was saved again since, and '
                 'counts; --resume_step with an earlier step would set it aside'
             )
-        store.take_back(f'{newest.step}/{newest.name}', lease.epoch)
+        store.take_back(f'{chosen.step}/{chosen.name}', lease.epoch)
     print(f'checkpoint {flags.step} counts again; to go on from it give --resume_step={flags.step}')
 
 

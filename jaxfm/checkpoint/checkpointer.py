@@ -98,21 +98,27 @@ class Checkpointer(Reader):
         """Whether any tier is to save a checkpoint at this step."""
         return step > 0 and any(tier.is_due(step) for tier in self._tiers)
 
-    def check_room(self, nbytes: int) -> None:
+    def check_room(self, nbytes: int, at: int | None = None) -> None:
         """Raises StorageError unless there is space for every checkpoint that will exist at once.
 
         That is one more than `keep`, because a new checkpoint is written before the oldest is
         deleted, plus the milestones still to come.
 
-        nbytes: size of one checkpoint, over all processes.
+        nbytes: size of one checkpoint, over all processes. at: the step that the run will go back
+        to; later checkpoints will be set aside, so they keep their space but are not replaced.
         """
-        to_come = sum(step > max(self._steps, default=0) for step in self._milestones)
+
+        def left(steps) -> list[int]:
+            return [step for step in steps if at is None or step <= at]
+
+        steps = left(self._steps)
+        to_come = sum(step > max(steps, default=0) for step in self._milestones)
         error = None
         try:
-            missing = max(self._config.keep + 1 - len(self._steps), 1)
+            missing = max(self._config.keep + 1 - len(steps), 1)
             agree.from_primary(lambda: _check_room(self._store, nbytes, missing + to_come))
             if self._local:
-                missing = self._config.local.keep + 1 - len(self._local.commits())
+                missing = self._config.local.keep + 1 - len(left(self._local.commits()))
                 _check_room(self._local, nbytes // jax.process_count(), max(missing, 1))
         except StorageError as raised:
             error = raised
@@ -158,10 +164,13 @@ class Checkpointer(Reader):
         for tier in self._tiers:
             self._await_save(tier)
 
-    def set_aside(self, first: int) -> list[int]:
+    def set_aside(self, first: int, are_ruined: bool = False) -> list[int]:
         """Makes the checkpoints from step `first` on count no longer -> their steps.
 
         Nothing of them is deleted. With a local tier, every process does this for its own.
+
+        are_ruined: no update can be applied to their weights; then each replaces an earlier one of
+        the same step that was ruined as well.
 
         Raises:
           LockedError: another run has taken over the lease.
@@ -172,9 +181,9 @@ class Checkpointer(Reader):
         try:
             if agree.is_primary():
                 self._lease.confirm()
-                steps, damaged = _set_aside(self._store, first)
+                steps, damaged = _set_aside(self._store, first, are_ruined)
             if self._local:
-                steps += _set_aside(self._local, first)[0]
+                steps += _set_aside(self._local, first, are_ruined)[0]
         except (RunError, OSError) as raised:
             error = raised if isinstance(raised, RunError) else StorageError(str(raised))
         agree.first_error(error)
@@ -320,13 +329,13 @@ class Checkpointer(Reader):
         log.warning('checkpoint %d was not saved%s: %s', step, count, reason)
 
 
-def _set_aside(store: Store, first: int) -> tuple[list[int], list[int]]:
+def _set_aside(store: Store, first: int, are_ruined: bool) -> tuple[list[int], list[int]]:
     """(the steps set aside, the steps whose commit is damaged and does not name its attempt)."""
     found = [commit for step, commit in store.commits().items() if step >= first]
     # The newest first, so that what counts is a part of one history if this is interrupted.
     for commit in reversed(found):
         if commit.attempt:
-            store.set_aside(commit)
+            store.set_aside(commit, are_ruined)
     whole = [commit.step for commit in found if commit.attempt]
     return whole, [commit.step for commit in found if not commit.attempt]
 

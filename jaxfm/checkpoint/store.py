@@ -11,6 +11,7 @@ never mixes with another. The commit holds the digest of the manifest, and the m
 of everything else; commits and leases carry their own digest (`seal`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -196,10 +197,28 @@ class Store:
             for name in (commit.directory, _marker(commit.directory)):
                 self.storage.remove(name)
 
-    def set_aside(self, commit: Commit) -> None:
-        """Makes a commit count no longer; `take_back` undoes it."""
-        self.storage.write(_marker(commit.directory), seal(dataclasses.asdict(commit)))
+    def set_aside(self, commit: Commit, is_ruined: bool = False) -> None:
+        """Makes a commit count no longer; `take_back` undoes it.
+
+        is_ruined: no update can be applied to its weights. Of a step, only the newest such attempt
+        is kept: the others are of the same kind, and every start of the run may leave one more.
+        """
+        earlier = self._ruined(commit.step) if is_ruined else []
+        marker = dataclasses.asdict(commit) | {'is_ruined': is_ruined}
+        self.storage.write(_marker(commit.directory), seal(marker))
         self.storage.remove(f'{commit.step}/commit.json')
+        for directory in earlier:
+            for name in (directory, _marker(directory)):
+                self.storage.remove(name)
+
+    def _ruined(self, step: int) -> list[str]:
+        """The directories of the attempts of a step that were set aside as ruined."""
+        ruined = []
+        for directory in find_set_aside(self.storage.list(str(step))):
+            with contextlib.suppress(ValueError, FileNotFoundError):  # damaged: it stays
+                if unseal(self.storage.read(_marker(directory))).get('is_ruined'):
+                    ruined.append(directory)
+        return ruined
 
     def take_back(self, directory: str, epoch: int) -> None:
         """Commits an attempt that was set aside again, under the epoch of the caller's lease.
@@ -209,7 +228,9 @@ class Store:
         """
         marker = _marker(directory)
         try:
-            commit = Commit(**unseal(self.storage.read(marker)) | {'epoch': epoch})
+            fields = unseal(self.storage.read(marker)) | {'epoch': epoch}
+            fields.pop('is_ruined', None)
+            commit = Commit(**fields)
         except (ValueError, TypeError):
             raise self.damaged_error(int(directory.partition('/')[0]), marker) from None
         self.commit(commit)

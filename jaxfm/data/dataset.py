@@ -161,9 +161,8 @@ def open_dataset(config: DataConfig, tokenizer: Tokenizer, cache_dir: Path) -> D
     sources = {}
     for name, each in config.all_sources.items():
         if config.tokenize == 'cached':
-            inside = f'{config.cache}/{name}' if config.name == 'mixture' else config.cache
-            cache = inside if config.cache else ''
-            sources[name] = open_corpus(each, tokenizer, cache_dir, cache=cache)
+            inside = name if config.name == 'mixture' else ''
+            sources[name] = open_corpus(each, tokenizer, cache_dir, config.cache, inside)
         else:
             sources[name] = open_heldout(each, tokenizer, cache_dir)
     return Dataset(config, tokenizer, sources)

@@ -46,7 +46,6 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         preemption = stack.enter_context(Preemption())
         console = Console(config.total_steps, enabled=run.primary)
         stack.callback(console.close)
-        data = open_data(config, run.workdir)
         wanted = [phase.abstract_state() for phase in run.phases]
         check_replication(wanted[0], run.parts, run.mesh)
         is_finished, changes_of_saved = restart.find_end(run, flags.allow_change, flags.resume_step)
@@ -54,7 +53,8 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             if not (run.workdir / 'report.html').exists():
                 workdir.report(run)
             return 0
-        checkpointer = workdir.open_checkpoints(run, wanted, stack)
+        checkpointer = workdir.open_checkpoints(run, wanted, flags.resume_step, stack)
+        data = open_data(config, run.workdir)  # tokenises it if need be, which may take hours
         sources = [_prefetch(phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler()

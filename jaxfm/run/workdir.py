@@ -26,10 +26,12 @@ from jaxfm.tokenizer.kinds import Tokenizer
 log = logging.getLogger('jaxfm')
 
 
-def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
+def open_checkpoints(run: Run, wanted: list[TrainState], at: int | None, stack) -> Checkpointer:
     """Opens the run's checkpoints for writing, after checking that there is space for them.
 
     If the run then fails before its first file is written, this removes the directories it created.
+
+    at: the step to go back to. Later checkpoints will be set aside, and keep their space.
 
     Raises:
       StorageError: there is not enough space.
@@ -49,7 +51,7 @@ def open_checkpoints(run: Run, wanted: list[TrainState], stack) -> Checkpointer:
     stack.push(remove_what_is_empty)
     checkpointer = run.checkpointer()
     stack.callback(checkpointer.close)
-    checkpointer.check_room(max(_size(run, state) for state in wanted))
+    checkpointer.check_room(max(_size(run, state) for state in wanted), at)
     return checkpointer
 
 

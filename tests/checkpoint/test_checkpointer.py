@@ -218,6 +218,8 @@ def test_future_milestones_need_room(tmp_path, monkeypatch):
     made.save(3, place(host_state(), make_mesh(1)), {})
     made.wait()
     made.check_room(10 * 2**30)  # the next one, and the one at step 9
+    with pytest.raises(StorageError, match='need 50 GiB'):
+        made.check_room(10 * 2**30, at=2)  # the checkpoint of step 3 will be set aside
     made.close()
 
 

@@ -340,6 +340,19 @@ def test_a_step_that_was_saved_again_is_not_replaced_and_the_other_can_be_delete
     assert 'was saved again since' in capsys.readouterr().err
     assert saved.commits()[10] == second
 
+    saved.set_aside(second)
+    take_back = ['take_back', place, '--step', '10', '--attempt']
+    assert checkpoint.main([*take_back, 'f' * 12]) == 66
+    error = capsys.readouterr().err
+    assert 'no attempt ffffffffffff of checkpoint 10' in error
+    assert first.attempt in error and second.attempt in error
+    assert checkpoint.main([*take_back, first.attempt]) == 0  # not the newest
+    assert saved.commits()[10].attempt == first.attempt
+    saved.set_aside(first)
+    assert checkpoint.main(take_back[:-1]) == 0
+    second = saved.commits()[10]
+    assert second.attempt != first.attempt
+
     saved.remove(second, saved.storage.list())
     names = saved.storage.list('10')
     assert names and all(first.attempt in name for name in names)

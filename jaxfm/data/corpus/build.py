@@ -75,10 +75,13 @@ class Corpus:
         }
 
 
-def open_corpus(config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '') -> Corpus:
+def open_corpus(
+    config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '', inside: str = ''
+) -> Corpus:
     """Opens the corpus of a source's config; tokenises it first if it is not there yet.
 
-    `cache`, if given, is a directory made by `make_corpus`. It is opened, and never made here.
+    `cache`, if given, is a directory made by `make_corpus`. It is opened, and never made here. For
+    a source of a mixture, `inside` is the name of its directory in `cache`.
 
     Raises:
         MissingInputError: `cache` or the source's files do not exist.
@@ -86,8 +89,14 @@ def open_corpus(config, tokenizer: Tokenizer, cache_dir: Path, cache: str = '') 
     """
     config = select_source(config)
     if cache:
-        _check_given(Path(cache), config, tokenizer)
-        return Corpus(Path(cache), tokenizer)
+        directory = Path(cache) / inside
+        if not directory.exists():
+            raise MissingInputError(
+                f'config.data.cache: {directory} does not exist; '
+                f'make it with `python -m tools.corpus build --config FILE --output {cache}`'
+            )
+        _check_given(directory, config, tokenizer)
+        return Corpus(directory, tokenizer)
     recipe = make_recipe(config, tokenizer)
     key = digest(json.dumps(drop_places(recipe), sort_keys=True))[:32]
     directory = Path(cache_dir) / key
@@ -242,11 +251,6 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
 
 def _check_given(directory: Path, config, tokenizer: Tokenizer) -> None:
     """Raises DataError, listing the differences, unless the cache has the recipe that we want."""
-    if not directory.exists():
-        raise MissingInputError(
-            f'config.data.cache: {directory} does not exist; '
-            f'make it with `python -m tools.corpus build --config FILE --output {directory}`'
-        )
     made = _read_index(directory)['recipe']
     try:
         wanted = make_recipe(config, tokenizer)

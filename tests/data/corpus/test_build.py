@@ -264,6 +264,8 @@ def test_the_error_for_a_missing_cache_gives_the_command_that_makes_it(source_co
         MissingInputError, match='tools.corpus build --config FILE --output .*/mine'
     ):
         open_corpus(source_config, BYTES, tmp_path, str(tmp_path / 'mine'))
+    with pytest.raises(MissingInputError, match='mine/web does not exist; .*--output .*/mine`$'):
+        open_corpus(source_config, BYTES, tmp_path, str(tmp_path / 'mine'), 'web')
     assert not list(tmp_path.iterdir())
 
 

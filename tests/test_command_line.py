@@ -19,7 +19,7 @@ def parser():
     'arguments, message',
     [
         (['--wrong'], 'unrecognized arguments: --wrong'),
-        (['--row=1'], 'unrecognized arguments: --row=1; did you mean --rows?'),
+        (['--rwos=1'], 'unrecognized arguments: --rwos=1; did you mean --rows?'),
         (['--rows'], 'argument --rows: expected one argument'),
         (['--rows=0'], 'argument --rows: must be at least 1, got 0'),
         (['--rows=1.5'], "argument --rows: invalid int value: '1.5'"),

@@ -50,6 +50,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         check_replication(wanted[0], run.parts, run.mesh)
         is_finished, changes_of_saved = restart.find_end(run, flags.allow_change, flags.resume_step)
         if is_finished:
+            open_data(config, run.workdir)  # mistakes in it are told all the same
             if not (run.workdir / 'report.html').exists():
                 workdir.report(run)
             return 0

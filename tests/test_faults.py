@@ -183,6 +183,7 @@ def test_two_processes_train_as_one_and_stop_and_resume_together(start, straight
     assert 'Traceback' not in stderr_of(workdir)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_among_skipped_steps_and_go_back_together(start, straight, tmp_path):
     """The update of step 41 ruins the weights; there are 20 skipped steps to stop in."""
     workdir = tmp_path / 'run'

@@ -111,7 +111,7 @@ def rewind(
 
     def restore_step(step: int):
         index = run.phases.index(run.phase_at(step))
-        state, extra = _restore(checkpointer, step, run.phases[index], wanted[index], clock)
+        state, extra = _restore(run, checkpointer, step, run.phases[index], wanted[index], clock)
         if index != current:  # the phase before, which has ended
             sources[index].set_state(extra['source'])
             spikes[index].set_state(extra.get('spikes'))

@@ -50,6 +50,9 @@ class Source(Protocol):
     def progress(self) -> dict[str, float]:
         """{name: value} of what has been delivered, such as epochs; for the records."""
 
+    def close(self) -> None:
+        """Ends what works ahead; `next` goes on after the last delivered batch."""
+
 
 class Evaluator(Protocol):
     """Measures the weights at a cadence, for example held-out loss or scores of completions."""

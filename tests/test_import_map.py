@@ -28,11 +28,11 @@ LIGHT = {'config'}
 MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
-        *('run', 'config', 'train', 'prefetch', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
+        *('run', 'config', 'train', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
         *('state', 'models', 'optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('config', 'prefetch', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
+        *('config', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
         *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface'),
         *('pretrained.orbax', 'state', 'models', 'optim', 'sharding', 'checkpoint', 'report'),
         *('metrics', 'storage', 'distributed'),
@@ -45,7 +45,6 @@ MAP = {
     },
     # A spike decides whether an update is applied.
     'train': {'state', 'checkpoint', 'optim', 'metrics', 'distributed'},
-    'prefetch': {'sharding'},
     'plan': {'models', 'optim', 'sharding'},
     'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
     'sampling': {'models', 'ops', 'sharding'},

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from jaxfm import main, process
+from jaxfm.errors import DataError, Preempted
 from jaxfm.metrics.writers import read_records
 from jaxfm.modes import train
 from tests.conftest import NO_SAMPLES
@@ -450,6 +452,27 @@ def test_a_signal_after_the_last_step_ends_the_run_as_saved(cli, run_again, monk
     code, out, error = cli(run_again, '--config.steps=41', '--allow_change=steps')
     assert (code, out) == (75, '')
     assert_one_clear_message(error, ['after the last step (41), which is saved'])
+
+
+ENDS = {65: DataError('bad'), 75: Preempted('signal'), 130: KeyboardInterrupt(), 0: None}
+
+
+@pytest.mark.parametrize('expected, error', ENDS.items(), ids=map(str, ENDS))
+def test_no_thread_of_the_data_outlives_the_run(cli, run_again, monkeypatch, expected, error):
+    def threads():
+        return [each for each in threading.enumerate() if 'prefetch' in each.name]
+
+    def end(loop, state, step, done):
+        loop.source.next(state.params, step)
+        assert len(threads()) == 1
+        if error is not None:
+            raise error
+        return state
+
+    monkeypatch.setattr(train, 'train', end)
+    code, _, message = cli(run_again, '--config.steps=41', '--allow_change=steps', NO_SAMPLES)
+    assert code == expected, message
+    assert not threads()
 
 
 def test_samples_that_nobody_reads_are_written_to_their_file(finished, tiny, tmp_path, monkeypatch):

@@ -31,10 +31,10 @@ from jaxfm.ops.logprobs import logits
 from jaxfm.optim import AdamWConfig, SpikesConfig
 from jaxfm.optim.adamw import AdamW
 from jaxfm.optim.spikes import Rewind, Spikes
-from jaxfm.prefetch import Prefetch
 from jaxfm.state import abstract_state, init_state, make_train_step, split
 from jaxfm.storage.posix import PosixStorage
 from jaxfm.train import Loop, train
+from tests.data.makers import Made
 
 V, ROWS, LENGTH = 30, 4, 8
 MODEL = TransformerConfig.model_validate(
@@ -102,13 +102,13 @@ def fresh_state(kit):
 # Sources
 
 
-class Dataset:
-    """A source on the host that ignores the weights; the state is the number of the next batch."""
+class Maker:
+    """Makes batches on the host; the state is the number of the next one."""
 
-    def __init__(self, kit):
+    def __init__(self):
         self.number = 0
 
-    def next(self, params, step):
+    def make(self):
         rng = np.random.default_rng(self.number)
         self.number += 1
         tokens, targets = rng.integers(0, V, (2, ROWS, LENGTH), np.int32)
@@ -126,25 +126,26 @@ class Dataset:
     def set_state(self, state):
         self.number = state['number']
 
-    def progress(self, state=None):
-        return {'batches': (state or self.get_state())['number']}
+
+def put(kit):
+    return lambda batch: sharding.put(batch, kit.mesh, ROWS)
 
 
 def prefetched(kit):
-    return Prefetch(Dataset(kit), kit.mesh, ROWS)
+    return Made(Maker(), put(kit))
 
 
 def poisoned(*numbers):
     """A source whose batches of these numbers give a loss that is not a number."""
 
-    class Poisoned(Dataset):
-        def next(self, params, step):
-            batch = super().next(params, step)
+    class Poisoned(Maker):
+        def make(self):
+            batch = super().make()
             if self.number - 1 in numbers:
                 batch['loss_mask'] *= np.float32(np.nan)
             return batch
 
-    return lambda kit: Prefetch(Poisoned(kit), kit.mesh, ROWS)
+    return lambda kit: Made(Poisoned(), put(kit))
 
 
 class Rollout:
@@ -575,14 +576,14 @@ def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, mo
 def odd(*numbers):
     """A source whose batches of these numbers have targets that no other batch has."""
 
-    class Odd(Dataset):
-        def next(self, params, step):
-            batch = super().next(params, step)
+    class Odd(Maker):
+        def make(self):
+            batch = super().make()
             is_odd = self.number - 1 in numbers
             batch['targets'] = np.where(is_odd, V - 1, batch['targets'] // 2).astype(np.int32)
             return batch
 
-    return lambda kit: Prefetch(Odd(kit), kit.mesh, ROWS)
+    return lambda kit: Made(Odd(), put(kit))
 
 
 STRICT = dict(window=6, sigmas=4)  # judges from step 8 on
@@ -696,11 +697,9 @@ def test_too_many_rewinds_end_the_run(kit, tmp_path):
 # Transfers, and steps in flight
 
 
-class OnTheHost(Dataset):
-    """Forgets to put its batches on the devices."""
-
-    def close(self):
-        pass
+def on_the_host(kit):
+    """A source that forgets to put its batches on the devices."""
+    return Made(Maker())
 
 
 class WithAPythonNumber(Rollout):
@@ -711,7 +710,7 @@ class WithAPythonNumber(Rollout):
         return self.kit.sample(params, jnp.int32(step) + 1)
 
 
-@pytest.mark.parametrize('make_source', [OnTheHost, WithAPythonNumber])
+@pytest.mark.parametrize('make_source', [on_the_host, WithAPythonNumber])
 def test_an_implicit_transfer_in_a_step_raises(make_source, kit, tmp_path):
     with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
         run(kit, tmp_path, make_source, train_step=small_step)

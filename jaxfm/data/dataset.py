@@ -20,7 +20,7 @@ from jaxfm.data.corpus.encode import make_encoder
 from jaxfm.data.corpus.heldout import Heldout, open_heldout
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.documents import Document
-from jaxfm.data.loader import Batches, PackedBatches
+from jaxfm.data.loader import Batches, PackedBatches, Put
 from jaxfm.data.packing.rows import Packing, make_packing
 from jaxfm.data.streaming import OnTheFly, Stream
 from jaxfm.schema import Group
@@ -54,15 +54,18 @@ class Dataset:
             _warn_of_lost(packing)
         self.batches(seed=0)  # raise now, before anything else is done, if rows cannot be made
 
-    def batches(self, seed: int, rows: np.ndarray | None = None) -> Batches:
-        """Training batches from the first on; makes only `rows` of each, None is all."""
+    def batches(self, seed: int, rows: np.ndarray | None = None, put: Put | None = None) -> Batches:
+        """Training batches from the first on; makes only `rows` of each, None is all.
+
+        put: puts a batch on the devices, ahead of its step; None leaves it on the host.
+        """
         config = self.config
         if config.tokenize == 'cached':
-            return PackedBatches(self.packings, self.weights, config.batch_size, seed, rows)
+            return PackedBatches(self.packings, self.weights, config.batch_size, seed, rows, put)
         streams = {name: self._stream(each) for name, each in config.all_sources.items()}
         fingerprints = {name: source.fingerprint for name, source in self.sources.items()}
         vocab_size = self.tokenizer.vocab_size
-        return OnTheFly(streams, fingerprints, self.weights, config, vocab_size, rows)
+        return OnTheFly(streams, fingerprints, self.weights, config, vocab_size, rows, put)
 
     def _stream(self, config: Group) -> Stream:
         make_source = functools.partial(SOURCES.load(config.name), config)

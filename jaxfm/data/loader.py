@@ -5,36 +5,80 @@ number, seeking is O(1), and any number of processes makes the same global batch
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.mixture import Mixture
-from jaxfm.data.order import Order
 from jaxfm.data.packing.rows import BestFit, Concat, Packing
 from jaxfm.errors import ConfigError, DataError
+
+Put = Callable[[dict[str, np.ndarray]], dict]
 
 
 class Batches:
     """Base class of batch sources: the position, and the identity of the data it is valid for.
 
-    `rows` are the rows of the global batch that this process makes; None is all.
+    Close it, at the latest when an error ends the run; `next` goes on where it was closed.
+
+    Args:
+      rows: the rows of the global batch that this process makes; None is all.
+      put: puts a batch on the devices. If it is given, Grain's thread makes batches and puts them
+        there ahead of `next`; otherwise `next` makes them.
     """
 
-    def __init__(self, weights: Mapping[str, float], batch_size: int, rows: np.ndarray | None):
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        batch_size: int,
+        rows: np.ndarray | None,
+        put: Put | None,
+    ):
         self.mixture = Mixture(weights)
         self.weights = dict(weights)
         self.batch_size = batch_size
         self.rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-        self.next_row = 0
+        self._put, self._iterator = put, None
+        self._position = {'next_row': 0}  # after the last delivered batch
+
+    def next(self, params, step) -> dict:
+        """The next batch; both arguments are ignored."""
+        del params, step
+        try:
+            self._iterator = self._iterator or self._open(self._position)
+            batch = next(self._iterator)
+        except BaseException:
+            self.close()  # the next call begins with the batch that failed
+            raise
+        self._position = self._to_position(self._iterator.get_state())
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _open(self, position: dict):
+        """Grain's iterator from a position on."""
+        raise NotImplementedError
+
+    def _to_position(self, state: dict) -> dict:
+        """The position of a state of Grain's iterator."""
+        raise NotImplementedError
+
+    @property
+    def next_row(self) -> int:
+        """The global row with which the next batch begins."""
+        return self._position['next_row']
 
     def get_state(self) -> dict:
         """The position after the last batch from `next`, and the identity of the data, as JSON.
 
         It is the same on every process.
         """
-        return {'next_row': self.next_row} | self._identity()
+        return self._position | self._identity()
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other data."""
@@ -46,7 +90,8 @@ class Batches:
                     f'was {state.get(key)}; restore the old data, or start a new run in another '
                     '--workdir from these weights with --config.init_from'
                 )
-        self.next_row = state['next_row']
+        self.close()
+        self._position = {key: state[key] for key in self._position_keys}
 
     _position_keys = frozenset(['next_row'])
 
@@ -87,44 +132,45 @@ class PackedBatches(Batches):
         batch_size: int,
         seed: int,
         rows: np.ndarray | None = None,
+        put: Put | None = None,
     ):
-        super().__init__({name: weights[name] for name in packings}, batch_size, rows)
+        super().__init__({name: weights[name] for name in packings}, batch_size, rows, put)
         self.packings, self.seed = dict(packings), seed
-        self._orders = [self._order(name) for name in packings]
+        for name, packing in packings.items():
+            if not packing.num_rows:
+                raise DataError(
+                    f'{packing.cache.path}: no row of {name} can be made, because no document '
+                    'fits; raise config.data.sequence_length'
+                )
 
-    def next(self, params, step) -> dict[str, np.ndarray]:
-        """The next batch; both arguments are ignored."""
-        del params, step
-        located = [self.mixture.locate(int(row)) for row in self.next_row + self.rows]
-        which = np.array([source for source, _ in located], np.int64)
-        numbers = np.array([self._orders[source][row] for source, row in located], np.int64)
-        self.next_row += self.batch_size
-        parts = {}
-        for source, packing in enumerate(self.packings.values()):
-            if len(chosen := np.flatnonzero(which == source)):
-                parts[source] = chosen, packing.rows(numbers[chosen])
-        return _merge(list(parts.values()), len(which))
+    def _open(self, position: dict):
+        from jaxfm.data import pipeline
 
-    def progress(self, state: dict | None = None) -> dict[str, float]:
-        """Rows and epochs of each source up to `state`, by default up to now."""
-        rows = self.next_row if state is None else state['next_row']
+        # The first row is not 0 if the batch size has changed and a batch began elsewhere.
+        step, first = divmod(position['next_row'], self.batch_size)
+        share = pipeline.Share(self.mixture, first, self.batch_size, self.rows)
+        seeds = [self._seed(name) for name in self.packings]
+        packings = [*self.packings.values()]
+        batches = pipeline.packed_batches(packings, seeds, share, len(self.rows))
+        return pipeline.open_batches(batches, {'next_index': step}, self._put)
+
+    def _to_position(self, state: dict) -> dict:
+        first = self.next_row % self.batch_size
+        return {'next_row': first + state['next_index'] * self.batch_size}
+
+    def progress(self) -> dict[str, float]:
+        """Rows and epochs of each source up to now."""
+        counts = self.mixture.counts(self.next_row)
         return self.by_source(
             {
                 name: {'rows': count, 'epochs': count / packing.num_rows}
-                for (name, packing), count in zip(self.packings.items(), self.mixture.counts(rows))
+                for (name, packing), count in zip(self.packings.items(), counts)
             }
         )
 
-    def _order(self, name: str) -> Order:
-        packing, seed = self.packings[name], self.seed
-        if not packing.num_rows:
-            raise DataError(
-                f'{packing.cache.path}: no row of {name} can be made, because no document fits; '
-                'raise config.data.sequence_length'
-            )
+    def _seed(self, name: str) -> int:
         # Sources with the same number of rows must not share an order.
-        seed += zlib.crc32(name.encode()) if len(self.packings) > 1 else 0
-        return Order(packing.num_rows, seed)
+        return self.seed + (zlib.crc32(name.encode()) if len(self.packings) > 1 else 0)
 
     def _identity(self) -> dict[str, int | float | str]:
         names = {name: packing.name for name, packing in self.packings.items()}
@@ -132,18 +178,6 @@ class PackedBatches(Batches):
         length = next(iter(self.packings.values())).sequence_length
         identity = {'sequence_length': length, 'seed': self.seed}
         return identity | self.identities(names, fingerprints)
-
-
-def _merge(parts: list[tuple[np.ndarray, dict]], num_rows: int) -> dict[str, np.ndarray]:
-    """Merges [(rows of the batch, arrays of these rows)] into one batch."""
-    if len(parts) == 1:
-        return parts[0][1]
-    batch = {}
-    for name, array in parts[0][1].items():
-        batch[name] = np.empty((num_rows, *array.shape[1:]), array.dtype)
-        for chosen, part in parts:
-            batch[name][chosen] = part[name]
-    return batch
 
 
 def evaluation_batches(

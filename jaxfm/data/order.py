@@ -1,10 +1,13 @@
 """The order of a source's rows: every epoch has all of them, shuffled anew.
 
-The n-th row is computed from (seed, n) alone, so seeking is O(1).
+The n-th row is computed from (seed, n) alone, so seeking is O(1). This module imports Grain, which
+takes a third of a second, so it is imported when the first row is needed.
 """
 
 import functools
+import sys
 
+import grain
 import numpy as np
 
 # Grain finds a row by walking the cycles of a 16-bit cipher until it meets a number in range. That
@@ -12,34 +15,36 @@ import numpy as np
 FEW_ROWS = 1 << 12
 
 
-class Order:
-    """order[n] is the number of the n-th row of training."""
+def shuffle(rows: range, seed: int) -> grain.MapDataset:
+    """Element n is the n-th of `rows` in the order of training, also after the first epoch."""
+    seed %= 2**32  # Grain takes 32 bits
+    if len(rows) < FEW_ROWS:
+        return _ShuffledByHash(rows, seed)
+    return grain.MapDataset.range(rows.start, rows.stop).seed(seed).shuffle()
 
-    def __init__(self, num_rows: int, seed: int):
-        self._num_rows, self._seed = num_rows, seed % 2**32  # Grain takes 32 bits
+
+class _ShuffledByHash(grain.MapDataset):
+    """Every epoch has the rows sorted by a hash of (seed, epoch, row)."""
+
+    def __init__(self, rows: range, seed: int):
+        super().__init__()
+        self._rows, self._hash_seed = rows, seed
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
+    def __len__(self) -> int:
+        return sys.maxsize
+
     def __getitem__(self, n: int) -> int:
-        if self._num_rows >= FEW_ROWS:
-            return self._shuffled[n]
-        epoch, within = divmod(n, self._num_rows)
-        return int(self._epoch(epoch)[within])
+        epoch, within = divmod(n, len(self._rows))
+        return self._epoch(epoch)[within]
 
-    @functools.cached_property
-    def _shuffled(self):
-        import grain  # here, because it imports Orbax and takes a third of a second
-
-        dataset = grain.MapDataset.range(self._num_rows)
-        return dataset.seed(self._seed).shuffle().repeat()
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """All rows, sorted by a hash of (seed, epoch, row)."""
-        numbers = np.arange(self._num_rows, dtype=np.uint64)
-        for word in (self._seed, epoch):
+    def _permutation(self, epoch: int) -> list[int]:
+        numbers = np.arange(len(self._rows), dtype=np.uint64)
+        for word in (self._hash_seed, epoch):
             # Start the sequence elsewhere for every seed, and for every epoch of a seed.
             numbers = numbers + _mix(np.array([word], np.uint64))
             numbers = _mix(numbers)
-        return np.argsort(numbers)
+        return (self._rows.start + np.argsort(numbers)).tolist()
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxfm.data import BatchConfig
 from jaxfm.data.documents import Document
-from jaxfm.data.loader import Batches
+from jaxfm.data.loader import Batches, Put
 from jaxfm.data.packing.rows import Pieces, choose_packing, fill_rows
 from jaxfm.errors import ConfigError, DataError
 
@@ -188,6 +188,28 @@ class Stream:
             yield place, document.name, ids, mask
 
 
+class _Maker:
+    """Makes batches of the streams' rows, one after another; used by Grain's thread alone."""
+
+    def __init__(self, streams: Mapping[str, Stream], batch_size: int, make: Callable):
+        self._streams, self._batch_size, self._make = streams, batch_size, make
+        self._next_row = 0
+
+    def make(self) -> dict[str, np.ndarray]:
+        batch = self._make(self._next_row)
+        self._next_row += self._batch_size
+        return batch
+
+    def get_state(self) -> dict:
+        positions = {name: stream.position for name, stream in self._streams.items()}
+        return {'next_row': self._next_row, 'positions': positions}
+
+    def set_state(self, state: dict) -> None:
+        self._next_row = state['next_row']
+        for name, position in state['positions'].items():
+            self._streams[name].position = position
+
+
 class OnTheFly(Batches):
     """A source of [len(rows), T] batches from streams; see the top of this file.
 
@@ -205,39 +227,37 @@ class OnTheFly(Batches):
         config: BatchConfig,
         vocab_size: int,
         rows: np.ndarray | None = None,
+        put: Put | None = None,
     ):
-        super().__init__({name: weights[name] for name in streams}, config.batch_size, rows)
+        super().__init__({name: weights[name] for name in streams}, config.batch_size, rows, put)
         self.streams, self.fingerprints = dict(streams), fingerprints
         self._length, self._vocab_size = config.sequence_length, vocab_size
+        self._maker = _Maker(self.streams, self.batch_size, self._make)
+        self._position = self._maker.get_state()
 
-    def next(self, params, step) -> dict[str, np.ndarray]:
-        """The next batch; both arguments are ignored."""
-        del params, step
+    def _make(self, first: int) -> dict[str, np.ndarray]:
         streams = [*self.streams.values()]
-        chosen = [self.mixture.locate(self.next_row + row)[0] for row in range(self.batch_size)]
-        rows = [streams[source].next_row() for source in chosen]
-        self.next_row += self.batch_size
+        located = self.mixture.locate_all(first + np.arange(self.batch_size))
+        rows = [streams[source].next_row() for source, _ in located]
         return _to_batch([rows[row] for row in self.rows], self._length, self._vocab_size)
 
-    def progress(self, state: dict | None = None) -> dict[str, float]:
-        """Rows and epochs of each source up to `state`, by default up to now."""
-        state = state or self.get_state()
-        counts = self.mixture.counts(state['next_row'])
+    def _open(self, position: dict):
+        from jaxfm.data import pipeline
+
+        return pipeline.open_batches(pipeline.Streamed(self._maker), position, self._put)
+
+    def _to_position(self, state: dict) -> dict:
+        return state
+
+    def progress(self) -> dict[str, float]:
+        """Rows and epochs of each source up to now."""
+        counts, positions = self.mixture.counts(self.next_row), self._position['positions']
         return self.by_source(
             {
-                name: {'rows': count, 'epochs': stream.epochs(state['positions'][name])}
+                name: {'rows': count, 'epochs': stream.epochs(positions[name])}
                 for (name, stream), count in zip(self.streams.items(), counts)
             }
         )
-
-    def get_state(self) -> dict:
-        positions = {name: stream.position for name, stream in self.streams.items()}
-        return super().get_state() | {'positions': positions}
-
-    def set_state(self, state: dict) -> None:
-        super().set_state(state)
-        for name, position in state['positions'].items():
-            self.streams[name].position = position
 
     _position_keys = frozenset(['next_row', 'positions'])
 

@@ -22,7 +22,6 @@ from jaxfm.models.transformer import compute_dtype
 from jaxfm.modes.generation import requests_for, write_samples
 from jaxfm.optim.spikes import Rewind, Spike
 from jaxfm.plan.tables import parameter_rows, summary, tables
-from jaxfm.prefetch import Prefetch
 from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
 from jaxfm.run.phase import Phase
@@ -31,7 +30,7 @@ from jaxfm.run.weights import initial_state, periodic_exports
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Request
 from jaxfm.state import TrainState, check_replication
-from jaxfm.train import Loop, train
+from jaxfm.train import Loop, Source, train
 
 log = logging.getLogger('jaxfm')
 
@@ -56,7 +55,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             return 0
         checkpointer = workdir.open_checkpoints(run, wanted, flags.resume_step, stack)
         data = open_data(config, run.workdir)  # tokenises it if need be, which may take hours
-        sources = [_prefetch(phase, data, stack) for phase in run.phases]
+        sources = [_open_source(phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler()
         evaluators = run.evaluators(data, sampler, write=run.primary)
@@ -166,9 +165,8 @@ def _run_phases(
     return state
 
 
-def _prefetch(phase: Phase, data: RunData, stack) -> Prefetch:
-    batches = phase.batches(data.datasets[phase.name])
-    source = Prefetch(batches, phase.mesh, phase.config.data.batch_size)
+def _open_source(phase: Phase, data: RunData, stack: contextlib.ExitStack) -> Source:
+    source = phase.batches(data.datasets[phase.name])
     stack.callback(source.close)
     return source
 

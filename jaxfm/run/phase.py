@@ -6,6 +6,7 @@ equals a run with the seed `seed + i`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -104,9 +105,11 @@ class Phase:
         }
 
     def batches(self, dataset: Dataset) -> Batches:
-        """This process's rows of every batch, in the order of the phase."""
-        rows = sharding.local_rows(self.mesh, self.config.data.batch_size)
-        return dataset.batches(self.seed, rows)
+        """Every batch in the order of the phase, on the devices; must be closed."""
+        size = self.config.data.batch_size
+        rows = sharding.local_rows(self.mesh, size)
+        put = functools.partial(sharding.put, mesh=self.mesh, batch_size=size)
+        return dataset.batches(self.seed, rows, put)
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

@@ -12,12 +12,12 @@ import jax
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.config.load import make_config
 from jaxfm.config.resume import Change, check_resume
+from jaxfm.data.loader import Batches
 from jaxfm.distributed import agree
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.writers import read_records
 from jaxfm.optim.spikes import Spike, Spikes
-from jaxfm.prefetch import Prefetch
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run
 from jaxfm.run.weights import base_params
@@ -63,7 +63,7 @@ def restore(
     run: Run,
     checkpointer: Checkpointer,
     wanted: list[TrainState],
-    sources: list[Prefetch],
+    sources: list[Batches],
     spikes: list[Spikes],
     clock: StepClock,
     allowed: list[str],
@@ -96,7 +96,7 @@ def rewind(
     run: Run,
     checkpointer: Checkpointer,
     wanted: list[TrainState],
-    sources: list[Prefetch],
+    sources: list[Batches],
     spikes: list[Spikes],
     clock: StepClock,
     spike: Spike,
@@ -155,7 +155,7 @@ def _restore(run: Run, checkpointer, step: int, phase: Phase, wanted: TrainState
     return wanted.with_tree(tree), extra
 
 
-def _set_position(source: Prefetch, position: dict, may_change: bool) -> None:
+def _set_position(source: Batches, position: dict, may_change: bool) -> None:
     """Moves the source to a position. If that is of other data, starts at the first row.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Data files: finds them by glob, opens and decompresses them, on disk or in a bucket.
+"""Data files: finds them by glob, opens and decompresses them; on disk, in a bucket, on the hub.
 
 Every failure (missing, forbidden, unreachable, truncated) becomes an error that names the file.
 """
@@ -25,11 +25,13 @@ from jaxfm.errors import (
 )
 from jaxfm.storage.base import S3
 
+# A repository of the Hugging Face hub: hf://datasets/org/name[@revision]/path.
+HUB = 'hf://'
 COMPRESSED = ('.gz', '.zst')
 # Seconds to wait for a connection and for an answer from a bucket, and the number of tries by s3fs.
 # With a wrong endpoint, a run fails within two minutes.
 CONNECT_TIMEOUT, READ_TIMEOUT, TRIES = 5, 20, 3
-# Bytes fetched from a bucket per request.
+# Bytes fetched per request from a bucket or the hub.
 BLOCK_BYTES = 8 << 20
 
 
@@ -44,13 +46,17 @@ class File:
     path: str
     name: str
     size: int  # bytes, as stored (compressed)
-    stamp: str  # changes when the file is written: modification time, or ETag
+    stamp: str  # changes when the file is written: modification time, ETag or blob
 
     @property
     def suffix(self) -> str:
         """The last suffix, ignoring a compression suffix: '.jsonl' for 'a.jsonl.gz'."""
         name = self.name.lower()
         return PurePosixPath(name.removesuffix('.gz').removesuffix('.zst')).suffix
+
+    @property
+    def is_remote(self) -> bool:
+        return self.path.startswith((S3, HUB))
 
     @property
     def is_compressed(self) -> bool:
@@ -78,20 +84,20 @@ class File:
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[str]:
-        """A local path, for libraries that cannot read streams; copies a file from a bucket."""
+        """A local path, for libraries that cannot read streams; copies a remote file."""
         with explain_reading(self.path):
-            if not self.path.startswith(S3):
+            if not self.is_remote:
                 self._check_unchanged()
                 yield self.path
                 return
             with tempfile.TemporaryDirectory() as directory:
                 copy = os.path.join(directory, 'copy')
-                s3().get_file(self.path, copy)
+                _system(self.path).get_file(self.path, copy)
                 yield copy
 
     def _open_stored(self) -> BinaryIO:
-        if self.path.startswith(S3):
-            return s3().open(self.path, 'rb', block_size=BLOCK_BYTES)
+        if self.is_remote:
+            return _system(self.path).open(self.path, 'rb', block_size=BLOCK_BYTES)
         self._check_unchanged()
         return open(self.path, 'rb', buffering=1 << 20)
 
@@ -108,7 +114,7 @@ def find(patterns: str | list[str], key: str) -> list[File]:
     """
     found = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        files = (_find_s3 if pattern.startswith(S3) else _find_local)(pattern, key)
+        files = (_find_remote if pattern.startswith((S3, HUB)) else _find_local)(pattern, key)
         for identity, file in files:
             found.setdefault(identity, file)
     return _with_unique_names(sorted(found.values(), key=lambda file: (file.name, file.path)))
@@ -128,13 +134,13 @@ def explain_reading(path: str) -> Iterator[None]:
         raise raised from error
 
 
-def extra(module: str):
-    """Imports a package of the `data` extra. Raises MissingInputError if it is not installed."""
+def extra(module: str, name: str = 'data'):
+    """Imports a package of an extra. Raises MissingInputError if it is not installed."""
     try:
         return __import__(module, fromlist=['_'])
     except ImportError as error:
         raise MissingInputError(
-            f"this needs the package {module.split('.')[0]}: pip install 'jaxfm[data]'"
+            f"this needs the package {module.split('.')[0]}: pip install 'jaxfm[{name}]'"
         ) from error
 
 
@@ -172,28 +178,38 @@ def _explain_no_match(pattern: str, key: str) -> str:
     )
 
 
-def _find_s3(pattern: str, key: str) -> list[tuple[str, File]]:
-    fixed = PurePosixPath(pattern.removeprefix(S3))
+def _find_remote(pattern: str, key: str) -> list[tuple[str, File]]:
+    scheme = S3 if pattern.startswith(S3) else HUB
+    fixed = PurePosixPath(pattern.removeprefix(scheme))
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     root = fixed if glob.has_magic(pattern) else fixed.parent
     with explain_reading(pattern):
-        found = s3().glob(pattern, detail=True)
+        found = _system(pattern).glob(pattern, detail=True)
         if not found:
-            s3().ls(fixed.parts[0])  # raises if the bucket does not exist
-            raise MissingInputError(f'{key}: no object matches {pattern!r} at {_endpoint()}')
+            # Raises if the bucket or repository does not exist.
+            _system(pattern).ls('/'.join(fixed.parts[: 1 if scheme == S3 else 3]))
+            place = f'object matches {pattern!r} at {_endpoint()}'
+            if scheme == HUB:
+                place = f'file matches {pattern!r}; write {HUB}datasets/ORG/NAME/PATH'
+            raise MissingInputError(f'{key}: no {place}')
     entries = [entry for entry in found.values() if entry['type'] == 'file']
     if not entries:
         raise MissingInputError(
             f'{key}: {pattern} is a directory; give a glob of files, such as {pattern}/**/*.txt'
         )
-    return [_s3_file(entry, root) for entry in entries]
+    return [_remote_file(scheme, entry, root) for entry in entries]
 
 
-def _s3_file(entry: dict, root: PurePosixPath) -> tuple[str, File]:
-    path = S3 + entry['name']
+def _remote_file(scheme: str, entry: dict, root: PurePosixPath) -> tuple[str, File]:
+    path = scheme + entry['name']
     name = PurePosixPath(entry['name']).relative_to(root).as_posix()
-    return path, File(path, name, entry['size'], str(entry.get('ETag', '')).strip('"'))
+    stamp = entry.get('ETag') or entry.get('blob_id') or entry.get('xet_hash') or ''
+    return path, File(path, name, entry['size'], str(stamp).strip('"'))
+
+
+def _system(path: str):
+    return s3() if path.startswith(S3) else hub()
 
 
 def _with_unique_names(files: list[File]) -> list[File]:
@@ -223,6 +239,13 @@ def s3():
     return system
 
 
+@functools.cache
+def hub():
+    """The file system of the Hugging Face hub; HF_TOKEN or a login gives access."""
+    package = extra('huggingface_hub', 'hub')
+    return package.HfFileSystem(skip_instance_cache=True, use_listings_cache=False)
+
+
 def _endpoint() -> str:
     return (
         os.environ.get('AWS_ENDPOINT_URL_S3')
@@ -238,6 +261,8 @@ def _explain(path: str, error: Exception) -> RunError | None:
         return DataError(f'{path} is damaged or cut off: {error}')
     if path.startswith(S3):
         return _explain_s3(path, error)
+    if path.startswith(HUB):
+        return _explain_hub(path, error)
     if isinstance(error, PermissionError):
         return PermissionDeniedError(f'{path} cannot be read: permission denied')
     if isinstance(error, OSError):
@@ -260,6 +285,26 @@ def _explain_s3(path: str, error: Exception) -> RunError | None:
     if isinstance(error, OSError) or _is_of(error, 'botocore', 'aiohttp', 'fsspec'):
         said = str(error) or type(error).__name__
         return UnavailableError(f'{path} cannot be reached ({place}): {said}')
+    return None
+
+
+def _explain_hub(path: str, error: Exception) -> RunError | None:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {'GatedRepoError', 'PermissionError'}:
+        return PermissionDeniedError(
+            f'{path} cannot be read: accept its licence on the hub, if it is gated, and set '
+            'HF_TOKEN to your access token'
+        )
+    if kinds & {'FileNotFoundError', 'EntryNotFoundError', 'HFValidationError', 'HfUriError'} or (
+        kinds & {'RepositoryNotFoundError', 'RevisionNotFoundError', 'BucketNotFoundError'}
+    ):
+        return MissingInputError(
+            f'{path} is not on the hub, or is private and HF_TOKEN is not set; write '
+            f'{HUB}datasets/ORG/NAME[@REVISION]/PATH'
+        )
+    if isinstance(error, OSError) or _is_of(error, 'httpx', 'huggingface_hub', 'hf_xet', 'fsspec'):
+        said = ' '.join(str(error).split()) or type(error).__name__
+        return UnavailableError(f'{path} cannot be reached on the hub: {said}')
     return None
 
 

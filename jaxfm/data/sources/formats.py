@@ -13,7 +13,6 @@ from jaxfm.data.documents import Document
 from jaxfm.data.sources import records
 from jaxfm.errors import DataError
 from jaxfm.storage import find
-from jaxfm.storage.base import S3
 from jaxfm.storage.find import File
 
 # Bytes in a shard. The names of documents depend on it.
@@ -184,8 +183,8 @@ def _array_record_shards(file: File, side: str) -> Iterator[Shard]:
         count = reader.num_records()
     if not count:
         raise DataError(f'{file.path} is empty')
-    # A file in a bucket is copied to disk before it is read, so it must stay one shard.
-    pieces = 1 if file.path.startswith(S3) else -(-file.size // SHARD_BYTES)
+    # A remote file is copied to disk before it is read, so it must stay one shard.
+    pieces = 1 if file.is_remote else -(-file.size // SHARD_BYTES)
     size = -(-count // pieces)
     for start in range(0, count, size):
         stop = min(start + size, count)

@@ -5,6 +5,9 @@ is next to the config file or is installed (`code.py` finds it). Such a class ne
 `Config`, the pydantic group of its values; `objective = dict(name='my_lab:Focal', gamma=2.0)` is
 checked like any other group. Each package declares its registry in its `__init__.py`, so that a
 config can be checked without importing jax; only modules outside jaxfm are imported.
+
+A registry may have an adapter: a class of ours that takes the place of an outside class without a
+`Config`, so that a class written for another library can be used as it is.
 """
 
 import dataclasses
@@ -34,6 +37,15 @@ class Entry:
         return load_target(self.target)
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Takes the place of an outside class that has no `Config` but these methods."""
+
+    methods: tuple[str, ...]
+    what: str  # a class with these methods, for messages
+    entry: Entry
+
+
 class Registry(dict[str, Entry]):
     """{name: Entry} of the classes in jaxfm. `find` also accepts the path of a class outside it.
 
@@ -41,6 +53,7 @@ class Registry(dict[str, Entry]):
       base: the `Config` of a class outside jaxfm must be a subclass of this group. None: the
         registry accepts no such classes.
       beside: a group whose keys are added to those of the outside class.
+      adapter: accepts outside classes without a `Config`, too.
     """
 
     def __init__(
@@ -48,9 +61,10 @@ class Registry(dict[str, Entry]):
         entries: dict[str, Entry],
         base: type[Group] | None = None,
         beside: type[Group] | None = None,
+        adapter: Adapter | None = None,
     ):
         super().__init__(entries)
-        self.base, self.beside = base, beside
+        self.base, self.beside, self.adapter = base, beside, adapter
 
     def takes(self, name) -> bool:
         """Whether `name` is an entry, or a class path and the registry accepts outside classes."""
@@ -68,7 +82,9 @@ class Registry(dict[str, Entry]):
         """
         if not self._is_outside(name):
             return self[name]
-        return Entry(name, _make_schema(name, self.base, self.beside))
+        schema = _make_schema(name, self.base, self.beside, self.adapter)
+        adapted = self.adapter and not hasattr(find_class(name), 'Config')
+        return Entry(self.adapter.entry.target if adapted else name, schema)
 
     def load(self, name: str):
         """Imports and returns the class of a name or a class path."""
@@ -141,13 +157,17 @@ class _FromOutside(Group):
         return _unpickle, (*self.origin, searched(), self.model_dump_json())
 
 
-def _unpickle(name, base, beside, searched, content) -> Group:
+def _unpickle(name, base, beside, adapter, searched, content) -> Group:
     search_as(searched)
-    return _make_schema(name, base, beside).model_validate_json(content)
+    return _make_schema(name, base, beside, adapter).model_validate_json(content)
 
 
-def _make_schema(name: str, base: type[Group], beside: type[Group] | None) -> type[Group]:
-    """The schema for a class path: the class's own `Config`, with the path as its `name`."""
+def find_class(name: str):
+    """Imports the module of a class path and returns the class.
+
+    Raises:
+      ConfigError: the module cannot be imported or has no such name.
+    """
     module = import_module(name)
     class_name = name.split(':')[1]
     found = getattr(module, class_name, None)
@@ -156,21 +176,36 @@ def _make_schema(name: str, base: type[Group], beside: type[Group] | None) -> ty
         close = difflib.get_close_matches(class_name, names, 1)
         hint = f'; did you mean {close[0]}?' if close else ''
         raise ConfigError(f'{module.__file__} has no {class_name}{hint}')
+    return found
+
+
+def _make_schema(
+    name: str, base: type[Group], beside: type[Group] | None, adapter: Adapter | None
+) -> type[Group]:
+    """The schema for a class path: the class's own `Config`, with the path as its `name`."""
+    found, wanted = find_class(name), f'a subclass of {base.__module__}.{base.__name__}'
+    if adapter and isinstance(found, type) and not hasattr(found, 'Config'):
+        missing = [each for each in adapter.methods if not hasattr(found, each)]
+        if missing:
+            raise ConfigError(
+                f'{name} is not {adapter.what}: it has no {" and no ".join(missing)} '
+                f'(nor an attribute Config, {wanted})'
+            )
+        return _join(name, adapter.entry.schema, base, beside, adapter)
     group = getattr(found, 'Config', None)
     if not (isinstance(group, type) and issubclass(group, base)):
-        wanted = f'{base.__module__}.{base.__name__}'
-        raise ConfigError(f'{name} needs an attribute Config, a subclass of {wanted}')
+        raise ConfigError(f'{name} needs an attribute Config, {wanted}')
     taken = sorted(group.model_fields.keys() & beside.model_fields.keys()) if beside else []
     if taken:
         raise ConfigError(f'{name}: rename keys of its Config that jaxfm uses: {", ".join(taken)}')
-    return _join(name, group, base, beside)
+    return _join(name, group, base, beside, adapter)
 
 
 @functools.cache
-def _join(name: str, group: type[Group], base: type[Group], beside: type[Group] | None):
+def _join(name: str, group: type[Group], base, beside: type[Group] | None, adapter):
     # A class without values of its own may use Group itself, which is already a base of the others.
     own = [] if group is Group else [group]
     bases = (_FromOutside, *own, *([beside] if beside else []))
     made = pydantic.create_model(group.__name__, __base__=bases, name=(Literal[name], name))
-    made.origin = (name, base, beside)
+    made.origin = (name, base, beside, adapter)
     return made

@@ -58,6 +58,16 @@ FIRST_STAGE = {
     'nothing to sample from': (['--mode=sample'], 66, ['holds no run to sample']),
     'nobody to talk to': (['--mode=chat'], 66, ['holds no run to chat']),
     'nothing to evaluate': (['--mode=eval'], 66, ['holds no run to eval']),
+    'data that is not random access': (
+        ['--config.data.name=json:JSONDecoder'],
+        78,
+        ['json:JSONDecoder is not random access', '__len__', '__getitem__'],
+    ),
+    'data of a module that is not there': (
+        ['--config.data.name=nowhere:Source'],
+        78,
+        ['there is no module nowhere'],
+    ),
     'a work directory of too long a name': (
         [f'--workdir={"a" * 300}'],
         66,

@@ -6,11 +6,13 @@ which row comes next. `loader` delivers batches of rows, and `dataset` combines 
 phase of a run. Nothing here touches a device.
 """
 
-from typing import Annotated, Literal
+import inspect
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
-from jaxfm.registry import Entry, Registry, one_of
+from jaxfm.errors import ConfigError
+from jaxfm.registry import Adapter, Entry, Registry, find_class, one_of
 from jaxfm.schema import ConflictError, Group, Problem
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -49,7 +51,8 @@ class FilesConfig(Group):
     """Documents in files: plain text (one document per file), or records of texts or chats."""
 
     name: Literal['files'] = 'files'
-    # Paths or globs (`**` too), local or s3://bucket/...; .gz and .zst are decompressed.
+    # Paths or globs (`**` too), local, s3://bucket/... or hf://datasets/ORG/NAME/...; .gz and .zst
+    # are decompressed.
     path: str | list[str] = Field(min_length=1)
     # The held-out files; if set, heldout_fraction is ignored.
     heldout_path: str | list[str] = []
@@ -82,6 +85,60 @@ class ProblemsConfig(Group):
     seed: int = Field(default=0, ge=0, lt=2**32)  # selects problems from all possible ones
 
 
+class RandomAccessConfig(Group):
+    """Documents of a class from outside with random access: any grain.RandomAccessDataSource.
+
+    An element is a text (str, or bytes of UTF-8), or a record of a text or chat (a dict).
+    """
+
+    name: str
+    # What the class is called with: class(**arguments).
+    arguments: dict[str, JsonValue] = {}
+    # Fraction of the elements to hold out, by a hash of their content; of few, at least one.
+    heldout_fraction: Fraction = 0.05
+    fields: FieldsConfig = FieldsConfig()
+    # How many elements that are no documents to leave out; one more is an error.
+    max_bad_records: int = Field(default=0, ge=0)
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        if not {'name', 'arguments'} <= parts.keys():
+            return []
+        try:
+            signature = inspect.signature(find_class(parts['name']))
+        except (
+            ConfigError,
+            ValueError,
+        ):  # another check reports it, or it is not written in Python
+            return []
+        return _find_unfit(signature, parts['name'], parts['arguments'])
+
+
+def _find_unfit(
+    signature: inspect.Signature, name: str, arguments: dict[str, Any]
+) -> list[Problem]:
+    """The problems of calling a class with these arguments."""
+    known = [f'{each}' for each in signature.parameters.values()]
+    takes = f'{name} takes {", ".join(known) or "no arguments"}'
+    names = {
+        each.name for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD
+    }
+    has_others = len(names) < len(known)
+    unknown = [each for each in arguments if each not in names and not has_others]
+    if unknown:
+        return [Problem.at(('arguments', each), f'no such argument: {takes}') for each in unknown]
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return [Problem.at(('arguments',), f'{error}: {takes}')]
+    return []
+
+
+_RANDOM_ACCESS = Adapter(
+    ('__len__', '__getitem__'),
+    'random access (a grain.RandomAccessDataSource)',
+    Entry('jaxfm.data.sources.random_access:RandomAccess', RandomAccessConfig),
+)
 SOURCES = Registry(
     {
         'python_stdlib': Entry('jaxfm.data.sources.python_stdlib:PythonStdlib', PythonStdlibConfig),
@@ -89,6 +146,7 @@ SOURCES = Registry(
         'problems': Entry('jaxfm.data.sources.problems:Problems', ProblemsConfig),
     },
     base=Group,
+    adapter=_RANDOM_ACCESS,
 )
 
 
@@ -173,5 +231,6 @@ DATA = Registry(
     },
     base=Group,
     beside=BatchConfig,
+    adapter=_RANDOM_ACCESS,
 )
 DataConfig = one_of(DATA)

@@ -13,6 +13,11 @@ Which side a document is on depends on its own content or path, not on order or 
 """
 
 import hashlib
+import logging
+import math
+from collections.abc import Sequence
+
+log = logging.getLogger('jaxfm')
 
 
 def is_heldout(key: str | bytes, fraction: float) -> bool:
@@ -24,3 +29,11 @@ def place_of(key: str | bytes) -> float:
     """The hash of a document's key, as a number in [0, 1); the lowest are held out."""
     key = key.encode() if isinstance(key, str) else key
     return int.from_bytes(hashlib.sha256(key).digest()[:8]) / 2**64
+
+
+def raise_fraction(fraction: float, places: Sequence[float]) -> float:
+    """The fraction to hold out of few documents: raised so far that it picks one of them."""
+    if len(places) < 2 or min(places) < fraction:
+        return fraction
+    log.info('held-out: a fraction of %.3g picks no record, so one is held out', fraction)
+    return math.nextafter(min(places), 1)

@@ -10,12 +10,11 @@ import functools
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Sequence
 
 from jaxfm.data import FilesConfig
 from jaxfm.data.documents import Document
-from jaxfm.data.sources import formats, is_heldout, place_of, records
+from jaxfm.data.sources import formats, is_heldout, raise_fraction, records
 from jaxfm.data.sources.formats import (
     READERS,
     SHARDS,
@@ -116,7 +115,7 @@ class Files:
                 if isinstance(record, bytes):
                     record = parse_line(record)
                 document = records.to_document(record, self.config.fields, name)
-                place = _place(document)
+                place = records.place_of_document(document)
             except records.BadRecord as error:
                 self._leave_out(name, BadRecord(file, start, line, str(error)))
             else:
@@ -132,10 +131,7 @@ class Files:
         # Ignore bad records here: they are counted when `read` meets them.
         reader = Files(self.config.model_copy(update={'max_bad_records': 1 << 62}))
         places = [place for shard in shards for place, _ in reader._read_records(shard)]
-        if len(places) < 2 or min(places) < fraction:
-            return fraction
-        log.info('held-out: a fraction of %.3g picks no record, so one is held out', fraction)
-        return math.nextafter(min(places), 1)
+        return raise_fraction(fraction, places)
 
     def _read_texts(self, shard: Shard) -> Iterator[tuple[bool, Document]]:
         for file, side in shard.files:
@@ -202,18 +198,6 @@ class Files:
             )
             sides = dict.fromkeys(sides, 'tail')
         return list(sides.items())
-
-
-def _place(document: Document) -> float:
-    """A document's place by its content, so equal records are on the same side."""
-    key = document.text
-    if document.messages:
-        key = [document.messages, document.tools]
-        key = json.dumps(key, sort_keys=True, ensure_ascii=False)
-    try:
-        return place_of(key.encode())
-    except UnicodeEncodeError as error:
-        raise records.BadRecord('not valid Unicode: it has a lone surrogate') from error
 
 
 def check_bad_records(bad: Sequence[BadRecord | str], allowed: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxfm.data import FieldsConfig
 from jaxfm.data.documents import Document
+from jaxfm.data.sources import place_of
 
 ROLES = {
     'system': 'system',
@@ -47,6 +48,18 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
         return Document(name, text=_text(record, fields.text or 'text', 'text'), group=group)
     tools = tuple(_tools(_find(record, fields.tools)))
     return Document(name, messages=tuple(messages), tools=tools, group=group)
+
+
+def place_of_document(document: Document) -> float:
+    """A document's place by its content, so equal records are on the same side."""
+    key = document.text
+    if document.messages:
+        key = [document.messages, document.tools]
+        key = json.dumps(key, sort_keys=True, ensure_ascii=False)
+    try:
+        return place_of(key.encode())
+    except UnicodeEncodeError as error:
+        raise BadRecord('not valid Unicode: it has a lone surrogate') from error
 
 
 def _check_text(record: dict, fields: FieldsConfig) -> None:

@@ -5,7 +5,8 @@
 The text is 18 books of Project Gutenberg and the articles of WikiText-2 if shared/data has them,
 otherwise the source of this Python's standard library; it is repeated to fill --megabytes. The
 tokenizers are GPT-2 and Qwen3 from shared/data, otherwise a BPE trained on the spot. Everything is
-measured --repeats times, and the median is shown. Run it on a quiet machine.
+measured --repeats times, and the median is shown: tokens a second, and tokens a CPU-second, which
+other work on the machine disturbs less. `--rows_only` leaves out the tokenising.
 """
 
 import argparse
@@ -30,14 +31,20 @@ from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.corpus.build import Corpus, open_corpus
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.loader import PackedBatches
-from jaxfm.data.packing.rows import BestFit, Concat
+from jaxfm.data.packing.rows import BestFit, Concat, OneEach
 from jaxfm.tokenizer import BPEConfig, TokenizerFileConfig
 from jaxfm.tokenizer.build import Tokenizer, build_tokenizer
 from tools.bench import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('numpy', 'tokenizers', 'grain')
-PACKINGS = {'concat': Concat, 'best_fit': BestFit}
+# {name: (packing of a source, its weight)}
+MIXTURES = {
+    'concat': ((Concat, 1.0),),
+    'best_fit': ((BestFit, 1.0),),
+    'none': ((OneEach, 1.0),),
+    'mixture of concat and best_fit': ((Concat, 0.7), (BestFit, 0.3)),
+}
 BATCH_TOKENS = 1 << 18
 ROW_LENGTHS = (2048, 8192)
 
@@ -55,11 +62,17 @@ class Result:
     def median(self) -> float:
         return statistics.median(self.tokens_per_second)
 
+    @property
+    def median_per_cpu_second(self) -> float:
+        return self.tokens / statistics.median(self.cpu_seconds)
+
 
 def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory() as directory:
-        record = measure(Path(directory), arguments.repeats, arguments.megabytes)
+        record = measure(
+            Path(directory), arguments.repeats, arguments.megabytes, arguments.rows_only
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f'data-{record["date"]}.json'
     path.write_text(json.dumps(record, indent=1) + '\n', 'utf-8')
@@ -69,6 +82,7 @@ def main() -> None:
         print(
             f'{result["name"]:44} {result["median"] / 1e6:8.2f}M tokens/s'
             f'  ({min(rates) / 1e6:.2f} .. {max(rates) / 1e6:.2f})'
+            f'  {result["median_per_cpu_second"] / 1e6:8.2f}M tokens/CPU-s'
         )
 
 
@@ -78,17 +92,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='directory for the results')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--megabytes', type=int, default=96, help='size of the text')
+    parser.add_argument('--rows_only', action='store_true', help='leave out the tokenising')
     return parser.parse_args(argv)
 
 
-def measure(directory: Path, repeats: int, megabytes: int) -> dict:
+def measure(directory: Path, repeats: int, megabytes: int, rows_only: bool = False) -> dict:
     """Runs everything; `directory` is for temporary files."""
     documents = list(_documents())
     path = directory / 'corpus.jsonl'
     digest, copies = _write(path, documents, megabytes << 20)
     results = []
     for name, opened in _tokenizers(directory, path).items():
-        results += _measure_tokenising(name, opened, path, directory, repeats)
+        if not rows_only:
+            results += _measure_tokenising(name, opened, path, directory, repeats)
+        results += _measure_streaming(name, opened, path, directory, repeats)
         results += _measure_reading(name, opened, path, directory, repeats)
     return {
         **machine.about(PACKAGES),
@@ -97,8 +114,13 @@ def measure(directory: Path, repeats: int, megabytes: int) -> dict:
         'corpus_documents': len(documents),
         'corpus_copies': copies,
         'repeats': repeats,
-        'results': [dataclasses.asdict(result) | {'median': result.median} for result in results],
+        'results': [_to_record(result) for result in results],
     }
+
+
+def _to_record(result: Result) -> dict:
+    medians = {'median': result.median, 'median_per_cpu_second': result.median_per_cpu_second}
+    return dataclasses.asdict(result) | medians
 
 
 def _measure_tokenising(
@@ -113,6 +135,10 @@ def _measure_tokenising(
 
     yield _time(f'tokenise + cache, {name}', build, repeats, warm_up=False)
 
+
+def _measure_streaming(
+    name: str, opened, path: Path, directory: Path, repeats: int
+) -> Iterator[Result]:
     data = FilesData(
         path=str(path),
         heldout_fraction=0.05,
@@ -133,10 +159,10 @@ def _measure_reading(
 ) -> Iterator[Result]:
     config = FilesConfig(path=str(path), heldout_fraction=0.05)
     cache = open_corpus(config, opened, directory / f'{name}-0').directory
-    for packing in PACKINGS:
+    for packing in MIXTURES:
         for length in ROW_LENGTHS:
             for processes in (1, 2):
-                title = f'{packing} rows of {length}, {name}, {processes} process'
+                title = f'{packing}, rows of {length}, {name}, {processes} process'
                 title += 'es' if processes > 1 else ''
                 yield _read_in_processes(title, cache, packing, length, processes, repeats)
 
@@ -161,8 +187,10 @@ def _read_rows(index, cache, packing, length, processes, repeats, barrier, queue
     opened = Corpus(cache)
     batch_size = BATCH_TOKENS // length
     rows = np.array_split(np.arange(batch_size), processes)[index]
-    packed = PACKINGS[packing](opened.train, length)
-    batches = PackedBatches({'': packed}, {'': 1.0}, batch_size, seed=0, rows=rows)
+    sources = {str(i): each for i, each in enumerate(MIXTURES[packing])}
+    packings = {name: pack(opened.train, length) for name, (pack, _) in sources.items()}
+    weights = {name: weight for name, (_, weight) in sources.items()}
+    batches = PackedBatches(packings, weights, batch_size, seed=0, rows=rows)
 
     def read() -> int:
         return sum(batches.next(None, step)['tokens'].size for step in range(100))

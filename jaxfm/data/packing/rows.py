@@ -230,8 +230,10 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
     where = index + np.repeat(starts - begins, lengths)
     flat['tokens'][:] = cache.tokens.take(where, mode='clip')
     flat['segment_ids'][:] = np.repeat(segments, lengths)
-    np.subtract(index, np.repeat(begins, lengths), out=flat['positions'], casting='unsafe')
-    if not segments.all():
+    slots = _count(num_rows * T, np.int32)  # half the bytes of `index`
+    np.subtract(slots, np.repeat(begins.astype(np.int32), lengths), out=flat['positions'])
+    is_full = segments.all()
+    if not is_full:
         inside = flat['segment_ids'] > 0
         flat['tokens'] *= inside
         flat['positions'] *= inside
@@ -242,13 +244,13 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
     flat['targets'][:-1] = flat['tokens'][1:]
     flat['targets'][last] = cache.tokens.take(after, mode='clip') * more
     if cache.mask is None:
-        flat['loss_mask'][:] = flat['segment_ids'] > 0
+        flat['loss_mask'][:] = 1 if is_full else inside
         flat['loss_mask'][last] = more
     else:
         counted = cache.mask.take(where, mode='clip') > 0
         flat['loss_mask'][:-1] = counted[1:]
         flat['loss_mask'][last] = more * (cache.mask.take(after, mode='clip') > 0)
-        if not segments.all():
+        if not is_full:
             flat['loss_mask'] *= inside
     largest = max(flat['tokens'].max(initial=0), flat['targets'].max(initial=0))
     if largest >= cache.vocab_size:
@@ -285,9 +287,9 @@ def _layout(cache: TokenCache, counts: np.ndarray, pieces: Pieces, T: int):
 
 
 @functools.lru_cache(maxsize=8)
-def _count(number: int) -> np.ndarray:
+def _count(number: int, dtype=np.int64) -> np.ndarray:
     """0, 1, 2, ... to be read only."""
-    numbers = np.arange(number)
+    numbers = np.arange(number, dtype=dtype)
     numbers.flags.writeable = False
     return numbers
 

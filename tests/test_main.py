@@ -272,7 +272,9 @@ def test_a_run_goes_on_when_what_it_began_from_is_gone(cli, tmp_path, adapter, s
     shutil.copytree(straight if kind == 'run' else adapter[0], origin / 'model')
     shutil.copytree(adapter[1], origin / 'adapter')
     flags = [f'--config.init_from={origin / "model"}']
-    flags += [f'--config.model.lora.path={origin / "adapter"}'] if kind == 'adapter' else []
+    if kind == 'adapter':
+        flags += [f'--config.model.lora.path={origin / "adapter"}']
+        flags += ['--config.checkpoint.include_frozen=True']
     short = ['--config.optimizer.warmup_steps=0', '--config.sampling.num_samples=0']
     code, _, error = cli(workdir, *flags, *short, '--config.steps=5')
     assert code == 0, error

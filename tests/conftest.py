@@ -365,10 +365,10 @@ class TinyRuns:
             for name, entry in (manifest['arrays'] | base['arrays']).items()
         }
 
-        def load_base():
-            origin = Path(base['origin'])
-            newest = Reader(CheckpointConfig(), origin / 'checkpoints').latest_step()
-            return {n.partition('/')[2]: x for n, x in TinyRuns.restored(origin, newest).items()}
+        def load_base(manifest):
+            origin = Path(base['origin']['init_from'])
+            restored = TinyRuns.restored(origin, base['origin']['step'])
+            return {name.partition('/')[2]: array for name, array in restored.items()}
 
         return reader.restore(step, wanted, load_base)[0]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from jaxfm import main, process
+from jaxfm.checkpoint import CheckpointConfig
+from jaxfm.checkpoint.reader import Reader
 from jaxfm.errors import DataError, Preempted
 from jaxfm.metrics.writers import read_records
 from jaxfm.modes import train
@@ -262,6 +264,38 @@ def adapter(tiny, tmp_path_factory):
     process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, (root / 'unused.stderr').read_text()
     return model, adapter
+
+
+@pytest.mark.usefixtures('quick_programs')
+def test_adapters_go_on_from_the_step_they_began_with_when_its_run_has_trained_on(
+    cli, tmp_path, straight
+):
+    origin, workdir, later = tmp_path / 'origin', tmp_path / 'run', tmp_path / 'later'
+    shutil.copytree(straight, origin)
+    common = ['--config.sampling.num_samples=0', '--config.checkpoint.keep=9']
+    lora = [*common, '--config.model.lora.rank=4', '--config.optimizer.warmup_steps=0']
+    from_origin = [*lora, f'--config.init_from={origin}']
+    assert cli(workdir, *from_origin, '--config.steps=3')[0] == 0
+    assert cli(origin, *common, '--config.steps=41', '--allow_change=steps')[0] == 0
+    flags = ['--config.steps=4', '--allow_change=steps']
+    code, _, error = cli(workdir, *from_origin, *flags)
+    assert code == 0, error
+    assert 'resumed at step 3' in (workdir / 'log.txt').read_text()
+    # Adapters that go on from these belong to the same weights, and need only them.
+    lora += ['--config.steps=1']
+    assert cli(later, *lora, f'--config.init_from={workdir}')[0] == 0
+    recorded = Reader(CheckpointConfig(), later / 'checkpoints').read_manifest(1)['base']['origin']
+    assert (recorded['init_from'], recorded['step']) == (str(origin), 40)
+    shutil.rmtree(workdir)
+    code, _, error = cli(later, *lora, f'--config.init_from={workdir}', '--mode=eval')
+    assert code == 0, error
+    moved = origin.rename(tmp_path / 'moved')
+    code, _, error = cli(later, *lora, f'--config.init_from={workdir}', '--mode=eval')
+    assert code == 66 and f'weights of {origin} at step 40' in error
+    assert 'name the new place with --config.init_from=PLACE' in error
+    more = [f'--config.init_from={moved}', '--allow_change=init_from,tokenizer', '--mode=eval']
+    code, _, error = cli(later, *lora, *more)
+    assert code == 0, error
 
 
 @pytest.mark.usefixtures('quick_programs')

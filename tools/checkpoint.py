@@ -37,8 +37,9 @@ from jaxfm.errors import (
 )
 from jaxfm.storage import open_storage
 from jaxfm.storage.base import S3
+from jaxfm.storage.files import explain_write
 from jaxfm.storage.lease import Lease, Record, read_lease
-from jaxfm.storage.whole import write_directory
+from jaxfm.storage.whole import make_directory, write_directory, write_file
 
 COLUMNS = ('step', 'state', 'attempt', 'size', 'age', 'arrays', 'mesh', 'processes', 'phase')
 
@@ -170,20 +171,27 @@ def take_back(flags) -> None:
 
 def download(flags) -> None:
     """Copies the arrays of a step into a new directory, from which Orbax restores them."""
-    store = _open(flags.path)
-    if flags.to.exists():
-        raise UsageError(f'--to {flags.to}: it exists already; name a directory to make')
+    store, target = _open(flags.path), flags.to.expanduser().absolute()
+    if target.exists():
+        raise UsageError(f'--to {target}: it exists already; name a directory to make')
     commits = store.commits()
     if flags.step not in commits:
         raise store.missing_error(flags.step, commits)
     commit = commits[flags.step]
-    files = [name for name in store.check(commit)['files'] if name.startswith('state/')]
-    with write_directory(flags.to.expanduser().absolute()) as directory:
-        for name in files:
-            path = directory / name.removeprefix('state/')
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(store.storage.read(f'{commit.directory}/{name}'))
-    print(f'{flags.to}: restore it with orbax.checkpoint.StandardCheckpointer().restore')
+    if not _is_whole(store, commit):
+        raise DataError(f'checkpoint {flags.step} in {store.storage.root} is damaged')
+    manifest = store.manifest(commit)
+    with explain_write(target):
+        make_directory(target.parent)
+        with write_directory(target) as directory:
+            for name in filter(lambda name: name.startswith('state/'), manifest['files']):
+                path = directory / name.removeprefix('state/')
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with write_file(path) as file:
+                    file.write(store.storage.read(f'{commit.directory}/{name}'))
+    print(f'{target}: restore it with orbax.checkpoint.StandardCheckpointer().restore')
+    if base := manifest.get('base'):
+        print(f'it has only adapters; they belong to {base["origin"]["init_from"]}')
 
 
 COMMANDS = {

@@ -42,9 +42,10 @@ Index = tuple[slice, ...]
 class Snapshot:
     """The shards of a global array that this process writes, in host memory.
 
-    They stay as they are, whatever happens to the array. From a GPU they are copied. On CPU they
-    are views of the array's own memory, which XLA leaves alone while a view exists: a step to which
-    the array is donated then works on a copy.
+    They stay as they are if the array is deleted or donated. From a GPU they are copied. On CPU
+    they are views of the array's own memory, which XLA leaves alone while a view exists: a step to
+    which the array is donated then works on a copy. (An array over a NumPy array's memory changes
+    with that; no state of a run is one.)
     """
 
     shape: tuple[int, ...]

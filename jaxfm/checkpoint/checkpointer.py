@@ -82,7 +82,7 @@ class Checkpointer(Reader):
     ):
         super().__init__(config, directory)
         self._about = about or {}
-        self._base = base
+        self._base = base or Base(frozenset())
         self._milestones = frozenset(milestones)
         self._lease = Lease(self._store.storage, config.lease_seconds)
         self._durable = Tier(self._store, config.every, config.keep, private=False)
@@ -251,7 +251,7 @@ class Checkpointer(Reader):
     ) -> None:
         if tier.under_way is not None:  # never on the primary process: `_decide` settled it
             tier.under_way.wait()
-        left_out = self._base.names if self._base else frozenset()
+        left_out = self._base.names
         base = {name: array for name, array in state.items() if name in left_out}
         state = {name: array for name, array in state.items() if name not in left_out}
         # The only device-to-host transfer that the training loop intends.
@@ -288,7 +288,7 @@ class Checkpointer(Reader):
 
     def _describe_base(self, arrays: Arrays) -> dict[str, Any]:
         described = {name: _describe(array) for name, array in arrays.items()}
-        return {'origin': self._base.origin, 'arrays': described}
+        return {'origin': dict(self._base.origin), 'arrays': described}
 
     def _await_save(self, tier: Tier) -> bool:
         """Waits for the save under way -> whether it was committed, the same on all processes."""

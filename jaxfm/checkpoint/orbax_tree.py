@@ -19,8 +19,7 @@ from flax import traverse_util
 
 from jaxfm.checkpoint import arrays
 from jaxfm.checkpoint.arrays import Deadline, Snapshot
-
-METADATA = '_METADATA'
+from jaxfm.checkpoint.store import METADATA
 
 
 def save(base: dict, parts: dict[str, Snapshot], deadline: Deadline, private: bool) -> bytes | None:
@@ -34,8 +33,10 @@ def save(base: dict, parts: dict[str, Snapshot], deadline: Deadline, private: bo
 
     Raises as `arrays.write` does.
     """
+    import orbax.checkpoint as ocp
+
     with _handler(base, deadline, private) as (handler, directory):
-        handler.save(directory, args=_args().PyTreeSave(_nest(parts)))
+        handler.save(directory, args=ocp.args.PyTreeSave(_nest(parts)))
         written = directory / METADATA
         return written.read_bytes() if written.exists() else None
 
@@ -57,7 +58,7 @@ def restore(
     }
     with _handler(base, deadline, private=True) as (handler, directory):
         (directory / METADATA).write_bytes(metadata)
-        args = _args().PyTreeRestore(
+        args = ocp.args.PyTreeRestore(
             item=_nest(wanted), restore_args=_nest(places), partial_restore=True
         )
         return traverse_util.flatten_dict(handler.restore(directory, args=args), sep='/')
@@ -65,12 +66,6 @@ def restore(
 
 def _nest(flat: dict[str, Any]) -> dict:
     return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def _args():
-    import orbax.checkpoint as ocp
-
-    return ocp.args
 
 
 @contextmanager
@@ -108,6 +103,8 @@ def _make_type_handler(ocp):
 
         async def serialize(self, values, infos, args=None):
             named = {info.name: value for info, value in zip(infos, values, strict=True)}
+            if len(named) < len(infos):
+                raise ValueError("names of arrays that differ only in '/' and '.' are one to Orbax")
             arrays.write(self._base, named, self._deadline)
             return [ocp.future.NoopFuture()]  # Orbax does not take "nothing left to wait for"
 

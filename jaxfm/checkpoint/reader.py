@@ -16,10 +16,10 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxfm.checkpoint import CheckpointConfig, arrays, orbax_tree
-from jaxfm.checkpoint.base import Arrays, arrays_of, restore_base
+from jaxfm.checkpoint.base import Arrays, LoadBase, arrays_of, restore_base
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.fit import check_fit
-from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.checkpoint.store import METADATA, Commit, Store
 from jaxfm.checkpoint.verify import explain_read, leaves_of
 from jaxfm.distributed import agree
 from jaxfm.errors import DamagedError, DataError, RunError
@@ -27,8 +27,6 @@ from jaxfm.storage import open_storage
 from jaxfm.storage.posix import PosixStorage
 
 log = logging.getLogger('jaxfm')
-
-LoadBase = Callable[[], Arrays]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,8 @@ class Reader:
         """Restores a step -> (its arrays, sharded like `abstract_state`; its extra).
 
         abstract_state: {name: jax.ShapeDtypeStruct} with concrete NamedShardings, of any mesh.
-        load_base: gives the parameters of the model that the run started from, {path: array}; it is
-        called if the step has only adapters of that model (`base`).
+        load_base: loads the weights of the model that the run started from; it is called if the
+        step has only adapters of that model (`base`).
 
         Raises:
           ConfigError: arrays differ in name, shape or dtype; the message names them.
@@ -216,13 +214,17 @@ class Reader:
                 f'checkpoint {found.commit.step} in {found.store.storage.root} holds the shards of '
                 f'another mesh: {manifest["mesh"]}, not {mesh_of(wanted)}'
             )
+        if not wanted:
+            return {}
         restored, error = {}, None
         deadline = arrays.Deadline.after(self._config.timeout_seconds)
-        storage = found.store.storage
+        storage, name = found.store.storage, f'{found.state}/{METADATA}'
         try:
-            metadata = storage.read(f'{found.state}/{orbax_tree.METADATA}')
+            metadata = storage.read(name)
             base = storage.kvstore(found.state)
             restored = orbax_tree.restore(base, metadata, wanted, deadline)
+        except FileNotFoundError:  # deleted since it was checked
+            error = found.store.damaged_error(found.commit.step, f'{name} is missing')
         except Exception as raised:
             error = explain_read(raised, found.store, found.commit.step)
             if not isinstance(error, RunError):

@@ -17,7 +17,7 @@ import jax
 from jaxfm.checkpoint import arrays, orbax_tree
 from jaxfm.checkpoint.base import arrays_of
 from jaxfm.checkpoint.fingerprint import Fingerprint, add_up
-from jaxfm.checkpoint.store import Commit, Store
+from jaxfm.checkpoint.store import METADATA, Commit, Store
 from jaxfm.distributed import agree
 from jaxfm.errors import LockedError, RunError, StorageError
 from jaxfm.storage.lease import Lease
@@ -128,12 +128,12 @@ def _write(job: Job) -> None:
     try:
         metadata = orbax_tree.save(storage.kvstore(part), job.parts, job.deadline, job.private)
         if metadata is not None:
-            storage.write(f'{job.state}/{orbax_tree.METADATA}', metadata)
+            storage.write(f'{job.state}/{METADATA}', metadata)
+        parts = [one.part() for one in job.prints.values()]
     except Exception as raised:
         error = StorageError(explain(raised, job.store))
     agree.first_error(error, f'{job.attempt}/written', job.deadline.left)
-    prints = [one.part() for one in job.prints.values()]
-    prints = add_up(prints, f'{job.attempt}/fingerprints', job.deadline.left)
+    prints = add_up(parts, f'{job.attempt}/fingerprints', job.deadline.left)
     described = job.manifest['arrays'] | arrays_of(job.manifest)
     for name, fingerprint in zip(job.prints, prints, strict=True):
         described[name]['fingerprint'] = fingerprint

@@ -29,6 +29,8 @@ from jaxfm.storage.seal import seal, unseal
 VERSION = 2
 # Files up to this size have a digest; larger ones hold chunks of arrays, which have fingerprints.
 SMALL_BYTES = 1 << 20
+# Orbax's description of the tree of arrays; it has a digest, whatever its size.
+METADATA = '_METADATA'
 _COMMIT = re.compile(r'(\d+)/commit\.json')
 _SET_ASIDE = re.compile(r'(\d+)/set_aside\.([0-9a-f]{12})\.json')
 # The names a save creates. _EMPTY: directories that may be left empty. _SAVED: files of an
@@ -284,7 +286,7 @@ class Store:
             return Commit(step, '', -1, '')
 
     def _describe(self, name: str, stored: Stored) -> dict[str, Any]:
-        if stored.size > SMALL_BYTES:
+        if stored.size > SMALL_BYTES and not name.endswith(f'/{METADATA}'):
             return {'size': stored.size}
         return {
             'size': stored.size,

@@ -1,7 +1,8 @@
 """What a config inherits from the model that `init_from` names, and from an adapter.
 
-A run stores the inherited values in its work directory, so it can resume after the model or the
-adapter has been deleted.
+A run stores the inherited values in its work directory, so it can resume after the adapter has been
+deleted, and after the model, unless its checkpoints leave out that model's weights
+(`jaxfm.checkpoint.base`).
 """
 
 import json
@@ -220,7 +221,7 @@ def _describe_model(init_from: str) -> dict:
 def write_inherited(config: RunConfig, workdir: Path) -> None:
     """Stores what a run has inherited. Call it before `write_config`, which marks the run as begun.
 
-    From then on the run does not depend on the original model and adapter: they may change or
+    From then on the config does not depend on the original model and adapter: they may change or
     disappear.
     """
     known, lora = read_inherited(workdir), config.model.lora

@@ -25,6 +25,7 @@ FREE_ON_RESUME = (
     'checkpoint.max_failures',
     'checkpoint.lease_seconds',
     'checkpoint.local',
+    'checkpoint.include_frozen',
     'model.remat',  # recomputation: memory and time only
     'model.implementations',  # the same results up to rounding
 )

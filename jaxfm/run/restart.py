@@ -20,7 +20,7 @@ from jaxfm.metrics.writers import read_records
 from jaxfm.optim.spikes import Spike, Spikes
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run
-from jaxfm.run.weights import base_params
+from jaxfm.run.weights import base_loader
 from jaxfm.state import TrainState
 
 log = logging.getLogger('jaxfm')
@@ -150,7 +150,10 @@ def _restore(run: Run, checkpointer, step: int, phase: Phase, wanted: TrainState
                 f'checkpoint {step} is from phase {extra["phase"]}, which ends before that step in '
                 'this config: the steps of phases that have ended cannot change'
             )
-        tree, extra = checkpointer.restore(step, wanted.to_tree(), lambda: base_params(run))
+        tree, extra = checkpointer.restore(step, wanted.to_tree(), base_loader(run))
+        if run.base.names and 'base' not in checkpointer.read_manifest(step):
+            log.info('checkpoints go on holding the frozen weights, as those before do')
+            run.base.names = frozenset()
         _check_first(int(jax.device_get(tree['step'])), step, phase)
     return wanted.with_tree(tree), extra
 

@@ -93,13 +93,13 @@ class Run:
         directory = self.workdir / 'checkpoints'
         return Checkpointer(self.config.checkpoint, directory, ends[:-1], about, self.base)
 
-    @property
-    def base(self) -> Base | None:
+    @functools.cached_property
+    def base(self) -> Base:
         """What checkpoints leave out: of a run with adapters, the weights that these adapt."""
         if not self.parts.adapters or self.config.checkpoint.include_frozen:
-            return None
+            return Base(frozenset())
         paths = self.parts.base_axes.keys() - self.parts.buffers
-        return Base(self.config.init_from, frozenset(f'frozen/{path}' for path in paths))
+        return Base(frozenset(f'frozen/{path}' for path in paths))
 
     def sampler(self, slots: int | None = None) -> Sampler:
         """A sampler for this run's model; call its `lend` to give it weights.

@@ -1,10 +1,12 @@
 """A run's weights: fresh, from a checkpoint, an earlier run or a pretrained model; their export."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from jaxfm.chat.render import Chat
+from jaxfm.checkpoint.base import LoadBase
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.config.load import read_config
 from jaxfm.config.run import OriginConfig, RunConfig
@@ -30,7 +32,7 @@ def current_params(run: Run) -> tuple[dict, int | None]:
       MissingInputError: there is no checkpoint yet.
     """
     if run.has_begun or not run.config.init_from:
-        return _restore_params(run.reader(), run.parts, lambda: base_params(run))
+        return _restore_params(run.reader(), run.parts, base_loader(run))
     return _earlier_params(run), None
 
 
@@ -40,9 +42,15 @@ def initial_state(run: Run) -> TrainState:
     return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
 
 
-def base_params(run: Run) -> dict:
-    """{path: array} of the weights that `init_from` names, without adapters of this run's own."""
-    return _params_of(run.config, run.config.model, lambda: run.outside)
+def base_loader(run: Run) -> LoadBase:
+    """Loads the weights that the run's adapters belong to; see `jaxfm.checkpoint.base`."""
+
+    def load(manifest: dict) -> dict:
+        params, origin = _load_base(manifest, run.config, run.config.model)
+        run.base.origin = dataclasses.asdict(origin)
+        return params
+
+    return load
 
 
 def make_exporter(run: Run, tokenizer: Tokenizer) -> Exporter:
@@ -64,14 +72,29 @@ def periodic_exports(run: Run, tokenizer: Tokenizer) -> dict[str, PeriodicExport
     return {'export': PeriodicExport(every, exporter, run.workdir / 'export')}
 
 
-def _restore_params(checkpoints: Reader, parts: Parts, load_base) -> tuple[dict, int]:
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where weights come from, as a manifest records it: a run at a step, or another model."""
+
+    init_from: str
+    step: int | None = None
+    init_names: dict[str, str] = dataclasses.field(default_factory=dict)
+    init_ignore: list[str] = dataclasses.field(default_factory=list)
+
+
+def _restore_params(
+    checkpoints: Reader, parts: Parts, load_base: LoadBase, at: int | None = None, paths=None
+) -> tuple[dict, int]:
     """The weights of the newest complete checkpoint, without the optimizer state, and its step.
 
-    parts: the structure of the model in the checkpoint. load_base: as in `Reader.restore`.
+    parts: the structure of the model in the checkpoint. load_base: as in `Reader.restore`. at: the
+    step to take if it is there. paths: of the weights; None is all.
     """
     wanted = abstract_params(parts)
+    wanted = {path: leaf for path, leaf in wanted.items() if paths is None or path in paths}
     restored = checkpoints.newest_whole(
-        lambda step: (checkpoints.restore_params(step, wanted, load_base), step)
+        lambda step: (checkpoints.restore_params(step, wanted, load_base), step),
+        at if at in checkpoints.steps() else None,
     )
     if restored is None:
         raise MissingInputError(f'{checkpoints.root} holds no checkpoint yet: train first')
@@ -85,7 +108,10 @@ def _earlier_params(run: Run) -> dict:
     fresh.
     """
     adapters, model = run.parts.adapters, run.config.model
-    params = base_params(run)
+    params, origin = _params_of(run.config, model, lambda: run.outside)
+    run.base.origin = dataclasses.asdict(origin)
+    if run.base.names:
+        log.info('checkpoints hold only the adapters: %s must stay as it is', origin.init_from)
     if adapters <= params.keys():
         return params
     if model.lora.path:
@@ -93,31 +119,55 @@ def _earlier_params(run: Run) -> dict:
     return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
 
 
+def _load_base(
+    manifest: dict, config: RunConfig | OriginConfig, model: TransformerConfig
+) -> tuple[dict, _Origin]:
+    """The weights that a step of a run with this config left out, and where they are now."""
+    origin = _Origin(**manifest['base']['origin'])
+    recorded = manifest.get('config', {}).get('init_from', config.init_from)
+    if config.init_from != recorded:  # the user says that they have moved
+        names = dict(config.init_names), list(config.init_ignore)
+        origin = _Origin(config.init_from, origin.step, *names)
+    return _params_of(origin, model, lambda: open_outside(origin), is_base=True)
+
+
 def _params_of(
-    config: RunConfig | OriginConfig, model: TransformerConfig, outside: Callable[[], Outside]
-) -> dict:
-    """The weights that the `init_from` of a config names, for a model of this config.
+    config: RunConfig | OriginConfig | _Origin,
+    model: TransformerConfig,
+    outside: Callable[[], Outside],
+    is_base: bool = False,
+) -> tuple[dict, _Origin]:
+    """The weights that `init_from` names, for a model of this config, and where to find them again.
 
     Those of a run with adapters include these if `model` has adapters; otherwise they are merged
-    into the weights.
+    into the weights. What is found again are the weights without adapters.
 
-    outside: opens what `init_from` names; not called if that is a run.
+    outside: opens what `init_from` names; not called if that is a run. is_base: the weights that
+    adapters belong to, without any adapter.
     """
     directory = Path(config.init_from).expanduser()
     if not locate.is_run(directory):
         opened = outside()
         params = load_outside(opened, model, split(model_maker(model)))
         log.info('loaded weights from %s', opened.path)
-        return params
+        place = str(directory.absolute()) if directory.exists() else config.init_from
+        return params, _Origin(place, None, dict(config.init_names), list(config.init_ignore))
     earlier = read_config(directory / 'config.json', OriginConfig)
     theirs = model.model_copy(update={'lora': earlier.model.lora})
+    parts = split(model_maker(theirs))
+    checkpoints = Reader(earlier.checkpoint, directory / 'checkpoints')
     params, step = _restore_params(
-        Reader(earlier.checkpoint, directory / 'checkpoints'),
-        split(model_maker(theirs)),
-        lambda: _params_of(earlier, theirs, lambda: open_outside(earlier)),
+        checkpoints,
+        parts,
+        lambda manifest: _load_base(manifest, earlier, theirs)[0],
+        getattr(config, 'step', None),
+        parts.base_axes if is_base else None,
     )
     log.info('loaded weights from %s at step %d', directory, step)
-    return lora.merge(params, theirs) if theirs.lora and not model.lora else params
+    base = checkpoints.read_manifest(step).get('base')
+    origin = _Origin(**base['origin']) if base else _Origin(str(directory.absolute()), step)
+    is_merged = theirs.lora and not model.lora and not is_base
+    return lora.merge(params, theirs) if is_merged else params, origin
 
 
 def _base_of(init_from: str) -> str:

@@ -57,10 +57,8 @@ def open_checkpoints(run: Run, wanted: list[TrainState], at: int | None, stack) 
 
 def _size(run: Run, state: TrainState) -> int:
     """The bytes of a checkpoint of this state."""
-    left_out = run.base.names if run.base else ()
-    return bytes_total(
-        {name: leaf for name, leaf in state.to_tree().items() if name not in left_out}
-    )
+    tree = state.to_tree()
+    return bytes_total({name: tree[name] for name in tree.keys() - run.base.names})
 
 
 def open_records(run: Run, tokenizer: Tokenizer, console: Console, stack, is_new: bool) -> Recorder:

@@ -15,8 +15,9 @@ from jaxfm.checkpoint.verify import find_damages
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.storage import open_storage
 
-ORIGIN = 'runs/origin'
-BASE = Base(ORIGIN, frozenset(['frozen/w', 'frozen/scale']))
+ORIGIN = {'init_from': '/runs/origin', 'step': 12}
+BASE = Base(frozenset(['frozen/w', 'frozen/scale']), ORIGIN)
+ONLY = 'holds only adapters, not the weights of /runs/origin at step 12 that they belong to'
 
 
 def state():
@@ -35,7 +36,7 @@ def state():
     return jax.device_put(arrays, places)
 
 
-def origin_params():
+def origin_params(manifest):
     """What the origin gives: also of a path that no checkpoint needs."""
     return {name.partition('/')[2]: array for name, array in state().items() if '/' in name}
 
@@ -84,25 +85,30 @@ def test_adapters_alone_need_no_origin(reader):
     assert reader.restore_params(7, {'a': leaf}).keys() == {'a'}
 
 
+def test_the_frozen_weights_alone_need_no_arrays_of_the_step(reader):
+    leaf = wanted()['frozen/w']
+    assert reader.restore_params(7, {'w': leaf}, origin_params).keys() == {'w'}
+
+
 def test_other_weights_of_the_same_shape_are_refused_and_named(reader, caplog):
-    def changed():
-        params = origin_params()
+    def changed(manifest):
+        params = origin_params(manifest)
         w = np.array(params['w'])
         w[3, 5] = np.nextafter(w[3, 5], np.float32(9))
         return params | {'w': jax.device_put(w, params['w'].sharding)}
 
     with pytest.raises(DataError) as caught:
         reader.newest_whole(lambda step: reader.restore(step, wanted(), changed))
-    assert f'only adapters, not the weights of {ORIGIN} that they belong to' in str(caught.value)
-    assert 'these have changed since: frozen/w; put back' in str(caught.value)
+    assert f'{ONLY}; these are others now: frozen/w; put back' in str(caught.value)
     assert not caplog.messages  # this is no damage, and no earlier step would be better
 
 
 def test_an_origin_that_is_gone_is_named(reader):
-    def gone():
-        raise MissingInputError(f'there is no {ORIGIN}')
+    def gone(manifest):
+        assert manifest['base']['origin'] == ORIGIN
+        raise MissingInputError('there is no /runs/origin')
 
-    with pytest.raises(MissingInputError, match=f'only adapters.*: there is no {ORIGIN}'):
+    with pytest.raises(MissingInputError, match=f'{ONLY}: there is no /runs/origin; if they have'):
         reader.restore(7, wanted(), gone)
     with pytest.raises(MissingInputError, match='checkpoint 7 in .* holds only adapters'):
         reader.restore(7, wanted())

@@ -241,6 +241,24 @@ def test_a_flipped_bit_of_an_array_is_always_found_and_the_array_is_named(
         assert f'digest mismatch: array {array}' in caplog.text
 
 
+def test_an_object_that_goes_after_the_check_is_damage(disk, caplog):
+    """A run beside us deletes the step, or a network disk lags."""
+    reader = Reader(CheckpointConfig(), disk.root)
+    assert reader.read_manifest(NEW)['step'] == NEW
+    (metadata,) = objects(disk, 'tree for Orbax')
+    disk.remove(metadata)
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
+        for name, leaf in state_of(NEW).items()
+    }
+    step, restored = reader.newest_whole(lambda step: (step, reader.restore(step, wanted)))
+    assert step == OLD
+    assert_saved(step, *restored)
+    assert caplog.messages == [
+        f'checkpoint {NEW} in {disk.root}: digest mismatch: {metadata} is missing'
+    ]
+
+
 def test_two_exchanged_parts_of_an_array_are_found(disk, caplog):
     weights = state_of(NEW)['trainable/w']
     name, position = find_in_data(disk, weights[:1])

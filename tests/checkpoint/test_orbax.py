@@ -17,7 +17,7 @@ from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.fingerprint import fingerprints
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.checkpoint.store import Store
-from jaxfm.errors import DataError
+from jaxfm.errors import DataError, StorageError
 from jaxfm.storage import open_storage
 from tests.conftest import ROOT
 from tools import checkpoint as tool
@@ -172,6 +172,28 @@ def test_orbax_reads_and_writes_through_our_arrays_alone(tmp_path):
     restored = orbax_tree.restore(base, metadata, abstract(state, 4), Deadline.after(60))
     for name, want in state.items():
         assert np.asarray(restored[name]).tobytes() == want.tobytes()
+
+
+def test_names_that_are_one_to_orbax_are_refused(tmp_path, caplog):
+    state = {'a/b.c': np.zeros(2), 'a.b/c': np.ones(2)}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    checkpointer = Checkpointer(CheckpointConfig(max_failures=1), tmp_path)
+    with pytest.raises(StorageError):
+        checkpointer.save(1, jax.device_put(state, place), {}, must=True)
+    checkpointer.close()
+    assert "names of arrays that differ only in '/' and '.' are one to Orbax" in caplog.text
+
+
+def test_a_damaged_step_is_not_downloaded(tmp_path, capsys):
+    store = save(tmp_path / 'run')
+    (data,) = (n for n in store.storage.list(store.commits()[7].directory) if '/d/' in n)
+    content = bytearray(store.storage.read(data))
+    content[len(content) // 2] ^= 1
+    store.storage.write(data, bytes(content))
+    command = ['download', str(tmp_path / 'run'), '--step', '7', '--to']
+    assert tool.main([*command, str(tmp_path / 'step')]) == 65
+    assert 'checkpoint 7 in' in capsys.readouterr().err
+    assert not (tmp_path / 'step').exists()
 
 
 @pytest.mark.parametrize(

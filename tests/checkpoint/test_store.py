@@ -156,6 +156,18 @@ def test_the_contents_of_large_files_are_left_to_the_fingerprints(store, monkeyp
     store.check(store.commits()[4])
 
 
+def test_the_tree_for_orbax_has_a_digest_however_large_it_is(store, monkeypatch):
+    monkeypatch.setattr('jaxfm.checkpoint.store.SMALL_BYTES', 7)
+    store.storage.write('4/0123456789ab/state/_METADATA', b'{"tree_metadata": {}}')
+    manifest = {'extra': {}, 'arrays': {}}
+    digest = store.write_manifest(4, '0123456789ab', manifest)
+    commit = Commit(4, '0123456789ab', 1, digest)
+    store.check(commit)
+    store.storage.write('4/0123456789ab/state/_METADATA', b'{"tree_metadata": []}')
+    with pytest.raises(DamagedError, match='state/_METADATA$'):
+        store.check(commit)
+
+
 def test_a_commit_of_another_step_is_damage(store):
     save(store, 4)
     store.storage.write('5/commit.json', store.storage.read('4/commit.json'))

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 import tensorstore as ts
 
+from jaxfm.storage.arrays import CONTEXT
+
 # Target size of a chunk, the unit of reading: a restore on another mesh reads whole chunks.
 CHUNK_BYTES = 32 << 20
 _CRUMBS = 8  # how many times smaller than its target size a chunk may become
@@ -28,12 +30,6 @@ BYTES_IN_FLIGHT = 2 << 30
 CHUNKS_IN_FLIGHT = 8
 # How quickly a wait notices that its deadline was moved.
 POLL_SECONDS = 0.2
-_CONTEXT = {
-    'cache_pool': {'total_bytes_limit': 256 << 20},  # several devices may read parts of one chunk
-    'cache_pool#index': {'total_bytes_limit': 100 << 20},
-    'file_io_concurrency': {'limit': 32},
-    's3_request_concurrency': {'limit': 32},
-}
 
 Index = tuple[slice, ...]
 
@@ -143,7 +139,7 @@ def write(base: dict, arrays: dict[str, Snapshot], deadline: Deadline) -> None:
     Raises TensorStore's ValueError, or TimeoutError. After an error, what was written so far is not
     a readable database.
     """
-    context = ts.Context(_CONTEXT)
+    context = ts.Context(CONTEXT)
     transaction = ts.Transaction(atomic=True)
     stores = {
         name: ts.open(
@@ -182,7 +178,7 @@ def merge(base: dict, parts: Iterable[dict], deadline: Deadline) -> None:
 
     The parts must stay: the new database refers to their data files.
     """
-    context = ts.Context(_CONTEXT)
+    context = ts.Context(CONTEXT)
     whole = deadline.result(ts.KvStore.open(_database(base), context=context))
     transaction = ts.Transaction(atomic=True)
     copies = []
@@ -200,7 +196,7 @@ def read(base: dict, wanted: dict[str, jax.ShapeDtypeStruct], deadline: Deadline
     Raises TensorStore's ValueError if data is missing, truncated or unreachable, and TimeoutError
     at the deadline.
     """
-    context = ts.Context(_CONTEXT)
+    context = ts.Context(CONTEXT)
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
     on_devices: dict[str, list] = {name: [] for name in wanted}
     for name, devices, piece in _pieces(stores, wanted, deadline):
@@ -222,7 +218,7 @@ def read_chunks(
 
     wanted: {name: leaf with a shape and a dtype}. seconds: time-out for one chunk.
     """
-    context = ts.Context(_CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # no chunk is reread
+    context = ts.Context(CONTEXT | {'cache_pool': {'total_bytes_limit': 0}})  # no chunk is reread
     stores = {name: ts.open(_spec(base, name), open=True, context=context) for name in wanted}
     waiting = collections.deque()
     for chunk in _chunks(stores, wanted, seconds):

@@ -5,7 +5,6 @@ by chunk on one device whatever mesh wrote it, and reports all damage.
 """
 
 import collections
-import re
 from typing import Any
 
 import jax
@@ -15,16 +14,8 @@ from jaxfm.checkpoint.fingerprint import fingerprint_of_part
 from jaxfm.checkpoint.saver import explain
 from jaxfm.checkpoint.store import Commit, Store
 from jaxfm.errors import DamagedError, PermissionDeniedError, UnavailableError
+from jaxfm.storage.arrays import ERRORS, kind_of
 
-# TensorStore errors that come from the server or the network rather than from damaged data. It adds
-# http_response_code to an error unless the code means that an object, or a part of it, is missing.
-_OUT_OF_REACH = re.compile(
-    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED):'
-    '|CURL error|http_response_code'
-)
-_FORBIDDEN = re.compile(
-    '^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken|TokenRefreshRequired'
-)
 # Time-out for one chunk: longer than all retries of the requests it needs.
 CHUNK_SECONDS = 300
 
@@ -58,13 +49,13 @@ def explain_read(error: Exception, store: Store, step: int, what: str = 'it') ->
 
     An error that TensorStore did not raise (a device out of memory, say) is returned unchanged.
     """
-    if not isinstance(error, TimeoutError | ValueError | LookupError | NotImplementedError):
+    if not isinstance(error, ERRORS):
         return error
-    root, text = store.storage.root, explain(error, store)
-    if _FORBIDDEN.search(str(error)):
-        return PermissionDeniedError(f'no permission to read checkpoint {step} in {root}: {text}')
-    if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
-        return UnavailableError(f'checkpoint {step} in {root} cannot be reached: {text}')
+    root, text, kind = store.storage.root, explain(error, store), kind_of(error)
+    if kind is PermissionDeniedError:
+        return kind(f'no permission to read checkpoint {step} in {root}: {text}')
+    if kind is UnavailableError:
+        return kind(f'checkpoint {step} in {root} cannot be reached: {text}')
     return store.damaged_error(step, f'{what} cannot be read: {text}')
 
 

@@ -2,26 +2,12 @@
 
 import itertools
 import math
-import re
 
 import numpy as np
 
 from jaxfm.errors import DataError, PermissionDeniedError, UnavailableError, listed
 from jaxfm.pretrained.orbax.directory import Tree
-
-_CONTEXT = {
-    # Several devices may read parts of one chunk, and layers may share one.
-    'cache_pool': {'total_bytes_limit': 256 << 20},
-    'cache_pool#index': {'total_bytes_limit': 100 << 20},
-    'file_io_concurrency': {'limit': 32},
-    's3_request_concurrency': {'limit': 32},
-}
-_FORBIDDEN = re.compile('^(PERMISSION_DENIED|UNAUTHENTICATED):|ExpiredToken|InvalidToken')
-# TensorStore adds http_response_code unless the code means that an object is missing.
-_OUT_OF_REACH = re.compile(
-    '^(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|CANCELLED|RESOURCE_EXHAUSTED):'
-    '|CURL error|http_response_code'
-)
+from jaxfm.storage.arrays import CONTEXT, ERRORS, kind_of
 
 
 class OrbaxTensors:
@@ -35,7 +21,7 @@ class OrbaxTensors:
     def __init__(self, tree: Tree):
         import tensorstore as ts  # imported late: only a run that starts from a tree needs it
 
-        self._tree, context = tree, ts.Context(_CONTEXT)
+        self._tree, context = tree, ts.Context(CONTEXT)
         opening = {
             name: ts.open(_spec(tree, zarr), open=True, read=True, context=context)
             for name, zarr in tree.arrays.items()
@@ -91,15 +77,16 @@ class OrbaxTensors:
         # Nothing waits for ever: requests to S3 have time-outs and a bounded number of tries.
         try:
             return future.result()
-        except (ValueError, LookupError, NotImplementedError, TimeoutError) as error:
+        except ERRORS as error:
             raise self._explain(name, error) from error
 
     def _explain(self, name: str, error: Exception) -> Exception:
         place, text = self._tree.place, ' '.join(str(error).split(' [')[0].split())[:300]
-        if _FORBIDDEN.search(str(error)):
-            return PermissionDeniedError(f'no permission to read {place}: {text}')
-        if isinstance(error, TimeoutError) or _OUT_OF_REACH.search(str(error)):
-            return UnavailableError(f'{place} cannot be reached: {text}')
+        kind = kind_of(error)
+        if kind is PermissionDeniedError:
+            return kind(f'no permission to read {place}: {text}')
+        if kind is UnavailableError:
+            return kind(f'{place} cannot be reached: {text}')
         return DataError(
             f'{place} is damaged or was copied only in part: {name} cannot be read: {text}'
         )

@@ -83,6 +83,7 @@ class Checkpointer(Reader):
         super().__init__(config, directory)
         self._about = about or {}
         self._base = base or Base(frozenset())
+        self._base_prints: dict[str, Fingerprint] = {}  # these arrays never change
         self._milestones = frozenset(milestones)
         self._lease = Lease(self._store.storage, config.lease_seconds)
         self._durable = Tier(self._store, config.every, config.keep, private=False)
@@ -257,7 +258,9 @@ class Checkpointer(Reader):
         # The only device-to-host transfer that the training loop intends.
         with jax.transfer_guard('allow'):
             # Started first, so the devices compute them while the host copies.
-            prints = {name: Fingerprint(array) for name, array in (state | base).items()}
+            prints = {name: Fingerprint(array) for name, array in state.items()}
+            if not self._base_prints:
+                self._base_prints = {name: Fingerprint(array) for name, array in base.items()}
             parts = arrays.snapshots(state, every_local=tier.private)
         manifest = {
             'epoch': epoch,
@@ -275,7 +278,7 @@ class Checkpointer(Reader):
                 step=step,
                 attempt=attempt,
                 parts=parts,
-                prints=prints,
+                prints=prints | self._base_prints,
                 manifest=manifest | self._about,
                 keep=tier.keep,
                 milestones=frozenset() if tier.private else self._milestones,

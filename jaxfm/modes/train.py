@@ -64,8 +64,8 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         for request in requests:
             sampler.check(request)
         spikes = [phase.spikes() for phase in run.phases]
-        parts = (run, checkpointer, wanted, sources, spikes, clock)
-        restored = restart.restore(*parts, flags.allow_change, flags.resume_step)
+        back = restart.Restart(run, checkpointer, wanted, sources, spikes, clock)
+        restored = back.restore(flags.allow_change, flags.resume_step)
         state, step, position = restored or (initial_state(run), None, 0)
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
@@ -104,7 +104,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             except Rewind as error:
                 spike = error.spike
             # Here the loop has let go of its state: there may be no room for two.
-            state, step = _go_back(spike, recorder, *parts)
+            state, step = _go_back(spike, recorder, back)
         if preemption.should_stop(config.total_steps):
             raise Preempted(
                 f'stopped by a signal after the last step ({config.total_steps}), which is saved; '
@@ -123,11 +123,12 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
     return 0
 
 
-def _go_back(spike: Spike, recorder: Recorder, run: Run, *parts) -> tuple[TrainState, int | None]:
+def _go_back(
+    spike: Spike, recorder: Recorder, back: restart.Restart
+) -> tuple[TrainState, int | None]:
     """Goes back to before a spike -> (the state, its step), as `_run_phases` takes them."""
-    restored = restart.rewind(run, *parts, spike)
-    state, step, position = restored or (initial_state(run), None, 0)
-    if run.primary:
+    state, step, position = back.rewind(spike) or (initial_state(back.run), None, 0)
+    if back.run.primary:
         workdir.undo_records(recorder, position, step or 0, spike)
     return state, step
 

@@ -5,6 +5,7 @@ That is the newest one, unless the user goes back to an earlier one.
 Nothing is written until every check has passed.
 """
 
+import dataclasses
 import logging
 
 import jax
@@ -59,71 +60,93 @@ def find_end(run: Run, allowed: list[str], at: int | None = None) -> tuple[bool,
     return True, changes
 
 
-def restore(
-    run: Run,
-    checkpointer: Checkpointer,
-    wanted: list[TrainState],
-    sources: list[Batches],
-    spikes: list[Spikes],
-    clock: StepClock,
-    allowed: list[str],
-    at: int | None = None,
-) -> tuple[TrainState, int, int] | None:
-    """Restores the newest complete checkpoint: (state, step, length of its metrics) or None.
+@dataclasses.dataclass(frozen=True)
+class Restart:
+    """Brings the parts of a run back to a checkpoint.
 
-    Also resets the clock, and the source and the spikes of its phase, to the checkpoint.
-
-    Args:
+    Attributes:
       wanted: the shapes and shardings of each phase's state.
       sources, spikes: those of each phase.
-      allowed: groups of the config that the user allowed to change.
-      at: the step to restore instead of the newest.
     """
-    may_change = bool({'data', 'phases', 'tokenizer', 'code'} & set(allowed))
 
-    def restore_step(step: int):
-        index = run.phases.index(run.phase_at(step))
-        state, extra = _restore(run, checkpointer, step, run.phases[index], wanted[index], clock)
-        _set_position(sources[index], extra['source'], may_change)
-        spikes[index].set_state(extra.get('spikes'))
-        clock.set_state(extra['clock'])
-        return state, step, extra['metrics_position']
+    run: Run
+    checkpointer: Checkpointer
+    wanted: list[TrainState]
+    sources: list[Batches]
+    spikes: list[Spikes]
+    clock: StepClock
 
-    return checkpointer.newest_whole(restore_step, at)
+    def restore(
+        self, allowed: list[str], at: int | None = None
+    ) -> tuple[TrainState, int, int] | None:
+        """Restores the newest complete checkpoint: (state, step, length of its metrics) or None.
 
+        Also resets the clock, and the source and the spikes of its phase, to the checkpoint.
 
-def rewind(
-    run: Run,
-    checkpointer: Checkpointer,
-    wanted: list[TrainState],
-    sources: list[Batches],
-    spikes: list[Spikes],
-    clock: StepClock,
-    spike: Spike,
-) -> tuple[TrainState, int, int] | None:
-    """Restores the newest checkpoint before a spike, as `restore` does, but the data goes on.
+        Args:
+          allowed: groups of the config that the user allowed to change.
+          at: the step to restore instead of the newest.
+        """
+        may_change = bool({'data', 'phases', 'tokenizer', 'code'} & set(allowed))
 
-    None if nothing has been saved: the run must begin anew, with the data after the spike. There is
-    no checkpoint after the spike, because the loop judges a step before it saves it. Nothing is
-    written: a run that is killed before its next checkpoint comes to the same spike again.
-    """
-    current = run.phases.index(run.phase_at(spike.step))
+        def restore_step(step: int):
+            index, state, extra = self._read(step)
+            _set_position(self.sources[index], extra['source'], may_change)
+            self.spikes[index].set_state(extra.get('spikes'))
+            self.clock.set_state(extra['clock'])
+            return state, step, extra['metrics_position']
 
-    def restore_step(step: int):
-        index = run.phases.index(run.phase_at(step))
-        state, extra = _restore(run, checkpointer, step, run.phases[index], wanted[index], clock)
-        if index != current:  # the phase before, which has ended
-            sources[index].set_state(extra['source'])
-            spikes[index].set_state(extra.get('spikes'))
-        losses = extra.get('spikes') if index == current else None
-        return (state, step, extra['metrics_position']), losses, extra['clock']
+        return self.checkpointer.newest_whole(restore_step, at)
 
-    found = checkpointer.newest_whole(restore_step)
-    restored, losses, seconds = found or (None, None, None)
-    spikes[current].go_back(losses)
-    clock.go_back(seconds)
-    sources[current].set_state(spike.position)
-    return restored
+    def rewind(self, spike: Spike) -> tuple[TrainState, int, int] | None:
+        """Restores the newest checkpoint before a spike, as `restore` does, but the data goes on.
+
+        None if nothing has been saved: the run must begin anew, with the data after the spike.
+        There is no checkpoint after the spike, because the loop judges a step before it saves it.
+        Nothing is written: a run that is killed before its next checkpoint comes to the same spike
+        again.
+        """
+        current = self.run.phases.index(self.run.phase_at(spike.step))
+
+        def restore_step(step: int):
+            index, state, extra = self._read(step)
+            if index != current:  # the phase before, which has ended
+                self.sources[index].set_state(extra['source'])
+                self.spikes[index].set_state(extra.get('spikes'))
+            losses = extra.get('spikes') if index == current else None
+            return (state, step, extra['metrics_position']), losses, extra['clock']
+
+        found = self.checkpointer.newest_whole(restore_step)
+        restored, losses, seconds = found or (None, None, None)
+        self.spikes[current].go_back(losses)
+        self.clock.go_back(seconds)
+        self.sources[current].set_state(spike.position)
+        return restored
+
+    def _read(self, step: int) -> tuple[int, TrainState, dict]:
+        """Reads a checkpoint -> (index of its phase, the state, the values stored with it).
+
+        Raises:
+          ConfigError: it belongs to another phase, or the phase began at another step.
+        """
+        run, checkpointer = self.run, self.checkpointer
+        phase = run.phase_at(step)
+        index = run.phases.index(phase)
+        wanted = self.wanted[index]
+        with self.clock.aside('checkpoint_restore'):
+            manifest = checkpointer.read_manifest(step)
+            if manifest['extra']['phase'] != phase.name:
+                raise ConfigError(
+                    f'checkpoint {step} is from phase {manifest["extra"]["phase"]}, which ends '
+                    'before that step in this config: the steps of phases that have ended cannot '
+                    'change'
+                )
+            tree, extra = checkpointer.restore(step, wanted.to_tree(), base_loader(run))
+            if run.base.names and 'base' not in manifest:
+                log.info('checkpoints go on holding the frozen weights, as those before do')
+                run.base.names = frozenset()
+            _check_first(int(jax.device_get(tree['step'])), step, phase)
+        return index, wanted.with_tree(tree), extra
 
 
 def _check_never_saved(run: Run, root: str) -> None:
@@ -135,27 +158,6 @@ def _check_never_saved(run: Run, root: str) -> None:
             f'{root} holds no checkpoint, although this run saved step {saved[-1]} there; '
             f'to start over remove {run.workdir} or give another --workdir'
         )
-
-
-def _restore(run: Run, checkpointer, step: int, phase: Phase, wanted: TrainState, clock):
-    """Restores the checkpoint of a step: the state and the extra values stored with it.
-
-    Raises:
-      ConfigError: the checkpoint belongs to another phase, or the phase began at another step.
-    """
-    with clock.aside('checkpoint_restore'):
-        extra = checkpointer.read_manifest(step)['extra']
-        if extra['phase'] != phase.name:
-            raise ConfigError(
-                f'checkpoint {step} is from phase {extra["phase"]}, which ends before that step in '
-                'this config: the steps of phases that have ended cannot change'
-            )
-        tree, extra = checkpointer.restore(step, wanted.to_tree(), base_loader(run))
-        if run.base.names and 'base' not in checkpointer.read_manifest(step):
-            log.info('checkpoints go on holding the frozen weights, as those before do')
-            run.base.names = frozenset()
-        _check_first(int(jax.device_get(tree['step'])), step, phase)
-    return wanted.with_tree(tree), extra
 
 
 def _set_position(source: Batches, position: dict, may_change: bool) -> None:

@@ -9,12 +9,10 @@ that is in storage.
 
 A step whose loss or gradient is not finite applies no update, and nor does one whose loss is a
 spike if the policy for spikes is `skip`. While the last step was such a step, nothing is saved,
-because the weights may be ruined: a checkpoint that is due waits for the next update. Only where
-the loop ends are spikes no reason not to save. If the policy is `rewind`, a spike ends the loop
-with `Rewind` before anything of it is saved.
+because the weights may be ruined: a checkpoint that is due waits for the next update. If the policy
+is `rewind`, a spike ends the loop with `Rewind` before anything of it is saved.
 """
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -79,6 +77,7 @@ class Loop:
     clock: StepClock
     preemption: Preemption
     tokens_per_step: int
+    is_compiled: bool = False  # whether this process has compiled the step
 
 
 def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
@@ -95,7 +94,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
       Rewind: the loss has spiked, and the caller must go back to before that.
       StorageError, LockedError: the run can no longer be saved.
     """
-    first, metrics = step, None
+    metrics = None
     updates = Updates(step, int(state.counters['skipped']))
     due = None  # the step at which the next save was due
     while True:
@@ -106,7 +105,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         if not done and (leaving or due or loop.checkpointer.is_due(step)):
             due = due or step
             see(loop, updates, step, metrics)
-            if updates.is_applied or (leaving and updates.is_finite):
+            if updates.is_applied:
                 save(loop, state, step, due, must=leaving)
                 due = None
             elif leaving:
@@ -124,10 +123,10 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
                 batch = loop.source.next(state.params, step)
             limit = loop.spikes.begin(step + 1, loop.source.get_state())
             before = metrics
-            with loop.clock.aside('compile') if step == first else contextlib.nullcontext():
+            if loop.is_compiled:
                 state, metrics = loop.train_step(state, batch, limit)
-        if step == first:
-            log.info('compiled the step in %.1f s', loop.clock.seconds['compile'])
+            else:
+                state, metrics = compile_step(loop, state, batch, limit)
         step, done = step + 1, False
         loop.clock.step(loop.tokens_per_step)
         # Keep at most two steps in flight: more can abort on several CPU devices, and hide a hang.
@@ -136,6 +135,16 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
         if step % loop.log_every == 0 or step in (1, loop.last):
             see(loop, updates, step, metrics)
             record(loop, metrics, step)
+
+
+def compile_step(loop: Loop, *arguments):
+    """The first step of this process, which compiles it; tells how long that took."""
+    before = loop.clock.seconds['compile']  # with that of earlier processes
+    with loop.clock.aside('compile'):
+        result = loop.train_step(*arguments)
+    log.info('compiled the step in %.1f s', loop.clock.seconds['compile'] - before)
+    loop.is_compiled = True
+    return result
 
 
 def evaluate(loop: Loop, state: TrainState, step: int) -> None:
@@ -205,15 +214,17 @@ def see(loop: Loop, updates: Updates, step: int, metrics: dict[str, jax.Array] |
 
 def _go_back(loop: Loop, spike: Spike) -> Rewind | NumericsError:
     """The error for a spike from which the run must go back, if it may do so once more."""
-    loop.checkpointer.wait()
+    # The update of the step before it may have ruined the weights, which may be saved already.
+    told = _set_aside(loop, spike.last_good)
     _record_saves(loop, spike.step)
     if loop.spikes.rewinds < loop.spikes.config.max_rewinds:
+        if told:
+            log.warning('the loss of step %d is a spike%s', spike.step, told)
         return Rewind(spike)
     return NumericsError(
         f'the loss of step {spike.step}, {spike.loss:.4g}, is a spike, and this phase has gone '
-        f'back {loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer): lower the '
-        'learning rate with --allow_change=optimizer, or go further back with --resume_step; '
-        f'run it again to {_name_next_start(loop)}'
+        f'back {loop.spikes.rewinds} times (spikes.max_rewinds of its optimizer){told}; '
+        f'{_how_to_go_on(loop)}'
     )
 
 
@@ -230,25 +241,49 @@ def _stop_unsaved(loop: Loop, updates: Updates) -> Preempted:
 def _give_up(loop: Loop, updates: Updates) -> NumericsError:
     """The error for a run that can apply no update.
 
-    If the last update may have ruined the weights, a checkpoint of them is set aside, unless it is
-    the first that is left. That is so after PATIENCE steps, or if this process applied no update at
-    all, because then the next one would not either.
+    If the last update may have ruined the weights, checkpoints since the last good one are set
+    aside, unless no other is left. That is so after PATIENCE steps, or if this process applied no
+    update at all, because then the next one would not either.
     """
-    told = ''
-    reason = 'the loss or the gradient was not finite'
+    reason, change = 'the loss or the gradient was not finite', ''
     if updates.is_finite:
         reason = 'the loss was above the limit for spikes'
+        change = ', or set spikes.policy=warn,'
+    is_ruined = updates.missing >= PATIENCE or updates.last == updates.first
+    # At the beginning of a phase there is no good update yet.
+    told = _set_aside(loop, (loop.spikes.last_good or updates.last) if is_ruined else 0)
+    _record_saves(loop, updates.step)
+    return NumericsError(f'{updates}, because {reason}{told}; {_how_to_go_on(loop, change)}')
+
+
+def _set_aside(loop: Loop, first: int) -> str:
+    """Sets aside the checkpoints from step `first` on, unless no other is left -> what it did.
+
+    Their weights may be ruined: no good update has followed.
+    """
     try:
         loop.checkpointer.wait()
-        is_ruined = updates.missing >= PATIENCE or updates.last == updates.first
-        if is_ruined and any(step < updates.last for step in loop.checkpointer.steps()):
-            for step in loop.checkpointer.set_aside(updates.last, are_ruined=True):
-                told += f'; checkpoint {step} is set aside'
+        if not any(step < first for step in loop.checkpointer.restorable_steps()):
+            return ''
+        steps = loop.checkpointer.set_aside(first, are_ruined=True)
     except RunError as error:
-        told = f'; checkpoints from step {updates.last} on could not be set aside: {error}'
-    _record_saves(loop, updates.step)
-    return NumericsError(
-        f'{updates}, because {reason}{told}; run it again to {_name_next_start(loop)}'
+        return f'; checkpoints from step {first} on could not be set aside: {error}'
+    return ''.join(f'; checkpoint {step} is set aside' for step in steps)
+
+
+def _how_to_go_on(loop: Loop, change: str = '') -> str:
+    """What to change, because the same command comes to the same end.
+
+    change: another remedy than the learning rate.
+    """
+    try:
+        earlier = loop.checkpointer.restorable_steps()[:-1]
+    except RunError:
+        earlier = []
+    further = f', if need be from an earlier step (--resume_step={earlier[-1]})' if earlier else ''
+    return (
+        f'lower the learning rate{change} with --allow_change=optimizer{further}; '
+        f'run it again to {_name_next_start(loop)}'
     )
 
 
@@ -275,7 +310,8 @@ def save(loop: Loop, state: TrainState, step: int, due: int, must: bool) -> None
             'phase': loop.recorder.phase,
             'spikes': loop.spikes.get_state(),
         }
-        loop.checkpointer.save(step, state.to_tree(), extra, must, due)
+        last_good = loop.spikes.last_good
+        loop.checkpointer.save(step, state.to_tree(), extra, must, due, last_good)
     _record_saves(loop, step)
 
 

@@ -556,7 +556,8 @@ def test_weights_ruined_by_an_update_cost_no_good_checkpoint(cli, run_again, tin
         assert (code, out) == (70, '')
         told = (
             'no update could be applied from step 41 to 61, because the loss or the gradient was '
-            'not finite; checkpoint 41 is set aside; run it again to resume at step 40'
+            'not finite; checkpoint 41 is set aside; lower the learning rate with '
+            '--allow_change=optimizer; run it again to resume at step 40'
         )
         assert told in error and told in (run_again / 'log.txt').read_text()
         assert tiny.committed(run_again) == [40]
@@ -699,7 +700,8 @@ exit $code
 """
     process = subprocess.run(
         [*mounting, 'sh', '-c', script, place, sys.executable, '-m', 'jaxfm.main', *arguments],
-        env=os.environ | tiny.environment,
+        # Without tokens of other tests: it must tokenise, if it comes so far.
+        env=os.environ | tiny.environment | {'XDG_CACHE_HOME': f'{place}.cache'},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,8 @@
 """The loop: the order of a step, resume bit for bit, a source that samples, and what it refuses."""
 
+import logging
 import os
+import re
 import signal
 import time
 import types
@@ -206,13 +208,13 @@ class Probe(Periodic):
 class NotingCheckpointer(Checkpointer):
     settle_seconds = 0.0  # of storage that is slow
 
-    def __init__(self, directory, events):
-        super().__init__(CheckpointConfig(every=4, keep=3), directory)
+    def __init__(self, directory, events, **config):
+        super().__init__(CheckpointConfig(**dict(every=4, keep=3) | config), directory)
         self.notes = events
 
-    def save(self, step, state, extra, must, due):
+    def save(self, step, state, extra, must, *more):
         self.notes.append(('save', step))
-        super().save(step, state, extra, must, due)
+        super().save(step, state, extra, must, *more)
         if must:
             time.sleep(self.settle_seconds)
 
@@ -237,6 +239,7 @@ def run(
     before=lambda step: None,
     clock=None,
     policy=types.MappingProxyType({}),
+    saving=types.MappingProxyType({}),
     **options,
 ):
     """The loop in `directory` as `jaxfm.modes.train` builds it, resumed if there is a checkpoint.
@@ -245,7 +248,7 @@ def run(
     """
     events = []
     source = make_source(kit)
-    checkpointer = NotingCheckpointer(directory / 'checkpoints', events)
+    checkpointer = NotingCheckpointer(directory / 'checkpoints', events, **saving)
     recorder = Recorder(JsonlWriter(directory / 'metrics.jsonl'))
     spikes = Spikes(SpikesConfig(**policy))
     clock = clock or StepClock(steps)
@@ -398,6 +401,15 @@ def test_the_step_is_compiled_once_for_fresh_and_restored_states(straight, kit, 
     assert kit.step._cache_size() == before
 
 
+def test_the_time_to_compile_is_that_of_this_process_and_told_once(kit, tmp_path, caplog):
+    clock = StepClock(2)
+    clock.set_state({'tokens': 0, 'seconds': {'compile': 1000.0}})  # of earlier processes
+    with caplog.at_level(logging.INFO, 'jaxfm'):
+        run(kit, tmp_path, prefetched, steps=2, clock=clock)
+    [seconds] = re.findall(r'compiled the step in ([\d.]+) s', caplog.text)
+    assert float(seconds) < 500 and clock.seconds['compile'] > 1000
+
+
 # Resume
 
 
@@ -520,7 +532,8 @@ def test_weights_that_take_no_update_are_set_aside(kit, tmp_path):
         run(kit, tmp_path, poisoned(*bad), **options)
     assert str(raised.value) == (
         'no update could be applied from step 8 to 28, because the loss or the gradient was not '
-        'finite; checkpoint 8 is set aside; run it again to resume at step 4'
+        'finite; checkpoint 8 is set aside; lower the learning rate with --allow_change=optimizer; '
+        'run it again to resume at step 4'
     )
     assert steps_in(tmp_path) == [4]
     events = list(read_records(tmp_path / 'metrics.jsonl'))
@@ -538,7 +551,9 @@ def test_weights_that_take_no_update_are_set_aside(kit, tmp_path):
 def test_the_first_checkpoint_that_is_left_is_never_set_aside(kit, tmp_path):
     bad = poisoned(*range(4, 30))
     for _ in range(2):
-        with pytest.raises(NumericsError, match='not finite; run it again to resume at step 4$'):
+        with pytest.raises(
+            NumericsError, match='not finite; lower the .* again to resume at step 4$'
+        ):
             run(kit, tmp_path, bad, steps=40, evaluators={})
         assert steps_in(tmp_path) == [4]
 
@@ -553,6 +568,18 @@ def test_a_run_that_resumed_with_ruined_weights_goes_back(kit, tmp_path):
     assert steps_in(tmp_path) == [4]
 
 
+def test_weights_that_take_no_update_are_set_aside_on_the_local_tier_too(kit, tmp_path):
+    """The durable tier has nothing yet."""
+    local = dict(directory=str(tmp_path / 'local'), every=4)
+    options = dict(steps=60, log_every=1000, evaluators={}, saving=dict(every=100, local=local))
+    with pytest.raises(
+        NumericsError, match='8 to 28, .*; checkpoint 8 is set aside; .* at step 4$'
+    ):
+        run(kit, tmp_path, poisoned(*range(8, 60)), **options)
+    _, events = run(kit, tmp_path, prefetched, **options | dict(steps=6))
+    assert events[0] == ('next', 4) and steps_in(tmp_path) == [6]
+
+
 def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, monkeypatch):
     def refuse(*_):
         monkeypatch.setattr(Store, 'commits', refuse)
@@ -564,8 +591,8 @@ def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, mo
     monkeypatch.undo()
     assert str(raised.value) == (
         'no update could be applied from step 8 to 28, because the loss or the gradient was not '
-        'finite; checkpoints from step 8 on could not be set aside: no answer; run it again to '
-        'resume at the newest checkpoint'
+        'finite; checkpoints from step 8 on could not be set aside: no answer; lower the learning '
+        'rate with --allow_change=optimizer; run it again to resume at the newest checkpoint'
     )
     assert steps_in(tmp_path) == [4, 8]
 
@@ -573,14 +600,18 @@ def test_a_place_that_does_not_answer_does_not_hide_the_reason(kit, tmp_path, mo
 # Losses that spike
 
 
-def odd(*numbers):
-    """A source whose batches of these numbers have targets that no other batch has."""
+def odd(*numbers, poisoned=()):
+    """A source whose batches of these numbers have targets that no other batch has.
+
+    poisoned: numbers of batches that give a loss that is not a number.
+    """
 
     class Odd(Maker):
         def make(self):
             batch = super().make()
             is_odd = self.number - 1 in numbers
             batch['targets'] = np.where(is_odd, V - 1, batch['targets'] // 2).astype(np.int32)
+            batch['loss_mask'] *= np.float32(np.nan if self.number - 1 in poisoned else 1)
             return batch
 
     return lambda kit: Made(Odd(), put(kit))
@@ -641,7 +672,8 @@ def test_a_run_that_skips_spikes_resumes_as_if_never_stopped(stop, skipping, kit
     """Before, at and between the spikes: a loss is judged by the same losses."""
     directory, wanted, _ = skipping
     options = dict(steps=20, policy=STRICT | {'policy': 'skip'})
-    with pytest.raises(Preempted, match=f'saved at step {stop}'):
+    said = f'step {stop} and not saved.* at step 8$' if stop in (11, 12) else f'at step {stop}; run'
+    with pytest.raises(Preempted, match=said):
         run(kit, tmp_path, odd(10, 11, 17), stop_at=stop, **options)
     state, _ = run(kit, tmp_path, odd(10, 11, 17), **options)
     assert_same_state(state, wanted)
@@ -657,11 +689,49 @@ def test_the_limit_of_a_step_does_not_depend_on_when_the_host_looks(skipping, ki
     assert events_in(tmp_path) == events_in(directory)
 
 
-def test_a_phase_may_end_with_a_spike_that_is_skipped(kit, tmp_path):
-    """Its loss was finite, and the weights are those of the update before it."""
-    state, events = run(kit, tmp_path, odd(10), steps=11, policy=STRICT | {'policy': 'skip'})
-    assert int(state.counters['skipped']) == 1
-    assert events[-1] == ('save', 11)
+def test_stops_among_spikes_that_are_skipped_cost_no_good_checkpoint(kit, tmp_path):
+    """A finite loss says nothing about the weights: update 12 may have ruined them."""
+    options = dict(steps=60, evaluators={}, policy=STRICT | {'policy': 'skip'})
+    options['saving'] = dict(keep=2)
+    for stop in (13, 16, 20):
+        with pytest.raises(Preempted, match=f'{stop} and not saved, .* to resume at step 12$'):
+            run(kit, tmp_path, odd(*range(12, 60)), stop_at=stop, **options)
+        assert steps_in(tmp_path) == [8, 12]
+
+
+@pytest.mark.parametrize('last', [13, 16])
+def test_a_phase_that_ends_with_a_spike_that_is_skipped_fails(kit, tmp_path, last):
+    """A single one may be the first of many."""
+    with pytest.raises(NumericsError) as raised:
+        run(kit, tmp_path, odd(*range(12, 60)), steps=last, policy=STRICT | {'policy': 'skip'})
+    assert str(raised.value) == (
+        f'no update could be applied from step 12 to {last}, because the loss was above the limit '
+        'for spikes; lower the learning rate, or set spikes.policy=warn, with '
+        '--allow_change=optimizer, if need be from an earlier step (--resume_step=8); run it again '
+        'to resume at step 12'
+    )
+    assert steps_in(tmp_path) == [4, 8, 12]
+
+
+def test_a_checkpoint_before_an_update_without_a_spike_is_never_deleted(kit, tmp_path):
+    """Of step 10 none is known: the loss of step 11 shows its weights."""
+    options = dict(steps=30, evaluators={}, policy=STRICT, saving=dict(every=1, keep=2))
+    for stop in (11, 12):  # a run that resumes knows it from the checkpoint
+        with pytest.raises(Crash):
+            run(kit, tmp_path, odd(10, 11), before=crash_at(stop), **options)
+        assert [step for step, _ in events_in(tmp_path)][-1] == stop
+        assert steps_in(tmp_path) == [9, stop]
+    with pytest.raises(Crash):
+        run(kit, tmp_path, odd(10, 11), before=crash_at(22), **options)
+    assert steps_in(tmp_path) == [21, 22]
+
+
+def test_updates_of_spikes_are_no_good_updates(kit, tmp_path):
+    bad = odd(10, 11, poisoned=range(12, 60))
+    options = dict(evaluators={}, policy=STRICT, saving=dict(every=1, keep=3))
+    with pytest.raises(NumericsError, match='11 is set aside; .* 12 is set aside; .* at step 9$'):
+        run(kit, tmp_path, bad, steps=60, **options)
+    assert steps_in(tmp_path) == [9]
 
 
 def test_losses_that_stay_high_end_a_run_that_skips_them(kit, tmp_path):
@@ -670,7 +740,9 @@ def test_losses_that_stay_high_end_a_run_that_skips_them(kit, tmp_path):
         run(kit, tmp_path, bad, steps=60, evaluators={}, policy=STRICT | {'policy': 'skip'})
     assert str(raised.value) == (
         'no update could be applied from step 12 to 32, because the loss was above the limit for '
-        'spikes; checkpoint 12 is set aside; run it again to resume at step 8'
+        'spikes; checkpoint 12 is set aside; lower the learning rate, or set spikes.policy=warn, '
+        'with --allow_change=optimizer, if need be from an earlier step (--resume_step=4); run it '
+        'again to resume at step 8'
     )
 
 
@@ -687,10 +759,29 @@ def test_a_spike_that_rewinds_ends_the_loop_before_it_is_saved(kit, tmp_path, lo
     assert step == 12 and values['spike/policy'] == 'rewind'
 
 
+@pytest.mark.parametrize('spike, kept, aside', [(12, [9, 10], [11]), (10, [9], [])])
+def test_a_rewind_sets_aside_the_checkpoint_that_no_good_step_followed(
+    kit, tmp_path, spike, kept, aside
+):
+    """The loss of step 12 shows the update of step 11. The first that is left stays."""
+    options = dict(steps=20, evaluators={}, policy=STRICT | {'policy': 'rewind'})
+    with pytest.raises(Crash):
+        run(kit, tmp_path, odd(), before=crash_at(9), saving=dict(every=9), **options)
+    with pytest.raises(Rewind):
+        run(kit, tmp_path, odd(spike - 1), saving=dict(every=1, keep=3), **options)
+    assert steps_in(tmp_path) == kept
+    assert [v['checkpoint/set_aside'] for _, v in events_in(tmp_path, 'checkpoint/set')] == aside
+
+
 def test_too_many_rewinds_end_the_run(kit, tmp_path):
     policy = STRICT | {'policy': 'rewind', 'max_rewinds': 0}
-    with pytest.raises(NumericsError, match='a spike, .* gone back 0 times .* resume at step 8$'):
-        run(kit, tmp_path, odd(10), steps=20, policy=policy)
+    with pytest.raises(NumericsError) as raised:
+        run(kit, tmp_path, odd(12), steps=20, policy=policy)
+    assert 'is a spike, and this phase has gone back 0 times ' in str(raised.value)
+    assert str(raised.value).endswith(
+        '; checkpoint 12 is set aside; lower the learning rate with --allow_change=optimizer, if '
+        'need be from an earlier step (--resume_step=4); run it again to resume at step 8'
+    )
     assert steps_in(tmp_path) == [4, 8]
 
 

@@ -132,6 +132,7 @@ class Checkpointer(Reader):
         extra: dict[str, Any],
         must: bool = False,
         due: int | None = None,
+        last_good: int = 0,
     ) -> None:
         """Starts a save and returns as soon as the state is copied; the caller may then donate it.
 
@@ -140,7 +141,8 @@ class Checkpointer(Reader):
 
         state: {name: global array}. extra: JSON. must: save on the durable tier, retry after
         failures, and return only when the step is committed. due: the step since which this save
-        has been due, if it had to wait.
+        has been due, if it had to wait. last_good: the newest checkpoint before this step is not
+        deleted, because it is not known whether the weights of later ones are good.
 
         Raises:
           StorageError: `max_failures` consecutive saves on the durable tier have failed.
@@ -155,7 +157,7 @@ class Checkpointer(Reader):
             attempt, epoch = agree.from_primary(lambda: self._decide(tier, step, must))
             if attempt in ('skip', 'drop'):
                 return
-            self._start(tier, step, attempt, epoch, state, extra)
+            self._start(tier, step, attempt, epoch, state, extra, last_good)
             tier.blocking = time.monotonic() - started
             if not must or self._await_save(tier):
                 return
@@ -248,7 +250,14 @@ class Checkpointer(Reader):
         return 'skip' if is_there else new_attempt(), self._lease.epoch
 
     def _start(
-        self, tier: Tier, step: int, attempt: str, epoch: int, state: Arrays, extra: dict
+        self,
+        tier: Tier,
+        step: int,
+        attempt: str,
+        epoch: int,
+        state: Arrays,
+        extra: dict,
+        last_good: int,
     ) -> None:
         if tier.under_way is not None:  # never on the primary process: `_decide` settled it
             tier.under_way.wait()
@@ -283,6 +292,7 @@ class Checkpointer(Reader):
                 keep=tier.keep,
                 milestones=frozenset() if tier.private else self._milestones,
                 damaged=frozenset(bad for place, bad in self._damaged if place == root),
+                last_good=last_good,
                 private=tier.private,
                 deadline=arrays.Deadline.after(self._config.timeout_seconds),
                 lease=self._lease if agree.is_primary() else None,

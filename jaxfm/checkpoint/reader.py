@@ -76,6 +76,10 @@ class Reader:
         """The committed steps, in order. They have not been verified: some may be damaged."""
         return agree.from_primary(lambda: list(self._store.commits()))
 
+    def restorable_steps(self) -> list[int]:
+        """The steps of all tiers that are not known to be damaged, in order."""
+        return sorted({found.commit.step for found in self._candidates()})
+
     def latest_step(self) -> int | None:
         """The newest committed step; None when there is no checkpoint."""
         return next((found.commit.step for found in self._candidates()), None)
@@ -93,9 +97,9 @@ class Reader:
         """
         problems = []
         if at is not None:
-            there = {found.commit.step for found in self._candidates()}
+            there = self.restorable_steps()
             if at not in there:
-                raise self._store.missing_error(at, sorted(there))
+                raise self._store.missing_error(at, there)
         while candidates := [
             found for found in self._candidates() if at is None or found.commit.step == at
         ]:

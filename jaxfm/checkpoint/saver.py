@@ -40,6 +40,7 @@ class Job:
     keep: int
     milestones: frozenset[int]
     damaged: frozenset[int]  # steps in the store that a restore found damaged
+    last_good: int  # the newest checkpoint before this step stays
     private: bool
     deadline: arrays.Deadline
     lease: Lease | None  # None except on the primary process
@@ -183,10 +184,11 @@ def _discard(job: Job) -> None:
 
 
 def find_outdated(commits: dict[int, Commit], job: Job) -> list[int]:
-    """The steps to delete: damaged ones, and all but the newest `keep` and the milestones.
+    """The steps to delete: damaged ones, and all but `keep` and the milestones.
 
-    On a local tier, also newer steps of earlier epochs: the run was restored from an older step
-    (a host was away, or the mesh changed), so those steps are not part of its history.
+    Those are the newest; but if none of them is before `last_good`, one that is takes the place of
+    the oldest. On a local tier, also newer steps of earlier epochs: the run was restored from an
+    older step (a host was away, or the mesh changed), so those steps are not part of its history.
     """
     bad = {
         step
@@ -194,8 +196,12 @@ def find_outdated(commits: dict[int, Commit], job: Job) -> list[int]:
         if step in job.damaged
         or (job.private and step > job.step and commit.epoch < job.manifest['epoch'])
     }
-    good = sorted(set(commits) - bad)
-    return sorted((set(good[: -job.keep]) - job.milestones | bad) - {job.step})
+    whole = sorted(set(commits) - bad)
+    kept = whole[-job.keep :]
+    followed = [step for step in whole if step < job.last_good]
+    if followed and followed[-1] < kept[0]:
+        kept[0] = followed[-1]
+    return sorted((set(whole) - {*kept} - job.milestones | bad) - {job.step})
 
 
 def explain(error: Exception, store: Store) -> str:

@@ -30,6 +30,7 @@ class Spike:
     loss: float
     limit: float
     position: Any
+    last_good: int = 0  # the `last_good` of its phase
     rewinds: int = 0  # of the phase before it
 
     def values(self, policy: str) -> dict[str, Any]:
@@ -52,11 +53,13 @@ class Spikes:
     Attributes:
       count: the spikes of the phase so far, including those that a rewind has undone.
       rewinds: how often the phase has gone back.
+      last_good: the last step that applied an update and was no spike. The loss of a step shows the
+        weights before it, so it is not known whether later checkpoints have good weights.
     """
 
     def __init__(self, config: SpikesConfig):
         self.config = config
-        self.count = self.rewinds = 0
+        self.count = self.rewinds = self.last_good = 0
         self._positions: dict[int, Any] = {}
         self._set_losses(())
 
@@ -89,25 +92,33 @@ class Spikes:
         if is_applied:
             self._losses.append((step, loss))
         if not is_finite or loss <= limit:
+            self.last_good = step if is_applied else self.last_good
             return None
         self.count += 1
-        return Spike(step, loss, limit, self._positions[step], self.rewinds)
+        return Spike(step, loss, limit, self._positions[step], self.last_good, self.rewinds)
 
     def get_state(self) -> dict[str, Any]:
         """The state to save in a checkpoint, as JSON."""
         losses = [list(pair) for pair in self._losses]
-        return {'losses': losses, 'count': self.count, 'rewinds': self.rewinds}
+        return {
+            'losses': losses,
+            'count': self.count,
+            'rewinds': self.rewinds,
+            'last_good': self.last_good,
+        }
 
     def set_state(self, state: dict[str, Any] | None) -> None:
         """Continues from a checkpoint; None: one of before spikes were judged."""
         state = state or {'losses': (), 'count': 0, 'rewinds': 0}
         self.count, self.rewinds = state['count'], state['rewinds']
         self._set_losses(state['losses'])
+        self.last_good = state.get('last_good', 0)
 
     def go_back(self, state: dict[str, Any] | None) -> None:
         """Counts a rewind, to a checkpoint of this phase, or to the beginning of the phase."""
         self.rewinds += 1
         self._set_losses(state['losses'] if state else ())
+        self.last_good = state.get('last_good', 0) if state else 0
 
     def _set_losses(self, losses) -> None:
         # One more than the window: the last one is too new to judge the next step by.

@@ -104,4 +104,18 @@ def test_going_back_forgets_later_losses_but_counts():
     spikes.go_back(saved)
     assert spikes.get_state() == saved | {'count': 1, 'rewinds': 1}
     spikes.go_back(None)
-    assert spikes.get_state() == {'losses': [], 'count': 1, 'rewinds': 2}
+    assert spikes.get_state() == {'losses': [], 'count': 1, 'rewinds': 2, 'last_good': 0}
+
+
+def test_the_last_good_step_applied_an_update_and_was_no_spike():
+    spikes = Spikes(SpikesConfig())
+    list(judge_all(spikes, noisy(40)))
+    assert spikes.last_good == 40
+    spikes.begin(41, None)
+    found = spikes.judge(41, 9.0, is_finite=True, is_applied=True)
+    assert (found.last_good, spikes.last_good) == (40, 40)
+    assert spikes.judge(42, math.nan, is_finite=False, is_applied=False) is None
+    assert spikes.last_good == 40
+    spikes.begin(43, None)
+    assert spikes.judge(43, 3.0, is_finite=True, is_applied=True) is None
+    assert spikes.last_good == 43

@@ -12,7 +12,7 @@ from jaxfm.errors import RunError
 from jaxfm.metrics import SINKS, goodput
 from jaxfm.metrics.clock import StepClock
 from jaxfm.metrics.console import Console
-from jaxfm.metrics.writers import JsonlWriter, Recorder, Sink
+from jaxfm.metrics.writers import JsonlWriter, Recorder, Sink, read_records
 from jaxfm.optim.spikes import Spike
 from jaxfm.plan.memory import bytes_total
 from jaxfm.report.page import write_report
@@ -96,7 +96,7 @@ def _open_sinks(run: Run) -> list[Sink]:
 def go_back(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
     """Sets aside the checkpoints after `step`, and copies the metrics, which will be cut."""
     if jsonl.position():
-        copy = jsonl.path.with_name(f'metrics.set_aside_{time.strftime("%Y%m%d_%H%M%S")}.jsonl')
+        copy = _unused_name(jsonl.path, f'metrics.set_aside_{time.strftime("%Y%m%d_%H%M%S")}')
         with explain_write(copy), whole.write_file(copy, exclusive=True) as file:
             file.write(jsonl.path.read_bytes())
         log.warning('copied the metrics so far to %s', copy)
@@ -108,14 +108,18 @@ def go_back(checkpointer: Checkpointer, jsonl: JsonlWriter, step: int) -> None:
 def undo_records(recorder: Recorder, position: int, step: int, spike: Spike) -> None:
     """Truncates the metrics to those up to the checkpoint before a spike, and records the rewind.
 
-    What is cut off stays in a file of its own, because it shows how the loss came to spike.
+    What is cut off stays in a file of its own, because it shows how the loss came to spike. Records
+    of earlier rewinds are kept, at the step to which the run goes back now.
     """
     jsonl = recorder.jsonl
     end = jsonl.end_of(step, position)
-    copy = jsonl.path.with_name(f'metrics.before_spike_{spike.step}.jsonl')
-    with explain_write(copy), whole.write_file(copy) as file:
+    copy = _unused_name(jsonl.path, f'metrics.before_spike_{spike.step}')
+    with explain_write(copy), whole.write_file(copy, exclusive=True) as file:
         file.write(jsonl.path.read_bytes()[end:])
+    earlier = [record for record in read_records(jsonl.path, end) if 'spike/rewinds' in record]
     jsonl.truncate(end)
+    for record in earlier:
+        jsonl.write(record | {'step': min(step, record['step'])})
     values = spike.values('rewind') | {'spike/rewinds': spike.rewinds + 1}
     recorder.write(step, 'event', values)
     log.warning(
@@ -124,6 +128,15 @@ def undo_records(recorder: Recorder, position: int, step: int, spike: Spike) -> 
         spike.step,
         copy,
     )
+
+
+def _unused_name(beside: Path, stem: str) -> Path:
+    """`stem`.jsonl beside a file; or stem_2.jsonl and so on, if that exists."""
+    path, number = beside.with_name(f'{stem}.jsonl'), 1
+    while path.exists():
+        number += 1
+        path = beside.with_name(f'{stem}_{number}.jsonl')
+    return path
 
 
 def cut_records(jsonl: JsonlWriter, clock: StepClock, position: int, step: int) -> None:

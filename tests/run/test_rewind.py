@@ -1,11 +1,13 @@
 """Runs that go back to before a spike: what they leave out, repeat, and tell."""
 
+import math
+
 import pytest
 
 from jaxfm import main
 from jaxfm.metrics import goodput
-from jaxfm.metrics.writers import read_records
-from jaxfm.optim.spikes import Spikes
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
+from jaxfm.optim.spikes import Spike, Spikes
 from jaxfm.run import workdir as workdirs
 from tests.runs import assert_same_state, measured
 
@@ -123,6 +125,7 @@ def test_what_is_cut_off_is_kept_and_its_time_is_wasted(straight):
     log = (workdir / 'log.txt').read_text()
     assert 'is a spike, above 0: the run goes back' in log
     assert 'back at step 4; the data goes on after the spike of step 7' in log
+    assert log.count('compiled the step in ') == 2  # once a phase
 
 
 def test_a_run_killed_after_a_rewind_comes_to_the_same_spike_again(train, straight, tiny, tmp_path):
@@ -139,9 +142,30 @@ def test_a_run_killed_after_a_rewind_comes_to_the_same_spike_again(train, straig
 
 
 def test_too_many_rewinds_end_the_run_with_70(train, tmp_path, capsys):
-    code, _ = train(tmp_path / 'run', {'first': {0: 5, 1: 5, 2: 6}, 'second': {}})
+    workdir = tmp_path / 'run'
+    code, _ = train(workdir, {'first': {0: 5, 1: 5, 2: 6}, 'second': {}})
     error = capsys.readouterr().err
     assert code == 70
     assert 'error: the loss of step 6, ' in error
     assert 'has gone back 2 times (spikes.max_rewinds of its optimizer)' in error
     assert error.rstrip().endswith('run it again to resume at step 4')
+    # Going back to the same step twice removes no trace of the first time.
+    assert [found[:-1] for found in rewinds(workdir)] == [(4, 'first', 5, 1), (4, 'first', 5, 2)]
+    for name in ('metrics.before_spike_5.jsonl', 'metrics.before_spike_5_2.jsonl'):
+        steps = [r['step'] for r in read_records(workdir / name) if 'spike/step' in r]
+        assert steps[-1] == 5, name
+
+
+def test_a_rewind_further_back_keeps_the_earlier_ones_in_the_order_of_steps(tmp_path):
+    """Or a run that resumes between the two would cut off all that follows."""
+    recorder = Recorder(JsonlWriter(tmp_path / 'metrics.jsonl'))
+    position = {}
+    for step in range(1, 9):
+        recorder.write(step, 'train', {'train/loss': 1.0})
+        position[step] = recorder.jsonl.position()
+    workdirs.undo_records(recorder, position[6], 6, Spike(8, 9.0, 1.0, None))
+    workdirs.undo_records(recorder, position[4], 4, Spike(7, math.nan, 1.0, None, rewinds=1))
+    recorder.write(5, 'train', {'train/loss': 1.0})
+    recorder.close()
+    assert [found[:-1] for found in rewinds(tmp_path)] == [(4, '', 8, 1), (4, '', 7, 2)]
+    assert [r['step'] for r in read_records(tmp_path / 'metrics.jsonl')] == [0, 1, 2, 3, 4, 4, 4, 5]

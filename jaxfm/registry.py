@@ -192,6 +192,8 @@ def _make_schema(
                 f'(nor an attribute Config, {wanted})'
             )
         return _join(name, adapter.entry.schema, base, beside, adapter)
+    if not isinstance(found, type):
+        raise ConfigError(f'{name} is no class, but a {type(found).__name__}')
     group = getattr(found, 'Config', None)
     if not (isinstance(group, type) and issubclass(group, base)):
         raise ConfigError(f'{name} needs an attribute Config, {wanted}')

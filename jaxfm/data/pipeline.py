@@ -110,20 +110,48 @@ class _StreamedIterator(grain.DatasetIterator):
         self._maker = maker
 
     def __next__(self):
-        try:
-            return self._maker.make()
-        except Exception:
-            raise
-        except BaseException as error:
-            # A panic of a library or sys.exit in a source: Grain's thread would end without a word,
-            # and the run would wait for its batch for ever.
-            raise RuntimeError(f'{type(error).__name__}: {error}') from error
+        return self._maker.make()
 
     def get_state(self) -> dict[str, Any]:
         return self._maker.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._maker.set_state(state)
+
+
+class _Guarded(grain.IterDataset):
+    """The same elements, for a thread: whatever is raised while they are made is an Exception.
+
+    After a panic of a library or sys.exit in a source, Grain's thread would end without a word, and
+    the run would wait for its batch for ever.
+    """
+
+    def __init__(self, inner: grain.IterDataset):
+        super().__init__(inner)
+        self._inner = inner
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _GuardedIterator(iter(self._inner))
+
+
+class _GuardedIterator(grain.DatasetIterator):
+    def __init__(self, inner: grain.DatasetIterator):
+        super().__init__(inner)
+        self._inner = inner
+
+    def __next__(self):
+        try:
+            return next(self._inner)
+        except Exception:
+            raise
+        except BaseException as error:
+            raise RuntimeError(f'{type(error).__name__}: {error}') from error
+
+    def get_state(self) -> dict[str, Any]:
+        return self._inner.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._inner.set_state(state)
 
 
 def open_batches(
@@ -137,7 +165,7 @@ def open_batches(
     batches, and makes one more; the state of the iterator is still that of the last delivered one.
     """
     if put is not None:
-        batches = batches.map(put)
+        batches = _Guarded(batches.map(put))
         batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=AHEAD)
     iterator = iter(batches)
     iterator.set_state(state)

@@ -58,9 +58,15 @@ class Console:
 
     def log_to(self, path: str | Path) -> None:
         """Also appends all further lines to a file, with time stamps; does nothing if disabled."""
-        if self._enabled:
-            self._handlers.append(_file_handler(Path(path)))
-            log.addHandler(self._handlers[-1])
+        if not self._enabled:
+            return
+        try:
+            handler = _file_handler(Path(path))
+        except OSError as error:
+            _warn_of_lost_lines(path, error)
+            return
+        self._handlers.append(handler)
+        log.addHandler(handler)
 
     def show_summary(self, rows: Iterable[tuple[str, str]]) -> None:
         """Prints the summary of the run, [(name, value), ...], to the screen but not to log.txt."""
@@ -305,13 +311,15 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._warned:
             self._warned = True
-            process.print_line(
-                f'warning: {self.baseFilename} cannot be written, lines are lost: {error}'
-            )
+            _warn_of_lost_lines(self.baseFilename, error)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written is still in the buffer
             super().close()
+
+
+def _warn_of_lost_lines(path: str | Path, error: OSError) -> None:
+    process.print_line(f'warning: {path} cannot be written, lines are lost: {error}')
 
 
 def _file_handler(path: Path) -> logging.Handler:

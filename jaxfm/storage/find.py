@@ -288,6 +288,13 @@ def _explain_s3(path: str, error: Exception) -> RunError | None:
     return None
 
 
+# Names of errors, because the package may be missing.
+_NOT_ON_THE_HUB = {
+    *('FileNotFoundError', 'EntryNotFoundError', 'HFValidationError', 'HfUriError'),
+    *('RepositoryNotFoundError', 'RevisionNotFoundError', 'BucketNotFoundError'),
+}
+
+
 def _explain_hub(path: str, error: Exception) -> RunError | None:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {'GatedRepoError', 'PermissionError'}:
@@ -295,9 +302,8 @@ def _explain_hub(path: str, error: Exception) -> RunError | None:
             f'{path} cannot be read: accept its licence on the hub, if it is gated, and set '
             'HF_TOKEN to your access token'
         )
-    if kinds & {'FileNotFoundError', 'EntryNotFoundError', 'HFValidationError', 'HfUriError'} or (
-        kinds & {'RepositoryNotFoundError', 'RevisionNotFoundError', 'BucketNotFoundError'}
-    ):
+    # A path without ORG/NAME raises ValueError itself; its subclasses are about contents.
+    if kinds & _NOT_ON_THE_HUB or type(error) in (ValueError, NotImplementedError):
         return MissingInputError(
             f'{path} is not on the hub, or is private and HF_TOKEN is not set; write '
             f'{HUB}datasets/ORG/NAME[@REVISION]/PATH'

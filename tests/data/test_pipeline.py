@@ -142,6 +142,42 @@ def test_what_would_end_the_thread_without_a_word_is_an_error_of_the_loop(ahead,
         source.next(None, 1)
 
 
+@pytest.mark.parametrize('where', ['rows', 'put', 'on_the_fly'])
+def test_nothing_ends_the_thread_without_a_word(where, tmp_path, monkeypatch):
+    """Nor does the loop wait for ever."""
+
+    def end(*_):
+        raise SystemExit('of a library')
+
+    put_batch, packing = put, Concat(stream([40] * 50, tmp_path), 32)
+    if where == 'put':
+        put_batch = end
+    elif where == 'rows':
+        monkeypatch.setattr(packing, 'rows', end)
+    if where == 'on_the_fly':
+        source = on_the_fly(put=end)
+    else:
+        source = PackedBatches({'texts': packing}, {'texts': 1}, 6, seed=3, put=put_batch)
+    found = []
+
+    def ask():
+        try:
+            source.next(None, 0)
+        except RuntimeError as error:
+            found.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(timeout=PATIENCE / 10)
+    assert found and 'SystemExit: of a library' in found[0]
+    assert not threads()
+
+
+def test_ctrl_c_without_a_thread_stays_what_it_is():
+    with pytest.raises(KeyboardInterrupt):
+        numbers(Made(Counting(fail_at=0, error=KeyboardInterrupt)), 1)
+
+
 def test_a_source_that_recovers_goes_on_where_it_failed(ahead):
     maker = Counting(fail_at=2)
     source = ahead(maker)

@@ -246,6 +246,19 @@ def test_on_a_terminal_a_bar_shows_the_step_and_stdout_stays_clean(tmp_path, col
     assert any('checkpoint saved' in line for line in logged)
 
 
+def test_a_log_that_cannot_be_opened_is_told_in_a_line_and_stops_nothing(tmp_path, capsys):
+    (tmp_path / 'log.txt').mkdir()
+    (tmp_path / 'file').write_text('')
+    for path, reason in ((tmp_path / 'log.txt', 'Is a directory'), (tmp_path / 'file/log.txt', '')):
+        console = Console(2000)
+        console.log_to(path)
+        console.write(record(40, **{'train/loss': 3.0}))
+        console.close()
+        warning, line = capsys.readouterr().err.splitlines()
+        assert warning.startswith(f'warning: {path} cannot be written, lines are lost: [Errno ')
+        assert reason in warning and line == 'step 40/2000  loss 3'
+
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='there is no /dev/full')
 def test_a_full_disk_costs_lines_of_the_log_and_is_said_once(tmp_path, capsys):
     full = tmp_path / 'log.txt'

@@ -117,6 +117,17 @@ def test_what_cannot_be_read_is_told_in_a_line(hub, path, error, said):
     assert '\n' not in str(raised.value)
 
 
+@pytest.mark.parametrize('path', ['', 'squad', 'datasets', 'datasets/', 'spaces', '*'])
+def test_what_is_no_repository_is_told_by_the_real_file_system(path):
+    find.hub.cache_clear()
+    try:
+        with pytest.raises(MissingInputError, match='write hf://datasets/ORG/NAME.@REV') as raised:
+            read(f'hf://{path}')
+    finally:
+        find.hub.cache_clear()
+    assert '\n' not in str(raised.value)
+
+
 def test_without_the_extra_there_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'huggingface_hub', None)
     find.hub.cache_clear()

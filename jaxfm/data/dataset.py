@@ -94,8 +94,12 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any token and with the share of any source."""
-        parts = [[n, source.fingerprint, self.weights[n]] for n, source in self.sources.items()]
+        """Changes with any token and with the share of any source; it is the same on every host.
+
+        Of a source read on the fly, it changes with any held-out token, and with what the source
+        can tell of its documents before they are read.
+        """
+        parts = [[n, source.contents, self.weights[n]] for n, source in self.sources.items()]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @functools.cached_property

@@ -121,15 +121,16 @@ def _file_sizes(config: RunConfig) -> dict[str, int]:
 def _check_tokens(datasets: Iterable[Dataset]) -> None:
     """Raises DataError unless every process has the same tokens.
 
-    Data that is tokenised while training is not checked here; `_check_files` compared its files.
+    Of data that is tokenised while training, only the held-out tokens are compared, and what its
+    sources tell; `_check_files` compared its files.
     """
-    cached = [dataset for dataset in datasets if dataset.packings]
-    every = agree.exchange('tokens', ' '.join(each.fingerprint for each in cached))
+    here = [each.fingerprint for each in datasets] if jax.process_count() > 1 else []
+    every = agree.exchange('tokens', ' '.join(here))
     for index, fingerprints in every.items():
         if fingerprints != every[0]:
             raise DataError(
-                f'config.data: processes 0 and {index} have different tokens, although their files '
-                'have the same names and sizes: copy the files again'
+                f'config.data: processes 0 and {index} have different tokens, which names and sizes '
+                'of files do not show: copy the data again'
             )
 
 

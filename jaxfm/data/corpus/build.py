@@ -56,6 +56,11 @@ class Corpus:
             for side in token_cache.SIDES
         )
 
+    @property
+    def contents(self) -> str:
+        """Hash of what the documents are, as in `Heldout`."""
+        return self.fingerprint
+
     @functools.cached_property
     def heldout_documents(self) -> list[Document]:
         """The held-out documents, at most the first 256 MiB of them."""

@@ -25,13 +25,24 @@ FORMAT = 1
 
 
 class Heldout:
-    """The held-out part of a source read on the fly. `fingerprint` changes with its files."""
+    """The held-out part of a source read on the fly. `fingerprint` changes with its files.
 
-    def __init__(self, directory: Path, vocab_size: int, fingerprint: str):
+    source_contents: the `contents()` of the source, if it has that.
+    """
+
+    def __init__(self, directory: Path, vocab_size: int, fingerprint: str, source_contents: str):
         self.directory, self.fingerprint = directory, fingerprint
+        self._source_contents = source_contents
         self.statistics = json.loads((directory / 'statistics.json').read_text('utf-8'))
         self.is_chat = (directory / 'heldout.mask').exists()
         self.heldout = TokenCache(directory, 'heldout', vocab_size, fingerprint, self.is_chat)
+
+    @functools.cached_property
+    def contents(self) -> str:
+        """Hash of what the documents are, as far as it is known, not of where they come from."""
+        digest = hashlib.sha256(self._source_contents.encode())
+        digest.update(self.heldout.tokens)
+        return digest.hexdigest()
 
     @functools.cached_property
     def heldout_documents(self) -> list[Document]:
@@ -50,7 +61,8 @@ def open_heldout(config, tokenizer: Tokenizer, cache_dir: Path) -> Heldout:
     if not directory.exists():
         with token_cache.explain_cache_errors(directory):
             _build(config, tokenizer, directory)
-    return Heldout(directory, tokenizer.vocab_size, fingerprint)
+    contents = source.contents() if hasattr(source, 'contents') else ''
+    return Heldout(directory, tokenizer.vocab_size, fingerprint, contents)
 
 
 def _build(config, tokenizer: Tokenizer, directory: Path) -> None:

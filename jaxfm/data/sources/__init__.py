@@ -4,6 +4,8 @@ A source is built from its config group and has
 
 - `files()`: raises MissingInputError if the inputs are missing; does not read their contents;
 - `fingerprint()`: changes when the inputs change, or what is read from them;
+- `contents()`, if the names and sizes of `files()` do not show it: changes as far as possible with
+  the documents alone, so hosts that have the same ones agree, wherever theirs are;
 - `shards()`: pieces of work in a fixed order, each small enough to be one step of progress;
 - `read(shard)`: yields (is_heldout, document), always the same ones in the same order;
 - `bad_records`, if the source may leave out records: those that `read` has left out so far.

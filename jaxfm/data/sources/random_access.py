@@ -4,9 +4,11 @@ The elements are read once, in order, when their tokens are cached.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +24,8 @@ from jaxfm.registry import find_class
 SHARD_ELEMENTS = 1 << 14
 # At most so many elements may all be on one side of a hash.
 FEW = 1000
+# Elements that are part of the fingerprint: the first, the last and some between them.
+SAMPLED = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +55,25 @@ class RandomAccess:
         return number
 
     def fingerprint(self) -> str:
-        """Hash of path, arguments, length and the class's own `fingerprint`, if it has one."""
+        """Hash of path, arguments, contents, and the places, sizes and times of files named."""
+        files = [_stamp(text) for text in _texts_in(self.config.arguments)]
+        known = [self.config.name, self.config.arguments, self.contents(), files]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    def contents(self) -> str:
+        """Hash of length, some elements and the class's own `fingerprint`, if it has one."""
         own = getattr(self._elements, 'fingerprint', None)
         own = self._call('fingerprint()', own) if callable(own) else own
-        known = [self.config.name, self.config.arguments, self._length, str(own or '')]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        last = self._length - 1
+        chosen = sorted({number * last // (SAMPLED - 1) for number in range(SAMPLED)})
+        known = [self._length, str(own or ''), [self._describe(index) for index in chosen]]
+        return hashlib.sha256(json.dumps(known, default=repr).encode()).hexdigest()
+
+    def _describe(self, index: int) -> dict | str:
+        try:
+            return dataclasses.asdict(self._document(index))
+        except records.BadRecord as error:  # counted when `read` meets it
+            return str(error)
 
     def shards(self) -> list[Shard]:
         count = self._length
@@ -111,10 +129,35 @@ class RandomAccess:
         except RunError:
             raise
         except Exception as error:
-            kind = MissingInputError if isinstance(error, FileNotFoundError) else DataError
-            module = import_module(self.config.name)
             where = f'{self.config.name}: {what}'.removesuffix(': ')
+            is_missing = isinstance(error, FileNotFoundError) or _NO_FILE in str(error)
+            for path in _texts_in(self.config.arguments) if is_missing else ():
+                if path and path in str(error) and not os.path.exists(path):
+                    raise MissingInputError(f'{where}: {path} does not exist') from error
+            module = import_module(self.config.name)
+            kind = MissingInputError if is_missing else DataError
             raise kind(f'{where}: {locate_error(error, module.__file__)}') from error
+
+
+# What libraries written in C++ say in place of a FileNotFoundError.
+_NO_FILE = os.strerror(errno.ENOENT)
+
+
+def _texts_in(value: Any) -> list[str]:
+    """Every text in a JSON value, at any depth."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _texts_in(part)]
+
+
+def _stamp(text: str) -> list:
+    """If it is a path: where it leads to; of a file, also its size and modification time."""
+    path = os.path.abspath(os.path.expanduser(text))
+    if os.path.isfile(path):
+        status = os.stat(path)
+        return [path, status.st_size, status.st_mtime_ns]
+    return [path] if os.path.isdir(path) else []
 
 
 def _to_document(element: Any, fields, name: str) -> Document:

@@ -1,5 +1,6 @@
 """Documents of a class of the user's own, such as any grain.RandomAccessDataSource."""
 
+import os
 import pickle
 
 import grain
@@ -19,7 +20,7 @@ from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import Bytes
 
 MODULE = '''
-import json
+from pathlib import Path
 
 
 class Numbers:
@@ -72,6 +73,25 @@ class Any:
 
     def __getitem__(self, index):
         return 'a' * (1 + index)
+
+
+class Lines:
+    """The lines of a text file, or of several."""
+
+    def __init__(self, path):
+        paths = [path] if isinstance(path, str) else path
+        texts = [Path(one).read_text(encoding='utf-8') for one in paths]
+        self.lines = [line for text in texts for line in text.splitlines()]
+
+    def __len__(self):
+        return len(self.lines)
+
+    def __getitem__(self, index):
+        return self.lines[index]
+
+
+def make(count=3):
+    return Numbers(count)
 
 
 class Iterable:
@@ -179,12 +199,86 @@ def test_the_cache_is_of_this_class_these_arguments_this_length_and_its_fingerpr
     assert len({first, *others}) == 6
 
 
+def lines_of(path, bad=None, count=200):
+    """Writes lines, all of the same length; that of number `bad` differs."""
+    lines = [f'line {n:03} {"other" if n == bad else "texts"}\n' for n in range(count)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(''.join(lines), 'utf-8')
+
+
+@pytest.mark.parametrize('bad', [0, 40, 199])
+@pytest.mark.parametrize('listed', [False, True])
+def test_a_file_that_is_written_again_is_read_again(name, tmp_path, listed, bad):
+    """As many lines and bytes as before: its time tells, or the elements."""
+    path = tmp_path / 'data.txt'
+    argument = [str(path)] if listed else str(path)
+
+    def digest():
+        return RandomAccess(config_of(f'{name}:Lines', {'path': argument})).fingerprint()
+
+    lines_of(path)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    first = digest()
+    assert digest() == first
+    lines_of(path, bad)
+    os.utime(path, ns=(times[0], times[1] + (0 if bad in (0, 199) else 1)))
+    assert digest() != first
+
+
+def test_a_relative_path_is_that_of_this_directory(name, tmp_path, monkeypatch):
+    digests = set()
+    for directory, bad in (('a', None), ('b', 3)):
+        lines_of(tmp_path / directory / 'data.txt', bad)
+        os.utime(tmp_path / directory / 'data.txt', ns=(0, 0))
+        monkeypatch.chdir(tmp_path / directory)
+        digests.add(RandomAccess(config_of(f'{name}:Lines', {'path': 'data.txt'})).fingerprint())
+    assert len(digests) == 2
+
+
+def test_elements_that_change_without_a_file_are_noticed(name, bytes_tokenizer, tmp_path):
+    module = code.import_module(f'{name}:Numbers')
+    config = config_of(f'{name}:Numbers', {'count': 50}, DATA, sequence_length=8, batch_size=8)
+    open_dataset(config, bytes_tokenizer, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Numbers, '__getitem__', lambda self, index: f'a new text {index}')
+        data = open_dataset(config, bytes_tokenizer, tmp_path)
+    train = data.sources[config.name].train
+    assert 'new' in bytes_tokenizer.decode(train.tokens[:50].tolist())
+
+
+ARRAY_RECORDS = 'grain.sources:ArrayRecordDataSource'
+
+
+def test_array_records_that_are_written_again_are_read_again(tmp_path):
+    module = pytest.importorskip('array_record.python.array_record_module')
+    path, digests = tmp_path / 'a.array_record', set()
+    for word in ('one', 'two'):
+        writer = module.ArrayRecordWriter(str(path), 'group_size:1')
+        for index in range(20):
+            writer.write(f'{word} {index}'.encode())
+        writer.close()
+        os.utime(path, ns=(0, 0))
+        digests.add(RandomAccess(config_of(ARRAY_RECORDS, {'paths': str(path)})).fingerprint())
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize('listed', [False, True])
+def test_a_file_of_array_records_that_is_missing_is_named(tmp_path, listed):
+    pytest.importorskip('array_record')
+    path = str(tmp_path / 'a.array_record')
+    config = config_of(ARRAY_RECORDS, {'paths': [path] if listed else path})
+    with pytest.raises(MissingInputError) as raised:
+        RandomAccess(config).files()
+    assert str(raised.value) == f'{ARRAY_RECORDS}: {path} does not exist'
+
+
 @pytest.mark.parametrize(
     ('kind', 'said'),
     [
         ('Iterable', 'is not random access .*: it has no __len__ and no __getitem__ .nor an attr'),
         ('Bare', 'is not random access .a grain.RandomAccessDataSource.: it has no __len__'),
         ('Missing', 'has no Missing'),
+        ('make', 'random_lab:make is no class, but a function'),
     ],
 )
 def test_a_class_that_is_no_source_is_refused_in_one_line(name, kind, said):

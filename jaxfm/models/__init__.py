@@ -129,6 +129,7 @@ class ImplementationsConfig(Group):
     """
 
     attention: Literal[IMPLEMENTATIONS['attention']] | None = None
+    decode_attention: Literal[IMPLEMENTATIONS['decode_attention']] | None = None
     rms_norm: Literal[IMPLEMENTATIONS['rms_norm']] | None = None
     token_logprobs: Literal[IMPLEMENTATIONS['token_logprobs']] | None = None
     # A promise that cudnn needs wherever there is no cache: every row is one document at positions

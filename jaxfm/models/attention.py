@@ -10,6 +10,7 @@ from jaxfm.models.kv_cache import LayerCache
 from jaxfm.models.layers import RMSNorm, matrix, vector
 from jaxfm.models.lora import adapter, project
 from jaxfm.ops.attention import KeyValues, attention
+from jaxfm.ops.paged_attention import paged_attention
 from jaxfm.ops.rope import apply_rope, rope_frequencies
 from jaxfm.sharding import activation
 
@@ -86,21 +87,31 @@ class Attention(nnx.Module):
                 (self.v, self.v_lora, self.v_bias, None, None),
             )
         )
-        if cache is None:
-            keys = KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
-        else:
-            cache, keys = cache.update(layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
-        heads_BTNH = attention(
-            q_BTNH,
-            keys,
-            positions_BT,
-            segment_ids_BT,
+        options = dict(
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.window,
             softcap=config.attention_softcap,
-            one_document=self.implementations.one_document and cache is None,
-            implementation=self.implementations.attention,
         )
+        if cache is None:
+            heads_BTNH = attention(
+                q_BTNH,
+                KeyValues(k_BTKH, v_BTKH, positions_BT, segment_ids_BT),
+                positions_BT,
+                segment_ids_BT,
+                one_document=self.implementations.one_document,
+                implementation=self.implementations.attention,
+                **options,
+            )
+        else:
+            cache = cache.update(layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
+            heads_BTNH = paged_attention(
+                q_BTNH,
+                cache.pages(layer),
+                positions_BT,
+                segment_ids_BT,
+                implementation=self.implementations.decode_attention,
+                **options,
+            )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(
             heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, float8=float8

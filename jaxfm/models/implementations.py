@@ -6,8 +6,10 @@ from jaxfm import sharding
 from jaxfm.errors import ConfigError
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm
+from jaxfm.ops import IMPLEMENTATIONS, attention, logprobs, norm, paged_attention
 from jaxfm.ops.choice import Choice, decide
+
+_ANY_PAGE_SIZE = 16  # the sampler's own is checked when it decodes
 
 
 def choices(model: TransformerConfig, mesh) -> dict[str, Choice]:
@@ -40,6 +42,14 @@ def _obstacles(op: str, model: TransformerConfig) -> dict[str, str]:
                 dtype=dtype,
                 softcap=block.attention_softcap,
                 one_document=model.implementations.one_document,
+            )
+        elif op == 'decode_attention':
+            found |= paged_attention.obstacles(
+                num_heads=block.num_heads,
+                num_kv_heads=block.num_kv_heads,
+                head_dim=block.head_dim,
+                page_size=_ANY_PAGE_SIZE,
+                dtypes=(dtype,),
             )
         elif op == 'rms_norm' and block.qk_norm:
             found |= _obstacles_of_head_norms(block, dtype)

@@ -1,65 +1,92 @@
-"""The contiguous key-value cache: slot s of a row holds the token at position s.
+"""The paged key-value cache: every layer has a pool of pages, and sequences hold lists of them.
 
-A layer only calls `update`, which stores new keys and values and returns what attention reads.
-R repeats of a segment, B row, S slot, K kv heads, H head dim.
+The token at position p of row b is in slot p % L of page page_table[b, p // L]. Page 0 takes what
+padding writes, so no sequence may hold it. On a mesh the pages are split like the batch: each shard
+has a pool of its own, to which its rows' tables refer. R repeats of a segment, P pages, L tokens of
+a page, B row, T position, M most pages of a row, K kv heads, H head dim.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxfm.models import TransformerConfig
-from jaxfm.ops.attention import KeyValues
+from jaxfm.ops.paged_attention import Pages
 from jaxfm.sharding import activation, per_shard, place
+
+_POOL = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+_NEW = ('batch', 'key_position', 'kv_heads', 'head_dim')
+_AT = ('batch', 'key_position')
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of a stack of layers, [R, B, S, K, H]; updated in place."""
+    """Keys and values of a stack of layers, [R, P, L, K, H]; updated in place."""
 
     k: jax.Array
     v: jax.Array
+    page_table_BM: jax.Array | None = None  # int32, the same for all layers
 
-    def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT):
-        """Stores a layer's keys and values at their positions -> (cache, the layer's KeyValues).
+    def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT) -> 'LayerCache':
+        """Stores a layer's keys and values of new tokens. Padding (segment 0) goes to page 0."""
+        at = place(positions_BT, *_AT), place(segment_ids_BT > 0, *_AT)
+        store = per_shard(_store, (_POOL, (), _NEW, ('batch', None), _AT, _AT), _POOL)
 
-        Padding is not stored. Slots never written, or left by an earlier request, lie in the
-        query's future, so the causal mask hides them.
-        """
-        rows, slots = self.k.shape[1:3]
-        at_BT = jnp.where(segment_ids_BT > 0, positions_BT, slots)  # out of bounds: dropped
-        cache = LayerCache(
-            _store(self.k, layer, k_BTKH, at_BT), _store(self.v, layer, v_BTKH, at_BT)
-        )
-        slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
-        k_BSKH, v_BSKH = (lax.dynamic_index_in_dim(x, layer, 0, False) for x in (cache.k, cache.v))
-        return cache, KeyValues(k_BSKH, v_BSKH, slot_BS, jnp.ones_like(slot_BS))
+        def stored(pool, new):
+            new = place(new.astype(pool.dtype), *_NEW)
+            return store(pool, jnp.asarray(layer), new, self.page_table_BM, *at)
 
+        return dataclasses.replace(self, k=stored(self.k, k_BTKH), v=stored(self.v, v_BTKH))
 
-def _store(cache_RBSKH, layer, new_BTKH, at_BT):
-    def store(cache, layer, new, at):
-        row = jnp.arange(new.shape[0], dtype=jnp.int32)[:, None]
-        return cache.at[layer, row, at].set(new, mode='drop')
-
-    heads = ('batch', 'key_position', 'kv_heads', 'head_dim')
-    stacked, at = ('layers', *heads), ('batch', 'key_position')
-    new_BTKH = place(new_BTKH.astype(cache_RBSKH.dtype), *heads)
-    store = per_shard(store, (stacked, (), heads, at), stacked)
-    return store(cache_RBSKH, jnp.asarray(layer), new_BTKH, place(at_BT, *at))
+    def pages(self, layer) -> Pages:
+        """What attention reads in one layer of the stack."""
+        return Pages(self.k, self.v, layer, self.page_table_BM)
 
 
-def init_cache(config: TransformerConfig, rows: int, length: int, dtype) -> list[list[LayerCache]]:
-    """Empty caches for `rows` sequences of up to `length` tokens.
+def _store(pool_RPLKH, layer, new_BTKH, page_table_BM, positions_BT, is_token_BT):
+    size = pool_RPLKH.shape[2]
+    page_BT = jnp.take_along_axis(page_table_BM, positions_BT // size, axis=1, mode='clip')
+    page_BT = jnp.where(is_token_BT, page_BT, 0)
+    return pool_RPLKH.at[layer, page_BT, positions_BT % size].set(
+        new_BTKH, mode='promise_in_bounds'
+    )
+
+
+def init_cache(
+    config: TransformerConfig, num_pages: int, page_size: int, dtype
+) -> list[list[LayerCache]]:
+    """Empty pools of `num_pages` pages (over all shards) of `page_size` tokens.
 
     Indexed [segment][position in its pattern]; each entry stacks all repeats of that block.
     """
-    spec = activation('layers', 'batch', 'key_position', 'kv_heads', 'head_dim')
+    spec = activation(*_POOL)
 
     def stack(block, repeats):
-        shape = (repeats, rows, length, block.num_kv_heads, block.head_dim)
+        shape = (repeats, num_pages, page_size, block.num_kv_heads, block.head_dim)
         return LayerCache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in 'kv'))
 
     return [[stack(block, s.repeats) for block in s.pattern] for s in config.trunk]
+
+
+def with_table(cache: list[list[LayerCache]], page_table_BM) -> list[list[LayerCache]]:
+    """The same pools with another page table; None between calls of the model."""
+    return [
+        [dataclasses.replace(layers, page_table_BM=page_table_BM) for layers in segment]
+        for segment in cache
+    ]
+
+
+def copy_pages(cache: list[list[LayerCache]], source_BC, target_BC) -> list[list[LayerCache]]:
+    """Copies whole pages in all layers; equal source and target, such as 0 and 0, do nothing.
+
+    Args:
+      source_BC, target_BC: page indices, split like the batch: each shard copies in its own pool.
+    """
+
+    def copy(pool_RPLKH, source_BC, target_BC):
+        return pool_RPLKH.at[:, target_BC.ravel()].set(pool_RPLKH[:, source_BC.ravel()])
+
+    copy = per_shard(copy, (_POOL, ('batch', None), ('batch', None)), _POOL)
+    return jax.tree.map(lambda pool: copy(pool, source_BC, target_BC), cache)

@@ -11,11 +11,12 @@ from flax import nnx
 
 from jaxfm import state
 from jaxfm.models import BlockConfig, LoraConfig, RopeConfig, SegmentConfig, TransformerConfig
-from jaxfm.models.kv_cache import init_cache
+from jaxfm.models.kv_cache import init_cache, with_table
 from jaxfm.models.transformer import Transformer
 from jaxfm.ops.logprobs import logits
 
 B, T = 4, 16  # all tests of a model use these shapes, so that it compiles once
+PAGE_SIZE = 3  # no divisor of anything here
 BLOCK = BlockConfig(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
 
 
@@ -83,7 +84,8 @@ class Model:
             model = self.parts.merge(params)
             hidden, extras = model(tokens, positions, segment_ids, cache)
             values = jax.nn.log_softmax(logits(hidden, model.unembed()))
-            return hidden, values[..., : self.config.vocab_size], extras.get('cache')
+            cache = extras.get('cache')
+            return hidden, values[..., : self.config.vocab_size], cache
 
         return jax.jit(forward)
 
@@ -93,7 +95,11 @@ class Model:
         return np.asarray(hidden), np.asarray(logprobs), cache
 
     def new_cache(self, length):
-        return init_cache(self.config, B, length, jnp.float32)
+        """An empty cache for B rows of up to `length` tokens, whose pages lie in any order."""
+        count = -(-length // PAGE_SIZE)
+        pages = np.random.default_rng(0).permutation(B * count) + 1
+        cache = init_cache(self.config, B * count + 1, PAGE_SIZE, jnp.float32)
+        return with_table(cache, jnp.asarray(pages.reshape(B, count), jnp.int32))
 
 
 def make_model(config: TransformerConfig, seed: int = 0) -> Model:

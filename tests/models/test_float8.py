@@ -12,7 +12,7 @@ from flax import nnx
 from jaxfm.errors import ConfigError
 from jaxfm.models import TransformerConfig
 from jaxfm.models.implementations import check_matmuls
-from jaxfm.models.kv_cache import init_cache
+from jaxfm.models.kv_cache import init_cache, with_table
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
@@ -91,7 +91,7 @@ def test_only_blocks_multiply_in_float8_and_never_with_a_cache():
 
     trained = str(jax.make_jaxpr(lambda: forward(None))())
     assert trained.count('f8_e4m3fn[') > 0
-    cache = init_cache(config, 1, 8, jnp.bfloat16)
+    cache = with_table(init_cache(config, 3, 4, jnp.bfloat16), jnp.ones((1, 2), jnp.int32))
     assert 'f8_e4m3fn[' not in str(jax.make_jaxpr(lambda: forward(cache))())
 
 

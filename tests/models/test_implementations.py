@@ -83,7 +83,7 @@ def with_ops(block=BLOCK_1B, **implementations):
 
 def test_every_op_has_a_choice_and_a_reason():
     chosen = choices(with_ops(rms_norm='mosaic'), on_gpus())
-    assert chosen.keys() == {'attention', 'rms_norm', 'token_logprobs'}
+    assert chosen.keys() == {'attention', 'decode_attention', 'rms_norm', 'token_logprobs'}
     assert (chosen['rms_norm'].name, chosen['attention'].name) == ('mosaic', 'xla')
     assert 'requested by name' in chosen['rms_norm'].reason
     assert 'not proven on NVIDIA H200' in chosen['attention'].reason

@@ -1,12 +1,12 @@
 """Decoding with the cache equals one forward over the whole text."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from jaxfm.models.kv_cache import LayerCache
+from jaxfm.models.kv_cache import LayerCache, copy_pages
 
-LENGTH = 20  # slots, more than any text here needs
+LENGTH = 20  # tokens, more than any text here needs
 
 
 def assert_close(result, expected):
@@ -88,25 +88,27 @@ def test_a_row_without_new_tokens_keeps_its_cache(model, batch):
     assert np.abs(beside[0][1, 5:] - alone[0][1, 5:]).max() > 1e-3
 
 
-def layer_cache(slots):
-    return LayerCache(*(jnp.zeros((3, 2, slots, 1, 1)) for _ in 'kv'))
+def layer_cache(table):
+    """Three layers of seven pages of two slots."""
+    return LayerCache(*(jnp.zeros((3, 7, 2, 1, 1)) for _ in 'kv'), jnp.asarray(table))
 
 
-def test_an_update_stores_at_positions_and_drops_padding():
+def test_an_update_stores_at_positions_and_throws_padding_away():
     new = jnp.asarray([[1.0, 2, 3], [4, 5, 6]])[..., None, None]
     positions = jnp.asarray([[3, 0, 1], [2, 1, 0]])
     segment_ids = jnp.asarray([[1, 1, 0], [1, 0, 1]])
-    cache, keys = layer_cache(5).update(1, new, -new, positions, segment_ids)
-    np.testing.assert_array_equal(cache.k[1, ..., 0, 0], [[2, 0, 0, 1, 0], [6, 0, 4, 0, 0]])
+    cache = layer_cache([[5, 2], [1, 6]]).update(1, new, -new, positions, segment_ids)
+    pages = [[0, 0], [6, 0], [0, 1], [0, 0], [0, 0], [2, 0], [4, 0]]
+    np.testing.assert_array_equal(cache.k[1, 1:, :, 0, 0], pages[1:])  # page 0 holds anything
     assert not cache.k[0].any() and not cache.k[2].any()  # other layers: untouched
     np.testing.assert_array_equal(cache.v, -cache.k)
-    np.testing.assert_array_equal(keys.positions_BS, [range(5)] * 2)
-    np.testing.assert_array_equal(keys.k_BSKH, cache.k[1])
 
 
-@pytest.mark.parametrize('position', [5, 1000])
-def test_a_position_beyond_the_cache_is_dropped(position):
-    new = jnp.ones((2, 1, 1, 1))
-    at = jnp.full((2, 1), position)
-    cache, _ = layer_cache(5).update(0, new, new, at, jnp.ones_like(at))
-    assert not cache.k.any()
+def test_copied_pages_hold_the_same_in_all_layers():
+    random = np.random.default_rng(0)
+    cache = [[LayerCache(*(jnp.asarray(random.normal(size=(3, 7, 2, 1, 1))) for _ in 'kv'))]]
+    copied = copy_pages(cache, jnp.asarray([[5, 0]]), jnp.asarray([[2, 0]]))
+    for after, before in zip(jax.tree.leaves(copied), jax.tree.leaves(cache), strict=True):
+        expected = np.array(before)
+        expected[:, 2] = expected[:, 5]
+        np.testing.assert_array_equal(after, expected)

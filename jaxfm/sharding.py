@@ -7,6 +7,8 @@ Explicit: shardings are part of array types, so an ambiguous product is an error
 instead of a silent all-gather.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 
@@ -86,8 +88,30 @@ def make_mesh(sizes: dict[str, int], devices=None) -> jax.sharding.Mesh:
     )
 
 
+_whole = contextvars.ContextVar('whole_positions', default=False)
+
+
+@contextlib.contextmanager
+def whole_positions():
+    """Traces programs in which no device has only a part of the positions of a row.
+
+    The sampler needs it: a row of one token cannot be split over `context`, whose devices then all
+    compute the same.
+    """
+    token = _whole.set(True)
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def _axes_of(table, name: str):
+    """The mesh axes (None, one, or several) of a logical axis."""
+    return None if name == 'position' and _whole.get() else table[name]
+
+
 def _spec(table, names) -> P:
-    return P(*(None if name is None else table[name] for name in names))
+    return P(*(None if name is None else _axes_of(table, name) for name in names))
 
 
 def stored_spec(axes) -> P:
@@ -201,13 +225,14 @@ def split_axes(*names) -> tuple[str, ...]:
     """The mesh axes over which activations with these axes are split; () if no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return ()
-    return mesh_axes(ACTIVATIONS[name] for name in names)
+    return mesh_axes(_axes_of(ACTIVATIONS, name) for name in names)
 
 
 def axis_size(table, name: str, mesh=None) -> int:
     """The number of shards along a logical axis, on `mesh` (default: the mesh that is set)."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(mesh.shape[axis] for axis in mesh_axes([table[name]]) if axis in mesh.shape)
+    axes = mesh_axes([_axes_of(table, name)])
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.shape)
 
 
 def batch_shards(mesh=None) -> int:
@@ -343,10 +368,13 @@ def scalar(value: float) -> jax.Array:
 
 
 def distribute(arrays, mesh):
-    """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch."""
+    """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch.
+
+    Scalars are replicated.
+    """
 
     def make(array):
-        place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))
+        place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',) * (array.ndim > 0)))
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     return jax.tree.map(make, arrays)

@@ -1,9 +1,9 @@
 """Attention of new tokens to the keys and values in pages: for decoding and for chunks of prompts.
 
 Plain jax.numpy walks over blocks of keys with an online softmax (Milakov and Gimelshein, 2018), as
-many as the longest row needs, so that neither long page tables nor scores of all keys cost anything.
-A block that a query does not see changes nothing, not even the last bit: the result of a row does
-not depend on the lengths of other rows.
+many as the longest row needs, so that long page tables cost nothing, and the scores of all keys are
+never in memory. A block that a query does not see changes nothing, not even the last bit: a row
+does not depend on the lengths of others.
 
 B batch, T query position, N heads, K kv heads, G = N / K, H head dim, R layers, P pages, L tokens a
 page, M most pages of a row, S keys of a block.

@@ -1,73 +1,123 @@
 """The sampling engine: `lend` it weights, `add` requests, call `step()` until it has no work.
 
-The engine is synchronous and has no threads. It decodes `slots` sequences together; a slot that
-becomes free takes a waiting request at the next step. Shapes are static: prompts are padded to
-powers of two, and a compiled call decodes `decode_steps` tokens. Weights are an argument of every
-call, so new weights need no recompilation. B slots, T padded prompt length, V vocabulary.
+The engine is synchronous and has no threads. A step admits waiting requests, stores chunks of their
+prompts in pages, and decodes all requests whose prompt is stored, so that a long prompt does not
+stall the others. The keys and values of a common prefix are stored once. Shapes are static: chunks
+and decode calls come in a few sizes, each compiled once; `warm_up` compiles all of them.
 """
 
-import collections
+import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from jaxfm import sharding
 from jaxfm.errors import DataError
-from jaxfm.models import kv_cache
-from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops.logprobs import logits
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.logits import sample_tokens
-from jaxfm.sampling.request import Event, Request
+from jaxfm.sampling.logits import Sampled
+from jaxfm.sampling.output import Output
+from jaxfm.sampling.programs import Programs
+from jaxfm.sampling.request import Event, Request, check_request
+from jaxfm.sampling.rows import Rows
+from jaxfm.sampling.scheduler import Scheduler, Sequence
+
+# A decode call with rows to spare costs nearly as much as a full one, so prompts go first while
+# fewer sequences decode than wait for theirs; but after this many chunks the others go on.
+_MOST_CHUNKS = 4
+
+
+@dataclasses.dataclass
+class Counters:
+    """What the engine has done since it was made."""
+
+    prefill_tokens: int = 0  # tokens of prompts computed, recomputed ones included
+    shared_tokens: int = 0  # tokens of prompts found in pages of others
+    decoded_tokens: int = 0  # tokens given out
+    decode_steps: int = 0  # of the whole batch
+    preemptions: int = 0
+    compilations: int = 0
 
 
 class Sampler:
-    """Continuous batching over a contiguous key-value cache, with weights lent by the caller.
+    """Continuous batching over a paged key-value cache, with weights lent by the caller.
 
     Args:
       merge: {path: array} -> model, such as `Parts.merge`.
       model_config: a TransformerConfig.
+      tokenizer: for text in events, and for requests that stop at strings.
     """
 
-    def __init__(self, merge, model_config, config: SamplingConfig, mesh):
-        self.config, self._mesh = config, mesh
+    def __init__(self, merge, model_config, config: SamplingConfig, mesh, tokenizer=None):
+        self.config, self._mesh, self._tokenizer = config, mesh, tokenizer
         self._params = self._version = None
-        self._slots = sharding.whole_rows(config.slots, mesh)
-        self._merge = merge
         self._vocab_size = model_config.vocab_size
         self._context_length = model_config.context_length
-        self._new_cache = jax.jit(
-            lambda: kv_cache.init_cache(
-                model_config, self._slots, config.max_length, compute_dtype(model_config)
-            )
+        num_shards = sharding.batch_shards(mesh)
+        slots = -(-config.slots // num_shards)
+        longest = -(-config.max_length // config.page_size)
+        wanted = config.pages or num_shards * slots * longest
+        # Every shard can hold the longest request, or it could wait for ever; page 0 holds nothing.
+        num_pages = max(-(-wanted // num_shards), longest) + 1
+        self._scheduler = Scheduler(
+            num_shards=num_shards,
+            slots=slots,
+            num_pages=num_pages,
+            page_size=config.page_size,
+        )
+        self._programs = Programs(
+            merge,
+            model_config,
+            num_pages=num_shards * num_pages,
+            page_size=config.page_size,
+            steps=config.decode_steps,
+        )
+        self._rows = Rows(
+            config,
+            num_shards=num_shards,
+            slots=slots,
+            vocab_size=model_config.padded_vocab_size,
         )
         self._cache = None  # allocated when the first request is admitted
-        self._waiting = collections.deque()
-        self._requests: list[Request | None] = [None] * self._slots
-        self._produced = [0] * self._slots
-        self._last = np.zeros(self._slots, np.int32)  # the last token of each slot
-        self._prefill = jax.jit(self._prefill_slots, donate_argnums=1)
-        self._decode = jax.jit(self._decode_slots, donate_argnums=1)
+        self._outputs: dict[Sequence, Output] = {}
+        self._counters = Counters()
 
     def lend(self, params, version: int) -> None:
         """Sets the weights that the following steps use. They are not copied.
 
         It may be called at any time between steps. Running requests go on with the new weights, but
-        keep the keys and values that the old weights computed.
+        keep the keys and values that the old weights computed; no request that is added later
+        shares those.
 
         Args:
           params: {path: array}.
           version: the training step of the weights.
         """
+        is_same = self._params is not None and params.keys() == self._params.keys()
+        is_same = is_same and all(value is self._params[path] for path, value in params.items())
+        if not is_same or version != self._version:
+            self._scheduler.forget()
         self._params, self._version = params, version
 
     @property
     def version(self) -> int | None:
         """The version of the lent weights; None before the first `lend`."""
         return self._version
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine has done so far."""
+        return dataclasses.replace(
+            self._counters,
+            shared_tokens=self._scheduler.num_shared_tokens,
+            preemptions=self._scheduler.num_preempted,
+            compilations=self._programs.num_compiled,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is waiting or running."""
+        return bool(self._outputs)
 
     def _check_weights(self) -> None:
         """Raises RuntimeError unless weights have been lent."""
@@ -76,165 +126,237 @@ class Sampler:
                 'the sampler has no weights: call lend(params, version) before add() and step()'
             )
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self._waiting) or any(self._requests)
-
     def add(self, request: Request) -> None:
-        """Queues a request. Raises RuntimeError without weights, and DataError as `check` does."""
+        """Queues the samples of a request.
+
+        Raises RuntimeError without weights, DataError as `check` does, and DataError if a request
+        with its id and sample index is waiting or running.
+        """
         self._check_weights()
         self.check(request)
-        self._waiting.append(request)
+        indices = range(request.sample_index, request.sample_index + request.n)
+        if any(self._find(request.id, index) for index in indices):
+            raise DataError(f'request {request.id}: another request with this id is running')
+        tokens = [int(token) for token in request.tokens]
+        for index in indices:
+            one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
+            first = request.prompt_logprobs and index == request.sample_index
+            self._queue(one, len(tokens), scores_prompt=first)
+
+    def _queue(self, request: Request, num_prompt: int, *, scores_prompt: bool = False) -> None:
+        sequence = Sequence(
+            request,
+            list(request.tokens),
+            num_prompt,
+            request.max_tokens,
+            scores_prompt=scores_prompt,
+        )
+        self._scheduler.waiting.append(sequence)
+        self._outputs[sequence] = Output(request, self._tokenizer, scores_prompt)
 
     def check(self, request: Request) -> None:
         """Raises DataError unless the engine can serve a request; needs no weights.
 
-        It rejects an empty prompt, ids outside the vocabulary, and requests with more tokens than
-        sampling.max_length or the model's context length.
+        It rejects what `check_request` does, and requests with more tokens than sampling.max_length
+        or the model's context length.
         """
-        tokens = np.asarray(request.tokens)
-        if tokens.size == 0:
-            raise DataError(f'request {request.id}: the prompt is empty')
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise DataError(
-                f'request {request.id}: token ids range from {tokens.min()} to {tokens.max()}, but '
-                f'the vocabulary has {self._vocab_size} ids'
-            )
-        length = tokens.size + request.max_tokens
+        check_request(request, self._vocab_size, self._tokenizer is not None)
+        self._check_length(request.id, len(request.tokens), request.max_tokens)
+
+    def _check_length(self, id: str, num_prompt: int, max_tokens: int) -> None:
+        length = num_prompt + max_tokens
         if length > self.config.max_length:
             raise DataError(
-                f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
+                f'request {id}: {num_prompt} prompt + {max_tokens} new tokens = '
                 f'{length} exceed sampling.max_length {self.config.max_length}'
             )
         if self._context_length and length > self._context_length:
             raise DataError(
-                f'request {request.id}: {tokens.size} prompt + {request.max_tokens} new tokens = '
+                f'request {id}: {num_prompt} prompt + {max_tokens} new tokens = '
                 f'{length} exceed the context length of {self._context_length} that the model was '
                 'trained for (config.model.context_length)'
             )
 
-    def cancel(self, request_id: str) -> None:
-        """Cancels a waiting or running request; unknown ids are ignored."""
-        self._waiting = collections.deque(r for r in self._waiting if r.id != request_id)
-        for slot, request in enumerate(self._requests):
-            if request is not None and request.id == request_id:
-                self._requests[slot] = None
+    def _find(self, id: str, sample_index: int | None = None) -> list[Sequence]:
+        return [
+            sequence
+            for sequence in self._outputs
+            if sequence.request.id == id and sample_index in (None, sequence.request.sample_index)
+        ]
+
+    def _one(self, id: str, sample_index: int | None) -> Sequence:
+        found = self._find(id, sample_index)
+        if len(found) != 1:
+            raise DataError(
+                f'request {id}: {len(found)} samples'
+                + ('' if sample_index is None else f' with index {sample_index}')
+                + ' are waiting or running, but exactly one must be'
+            )
+        return found[0]
+
+    def cancel(self, id: str, sample_index: int | None = None) -> None:
+        """Cancels a waiting or running request, or one of its samples; unknown ids are ignored."""
+        for sequence in self._find(id, sample_index):
+            self._remove(sequence)
+
+    def fork(
+        self,
+        id: str,
+        new_id: str,
+        *,
+        sample_index: int,
+        tokens: Iterable[int] = (),
+        max_tokens: int | None = None,
+        of_sample: int | None = None,
+    ) -> None:
+        """Queues a copy of a request as it is now, which shares its pages, under another id.
+
+        It goes on with the same options behind the same tokens, of which the events tell nothing.
+
+        Args:
+          sample_index: the copy's own, so that it has noise of its own.
+          tokens: ids to append to the copy.
+          max_tokens: to sample from now on; default: as many as the original still may.
+          of_sample: the sample to copy, if the request has several.
+
+        Raises:
+          DataError: not exactly one such sample is waiting or running; the copy does not fit.
+        """
+        source = self._one(id, of_sample)
+        request = dataclasses.replace(
+            source.request,
+            id=new_id,
+            tokens=[*source.tokens, *tokens],
+            max_tokens=source.max_tokens if max_tokens is None else max_tokens,
+            min_tokens=0,
+            n=1,
+            sample_index=sample_index,
+            prompt_logprobs=False,
+        )
+        self.check(request)
+        if self._find(new_id, sample_index):
+            raise DataError(f'request {new_id}: another request with this id is running')
+        self._scheduler.share(source)
+        self._queue(request, source.num_prompt)
+
+    def extend(self, id: str, tokens: Iterable[int], sample_index: int | None = None) -> None:
+        """Appends ids to a request; it samples what follows them. Events do not report them.
+
+        Raises:
+          DataError: not exactly one such sample is waiting or running; ids outside the vocabulary;
+          the request would become too long.
+        """
+        sequence = self._one(id, sample_index)
+        request = dataclasses.replace(
+            sequence.request, tokens=[*sequence.tokens, *tokens], max_tokens=sequence.max_tokens
+        )
+        self.check(dataclasses.replace(request, min_tokens=0))
+        sequence.tokens = list(request.tokens)
+
+    def _remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        self._scheduler.leave(sequence, is_sound=is_sound)
+        del self._outputs[sequence]
 
     def step(self) -> list[Event]:
-        """Admits waiting requests if a slot is free; otherwise decodes all running requests.
+        """Admits waiting requests, stores prompts, decodes; returns what there is to tell.
+
+        That may be nothing, while prompts are being stored. Raises RuntimeError without weights.
+        """
+        self._check_weights()
+        if not self.has_work:
+            return []
+        self._allocate()
+        if copies := self._scheduler.admit():
+            self._cache = self._programs.copy(self._cache, self._put(self._rows.copies(copies)))
+        for _ in range(_MOST_CHUNKS):
+            missing = [sequence for sequence in self._running if sequence.num_missing > 0]
+            if not missing:
+                break
+            self._store(missing)
+            if 2 * len(missing) <= len(self._running):
+                break
+        return self._decode()
+
+    def _allocate(self) -> None:
+        """Makes the pools of pages, when they are first needed."""
+        if self._cache is None:
+            self._cache = self._programs.new_cache()
+
+    @property
+    def _running(self) -> list[Sequence]:
+        return [sequence for shard in self._scheduler.running for sequence in shard]
+
+    def _store(self, sequences: list[Sequence]) -> None:
+        """Stores the next chunk of as many prompts as one call takes."""
+        for sequence in sequences:
+            if sequence.shard is not None:
+                self._scheduler.grow(sequence, len(sequence.tokens))
+        sequences = [sequence for sequence in sequences if sequence.shard is not None]
+        rows, placed = self._rows.store(self._rows.best_chunk(sequences), sequences)
+        self._cache, scores = self._programs.store(self._params, self._cache, self._put(rows))
+        if (rows['num_top'] >= 0).any():
+            scores = jax.device_get(scores)
+        for row, sequence in placed:
+            length = int((rows['positions'][row] >= 0).sum())
+            if sequence.scores_prompt:
+                of_row = (x[row, :length] for x in scores)
+                self._outputs[sequence].add_prompt(sequence.num_stored, *of_row)
+            self._scheduler.store(sequence, sequence.num_stored + length)
+            sequence.scores_prompt &= sequence.num_missing > 0
+            self._counters.prefill_tokens += length
+
+    def _decode(self) -> list[Event]:
+        ready = [sequence for sequence in self._running if sequence.num_missing == 0]
+        for sequence in ready:
+            if sequence.shard is not None:
+                steps = min(self.config.decode_steps, sequence.max_tokens)
+                self._scheduler.grow(sequence, len(sequence.tokens) + steps - 1)
+        ready = [sequence for sequence in ready if sequence.shard is not None]
+        if not ready:
+            return []
+        is_crowded = bool(self._scheduler.waiting) or len(ready) < len(self._running)
+        rows, placed = self._rows.decode(ready, is_crowded)
+        self._cache, steps, sampled = self._programs.decode(
+            self._params, self._cache, self._put(rows)
+        )
+        steps, sampled = jax.device_get((steps, sampled))
+        self._counters.decode_steps += int(steps)
+        events = []
+        for row, sequence in placed:
+            of_row = Sampled(*(x[:steps, row] for x in sampled))
+            if event := self._advance(sequence, of_row):
+                events.append(event)
+        return events
+
+    def _put(self, rows):
+        return sharding.distribute(rows, self._mesh)
+
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> Event | None:
+        """Appends what was sampled to a sequence, and lets it go if it has ended."""
+        output = self._outputs[sequence]
+        tokens, event = output.take(sampled, sequence.max_tokens, self._version)
+        sequence.tokens += tokens
+        sequence.max_tokens -= len(tokens)
+        sequence.num_stored += len(tokens)
+        self._counters.decoded_tokens += len(tokens)
+        if event and event.finish_reason:
+            self._remove(sequence, is_sound=event.finish_reason != 'error')
+        return event
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no later step does; weights must have been lent.
 
         Raises RuntimeError without weights.
         """
         self._check_weights()
-        free = [slot for slot, request in enumerate(self._requests) if request is None]
-        if self._waiting and free:
-            return self._admit(free)
-        return self._advance() if any(self._requests) else []
-
-    def _admit(self, free: Iterable[int]) -> list[Event]:
-        admitted = []
-        for slot in free:
-            if not self._waiting:
-                break
-            self._requests[slot], self._produced[slot] = self._waiting.popleft(), 0
-            admitted.append(slot)
-        longest = max(len(self._requests[slot].tokens) for slot in admitted)
-        bucket = min(self.config.max_length, max(16, 1 << (longest - 1).bit_length()))
-        tokens = np.zeros((self._slots, bucket), np.int32)
-        lengths = np.zeros(self._slots, np.int32)
-        for slot in admitted:
-            prompt = self._requests[slot].tokens
-            tokens[slot, : len(prompt)] = prompt
-            lengths[slot] = len(prompt)
-        if self._cache is None:
-            self._cache = self._new_cache()
-        rows = dict(tokens=tokens, lengths=lengths, **self._sampling_rows())
-        return self._run(self._prefill, rows, admitted)
-
-    def _advance(self) -> list[Event]:
-        running = [slot for slot, request in enumerate(self._requests) if request is not None]
-        positions = np.full(self._slots, -1, np.int32)
-        for slot in running:
-            positions[slot] = len(self._requests[slot].tokens) + self._produced[slot] - 1
-        rows = dict(last=self._last, positions=positions, **self._sampling_rows())
-        return self._run(self._decode, rows, running)
-
-    def _sampling_rows(self) -> dict[str, np.ndarray]:
-        temperature = np.zeros(self._slots, np.float32)
-        seeds = np.zeros((self._slots, 2), np.uint32)
-        for slot, request in enumerate(self._requests):
-            if request is not None:
-                temperature[slot] = request.temperature
-                seeds[slot] = request.seed, request.sample_index
-        return dict(temperature=temperature, seeds=seeds)
-
-    def _run(self, function, rows, slots) -> list[Event]:
-        rows = sharding.distribute(rows, self._mesh)
-        self._cache, sampled = function(self._params, self._cache, rows)
-        tokens, logprobs, sampling_logprobs = jax.device_get(sampled)  # [steps, slots] each
-        events = [
-            self._event(slot, tokens[:, slot], logprobs[:, slot], sampling_logprobs[:, slot])
-            for slot in slots
-        ]
-        return events
-
-    def _event(self, slot: int, tokens, logprobs, sampling_logprobs) -> Event:
-        """Cuts new tokens at the request's end, because decoding may have run past it."""
-        request = self._requests[slot]
-        count = min(len(tokens), request.max_tokens - self._produced[slot])
-        reason = 'length' if self._produced[slot] + count == request.max_tokens else None
-        for index, token in enumerate(tokens[:count].tolist()):
-            if token in request.stop_ids:
-                count, reason = index + 1, 'stop'
-                break
-        self._produced[slot] += count
-        self._last[slot] = tokens[count - 1]
-        if reason:
-            self._requests[slot] = None
-        kept = (x[:count].tolist() for x in (tokens, logprobs, sampling_logprobs))
-        return Event(request.id, *kept, finish_reason=reason)
-
-    def _prefill_slots(self, params, cache, rows):
-        """Fills the cache of admitted slots and samples their first token; leaves others alone."""
-        model = self._merge(params)
-        tokens_BT, lengths_B = rows['tokens'], rows['lengths']
-        T = tokens_BT.shape[1]
-        positions_BT = jnp.broadcast_to(
-            jnp.arange(T, dtype=jnp.int32),
-            tokens_BT.shape,
-            out_sharding=sharding.activation('batch', 'position'),
-        )
-        segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
-        hidden_BTD, extras = model(tokens_BT, positions_BT, segment_ids_BT, cache)
-        is_last_BT = positions_BT == lengths_B[:, None] - 1
-        last_BD = jnp.sum(jnp.where(is_last_BT[..., None], hidden_BTD, 0), axis=1)
-        sampled = self._sample(model, last_BD, rows, lengths_B)
-        # Every process reads all sampled tokens, so that all of them make the same schedule.
-        return extras['cache'], tuple(sharding.replicate(x)[None] for x in sampled)
-
-    def _decode_slots(self, params, cache, rows):
-        """Decodes `decode_steps` tokens in every slot; position -1 marks an empty slot."""
-        model = self._merge(params)
-        running_B = (rows['positions'] >= 0).astype(jnp.int32)
-
-        def body(carry, _):
-            cache, last_B, positions_B = carry
-            # A request may end within this call: the cache drops writes past its end.
-            hidden_B1D, extras = model(
-                last_B[:, None], positions_B[:, None], running_B[:, None], cache
-            )
-            sampled = self._sample(model, hidden_B1D[:, 0], rows, positions_B + 1)
-            return (extras['cache'], sampled[0], positions_B + 1), sampled
-
-        carry = (cache, rows['last'], rows['positions'])
-        (cache, *_), sampled = lax.scan(body, carry, length=self.config.decode_steps)
-        return cache, tuple(sharding.replicate(x) for x in sampled)
-
-    def _sample(self, model, hidden_BD, rows, positions_B):
-        logits_B1V = logits(hidden_BD[:, None], model.unembed())
-        logits_BV = sharding.place(logits_B1V, 'batch', None, None)[:, 0]
-        return sample_tokens(logits_BV, rows['temperature'], rows['seeds'], positions_B)
+        self._allocate()
+        self._cache = self._programs.copy(self._cache, self._put(self._rows.copies()))
+        for size in self._rows.chunks:
+            rows, _ = self._rows.store(size)
+            self._cache, _ = self._programs.store(self._params, self._cache, self._put(rows))
+        for count, is_adjusted in itertools.product(self._rows.counts, (False, True)):
+            rows, _ = self._rows.decode_rows(count, is_adjusted)
+            self._cache, *_ = self._programs.decode(self._params, self._cache, self._put(rows))
 
 
 def complete(

@@ -42,7 +42,8 @@ def random_params(seed: int = 0):
 
 
 def new_sampler(params, mesh, **changes) -> Sampler:
-    config = SamplingConfig(**{'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, **changes})
+    words = {'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, 'page_size': 4, **changes}
+    config = SamplingConfig(**words)
     sampler = Sampler(PARTS.merge, CONFIG, config, mesh)
     if params is not None:
         sampler.lend(params, 0)
@@ -95,9 +96,8 @@ def sampler(_shared, params, one_device):
     """Four slots, three tokens per call, on one device; idle even if another test left work."""
     with jax.set_mesh(one_device):
         yield _shared
-        while _shared.has_work:
-            for request in [*_shared._waiting, *filter(None, _shared._requests)]:
-                _shared.cancel(request.id)
+        for sequence in _shared._scheduler.sequences:
+            _shared.cancel(sequence.request.id)
         _shared.lend(params, 0)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from jaxfm import sharding
 from jaxfm.errors import DataError
+from jaxfm.sampling import options
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.logits import sample_tokens
 from jaxfm.sampling.request import Request
@@ -113,9 +114,8 @@ def test_the_noise_of_a_token_is_that_of_its_own_position(sampler, one_device):
     hot = Request('hot', [1, 2, 3], max_tokens=8, temperature=1e9, seed=5, sample_index=2)
     logits = np.zeros((8, 64), np.float32)  # the vocabulary is padded to a multiple of 16
     logits[:, 60:] = -np.inf
-    seeds = np.tile(np.array([5, 2], np.uint32), (8, 1))
-    rows = logits, np.full(8, 1e9, np.float32), seeds, np.arange(3, 11, dtype=np.int32)
-    expected, *_ = sample_tokens(*sharding.distribute(rows, one_device))
+    rows = logits, options.rows(dict.fromkeys(range(8), hot), 8), np.arange(3, 11, dtype=np.int32)
+    expected = sample_tokens(*sharding.distribute(rows, one_device)).tokens
     assert tokens_of(run(sampler, [hot]))['hot'] == expected.tolist()
 
 
@@ -173,8 +173,8 @@ def test_a_cancelled_request_gives_no_more_events_and_frees_its_slot(sampler):
 
 def test_a_judge_may_stop_a_request_between_calls(sampler):
     expected = tokens_of(run(sampler, requests()))
-    results = run(sampler, requests(), stop=lambda id, tokens: id == 'r2' and len(tokens) >= 4)
-    assert results['r2'][0] == expected['r2'][:4] and results['r2'][-1] is None
+    results = run(sampler, requests(), stop=lambda id, tokens: id == 'r2' and len(tokens) >= 3)
+    assert results['r2'][0] == expected['r2'][:3] and results['r2'][-1] is None
     others = {id: tokens for id, tokens in tokens_of(results).items() if id != 'r2'}
     assert others == {id: tokens for id, tokens in expected.items() if id != 'r2'}
 
@@ -197,14 +197,13 @@ def test_a_request_that_does_not_fit_is_rejected(sampler, changes, message):
 
 def test_new_weights_take_effect_without_recompilation(sampler, score, other_params):
     run(sampler, requests(temperature=0.0))
-    compiled = sampler._prefill._cache_size(), sampler._decode._cache_size()
+    compiled = sampler.counters.compilations
     results = tokens_of(run(sampler, requests(temperature=0.0), other_params, version=5))
     assert sampler.version == 5
     for request in requests():
         greedy = score(request.tokens, results[request.id], params=other_params)[2]
         assert results[request.id] == greedy.tolist()
-    assert (sampler._prefill._cache_size(), sampler._decode._cache_size()) == compiled
-    assert compiled == (2, 1)  # prompts up to 16 and up to 32
+    assert sampler.counters.compilations == compiled
 
 
 def test_weights_may_be_lent_while_requests_run(sampler, params, other_params):
@@ -212,11 +211,11 @@ def test_weights_may_be_lent_while_requests_run(sampler, params, other_params):
     expected = tokens_of(run(sampler, [request]))[request.id]
 
     def finish(weights):
-        """Samples four tokens (prefill, one step) with the first weights, the rest with others."""
+        """Samples three tokens (a step) with the first weights, the rest with others."""
         sampler.lend(params, 1)
         sampler.add(request)
-        tokens = sampler.step()[0].tokens + sampler.step()[0].tokens
-        assert sampler.version == 1 and tokens == expected[:4]
+        tokens = sampler.step()[0].tokens
+        assert sampler.version == 1 and tokens == expected[:3]
         sampler.lend(weights, 2)
         while sampler.has_work:
             tokens += sampler.step()[0].tokens

@@ -1,0 +1,81 @@
+"""The options of requests as host arrays, which `sample_tokens` takes.
+
+A request here is one sample: its noise comes from `sample_index`, whatever `n` is.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxfm.sampling.request import MAX_STOP_IDS, Request
+
+# Of a row without a request: all off, so that it does not make the others more expensive.
+_NEUTRAL = {
+    'temperature': np.float32(0),
+    'top_k': np.int32(0),
+    'top_p': np.float32(1),
+    'min_p': np.float32(0),
+    'repetition': np.float32(1),
+    'presence': np.float32(0),
+    'frequency': np.float32(0),
+    'first_end': np.int32(0),
+    'prompt_length': np.int32(0),
+    'num_top': np.int32(0),
+}
+
+
+def rows(requests: Mapping[int, Request], num_rows: int) -> dict[str, np.ndarray]:
+    """The options of a batch, from the requests in its rows; the other rows are empty.
+
+    Returns:
+      [num_rows] each of temperature, top_k, top_p, min_p, repetition, presence, frequency,
+      first_end (the first position that a stop id may have), prompt_length and num_top;
+      seeds [num_rows, 2] and stop_ids [num_rows, MAX_STOP_IDS], padded with -1.
+    """
+    options = {name: np.full(num_rows, value) for name, value in _NEUTRAL.items()}
+    options['seeds'] = np.zeros((num_rows, 2), np.uint32)
+    options['stop_ids'] = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
+    for row, request in requests.items():
+        for name, value in _row(request).items():
+            options[name][row] = value
+        options['stop_ids'][row, : len(request.stop_ids)] = list(request.stop_ids)
+    return options
+
+
+def _row(request: Request) -> dict:
+    return {
+        'temperature': request.temperature,
+        'top_k': request.top_k,
+        'top_p': request.top_p,
+        'min_p': request.min_p,
+        'repetition': request.repetition_penalty,
+        'presence': request.presence_penalty,
+        'frequency': request.frequency_penalty,
+        'first_end': len(request.tokens) + request.min_tokens,
+        'prompt_length': len(request.tokens),
+        'num_top': request.top_logprobs,
+        'seeds': (request.seed, request.sample_index),
+    }
+
+
+def needs_history(request: Request) -> bool:
+    """Whether `sample_tokens` needs the history for this request."""
+    penalties = request.presence_penalty, request.frequency_penalty
+    return request.repetition_penalty != 1 or any(penalties)
+
+
+def needs_bias(request: Request) -> bool:
+    """Whether `sample_tokens` needs `bias_row` of this request."""
+    return bool(request.logit_bias) or request.allowed_ids is not None
+
+
+def bias_row(request: Request, padded_vocab: int) -> np.ndarray:
+    """[V] float32 to add to the logits: logit_bias, and -inf for ids that are not allowed."""
+    if request.allowed_ids is None:
+        bias_V = np.zeros(padded_vocab, np.float32)
+    else:
+        bias_V = np.full(padded_vocab, -np.inf, np.float32)
+        bias_V[list(request.allowed_ids)] = 0
+    for i, value in request.logit_bias.items():
+        bias_V[i] += value
+    return bias_V

@@ -1,0 +1,95 @@
+"""What a sequence has sampled becomes events: where it ends, and what must still be held back."""
+
+import collections
+
+from jaxfm.sampling.logits import Sampled
+from jaxfm.sampling.request import Event, Request
+from jaxfm.sampling.stops import Stops
+
+
+class Output:
+    """The events of one sample of a request."""
+
+    def __init__(self, request: Request, tokenizer, scores_prompt: bool = False):
+        self._request = request
+        self._stops = Stops(tokenizer, request.stop, request.min_tokens)
+        # Tokens that no event has told yet, each with what belongs to it.
+        self._held = collections.deque()
+        # These go with the next event. Nothing predicts the first token.
+        self._prompt_logprobs: list | None = [None] if scores_prompt else None
+        self._prompt_top = [[]] if scores_prompt else []
+
+    def add_prompt(self, start: int, logprobs, top_ids, top_logprobs) -> None:
+        """Adds scores of tokens of the prompt, [T], [T, NUM_TOP] and [T, NUM_TOP].
+
+        start: the position of the tokens before them; it goes back if the request gave way.
+        """
+        del self._prompt_logprobs[start + 1 :], self._prompt_top[start + 1 :]
+        self._prompt_logprobs += logprobs.tolist()
+        self._prompt_top += map(self._pairs, top_ids, top_logprobs)
+
+    def take(self, sampled: Sampled, most: int, version: int) -> tuple[list[int], Event | None]:
+        """-> the tokens that count, of those sampled, and an event if there is anything to tell.
+
+        If the event has a finish reason, tokens sampled behind the end do not count.
+
+        Args:
+          sampled: host arrays, [steps] or [steps, ...].
+          most: the number of tokens that the request may still get.
+        """
+        reason, stop, error, counted = None, None, None, []
+        for index, token in enumerate(sampled.tokens[:most].tolist()):
+            if sampled.is_bad[index]:
+                reason, error = 'error', 'the model gives NaN or infinite logits'
+                break
+            counted.append(token)
+            self._held.append((token, *self._scores(sampled, index)))
+            if token in self._request.stop_ids:
+                reason, stop = 'stop', token
+                break
+        if reason is None and len(counted) == most:
+            reason = 'length'
+        shown = counted[:-1] if stop is not None else counted
+        count, text, string = self._stops.push(shown)
+        if string is None and reason:
+            more, rest, string = self._stops.finish()
+            count, text = count + more, text + rest
+        if string is not None:
+            reason, stop, error = 'stop', string, None
+            del counted[len(counted) - (len(self._held) - count) :]
+        elif reason:
+            count = len(self._held)
+        if not count and not text and not reason:
+            return counted, None
+        return counted, self._event(count, text, version, reason, stop, error)
+
+    def _scores(self, sampled: Sampled, index: int):
+        top = self._pairs(sampled.top_ids[index], sampled.top_logprobs[index])
+        return sampled.logprobs[index].item(), sampled.sampling_logprobs[index].item(), top
+
+    def _pairs(self, ids, logprobs) -> list[tuple[int, float]]:
+        count = self._request.top_logprobs
+        pairs = zip(ids[:count].tolist(), logprobs[:count].tolist())
+        return [(i, logprob) for i, logprob in pairs if i >= 0]
+
+    def _event(self, count: int, text: str, version: int, reason, stop, error) -> Event:
+        told = [self._held.popleft() for _ in range(count)]
+        tokens, logprobs, sampling_logprobs, top = ([x[i] for x in told] for i in range(4))
+        prompt, self._prompt_logprobs = self._prompt_logprobs, None
+        prompt_top, self._prompt_top = self._prompt_top, []
+        asks = self._request.top_logprobs > 0
+        return Event(
+            id=self._request.id,
+            sample_index=self._request.sample_index,
+            tokens=tokens,
+            logprobs=logprobs,
+            sampling_logprobs=sampling_logprobs,
+            top_logprobs=top if asks else [],
+            prompt_logprobs=prompt,
+            prompt_top_logprobs=prompt_top if asks else [],
+            text=text,
+            version=version,
+            finish_reason=reason,
+            stop=stop,
+            error=error,
+        )

@@ -1,0 +1,154 @@
+"""Host arrays for the engine's programs: which sizes there are, and which sequence is in which row.
+
+The rows of a call are split over the shards of the batch like its pages: `count` rows for each.
+"""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Sequences
+
+import numpy as np
+
+from jaxfm.sampling import SamplingConfig, options
+from jaxfm.sampling.scheduler import Copy, Sequence
+
+_RATIO = 4  # between one size of a program and the next
+_LEAST_CHUNK = 16
+_CALL_COST = 64  # tokens that could be stored in the time that a call takes apart from its rows
+
+Placed = list[tuple[int, Sequence]]  # (row, sequence)
+
+
+class Rows:
+    """Builds the rows of calls.
+
+    Args:
+      num_shards: of the batch.
+      slots: most sequences of a shard.
+      vocab_size: padded.
+    """
+
+    def __init__(self, config: SamplingConfig, *, num_shards: int, slots: int, vocab_size: int):
+        self._config, self._num_shards, self._slots = config, num_shards, slots
+        self._vocab_size = vocab_size
+        self._table_length = -(-config.max_length // config.page_size)
+        self.chunks = self._chunk_sizes()
+        self.counts = self._row_counts()
+
+    def _chunk_sizes(self) -> list[tuple[int, int]]:
+        """(tokens of a chunk, rows of a shard) of the programs that store prompts."""
+        budget, chunk, sizes = self._config.prefill_tokens, _LEAST_CHUNK, []
+        while True:
+            count = max(1, min(self._slots, budget // chunk // self._num_shards))
+            sizes.append((chunk, count))
+            if chunk >= self._config.max_length or chunk * _RATIO > budget:
+                return sizes
+            chunk *= _RATIO
+
+    def _row_counts(self) -> list[int]:
+        """Rows of a shard of the programs that decode, ascending."""
+        counts = [self._slots]
+        while counts[0] > 1:
+            counts.insert(0, -(-counts[0] // _RATIO))
+        return counts
+
+    def copies(self, copies: Iterable[Copy] = ()) -> dict[str, np.ndarray]:
+        """`source` and `target` [shards, slots]: page 0 to page 0 where there is nothing to do."""
+        shape = self._num_shards, self._slots
+        rows = {name: np.zeros(shape, np.int32) for name in ('source', 'target')}
+        used = [0] * self._num_shards
+        for copy in copies:
+            at = copy.shard, used[copy.shard]
+            rows['source'][at], rows['target'][at] = copy.source, copy.target
+            used[copy.shard] += 1
+        return rows
+
+    def best_chunk(self, sequences: Sequences[Sequence]) -> tuple[int, int]:
+        """The size of `chunks` that stores most tokens for what it costs."""
+        by_shard = self._by_shard(sequences)
+
+        def worth(size: tuple[int, int]) -> float:
+            chunk, count = size
+            useful = sum(min(chunk, s.num_missing) for shard in by_shard for s in shard[:count])
+            return useful / (chunk * count * self._num_shards + _CALL_COST)
+
+        return max(self.chunks, key=worth)
+
+    def store(self, size: tuple[int, int], sequences: Sequences[Sequence] = ()):
+        """The next chunk of each sequence, as far as there are rows -> (rows, Placed)."""
+        chunk, count = size
+        num_rows, placed = count * self._num_shards, self._place(sequences, count)
+        rows = self._tables(num_rows, placed)
+        for name in ('tokens', 'targets'):
+            rows[name] = np.zeros((num_rows, chunk), np.int32)
+        rows['positions'] = np.full((num_rows, chunk), -1, np.int32)
+        rows['num_top'] = np.full(num_rows, -1, np.int32)
+        for row, sequence in placed:
+            start, length = sequence.num_stored, min(chunk, sequence.num_missing)
+            rows['tokens'][row, :length] = sequence.tokens[start : start + length]
+            rows['targets'][row, :length] = sequence.tokens[start + 1 : start + length + 1]
+            rows['positions'][row, :length] = range(start, start + length)
+            if sequence.scores_prompt:
+                rows['num_top'][row] = sequence.request.top_logprobs
+        return rows, placed
+
+    def decode(self, sequences: Sequences[Sequence], is_crowded: bool):
+        """The last token of each sequence and its options -> (rows, Placed).
+
+        is_crowded: others need the rows that become free, so the call returns as soon as some are.
+        """
+        widest = max(map(len, self._by_shard(sequences)))
+        count = next(count for count in self.counts if count >= widest)
+        requests = (sequence.request for sequence in sequences)
+        is_adjusted = any(options.needs_history(r) or options.needs_bias(r) for r in requests)
+        return self.decode_rows(count, is_adjusted, sequences, is_crowded)
+
+    def decode_rows(
+        self,
+        count: int,
+        is_adjusted: bool,
+        sequences: Sequences[Sequence] = (),
+        is_crowded: bool = False,
+    ):
+        """`decode` of a certain size.
+
+        count: rows of a shard.
+        is_adjusted: whether there are history and bias; they make another program.
+        """
+        num_rows, placed = count * self._num_shards, self._place(sequences, count)
+        rows = self._tables(num_rows, placed)
+        rows['last'], rows['limits'] = (np.zeros(num_rows, np.int32) for _ in range(2))
+        rows['positions'] = np.full(num_rows, -1, np.int32)
+        rows['options'] = options.rows({row: s.request for row, s in placed}, num_rows)
+        rows['patience'] = np.asarray(max(1, num_rows // 8) if is_crowded else num_rows, np.int32)
+        if is_adjusted:
+            rows['history'] = np.full((num_rows, self._config.max_length), -1, np.int32)
+            rows['bias'] = np.zeros((num_rows, self._vocab_size), np.float32)
+        for row, sequence in placed:
+            length = len(sequence.tokens)
+            rows['last'][row], rows['positions'][row] = sequence.tokens[-1], length - 1
+            rows['limits'][row] = length + sequence.max_tokens
+            rows['options']['prompt_length'][row] = sequence.num_prompt
+            if is_adjusted:
+                rows['history'][row, :length] = sequence.tokens
+                rows['bias'][row] = options.bias_row(sequence.request, self._vocab_size)
+        return rows, placed
+
+    def _by_shard(self, sequences: Iterable[Sequence]) -> list[list[Sequence]]:
+        by_shard = [[] for _ in range(self._num_shards)]
+        for sequence in sequences:
+            by_shard[sequence.shard].append(sequence)
+        return by_shard
+
+    def _place(self, sequences: Iterable[Sequence], count: int) -> Placed:
+        """The first `count` sequences of each shard."""
+        return [
+            (shard * count + row, sequence)
+            for shard, found in enumerate(self._by_shard(sequences))
+            for row, sequence in enumerate(found[:count])
+        ]
+
+    def _tables(self, num_rows: int, placed: Placed) -> dict[str, np.ndarray]:
+        table = np.zeros((num_rows, self._table_length), np.int32)
+        for row, sequence in placed:
+            table[row, : len(sequence.pages)] = sequence.pages
+        return {'page_table': table}

@@ -18,7 +18,7 @@ from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.output import Output
 from jaxfm.sampling.programs import Programs
-from jaxfm.sampling.request import Event, Request, check_request
+from jaxfm.sampling.request import Completion, Event, Request, check_request
 from jaxfm.sampling.rows import Rows
 from jaxfm.sampling.scheduler import Scheduler, Sequence
 
@@ -361,21 +361,24 @@ class Sampler:
 
 def complete(
     sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
-) -> dict[str, list[Event]]:
-    """Lends weights to the sampler and runs all requests to completion -> {id: events}.
+) -> dict[str, list[Completion]]:
+    """Lends weights to the sampler and runs all requests to completion -> {id: its n samples}.
 
     params, version: as in `Sampler.lend`.
-    stop: called with (request id, all its tokens so far) after each event; True ends that request.
+    stop: called with the Completion so far after each event; True ends that sample, with the finish
+      reason None.
     """
     sampler.lend(params, version)
-    events = {}
+    completions: dict[str, list[Completion]] = {}
     for request in requests:
         sampler.add(request)
-        events[request.id] = []
+        indices = range(request.sample_index, request.sample_index + request.n)
+        completions[request.id] = [Completion(request.id, index) for index in indices]
     while sampler.has_work:
         for event in sampler.step():
-            events[event.id].append(event)
-            if stop and event.finish_reason is None:
-                if stop(event.id, [t for e in events[event.id] for t in e.tokens]):
-                    sampler.cancel(event.id)
-    return events
+            samples = completions[event.id]
+            completion = samples[event.sample_index - samples[0].sample_index]
+            completion.add(event)
+            if stop and event.finish_reason is None and stop(completion):
+                sampler.cancel(event.id, event.sample_index)
+    return completions

@@ -64,6 +64,30 @@ class Event:
     error: str | None = None  # the reason of 'error'
 
 
+@dataclasses.dataclass
+class Completion:
+    """What all events of a sample have told so far."""
+
+    id: str
+    sample_index: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[float | None] | None = None
+    text: str = ''
+    finish_reason: str | None = None
+    stop: int | str | None = None
+    error: str | None = None
+
+    def add(self, event: Event) -> None:
+        """Appends what an event tells."""
+        for name in ('tokens', 'logprobs', 'sampling_logprobs', 'top_logprobs', 'text'):
+            setattr(self, name, getattr(self, name) + getattr(event, name))
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        self.finish_reason, self.stop, self.error = event.finish_reason, event.stop, event.error
+
+
 _UINT32 = 2**32 - 1
 _INT32 = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)

@@ -32,12 +32,8 @@ def run(sampler, requests, params=None, version=0, **options):
     """{id: (tokens, log-probs, sampling log-probs, finish reason)}; params None: keep weights."""
     results = {}
     params = sampler._params if params is None else params
-    for id, events in complete(sampler, requests, params, version, **options).items():
-        columns = [
-            [value for event in events for value in getattr(event, name)]
-            for name in ('tokens', 'logprobs', 'sampling_logprobs')
-        ]
-        results[id] = (*columns, events[-1].finish_reason if events else None)
+    for id, [one] in complete(sampler, requests, params, version, **options).items():
+        results[id] = one.tokens, one.logprobs, one.sampling_logprobs, one.finish_reason
     return results
 
 
@@ -173,7 +169,7 @@ def test_a_cancelled_request_gives_no_more_events_and_frees_its_slot(sampler):
 
 def test_a_judge_may_stop_a_request_between_calls(sampler):
     expected = tokens_of(run(sampler, requests()))
-    results = run(sampler, requests(), stop=lambda id, tokens: id == 'r2' and len(tokens) >= 3)
+    results = run(sampler, requests(), stop=lambda one: one.id == 'r2' and len(one.tokens) >= 3)
     assert results['r2'][0] == expected['r2'][:3] and results['r2'][-1] is None
     others = {id: tokens for id, tokens in tokens_of(results).items() if id != 'r2'}
     assert others == {id: tokens for id, tokens in expected.items() if id != 'r2'}

@@ -46,6 +46,7 @@ class Copy:
 
 class _Shard:
     def __init__(self, num_pages: int, page_size: int):
+        self.num_pages = num_pages
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(self.pool, page_size)
         self.running: list[Sequence] = []  # in order of admission

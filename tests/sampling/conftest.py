@@ -42,8 +42,8 @@ def random_params(seed: int = 0):
 
 
 def new_sampler(params, mesh, **changes) -> Sampler:
-    words = {'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, 'page_size': 4, **changes}
-    config = SamplingConfig(**words)
+    words = {'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, 'page_size': 4}
+    config = SamplingConfig(**{**words, 'prefill_tokens': 32, **changes})
     sampler = Sampler(PARTS.merge, CONFIG, config, mesh)
     if params is not None:
         sampler.lend(params, 0)
@@ -93,12 +93,23 @@ def _shared(params, one_device):
 
 @pytest.fixture
 def sampler(_shared, params, one_device):
-    """Four slots, three tokens per call, on one device; idle even if another test left work."""
+    """Four slots, pages of four tokens, three tokens per call, chunks of 16, on one device.
+
+    Without any work or known prefix, even if another test left some.
+    """
     with jax.set_mesh(one_device):
+        _shared.lend(params, -1)  # another version: no prefix is known
+        _shared.lend(params, 0)
         yield _shared
         for sequence in _shared._scheduler.sequences:
             _shared.cancel(sequence.request.id)
-        _shared.lend(params, 0)
+        assert not pages_in_use(_shared)
+
+
+def pages_in_use(sampler) -> int:
+    """Pages that neither are free nor hold a known prefix alone, nor are page 0."""
+    shards = sampler._scheduler._shards
+    return sum(s.num_pages - 1 - s.pool.num_free - s.pool.num_spare for s in shards)
 
 
 @functools.partial(jax.jit, static_argnames='temperature')

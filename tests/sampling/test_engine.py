@@ -237,7 +237,9 @@ def test_without_weights_requests_are_checked_but_not_accepted(build, params, on
 
 
 @pytest.mark.parametrize(
-    'sizes', [dict(fsdp=2, tensor=2), dict(replica=2)], ids=lambda sizes: ' x '.join(sizes)
+    'sizes',
+    [dict(fsdp=2, tensor=2), dict(replica=2, context=2)],
+    ids=lambda sizes: ' x '.join(sizes),
 )
 def test_a_mesh_changes_nothing(sampler, build, params, store, sizes):
     greedy = [dataclasses.replace(r, id=f'greedy {r.id}', temperature=0.0) for r in short()]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import jax
 
 from jaxfm import sharding
-from jaxfm.errors import DataError
+from jaxfm.errors import ConfigError, DataError
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.output import Output
@@ -55,10 +55,7 @@ class Sampler:
         self._context_length = model_config.context_length
         num_shards = sharding.batch_shards(mesh)
         slots = -(-config.slots // num_shards)
-        longest = -(-config.max_length // config.page_size)
-        wanted = config.pages or num_shards * slots * longest
-        # Every shard can hold the longest request, or it could wait for ever; page 0 holds nothing.
-        num_pages = max(-(-wanted // num_shards), longest) + 1
+        num_pages = _pages_of_a_shard(config, num_shards, slots) + 1  # page 0 holds nothing
         self._scheduler = Scheduler(
             num_shards=num_shards,
             slots=slots,
@@ -79,6 +76,7 @@ class Sampler:
             vocab_size=model_config.padded_vocab_size,
         )
         self._cache = None  # allocated when the first request is admitted
+        self._samples: dict[str, dict[int, Sequence]] = {}  # by id and sample index
         self._outputs: dict[Sequence, Output] = {}
         self._counters = Counters()
 
@@ -135,8 +133,7 @@ class Sampler:
         self._check_weights()
         self.check(request)
         indices = range(request.sample_index, request.sample_index + request.n)
-        if any(self._find(request.id, index) for index in indices):
-            raise DataError(f'request {request.id}: another request with this id is running')
+        self._check_new(request.id, indices)
         tokens = [int(token) for token in request.tokens]
         for index in indices:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
@@ -152,6 +149,7 @@ class Sampler:
             scores_prompt=scores_prompt,
         )
         self._scheduler.waiting.append(sequence)
+        self._samples.setdefault(request.id, {})[request.sample_index] = sequence
         self._outputs[sequence] = Output(request, self._tokenizer, scores_prompt)
 
     def check(self, request: Request) -> None:
@@ -177,12 +175,16 @@ class Sampler:
                 'trained for (config.model.context_length)'
             )
 
+    def _check_new(self, id: str, indices: Iterable[int]) -> None:
+        if taken := sorted(self._samples.get(id, {}).keys() & set(indices)):
+            raise DataError(
+                f'request {id}: another request with this id and sample index {taken[0]} is '
+                'waiting or running'
+            )
+
     def _find(self, id: str, sample_index: int | None = None) -> list[Sequence]:
-        return [
-            sequence
-            for sequence in self._outputs
-            if sequence.request.id == id and sample_index in (None, sequence.request.sample_index)
-        ]
+        samples = self._samples.get(id, {})
+        return [s for index, s in samples.items() if sample_index in (None, index)]
 
     def _one(self, id: str, sample_index: int | None) -> Sequence:
         found = self._find(id, sample_index)
@@ -223,19 +225,20 @@ class Sampler:
           DataError: not exactly one such sample is waiting or running; the copy does not fit.
         """
         source = self._one(id, of_sample)
+        tokens = [*source.tokens, *tokens]
+        max_tokens = source.max_tokens if max_tokens is None else max_tokens
+        first_end = len(source.request.tokens) + source.request.min_tokens
         request = dataclasses.replace(
             source.request,
             id=new_id,
-            tokens=[*source.tokens, *tokens],
-            max_tokens=source.max_tokens if max_tokens is None else max_tokens,
-            min_tokens=0,
-            n=1,
+            tokens=tokens,
+            max_tokens=max_tokens,
+            min_tokens=min(max(first_end - len(tokens), 0), max_tokens),
             sample_index=sample_index,
             prompt_logprobs=False,
         )
         self.check(request)
-        if self._find(new_id, sample_index):
-            raise DataError(f'request {new_id}: another request with this id is running')
+        self._check_new(new_id, [sample_index])
         self._scheduler.share(source)
         self._queue(request, source.num_prompt)
 
@@ -255,7 +258,10 @@ class Sampler:
 
     def _remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         self._scheduler.leave(sequence, is_sound=is_sound)
-        del self._outputs[sequence]
+        request = sequence.request
+        del self._outputs[sequence], self._samples[request.id][request.sample_index]
+        if not self._samples[request.id]:
+            del self._samples[request.id]
 
     def step(self) -> list[Event]:
         """Admits waiting requests, stores prompts, decodes; returns what there is to tell.
@@ -357,6 +363,19 @@ class Sampler:
         for count, is_adjusted in itertools.product(self._rows.counts, (False, True)):
             rows, _ = self._rows.decode_rows(count, is_adjusted)
             self._cache, *_ = self._programs.decode(self._params, self._cache, self._put(rows))
+
+
+def _pages_of_a_shard(config: SamplingConfig, num_shards: int, slots: int) -> int:
+    """Raises ConfigError unless it holds the longest request, which could never run otherwise."""
+    longest = -(-config.max_length // config.page_size)
+    pages = slots * longest if config.pages is None else config.pages // num_shards
+    if pages < longest:
+        raise ConfigError(
+            f'config.sampling.pages is {config.pages}, which gives each of {num_shards} shards of '
+            f'the batch {pages} pages, but a request of max_length {config.max_length} needs '
+            f'{longest} of page_size {config.page_size}: use at least {longest * num_shards}'
+        )
+    return pages
 
 
 def complete(

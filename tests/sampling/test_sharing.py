@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfm.errors import DataError
+from jaxfm.errors import ConfigError, DataError
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Completion, Request
 from tests.sampling.conftest import pages_in_use
@@ -134,11 +134,17 @@ def test_ids_appended_to_a_running_request_are_what_it_goes_on_from(sampler):
     [
         (lambda s: s.fork('nobody', 'b', sample_index=1), 'nobody: 0 samples are waiting'),
         (lambda s: s.fork('two', 'b', sample_index=1), 'two: 2 samples are waiting'),
-        (lambda s: s.fork('a', 'a', sample_index=0), 'a: another request with this id'),
+        (
+            lambda s: s.fork('a', 'a', sample_index=0),
+            'a: another request with this id and sample index 0',
+        ),
         (lambda s: s.fork('a', 'b', sample_index=0, tokens=[60]), 'b: .*60'),
         (lambda s: s.extend('a', range(30)), 'a: .*exceed sampling.max_length 40'),
         (lambda s: s.extend('nobody', [1]), 'nobody: 0 samples'),
-        (lambda s: s.add(Request('two', [1], 1, sample_index=1)), 'two: another request'),
+        (
+            lambda s: s.add(Request('two', [1], 1, sample_index=1)),
+            'two: another request with this id and sample index 1',
+        ),
     ],
 )
 def test_what_cannot_be_forked_or_extended_is_refused(sampler, call, message):
@@ -254,3 +260,9 @@ def test_nan_ends_a_request_with_its_reason_and_spoils_no_page(sampler, params, 
     for i in range(6):  # over pages that held NaN
         sampler.add(dataclasses.replace(good, id=str(i), tokens=PROMPT[i:]))
     assert all(np.isfinite(x.logprobs).all() for x in drain(sampler).values())
+
+
+def test_a_cache_too_small_for_the_longest_request_is_refused(build, params, one_device):
+    message = 'sampling.pages is 9, .* 9 pages, .* max_length 40 needs 10 .* use at least 10'
+    with pytest.raises(ConfigError, match=message):
+        build(params, one_device, pages=9)

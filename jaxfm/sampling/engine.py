@@ -298,16 +298,14 @@ class Sampler:
             if sequence.shard is not None:
                 self._scheduler.grow(sequence, len(sequence.tokens))
         sequences = [sequence for sequence in sequences if sequence.shard is not None]
-        rows, placed = self._rows.store(self._rows.best_chunk(sequences), sequences)
+        rows, pieces = self._rows.store(self._rows.best_chunk(sequences), sequences)
         self._cache, scores = self._programs.store(self._params, self._cache, self._put(rows))
         if (rows['num_top'] >= 0).any():
             scores = jax.device_get(scores)
-        for row, sequence in placed:
-            length = int((rows['positions'][row] >= 0).sum())
+        for row, sequence, start, length in pieces:
             if sequence.scores_prompt:
-                of_row = (x[row, :length] for x in scores)
-                self._outputs[sequence].add_prompt(sequence.num_stored, *of_row)
-            self._scheduler.store(sequence, sequence.num_stored + length)
+                self._outputs[sequence].add_prompt(start, *(x[row, :length] for x in scores))
+            self._scheduler.store(sequence, start + length)
             sequence.scores_prompt &= sequence.num_missing > 0
             self._counters.prefill_tokens += length
 

@@ -5,6 +5,7 @@ The rows of a call are split over the shards of the batch like its pages: `count
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,15 @@ _LEAST_CHUNK = 16
 _CALL_COST = 64  # tokens that could be stored in the time that a call takes apart from its rows
 
 Placed = list[tuple[int, Sequence]]  # (row, sequence)
+
+
+class Piece(NamedTuple):
+    """A part of a sequence to store, in one row."""
+
+    row: int
+    sequence: Sequence
+    start: int  # the position of its first token
+    length: int
 
 
 class Rows:
@@ -35,14 +45,18 @@ class Rows:
         self.counts = self._row_counts()
 
     def _chunk_sizes(self) -> list[tuple[int, int]]:
-        """(tokens of a chunk, rows of a shard) of the programs that store prompts."""
-        budget, chunk, sizes = self._config.prefill_tokens, _LEAST_CHUNK, []
-        while True:
-            count = max(1, min(self._slots, budget // chunk // self._num_shards))
-            sizes.append((chunk, count))
-            if chunk >= self._config.max_length or chunk * _RATIO > budget:
-                return sizes
+        """(tokens of a chunk, rows of a shard) of the programs that store prompts.
+
+        A few rows for one short prompt; then rows for `prefill_tokens`, in few long chunks or in
+        many short ones, which leave less padding but read the keys before them once for each.
+        """
+        budget = self._config.prefill_tokens // self._num_shards
+        sizes = [(_LEAST_CHUNK, max(1, min(_CALL_COST, budget) // _LEAST_CHUNK))]
+        chunk = _LEAST_CHUNK
+        while chunk <= budget and chunk < _RATIO * self._config.max_length:
+            sizes.append((chunk, budget // chunk))
             chunk *= _RATIO
+        return sorted(set(sizes))
 
     def _row_counts(self) -> list[int]:
         """Rows of a shard of the programs that decode, ascending."""
@@ -63,33 +77,45 @@ class Rows:
         return rows
 
     def best_chunk(self, sequences: Sequences[Sequence]) -> tuple[int, int]:
-        """The size of `chunks` that stores most tokens for what it costs."""
-        by_shard = self._by_shard(sequences)
+        """The size of `chunks` that stores most tokens for what it costs; in doubt the longer."""
 
         def worth(size: tuple[int, int]) -> float:
             chunk, count = size
-            useful = sum(min(chunk, s.num_missing) for shard in by_shard for s in shard[:count])
+            useful = sum(piece.length for piece in self._pieces(size, sequences))
             return useful / (chunk * count * self._num_shards + _CALL_COST)
 
-        return max(self.chunks, key=worth)
+        most = max(map(worth, self.chunks))
+        return max(size for size in self.chunks if worth(size) >= 0.9 * most)
 
     def store(self, size: tuple[int, int], sequences: Sequences[Sequence] = ()):
-        """The next chunk of each sequence, as far as there are rows -> (rows, Placed)."""
+        """The next chunks of sequences, as far as there are rows -> (rows, list of Pieces).
+
+        A sequence may have several rows: each layer stores all keys before any query reads them.
+        """
         chunk, count = size
-        num_rows, placed = count * self._num_shards, self._place(sequences, count)
-        rows = self._tables(num_rows, placed)
+        num_rows, pieces = count * self._num_shards, self._pieces(size, sequences)
+        rows = self._tables(num_rows, [(piece.row, piece.sequence) for piece in pieces])
         for name in ('tokens', 'targets'):
             rows[name] = np.zeros((num_rows, chunk), np.int32)
         rows['positions'] = np.full((num_rows, chunk), -1, np.int32)
         rows['num_top'] = np.full(num_rows, -1, np.int32)
-        for row, sequence in placed:
-            start, length = sequence.num_stored, min(chunk, sequence.num_missing)
+        for row, sequence, start, length in pieces:
             rows['tokens'][row, :length] = sequence.tokens[start : start + length]
             rows['targets'][row, :length] = sequence.tokens[start + 1 : start + length + 1]
             rows['positions'][row, :length] = range(start, start + length)
             if sequence.scores_prompt:
                 rows['num_top'][row] = sequence.request.top_logprobs
-        return rows, placed
+        return rows, pieces
+
+    def _pieces(self, size: tuple[int, int], sequences: Iterable[Sequence]) -> list[Piece]:
+        (chunk, count), pieces = size, []
+        for shard, found in enumerate(self._by_shard(sequences)):
+            rows = iter(range(shard * count, (shard + 1) * count))
+            starts = ((s, i) for s in found for i in range(s.num_stored, len(s.tokens) - 1, chunk))
+            for row, (sequence, start) in zip(rows, starts):
+                length = min(chunk, len(sequence.tokens) - 1 - start)
+                pieces.append(Piece(row, sequence, start, length))
+        return pieces
 
     def decode(self, sequences: Sequences[Sequence], is_crowded: bool):
         """The last token of each sequence and its options -> (rows, Placed).

@@ -41,10 +41,10 @@ def random_params(seed: int = 0):
     return params
 
 
-def new_sampler(params, mesh, **changes) -> Sampler:
+def new_sampler(params, mesh, tokenizer=None, **changes) -> Sampler:
     words = {'slots': 4, 'max_length': LENGTH, 'decode_steps': 3, 'page_size': 4}
     config = SamplingConfig(**{**words, 'prefill_tokens': 32, **changes})
-    sampler = Sampler(PARTS.merge, CONFIG, config, mesh)
+    sampler = Sampler(PARTS.merge, CONFIG, config, mesh, tokenizer)
     if params is not None:
         sampler.lend(params, 0)
     return sampler

@@ -1,0 +1,149 @@
+"""What a request asks for beside its tokens: text, stops, log-probs of others and of the prompt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfm.errors import DataError
+from jaxfm.sampling.engine import complete
+from jaxfm.sampling.request import Completion, Request
+from tests.sampling.conftest import VOCAB, new_sampler
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2]
+
+
+class Letters:
+    """A tokenizer whose ids are letters."""
+
+    invalid_byte_id = None
+
+    def decode(self, ids):
+        return ''.join(chr(ord('A') + i) for i in ids)
+
+
+@pytest.fixture(scope='module')
+def lettered(params, one_device):
+    return new_sampler(params, one_device, tokenizer=Letters())
+
+
+@pytest.fixture
+def ask(lettered, one_device):
+    """options -> the completion of PROMPT, or of other tokens."""
+    names = iter(range(1000))
+
+    def ask(**options):
+        request = Request(**{'id': str(next(names)), 'tokens': PROMPT, 'max_tokens': 9, **options})
+        with jax.set_mesh(one_device):
+            [[one]] = complete(lettered, [request], lettered._params, 0).values()
+        return one
+
+    return ask
+
+
+def test_text_comes_with_the_tokens(ask):
+    one = ask(seed=3)
+    assert one.text == Letters().decode(one.tokens) and one.finish_reason == 'length'
+
+
+def test_a_stop_string_ends_the_text_before_it_and_the_tokens_with_it(ask):
+    free = ask(seed=3)
+    for start, stop in [(0, 1), (2, 4), (3, 6), (8, 9)]:
+        string = free.text[start:stop]
+        end = free.text.index(string)
+        one = ask(seed=3, stop=('never seen', string))
+        assert one.text == free.text[:end] and one.tokens == free.tokens[: end + len(string)]
+        assert (one.finish_reason, one.stop) == ('stop', string)
+        assert len(one.logprobs) == len(one.tokens)
+
+
+def test_what_may_become_a_stop_string_is_held_back(lettered, one_device, ask):
+    free = ask(seed=3)
+    string = free.text[2:5] + '?'  # looks like the text for three letters
+    with jax.set_mesh(one_device):
+        lettered.add(Request('held', PROMPT, 9, seed=3, stop=(string,)))
+        one = Completion('held', 0)
+        while lettered.has_work:
+            for event in lettered.step():
+                one.add(event)
+                assert one.text == Letters().decode(one.tokens)
+                assert len(one.tokens) != 3 and len(one.tokens) != 4
+    assert one.text == free.text
+
+
+def test_a_stop_id_is_told_but_not_shown(ask):
+    free = ask(seed=3)
+    end = free.tokens.index(free.tokens[4])
+    one = ask(seed=3, stop_ids=frozenset([free.tokens[4]]))
+    assert (one.tokens, one.text) == (free.tokens[: end + 1], free.text[:end])
+    assert (one.finish_reason, one.stop) == ('stop', free.tokens[4])
+
+
+def test_no_stop_id_comes_before_min_tokens(ask):
+    likely = ask(temperature=0.0).tokens[0]
+    options = dict(temperature=0.0, stop_ids=frozenset([likely]), logit_bias={likely: 50.0})
+    assert ask(**options).tokens == [likely]
+    late = ask(min_tokens=5, **options)
+    assert len(late.tokens) == 6 and late.tokens[-1] == likely and likely not in late.tokens[:5]
+
+
+def test_only_allowed_ids_are_sampled(ask):
+    one = ask(allowed_ids=frozenset([4, 7]), temperature=5.0)
+    assert set(one.tokens) <= {4, 7}
+    assert max(one.logprobs) < -0.1  # of the raw logits, under the whole vocabulary
+
+
+def test_logprobs_of_the_prompt_are_those_of_the_forward(ask, score):
+    with_prompt = ask(prompt_logprobs=True, top_logprobs=2)
+    plain, _, greedy = score(PROMPT[:1], PROMPT[1:] + with_prompt.tokens)
+    assert with_prompt.prompt_logprobs[0] is None
+    np.testing.assert_allclose(
+        with_prompt.prompt_logprobs[1:] + with_prompt.logprobs, plain, rtol=0, atol=1e-4
+    )
+    # Not even when the prompt is known already.
+    again = ask(prompt_logprobs=True)
+    np.testing.assert_allclose(
+        again.prompt_logprobs[1:], with_prompt.prompt_logprobs[1:], rtol=0, atol=1e-4
+    )
+    assert ask(prompt_logprobs=True, tokens=[5]).prompt_logprobs == [None]
+    assert ask().prompt_logprobs is None
+
+
+def test_top_logprobs_are_the_likeliest_ids(ask):
+    greedy = ask(temperature=0.0, top_logprobs=3)
+    assert [top[0][0] for top in greedy.top_logprobs] == greedy.tokens
+    np.testing.assert_allclose([t[0][1] for t in greedy.top_logprobs], greedy.logprobs, atol=1e-6)
+    assert all(len(t) == 3 and t[0][1] >= t[1][1] >= t[2][1] for t in greedy.top_logprobs)
+    assert not ask().top_logprobs
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(tokens=[]), 'empty'),
+        (dict(tokens=[1, VOCAB]), '60'),
+        (dict(n=0), 'n is 0'),
+        (dict(temperature=float('nan')), 'temperature is nan'),
+        (dict(stop=tuple(map(str, range(1000)))), '64'),
+        (dict(min_tokens=10), 'min_tokens is 10, but must be at most max_tokens 9'),
+        (dict(allowed_ids=()), 'allowed_ids'),
+        (dict(max_tokens=24), 'exceed sampling.max_length 40'),
+    ],
+    ids=str,
+)
+def test_a_bad_request_is_refused_and_the_others_go_on(lettered, one_device, changes, message):
+    good = Request('good', PROMPT, 5)
+    with jax.set_mesh(one_device):
+        lettered.add(good)
+        with pytest.raises(DataError, match=f'request bad: .*{message}'):
+            lettered.add(dataclasses.replace(Request('bad', PROMPT, 9), **changes))
+        events = []
+        while lettered.has_work:
+            events += lettered.step()
+    assert {event.id for event in events} == {'good'} and events[-1].finish_reason == 'length'
+
+
+def test_stop_strings_need_a_tokenizer(sampler):
+    with pytest.raises(DataError, match='tokenizer'):
+        sampler.add(Request('a', PROMPT, 5, stop=('x',)))

@@ -164,10 +164,9 @@ class Scheduler:
         sequence.pages = [*pages, *(shard.pool.take() for _ in range(needed))]
         sequence.num_stored = len(pages) * size + partial[0]
         if partial[0]:
-            # All copies happen at once, so a page that is still to be copied is not copied again.
-            origins = {c.target: c.source for c in copies if c.shard == index}
-            source = origins.get(partial[1], partial[1])
-            copies.append(Copy(index, source, sequence.pages[len(pages)]))
+            # Never a page that is itself still to be copied: its origin, admitted before, has as
+            # many tokens in common.
+            copies.append(Copy(index, partial[1], sequence.pages[len(pages)]))
         self.num_shared_tokens += sequence.num_stored
         shard.running.append(sequence)
         return True

@@ -137,9 +137,10 @@ def _draw(logits_BV, options, positions_B):
         scaled_BV = _scale(logits_BV, jnp.where(is_greedy_B, 1.0, options['temperature']))
         threshold_B = _threshold(scaled_BV, options, ~is_greedy_B)
         scaled_BV = jnp.where(scaled_BV >= threshold_B[:, None], scaled_BV, -jnp.inf)
+        noise_BV = _noise(options['seeds'], positions_B, logits_BV.shape[1])
         noise_BV = lax.optimization_barrier(
-            _noise(options['seeds'], positions_B, logits_BV.shape[1])
-        )
+            noise_BV
+        )  # inside the argmax it would cost twice as much
         noisy_BV = jnp.where(is_greedy_B[:, None], logits_BV, scaled_BV + noise_BV)
         tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
         logsumexp_B = jnp.log(jnp.sum(jnp.exp(scaled_BV), axis=-1))

@@ -4,58 +4,45 @@ A request here is one sample: its noise comes from `sample_index`, whatever `n` 
 """
 
 from collections.abc import Mapping
+from operator import attrgetter
 
 import numpy as np
 
 from jaxfm.sampling.request import MAX_STOP_IDS, Request
 
-# Of a row without a request: all off, so that it does not make the others more expensive.
-_NEUTRAL = {
-    'temperature': np.float32(0),
-    'top_k': np.int32(0),
-    'top_p': np.float32(1),
-    'min_p': np.float32(0),
-    'repetition': np.float32(1),
-    'presence': np.float32(0),
-    'frequency': np.float32(0),
-    'first_end': np.int32(0),
-    'prompt_length': np.int32(0),
-    'num_top': np.int32(0),
+# name: (value of a row without a request, which asks for nothing; value of a request's row).
+_COLUMNS = {
+    'temperature': (np.float32(0), attrgetter('temperature')),
+    'top_k': (np.int32(0), attrgetter('top_k')),
+    'top_p': (np.float32(1), attrgetter('top_p')),
+    'min_p': (np.float32(0), attrgetter('min_p')),
+    'repetition': (np.float32(1), attrgetter('repetition_penalty')),
+    'presence': (np.float32(0), attrgetter('presence_penalty')),
+    'frequency': (np.float32(0), attrgetter('frequency_penalty')),
+    'first_end': (np.int32(0), lambda request: len(request.tokens) + request.min_tokens),
+    'prompt_length': (np.int32(0), lambda request: len(request.tokens)),
+    'num_top': (np.int32(0), attrgetter('top_logprobs')),
 }
 
 
 def rows(requests: Mapping[int, Request], num_rows: int) -> dict[str, np.ndarray]:
-    """The options of a batch, from the requests in its rows; the other rows are empty.
+    """The options of a batch, from the requests in its rows; the others ask for nothing.
 
     Returns:
       [num_rows] each of temperature, top_k, top_p, min_p, repetition, presence, frequency,
       first_end (the first position that a stop id may have), prompt_length and num_top;
-      seeds [num_rows, 2] and stop_ids [num_rows, MAX_STOP_IDS], padded with -1.
+      seeds [num_rows, 2] (seed, sample index) and stop_ids [num_rows, MAX_STOP_IDS], -1 where
+      there is none.
     """
-    options = {name: np.full(num_rows, value) for name, value in _NEUTRAL.items()}
+    options = {name: np.full(num_rows, neutral) for name, (neutral, _) in _COLUMNS.items()}
+    for name, (_, read) in _COLUMNS.items():
+        options[name][list(requests)] = [read(request) for request in requests.values()]
     options['seeds'] = np.zeros((num_rows, 2), np.uint32)
     options['stop_ids'] = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
     for row, request in requests.items():
-        for name, value in _row(request).items():
-            options[name][row] = value
+        options['seeds'][row] = request.seed, request.sample_index
         options['stop_ids'][row, : len(request.stop_ids)] = list(request.stop_ids)
     return options
-
-
-def _row(request: Request) -> dict:
-    return {
-        'temperature': request.temperature,
-        'top_k': request.top_k,
-        'top_p': request.top_p,
-        'min_p': request.min_p,
-        'repetition': request.repetition_penalty,
-        'presence': request.presence_penalty,
-        'frequency': request.frequency_penalty,
-        'first_end': len(request.tokens) + request.min_tokens,
-        'prompt_length': len(request.tokens),
-        'num_top': request.top_logprobs,
-        'seeds': (request.seed, request.sample_index),
-    }
 
 
 def needs_history(request: Request) -> bool:

@@ -75,6 +75,7 @@ class Completion:
     sampling_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ''
     finish_reason: str | None = None
     stop: int | str | None = None
@@ -84,7 +85,9 @@ class Completion:
         """Appends what an event tells."""
         for name in ('tokens', 'logprobs', 'sampling_logprobs', 'top_logprobs', 'text'):
             setattr(self, name, getattr(self, name) + getattr(event, name))
-        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+            self.prompt_top_logprobs = event.prompt_top_logprobs
         self.finish_reason, self.stop, self.error = event.finish_reason, event.stop, event.error
 
 
@@ -101,7 +104,7 @@ _INTEGERS = {
     'sample_index': (0, _UINT32),
 }
 _NUMBERS = {
-    'temperature': (lambda x: 0 <= x <= _LARGEST, 'at least 0'),
+    'temperature': (lambda x: 0 <= x <= _LARGEST, 'of at least 0'),
     'top_p': (lambda x: 0 < x <= 1, 'above 0 and at most 1'),
     'min_p': (lambda x: 0 <= x <= 1, 'from 0 to 1'),
     'repetition_penalty': (lambda x: 0 < x <= _LARGEST, 'above 0'),
@@ -190,7 +193,7 @@ def _check_ids(request: Request, vocab_size: int) -> None:
         _require(is_right, name, ids, 'a collection of token ids')
         for i in ids:
             is_right = _is_integer(i) and 0 <= i < vocab_size
-            _require(is_right, f'an id of {name}', i, f'from 0 to {vocab_size - 1}')
+            _require(is_right, f'an id of {name}', i, f'an integer from 0 to {vocab_size - 1}')
 
     check('stop_ids', request.stop_ids)
     count = len(request.stop_ids)

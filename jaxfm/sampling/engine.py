@@ -3,7 +3,7 @@
 The engine is synchronous and has no threads. A step admits waiting requests, stores chunks of their
 prompts in pages, and decodes all requests whose prompt is stored, so that a long prompt does not
 stall the others. The keys and values of a common prefix are stored once. Shapes are static: chunks
-and decode calls come in a few sizes, each compiled once; `warm_up` compiles all of them.
+and decode calls come in a few sizes, each compiled once. `warm_up` compiles them ahead.
 """
 
 import dataclasses
@@ -350,12 +350,15 @@ class Sampler:
     def warm_up(self) -> None:
         """Compiles every program, so that no later step does; weights must have been lent.
 
+        There are more of them then, for calls with few rows: worth it for an engine that runs long.
+
         Raises RuntimeError without weights.
         """
         self._check_weights()
         self._allocate()
         self._cache = self._programs.copy(self._cache, self._put(self._rows.copies()))
-        for size in self._rows.chunks:
+        self._rows.use_all_sizes()
+        for size in sorted(self._rows.chunks):
             rows, _ = self._rows.store(size)
             self._cache, _ = self._programs.store(self._params, self._cache, self._put(rows))
         for count, is_adjusted in itertools.product(self._rows.counts, (False, True)):

@@ -13,7 +13,7 @@ from jaxfm.sampling import SamplingConfig, options
 from jaxfm.sampling.scheduler import Copy, Sequence
 
 _RATIO = 4  # between one size of a program and the next
-_LEAST_CHUNK = 16
+_LEAST_CHUNK, _CHUNK = 16, 64
 _CALL_COST = 64  # tokens that could be stored in the time that a call takes apart from its rows
 
 Placed = list[tuple[int, Sequence]]  # (row, sequence)
@@ -41,29 +41,33 @@ class Rows:
         self._config, self._num_shards, self._slots = config, num_shards, slots
         self._vocab_size = vocab_size
         self._table_length = -(-config.max_length // config.page_size)
-        self.chunks = self._chunk_sizes()
-        self.counts = self._row_counts()
+        # Compiling takes longer than a small call on large rows, so at first there are few sizes.
+        budget = config.prefill_tokens // num_shards
+        chunk = max(c for c in (_LEAST_CHUNK, _CHUNK) if c <= max(budget, _LEAST_CHUNK))
+        self.chunks = {(chunk, max(1, min(slots, budget // chunk)))}
+        if budget >= _RATIO * _CHUNK:
+            self.chunks |= {(_RATIO * _CHUNK, budget // (_RATIO * _CHUNK))}
+        self.counts = [slots]
 
-    def _chunk_sizes(self) -> list[tuple[int, int]]:
+    def use_all_sizes(self) -> None:
+        """From now on calls come in all sizes that leave few rows empty; they get compiled."""
+        self.chunks |= self._more_chunks()
+        while self.counts[0] > 1:
+            self.counts.insert(0, -(-self.counts[0] // _RATIO))
+
+    def _more_chunks(self) -> set[tuple[int, int]]:
         """(tokens of a chunk, rows of a shard) of the programs that store prompts.
 
         A few rows for one short prompt; then rows for `prefill_tokens`, in few long chunks or in
         many short ones, which leave less padding but read the keys before them once for each.
         """
         budget = self._config.prefill_tokens // self._num_shards
-        sizes = [(_LEAST_CHUNK, max(1, min(_CALL_COST, budget) // _LEAST_CHUNK))]
+        sizes = {(_LEAST_CHUNK, max(1, min(_CHUNK, budget) // _LEAST_CHUNK))}
         chunk = _LEAST_CHUNK
         while chunk <= budget and chunk < _RATIO * self._config.max_length:
-            sizes.append((chunk, budget // chunk))
+            sizes.add((chunk, budget // chunk))
             chunk *= _RATIO
-        return sorted(set(sizes))
-
-    def _row_counts(self) -> list[int]:
-        """Rows of a shard of the programs that decode, ascending."""
-        counts = [self._slots]
-        while counts[0] > 1:
-            counts.insert(0, -(-counts[0] // _RATIO))
-        return counts
+        return sizes
 
     def copies(self, copies: Iterable[Copy] = ()) -> dict[str, np.ndarray]:
         """`source` and `target` [shards, slots]: page 0 to page 0 where there is nothing to do."""

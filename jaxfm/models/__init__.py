@@ -164,6 +164,8 @@ class TransformerConfig(Group):
     # For matmuls with the blocks' weights, in training and loss evaluation; float8 has one scale
     # per tensor. Embedding, output projection, attention and sampling use compute_dtype.
     matmul_dtype: Literal['compute', 'float8'] = 'compute'
+    # A token's log-probability has the same bits in training and sampling, whatever the batch.
+    batch_invariant: bool = False
     implementations: ImplementationsConfig = ImplementationsConfig()
     lora: LoraConfig | None = None
 

@@ -29,11 +29,12 @@ class Attention(nnx.Module):
         dtype,
         lora,
         float8,
+        batch_invariant,
         rngs,
     ):
         D, N, K, H = embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config, self.implementations = config, implementations
-        self.float8 = float8
+        self.float8, self.batch_invariant = float8, batch_invariant
         self.q = matrix(rngs, (D, N, H), ('embed', 'heads', 'head_dim'), D, scale, dtype)
         self.k = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
         self.v = matrix(rngs, (D, K, H), ('embed', 'kv_heads', 'head_dim'), D, scale, dtype)
@@ -53,13 +54,14 @@ class Attention(nnx.Module):
             epsilon=config.norm_epsilon,
             unit_offset=config.norm_unit_offset,
             implementation=implementations.rms_norm,
+            batch_invariant=batch_invariant,
         )
         joint = config.joint_qk_norm
         self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
 
-    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT, float8):
-        heads = project(x_BTD, weight, lora, float8=float8)
+    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT, how):
+        heads = project(x_BTD, weight, lora, **how)
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
@@ -67,7 +69,8 @@ class Attention(nnx.Module):
         rope = self.config.rope
         if positions_BT is None or rope is None:
             return heads
-        return apply_rope(heads, positions_BT, *rope_frequencies(heads.shape[-1], **dict(rope)))
+        frequencies = rope_frequencies(heads.shape[-1], **dict(rope))
+        return apply_rope(heads, positions_BT, *frequencies, batch_invariant=self.batch_invariant)
 
     def __call__(self, x_BTD, positions_BT, segment_ids_BT, cache: LayerCache | None, layer):
         """-> (out [B, T, D], updated cache). Without a cache, queries attend to x itself.
@@ -79,8 +82,9 @@ class Attention(nnx.Module):
         # The float8 scale is shared by all rows of a batch. When sampling (with a cache), that
         # would make one request's output depend on the others in its batch.
         float8 = self.float8 and cache is None
+        how = dict(float8=float8, batch_invariant=self.batch_invariant)
         q_BTNH, k_BTKH, v_BTKH = (
-            self._project(x_BTD, *piece, float8)
+            self._project(x_BTD, *piece, how)
             for piece in (
                 (self.q, self.q_lora, self.q_bias, self.q_norm, positions_BT),
                 (self.k, self.k_lora, self.k_bias, self.k_norm, positions_BT),
@@ -91,6 +95,7 @@ class Attention(nnx.Module):
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.window,
             softcap=config.attention_softcap,
+            batch_invariant=self.batch_invariant,
         )
         if cache is None:
             heads_BTNH = attention(
@@ -114,7 +119,7 @@ class Attention(nnx.Module):
             )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(
-            heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, float8=float8
+            heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, **how
         )
         if self.out_bias is not None:
             out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]

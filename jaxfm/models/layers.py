@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxfm.models import BlockConfig
 from jaxfm.models.lora import adapter, project
+from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.ops.embedding import look_up
 from jaxfm.ops.norm import rms_norm
 from jaxfm.sharding import activation
@@ -43,16 +44,23 @@ class RMSNorm(nnx.Module):
         epsilon: float,
         unit_offset: bool = False,
         implementation: str | None = None,
+        batch_invariant: bool = False,
     ):
         self.epsilon, self.unit_offset = epsilon, unit_offset
-        self.implementation = implementation
+        self.implementation, self.batch_invariant = implementation, batch_invariant
         self.scale = vector(0.0 if unit_offset else 1.0, (size,), ('norm',))
 
     def __call__(self, x, last_axes: int = 1):
         """Normalises the last `last_axes` axes jointly; their size must equal the scale's."""
         scale = 1.0 + self.scale[...] if self.unit_offset else self.scale[...]
         scale = scale.reshape(x.shape[-last_axes:])
-        return rms_norm(x, scale, epsilon=self.epsilon, implementation=self.implementation)
+        return rms_norm(
+            x,
+            scale,
+            epsilon=self.epsilon,
+            implementation=self.implementation,
+            batch_invariant=self.batch_invariant,
+        )
 
 
 class Embedding(nnx.Module):
@@ -70,11 +78,21 @@ class Mlp(nnx.Module):
     """(activation(x gate) * (x up)) down, or activation(x up) down; gate and up share a matmul."""
 
     def __init__(
-        self, config: BlockConfig, embed_dim: int, *, scale, output_scale, dtype, lora, float8, rngs
+        self,
+        config: BlockConfig,
+        embed_dim: int,
+        *,
+        scale,
+        output_scale,
+        dtype,
+        lora,
+        float8,
+        batch_invariant,
+        rngs,
     ):
         D, F, ways = embed_dim, config.mlp_dim, 2 if config.gated else 1
         self.activation, self.gated = config.activation, config.gated
-        self.float8 = float8
+        self.float8, self.batch_invariant = float8, batch_invariant
         self.gate_up = matrix(rngs, (D, ways, F), ('embed', 'gate_up', 'mlp'), D, scale, dtype)
         self.down = matrix(rngs, (F, D), ('mlp', 'embed'), F, output_scale, dtype)
         self.gate_up_lora = adapter(lora, 'mlp/gate_up', self.gate_up, rngs)
@@ -85,14 +103,21 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD, has_cache: bool = False):
         float8 = self.float8 and not has_cache  # for the same reason as in attention
-        hidden = project(x_BTD, self.gate_up, self.gate_up_lora, float8=float8)
+        how = dict(float8=float8, batch_invariant=self.batch_invariant)
+        hidden = project(x_BTD, self.gate_up, self.gate_up_lora, **how)
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
-        function = ACTIVATION_FUNCTIONS[self.activation]
-        gate_BTF = function(hidden[:, :, 0])
-        hidden_BTF = gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF
+        if self.batch_invariant:
+            hidden_BTF = by_rows(self._activate, (hidden,))
+        else:
+            hidden_BTF = self._activate(hidden)
         spec = activation('batch', 'position', 'embed')
-        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec, float8=float8)
+        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec, **how)
         if self.down_bias is not None:
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD
+
+    def _activate(self, hidden):
+        """[B, T, ways, F] -> [B, T, F]."""
+        gate_BTF = ACTIVATION_FUNCTIONS[self.activation](hidden[:, :, 0])
+        return gate_BTF * hidden[:, :, 1] if self.gated else gate_BTF

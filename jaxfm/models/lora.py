@@ -38,15 +38,16 @@ class Lora(nnx.Module):
         self.a = nnx.Param(a, axes=(*axes[:outputs], 'lora'))
         self.b = nnx.Param(b, axes=(*axes[ways], 'lora', *axes[outputs:]))
 
-    def __call__(self, x, out_sharding=None):
+    def __call__(self, x, out_sharding=None, batch_invariant: bool = False):
         """x [B, T, *inputs] -> scale x A B, to be added to x W."""
+        product = functools.partial(linear, batch_invariant=batch_invariant)
         # `out` and `down` have sharded inputs; the rank dimension is never sharded.
         spec = activation('batch', 'position', *self.a.axes[self.num_inputs :])
-        low = linear(x, self.a[...], contracted=self.num_inputs, out_sharding=spec) * self.scale
+        low = product(x, self.a[...], contracted=self.num_inputs, out_sharding=spec) * self.scale
         if _WAYS not in self.a.axes:
-            return linear(low, self.b[...], out_sharding=out_sharding)
+            return product(low, self.b[...], out_sharding=out_sharding)
         ways = range(self.b.shape[0])
-        return jnp.stack([linear(low[:, :, way], self.b[way]) for way in ways], axis=2)
+        return jnp.stack([product(low[:, :, way], self.b[way]) for way in ways], axis=2)
 
 
 def adapter(config: LoraConfig | None, target: str, matrix: nnx.Param, rngs, num_inputs: int = 1):
@@ -68,10 +69,12 @@ def project(
     contracted: int = 1,
     out_sharding=None,
     float8: bool = False,
+    batch_invariant: bool = False,
 ):
     """`ops.linear` of x and the matrix, plus the output of the adapter if there is one."""
-    out = linear(x, matrix[...], contracted=contracted, out_sharding=out_sharding, float8=float8)
-    return out if lora is None else out + lora(x, out_sharding)
+    how = dict(contracted=contracted, out_sharding=out_sharding, batch_invariant=batch_invariant)
+    out = linear(x, matrix[...], float8=float8, **how)
+    return out if lora is None else out + lora(x, out_sharding, batch_invariant)
 
 
 # Einsums that compute A B for a stack of layers, by target.

@@ -62,6 +62,7 @@ class Block(nnx.Module):
             dtype=jnp.dtype(model.param_dtype),
             lora=model.lora,
             float8=model.matmul_dtype == 'float8',
+            batch_invariant=model.batch_invariant,
         )
         norm = functools.partial(
             RMSNorm,
@@ -69,6 +70,7 @@ class Block(nnx.Module):
             epsilon=config.norm_epsilon,
             unit_offset=config.norm_unit_offset,
             implementation=implementations.rms_norm,
+            batch_invariant=model.batch_invariant,
         )
         self.attention = Attention(config, D, implementations=implementations, **shared, rngs=rngs)
         self.mlp = Mlp(config, D, **shared, rngs=rngs)
@@ -118,6 +120,7 @@ class Transformer(nnx.Module):
             epsilon=last.norm_epsilon,
             unit_offset=last.norm_unit_offset,
             implementation=config.implementations.rms_norm,
+            batch_invariant=config.batch_invariant,
         )
         self.embedding_norm = norm() if config.embedding_norm else None
         self.trunk = nnx.List(
@@ -149,6 +152,9 @@ class Transformer(nnx.Module):
         x_BTD = self._gather_module(self.embedding)(tokens_BT, compute_dtype(self.config))
         if self.config.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+            if self.config.batch_invariant:
+                # Together with the first residual sum it would round once in some programs only.
+                x_BTD = lax.optimization_barrier(x_BTD)
         if self.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         caches = []
@@ -201,4 +207,5 @@ class Transformer(nnx.Module):
             self.config.vocab_size,
             self.config.logits_softcap,
             self.config.implementations.token_logprobs,
+            self.config.batch_invariant,
         )

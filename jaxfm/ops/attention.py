@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxfm.ops import batch_invariant as exact
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
 from pallas_kernels import attention as kernels
@@ -86,6 +87,7 @@ def attention(
     softcap: float = 0.0,
     one_document: bool = False,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> [B, T, N, H] in q's dtype.
 
@@ -97,10 +99,16 @@ def attention(
       one_document: promises that every row is one document at positions 0, 1, 2, ..., padded only
       at the end, with keys from the same tokens as the queries.
       implementation: a name in `ops.IMPLEMENTATIONS`; None picks the best known.
+      batch_invariant: results for a query depend only on its document (`ops.batch_invariant`).
 
     Raises:
       ValueError: the named implementation cannot run this call.
     """
+    if batch_invariant:
+        options = dict(scale=scale, window=window, softcap=softcap)
+        op = functools.partial(_xla, **options)
+        keys = _whole_keys(keys)
+        return exact.attention(op, q_BTNH, keys, positions_BT, segment_ids_BT, **options)
     unsupported = obstacles(
         head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document
     )

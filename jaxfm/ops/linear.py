@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.sharding import mesh_axes, on_shards, spec_of
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -25,6 +26,7 @@ def linear(
     out_sharding=None,
     out_dtype=None,
     float8: bool = False,
+    batch_invariant: bool = False,
 ):
     """x [B, T, *I] times weight [*I, *O] -> [B, T, *O], in the dtype of x.
 
@@ -39,7 +41,12 @@ def linear(
       out_sharding: of the result; needed if the sum is over a sharded dimension.
       out_dtype: of the result; bfloat16 operands are accumulated in float32 either way.
       float8: multiplies in float8, here and for both gradients; the result has x's dtype.
+      batch_invariant: results for a row do not depend on the others (`ops.batch_invariant`).
     """
+    if batch_invariant:
+        on_tile = functools.partial(linear, contracted=contracted, out_dtype=out_dtype)
+        op = functools.partial(on_tile, out_sharding=out_sharding)
+        return by_rows(op, (x,), (weight,), on_tile=on_tile)
     if float8:
         return _linear_8(x, weight, contracted, out_sharding)
     return _linear(x, weight, contracted, out_sharding, out_dtype and jnp.dtype(out_dtype))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.ops.choice import choose
 from jaxfm.ops.linear import linear
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
@@ -35,13 +36,21 @@ class Unembedding:
     softcap: float = dataclasses.field(default=0.0, metadata={'static': True})
     # Of token_logprobs; None picks the best known.
     implementation: str | None = dataclasses.field(default=None, metadata={'static': True})
+    # Results for a row do not depend on the other rows (`ops.batch_invariant`).
+    batch_invariant: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
 def logits(hidden_BTD, unembedding: Unembedding):
     """[B, T, V padded] float32 logits; padding ids get -inf."""
-    vocab = activation('batch', 'position', 'vocab')
+    op = functools.partial(_logits, out_sharding=activation('batch', 'position', 'vocab'))
+    if unembedding.batch_invariant:
+        return by_rows(op, (hidden_BTD,), (unembedding,), on_tile=_logits)
+    return op(hidden_BTD, unembedding)
+
+
+def _logits(hidden_BTD, unembedding: Unembedding, out_sharding=None):
     logits_BTV = linear(
-        hidden_BTD, unembedding.weight_VD.T, out_sharding=vocab, out_dtype=jnp.float32
+        hidden_BTD, unembedding.weight_VD.T, out_sharding=out_sharding, out_dtype=jnp.float32
     )
     if unembedding.softcap:
         logits_BTV = unembedding.softcap * jnp.tanh(logits_BTV / unembedding.softcap)
@@ -70,6 +79,25 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
     Raises:
       ValueError: the implementation that the unembedding names cannot run here.
     """
+    op = functools.partial(_token_logprobs, chunk_size=chunk_size)
+    if unembedding.batch_invariant:
+        rows = hidden_BTD, jnp.asarray(targets_BT)
+        return by_rows(op, rows, (unembedding,), on_tile=_logprobs_on_tile)
+    return op(hidden_BTD, targets_BT, unembedding)
+
+
+def _logprobs_on_tile(hidden_BTD, targets_BT, unembedding: Unembedding):
+    logsumexp_BT, picked_BT = reference.forward(
+        hidden_BTD,
+        unembedding.weight_VD,
+        targets_BT,
+        vocab_size=unembedding.vocab_size,
+        softcap=unembedding.softcap,
+    )
+    return picked_BT - logsumexp_BT, logsumexp_BT
+
+
+def _token_logprobs(hidden_BTD, targets_BT, unembedding: Unembedding, chunk_size: int | None):
     hidden_BTD = place(hidden_BTD, *_HIDDEN)
     weight_VD = place(unembedding.weight_VD, *_WEIGHT)
     targets_BT = place(jnp.asarray(targets_BT), *_ROWS)

@@ -6,6 +6,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import mesh_axes, on_shards, spec_of
 from pallas_kernels import rms_norm as kernels
@@ -23,17 +24,22 @@ def obstacles(width: int, dtype, split: tuple = ()) -> dict[str, str]:
     return {'mosaic': f"{obstacle}; use 'xla'"} if obstacle else {}
 
 
-def rms_norm(x, scale, *, epsilon: float, implementation: str | None = None):
+def rms_norm(
+    x, scale, *, epsilon: float, implementation: str | None = None, batch_invariant: bool = False
+):
     """x / rms(x) * scale, with the rms over the last scale.ndim axes of x.
 
     Computes in float32 and returns x's dtype and shape.
 
     Args:
       implementation: a name in `ops.IMPLEMENTATIONS`; None picks the best known.
+      batch_invariant: results for a row do not depend on the others (`ops.batch_invariant`).
 
     Raises:
       ValueError: the named implementation cannot run this call.
     """
+    if batch_invariant:
+        return by_rows(functools.partial(rms_norm, epsilon=epsilon), (x,), (scale,))
     unsupported = obstacles(scale.size, x.dtype, _split(spec_of(x)[x.ndim - scale.ndim :]))
     name = choose('rms_norm', implementation, unsupported)
     if name == 'xla':

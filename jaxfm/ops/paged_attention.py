@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.ops.attention import MASKED
+from jaxfm.ops.attention import MASKED, KeyValues, attention
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import per_shard, place
 from pallas_kernels import decode_attention as kernels
@@ -48,6 +48,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     implementation: str | None = None,
+    batch_invariant: bool = False,
 ):
     """softmax(scale * q k' with soft-cap and mask) v -> [B, T, N, H] in q's dtype.
 
@@ -60,11 +61,17 @@ def paged_attention(
       softcap: scores become cap * tanh(scores / cap); 0 is off.
       implementation: of the op `decode_attention`, for one query per row. More of them are always
       computed by XLA.
+      batch_invariant: gives the bits of `attention` with the same word, in training.
 
     Raises:
       ValueError: the named implementation cannot run this call.
     """
     options = dict(scale=scale, window=window, softcap=softcap)
+    if batch_invariant:
+        keys = _contiguous(pages, positions_BT, segment_ids_BT)
+        return attention(
+            q_BTNH, keys, positions_BT, segment_ids_BT, batch_invariant=True, **options
+        )
     is_decoding = q_BTNH.shape[1] == 1
     name = _decode_implementation(q_BTNH, pages, implementation) if is_decoding else 'xla'
     attend = functools.partial(_walk if name == 'xla' else _kernel, **options)
@@ -104,6 +111,22 @@ def _one_pool(k_RPLKH, v_RPLKH, layer, page_table_BM):
     R, P, *page = k_RPLKH.shape
     table_BM = jnp.clip(page_table_BM, 0, P - 1) + layer * P
     return k_RPLKH.reshape(R * P, *page), v_RPLKH.reshape(R * P, *page), table_BM
+
+
+def _contiguous(pages: Pages, positions_BT, segment_ids_BT) -> KeyValues:
+    """The keys and values of each row in order, up to the last query's position."""
+
+    def gather(k, v, layer, page_table_BM):
+        k_PLKH, v_PLKH, table_BM = _one_pool(k, v, layer, page_table_BM)
+        B, M = table_BM.shape
+        return [x[table_BM].reshape(B, M * x.shape[1], *x.shape[2:]) for x in (k_PLKH, v_PLKH)]
+
+    arrays = *pages[:2], jnp.asarray(pages.layer), place(pages.page_table_BM, *_TABLE)
+    heads = ('batch', 'key_position', 'kv_heads', 'head_dim')
+    k_BSKH, v_BSKH = per_shard(gather, (_POOL, _POOL, (), _TABLE), [heads, heads])(*arrays)
+    last_B1 = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT, -1), axis=1, keepdims=True)
+    index_BS = lax.broadcasted_iota(jnp.int32, k_BSKH.shape[:2], 1)
+    return KeyValues(k_BSKH, v_BSKH, index_BS, (index_BS <= last_B1).astype(jnp.int32))
 
 
 def _kernel(q_BTNH, k, v, layer, page_table_BM, positions_BT, segment_ids_BT, **options):

@@ -1,7 +1,11 @@
 """Rotary position embedding (Su et al., 2021), in the half-split layout of GPT-NeoX and Llama."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
+
+from jaxfm.ops.batch_invariant import by_rows
 
 
 def rope_frequencies(
@@ -50,8 +54,17 @@ def rope_frequencies(
     return frequencies, 1.0
 
 
-def apply_rope(x_BTNH, positions_BT, frequencies, magnitude: float = 1.0):
-    """Rotates pairs (i, i + H/2) of the last axis by position x frequency, computed in float32."""
+def apply_rope(
+    x_BTNH, positions_BT, frequencies, magnitude: float = 1.0, *, batch_invariant: bool = False
+):
+    """Rotates pairs (i, i + H/2) of the last axis by position x frequency, computed in float32.
+
+    Args:
+      batch_invariant: results for a row do not depend on the others (`ops.batch_invariant`).
+    """
+    if batch_invariant:
+        rotate = functools.partial(apply_rope, frequencies=frequencies, magnitude=magnitude)
+        return by_rows(rotate, (x_BTNH, positions_BT))
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.asarray(
         frequencies, jnp.float32
     ).reshape(1, 1, 1, -1)

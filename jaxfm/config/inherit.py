@@ -20,7 +20,7 @@ INHERITED = 'inherited.json'
 # Keys of `model` that say how the model is trained and run, not what its architecture is.
 _NOT_INHERITED = (
     *('name', 'scan', 'remat', 'param_dtype', 'compute_dtype', 'gradient_reduce_dtype', 'lora'),
-    *('implementations', 'matmul_dtype'),
+    *('implementations', 'matmul_dtype', 'batch_invariant'),
 )
 
 

@@ -28,6 +28,7 @@ FREE_ON_RESUME = (
     'checkpoint.include_frozen',
     'model.remat',  # recomputation: memory and time only
     'model.implementations',  # the same results up to rounding
+    'model.batch_invariant',
 )
 FIXED = 'model'
 ABSENT = '(absent)'

@@ -171,6 +171,7 @@ class TransformerConfig(Group):
 
     @model_validator(mode='after')
     def _check(self):
+        self._check_batch_invariant()
         if self.family and self.family not in FAMILIES:
             sentence = f'family {self.family} is not one of {", ".join(FAMILIES)}'
             raise ConflictError(Problem((('family',),), sentence))
@@ -188,6 +189,21 @@ class TransformerConfig(Group):
             ]
             raise ConflictError(Problem((('num_layers',), *numbers), sentence))
         return self
+
+    def _check_batch_invariant(self):
+        """Raises ConflictError for a value with which equal bits are impossible or unproven."""
+        proven = {'compute_dtype': ('float32', 'auto'), 'matmul_dtype': ('compute',)}
+        given = {(key,): (getattr(self, key), values) for key, values in proven.items()}
+        for op in IMPLEMENTATIONS.keys() & dict(self.implementations).keys():
+            path = ('implementations', op)
+            given[path] = (getattr(self.implementations, op), ('xla', None))
+        for path, (value, values) in sorted(given.items()):
+            if self.batch_invariant and value not in values:
+                sentence = (
+                    f'batch_invariant is not possible with {".".join(path)} {value}; '
+                    f'use {values[0]}'
+                )
+                raise ConflictError(Problem((('batch_invariant',), path), sentence))
 
     @property
     def trunk(self) -> list[SegmentConfig]:

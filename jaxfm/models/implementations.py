@@ -65,6 +65,16 @@ def _obstacles_of_head_norms(block: BlockConfig, dtype) -> dict[str, str]:
     return {k: v for width in widths for k, v in norm.obstacles(width, dtype, split).items()}
 
 
+def check_batch_invariant(model: TransformerConfig, mesh) -> None:
+    """Raises ConfigError if the model asks for equal bits on devices where nobody has seen them."""
+    platform = mesh.devices.flat[0].platform
+    if model.batch_invariant and platform != 'cpu':
+        raise ConfigError(
+            f'config.model.batch_invariant is proven on CPU in float32 only, and the device is a '
+            f'{platform}: leave it out, or run on CPU'
+        )
+
+
 def check_matmuls(model: TransformerConfig, mesh) -> None:
     """Raises ConfigError unless the devices support the model's matmul_dtype.
 

@@ -19,6 +19,7 @@ from jaxfm.models.attention import Attention
 from jaxfm.models.layers import Embedding, Mlp, RMSNorm
 from jaxfm.ops.attention import SAVED_NAMES
 from jaxfm.ops.choice import target
+from jaxfm.ops.linear import SAVED_NAME
 from jaxfm.ops.logprobs import Unembedding
 
 # Gathers and casts of weights are recomputed in the backward pass, never saved, so that no gathered
@@ -31,10 +32,10 @@ def _policy(remat: str):
     policies = jax.checkpoint_policies
     saveable = {
         'none': lambda *_, **__: True,
-        # Our attention kernel's outputs are products too, but not of a dot_general: save by name.
+        # Products in kernels and loops are not seen as a dot_general: save by name.
         'dots': policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,
-            policies.save_only_these_names(*SAVED_NAMES),
+            policies.save_only_these_names(*SAVED_NAMES, SAVED_NAME),
         ),
         'full': jax.checkpoint_policies.nothing_saveable,
     }[remat]
@@ -153,7 +154,7 @@ class Transformer(nnx.Module):
         if self.config.embedding_scale != 1.0:
             x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
             if self.config.batch_invariant:
-                # Together with the first residual sum it would round once in some programs only.
+                # Or the scale and the first residual sum round once, in some programs only.
                 x_BTD = lax.optimization_barrier(x_BTD)
         if self.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)

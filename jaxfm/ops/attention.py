@@ -106,9 +106,13 @@ def attention(
     """
     if batch_invariant:
         options = dict(scale=scale, window=window, softcap=softcap)
-        op = functools.partial(_xla, **options)
-        keys = _whole_keys(keys)
-        return exact.attention(op, q_BTNH, keys, positions_BT, segment_ids_BT, **options)
+
+        def op(q_BTNH, k, v, kv_positions, kv_segments, positions_BT, segment_ids_BT):
+            keys = _whole_keys(KeyValues(k, v, kv_positions, kv_segments))
+            return _xla(q_BTNH, keys, positions_BT, segment_ids_BT, **options)
+
+        out_BTNH = exact.attention(op, q_BTNH, *keys, positions_BT, segment_ids_BT, **options)
+        return checkpoint_name(out_BTNH, SAVED_NAMES[0])
     unsupported = obstacles(
         head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document
     )

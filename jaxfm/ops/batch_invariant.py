@@ -1,14 +1,16 @@
-"""Results that do not depend on the batch: for each token the same bits, whatever it is with.
+"""Results that do not depend on the batch: a token has the same bits whatever is computed with it.
 
-Two programs that compute the same sum differ in the last bits: XLA picks a matrix product by the
-number of rows, contracts `x * y + z` to one instruction within a fusion but not across two, and
-computes `exp` of the last few elements of an array by other means. Here every op of a model runs in
-a loop whose body has fixed shapes, on a few rows or queries at a time. A train step, a prefill of
-any chunk and a decode step then run the same machine code for a token.
+Two programs that compute the same sum usually differ in the last bits. XLA picks a matrix product
+by its number of rows, contracts `x * y + z` to one instruction within a fusion but not across two,
+and computes `exp` of the last elements of an array in another way. Here the ops of a model run in
+loops whose bodies have fixed shapes: some rows, or the queries of one document and a block of keys.
+A train step, a chunk of a prompt and a decode step then run the same machine code for a token.
 
-Gradients are those of the ordinary ops, of which only the inputs are saved.
+Gradients are those of the ordinary ops, of which only the inputs are saved. Equality is tested on
+CPU in float32.
 
-B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim, M rows.
+B batch, T query position, S key position, N heads, K kv heads, G = N / K, H head dim. M counts
+rows, [B, T] flattened; Q queries of a tile, X = G Q; C keys of a block.
 """
 
 import functools
@@ -17,17 +19,50 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.sharding import per_shard, place, replicate, spec_of
+from jaxfm.sharding import per_shard, place, replicate
+from pallas_kernels.attention.schedule import visible
 
-ROWS = 32  # rows of a tile
-QUERIES = 16  # queries of a tile, all of one document
-KEYS = 64  # keys of a block
+# With more rows or queries training is faster, but a decode step pays for those it does not fill.
+ROWS = 32
+QUERIES = 16
+KEYS = 64
 
 _MASKED = -1e30  # below every score, but finite
 
 
+def by_rows(op, rows: tuple, shared: tuple = (), *, on_tile=None):
+    """op(*rows, *shared), where the result for a row depends on no other row.
+
+    Args:
+      op: the ordinary op; its results are one array or a tuple of them, [B, T, ...] like `rows`.
+      rows: arrays [B, T, ...].
+      shared: arrays or pytrees that all rows use, such as weights.
+      on_tile: computes the op for rows [1, M, ...] on one device; `op` itself by default.
+    """
+    loop = functools.partial(_loop_over_tiles, on_tile or op, len(rows))
+    names = [*map(_row_names, rows), *((),) * len(shared)]
+    return _differentiate_as(op, functools.partial(_on_shards, op, loop, names), *rows, *shared)
+
+
+def attention(op, *arrays, **options):
+    """op(q, k, v, kv positions, kv segments, positions, segments), each query by its document only.
+
+    A document is contiguous in the keys and in order from its position 0, or its queries get NaN.
+    Keys that a query does not see may hold anything: padding, other documents, NaN.
+
+    Args:
+      op: the ordinary attention; the arrays are those of `ops.attention.KeyValues` and its caller.
+      options: scale, window and softcap.
+    """
+    rows, key_rows = ('batch', 'position'), ('batch', 'key_position')
+    heads, key_heads = (*rows, None, None), (*key_rows, None, None)
+    names = [heads, key_heads, key_heads, key_rows, key_rows, rows, rows]
+    attend = functools.partial(_attend, **options)
+    return _differentiate_as(op, functools.partial(_on_shards, op, attend, names), *arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiated_as(op, forward, *arguments):
+def _differentiate_as(op, forward, *arguments):
     """forward(*arguments), with the gradients of op(*arguments)."""
     return forward(*arguments)
 
@@ -40,193 +75,156 @@ def _ordinary_gradients(op, forward, arguments, cotangents):
     return jax.vjp(op, *arguments)[1](cotangents)
 
 
-_differentiated_as.defvjp(_save_inputs, _ordinary_gradients)
+_differentiate_as.defvjp(_save_inputs, _ordinary_gradients)
 
 
-def by_rows(op, rows: tuple, shared: tuple = (), *, on_tile=None):
-    """op(*rows, *shared), with results for a row that are independent of all other rows.
-
-    Args:
-      op: the ordinary op; row [b, t] of its results depends on row [b, t] of `rows` alone.
-      rows: arrays [B, T, ...], split over the mesh like a batch or more.
-      shared: arrays, or pytrees of them, that all rows use, such as weights.
-      on_tile: computes `op` on one device, on rows [1, M, ...]; by default `op` itself.
-    """
-
-    def forward(*arguments):
-        rows_, shared_ = arguments[: len(rows)], arguments[len(rows) :]
-        usual = jax.eval_shape(op, *arguments)
-        whole = [place(x, *_names(x)) for x in rows_] + [
-            jax.tree.map(replicate, x) for x in shared_
-        ]
-        names = [_names(x) for x in rows_] + [()] * len(shared_)
-        loop = functools.partial(_loop_over_tiles, on_tile or op, len(rows))
-        several = isinstance(usual, (tuple, list))
-        outs = [_names(x) for x in usual] if several else _names(usual)
-        return _reshard_like(usual, per_shard(loop, names, outs)(*whole))
-
-    return _differentiated_as(op, forward, *rows, *shared)
+def _on_shards(op, forward, names, *arguments):
+    """`forward` on each device's rows, with everything else whole; sharded like op's results."""
+    placed = [
+        place(x, *axes) if axes else jax.tree.map(replicate, x)
+        for x, axes in zip(arguments, names, strict=True)
+    ]
+    usual = jax.eval_shape(op, *arguments)
+    several = isinstance(usual, tuple)
+    outs = [_row_names(x) for x in usual] if several else _row_names(usual)
+    results = per_shard(forward, names, outs)(*placed)
+    if jax.sharding.get_abstract_mesh().empty:
+        return results
+    return jax.tree.map(lambda x, like: jax.reshard(x, like.sharding.spec), results, usual)
 
 
-def _names(x) -> tuple:
+def _row_names(x) -> tuple:
+    """The logical axes of x [B, T, ...], with only its rows split."""
     return ('batch', 'position', *(None,) * (x.ndim - 2))
 
 
-def _reshard_like(usual, results):
-    if jax.sharding.get_abstract_mesh().empty:
-        return results
-    return jax.tree.map(lambda like, x: jax.reshard(x, spec_of(like)), usual, results)
-
-
 def _loop_over_tiles(on_tile, count: int, *arguments):
+    """on_tile(*arguments), the first `count` of which are [B, T, ...], ROWS rows at a time."""
     rows, shared = arguments[:count], arguments[count:]
     B, T = rows[0].shape[:2]
     tiles = -(-B * T // ROWS)
-    # Two tiles at least: XLA would take the body out of a loop over one, and fuse it with others.
-    padded = max(tiles, 2) * ROWS
-    flat = [_pad_first(x.reshape(B * T, *x.shape[2:]), padded) for x in rows]
-    first = [x[None, :ROWS] for x in flat]
-    results = jax.eval_shape(on_tile, *first, *shared)
-    leaves, structure = jax.tree.flatten(results)
+    # XLA would take the body out of a loop over one tile, and fuse it with what is around it.
+    size = max(tiles, 2) * ROWS
+    rows = [_pad(x.reshape(B * T, *x.shape[2:]), size) for x in rows]
+
+    def compute(index):
+        tile = [lax.dynamic_slice_in_dim(x, index * ROWS, ROWS)[None] for x in rows]
+        # The barriers keep the slices, whose arrays differ by program, out of the op's fusions.
+        return lax.optimization_barrier(on_tile(*lax.optimization_barrier(tile), *shared))
 
     def add_tile(index, outs):
-        tile = [lax.dynamic_slice_in_dim(x, index * ROWS, ROWS)[None] for x in flat]
-        values = lax.optimization_barrier(on_tile(*lax.optimization_barrier(tile), *shared))
-        return [
-            lax.dynamic_update_slice_in_dim(out, value[0], index * ROWS, 0)
-            for out, value in zip(outs, jax.tree.leaves(values))
-        ]
+        return jax.tree.map(
+            lambda out, x: lax.dynamic_update_slice_in_dim(out, x[0], index * ROWS, 0),
+            outs,
+            compute(index),
+        )
 
-    outs = [jnp.zeros((padded, *x.shape[2:]), x.dtype) for x in leaves]
+    shapes = jax.eval_shape(compute, 0)
+    outs = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[2:]), x.dtype), shapes)
+    # A number that XLA does not know, so that it keeps the loop.
     outs = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(tiles)), add_tile, outs)
-    outs = [x[: B * T].reshape(B, T, *x.shape[1:]) for x in outs]
-    return jax.tree.unflatten(structure, outs)
+    return jax.tree.map(lambda x: x[: B * T].reshape(B, T, *x.shape[1:]), outs)
 
 
-def _pad_first(x, size: int):
-    """x with zeros appended to its first axis."""
-    return jnp.pad(x, [(0, size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
-def attention(op, q_BTNH, keys, positions_BT, segment_ids_BT, *, scale, window, softcap):
-    """op(q, keys, positions, segment_ids), each query independent of all but its document."""
-    heads = ('batch', 'position', None, None), ('batch', 'key_position', None, None)
-    ids = ('batch', 'position'), ('batch', 'key_position')
-    names = heads[0], heads[1], heads[1], ids[1], ids[1], ids[0], ids[0]
-
-    def forward(q_BTNH, keys, positions_BT, segment_ids_BT):
-        usual = jax.eval_shape(op, q_BTNH, keys, positions_BT, segment_ids_BT)
-        arrays = q_BTNH, *keys, positions_BT, segment_ids_BT
-        placed = (place(x, *axes) for x, axes in zip(arrays, names))
-        options = dict(scale=scale, window=window, softcap=softcap)
-        attend = per_shard(functools.partial(_attend, **options), names, names[0])
-        return _reshard_like(usual, attend(*placed))
-
-    return _differentiated_as(op, forward, q_BTNH, keys, positions_BT, segment_ids_BT)
+def _pad(x, size: int, axis: int = 0):
+    """x with zeros appended along an axis, up to `size`."""
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
 
 def _attend(
     q_BTNH, k_BSKH, v_BSKH, kv_positions_BS, kv_segments_BS, positions_BT, segments_BT, **o
 ):
+    """Attention on one device, over tiles of up to QUERIES consecutive queries of one document."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    M = B * T
-    starts_BT, is_ordered_BT = _find_starts(segments_BT, kv_positions_BS, kv_segments_BS)
-    lengths_M = _tile_lengths(segments_BT)
-    q_MKGH = _pad_first(q_BTNH.reshape(M, K, N // K, H), M + QUERIES)
-    positions_M, segments_M = (
-        _pad_first(x.reshape(M), M + QUERIES) for x in (positions_BT, segments_BT)
-    )
-    keys = [
-        jnp.pad(x, [(0, 0), (0, KEYS)] + [(0, 0)] * (x.ndim - 2))
-        for x in (k_BSKH, v_BSKH, kv_positions_BS, kv_segments_BS)
-    ]
-    starts_M = starts_BT.reshape(M)
-
-    def more(carry):
-        return carry[0] < M
+    M, K = B * T, k_BSKH.shape[2]
+    starts_BT, in_order_BT = _find_starts(segments_BT, kv_positions_BS, kv_segments_BS)
+    starts_M, lengths_M = starts_BT.reshape(M), _tile_lengths(segments_BT)
+    queries = q_BTNH.reshape(M, K, N // K, H), positions_BT.reshape(M), segments_BT.reshape(M)
+    queries = [_pad(x, M + QUERIES) for x in queries]
+    # The last block of a document may reach beyond the keys.
+    keys = k_BSKH, v_BSKH, kv_positions_BS, kv_segments_BS
+    keys = [_pad(x, x.shape[1] + KEYS, axis=1) for x in keys]
 
     def add_tile(carry):
-        index, out = carry
-        tile = [
-            lax.dynamic_slice_in_dim(x, index, QUERIES) for x in (q_MKGH, positions_M, segments_M)
-        ]
-        here = segments_M[index], starts_M[index], lengths_M[index]
-        value = _attend_tile(tile, keys, index // T, *here, **o)
-        out = lax.dynamic_update_slice_in_dim(out, value, index, 0)
-        return index + lengths_M[index], out
+        at, out = carry
+        q_QKGH, positions_Q, segments_Q = (
+            lax.dynamic_slice_in_dim(x, at, QUERIES) for x in queries
+        )
+        # Queries beyond the tile see no key. A later tile overwrites their zeros.
+        segments_Q = jnp.where(jnp.arange(QUERIES) < lengths_M[at], segments_Q, 0)
+        tile = lax.optimization_barrier((q_QKGH, positions_Q, segments_Q))
+        value = _attend_tile(*tile, keys, at // T, starts_M[at], **o)
+        out = lax.dynamic_update_slice_in_dim(out, lax.optimization_barrier(value), at, 0)
+        return at + lengths_M[at], out
 
-    out = jnp.zeros_like(q_MKGH)
-    _, out = lax.while_loop(more, add_tile, (jnp.int32(0), out))
-    out_BTNH = out[:M].reshape(B, T, N, H)
-    return jnp.where(is_ordered_BT[..., None, None], out_BTNH, jnp.nan)
+    start = jnp.int32(0), jnp.zeros_like(queries[0])
+    _, out = lax.while_loop(lambda carry: carry[0] < M, add_tile, start)
+    return jnp.where(in_order_BT[..., None, None], out[:M].reshape(B, T, N, H), jnp.nan)
 
 
 def _find_starts(segments_BT, kv_positions_BS, kv_segments_BS):
-    """Index among the keys of position 0 of each query's document; whether that is in order."""
-    same = (segments_BT[:, :, None] == kv_segments_BS[:, None, :]) & (segments_BT > 0)[:, :, None]
-    offsets_BS = jnp.arange(kv_positions_BS.shape[1], dtype=jnp.int32)[None] - kv_positions_BS
-    largest = jnp.iinfo(jnp.int32).max
-    low = jnp.min(jnp.where(same, offsets_BS[:, None, :], largest), axis=-1)
-    high = jnp.max(jnp.where(same, offsets_BS[:, None, :], -1), axis=-1)
-    return low, (segments_BT == 0) | ((low == high) & (low >= 0))
+    """The index of each query's position 0 among the keys, and whether its document is in order."""
+    same_BTS = segments_BT[:, :, None] == kv_segments_BS[:, None, :]
+    indices = jnp.arange(kv_positions_BS.shape[1], dtype=jnp.int32)[None]
+    starts_B1S = (indices - kv_positions_BS)[:, None]
+    # In order, all tokens of a document have the same start.
+    lowest_BT = jnp.min(jnp.where(same_BTS, starts_B1S, jnp.iinfo(jnp.int32).max), axis=-1)
+    highest_BT = jnp.max(jnp.where(same_BTS, starts_B1S, -1), axis=-1)
+    return lowest_BT, (segments_BT == 0) | ((lowest_BT == highest_BT) & (lowest_BT >= 0))
 
 
 def _tile_lengths(segments_BT):
-    """[B T], from each query: how many of the next QUERIES belong to its row and document."""
+    """[B T]: how many queries from each one on make a tile; padding is one tile of any length."""
     B, T = segments_BT.shape
-    changes = segments_BT[:, 1:] != segments_BT[:, :-1]
-    ends_BT = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
-    last_BT = jnp.where(ends_BT, jnp.arange(T, dtype=jnp.int32)[None], T)
-    last_BT = lax.cummin(last_BT, axis=1, reverse=True)
-    left = last_BT - jnp.arange(T, dtype=jnp.int32)[None] + 1
-    # Padding is skipped all at once.
-    return jnp.where(segments_BT > 0, jnp.minimum(left, QUERIES), left).reshape(B * T)
+    indices = jnp.arange(T, dtype=jnp.int32)[None]
+    is_last_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (0, 1)))
+    ends_BT = jnp.where(is_last_BT, indices + 1, T)
+    left_BT = lax.cummin(ends_BT, axis=1, reverse=True) - indices
+    return jnp.where(segments_BT > 0, jnp.minimum(left_BT, QUERIES), left_BT).reshape(B * T)
 
 
-def _attend_tile(tile, keys, row, segment, start, length, *, scale, window, softcap):
-    q_QKGH, positions_Q, _ = tile
-    _, K, G, H = q_QKGH.shape
-    is_mine_Q = jnp.arange(QUERIES) < length
-    last = jnp.max(jnp.where(is_mine_Q, positions_Q, 0))
-    first = jnp.min(jnp.where(is_mine_Q, positions_Q, last))
-    begin = jnp.maximum(first - window + 1, 0) // KEYS if window else 0
-    end = jnp.where(segment > 0, last // KEYS + 1, begin)
-    q_KXH = jnp.moveaxis(q_QKGH, 0, 1).reshape(K, QUERIES * G, H) * scale
-    q_KXH, positions_Q, is_mine_Q = lax.optimization_barrier((q_KXH, positions_Q, is_mine_Q))
+def _attend_tile(q_QKGH, positions_Q, segments_Q, keys, row, start, *, scale, window, softcap):
+    """Online softmax over the blocks that the tile's queries see -> [Q, K, G, H]."""
+    Q, K, G, H = q_QKGH.shape
+    latest = jnp.max(jnp.where(segments_Q > 0, positions_Q, -1))
+    begin = jnp.maximum(positions_Q[0] - window + 1, 0) // KEYS if window else 0
+    q_KXH = scale * jnp.transpose(q_QKGH, (1, 2, 0, 3)).reshape(K, G * Q, H)
 
+    # A block of which a query sees no key changes none of its sums, not even in the last bit. So
+    # it does not matter how many there are: other queries of the tile may need them.
     def add_block(index, sums):
-        largest_KX, total_KX, out_KXH = sums
-        at = start + index * KEYS
-        k_SKH, v_SKH, kv_positions_S, kv_segments_S = lax.optimization_barrier(
-            [
-                lax.dynamic_slice(x, (row, at, *(0,) * (x.ndim - 2)), (1, KEYS, *x.shape[2:]))[0]
-                for x in keys
-            ]
+        first = row, start + index * KEYS
+        block = [
+            lax.dynamic_slice(x, (*first, *(0,) * (x.ndim - 2)), (1, KEYS, *x.shape[2:]))[0]
+            for x in keys
+        ]
+        k_CKH, v_CKH, kv_positions_C, kv_segments_C = lax.optimization_barrier(block)
+        v_CKH = jnp.where((kv_segments_C == segments_Q[0])[:, None, None], v_CKH, 0)
+        see_QC = visible(
+            *(positions_Q[:, None], segments_Q[:, None], kv_positions_C[None], kv_segments_C[None]),
+            window,
         )
-        scores = jnp.einsum('kxh,skh->kxs', q_KXH, k_SKH, preferred_element_type=jnp.float32)
+        see_1XC = jnp.broadcast_to(see_QC[None], (G, Q, KEYS)).reshape(1, G * Q, KEYS)
+        scores_KXC = jnp.einsum('kxh,ckh->kxc', q_KXH, k_CKH, preferred_element_type=jnp.float32)
         if softcap:
-            scores = softcap * jnp.tanh(scores / softcap)
-        is_document_S = kv_segments_S == segment
-        see_QS = is_document_S[None] & (kv_positions_S[None] <= positions_Q[:, None])
-        see_QS &= is_mine_Q[:, None]
-        if window:
-            see_QS &= positions_Q[:, None] - kv_positions_S[None] < window
-        see = jnp.broadcast_to(see_QS[:, None], (QUERIES, G, KEYS)).reshape(1, QUERIES * G, KEYS)
-        scores = jnp.where(see, scores, _MASKED)
-        new_largest = jnp.maximum(largest_KX, jnp.max(scores, axis=-1))
-        p_KXS = jnp.where(see, jnp.exp(scores - new_largest[..., None]), 0.0)
-        shrink = jnp.exp(largest_KX - new_largest)
-        v_SKH = jnp.where(is_document_S[:, None, None], v_SKH, 0)
-        more = jnp.einsum(
-            'kxs,skh->kxh', p_KXS.astype(v_SKH.dtype), v_SKH, preferred_element_type=jnp.float32
-        )
-        total = total_KX * shrink + jnp.sum(p_KXS, axis=-1)
-        return new_largest, total, out_KXH * shrink[..., None] + more
+            scores_KXC = softcap * jnp.tanh(scores_KXC / softcap)
+        return _add_scores(jnp.where(see_1XC, scores_KXC, _MASKED), see_1XC, v_CKH, sums)
 
-    X = QUERIES * G
-    zeros = jnp.full((K, X), _MASKED), jnp.zeros((K, X)), jnp.zeros((K, X, H))
-    _, total_KX, out_KXH = lax.fori_loop(begin, end, add_block, zeros)
+    X = G * Q
+    nothing = jnp.full((K, X), _MASKED), jnp.zeros((K, X)), jnp.zeros((K, X, H))
+    end = latest // KEYS + 1  # 0 for padding
+    _, total_KX, out_KXH = lax.fori_loop(begin, end, add_block, nothing)
     out_KXH /= jnp.where(total_KX == 0, 1.0, total_KX)[..., None]
-    out = jnp.moveaxis(out_KXH.reshape(K, QUERIES, G, H), 1, 0).astype(q_QKGH.dtype)
-    return lax.optimization_barrier(out)
+    return jnp.transpose(out_KXH.reshape(K, G, Q, H), (2, 0, 1, 3)).astype(q_QKGH.dtype)
+
+
+def _add_scores(scores_KXC, see_1XC, v_CKH, sums):
+    highest_KX, total_KX, out_KXH = sums
+    new_KX = jnp.maximum(highest_KX, jnp.max(scores_KXC, axis=-1))
+    p_KXC = jnp.where(see_1XC, jnp.exp(scores_KXC - new_KX[..., None]), 0.0)
+    shrink_KX = jnp.exp(highest_KX - new_KX)
+    total_KX = total_KX * shrink_KX + jnp.sum(p_KXC, axis=-1)
+    more_KXH = jnp.einsum(
+        'kxc,ckh->kxh', p_KXC.astype(v_CKH.dtype), v_CKH, preferred_element_type=jnp.float32
+    )
+    return new_KX, total_KX, out_KXH * shrink_KX[..., None] + more_KXH

@@ -10,10 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.sharding import mesh_axes, on_shards, spec_of
+
+# The product of a batch-invariant call, which no remat policy would take for one.
+SAVED_NAME = 'linear_out'
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
@@ -46,7 +50,7 @@ def linear(
     if batch_invariant:
         on_tile = functools.partial(linear, contracted=contracted, out_dtype=out_dtype)
         op = functools.partial(on_tile, out_sharding=out_sharding)
-        return by_rows(op, (x,), (weight,), on_tile=on_tile)
+        return checkpoint_name(by_rows(op, (x,), (weight,), on_tile=on_tile), SAVED_NAME)
     if float8:
         return _linear_8(x, weight, contracted, out_sharding)
     return _linear(x, weight, contracted, out_sharding, out_dtype and jnp.dtype(out_dtype))

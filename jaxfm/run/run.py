@@ -22,7 +22,11 @@ from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
 from jaxfm.evals.base import Context
 from jaxfm.models import MODELS, TransformerConfig
-from jaxfm.models.implementations import check_matmuls, choices
+from jaxfm.models.implementations import (
+    check_batch_invariant,
+    check_matmuls,
+    choices,
+)
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.load import check_layout, load_params
 from jaxfm.pretrained.orbax.directory import find_tree
@@ -53,6 +57,7 @@ class Run:
         check_on_mesh(config, sizes)
         self.mesh = sharding.make_mesh(sizes)
         check_matmuls(config.model, self.mesh)
+        check_batch_invariant(config.model, self.mesh)
         choices(config.model, self.mesh)  # raises if a chosen implementation cannot run here
         self.primary = agree.is_primary()
         _check_code(config)

@@ -153,6 +153,9 @@ model.lora.rank=0
 model.lora.ranks=4
 model.lora.rank=4 model.matmul_dtype=float8
 model.matmul_dtype=float8 model.remat=full model.lora.rank=4
+model.batch_invariant=true model.matmul_dtype=float8
+model.batch_invariant=true model.compute_dtype=bfloat16 model.remat=full
+model.batch_invariant=true model.implementations.attention=interpret
 model.family=nobody
 model.family=nobody model.remat=full
 model.num_layers=3 model.segments=[{'pattern':[],'repeats':1}]

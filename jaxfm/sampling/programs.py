@@ -14,7 +14,7 @@ from jax import lax
 from jaxfm import sharding
 from jaxfm.models import TransformerConfig, kv_cache
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops.logprobs import logits
+from jaxfm.ops.logprobs import logits, token_logprobs
 from jaxfm.sampling.logits import Sampled, sample_tokens
 from jaxfm.sampling.request import MAX_TOP_LOGPROBS as NUM_TOP
 
@@ -32,6 +32,7 @@ class Programs:
         self, merge, model_config: TransformerConfig, *, num_pages: int, page_size: int, steps: int
     ):
         self._merge, self._steps = merge, steps
+        self._is_exact = model_config.batch_invariant
         dtype = compute_dtype(model_config)
         self.new_cache = jax.jit(
             lambda: kv_cache.init_cache(model_config, num_pages, page_size, dtype)
@@ -82,7 +83,11 @@ class Programs:
         def compute():
             # One position at a time, so that the logits of a chunk never lie in memory together.
             over_T = jnp.swapaxes(hidden_BTD, 0, 1), jnp.swapaxes(targets_BT, 0, 1)
-            return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, over_T))
+            over_T = lax.map(at_position, over_T)
+            logprobs_BT, *top = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), over_T)
+            if self._is_exact:
+                logprobs_BT, _ = token_logprobs(hidden_BTD, unembedding, targets_BT)
+            return logprobs_BT, *top
 
         def nothing():
             spec = sharding.activation('batch', None, None)
@@ -123,8 +128,12 @@ class Programs:
                     cache,
                 )
                 at_B = positions_B + 1
-                logits_BV = _logits(hidden_B1D[:, 0], model.unembed())
+                unembedding = model.unembed()
+                logits_BV = _logits(hidden_B1D[:, 0], unembedding)
                 sampled = sample_tokens(logits_BV, options, at_B, history, rows.get('bias'))
+                if self._is_exact:  # what the trainer computes, in its own way
+                    logprobs, _ = token_logprobs(hidden_B1D, unembedding, sampled.tokens[:, None])
+                    sampled = sampled._replace(logprobs=logprobs[:, 0])
                 found = jax.tree.map(functools.partial(_put, step), found, sampled)
                 tokens_B = sampled.tokens
                 ends_B = jnp.any(tokens_B[:, None] == options['stop_ids'], axis=1)

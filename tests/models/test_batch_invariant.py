@@ -5,7 +5,6 @@ forward over any split of the same tokens into chunks. Programs are compiled wit
 which is what makes other programs differ.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -17,16 +16,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax import lax
 
 from jaxfm import sharding, state
 from jaxfm.errors import ConfigError
-from jaxfm.models import BlockConfig, LoraConfig, RopeConfig, SegmentConfig, TransformerConfig
+from jaxfm.models import (
+    BlockConfig,
+    LoraConfig,
+    RopeConfig,
+    SegmentConfig,
+    TransformerConfig,
+    kv_cache,
+)
 from jaxfm.models.implementations import check_batch_invariant
 from jaxfm.models.transformer import Transformer
 from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
-from jaxfm.ops.attention import KeyValues
 from jaxfm.ops.logprobs import token_logprobs
 
 V, ROWS, LENGTH = 60, 4, 140
@@ -180,34 +184,16 @@ def train(config, accumulate: int = 1, **sizes) -> tuple[list[np.ndarray], dict]
     return unpacked(np.asarray(metrics['logprobs'])), gradients
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values [R, B, S, K, H] by position; unused slots hold NaN, as a reused page may."""
-
-    k: jax.Array
-    v: jax.Array
-
-    def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT):
-        rows, slots = self.k.shape[1:3]
-        at = jnp.where(segment_ids_BT > 0, positions_BT, slots)
-        lengths = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT + 1, 0), axis=1)
-        indices = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows, slots))
-        row = jnp.arange(rows)[:, None]
-        stored = Cache(
-            self.k.at[layer, row, at].set(k_BTKH, mode='drop'),
-            self.v.at[layer, row, at].set(v_BTKH, mode='drop'),
-        )
-        k, v = (lax.dynamic_index_in_dim(x, layer, 0, False) for x in (stored.k, stored.v))
-        return stored, KeyValues(k, v, indices, (indices < lengths[:, None]).astype(jnp.int32))
+PAGE_SIZE = 7  # no divisor of a block of keys
 
 
 def new_cache(config, rows: int, slots: int):
-    def stack(block, repeats):
-        shape = (repeats, rows, slots, block.num_kv_heads, block.head_dim)
-        return Cache(*(jnp.full(shape, jnp.nan) for _ in 'kv'))
-
-    return [[stack(block, s.repeats) for block in s.pattern] for s in config.trunk]
+    """Pages in any order for rows of up to `slots` tokens, full of NaN as reused pages may be."""
+    count = -(-slots // PAGE_SIZE)
+    table = np.random.default_rng(0).permutation(rows * count) + 1
+    cache = kv_cache.init_cache(config, rows * count + 1, PAGE_SIZE, jnp.float32)
+    cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
+    return kv_cache.with_table(cache, jnp.asarray(table.reshape(rows, count), jnp.int32))
 
 
 @functools.cache

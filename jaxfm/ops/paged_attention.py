@@ -119,7 +119,8 @@ def _contiguous(pages: Pages, positions_BT, segment_ids_BT) -> KeyValues:
     def gather(k, v, layer, page_table_BM):
         k_PLKH, v_PLKH, table_BM = _one_pool(k, v, layer, page_table_BM)
         B, M = table_BM.shape
-        return [x[table_BM].reshape(B, M * x.shape[1], *x.shape[2:]) for x in (k_PLKH, v_PLKH)]
+        rows = (x[table_BM] for x in (k_PLKH, v_PLKH))
+        return tuple(x.reshape(B, M * x.shape[2], *x.shape[3:]) for x in rows)
 
     arrays = *pages[:2], jnp.asarray(pages.layer), place(pages.page_table_BM, *_TABLE)
     heads = ('batch', 'key_position', 'kv_heads', 'head_dim')

@@ -1,4 +1,4 @@
-"""With model.batch_invariant, what the engine tells is what the train step computes, bit for bit."""
+"""With model.batch_invariant, the engine tells exactly what the train step computes."""
 
 import jax
 import numpy as np

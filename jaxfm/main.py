@@ -24,6 +24,7 @@ from jaxfm import distributed, modes
 from jaxfm.command_line import Parser, number
 from jaxfm.config.load import load_config, read_config, split_arguments, workdir_for
 from jaxfm.config.resume import Change, check_resume
+from jaxfm.config.sampling_flags import FLAGS, add_flags, apply_flags
 from jaxfm.data import SOURCES
 from jaxfm.errors import (
     ConfigError,
@@ -105,7 +106,10 @@ def _make_parser() -> Parser:
         metavar='PATH',
         help='eval, sample, chat: file for the results, as JSON lines; export: directory to write',
     )
-    sampling = parser.add_argument_group('options of --mode sample and chat')
+    sampling = parser.add_argument_group(
+        'options of --mode sample and chat',
+        'By default, options of sampling have the values of config.sampling.',
+    )
     sampling.add_argument(
         '--prompt',
         action='append',
@@ -113,23 +117,17 @@ def _make_parser() -> Parser:
         help='text to continue, or a message in a chat; may be repeated',
     )
     sampling.add_argument(
-        '--temperature',
-        type=number(float, 0),
-        metavar='T',
-        help='0 is greedy decoding (default: config.sampling.temperature)',
-    )
-    sampling.add_argument(
-        '--max_tokens',
-        type=number(int, 1),
-        metavar='N',
-        help='longest completion, in tokens (default: config.sampling.max_tokens)',
-    )
-    sampling.add_argument(
         '--seed',
         type=number(int, 0, 2**32),
         default=0,
         metavar='N',
         help='seed of the sampling noise (default: 0)',
+    )
+    add_flags(sampling)
+    sampling.add_argument(
+        '--logprobs',
+        action='store_true',
+        help='sample: tokens and their log-probs go to --output, too',
     )
     return parser
 
@@ -145,6 +143,7 @@ def main(argv: list[str]) -> int:
         flags, overrides = parse(argv)
         config = load_config(flags.config, overrides, workdir=flags.workdir)
         _check_mode(flags, config)
+        config = apply_flags(config, flags)
         changes = _check_workdir(flags, config)
         if flags.mode in ('train', 'eval'):
             _check_files(config)
@@ -195,7 +194,8 @@ _TALKING = ('sample', 'chat')
 MODES_OF_FLAGS = {  # all others are flags of every mode
     'resume_step': ('train',),
     'output': ('eval', 'sample', 'chat', 'export'),
-    **dict.fromkeys(('prompt', 'temperature', 'max_tokens', 'seed'), _TALKING),
+    **dict.fromkeys(('prompt', 'seed', *FLAGS), _TALKING),
+    **dict.fromkeys(('n', 'logprobs'), ('sample',)),
 }
 
 
@@ -213,6 +213,13 @@ def _check_mode(flags, config) -> None:
         )
     if flags.mode == 'train' and config.model.lora and not config.init_from:
         raise ConfigError('config.model.lora adapts a trained model: name it in config.init_from')
+    if flags.mode == 'chat' and config.sampling.n > 1:
+        raise ConfigError(
+            f'config.sampling.n is {config.sampling.n}, but --mode chat gives one answer: add '
+            '--config.sampling.n=1'
+        )
+    if flags.logprobs and flags.output is None:
+        raise UsageError('--logprobs needs a file for them: give --output=PATH')
     if flags.mode == 'export':
         if flags.output is None:
             raise UsageError('--mode export needs a directory to write: give --output=DIR')

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 from jaxfm.config.validation import format_path, format_value, suggest
+from jaxfm.sampling import SamplingOptions
 from jaxfm.schema import KeyPath, Problem
 
 
@@ -199,6 +200,23 @@ def completions_fit(run, prefix):
             yield Problem((path, room), sentence)
 
 
+@reads('model', 'evals', 'sampling')
+def sampled_ids_exist(run, prefix):
+    size, groups = run.model.vocab_size, {('sampling',): run.sampling}
+    groups |= {('evals', name): config for name, config in run.evals.items()}
+    for place, group in groups.items():
+        if not isinstance(group, SamplingOptions):
+            continue
+        for key in ('allowed_ids', 'logit_bias'):
+            largest, path = max(getattr(group, key) or (), default=0), (*place, key)
+            if largest >= size:
+                sentence = (
+                    f'{format_path(path)}: token id {largest} does not exist, because '
+                    f'model.vocab_size is {size}'
+                )
+                yield Problem((path, path_to('model.vocab_size')), sentence)
+
+
 @reads('evals', 'export')
 def export_has_its_name(run, prefix):
     if run.export.every and 'export' in run.evals:
@@ -277,6 +295,7 @@ RUN_CHECKS = (
     adapters_fit,
     names_have_a_checkpoint,
     completions_fit,
+    sampled_ids_exist,
     export_has_its_name,
     nothing_is_packed,
 )

@@ -198,7 +198,9 @@ _GROUP = 'must be a group of keys'
 _SENTENCES = {
     'int_type': 'must be a whole number',
     'int_from_float': 'must be a whole number',
+    'int_parsing': 'must be a whole number',
     'float_type': 'must be a number',
+    'finite_number': 'must be a finite number',
     'bool_type': 'must be true or false',
     'string_type': 'must be text',
     'none_required': 'must be None',
@@ -215,5 +217,6 @@ _SENTENCES = {
     'too_short': 'must have at least {min_length} entries',
     'too_long': 'must have at most {max_length} entries',
     'string_too_short': 'must have at least {min_length} characters',
+    'string_too_long': 'must have at most {max_length} characters',
     'string_pattern_mismatch': 'must match {pattern}',
 }

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from jaxfm.registry import Entry, Registry, one_of
+from jaxfm.sampling import MaxTokens, SamplingOptions, Temperature
 from jaxfm.schema import Group
 from jaxfm.tasks import TASKS
 
@@ -33,16 +34,19 @@ class LossConfig(EvaluatorConfig):
     xz_baseline: bool = False  # also record what `xz -9e` reaches on the same text, a baseline
 
 
-class GenerateConfig(EvaluatorConfig):
-    """Samples completions of a task's prompts and scores them: pass@1 with a 95 % interval."""
+class GenerateConfig(SamplingOptions, EvaluatorConfig):
+    """Samples completions of a task's prompts and scores them: pass@1 with a 95 % interval.
+
+    With n > 1, the score of a prompt is the mean over its completions.
+    """
 
     name: Literal['generate'] = 'generate'
     task: one_of(TASKS)
     # Bytes of each phase's training text to search for the prompts, at the end of the run; 0: no
     # search.
     contamination_bytes: int = Field(1 << 26, ge=0)
-    max_tokens: int = Field(96, ge=1)  # of a completion
-    temperature: float = Field(0.0, ge=0)  # 0: greedy decoding
+    max_tokens: MaxTokens = 96
+    temperature: Temperature = 0.0
 
 
 EVALUATORS = Registry(

@@ -1,12 +1,68 @@
 """Sampling: the engine that evaluation, chat and the sample mode drive step by step."""
 
+from collections.abc import Iterable
+from typing import Annotated
+
 from pydantic import Field
 
-from jaxfm.schema import Group
+from jaxfm.schema import Group, KeyPath, Problem
+
+_MOST = 2**31 - 1  # of an int32
+_LARGEST = 3.4028234663852886e38  # of a float32
+# The ranges are those of `request.check_request`, except that a config holds no infinity.
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Bias = Annotated[_Number, Field(ge=-_LARGEST, le=_LARGEST)]
+_TokenId = Annotated[int, Field(ge=0)]
+_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+MaxTokens = Annotated[int, Field(ge=1, le=_MOST)]
+Temperature = Annotated[_Number, Field(ge=0, le=_LARGEST)]
 
 
-class SamplingConfig(Group):
-    """The engine's static shapes, and the defaults for requests."""
+class SamplingOptions(Group):
+    """How to sample the completions of a prompt."""
+
+    max_tokens: MaxTokens = 128  # of a completion
+    temperature: Temperature = 1.0  # 0: greedy decoding
+    n: int = Field(1, ge=1, le=_MOST)  # completions of each prompt
+    top_k: int = Field(0, ge=0, le=_MOST)  # only so many likeliest tokens; 0: all
+    # Only the likeliest tokens that together have this probability.
+    top_p: _Number = Field(1.0, gt=0, le=1)
+    # Only tokens with at least this share of the likeliest one's probability.
+    min_p: _Number = Field(0.0, ge=0, le=1)
+    # Divides positive logits of tokens in prompt and completion, multiplies negative ones.
+    repetition_penalty: _Number = Field(1.0, gt=0, le=_LARGEST)
+    # Subtracted from the logits of tokens in the completion; frequency: for each occurrence.
+    presence_penalty: _Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: _Number = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[_TokenId, _Bias] = {}  # {token id: what is added to its logit}
+    allowed_ids: Annotated[list[_TokenId], Field(min_length=1)] | None = None  # None: all
+    stop: list[_StopString] = Field([], max_length=64)  # a completion ends before one of these
+    min_tokens: int = Field(0, ge=0, le=_MOST)  # nothing stops a completion with fewer tokens
+    ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        least, most = parts.get('min_tokens', 0), parts.get('max_tokens', _MOST)
+        if least <= most:
+            return []
+        paths: tuple[KeyPath, ...] = ('min_tokens',), ('max_tokens',)
+        return [Problem(paths, f'min_tokens {least} is more than max_tokens {most}')]
+
+    def request_options(self, end_ids: Iterable[int], stop_ids: Iterable[int]) -> dict:
+        """The arguments of a `Request` that these options give.
+
+        Args:
+          end_ids: the ids with which tokenizer and chat template end a text.
+          stop_ids: other ids that end a completion.
+        """
+        names = SamplingOptions.model_fields.keys() - {'ignore_eos'}
+        ends, others = set(end_ids), set(stop_ids)
+        stops = others - ends if self.ignore_eos else others | ends
+        return {name: getattr(self, name) for name in names} | {'stop_ids': frozenset(stops)}
+
+
+class SamplingConfig(SamplingOptions):
+    """The engine's static shapes, and the options of requests, by default."""
 
     slots: int = Field(64, ge=1)  # most sequences decoded together
     max_length: int = Field(512, ge=2)  # tokens of prompt plus completion
@@ -16,9 +72,7 @@ class SamplingConfig(Group):
     # Pages of the cache, over all shards of the batch; None: enough for all slots at max_length.
     # With fewer, sequences that no longer fit wait, and are computed again.
     pages: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    max_tokens: int = Field(128, ge=1)  # of a completion
-    num_samples: int = Field(3, ge=0)  # samples to show at the end of a training run
-    prompts: list[str] = []  # prompts of those samples; repeated if fewer than num_samples
+    num_samples: int = Field(3, ge=0)  # prompts to sample at the end of a training run
+    prompts: list[str] = []  # these prompts; repeated if fewer than num_samples
     stop_ids: list[int] = []  # end a completion, besides those of tokenizer and chat template
     chat: bool = False  # treat a prompt as a user's message and apply the chat template

@@ -135,6 +135,14 @@ evals.code.name=generate evals.code.task.name=python_functions evals.code.max_to
 sampling.max_length=64
 sampling.max_tokens=512 sampling.temperature=0.5
 sampling.max_tokens=700 sampling.max_length=600
+sampling.min_tokens=200
+sampling.min_tokens=9 sampling.max_tokens=8 sampling.temperature=0.5
+sampling.top_p=0 sampling.min_p=1.5 sampling.frequency_penalty=-3 sampling.n=0
+sampling.allowed_ids=[5,2048] sampling.logit_bias={5000:1.0}
+sampling.allowed_ids=[] sampling.stop=['']
+sampling.logit_bias={'a':1.0} sampling.stop=END
+sampling.logit_bias={3:-1e999}
+sampling.topk=3
 evals.export={'name':'loss'} export.every=10
 export.every=10 evals.export.name=loss export.dtype=float32
 mesh.context=2
@@ -317,6 +325,9 @@ evals.py model.implementations.attention=cudnn
 evals.py model.implementations.attention=cudnn evals.heldout.every=3
 evals.py sampling.max_length=100 sampling.max_tokens=50 evals.code.max_tokens=200
 evals.py evals.code.max_tokens=600 evals.code.temperature=1
+evals.py evals.code.min_tokens=97
+evals.py evals.code.logit_bias={2048:1.0} evals.code.ignore_eos=1
+evals.py evals.code.logit_bias={2048:1.0}
 evals.py evals.code.phase=first
 evals.py evals.heldout.phase=first evals.code.phase=second phases=[]
 evals.py phases=[{'name':'a','steps':1},{'name':'b'}]

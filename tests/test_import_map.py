@@ -28,8 +28,8 @@ LIGHT = {'config'}
 MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
-        *('run', 'config', 'train', 'plan', 'evals', 'sampling', 'tokenizer', 'chat'),
-        *('state', 'models', 'optim', 'metrics', 'storage', 'distributed'),
+        *('run', 'config', 'train', 'plan', 'evals', 'sampling', 'chat', 'state', 'models'),
+        *('optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
         *('config', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
@@ -47,7 +47,8 @@ MAP = {
     'train': {'state', 'checkpoint', 'optim', 'metrics', 'distributed'},
     'plan': {'models', 'optim', 'sharding'},
     'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
-    'sampling': {'models', 'ops', 'sharding'},
+    # Stop strings are found in text, and events tell text.
+    'sampling': {'models', 'ops', 'sharding', 'tokenizer'},
     'tasks': set(),
     'objectives': {'ops'},
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},

@@ -18,7 +18,7 @@ from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.checkpoint.reader import Reader
 from jaxfm.errors import DataError, Preempted
 from jaxfm.metrics.writers import read_records
-from jaxfm.modes import train
+from jaxfm.modes import sample, train
 from tests.conftest import NO_SAMPLES
 from tests.hf_directories import write_model
 from tests.runs import PATIENCE
@@ -57,6 +57,47 @@ FIRST_STAGE = {
     'an unknown group to change': (['--allow_change=optimiser'], 64, ['optimizer']),
     'no tokens wanted': (['--mode=sample', '--max_tokens=0'], 64, ['--max_tokens', '0']),
     'a temperature below zero': (['--mode=sample', '--temperature=-1'], 64, ['-1']),
+    'a probability of none': (
+        ['--mode=sample', '--top_p=0'],
+        64,
+        ['config.sampling.top_p: must be more than 0, got 0.0 (given by --top_p)'],
+    ),
+    'no number': (['--mode=chat', '--min_p=nan'], 64, ['min_p: must be a finite number, got nan']),
+    'a typo in an option of sampling': (['--mode=chat', '--topk=3'], 64, ['did you mean --top_k?']),
+    'an option of sampling to train with': (
+        ['--ignore_eos'],
+        64,
+        ['--ignore_eos is a flag of --mode sample, chat, not of train'],
+    ),
+    'nothing to stop at': (['--mode=sample', '--stop='], 64, ['at least 1 characters', '--stop)']),
+    'a stop that is no text': (['--mode=sample', '--stop=\udcff'], 64, ['--stop: must be UTF-8']),
+    'an end before the least end': (
+        ['--mode=sample', '--min_tokens=9', '--config.sampling.max_tokens=8'],
+        64,
+        ['min_tokens 9 is more than max_tokens 8 (given by --min_tokens)'],
+    ),
+    'more tokens than there is room for': (
+        ['--mode=sample', '--max_tokens=64'],
+        64,
+        ['sampling.max_tokens 64 must be less than sampling.max_length 64', '--max_tokens)'],
+    ),
+    'ids that do not exist': (
+        ['--mode=sample', '--config.sampling.logit_bias={3: 1, 300: -1}'],
+        78,
+        ['sampling.logit_bias: token id 300 does not exist', 'model.vocab_size is 300'],
+    ),
+    'several answers in a chat': (['--mode=chat', '--n=2'], 64, ['--n is a flag of --mode sample']),
+    'several answers in a chat by config': (
+        ['--mode=chat', '--config.sampling.n=2'],
+        78,
+        ['config.sampling.n is 2', '--mode chat', '--config.sampling.n=1'],
+    ),
+    'log-probs of a chat': (
+        ['--mode=chat', '--logprobs'],
+        64,
+        ['--logprobs', 'sample, not of chat'],
+    ),
+    'log-probs for nobody': (['--mode=sample', '--logprobs'], 64, ['--logprobs', '--output=PATH']),
     'nothing to sample from': (['--mode=sample'], 66, ['holds no run to sample']),
     'nobody to talk to': (['--mode=chat'], 66, ['holds no run to chat']),
     'nothing to evaluate': (['--mode=eval'], 66, ['holds no run to eval']),
@@ -640,6 +681,33 @@ def test_sampling_prints_prompt_and_completion_and_repeats_itself(cli, finished,
     hot = ['--mode=sample', '--prompt=a1 b', '--temperature=1', '--max_tokens=20']
     assert cli(finished[0], *hot)[1] == cli(finished[0], *hot)[1]
     assert cli(finished[0], *hot)[1] != cli(finished[0], *hot, '--seed=1')[1]
+
+
+def test_options_of_sampling_are_honoured_and_every_sample_is_recorded(cli, finished, tmp_path):
+    output = tmp_path / 'samples.jsonl'
+    given = ['--mode=sample', '--prompt=a1 b', '--n=3', '--top_k=2', '--max_tokens=30']
+    given += ['--ignore_eos', '--config.sampling.allowed_ids=[97, 98, 99]', '--stop=ca', '--stop=b']
+    code, out, error = cli(finished[0], *given, '--logprobs', '--output', str(output))
+    assert code == 0, error
+    records = [json.loads(line) for line in output.read_text('utf-8').splitlines()]
+    assert out == ''.join(f'{record["prompt"]}{record["completion"]}\n' for record in records)
+    assert [record['sample_index'] for record in records] == [0, 1, 2]
+    for record in records:
+        assert set(record['completion']) <= {'a', 'c'} and 'ca' not in record['completion']
+        assert record['finish_reason'] == ('length' if len(record['tokens']) == 30 else 'stop')
+        assert set(record['tokens']) <= {97, 98, 99}
+        assert len(record['logprobs']) == len(record['tokens'])
+
+
+def test_samples_of_weights_that_are_no_numbers_fail(cli, finished, monkeypatch):
+    def ruined(run, original=sample.current_params):
+        params, step = original(run)
+        return {path: x * float('nan') for path, x in params.items()}, step
+
+    monkeypatch.setattr(sample, 'current_params', ruined)
+    code, out, error = cli(finished[0], '--mode=sample', '--prompt=a1', '--prompt=b')
+    assert (code, out) == (70, 'a1\nb\n')
+    assert_one_clear_message(error, ['2 of 2 samples failed', "'b'", 'the model gives NaN'])
 
 
 @pytest.mark.parametrize(

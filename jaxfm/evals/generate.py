@@ -1,5 +1,6 @@
 """Sampling-based evaluation: completes a task's prompts, scores them, and keeps every sample."""
 
+import itertools
 import json
 import logging
 
@@ -7,7 +8,7 @@ from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Context, Periodic, wilson_interval
 from jaxfm.sampling.engine import complete
-from jaxfm.sampling.request import Request
+from jaxfm.sampling.request import Completion, Request
 from jaxfm.tasks import TASKS
 
 log = logging.getLogger('jaxfm')
@@ -18,7 +19,10 @@ def _text_of(prompt) -> str:
 
 
 class Generate(Periodic):
-    """pass@1 from one sample per prompt, with its 95 % interval, and pass@1 per group of prompts.
+    """pass@1 with its 95 % interval, and pass@1 per group of prompts.
+
+    The score of a prompt is the mean over its n samples. With n > 1 the interval is
+    conservative, because it treats these means as single answers. A sample that fails scores 0.
 
     Chats are rendered with the chat template. Other prompts are continued without a BOS token,
     because they come from the middle of documents.
@@ -31,7 +35,6 @@ class Generate(Periodic):
         super().__init__(config.every, config.at_start)
         self._config, self._sampler, self._seed = config, context.sampler, context.seed
         self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
-        self._stop_ids = self._chat.stop_ids | set(self._sampler.config.stop_ids)
         documents = context.dataset.heldout_documents
         self._task = TASKS.load(config.task.name)(config.task, documents)
         self._name, self._directory = context.name, context.samples_directory
@@ -51,28 +54,19 @@ class Generate(Periodic):
         The scores by group are called 'pass@1/<group>'.
         """
         prompts = self._prompts
-        events = complete(
+        completions = complete(
             self._sampler,
             self._requests,
             params,
             step,
-            stop=lambda id, ids: self._task.stop(prompts[id], self._tokenizer.decode(ids)),
+            stop=lambda sample: self._task.stop(prompts[sample.id], sample.text),
         )
-        scores = {}
-        records = []
+        self._warn_of_failures(step, list(itertools.chain(*completions.values())))
+        scores, records = {}, []
         for prompt in prompts.values():
-            text = self._text(events[prompt.id])
-            scores[prompt.id] = self._task.evaluate(prompt, text)
-            records.append(
-                {
-                    'step': step,
-                    'id': prompt.id,
-                    'prompt': prompt.text or list(prompt.messages),
-                    'completion': text,
-                    'score': scores[prompt.id],
-                    'finish_reason': events[prompt.id][-1].finish_reason or 'judged',
-                }
-            )
+            judged = [self._judge(step, prompt, sample) for sample in completions[prompt.id]]
+            scores[prompt.id] = sum(record['score'] for record in judged) / len(judged)
+            records += judged
         self._write(step, records)
         passed = sum(scores.values())
         low, high = wilson_interval(passed, len(scores))
@@ -83,6 +77,27 @@ class Generate(Periodic):
             'prompts': float(len(scores)),
             **self._by_group(scores),
         }
+
+    def _judge(self, step: int, prompt, sample: Completion) -> dict:
+        """The record of a sample, with its score."""
+        has_failed = sample.finish_reason == 'error'
+        return {
+            'step': step,
+            'id': prompt.id,
+            'sample_index': sample.sample_index,
+            'prompt': prompt.text or list(prompt.messages),
+            'completion': sample.text,
+            'score': 0.0 if has_failed else self._task.evaluate(prompt, sample.text),
+            'finish_reason': sample.finish_reason or 'judged',
+        }
+
+    def _warn_of_failures(self, step: int, samples: list[Completion]) -> None:
+        failed = [sample for sample in samples if sample.finish_reason == 'error']
+        if failed:
+            log.warning(
+                'step %d  %s: %d of %d samples failed and score 0; the first (%s): %s',
+                *(step, self._name, len(failed), len(samples), failed[0].id, failed[0].error),
+            )
 
     @property
     def prompt_texts(self) -> list[str]:
@@ -97,25 +112,18 @@ class Generate(Periodic):
         return {f'pass@1/{name}': sum(passed) / len(passed) for name, passed in groups.items()}
 
     def _request(self, prompt) -> Request:
+        stop_ids = self._sampler.config.stop_ids
         return Request(
             id=prompt.id,
             tokens=self._prompt_ids(prompt),
-            max_tokens=self._config.max_tokens,
-            temperature=self._config.temperature,
             seed=self._seed,
-            stop_ids=self._stop_ids,
+            **self._config.request_options(self._chat.stop_ids, stop_ids),
         )
 
     def _prompt_ids(self, prompt) -> list[int]:
         if prompt.messages:
             return self._chat.prompt(prompt.messages, prompt.tools)
         return self._tokenizer.encode(prompt.text)
-
-    def _text(self, events) -> str:
-        ids = [token for event in events for token in event.tokens]
-        if ids and ids[-1] in self._stop_ids:
-            ids.pop()
-        return self._tokenizer.decode(ids)
 
     def _write(self, step: int, records: list[dict]) -> None:
         """Writes one file per step, so a resumed run that repeats a step replaces its file."""

@@ -2,8 +2,8 @@
 
 Each line of stdin is a user message. Only the text of the answers goes to stdout, as it is
 generated; hints for a person at a terminal go to stderr. Every turn renders the whole conversation
-with the chat template again and prefills its token ids, so the model sees what it would see in
-training.
+with the chat template again, so the model sees what it would see in training. The engine computes
+only what is new: it still has the keys and values of the turns before.
 """
 
 import contextlib
@@ -19,15 +19,14 @@ import jax
 from jaxfm import process
 from jaxfm.chat.render import Chat
 from jaxfm.config.run import RunConfig
-from jaxfm.errors import DataError, UsageError
+from jaxfm.errors import DataError, NumericsError, UsageError
 from jaxfm.metrics.console import Console
 from jaxfm.modes.generation import request_options
 from jaxfm.modes.output import write_lines
 from jaxfm.run.data import open_tokenizer
 from jaxfm.run.run import start_run
 from jaxfm.run.weights import current_params
-from jaxfm.sampling.request import Request
-from jaxfm.tokenizer.stream import TextStream
+from jaxfm.sampling.request import Completion, Request
 
 log = logging.getLogger('jaxfm')
 
@@ -43,7 +42,8 @@ Messages = list[dict[str, str]]
 def chat(flags, config: RunConfig, changes) -> int:
     """Answers until the input ends.
 
-    Returns 65 if a message was refused and stdin is not a terminal, else 0.
+    Returns 0 if stdin is a terminal. Otherwise, if messages were refused (65) or answers failed
+    (70), the code of the last of these.
 
     Raises:
       UsageError: there are several processes, but only one can read the keyboard.
@@ -61,21 +61,23 @@ def chat(flags, config: RunConfig, changes) -> int:
         if not tokenizer.chat_template:
             log.warning('the tokenizer has no chat template, so `plain` is used')
         chat_format = Chat(tokenizer)
+        sampler = run.sampler(tokenizer, slots=1)
+        options = request_options(config, chat_format, flags.seed)
+        # Before the weights are read, refuse options with which no answer is possible.
+        sampler.check(Request(id='of the chat', tokens=[tokenizer.eos_id], **options))
         params, step = current_params(run)
-        sampler = run.sampler(slots=1)
         sampler.lend(params, step or 0)
-        options = request_options(config, chat_format, flags)
-        assistant = Assistant(sampler, tokenizer, chat_format, options)
+        assistant = Assistant(sampler, chat_format, options)
         if step is not None:
             log.info('chatting with the weights of step %d', step)
         is_terminal = sys.stdin is not None and sys.stdin.isatty()
         hint = _hint if is_terminal else _no_hint
         hint(f'{HINTS}\n')
         turns = _turns(flags.prompt or [], is_terminal, hint)
-        num_refused = 0
+        code = 0
         with contextlib.suppress(_NobodyReads):
-            num_refused = _talk(assistant, turns, flags.output, hint)
-    return DataError.exit_code if num_refused and not is_terminal else 0
+            code = _talk(assistant, turns, flags.output, hint)
+    return 0 if is_terminal else code
 
 
 class _NobodyReads(Exception):
@@ -89,9 +91,8 @@ class Assistant:
       options: arguments that every `Request` shares, from `request_options`.
     """
 
-    def __init__(self, sampler, tokenizer, chat_format: Chat, options: dict):
-        self._sampler, self._tokenizer, self._options = sampler, tokenizer, options
-        self._format = chat_format
+    def __init__(self, sampler, chat_format: Chat, options: dict):
+        self._sampler, self._format, self._options = sampler, chat_format, options
         self._num_answers = 0  # gives each answer its own sampling noise
 
     def answer(
@@ -107,21 +108,21 @@ class Assistant:
 
         Raises:
           DataError: the template refuses the conversation, or it is too long. Nothing was shown.
+          NumericsError: the answer failed; its beginning may have been shown.
         """
         request = self._request(messages)
-        stream, text, reason = TextStream(self._tokenizer), '', None
+        answer = Completion(request.id, request.sample_index)
         self._sampler.add(request)
-        while reason is None:
+        while answer.finish_reason is None:
             if is_stopped():
                 self._sampler.cancel(request.id)
-                return text, 'interrupted'
-            [event] = self._sampler.step()
-            reason = event.finish_reason
-            piece = stream.push(event.tokens[:-1] if reason == 'stop' else event.tokens)
-            piece += stream.finish() if reason else ''
-            show(piece)
-            text += piece
-        return text, reason
+                return answer.text, 'interrupted'
+            for event in self._sampler.step():
+                show(event.text)
+                answer.add(event)
+        if answer.finish_reason == 'error':
+            raise NumericsError(f'the answer failed: {answer.error}')
+        return answer.text, answer.finish_reason
 
     def _request(self, messages: Messages) -> Request:
         ids = self._format.prompt(messages)
@@ -173,12 +174,12 @@ def _turns(prompts: list[str], is_terminal: bool, hint) -> Iterator[str]:
 
 
 def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint) -> int:
-    """Answers the turns; returns how many were refused.
+    """Answers the turns; returns the exit code of the last that was refused or failed, else 0.
 
     output: rewritten after every turn with one chat per line, as training reads them. /reset begins
       the next chat.
     """
-    chats, num_refused = [[]], 0
+    chats, code = [[]], 0
     for said in turns:
         command = said.strip()
         if command == '/exit':
@@ -189,19 +190,23 @@ def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint)
             continue
         try:
             chats[-1] = _turn(assistant, chats[-1], said, hint)
-        except DataError as error:
+        except (DataError, NumericsError) as error:
             log.error('%s', error)
-            num_refused += 1
+            code = error.exit_code
         if output:
             write_lines(output, [{'messages': messages} for messages in chats if messages])
-    return num_refused
+    return code
 
 
 def _turn(assistant: Assistant, messages: Messages, said: str, hint) -> Messages:
     """The conversation with the new message and answer; unchanged if stopped before any text."""
     asked = [*messages, {'role': 'user', 'content': said}]
     with _interrupt() as interrupted:
-        text, reason = assistant.answer(asked, _show, interrupted.is_set)
+        try:
+            text, reason = assistant.answer(asked, _show, interrupted.is_set)
+        except NumericsError:
+            _show('\n')
+            raise
         _show('\n')
     if reason == 'interrupted':
         hint('(stopped)\n')

@@ -27,7 +27,8 @@ def evaluate(flags, config: RunConfig, changes) -> int:
             phase = run.phase_at(step)
             phase.batches(data.datasets[phase.name]).set_state(position)
         scores = {}
-        for name, evaluator in run.evaluators(data, run.sampler(), write=False).items():
+        evaluators = run.evaluators(data, run.sampler(data.tokenizer), write=False)
+        for name, evaluator in evaluators.items():
             values = evaluator.run(params, step)
             scores |= {f'eval/{name}/{key}': value for key, value in values.items()}
         for name, value in scores.items():

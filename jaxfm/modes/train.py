@@ -19,7 +19,12 @@ from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
 from jaxfm.metrics.writers import Recorder
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.modes.generation import requests_for, write_samples
+from jaxfm.modes.generation import (
+    Completions,
+    describe_failures,
+    requests_for,
+    write_samples,
+)
 from jaxfm.optim.spikes import Rewind, Spike
 from jaxfm.plan.tables import parameter_rows, summary, tables
 from jaxfm.run import restart, workdir
@@ -57,7 +62,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         data = open_data(config, run.workdir)  # tokenises it if need be, which may take hours
         sources = [_open_source(phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
-        sampler = run.sampler()
+        sampler = run.sampler(data.tokenizer)
         evaluators = run.evaluators(data, sampler, write=run.primary)
         evaluators |= periodic_exports(run, data.tokenizer)
         prompts, requests = _last_samples(config, data.tokenizer)
@@ -112,11 +117,8 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             )
         preemption.restore()  # everything is saved: Ctrl-C may end what follows
         console.stop_bar()
-        events = complete(sampler, requests, state.params, config.total_steps)
-        path = run.workdir / 'samples' / 'final.jsonl'
-        if requests:
-            log.info('samples of the final weights:')
-        write_samples(run, data.tokenizer, prompts, requests, events, path)
+        completions = complete(sampler, requests, state.params, config.total_steps)
+        _show_samples(run, data.tokenizer, prompts, requests, completions)
         recorder.write(config.total_steps, 'event', clock.log(config.total_steps))
         _record_contamination(recorder, run, data, evaluators)
         workdir.report(run)
@@ -205,3 +207,13 @@ def _last_samples(config, tokenizer) -> tuple[list[str], list[Request]]:
     known = list(sampling.prompts) or ['']
     prompts = [known[index % len(known)] for index in range(sampling.num_samples)]
     return prompts, requests_for(config, tokenizer, prompts)
+
+
+def _show_samples(run: Run, tokenizer, prompts, requests, completions: Completions) -> None:
+    """Prints and stores the samples of the final weights; warns of those that failed."""
+    if requests:
+        log.info('samples of the final weights:')
+    path = run.workdir / 'samples' / 'final.jsonl'
+    write_samples(run, tokenizer, prompts, requests, completions, path)
+    if failures := describe_failures(prompts, requests, completions):
+        log.warning('%s', failures)

@@ -37,6 +37,7 @@ from jaxfm.run.data import RunData
 from jaxfm.run.phase import Phase, make_phases, phase_at
 from jaxfm.sampling.engine import Sampler
 from jaxfm.state import Parts, split
+from jaxfm.tokenizer.kinds import Tokenizer
 
 Outside = Pretrained | Foreign
 
@@ -106,7 +107,7 @@ class Run:
         paths = self.parts.base_axes.keys() - self.parts.buffers
         return Base(frozenset(f'frozen/{path}' for path in paths))
 
-    def sampler(self, slots: int | None = None) -> Sampler:
+    def sampler(self, tokenizer: Tokenizer, slots: int | None = None) -> Sampler:
         """A sampler for this run's model; call its `lend` to give it weights.
 
         slots: caps the number of sequences decoded together.
@@ -114,7 +115,7 @@ class Run:
         config = self.config.sampling
         if slots:
             config = config.model_copy(update={'slots': min(slots, config.slots)})
-        return Sampler(self.parts.merge, self.config.model, config, self.mesh)
+        return Sampler(self.parts.merge, self.config.model, config, self.mesh, tokenizer)
 
     def evaluators(self, data: RunData, sampler: Sampler, write: bool) -> dict:
         """{name: evaluator} of every evaluator in the config.

@@ -59,12 +59,16 @@ class Task:
 
 
 class Engine:
-    """Answers prompts from a script, two tokens per step; a request ends with its script."""
+    """Answers prompts from a script, two tokens per step; a sample ends with its script.
+
+    A script may be one text for all samples of a prompt, or a list of texts. A sample whose script
+    has an ! fails there.
+    """
 
     script = {'abc': 'oxo\0', 'bc': 'oo.ooooox', 'c': 'oo'}
 
     def __init__(self):
-        self.config = SamplingConfig()
+        self.config = SamplingConfig(stop_ids=[ord('#')])
         self.lent, self.checked, self.running, self.seen = None, [], {}, []
 
     def lend(self, params, version):
@@ -77,10 +81,13 @@ class Engine:
 
     def add(self, request):
         self.seen.append((request.id, *self.lent))
-        self.running[request.id] = self.script[''.join(map(chr, request.tokens))]
+        script = self.script[''.join(map(chr, request.tokens))]
+        texts = [script] * request.n if isinstance(script, str) else script
+        for index, text in enumerate(texts):
+            self.running[request.id, request.sample_index + index] = text
 
-    def cancel(self, id):
-        del self.running[id]
+    def cancel(self, id, sample_index):
+        del self.running[id, sample_index]
 
     @property
     def has_work(self):
@@ -88,12 +95,21 @@ class Engine:
 
     def step(self):
         events = []
-        for id, rest in list(self.running.items()):
-            now, self.running[id] = rest[:2], rest[2:]
-            reason = None if self.running[id] else 'stop' if '\0' in now else 'length'
+        for (id, index), rest in list(self.running.items()):
+            now, rest = rest[:2], rest[2:]
+            self.running[id, index] = rest
+            reason, error = None if rest else 'length', None
+            if '\0' in now:
+                reason = 'stop'
+            if '!' in now:
+                reason, error, now = 'error', 'NaN', ''
             if reason:
-                del self.running[id]
-            events.append(Event(id, [ord(x) for x in now], [0.0] * 2, [0.0] * 2, reason))
+                del self.running[id, index]
+            ids = [ord(x) for x in now]
+            text = now.removesuffix('\0')
+            numbers = [0.0] * len(ids)
+            event = Event(id, ids, numbers, numbers, reason, index, text=text, error=error)
+            events.append(event)
         return events
 
 
@@ -132,11 +148,58 @@ def test_requests_follow_the_config_and_are_checked_before_anything_runs(engine)
     assert [request.id for request in engine.checked] == ['a', 'b', 'c']
     for request in engine.checked:
         assert (request.max_tokens, request.temperature, request.seed) == (7, 0.5, 11)
-        assert request.stop_ids == Chat.stop_ids
+        assert request.stop_ids == Chat.stop_ids | {ord('#')}
         assert request.tokens == Tokenizer().encode(Task.texts[request.id])
     with pytest.raises(DataError, match='too long'):
         evaluator(engine, max_tokens=18)
     assert engine.seen == []
+
+
+def test_all_options_of_sampling_reach_the_requests(engine):
+    given = dict(
+        n=2,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.1,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=-0.25,
+        logit_bias={5: -2.0},
+        allowed_ids=[5, 6],
+        stop=['END'],
+        min_tokens=3,
+    )
+    evaluator(engine, ignore_eos=True, **given)
+    for request in engine.checked:
+        assert {name: getattr(request, name) for name in given} == given
+        assert request.stop_ids == {ord('#')}
+
+
+def test_the_score_of_a_prompt_is_the_mean_of_its_samples(engine, monkeypatch, tmp_path):
+    script = {'abc': ['oxo\0', 'oo', 'x.xxx'], 'bc': ['o', 'o', 'o'], 'c': ['x', 'x', 'x']}
+    monkeypatch.setattr(Engine, 'script', script)
+    values = evaluator(engine, tmp_path, n=3, temperature=1.0).run('weights', 5)
+    assert values['pass@1'] == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert values['prompts'] == 3
+    assert values['pass@1_low'] == wilson_interval(5 / 3, 3)[0]
+    [path] = tmp_path.iterdir()
+    records = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+    assert [record['sample_index'] for record in records] == [0, 1, 2] * 3
+    assert [record['score'] for record in records] == [1, 0, 1, 0, 0, 0, 1, 1, 1]
+    assert (records[2]['completion'], records[2]['finish_reason']) == ('x.', 'judged')
+
+
+def test_samples_that_fail_score_0_and_are_told_once(engine, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(Engine, 'script', {'abc': 'xx!', 'bc': '!', 'c': 'x'})
+    values = evaluator(engine, tmp_path).run('weights', 5)
+    assert values['pass@1'] == 1 / 3
+    [record] = caplog.records
+    assert record.levelname == 'WARNING'
+    for words in ('step 5', 'functions', '2 of 3 samples failed', '(a)', 'NaN'):
+        assert words in record.getMessage()
+    [path] = tmp_path.iterdir()
+    first = json.loads(path.read_text('utf-8').splitlines()[0])
+    assert (first['completion'], first['score'], first['finish_reason']) == ('xx', 0, 'error')
 
 
 def test_chats_use_the_template_and_groups_are_scored_separately(engine, monkeypatch):
@@ -146,10 +209,8 @@ def test_chats_use_the_template_and_groups_are_scored_separately(engine, monkeyp
 
     monkeypatch.setattr(Task, 'prompts', prompts)
     monkeypatch.setattr(Task, 'evaluate', lambda self, prompt, completion: float('x' in completion))
-    monkeypatch.setattr(Engine, 'script', {'ABC': 'oxo|', 'BC': 'oo', 'C': 'x\0'})
-    generate = evaluator(engine)
-    assert generate._text([Event('a', [ord(x) for x in 'ox|'], [], [], 'stop')]) == 'ox'
-    values = generate.run('weights', 0)
+    monkeypatch.setattr(Engine, 'script', {'ABC': 'oxo', 'BC': 'oo', 'C': 'x\0'})
+    values = evaluator(engine).run('weights', 0)
     assert values['pass@1'] == 2 / 3
     assert values['pass@1/even'] == 1.0
     assert values['pass@1/odd'] == 0.0
@@ -182,6 +243,7 @@ def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_
     assert first == {
         'step': 5,
         'id': 'a',
+        'sample_index': 0,
         'prompt': 'abc',
         'completion': 'oxo',  # without the end-of-text token
         'score': 1.0,

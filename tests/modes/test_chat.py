@@ -11,14 +11,21 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from jaxfm import sharding, state
 from jaxfm.chat.render import Chat
 from jaxfm.errors import DataError
+from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.modes import chat
 from jaxfm.modes.chat import Assistant
-from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.request import Event
+from jaxfm.run.run import model_maker
+from jaxfm.sampling import SamplingConfig, SamplingOptions
+from jaxfm.sampling.engine import Sampler
+from jaxfm.sampling.logits import Sampled
+from jaxfm.sampling.output import Output
 from jaxfm.tokenizer import BytesConfig
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from tests.runs import PATIENCE, start_ranks, stderr_of
@@ -26,25 +33,35 @@ from tests.runs import PATIENCE, start_ranks, stderr_of
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = ['--temperature=0', '--max_tokens=8']
 OPTIONS = dict(temperature=0.0, max_tokens=20, seed=3)
+NAN = -1
 
 
 class Answers:
-    """A sampler that answers with given ids, one a step, and remembers what it was asked."""
+    """A sampler that answers with given ids, one a step, and remembers what it was asked.
+
+    Its events are those of the engine. None in place of an id is a step without any; NAN is logits
+    that are not numbers.
+    """
 
     config = SamplingConfig(max_length=200)
 
-    def __init__(self, *answers):
-        self._answers, self.requests, self.cancelled = list(answers), [], []
+    def __init__(self, tokenizer, *answers):
+        self._tokenizer, self._answers = tokenizer, list(answers)
+        self.requests, self.cancelled = [], []
 
     def add(self, request):
         self.requests.append(request)
         self._ids = list(self._answers.pop(0))
+        self._output = Output(request, self._tokenizer)
 
     def step(self):
-        token, reason = self._ids.pop(0), None
-        if token in self.requests[-1].stop_ids or not self._ids:
-            reason = 'stop' if token in self.requests[-1].stop_ids else 'length'
-        return [Event(self.requests[-1].id, [token], [0.0], [0.0], reason)]
+        token = self._ids.pop(0)
+        if token is None:
+            return []
+        nothing = [np.zeros(1)] * 2 + [np.zeros((1, 1))] * 2
+        sampled = Sampled(np.array([token]), *nothing, is_bad=[token == NAN])
+        _, event = self._output.take(sampled, most=1 + len(self._ids), version=0)
+        return [event] if event else []
 
     def cancel(self, request_id):
         self.cancelled.append(request_id)
@@ -58,7 +75,7 @@ def coder():
 def answering(sampler, coder) -> Assistant:
     chat_format = Chat(coder)
     options = dict(OPTIONS, stop_ids=chat_format.stop_ids)
-    return Assistant(sampler, coder, chat_format, options)
+    return Assistant(sampler, chat_format, options)
 
 
 def ask(assistant, messages, stop_after=None):
@@ -74,7 +91,7 @@ def user(content):
 
 def test_a_turn_begins_with_the_ids_of_those_before_it(coder, capsys):
     said = ['hello', 'more', '/reset', 'hello']
-    sampler = Answers([*coder.encode('hi!'), coder.eos_id], [coder.eos_id], [coder.eos_id])
+    sampler = Answers(coder, [*coder.encode('hi!'), coder.eos_id], [coder.eos_id], [coder.eos_id])
     assert chat._talk(answering(sampler, coder), said, None, chat._no_hint) == 0
     assert capsys.readouterr() == ('hi!\n\n\n', '')
     first, second, third = sampler.requests
@@ -88,16 +105,27 @@ def test_a_turn_begins_with_the_ids_of_those_before_it(coder, capsys):
 
 
 def test_a_character_is_shown_whole_and_the_stop_token_not(coder):
-    sampler = Answers([*coder.encode('a\U0001f600'), coder.eos_id], coder.encode('\U0001f600')[:2])
+    smile = coder.encode('\U0001f600')
+    sampler = Answers(coder, [*coder.encode('a'), None, *smile, coder.eos_id], smile[:2])
     assistant = answering(sampler, coder)
-    assert ask(assistant, [user('x')]) == (
-        'a\U0001f600', 'stop', ['a', '', '', '', '\U0001f600', '']
-    )  # fmt: skip
-    assert ask(assistant, [user('x')]) == ('\ufffd', 'length', ['', '\ufffd'])
+    assert ask(assistant, [user('x')]) == ('a\U0001f600', 'stop', ['a', '\U0001f600', ''])
+    assert ask(assistant, [user('x')]) == ('\ufffd', 'length', ['\ufffd'])
+
+
+def test_an_answer_that_fails_is_told_and_the_chat_goes_on(coder, capsys, caplog, tmp_path):
+    said, output = ['hello', 'more', 'again'], tmp_path / 'chats.jsonl'
+    good = [*coder.encode('hi'), coder.eos_id]
+    sampler = Answers(coder, good, [*coder.encode('oh'), NAN], good)
+    assert chat._talk(answering(sampler, coder), said, output, chat._no_hint) == 70
+    assert capsys.readouterr().out == 'hi\noh\nhi\n'
+    assert [record.getMessage() for record in caplog.records] == [
+        'the answer failed: the model gives NaN or infinite logits'
+    ]
+    assert said_in(chats_in(output)) == [['hello', 'again']]
 
 
 def test_an_answer_that_is_stopped_is_what_was_shown_and_leaves_the_sampler(coder):
-    sampler = Answers(coder.encode('a long answer'))
+    sampler = Answers(coder, coder.encode('a long answer'))
     assert ask(answering(sampler, coder), [user('x')], stop_after=4)[:2] == (
         'a lo', 'interrupted'
     )  # fmt: skip
@@ -116,7 +144,7 @@ def test_a_mark_that_is_no_special_token_ends_an_answer_unseen(tmp_path):
     coder = load_tokenizer(tmp_path)
     end = coder.special_tokens[mark]
     assert coder.decode([end]) == mark
-    sampler = Answers([*coder.encode('yes'), end])
+    sampler = Answers(coder, [*coder.encode('yes'), end])
     assert ask(answering(sampler, coder), [user('x')])[:2] == ('yes', 'stop')
 
 
@@ -128,13 +156,13 @@ def test_a_turn_that_is_stopped_before_any_text_is_forgotten(coder):
 
     messages = [user('hello'), {'role': 'assistant', 'content': 'hi'}]
     handler = signal.getsignal(signal.SIGINT)
-    assistant = answering(Hasty(coder.encode('long')), coder)
+    assistant = answering(Hasty(coder, coder.encode('long')), coder)
     assert chat._turn(assistant, messages, 'more', chat._no_hint) == messages
     assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_what_to_do(coder):
-    sampler = Answers()
+    sampler = Answers(coder)
     with pytest.raises(DataError) as error:
         ask(answering(sampler, coder), [user('x' * 180)])
     for words in (
@@ -143,6 +171,34 @@ def test_a_conversation_that_is_too_long_is_refused_with_what_to_do(coder):
     ):  # fmt: skip
         assert words in str(error.value)
     assert not sampler.requests
+
+
+@pytest.mark.usefixtures('quick_programs')
+def test_a_turn_computes_only_what_the_turns_before_it_have_not(coder):
+    block = BlockConfig(num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8)
+    model = TransformerConfig(vocab_size=coder.vocab_size, embed_dim=8, num_layers=1, block=block)
+    make_model = model_maker(model)
+    parts = state.split(make_model)
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+    config = SamplingConfig(slots=1, max_length=128, decode_steps=1, page_size=4)
+    options = SamplingOptions(max_tokens=20, allowed_ids=coder.encode('abcdef'))  # never ends
+    with jax.set_mesh(mesh):
+        params = state.fresh_params(make_model, parts, 0, parts.shapes)
+        sampler = Sampler(parts.merge, model, config, mesh, coder)
+        sampler.lend(params, 0)
+        assistant = Assistant(sampler, Chat(coder), options.request_options([], []))
+        messages, prompts, shared, stored = [], [], [], []
+        for said in ('hello', 'more', 'again'):
+            messages.append(user(said))
+            prompts.append(len(Chat(coder).prompt(messages)))
+            before = sampler.counters
+            messages.append({'role': 'assistant', 'content': ask(assistant, messages)[0]})
+            shared.append(sampler.counters.shared_tokens - before.shared_tokens)
+            stored.append(sampler.counters.prefill_tokens - before.prefill_tokens)
+    # All whole pages of the prompt and of the answer, whose last token nobody has needed yet.
+    known = [0, *((length + 19) // 4 * 4 for length in prompts[:2])]
+    assert shared == known
+    assert stored == [length - 1 - old for length, old in zip(prompts, known)]
 
 
 # The command, on a trained model that has learnt little but ends

@@ -1,10 +1,14 @@
-"""What --mode train records outside of the training loop."""
+"""What --mode train shows and records outside of the training loop."""
 
 from types import SimpleNamespace
 
 from jaxfm.evals import GenerateConfig, LossConfig
 from jaxfm.modes import train
+from jaxfm.sampling import SamplingConfig
+from jaxfm.sampling.request import Completion
 from jaxfm.tasks import PythonFunctionsConfig
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import build_tokenizer
 
 
 class Records:
@@ -72,3 +76,18 @@ def test_every_phase_records_which_prompts_occur_in_its_training_text():
     elsewhere = Records()
     train._record_contamination(elsewhere, run_with(primary=False), DATA, evaluators)
     assert not elsewhere.written
+
+
+def test_final_samples_that_fail_are_told_and_the_run_goes_on(tmp_path, capsys, caplog):
+    config = SimpleNamespace(seed=0, sampling=SamplingConfig(num_samples=2, prompts=['a', 'b']))
+    run = SimpleNamespace(primary=True, workdir=tmp_path, config=config)
+    tokenizer = build_tokenizer(BytesConfig(), ())
+    prompts, requests = train._last_samples(config, tokenizer)
+    good = Completion('0', 0, [120], text='x', finish_reason='length')
+    bad = Completion('1', 1, finish_reason='error', error='NaN')
+    completions = {'0': [good], '1': [bad]}
+    train._show_samples(run, tokenizer, prompts, requests, completions)
+    assert capsys.readouterr().out == 'ax\nb\n'
+    assert len((tmp_path / 'samples' / 'final.jsonl').read_text('utf-8').splitlines()) == 2
+    [record] = [record for record in caplog.records if record.levelname == 'WARNING']
+    assert record.getMessage() == "1 of 2 samples failed: 'b' (sample 1): NaN"

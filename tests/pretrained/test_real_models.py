@@ -51,14 +51,11 @@ class Real:
         """-> (prompt ids, answer ids, their log-probs) of each case of a golden file."""
         requests = [self._request(str(index), case) for index, case in enumerate(cases)]
         with jax.set_mesh(self.loading.mesh):
-            events = complete(self._sampler, requests, self.params, 0)
+            completions = complete(self._sampler, requests, self.params, 0)
         return [
-            (
-                list(request.tokens),
-                [token for event in events[request.id] for token in event.tokens],
-                [value for event in events[request.id] for value in event.logprobs],
-            )
+            (list(request.tokens), answer.tokens, answer.logprobs)
             for request in requests
+            for answer in completions[request.id]
         ]
 
     def _request(self, name, case):

@@ -1,7 +1,7 @@
 """Part `decode`: the sampler's speed with the 1B shape, against the bytes it has to read.
 
-This measures the sampler with its contiguous cache and the model's attention op. The sampler does
-not use the kernel for paged caches, `decode_attention`, yet; part `kernels` measures that.
+This measures the engine as it runs, with its pages and the model's ops; part `kernels` measures the
+kernel `decode_attention` alone.
 
 A decode step has to read all weights and all cached keys and values, nothing else. Those bytes
 divided by the time are compared with the device's peak bandwidth and with a copy.
@@ -68,16 +68,18 @@ def _decode(smoke: bool, slots: int) -> dict:
             tokens = [(7 * index + 13 * place) % vocab for place in range(prompt)]
             sampler.add(Request(str(index), tokens, length - prompt, temperature=1.0, seed=index))
         start = time.monotonic()
-        sampler.step()
-        sampler.step()
+        while sampler.counters.prefill_tokens < slots * (prompt - 1):
+            sampler.step()
+        sampler.step()  # the first in which all sequences decode
         start_seconds = time.monotonic() - start
-        count, times = 3 if smoke else 20, []
-        for _ in range(count):
+        decoded, times = sampler.counters.decoded_tokens, []
+        for _ in range(3 if smoke else 20):
             start = time.monotonic()
             sampler.step()  # its tokens are on the host when it returns
             times.append((time.monotonic() - start) / steps)
     seconds = statistics.median(times)
-    present = prompt + steps * (1 + (count + 1) / 2)  # average cached tokens per sequence
+    # Average cached tokens per sequence.
+    present = prompt + (decoded + sampler.counters.decoded_tokens) / 2 / slots
     moved = _weight_bytes(model) + slots * present * _bytes_per_key(model.config)
     rate = moved / seconds / 1e9
     peak = PEAK_GIGABYTES.get(short_kind(jax.devices()[0].device_kind))

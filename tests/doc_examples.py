@@ -1,4 +1,4 @@
-"""The Python examples in docs/: complete files, and pieces of a config."""
+"""The Python examples in docs/: complete files, programs that import jaxfm, pieces of a config."""
 
 import contextlib
 import re
@@ -24,6 +24,15 @@ def files() -> dict[str, str]:
     return {found[1]: block for _, block in blocks() if (found := _FILE.match(block))}
 
 
+def programs() -> list[tuple[str, str]]:
+    """(page, source) of the blocks that use jaxfm without being files."""
+    return [
+        (page, block)
+        for page, block in blocks()
+        if not _FILE.match(block) and 'from jaxfm' in block
+    ]
+
+
 def pieces() -> list[tuple[str, str]]:
     """(page, source) of the other blocks that set values of `config`.
 
@@ -32,7 +41,7 @@ def pieces() -> list[tuple[str, str]]:
     return [
         (page, block)
         for page, block in blocks()
-        if not _FILE.match(block) and 'import orbax' not in block
+        if not _FILE.match(block) and 'import orbax' not in block and 'from jaxfm' not in block
     ]
 
 

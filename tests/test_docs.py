@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 
@@ -64,3 +65,19 @@ def test_the_example_with_your_own_class_trains(start, tmp_path):
     # Fresh weights give each of 258 tokens about the same probability.
     assert losses[0] == pytest.approx(math.log(258), rel=0.1)
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.usefixtures('compilation_cache_as_before', 'quick_programs')
+def test_the_program_that_samples_runs(tiny, straight, monkeypatch, capsys):
+    """With the tiny run in place of the quickstart."""
+    monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
+    [(page, source)] = doc_examples.programs()
+    assert page == 'sampling.md'
+    for shown, here in {'configs/quickstart.py': tiny.config, 'runs/quickstart': straight}.items():
+        assert repr(shown) in source
+        source = source.replace(repr(shown), repr(str(here)))
+    exec(compile(source, page, 'exec'), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # The first step is not printed, and sample 1 of the first request is cancelled after it.
+    assert {tuple(line[:2]) for line in lines} == {('a', '0'), ('b', '2')}
+    assert Counter(line[-1] for line in lines)['length'] == 2

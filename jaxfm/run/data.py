@@ -129,8 +129,8 @@ def _check_tokens(datasets: Iterable[Dataset]) -> None:
     for index, fingerprints in every.items():
         if fingerprints != every[0]:
             raise DataError(
-                f'config.data: processes 0 and {index} have different tokens, which names and sizes '
-                'of files do not show: copy the data again'
+                f'config.data: processes 0 and {index} have different tokens, which names and '
+                'sizes of files do not show: copy the data again'
             )
 
 

@@ -60,8 +60,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(N * H if joint else H, **norm) if config.qk_norm else None
         self.k_norm = RMSNorm(K * H if joint else H, **norm) if config.qk_norm else None
 
-    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT, how):
-        heads = project(x_BTD, weight, lora, **how)
+    def _project(self, x_BTD, weight, lora, bias, norm, positions_BT, options):
+        heads = project(x_BTD, weight, lora, **options)
         if bias is not None:
             heads += bias[...].astype(heads.dtype)[None, None]
         if norm is not None:
@@ -82,9 +82,9 @@ class Attention(nnx.Module):
         # The float8 scale is shared by all rows of a batch. When sampling (with a cache), that
         # would make one request's output depend on the others in its batch.
         float8 = self.float8 and cache is None
-        how = dict(float8=float8, batch_invariant=self.batch_invariant)
+        options = dict(float8=float8, batch_invariant=self.batch_invariant)
         q_BTNH, k_BTKH, v_BTKH = (
-            self._project(x_BTD, *piece, how)
+            self._project(x_BTD, *piece, options)
             for piece in (
                 (self.q, self.q_lora, self.q_bias, self.q_norm, positions_BT),
                 (self.k, self.k_lora, self.k_bias, self.k_norm, positions_BT),
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
             )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(
-            heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, **how
+            heads_BTNH, self.out, self.out_lora, contracted=2, out_sharding=spec, **options
         )
         if self.out_bias is not None:
             out_BTD += self.out_bias[...].astype(out_BTD.dtype)[None, None]

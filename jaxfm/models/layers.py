@@ -103,8 +103,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD, has_cache: bool = False):
         float8 = self.float8 and not has_cache  # for the same reason as in attention
-        how = dict(float8=float8, batch_invariant=self.batch_invariant)
-        hidden = project(x_BTD, self.gate_up, self.gate_up_lora, **how)
+        options = dict(float8=float8, batch_invariant=self.batch_invariant)
+        hidden = project(x_BTD, self.gate_up, self.gate_up_lora, **options)
         if self.gate_up_bias is not None:
             hidden += self.gate_up_bias[...].astype(hidden.dtype)[None, None]
         if self.batch_invariant:
@@ -112,7 +112,7 @@ class Mlp(nnx.Module):
         else:
             hidden_BTF = self._activate(hidden)
         spec = activation('batch', 'position', 'embed')
-        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec, **how)
+        out_BTD = project(hidden_BTF, self.down, self.down_lora, out_sharding=spec, **options)
         if self.down_bias is not None:
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)[None, None]
         return out_BTD

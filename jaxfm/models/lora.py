@@ -72,8 +72,14 @@ def project(
     batch_invariant: bool = False,
 ):
     """`ops.linear` of x and the matrix, plus the output of the adapter if there is one."""
-    how = dict(contracted=contracted, out_sharding=out_sharding, batch_invariant=batch_invariant)
-    out = linear(x, matrix[...], float8=float8, **how)
+    out = linear(
+        x,
+        matrix[...],
+        contracted=contracted,
+        out_sharding=out_sharding,
+        float8=float8,
+        batch_invariant=batch_invariant,
+    )
     return out if lora is None else out + lora(x, out_sharding, batch_invariant)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxfm.ops import batch_invariant as exact
+from jaxfm.ops.batch_invariant import by_documents
 from jaxfm.ops.choice import choose
 from jaxfm.sharding import ACTIVATIONS, activation, axis_size, per_shard, place, split_axes
 from pallas_kernels import attention as kernels
@@ -111,7 +111,7 @@ def attention(
             keys = _whole_keys(KeyValues(k, v, kv_positions, kv_segments))
             return _xla(q_BTNH, keys, positions_BT, segment_ids_BT, **options)
 
-        out_BTNH = exact.attention(op, q_BTNH, *keys, positions_BT, segment_ids_BT, **options)
+        out_BTNH = by_documents(op, q_BTNH, *keys, positions_BT, segment_ids_BT, **options)
         return checkpoint_name(out_BTNH, SAVED_NAMES[0])
     unsupported = obstacles(
         head_dim=q_BTNH.shape[-1], dtype=q_BTNH.dtype, softcap=softcap, one_document=one_document

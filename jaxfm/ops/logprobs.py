@@ -60,6 +60,26 @@ def _logits(hidden_BTD, unembedding: Unembedding, out_sharding=None):
     return logits_BTV
 
 
+def log_softmax(logits_BTV, *, batch_invariant: bool = False):
+    """Log-probs of all ids, [B, T, V]; padding ids have -inf.
+
+    Args:
+      batch_invariant: those of a batch-invariant `token_logprobs`, to the last bit.
+    """
+    if batch_invariant:
+        return by_rows(jax.nn.log_softmax, (logits_BTV,), on_tile=_log_softmax_on_tile)
+    return jax.nn.log_softmax(logits_BTV, axis=-1)
+
+
+def _log_softmax_on_tile(logits_BTV):
+    return logits_BTV - _logsumexp(logits_BTV)[..., None]
+
+
+def _logsumexp(logits_BTV):
+    highest_BT1 = jnp.max(logits_BTV, axis=-1, keepdims=True)
+    return jnp.log(jnp.sum(jnp.exp(logits_BTV - highest_BT1), axis=-1)) + highest_BT1[..., 0]
+
+
 def obstacles(dtype, dim: int) -> dict[str, str]:
     """{implementation: why it cannot take such hidden states, and what to use instead}."""
     reason = kernels.obstacle(dim=dim, dtype=dtype)
@@ -87,13 +107,11 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
 
 
 def _logprobs_on_tile(hidden_BTD, targets_BT, unembedding: Unembedding):
-    logsumexp_BT, picked_BT = reference.forward(
-        hidden_BTD,
-        unembedding.weight_VD,
-        targets_BT,
-        vocab_size=unembedding.vocab_size,
-        softcap=unembedding.softcap,
-    )
+    # The barrier keeps the sums as they are in `log_softmax`, which starts from logits.
+    logits_BTV = lax.optimization_barrier(_logits(hidden_BTD, unembedding))
+    logsumexp_BT = _logsumexp(logits_BTV)
+    ids = lax.broadcasted_iota(jnp.int32, (1, 1, logits_BTV.shape[-1]), 2)
+    picked_BT = jnp.sum(jnp.where(ids == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
     return picked_BT - logsumexp_BT, logsumexp_BT
 
 

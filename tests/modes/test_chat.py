@@ -357,6 +357,7 @@ class Terminal:
     def type(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the process has ended
             os.write(self._master, text.encode())
+        self._read(self._master)  # or its echo fills the terminal, and the process waits to write
 
     @property
     def screen(self) -> str:

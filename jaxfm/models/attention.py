@@ -91,7 +91,7 @@ class Attention(nnx.Module):
                 (self.v, self.v_lora, self.v_bias, None, None),
             )
         )
-        options = dict(
+        scores = dict(
             scale=config.query_scale or config.head_dim**-0.5,
             window=config.window,
             softcap=config.attention_softcap,
@@ -105,7 +105,7 @@ class Attention(nnx.Module):
                 segment_ids_BT,
                 one_document=self.implementations.one_document,
                 implementation=self.implementations.attention,
-                **options,
+                **scores,
             )
         else:
             cache = cache.update(layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
@@ -115,7 +115,7 @@ class Attention(nnx.Module):
                 positions_BT,
                 segment_ids_BT,
                 implementation=self.implementations.decode_attention,
-                **options,
+                **scores,
             )
         spec = activation('batch', 'position', 'embed')
         out_BTD = project(

@@ -14,7 +14,7 @@ from jax import lax
 from jaxfm import sharding
 from jaxfm.models import TransformerConfig, kv_cache
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.ops.logprobs import logits, token_logprobs
+from jaxfm.ops.logprobs import log_softmax, logits
 from jaxfm.sampling.logits import Sampled, sample_tokens
 from jaxfm.sampling.request import MAX_TOP_LOGPROBS as NUM_TOP
 
@@ -74,7 +74,7 @@ class Programs:
 
         def at_position(arguments):
             hidden_BD, targets_B = arguments
-            logprobs_BV = jax.nn.log_softmax(_logits(hidden_BD, unembedding))
+            logprobs_BV = self._log_softmax(_logits(hidden_BD, unembedding))
             top, ids = lax.top_k(logprobs_BV, min(NUM_TOP, logprobs_BV.shape[1]))
             missing = (0, 0), (0, NUM_TOP - top.shape[1])
             ids = jnp.pad(ids, missing, constant_values=-1)
@@ -83,11 +83,7 @@ class Programs:
         def compute():
             # One position at a time, so that the logits of a chunk never lie in memory together.
             over_T = jnp.swapaxes(hidden_BTD, 0, 1), jnp.swapaxes(targets_BT, 0, 1)
-            over_T = lax.map(at_position, over_T)
-            logprobs_BT, *top = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), over_T)
-            if self._is_exact:
-                logprobs_BT, _ = token_logprobs(hidden_BTD, unembedding, targets_BT)
-            return logprobs_BT, *top
+            return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, over_T))
 
         def nothing():
             spec = sharding.activation('batch', None, None)
@@ -128,12 +124,11 @@ class Programs:
                     cache,
                 )
                 at_B = positions_B + 1
-                unembedding = model.unembed()
-                logits_BV = _logits(hidden_B1D[:, 0], unembedding)
+                logits_BV = _logits(hidden_B1D[:, 0], model.unembed())
                 sampled = sample_tokens(logits_BV, options, at_B, history, rows.get('bias'))
                 if self._is_exact:  # what the trainer computes, in its own way
-                    logprobs, _ = token_logprobs(hidden_B1D, unembedding, sampled.tokens[:, None])
-                    sampled = sampled._replace(logprobs=logprobs[:, 0])
+                    logprobs_B = _pick(self._log_softmax(logits_BV), sampled.tokens)
+                    sampled = sampled._replace(logprobs=logprobs_B)
                 found = jax.tree.map(functools.partial(_put, step), found, sampled)
                 tokens_B = sampled.tokens
                 ends_B = jnp.any(tokens_B[:, None] == options['stop_ids'], axis=1)
@@ -148,6 +143,9 @@ class Programs:
             step, cache, *_, found = lax.while_loop(goes_on, body, (jnp.int32(0), cache, *state))
             # Every process reads all sampled tokens, so that all of them make the same schedule.
             return cache, step, jax.tree.map(sharding.replicate, found)
+
+    def _log_softmax(self, logits_BV):
+        return log_softmax(logits_BV[:, None], batch_invariant=self._is_exact)[:, 0]
 
     def _nothing(self, num_rows: int) -> Sampled:
         def zeros(dtype, *more):

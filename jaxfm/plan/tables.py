@@ -19,7 +19,7 @@ def summary(config, phases, datasets, mesh, state, workdir) -> list[tuple[str, s
         *_origin(config),
         ('model', _model_line(config.model, phases[0])),
         ('devices', _device_line(mesh, state)),
-        ('ops', ', '.join(f'{op} {one.name}' for op, one in choices(config.model, mesh).items())),
+        ('ops', _ops_line(choices(config.model, mesh))),
     ]
     for phase in phases[:MOST_PHASES]:
         optimizer, steps = phase.config.optimizer, phase.config.steps
@@ -29,6 +29,14 @@ def summary(config, phases, datasets, mesh, state, workdir) -> list[tuple[str, s
     if len(phases) > MOST_PHASES:
         rows.append(('', f'and {len(phases) - MOST_PHASES} more phases'))
     return [*rows, ('details', f'{workdir / "log.txt"}')]
+
+
+def _ops_line(chosen) -> str:
+    """'mosaic: attention; xla: rms_norm, token_logprobs'."""
+    ops_of = {}
+    for op, choice in chosen.items():
+        ops_of.setdefault(choice.name, []).append(op)
+    return '; '.join(f'{name}: {", ".join(ops)}' for name, ops in sorted(ops_of.items()))
 
 
 def _model_line(model, phase) -> str:

@@ -17,7 +17,8 @@ from jaxfm.errors import ConfigError, DataError
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.output import Output
-from jaxfm.sampling.programs import Programs
+from jaxfm.sampling.packed import pack
+from jaxfm.sampling.programs import Programs, read_sampled
 from jaxfm.sampling.request import Completion, Event, Request, check_request
 from jaxfm.sampling.rows import Rows
 from jaxfm.sampling.scheduler import Scheduler, Sequence
@@ -320,20 +321,18 @@ class Sampler:
             return []
         is_crowded = bool(self._scheduler.waiting) or len(ready) < len(self._running)
         rows, placed = self._rows.decode(ready, is_crowded)
-        self._cache, steps, sampled = self._programs.decode(
-            self._params, self._cache, self._put(rows)
-        )
-        steps, sampled = jax.device_get((steps, sampled))
-        self._counters.decode_steps += int(steps)
+        self._cache, data = self._programs.decode(self._params, self._cache, self._put(rows))
+        sampled = read_sampled(data)
+        self._counters.decode_steps += len(sampled.tokens)
         events = []
         for row, sequence in placed:
-            of_row = Sampled(*(x[:steps, row] for x in sampled))
+            of_row = Sampled(*(x[:, row] for x in sampled))
             if event := self._advance(sequence, of_row):
                 events.append(event)
         return events
 
     def _put(self, rows):
-        return sharding.distribute(rows, self._mesh)
+        return sharding.distribute(pack(rows), self._mesh)
 
     def _advance(self, sequence: Sequence, sampled: Sampled) -> Event | None:
         """Appends what was sampled to a sequence, and lets it go if it has ended."""

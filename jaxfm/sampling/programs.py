@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxfm import sharding
@@ -16,6 +17,7 @@ from jaxfm.models import TransformerConfig, kv_cache
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops.logprobs import log_softmax, logits
 from jaxfm.sampling.logits import Sampled, sample_tokens
+from jaxfm.sampling.packed import pack_columns, unpack, unpack_columns
 from jaxfm.sampling.request import MAX_TOP_LOGPROBS as NUM_TOP
 
 
@@ -47,6 +49,7 @@ class Programs:
         return sum(f._cache_size() for f in (self.new_cache, self.store, self.decode, self.copy))
 
     def _copy(self, cache, rows):
+        rows = unpack(rows)
         return kv_cache.copy_pages(cache, rows['source'], rows['target'])
 
     def _store(self, params, cache, rows):
@@ -57,7 +60,8 @@ class Programs:
           log-probs of the targets).
         """
         with sharding.whole_positions():
-            model, positions_BT = self._merge(params), rows['positions']
+            rows, model = unpack(rows), self._merge(params)
+            positions_BT = rows['positions']
             is_token_BT = (positions_BT >= 0).astype(jnp.int32)
             cache = kv_cache.with_table(cache, rows['page_table'])
             hidden_BTD, extras = model(
@@ -96,22 +100,22 @@ class Programs:
         """Feeds the last token of each row and samples the next, up to K times.
 
         rows: last, positions [B] (-1: an empty row), page_table [B, M], limits [B] (the length at
-          which a row ends), patience [] (the number of rows that may end before the call does),
+          which a row ends), patience [B] (how many rows may end before the call does, in each),
           options (see `sample_tokens`) and, where needed, history [B, S] and bias [B, V].
 
         Returns:
-          cache, number of steps, and the `Sampled` of each step, [K, B]. A row that has ended
-          gives anything.
+          cache, and what `read_sampled` takes. A row that has ended gives anything.
         """
         with sharding.whole_positions():
-            model, options = self._merge(params), rows['options']
+            rows, model = unpack(rows), self._merge(params)
+            options, patience = rows['options'], jnp.max(rows['patience'])
             is_row_B = rows['positions'] >= 0
             num_rows = jnp.sum(is_row_B)
 
             def goes_on(carry):
                 step, runs_B = carry[0], carry[4]
                 num_running = jnp.sum(runs_B)
-                is_patient = num_rows - num_running < rows['patience']
+                is_patient = num_rows - num_running < patience
                 return (step < self._steps) & (num_running > 0) & is_patient
 
             def body(carry):
@@ -142,7 +146,8 @@ class Programs:
             state = rows['last'], rows['positions'], is_row_B, rows.get('history'), found
             step, cache, *_, found = lax.while_loop(goes_on, body, (jnp.int32(0), cache, *state))
             # Every process reads all sampled tokens, so that all of them make the same schedule.
-            return cache, step, jax.tree.map(sharding.replicate, found)
+            steps = jnp.full_like(found.tokens, step)
+            return cache, sharding.replicate(pack_columns([*found, steps]))
 
     def _log_softmax(self, logits_BV):
         return log_softmax(logits_BV[:, None], batch_invariant=self._is_exact)[:, 0]
@@ -160,6 +165,21 @@ class Programs:
             top_logprobs=zeros(jnp.float32, NUM_TOP),
             is_bad=zeros(jnp.bool_),
         )
+
+
+def read_sampled(data) -> Sampled:
+    """The host arrays [steps, B, ...] of a call of `Programs.decode`."""
+    like = [
+        (None, np.int32),
+        (None, np.float32),
+        (None, np.float32),
+        (NUM_TOP, np.int32),
+        (NUM_TOP, np.float32),
+        (None, bool),
+        (None, np.int32),
+    ]
+    *sampled, steps_KB = unpack_columns(np.asarray(jax.device_get(data)), like)
+    return Sampled(*(x[: steps_KB[0, 0]] for x in sampled))
 
 
 def _logits(hidden_BD, unembedding):

@@ -149,7 +149,8 @@ class Rows:
         rows['last'], rows['limits'] = (np.zeros(num_rows, np.int32) for _ in range(2))
         rows['positions'] = np.full(num_rows, -1, np.int32)
         rows['options'] = options.rows({row: s.request for row, s in placed}, num_rows)
-        rows['patience'] = np.asarray(max(1, num_rows // 8) if is_crowded else num_rows, np.int32)
+        patience = max(1, num_rows // 8) if is_crowded else num_rows
+        rows['patience'] = np.full(num_rows, patience, np.int32)
         if is_adjusted:
             rows['history'] = np.full((num_rows, self._config.max_length), -1, np.int32)
             rows['bias'] = np.zeros((num_rows, self._vocab_size), np.float32)

@@ -102,9 +102,9 @@ class Restart:
         """Restores the newest checkpoint before a spike, as `restore` does, but the data goes on.
 
         None if nothing has been saved: the run must begin anew, with the data after the spike.
-        There is no checkpoint after the spike, because the loop judges a step before it saves it.
-        Nothing is written: a run that is killed before its next checkpoint comes to the same spike
-        again.
+        There is no checkpoint after the spike, because the loop judges a step before it saves it,
+        and it has set aside those that no good step has followed. Nothing else is written: a run
+        that is killed before its next checkpoint comes to the same spike again.
         """
         current = self.run.phases.index(self.run.phase_at(spike.step))
 

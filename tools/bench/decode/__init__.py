@@ -1,0 +1,1 @@
+"""The speed of the sampling engine; each module measures one case."""

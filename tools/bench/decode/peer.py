@@ -50,6 +50,7 @@ class Peer:
             code = self._process.wait()
             self._errors.seek(0)
             said = self._errors.read()[-2000:]
+            self.close()
             raise SystemExit(f'{self._process.args} ended with {code}:\n{said}')
         return json.loads(line)
 

@@ -165,9 +165,10 @@ class Ours:
         ]
         compiled = self._sampler.counters.compilations
         answers = complete(self._sampler, made, self._params, self._version)
-        if self._sampler.counters.compilations != compiled:
-            raise RuntimeError('the engine compiled a program after its warm-up')
-        return {'tokens': [len(answers[request.id][0].tokens) for request in made]}
+        return {
+            'tokens': [len(answers[request.id][0].tokens) for request in made],
+            'compilations': self._sampler.counters.compilations - compiled,
+        }
 
 
 def _check(results: dict, requests: list[dict]) -> None:
@@ -179,8 +180,9 @@ def _check(results: dict, requests: list[dict]) -> None:
 
 
 def bars(figures: dict) -> list[dict]:
-    """Samples a second over those of each peer."""
-    return [
+    """Programs compiled after the warm-up, and samples a second over those of each peer."""
+    compiled = figures['results'][figures['fastest']]['compilations']
+    return [bar('compiled after the warm-up', compiled, 0, is_least=False)] + [
         bar(f'samples/s vs {name}', values, LIMITS[name]) for name, values in figures['vs'].items()
     ]
 

@@ -66,7 +66,7 @@ class Engine:
 
     Attributes:
       requests: in the order of their rows.
-      lengths, last: {id: number of tokens so far, the last one}.
+      lengths, last: {id: number of tokens so far}, {id: the last one}.
     """
 
     def __init__(self, model: Model, batch: int, temperature, prompt: int, length: int):
@@ -78,11 +78,11 @@ class Engine:
         ]
         self.lengths = {request.id: prompt for request in self.requests}
         self.last: dict[str, int] = {}
-        self._sampler: Sampler = model.sampler(
+        self.sampler: Sampler = model.sampler(
             slots=batch, max_length=length, decode_steps=STEPS, page_size=PAGE
         )
         for request in self.requests:
-            self._sampler.add(request)
+            self.sampler.add(request)
         while len(self.last) < batch:
             self._advance()
         self._expected = batch * STEPS
@@ -94,11 +94,11 @@ class Engine:
             raise RuntimeError(f'the engine decoded {count} tokens, not {self._expected}')
 
     def _advance(self) -> int:
-        before = self._sampler.counters.decoded_tokens
-        for event in self._sampler.step():
+        before = self.sampler.counters.decoded_tokens
+        for event in self.sampler.step():
             self.lengths[event.id] += len(event.tokens)
             self.last[event.id] = event.tokens[-1]
-        return self._sampler.counters.decoded_tokens - before
+        return self.sampler.counters.decoded_tokens - before
 
 
 class Bare:

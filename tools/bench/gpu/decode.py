@@ -26,7 +26,8 @@ from tools.bench.gpu.stages import Runner, Task
 # GB/s, from the vendor's data sheets; the H100 is the SXM version.
 PEAK_GIGABYTES = {'H200': 4800, 'H100': 3350}
 SLOTS = (1, 8, 32, 64, 128, 256)
-PROMPT, LENGTH, STEPS = 128, 1024, 16
+PROMPT, LENGTH, STEPS, CALLS = 128, 1024, 16, 20
+PREFILL = 8192  # tokens of prompts a call, so that the first sequences do not end before the last
 
 
 def run(record: Record, runner: Runner) -> None:
@@ -56,10 +57,12 @@ def _model(smoke: bool) -> _Model:
 
 
 def _decode(smoke: bool, slots: int) -> dict:
-    prompt, length, steps = (8, 64, 4) if smoke else (PROMPT, LENGTH, STEPS)
+    prompt, length, steps, calls = (8, 64, 4, 3) if smoke else (PROMPT, LENGTH, STEPS, CALLS)
     with models.one_device() as mesh:
         model = _model(smoke)
-        sampling = SamplingConfig(slots=slots, max_length=length, decode_steps=steps)
+        sampling = SamplingConfig(
+            slots=slots, max_length=length, decode_steps=steps, prefill_tokens=PREFILL
+        )
         merge = model.trainer.parts.merge
         sampler = Sampler(merge, model.config, sampling, mesh)
         sampler.lend(model.params, version=0)
@@ -73,13 +76,16 @@ def _decode(smoke: bool, slots: int) -> dict:
         sampler.step()  # the first in which all sequences decode
         start_seconds = time.monotonic() - start
         decoded, times = sampler.counters.decoded_tokens, []
-        for _ in range(3 if smoke else 20):
+        for _ in range(calls):
             start = time.monotonic()
             sampler.step()  # its tokens are on the host when it returns
             times.append((time.monotonic() - start) / steps)
+        count = sampler.counters.decoded_tokens - decoded
+    if count != calls * slots * steps:
+        raise RuntimeError(f'{count} tokens, but {slots} sequences should have decoded throughout')
     seconds = statistics.median(times)
     # Average cached tokens per sequence.
-    present = prompt + (decoded + sampler.counters.decoded_tokens) / 2 / slots
+    present = prompt + (decoded + count / 2) / slots
     moved = _weight_bytes(model) + slots * present * _bytes_per_key(model.config)
     rate = moved / seconds / 1e9
     peak = PEAK_GIGABYTES.get(short_kind(jax.devices()[0].device_kind))

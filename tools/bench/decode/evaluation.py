@@ -51,7 +51,8 @@ def measure(before: Path, workdir: Path | None, repeats: int, smoke: bool = Fals
 
 def _revision(tree: Path) -> str:
     command = ['git', '-C', str(tree), 'rev-parse', '--short', 'HEAD']
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8')
+    return done.stdout.strip()
 
 
 def bars(figures: dict) -> list[dict]:

@@ -33,7 +33,7 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            encoding='utf-8',
             env=environment,
         )
         self.about = self._read()

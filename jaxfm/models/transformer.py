@@ -18,6 +18,7 @@ from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.attention import Attention
 from jaxfm.models.layers import Embedding, Mlp, RMSNorm
 from jaxfm.ops.attention import SAVED_NAMES
+from jaxfm.ops.batch_invariant import by_rows
 from jaxfm.ops.choice import target
 from jaxfm.ops.linear import SAVED_NAME
 from jaxfm.ops.logprobs import Unembedding
@@ -132,6 +133,9 @@ class Transformer(nnx.Module):
         head_std = 0.0 if config.zero_init_outputs else unit_length * config.init_scale
         self.head = None if config.tie_embeddings else table(std=head_std)
 
+    def _scale(self, x_BTD):
+        return x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+
     def _gather_module(self, module: nnx.Module) -> nnx.Module:
         """The same module with its weights cast and gathered."""
         graphdef, params, rest = nnx.split(module, nnx.Param, ...)
@@ -152,10 +156,9 @@ class Transformer(nnx.Module):
         """
         x_BTD = self._gather_module(self.embedding)(tokens_BT, compute_dtype(self.config))
         if self.config.embedding_scale != 1.0:
-            x_BTD *= jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
-            if self.config.batch_invariant:
-                # Or the scale and the first residual sum round once, in some programs only.
-                x_BTD = lax.optimization_barrier(x_BTD)
+            # Fused with the first residual sum, it would round once in some programs, not twice.
+            batch_invariant = self.config.batch_invariant
+            x_BTD = by_rows(self._scale, (x_BTD,)) if batch_invariant else self._scale(x_BTD)
         if self.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
         caches = []

@@ -294,7 +294,7 @@ def inexact_outside_loops(jaxpr) -> set[str]:
 @pytest.mark.parametrize('name', ['gemma', 'mixed'])
 def test_all_that_rounds_by_its_fusion_is_in_loops(name):
     # The scale of an adapter only meets its product, which is in a loop.
-    config, batch = changed(CONFIGS[name], lora=None, embedding_scale=1.0), packed()
+    config, batch = changed(CONFIGS[name], lora=None), packed()
     parts = parts_of(config.model_dump_json())
 
     def score(params):

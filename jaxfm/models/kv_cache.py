@@ -48,10 +48,12 @@ class LayerCache:
 def _store(pool_RPLKH, layer, new_BTKH, page_table_BM, positions_BT, is_token_BT):
     size = pool_RPLKH.shape[2]
     page_BT = jnp.take_along_axis(page_table_BM, positions_BT // size, axis=1, mode='clip')
-    page_BT = jnp.where(is_token_BT, page_BT, 0)
-    return pool_RPLKH.at[layer, page_BT, positions_BT % size].set(
-        new_BTKH, mode='promise_in_bounds'
-    )
+    page_BT, slot_BT = jnp.where(is_token_BT, page_BT, 0), positions_BT % size
+    if page_BT.size == 1:
+        # Instead of a single write into the pool, XLA copies the pool (jax 0.11, CPU).
+        page_BT, slot_BT = (jnp.pad(x, ((0, 0), (0, 1))) for x in (page_BT, slot_BT))
+        new_BTKH = jnp.pad(new_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0)))
+    return pool_RPLKH.at[layer, page_BT, slot_BT].set(new_BTKH, mode='promise_in_bounds')
 
 
 def init_cache(

@@ -1,10 +1,16 @@
 """Decoding with the cache equals one forward over the whole text."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import lax
 
 from jaxfm.models.kv_cache import LayerCache, copy_pages
+from jaxfm.ops.paged_attention import paged_attention
 
 LENGTH = 20  # tokens, more than any text here needs
 
@@ -112,3 +118,27 @@ def test_copied_pages_hold_the_same_in_all_layers():
         expected = np.array(before)
         expected[:, 2] = expected[:, 5]
         np.testing.assert_array_equal(after, expected)
+
+
+@pytest.mark.parametrize('rows', [1, 2])
+def test_one_new_token_does_not_copy_the_pool(rows):
+    """Not even if it is the only one: XLA writes that in another way. The table has two blocks."""
+    shape = (3, 40, 16, 2, 8)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(cache, table, position):
+        def layer(index, carry):
+            cache, x = carry
+            at, ones = jnp.full((rows, 1), position), jnp.ones((rows, 1), jnp.int32)
+            cache = cache.update(index, x, x, at, ones)
+            return cache, paged_attention(x, cache.pages(index), at, ones, scale=1.0)
+
+        carry = dataclasses.replace(cache, page_table_BM=table), jnp.ones((rows, 1, 2, 8))
+        cache, x = lax.fori_loop(0, 3, layer, carry)
+        return dataclasses.replace(cache, page_table_BM=None), x
+
+    cache = LayerCache(*(jnp.zeros(shape) for _ in 'kv'))
+    program = decode.lower(cache, jnp.ones((rows, 8), jnp.int32), 100).compile().as_text()
+    pool = 'f32[{}]'.format(','.join(map(str, shape)))
+    copies = [line for line in program.splitlines() if pool in line and ' copy(' in line]
+    assert pool in program and not copies

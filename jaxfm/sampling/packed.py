@@ -41,8 +41,10 @@ def unpack(packed: Packed) -> dict:
         columns = lax.bitcast_convert_type(packed.data[:, start:stop], jnp.dtype(dtype))
         *groups, last = name.split('/')
         group = functools.reduce(lambda group, key: group.setdefault(key, {}), groups, arrays)
-        # Squeezed from (1, 1) to (1,), an array forgets its sharding (jax 0.11).
-        group[last] = place(columns[:, 0], 'batch') if width is None else columns
+        # An array of one element forgets its sharding when it is cut or squeezed (jax 0.11).
+        group[last] = (
+            place(columns[:, 0], 'batch') if width is None else place(columns, 'batch', None)
+        )
         start = stop
     return arrays
 

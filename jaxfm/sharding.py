@@ -368,17 +368,12 @@ def scalar(value: float) -> jax.Array:
 
 
 def distribute(arrays, mesh):
-    """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch.
+    """Host arrays [B, ...], complete on every process -> global arrays, rows split as a batch."""
+    place = NamedSharding(mesh, _spec(ACTIVATIONS, ('batch',)))
+    if jax.process_count() == 1:  # all at once is several times faster
+        return jax.device_put(arrays, place)
 
-    Scalars are replicated.
-    """
-
-    rows, scalar = (NamedSharding(mesh, _spec(ACTIVATIONS, names)) for names in (('batch',), ()))
-
-    def make(array, place):
+    def make(array):
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
-    places = jax.tree.map(lambda array: rows if array.ndim else scalar, arrays)
-    if jax.process_count() == 1:  # all at once is several times faster
-        return jax.device_put(arrays, places)
-    return jax.tree.map(make, arrays, places)
+    return jax.tree.map(make, arrays)

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxfm.models import TransformerConfig
-from jaxfm.ops.paged_attention import Pages
+from jaxfm.ops.paged_attention import POOL, TABLE, Pages
 from jaxfm.sharding import activation, per_shard, place
 
-_POOL = ('layers', 'batch', None, 'kv_heads', 'head_dim')
 _NEW = ('batch', 'key_position', 'kv_heads', 'head_dim')
 _AT = ('batch', 'key_position')
 
@@ -32,7 +31,7 @@ class LayerCache:
     def update(self, layer, k_BTKH, v_BTKH, positions_BT, segment_ids_BT) -> 'LayerCache':
         """Stores a layer's keys and values of new tokens. Padding (segment 0) goes to page 0."""
         at = place(positions_BT, *_AT), place(segment_ids_BT > 0, *_AT)
-        store = per_shard(_store, (_POOL, (), _NEW, ('batch', None), _AT, _AT), _POOL)
+        store = per_shard(_store, (POOL, (), _NEW, TABLE, _AT, _AT), POOL)
 
         def stored(pool, new):
             new = place(new.astype(pool.dtype), *_NEW)
@@ -63,7 +62,7 @@ def init_cache(
 
     Indexed [segment][position in its pattern]; each entry stacks all repeats of that block.
     """
-    spec = activation(*_POOL)
+    spec = activation(*POOL)
 
     def stack(block, repeats):
         shape = (repeats, num_pages, page_size, block.num_kv_heads, block.head_dim)
@@ -90,5 +89,5 @@ def copy_pages(cache: list[list[LayerCache]], source_BC, target_BC) -> list[list
     def copy(pool_RPLKH, source_BC, target_BC):
         return pool_RPLKH.at[:, target_BC.ravel()].set(pool_RPLKH[:, source_BC.ravel()])
 
-    copy = per_shard(copy, (_POOL, ('batch', None), ('batch', None)), _POOL)
+    copy = per_shard(copy, (POOL, ('batch', None), ('batch', None)), POOL)
     return jax.tree.map(lambda pool: copy(pool, source_BC, target_BC), cache)

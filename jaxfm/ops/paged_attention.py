@@ -25,8 +25,9 @@ from pallas_kernels import decode_attention as kernels
 # with 64 keys, 161 with 128, 285 with 256). More queries fill larger blocks.
 _LEAST_KEYS, _MOST_KEYS = 64, 512
 
-_POOL = ('layers', 'batch', None, 'kv_heads', 'head_dim')
-_TABLE = ('batch', None)
+# Logical axes of a pool of pages and of the page table.
+POOL = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+TABLE = ('batch', None)
 
 
 class Pages(NamedTuple):
@@ -79,7 +80,7 @@ def paged_attention(
         attend = functools.partial(attend, interpret=True)
     rows = ('batch', None if is_decoding else 'position')
     queries = (*rows, 'heads', 'head_dim')
-    names = queries, _POOL, _POOL, (), _TABLE, rows, rows
+    names = queries, POOL, POOL, (), TABLE, rows, rows
     arrays = q_BTNH, *pages[:2], jnp.asarray(pages.layer), pages.page_table_BM
     arrays += positions_BT, segment_ids_BT
     placed = (place(x, *axes) if axes else x for x, axes in zip(arrays, names))
@@ -122,9 +123,9 @@ def _contiguous(pages: Pages, positions_BT, segment_ids_BT) -> KeyValues:
         rows = (x[table_BM] for x in (k_PLKH, v_PLKH))
         return tuple(x.reshape(B, M * x.shape[2], *x.shape[3:]) for x in rows)
 
-    arrays = *pages[:2], jnp.asarray(pages.layer), place(pages.page_table_BM, *_TABLE)
+    arrays = *pages[:2], jnp.asarray(pages.layer), place(pages.page_table_BM, *TABLE)
     heads = ('batch', 'key_position', 'kv_heads', 'head_dim')
-    k_BSKH, v_BSKH = per_shard(gather, (_POOL, _POOL, (), _TABLE), [heads, heads])(*arrays)
+    k_BSKH, v_BSKH = per_shard(gather, (POOL, POOL, (), TABLE), [heads, heads])(*arrays)
     last_B1 = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT, -1), axis=1, keepdims=True)
     index_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
     is_stored_BS = index_1S <= last_B1

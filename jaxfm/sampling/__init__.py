@@ -7,15 +7,16 @@ from pydantic import Field
 
 from jaxfm.schema import Group, KeyPath, Problem
 
-_MOST = 2**31 - 1  # of an int32
-_LARGEST = 3.4028234663852886e38  # of a float32
+MAX_INT32, MAX_FLOAT32 = 2**31 - 1, 3.4028234663852886e38
+MAX_STOPS = 64  # stop strings of a request
+MAX_STOP_LENGTH = 1000  # characters of a stop string
 # The ranges are those of `request.check_request`, except that a config holds no infinity.
 _Number = Annotated[float, Field(allow_inf_nan=False)]
-_Bias = Annotated[_Number, Field(ge=-_LARGEST, le=_LARGEST)]
+_Bias = Annotated[_Number, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 _TokenId = Annotated[int, Field(ge=0)]
-_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-MaxTokens = Annotated[int, Field(ge=1, le=_MOST)]
-Temperature = Annotated[_Number, Field(ge=0, le=_LARGEST)]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+MaxTokens = Annotated[int, Field(ge=1, le=MAX_INT32)]
+Temperature = Annotated[_Number, Field(ge=0, le=MAX_FLOAT32)]
 
 
 class SamplingOptions(Group):
@@ -23,26 +24,27 @@ class SamplingOptions(Group):
 
     max_tokens: MaxTokens = 128  # of a completion
     temperature: Temperature = 1.0  # 0: greedy decoding
-    n: int = Field(1, ge=1, le=_MOST)  # completions of each prompt
-    top_k: int = Field(0, ge=0, le=_MOST)  # only so many likeliest tokens; 0: all
+    n: int = Field(1, ge=1, le=MAX_INT32)  # completions of each prompt
+    top_k: int = Field(0, ge=0, le=MAX_INT32)  # only so many likeliest tokens; 0: all
     # Only the likeliest tokens that together have this probability.
     top_p: _Number = Field(1.0, gt=0, le=1)
     # Only tokens with at least this share of the likeliest one's probability.
     min_p: _Number = Field(0.0, ge=0, le=1)
     # Divides positive logits of tokens in prompt and completion, multiplies negative ones.
-    repetition_penalty: _Number = Field(1.0, gt=0, le=_LARGEST)
+    repetition_penalty: _Number = Field(1.0, gt=0, le=MAX_FLOAT32)
     # Subtracted from the logits of tokens in the completion; frequency: for each occurrence.
     presence_penalty: _Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: _Number = Field(0.0, ge=-2, le=2)
     logit_bias: dict[_TokenId, _Bias] = {}  # {token id: what is added to its logit}
     allowed_ids: Annotated[list[_TokenId], Field(min_length=1)] | None = None  # None: all
-    stop: list[_StopString] = Field([], max_length=64)  # a completion ends before one of these
-    min_tokens: int = Field(0, ge=0, le=_MOST)  # nothing stops a completion with fewer tokens
+    # A completion ends before one of these.
+    stop: list[_StopString] = Field([], max_length=MAX_STOPS)
+    min_tokens: int = Field(0, ge=0, le=MAX_INT32)  # nothing stops a completion with fewer tokens
     ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
-        least, most = parts.get('min_tokens', 0), parts.get('max_tokens', _MOST)
+        least, most = parts.get('min_tokens', 0), parts.get('max_tokens', MAX_INT32)
         if least <= most:
             return []
         paths: tuple[KeyPath, ...] = ('min_tokens',), ('max_tokens',)

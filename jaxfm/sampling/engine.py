@@ -160,19 +160,14 @@ class Sampler:
         or the model's context length.
         """
         check_request(request, self._vocab_size, self._tokenizer is not None)
-        self._check_length(request.id, len(request.tokens), request.max_tokens)
-
-    def _check_length(self, id: str, num_prompt: int, max_tokens: int) -> None:
+        num_prompt, max_tokens = len(request.tokens), request.max_tokens
         length = num_prompt + max_tokens
+        told = f'request {request.id}: {num_prompt} prompt + {max_tokens} new tokens = {length}'
         if length > self.config.max_length:
-            raise DataError(
-                f'request {id}: {num_prompt} prompt + {max_tokens} new tokens = '
-                f'{length} exceed sampling.max_length {self.config.max_length}'
-            )
+            raise DataError(f'{told} exceed sampling.max_length {self.config.max_length}')
         if self._context_length and length > self._context_length:
             raise DataError(
-                f'request {id}: {num_prompt} prompt + {max_tokens} new tokens = '
-                f'{length} exceed the context length of {self._context_length} that the model was '
+                f'{told} exceed the context length of {self._context_length} that the model was '
                 'trained for (config.model.context_length)'
             )
 

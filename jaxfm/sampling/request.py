@@ -8,10 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from jaxfm.errors import DataError
+from jaxfm.sampling import MAX_FLOAT32, MAX_INT32, MAX_STOP_LENGTH, MAX_STOPS
 
 MAX_STOP_IDS = 64
-MAX_STOPS = 64  # stop strings
-MAX_STOP_LENGTH = 1000  # characters of a stop string
 MAX_TOP_LOGPROBS = 20
 
 
@@ -92,22 +91,20 @@ class Completion:
 
 
 _UINT32 = 2**32 - 1
-_INT32 = 2**31 - 1
-_LARGEST = float(np.finfo(np.float32).max)
 _INTEGERS = {
-    'n': (1, _INT32),
-    'max_tokens': (1, _INT32),
-    'min_tokens': (0, _INT32),
-    'top_k': (0, _INT32),
+    'n': (1, MAX_INT32),
+    'max_tokens': (1, MAX_INT32),
+    'min_tokens': (0, MAX_INT32),
+    'top_k': (0, MAX_INT32),
     'top_logprobs': (0, MAX_TOP_LOGPROBS),
     'seed': (0, _UINT32),
     'sample_index': (0, _UINT32),
 }
 _NUMBERS = {
-    'temperature': (lambda x: 0 <= x <= _LARGEST, 'of at least 0'),
+    'temperature': (lambda x: 0 <= x <= MAX_FLOAT32, 'of at least 0'),
     'top_p': (lambda x: 0 < x <= 1, 'above 0 and at most 1'),
     'min_p': (lambda x: 0 <= x <= 1, 'from 0 to 1'),
-    'repetition_penalty': (lambda x: 0 < x <= _LARGEST, 'above 0'),
+    'repetition_penalty': (lambda x: 0 < x <= MAX_FLOAT32, 'above 0'),
     'presence_penalty': (lambda x: -2 <= x <= 2, 'from -2 to 2'),
     'frequency_penalty': (lambda x: -2 <= x <= 2, 'from -2 to 2'),
 }
@@ -206,7 +203,7 @@ def _check_ids(request: Request, vocab_size: int) -> None:
     _require(isinstance(bias, Mapping), 'logit_bias', bias, '{token id: number}')
     check('logit_bias', bias)
     for i, value in bias.items():
-        is_right = _is_number(value) and (value == -math.inf or abs(value) <= _LARGEST)
+        is_right = _is_number(value) and (value == -math.inf or abs(value) <= MAX_FLOAT32)
         wanted = 'a finite number, or -inf to forbid the id'
         _require(is_right, f'logit_bias of id {i}', value, wanted)
 

@@ -62,8 +62,8 @@ def _sample(logits, options, positions, history=None, bias=None) -> Sampled:
     largest_B1 = jnp.max(logits, axis=-1, keepdims=True)
     logsumexp_B = jnp.log(jnp.sum(jnp.exp(logits - largest_B1), axis=-1))
 
-    def score(ids_BK):
-        return _pick(logits, ids_BK) - largest_B1 - logsumexp_B[:, None]
+    def score(logits_BK):
+        return logits_BK - largest_B1 - logsumexp_B[:, None]
 
     adjusted_BV = _adjust(logits, options, positions, history, bias)
     tokens_B, sampling_logprobs_B = _draw(adjusted_BV, options, positions)
@@ -72,7 +72,7 @@ def _sample(logits, options, positions, history=None, bias=None) -> Sampled:
     is_bad_B |= ~jnp.isfinite(_pick(adjusted_BV, tokens_B[:, None])[:, 0])
     tokens_B = jnp.where(is_bad_B, 0, tokens_B)
     top_ids, top_logprobs = _rank(logits, score, options['num_top'])
-    logprobs_B = score(tokens_B[:, None])[:, 0]
+    logprobs_B = score(_pick(logits, tokens_B[:, None]))[:, 0]
     return Sampled(tokens_B, logprobs_B, sampling_logprobs_B, top_ids, top_logprobs, is_bad_B)
 
 
@@ -138,9 +138,8 @@ def _draw(logits_BV, options, positions_B):
         threshold_B = _threshold(scaled_BV, options, ~is_greedy_B)
         scaled_BV = jnp.where(scaled_BV >= threshold_B[:, None], scaled_BV, -jnp.inf)
         noise_BV = _noise(options['seeds'], positions_B, logits_BV.shape[1])
-        noise_BV = lax.optimization_barrier(
-            noise_BV
-        )  # inside the argmax it would cost twice as much
+        # Inside the argmax it would cost twice as much.
+        noise_BV = lax.optimization_barrier(noise_BV)
         noisy_BV = jnp.where(is_greedy_B[:, None], logits_BV, scaled_BV + noise_BV)
         tokens_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
         logsumexp_B = jnp.log(jnp.sum(jnp.exp(scaled_BV), axis=-1))
@@ -205,20 +204,25 @@ def _gumbel(seed_2, position, size):
 
 def _rank(logits_BV, score, num_top_B):
     """-> ids and log-probs of the likeliest tokens, if any row asks for them."""
-    B, V = logits_BV.shape
-    count = min(MAX_TOP_LOGPROBS, V)
 
     def rank():
-        ids = lax.top_k(logits_BV, count)[1]
-        missing = (0, 0), (0, MAX_TOP_LOGPROBS - count)
-        return (
-            jnp.pad(ids, missing, constant_values=-1),
-            jnp.pad(score(ids), missing, constant_values=-jnp.inf),
-        )
+        ids, found = find_top(logits_BV)
+        return ids, score(found)
 
-    shape = B, MAX_TOP_LOGPROBS
+    shape = logits_BV.shape[0], MAX_TOP_LOGPROBS
     nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
     return lax.cond(jnp.any(num_top_B > 0), rank, lambda: nothing)
+
+
+def find_top(values_BV):
+    """-> ids and values of the largest, [B, MAX_TOP_LOGPROBS]; past the vocabulary -1 and -inf."""
+    count = min(MAX_TOP_LOGPROBS, values_BV.shape[1])
+    values, ids = lax.top_k(values_BV, count)
+    missing = (0, 0), (0, MAX_TOP_LOGPROBS - count)
+    return (
+        jnp.pad(ids, missing, constant_values=-1),
+        jnp.pad(values, missing, constant_values=-jnp.inf),
+    )
 
 
 def _pick(values_BV, ids_BK):

@@ -16,9 +16,20 @@ from jaxfm import sharding
 from jaxfm.models import TransformerConfig, kv_cache
 from jaxfm.models.transformer import compute_dtype
 from jaxfm.ops.logprobs import log_softmax, logits
-from jaxfm.sampling.logits import Sampled, sample_tokens
+from jaxfm.sampling.logits import Sampled, find_top, sample_tokens
 from jaxfm.sampling.packed import pack_columns, unpack, unpack_columns
 from jaxfm.sampling.request import MAX_TOP_LOGPROBS as NUM_TOP
+
+# (numbers of a row or None, dtype) of what a step samples, and of how many steps there were.
+_SAMPLED = Sampled(
+    tokens=(None, np.int32),
+    logprobs=(None, np.float32),
+    sampling_logprobs=(None, np.float32),
+    top_ids=(NUM_TOP, np.int32),
+    top_logprobs=(NUM_TOP, np.float32),
+    is_bad=(None, bool),
+)
+_STEPS = None, np.int32
 
 
 class Programs:
@@ -79,10 +90,7 @@ class Programs:
         def at_position(arguments):
             hidden_BD, targets_B = arguments
             logprobs_BV = self._log_softmax(_logits(hidden_BD, unembedding))
-            top, ids = lax.top_k(logprobs_BV, min(NUM_TOP, logprobs_BV.shape[1]))
-            missing = (0, 0), (0, NUM_TOP - top.shape[1])
-            ids = jnp.pad(ids, missing, constant_values=-1)
-            return _pick(logprobs_BV, targets_B), ids, jnp.pad(top, missing)
+            return _pick(logprobs_BV, targets_B), *find_top(logprobs_BV)
 
         def compute():
             # One position at a time, so that the logits of a chunk never lie in memory together.
@@ -153,31 +161,17 @@ class Programs:
         return log_softmax(logits_BV[:, None], batch_invariant=self._is_exact)[:, 0]
 
     def _nothing(self, num_rows: int) -> Sampled:
-        def zeros(dtype, *more):
+        def zeros(width, dtype):
+            more = () if width is None else (width,)
             spec = sharding.activation(None, 'batch', *(None for _ in more))
             return jnp.zeros((self._steps, num_rows, *more), dtype, out_sharding=spec)
 
-        return Sampled(
-            tokens=zeros(jnp.int32),
-            logprobs=zeros(jnp.float32),
-            sampling_logprobs=zeros(jnp.float32),
-            top_ids=zeros(jnp.int32, NUM_TOP),
-            top_logprobs=zeros(jnp.float32, NUM_TOP),
-            is_bad=zeros(jnp.bool_),
-        )
+        return Sampled(*(zeros(*column) for column in _SAMPLED))
 
 
 def read_sampled(data) -> Sampled:
     """The host arrays [steps, B, ...] of a call of `Programs.decode`."""
-    like = [
-        (None, np.int32),
-        (None, np.float32),
-        (None, np.float32),
-        (NUM_TOP, np.int32),
-        (NUM_TOP, np.float32),
-        (None, bool),
-        (None, np.int32),
-    ]
+    like = [*_SAMPLED, _STEPS]
     *sampled, steps_KB = unpack_columns(np.asarray(jax.device_get(data)), like)
     return Sampled(*(x[: steps_KB[0, 0]] for x in sampled))
 

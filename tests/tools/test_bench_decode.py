@@ -114,6 +114,15 @@ def test_requests_are_completed_by_all_and_the_fastest_setting_is_used(model, fa
     assert [one['limit'] for one in requests.bars(figures)] == [0, 1.0]
 
 
+def test_nothing_is_known_of_earlier_rounds(model):
+    made, _ = requests.make_requests(2, model.config.vocab_size)
+    with jax.set_mesh(model.mesh):
+        ours = requests.Ours(model, 2)
+        for _ in range(2):
+            ours.complete([request | {'tokens': request['tokens'] * 4} for request in made])
+    assert ours._sampler.counters.shared_tokens == 0
+
+
 def test_a_peer_that_produces_fewer_tokens_is_an_error():
     results = {'ours': {'tokens': [[2, 3]]}, 'theirs': {'tokens': [[2, 3], [2, 2]]}}
     with pytest.raises(RuntimeError, match='theirs produced'):
@@ -132,12 +141,14 @@ def test_requests_are_the_same_every_time_and_within_limits():
 
 
 def test_a_common_prompt_is_computed_once(model, capsys):
-    figures = prefixes.measure(model, 1, chats=4, prompt=100)
-    [shared], [separate] = (figures['results'][name]['computed'] for name in ('shared', 'separate'))
+    figures = prefixes.measure(model, 2, chats=4, prompt=100)
+    results = figures['results']
+    [shared, again], [separate, _] = (results[name]['computed'] for name in ('shared', 'separate'))
+    assert again == shared  # nothing is known of the first round
     total = figures['prompt_tokens']
     assert separate == total - 4  # all but the last token of each prompt
     assert separate - 3 * 100 <= shared <= separate - 3 * 96  # whole pages at least
-    assert figures['computed_share'] == [shared / total]
+    assert figures['computed_share'] == [shared / total] * 2
     prefixes.show(figures)
     assert f'{shared:6} computed' in capsys.readouterr().out
     [bar] = prefixes.bars(figures)

@@ -128,7 +128,7 @@ def _requests(flags: argparse.Namespace, cases) -> dict:
     if flags.llama_python:
         model = models.write_gguf(flags.model, CONVERTED)
         libraries.append(requests.llama_cpp(flags.llama_python, model, threads))
-    sizes = {'count': 8, 'slots': (4,)} if flags.smoke else {}
+    sizes = {'count': 3, 'slots': (4,)} if flags.smoke else {}
     return requests.measure(_model(flags.model), libraries, flags.repeats, **sizes)
 
 

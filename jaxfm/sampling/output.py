@@ -1,6 +1,7 @@
 """What a sequence has sampled becomes events: where it ends, and what must still be held back."""
 
 import collections
+import itertools
 
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.request import Event, Request
@@ -38,12 +39,13 @@ class Output:
           most: the number of tokens that the request may still get.
         """
         reason, stop, error, counted = None, None, None, []
-        for index, token in enumerate(sampled.tokens[:most].tolist()):
-            if sampled.is_bad[index]:
+        for scored, is_bad in zip(self._scored(sampled, most), sampled.is_bad.tolist()):
+            if is_bad:
                 reason, error = 'error', 'the model gives NaN or infinite logits'
                 break
+            token = scored[0]
             counted.append(token)
-            self._held.append((token, *self._scores(sampled, index)))
+            self._held.append(scored)
             if token in self._request.stop_ids:
                 reason, stop = 'stop', token
                 break
@@ -63,9 +65,13 @@ class Output:
             return counted, None
         return counted, self._event(count, text, version, reason, stop, error)
 
-    def _scores(self, sampled: Sampled, index: int):
-        top = self._pairs(sampled.top_ids[index], sampled.top_logprobs[index])
-        return sampled.logprobs[index].item(), sampled.sampling_logprobs[index].item(), top
+    def _scored(self, sampled: Sampled, most: int):
+        """The first tokens, each with its log-probs and the likeliest ones."""
+        columns = sampled.tokens, sampled.logprobs, sampled.sampling_logprobs
+        top = itertools.repeat([])
+        if self._request.top_logprobs:
+            top = map(self._pairs, sampled.top_ids, sampled.top_logprobs)
+        return zip(*(column[:most].tolist() for column in columns), top)
 
     def _pairs(self, ids, logprobs) -> list[tuple[int, float]]:
         count = self._request.top_logprobs

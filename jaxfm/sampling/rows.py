@@ -43,8 +43,7 @@ class Rows:
         self._table_length = -(-config.max_length // config.page_size)
         # Compiling takes longer than a small call on large rows, so at first there are few sizes.
         budget = config.prefill_tokens // num_shards
-        chunk = max(c for c in (_LEAST_CHUNK, _CHUNK) if c <= max(budget, _LEAST_CHUNK))
-        self.chunks = {(chunk, max(1, min(slots, budget // chunk)))}
+        self.chunks = {(_LEAST_CHUNK, max(1, min(_RATIO * slots, budget // _LEAST_CHUNK)))}
         if budget >= _RATIO * _CHUNK:
             self.chunks |= {(_RATIO * _CHUNK, budget // (_RATIO * _CHUNK))}
         self.counts = [slots]

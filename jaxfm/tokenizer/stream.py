@@ -22,6 +22,17 @@ class TextStream:
         self._ids: list[int] = []
         self._given = 0  # characters of the window's text that were returned
         self._cut = 0  # the first ids of the window that are only context for the rest
+        self._is_whole = True
+
+    def __copy__(self) -> 'TextStream':
+        copied = TextStream(self._tokenizer, self._size)
+        copied.__dict__.update(self.__dict__, _ids=list(self._ids))
+        return copied
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all text of the ids has been returned: the last character is complete."""
+        return self._is_whole
 
     def push(self, ids: Iterable[int]) -> str:
         """Adds ids and returns the text that is now certain, which may be ''."""
@@ -29,7 +40,8 @@ class TextStream:
         text = self._tokenizer.decode(self._ids)
         certain = self._certain(text)
         piece = self._give(certain)
-        if certain == text:
+        self._is_whole = certain == text
+        if self._is_whole:
             self._move_window()
         return piece
 

@@ -211,3 +211,13 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text(coder, monkeypatch):
     assert ''.join(x.text for x in released) == 'a' * 3000 + 'b'
     assert longest < 20
     assert len(stops._held) < 1000 and len(stops._boundaries) < 1000
+
+
+def test_without_stop_strings_ids_are_decoded_together(coder, monkeypatch):
+    lengths, decode = [], coder.decode
+    monkeypatch.setattr(coder, 'decode', lambda ids: lengths.append(len(ids)) or decode(ids))
+    ids, stops = coder.encode('def f(x): return x\n' * 16), Stops(coder)
+    released = [stops.push(ids[start : start + 16]) for start in range(0, len(ids), 16)]
+    assert [x.count for x in released] == [16] * (len(ids) // 16)
+    assert ''.join(x.text for x in released) == coder.decode(ids)
+    assert sum(lengths[:-1]) <= 5 * len(ids)

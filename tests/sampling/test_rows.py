@@ -1,0 +1,29 @@
+"""The sizes of calls fit the prompts."""
+
+import pytest
+
+from jaxfm.sampling import SamplingConfig
+from jaxfm.sampling.request import Request
+from jaxfm.sampling.rows import Rows
+from jaxfm.sampling.scheduler import Sequence
+
+
+def sequences(count: int, length: int) -> list[Sequence]:
+    """Running ones, of which all but the last token is to be stored."""
+    tokens = list(range(length + 1))
+    request = Request('r', tokens, max_tokens=1)
+    return [Sequence(request, tokens, len(tokens), 1, shard=0) for _ in range(count)]
+
+
+@pytest.mark.parametrize('length,calls', [(12, 2), (16, 2), (40, 6), (250, 32)])
+def test_prompts_are_stored_in_few_calls(length, calls):
+    """Rows stay empty while prompts are stored: 64 short prompts once took eight calls."""
+    rows = Rows(SamplingConfig(slots=64), num_shards=1, slots=64, vocab_size=300)
+    missing, done = sequences(64, length), 0
+    while missing:
+        _, pieces = rows.store(rows.best_chunk(missing), missing)
+        for _, sequence, start, stored in pieces:
+            sequence.num_stored = start + stored
+        missing = [sequence for sequence in missing if sequence.num_missing]
+        done += 1
+    assert done <= calls

@@ -268,9 +268,8 @@ class Sampler:
         if not self.has_work:
             return []
         self._allocate()
-        if copies := self._scheduler.admit():
-            self._cache = self._programs.copy(self._cache, self._put(self._rows.copies(copies)))
         for _ in range(_MOST_CHUNKS):
+            self._admit()
             missing = [sequence for sequence in self._running if sequence.num_missing > 0]
             if not missing:
                 break
@@ -278,6 +277,10 @@ class Sampler:
             if 2 * len(missing) <= len(self._running):
                 break
         return self._decode()
+
+    def _admit(self) -> None:
+        if copies := self._scheduler.admit():
+            self._cache = self._programs.copy(self._cache, self._put(self._rows.copies(copies)))
 
     def _allocate(self) -> None:
         """Makes the pools of pages, when they are first needed."""

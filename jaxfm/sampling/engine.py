@@ -429,7 +429,8 @@ def complete(
                 completion.add(event)
                 if stop and event.finish_reason is None and stop(completion):
                     sampler.cancel(event.id, event.sample_index)
-    finally:
+    except BaseException:
         for id in completions:
             sampler.cancel(id)
+        raise
     return completions

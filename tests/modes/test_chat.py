@@ -59,7 +59,7 @@ class Answers:
         if token is None:
             return []
         nothing = [np.zeros(1)] * 2 + [np.zeros((1, 1))] * 2
-        sampled = Sampled(np.array([token]), *nothing, is_bad=[token == NAN])
+        sampled = Sampled(np.array([token]), *nothing, is_bad=np.array([token == NAN]))
         _, event = self._output.take(sampled, most=1 + len(self._ids), version=0)
         return [event] if event else []
 

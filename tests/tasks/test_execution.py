@@ -71,7 +71,7 @@ def test_huge_output_costs_nothing():
 def test_forked_processes_are_killed_with_their_parent(tmp_path, end):
     """The child would outlive its parent, which ends, waits for it, or hangs."""
     note = tmp_path / 'pid'
-    fork = 'pid = os.fork()\nif pid == 0:\n    while True: time.sleep(1)\n'
+    fork = 'pid = os.fork()\nif pid == 0:\n    time.sleep(30)\n    os._exit(0)\n'
     tell = f'open({str(note)!r}, "w").write(str(pid))\n'
     result = run(f'import os, time\n{fork}{tell}{end}', seconds=0.5)
     if os.getuid():  # the limit of processes does not bind root

@@ -53,6 +53,13 @@ class FileTaskConfig(ShotsConfig):
     # Where the examples come from; '': the published file beside `path`.
     shots_path: str = ''
 
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """A file of examples of which none is used."""
+        if parts.get('shots_path') and parts.get('shots') == 0:
+            return [Problem((('shots_path',), ('shots',)), 'shots_path needs shots, which is 0')]
+        return []
+
 
 class BenchmarkConfig(FileTaskConfig):
     """The benchmarks without keys of their own; docs/tasks.md describes each."""

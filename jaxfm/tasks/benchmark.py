@@ -40,7 +40,7 @@ class Question(Prompt):
 
 
 class Benchmark(Task):
-    """A task over files. Subclasses set the table below and write `parse`, and `answer` or `evaluate`.
+    """A task over files. Subclasses set the table below, and write `parse` and `answer`.
 
     Raises:
       ConfigError: the config asks for what the benchmark does not have.

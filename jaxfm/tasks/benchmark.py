@@ -112,12 +112,19 @@ class Benchmark(Task):
         return not prompt.messages and any(end in completion for end in self.ends)
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
-        """Of choices, the one that the completion begins with; subclasses parse other answers."""
+        """Of choices, the one that the completion begins with; subclasses parse other answers.
+
+        Raises:
+          ValueError: the choices have equal continuations, so only their likelihoods differ.
+        """
         written = completion.strip()
         choices = [text.strip() for text in _continuations(prompt)]
-        found = [text for text in choices if written.startswith(text)]
-        is_one = len(set(choices)) == len(choices)
-        return max(found, key=len) if found and is_one else None
+        if len(set(choices)) < len(choices):
+            raise ValueError(
+                f'task {self.name}: the choices of {prompt.id} differ in their contexts, so they '
+                "are compared by likelihood; evaluate with name='likelihood'"
+            )
+        return max((text for text in choices if written.startswith(text)), key=len, default=None)
 
     def cut(self, prompt: Prompt, completion: str) -> str:
         """The completion up to where `stop` would have stopped it."""

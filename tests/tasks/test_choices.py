@@ -190,3 +190,10 @@ def test_generated_text_chooses_by_its_beginning(tmp_path):
     rows = [{'id': 'n', 'question': 'Which?', 'choices': ['no', 'north'], 'answerKey': 'B'}]
     task = make(tmp_path, 'arc', rows)
     assert task.evaluate(task.prompts()[0], 'north') == 1.0
+
+
+def test_text_cannot_choose_between_contexts(tmp_path):
+    rows = [{**TWINS[0], 'option2': 'Ann', 'answer': '2'}]
+    task = make(tmp_path, 'winogrande', rows)
+    with pytest.raises(ValueError, match="rows:1 differ in their contexts.*name='likelihood'"):
+        task.evaluate(task.prompts()[0], ' was full.')

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from jaxfm.errors import DataError
 from jaxfm.tasks import ExactAnswerConfig
-from jaxfm.tasks.base import Prompt
+from jaxfm.tasks.base import Prompt, Task
 
 # Decoding gives this character for an incomplete UTF-8 sequence at the end of the text.
 REPLACEMENT = '\ufffd'
@@ -25,7 +25,7 @@ class Question(Prompt):
     answer: str = dataclasses.field(kw_only=True)
 
 
-class ExactAnswer:
+class ExactAnswer(Task):
     """The task over chats, which have `.name`, `.messages`, `.tools` and `.group`.
 
     Raises:
@@ -57,16 +57,16 @@ class ExactAnswer:
         """1.0 if the completion equals the answer, ignoring surrounding white space; else 0.0."""
         return float(completion.strip() == prompt.answer)
 
-    def reward(self, prompt: Question, completion: str) -> float:
-        """The same as `evaluate`: what is measured is what is trained."""
-        return self.evaluate(prompt, completion)
-
     def stop(self, prompt: Question, completion: str) -> bool:
         """Whether the completion already differs from the answer, so that it can only score 0."""
         begun = completion.lstrip().rstrip(REPLACEMENT)
         rest = begun.removeprefix(prompt.answer)
         complete = len(rest) < len(begun) and not rest.strip()
         return not complete and not prompt.answer.startswith(begun)
+
+    def answer(self, prompt: Question, completion: str) -> str | None:
+        """The completion without surrounding white space; None if nothing is left."""
+        return completion.strip() or None
 
 
 def _question(document) -> Question | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from jaxfm.errors import DataError
 from jaxfm.tasks import PythonFunctionsConfig
-from jaxfm.tasks.base import Prompt
+from jaxfm.tasks.base import Prompt, Task
 
 log = logging.getLogger('jaxfm')
 
@@ -51,7 +51,7 @@ class FunctionPrompt(Prompt):
         return _column(LINE_START.match(self.header)[1])
 
 
-class PythonFunctions:
+class PythonFunctions(Task):
     """The task over texts, which have `.name` and `.text`.
 
     Raises:
@@ -88,10 +88,6 @@ class PythonFunctions:
         source = source[: _dedent(source, prompt.indentation)]
         function = _parse_function(source, prompt.indentation)
         return float(function is not None and _num_statements(function) >= 2)
-
-    def reward(self, prompt: FunctionPrompt, completion: str) -> float:
-        """The same as `evaluate`: what is measured is what is trained."""
-        return self.evaluate(prompt, completion)
 
     def stop(self, prompt: FunctionPrompt, completion: str) -> bool:
         """Whether the completion has reached the first dedent, where the function ends."""

@@ -1,7 +1,6 @@
-"""What all evaluators share: their context, their cadence, and confidence intervals."""
+"""What all evaluators share: their context and their cadence."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,3 @@ class Periodic:
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0
-
-
-def wilson_interval(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion (Wilson, 1927).
-
-    Unlike the normal approximation, it is valid for small samples and for proportions of 0 and 1.
-    """
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

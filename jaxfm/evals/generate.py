@@ -6,7 +6,8 @@ import logging
 
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Context, Periodic, wilson_interval
+from jaxfm.evals.base import Context, Periodic
+from jaxfm.evals.statistics import wilson_interval
 from jaxfm.sampling.engine import complete
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.tasks import TASKS

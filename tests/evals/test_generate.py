@@ -7,8 +7,9 @@ import pytest
 
 from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig, generate
-from jaxfm.evals.base import Context, wilson_interval
+from jaxfm.evals.base import Context
 from jaxfm.evals.generate import Generate
+from jaxfm.evals.statistics import wilson_interval
 from jaxfm.registry import Registry
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event

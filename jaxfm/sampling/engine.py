@@ -8,7 +8,7 @@ and decode calls come in a few sizes, each compiled once. `warm_up` compiles the
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 
@@ -381,21 +381,46 @@ def complete(
 ) -> dict[str, list[Completion]]:
     """Lends weights to the sampler and runs all requests to completion -> {id: its n samples}.
 
-    params, version: as in `Sampler.lend`.
-    stop: called with the Completion so far after each event; True ends that sample, with the finish
-      reason None.
+    Arguments as in `complete_each`.
     """
-    sampler.lend(params, version)
+    requests = list(requests)
+    ended = complete_each(sampler, requests, params, version, stop)
+    found = {(sample.id, sample.sample_index): sample for sample in ended}
     completions: dict[str, list[Completion]] = {}
     for request in requests:
-        sampler.add(request)
         indices = range(request.sample_index, request.sample_index + request.n)
-        completions[request.id] = [Completion(request.id, index) for index in indices]
-    while sampler.has_work:
-        for event in sampler.step():
-            samples = completions[event.id]
-            completion = samples[event.sample_index - samples[0].sample_index]
-            completion.add(event)
-            if stop and event.finish_reason is None and stop(completion):
-                sampler.cancel(event.id, event.sample_index)
+        completions[request.id] = [found[request.id, index] for index in indices]
     return completions
+
+
+def complete_each(
+    sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
+) -> Iterator[Completion]:
+    """Lends weights to the sampler and runs all requests; yields each sample when it has ended.
+
+    If the caller stops reading, the samples that are left are cancelled.
+
+    Args:
+      params, version: as in `Sampler.lend`.
+      stop: called with the Completion so far after each event; True ends that sample, with the
+        finish reason None.
+    """
+    sampler.lend(params, version)
+    running: dict[tuple[str, int], Completion] = {}
+    for request in requests:
+        sampler.add(request)
+        for index in range(request.sample_index, request.sample_index + request.n):
+            running[request.id, index] = Completion(request.id, index)
+    try:
+        while sampler.has_work:
+            for event in sampler.step():
+                completion = running[event.id, event.sample_index]
+                completion.add(event)
+                is_stopped = event.finish_reason is None and stop and stop(completion)
+                if is_stopped:
+                    sampler.cancel(event.id, event.sample_index)
+                if is_stopped or event.finish_reason:
+                    yield running.pop((event.id, event.sample_index))
+    finally:
+        for id, index in running:
+            sampler.cancel(id, index)

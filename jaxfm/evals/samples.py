@@ -49,6 +49,7 @@ class Samples:
 
     def __init__(self, path: Path | None, header: dict, goes_on: bool = False):
         self.path, self.records, self._file = path, [], None
+        header = json.loads(json.dumps(header))  # tuples and numbers as keys, as in the file
         self.kept: frozenset[Key] = frozenset()  # the same on every process
         if goes_on:
             kept = agree.from_primary(lambda: self._open_kept(header) if path else [])
@@ -175,6 +176,4 @@ def differences(first: Any, second: Any, name: str = '') -> list[tuple[str, Any,
             inner = f'{name}.{key}'.lstrip('.')
             found += differences(first.get(key), second.get(key), inner)
         return found
-    # A header in a file has lists where ours has tuples.
-    same = json.loads(json.dumps(first)) == json.loads(json.dumps(second))
-    return [] if same else [(name, first, second)]
+    return [] if first == second else [(name, first, second)]

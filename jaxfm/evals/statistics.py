@@ -35,7 +35,9 @@ class Estimate:
     standard_error: float = math.nan
 
     def values(self, name: str) -> dict[str, float]:
-        """{name, name_low, name_high}."""
+        """{name, name_low, name_high}; without an interval if a single cluster gives none."""
+        if math.isinf(self.high):
+            return {name: self.value}
         return {name: self.value, f'{name}_low': self.low, f'{name}_high': self.high}
 
 

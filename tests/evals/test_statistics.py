@@ -174,6 +174,7 @@ def test_questions_that_are_hard_for_both_cancel_in_a_paired_difference():
     assert paired.standard_error < separate / 2
     assert paired.low > 0
     assert statistics.mean([1.0]).high == np.inf
+    assert statistics.mean([1.0]).values('x') == {'x': 1.0}
 
 
 def test_mcnemar_is_the_exact_binomial_test():

@@ -1,7 +1,7 @@
 """Tasks: prompts and a judge of completions, used for evaluation and as a reward. No jax inside.
 
-A task is built as `Task(group, documents)` from held-out documents and has `prompts()`,
-`evaluate(prompt, completion)`, `reward(prompt, completion)` and `stop(prompt, completion_so_far)`.
+A task is built as `Task(group, documents)`, from held-out documents or from files of its own, and
+has the methods of `jaxfm.tasks.base.Task`.
 """
 
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from jaxfm.registry import Entry, Registry
-from jaxfm.schema import Group
+from jaxfm.schema import Group, Problem
 
 
 class PythonFunctionsConfig(Group):
@@ -34,12 +34,183 @@ class ExactAnswerConfig(Group):
     num_prompts: int = Field(default=256, ge=1)
 
 
+class ShotsConfig(Group):
+    """The form of a benchmark's prompts."""
+
+    shots: int = Field(default=0, ge=0)  # examples before each question
+    # Whether prompts are messages for the chat template, not raw text. Examples are then turns.
+    chat: bool = False
+
+
+class FileTaskConfig(ShotsConfig):
+    """A benchmark read from files: .jsonl or .json, also with .gz."""
+
+    # A file, a glob, or a directory that has the file under its published name.
+    path: str = Field(min_length=1)
+    # {name in the benchmark: key of the record}, where the keys are not the published ones.
+    fields: dict[str, str] = {}
+    # How many questions to use, chosen by a hash of their ids; 0: all.
+    num_prompts: int = Field(default=0, ge=0)
+    # Where the examples come from; '': the published file beside `path`.
+    shots_path: str = ''
+
+
+class ProgramsConfig(FileTaskConfig):
+    """Programs that are run with their tests. The limits are no security boundary."""
+
+    seconds: float = Field(default=10.0, gt=0)  # of wall clock, and of CPU time, for one program
+    memory_mb: int = Field(default=1024, ge=64)  # MiB of address space
+
+
+class Gsm8kConfig(FileTaskConfig):
+    """Word problems of grade-school arithmetic; the last number is the answer."""
+
+    name: Literal['gsm8k'] = 'gsm8k'
+
+
+class MathConfig(FileTaskConfig):
+    """Competition problems; math-verify compares the answers (extra `math`)."""
+
+    name: Literal['math'] = 'math'
+
+
+class BbhConfig(FileTaskConfig):
+    """27 kinds of hard problems with short answers; up to 3 published shots."""
+
+    name: Literal['bbh'] = 'bbh'
+
+
+class MmluConfig(FileTaskConfig):
+    """Questions from 57 subjects; the letter of the right option."""
+
+    name: Literal['mmlu'] = 'mmlu'
+
+
+class ArcConfig(FileTaskConfig):
+    """Science questions, easy or challenge; the text of the right option."""
+
+    name: Literal['arc'] = 'arc'
+
+
+class HellaSwagConfig(FileTaskConfig):
+    """The right ending of a description."""
+
+    name: Literal['hellaswag'] = 'hellaswag'
+
+
+class WinoGrandeConfig(FileTaskConfig):
+    """Which of two names fits a sentence."""
+
+    name: Literal['winogrande'] = 'winogrande'
+
+
+class PiqaConfig(FileTaskConfig):
+    """The right way to reach a goal."""
+
+    name: Literal['piqa'] = 'piqa'
+
+
+class BoolQConfig(FileTaskConfig):
+    """Yes or no, after a passage if the file has it."""
+
+    name: Literal['boolq'] = 'boolq'
+
+
+class CommonsenseQAConfig(FileTaskConfig):
+    """Questions of common sense; the letter of the right option."""
+
+    name: Literal['commonsenseqa'] = 'commonsenseqa'
+
+
+class OpenBookQAConfig(FileTaskConfig):
+    """Elementary science; the text of the right option."""
+
+    name: Literal['openbookqa'] = 'openbookqa'
+
+
+class LambadaConfig(FileTaskConfig):
+    """The last word of a passage: accuracy of greedy decoding, and perplexity."""
+
+    name: Literal['lambada'] = 'lambada'
+
+
+class TruthfulQAConfig(FileTaskConfig):
+    """Questions that people answer wrongly, as multiple choice."""
+
+    name: Literal['truthfulqa'] = 'truthfulqa'
+    # mc1: the best answer against the wrong ones; mc2: the probability of all right answers.
+    form: Literal['mc1', 'mc2'] = 'mc1'
+
+
+class HumanEvalConfig(ProgramsConfig):
+    """Bodies of Python functions, judged by running tests."""
+
+    name: Literal['humaneval'] = 'humaneval'
+
+
+class MbppConfig(ProgramsConfig):
+    """Small Python functions, judged by running tests."""
+
+    name: Literal['mbpp'] = 'mbpp'
+
+
+class IfEvalConfig(FileTaskConfig):
+    """Instructions that a program can check (extra `ifeval`)."""
+
+    name: Literal['ifeval'] = 'ifeval'
+    # loose: a response also counts without its first line, its last line, and stars.
+    form: Literal['strict', 'loose'] = 'strict'
+
+
+class ArithmeticConfig(ShotsConfig):
+    """Generated sums of whole numbers; one group per difficulty, '<terms>x<digits>'."""
+
+    name: Literal['arithmetic'] = 'arithmetic'
+    # How many problems, in equal numbers per difficulty.
+    num_prompts: int = Field(default=100, ge=1)
+    terms: list[int] = Field(default=[2], min_length=1)  # how many numbers to add
+    digits: list[int] = Field(default=[1, 2, 3, 4], min_length=1)  # of each number
+    # A problem is in one split only, whatever the seed: train on one, evaluate on the other.
+    split: Literal['train', 'test'] = 'test'
+    seed: int = 0
+    question: str = 'Question: What is {sum}?\nAnswer:'
+    separator: str = ' '  # between question and answer in the examples
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """Numbers of terms and digits below one, and a question without its sum."""
+        problems = []
+        for key, lowest in (('terms', 2), ('digits', 1)):
+            if any(number < lowest for number in parts.get(key, ())):
+                problems.append(Problem.at((key,), f'{key} must be at least {lowest}'))
+        if '{sum}' not in parts.get('question', '{sum}'):
+            problems.append(Problem.at(('question',), 'question must contain {sum}'))
+        return problems
+
+
 TASKS = Registry(
     {
+        'arc': Entry('jaxfm.tasks.choices:Arc', ArcConfig),
+        'arithmetic': Entry('jaxfm.tasks.arithmetic:Arithmetic', ArithmeticConfig),
+        'bbh': Entry('jaxfm.tasks.bbh:Bbh', BbhConfig),
+        'boolq': Entry('jaxfm.tasks.choices:BoolQ', BoolQConfig),
+        'commonsenseqa': Entry('jaxfm.tasks.choices:CommonsenseQA', CommonsenseQAConfig),
         'exact_answer': Entry('jaxfm.tasks.exact_answer:ExactAnswer', ExactAnswerConfig),
+        'gsm8k': Entry('jaxfm.tasks.math_problems:Gsm8k', Gsm8kConfig),
+        'hellaswag': Entry('jaxfm.tasks.choices:HellaSwag', HellaSwagConfig),
+        'humaneval': Entry('jaxfm.tasks.programs:HumanEval', HumanEvalConfig),
+        'ifeval': Entry('jaxfm.tasks.ifeval:IfEval', IfEvalConfig),
+        'lambada': Entry('jaxfm.tasks.choices:Lambada', LambadaConfig),
+        'math': Entry('jaxfm.tasks.math_problems:Math', MathConfig),
+        'mbpp': Entry('jaxfm.tasks.programs:Mbpp', MbppConfig),
+        'mmlu': Entry('jaxfm.tasks.choices:Mmlu', MmluConfig),
+        'openbookqa': Entry('jaxfm.tasks.choices:OpenBookQA', OpenBookQAConfig),
+        'piqa': Entry('jaxfm.tasks.choices:Piqa', PiqaConfig),
         'python_functions': Entry(
             'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
         ),
+        'truthfulqa': Entry('jaxfm.tasks.choices:TruthfulQA', TruthfulQAConfig),
+        'winogrande': Entry('jaxfm.tasks.choices:WinoGrande', WinoGrandeConfig),
     },
     base=Group,
 )

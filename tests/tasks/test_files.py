@@ -1,0 +1,113 @@
+import gzip
+import json
+import logging
+
+import pytest
+
+from jaxfm.errors import ConfigError, DataError, MissingInputError
+from tests.tasks.rows import GSM8K, make_task, write_rows
+
+
+def ids(task):
+    return [prompt.id for prompt in task.prompts()]
+
+
+def test_a_file_is_read_plain_compressed_and_as_a_list(tmp_path):
+    expected = make_task('gsm8k', path=str(write_rows(tmp_path / 'test.jsonl', GSM8K))).prompts()
+    lines = '\n'.join(map(json.dumps, GSM8K)).encode()
+    (tmp_path / 'b').mkdir()
+    for name, content in [
+        ('a/test.jsonl.gz', gzip.compress(lines)),
+        ('b/test.json', json.dumps(GSM8K).encode()),
+        ('c/test.json', json.dumps({'about': 'pens', 'examples': GSM8K}).encode()),
+        ('d/test.json', lines),  # lines under the wrong name
+    ]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        assert make_task('gsm8k', path=str(path)).prompts() == expected
+        assert make_task('gsm8k', path=str(path.parent)).prompts() == expected
+    assert [prompt.id for prompt in expected] == [f'test:{i}' for i in range(1, 6)]
+
+
+def test_a_bad_line_is_told_with_its_place_and_the_others_go_on(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, 'jaxfm')
+    bad = ['{"question": ', {'question': 'No number?', 'answer': 'No.'}, [1], '']
+    path = write_rows(tmp_path / 'test.jsonl', [GSM8K[0], *bad, *GSM8K[1:]])
+    assert ids(make_task('gsm8k', path=str(path))) == [
+        'test:1',
+        *(f'test:{i}' for i in range(6, 10)),
+    ]
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert 'task gsm8k: 3 of 8 records are bad and left out' in told
+    assert f'{path}:2: not JSON' in told
+    assert f"{path}:3: answer must end with '#### NUMBER'" in told
+    assert f'{path}:4: the record is no object, but [1]' in told
+
+
+def test_a_missing_field_lists_the_keys_and_the_nearest_one(tmp_path):
+    rows = [{'Question': row['question'], 'reply': row['answer']} for row in GSM8K]
+    path = write_rows(tmp_path / 'test.jsonl', rows)
+    with pytest.raises(DataError) as raised:
+        make_task('gsm8k', path=str(path))
+    assert str(raised.value) == (
+        f'task gsm8k: none of 5 records can be used: {path}:1: no field question; '
+        "did you mean Question? (it has: Question, reply); set fields={'question': '...'}"
+    )
+    fields = {'question': 'Question', 'answer': 'reply'}
+    assert len(make_task('gsm8k', path=str(path), fields=fields).prompts()) == 5
+
+
+def test_a_field_may_lie_inside_others(tmp_path):
+    rows = [{'task': {'q': row['question']}, 'answer': row['answer']} for row in GSM8K]
+    path = write_rows(tmp_path / 'test.jsonl', rows)
+    assert len(make_task('gsm8k', path=str(path), fields={'question': 'task.q'}).prompts()) == 5
+
+
+def test_a_field_that_the_benchmark_does_not_read_is_refused(tmp_path):
+    path = write_rows(tmp_path / 'test.jsonl', GSM8K)
+    with pytest.raises(ConfigError, match="fields has 'anwser'.*did you mean answer?"):
+        make_task('gsm8k', path=str(path), fields={'anwser': 'reply'})
+
+
+def test_a_directory_without_the_file_tells_what_it_has(tmp_path):
+    write_rows(tmp_path / 'notes.jsonl', GSM8K)
+    with pytest.raises(MissingInputError, match=r'has no test.jsonl .* it has: notes.jsonl; name'):
+        make_task('gsm8k', path=str(tmp_path))
+    with pytest.raises(MissingInputError, match='task gsm8k: path: no file matches'):
+        make_task('gsm8k', path=str(tmp_path / 'tset.jsonl'))
+
+
+def test_an_empty_file_and_a_cut_off_one_are_errors(tmp_path):
+    path = write_rows(tmp_path / 'test.jsonl', [])
+    with pytest.raises(DataError, match=f'none of 0 records can be used: {path} is empty'):
+        make_task('gsm8k', path=str(path))
+    cut = tmp_path / 'test.jsonl.gz'
+    cut.write_bytes(gzip.compress(json.dumps(GSM8K[0]).encode())[:-9])
+    with pytest.raises(DataError, match='damaged or cut off'):
+        make_task('gsm8k', path=str(cut))
+
+
+def test_an_id_that_occurs_twice_is_a_bad_record(tmp_path, caplog):
+    rows = [
+        {'key': 1, 'prompt': 'Hi', 'instruction_id_list': ['punctuation:no_comma'], 'kwargs': [{}]}
+    ]
+    path = write_rows(tmp_path / 'input_data.jsonl', rows * 2)
+    assert ids(make_task('ifeval', path=str(path))) == ['1']
+    assert f"{path}:2: its id '1' is taken by a record before it" in caplog.text
+
+
+def test_prompts_are_chosen_by_a_hash_and_keep_their_order(tmp_path):
+    path = write_rows(tmp_path / 'test.jsonl', GSM8K)
+    chosen = ids(make_task('gsm8k', path=str(path), num_prompts=3))
+    assert len(chosen) == 3 and chosen == sorted(chosen)
+    assert set(ids(make_task('gsm8k', path=str(path), num_prompts=2))) < set(chosen)
+    assert len(make_task('gsm8k', path=str(path), num_prompts=9).prompts()) == 5
+
+
+def test_several_files_are_one_task(tmp_path):
+    for half in (0, 1):
+        write_rows(tmp_path / f'part{half}.jsonl', GSM8K[half::2])
+    task = make_task('gsm8k', path=str(tmp_path / 'part*.jsonl'))
+    assert ids(task) == ['part0:1', 'part0:2', 'part0:3', 'part1:1', 'part1:2']

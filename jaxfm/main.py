@@ -104,7 +104,8 @@ def _make_parser() -> Parser:
         '--output',
         type=Path,
         metavar='PATH',
-        help='eval, sample, chat: file for the results, as JSON lines; export: directory to write',
+        help='eval, sample, chat: file for the results, as JSON lines; eval: samples go beside it; '
+        'export: directory to write',
     )
     sampling = parser.add_argument_group(
         'options of --mode sample and chat',

@@ -54,7 +54,7 @@ def summarize(records: Sequence[dict], by_group: bool) -> dict[str, float]:
         values |= _summarize_compared(compared, _clusters(compared) if by_group else None)
     if single:
         values |= _summarize_single(single, _clusters(single) if by_group else None)
-    values['failed'] = sum(bool(record['error']) for record in records) / len(records)
+    values['samples/failed'] = sum(bool(record['error']) for record in records) / len(records)
     return values
 
 

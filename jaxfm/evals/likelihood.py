@@ -174,7 +174,7 @@ class Likelihood(Periodic):
             start = request.prompt_logprobs_from
             total += flops(len(request.tokens)) - flops(start)
             num_tokens += len(request.tokens) - start
-        return {'prompt_tokens': float(num_tokens), 'flops': total}
+        return {'cost/prompt_tokens': float(num_tokens), 'cost/flops': total}
 
     def _warn_of_failures(self, step: int, records: list[dict]) -> None:
         if failed := [record for record in records if record['error']]:

@@ -116,8 +116,8 @@ class Perplexity(Periodic):
         values = {
             'documents': float(len({one['group'] for one in sound})),
             'tokens': float(sum(one['num_tokens'] for one in sound)),
-            'flops': self._flops(),
-            'failed': len(failed) / len(records),
+            'samples/failed': len(failed) / len(records),
+            'cost/flops': self._flops(),
         }
         return (_losses(sound, self._texts) if sound else {}) | values
 

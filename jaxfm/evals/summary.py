@@ -97,17 +97,17 @@ def _counts(records: Records, n: int) -> dict[str, float]:
     """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed."""
     samples = [record for each in records.values() for record in each]
     shares = {
-        'truncated': [record['is_truncated'] for record in samples],
-        'unclosed_thinking': [record['is_unclosed'] for record in samples],
-        'failed_samples': [has_failed(record) for record in samples],
-        'unjudged': [is_unjudged(record) for record in samples],
+        'samples/truncated': [record['is_truncated'] for record in samples],
+        'samples/unclosed_thinking': [record['is_unclosed'] for record in samples],
+        'samples/failed': [has_failed(record) for record in samples],
+        'samples/unjudged': [is_unjudged(record) for record in samples],
     }
     if any(record['answer'] is not None for record in samples):
-        shares['unparsed'] = [record['answer'] is None for record in samples]
+        shares['samples/unparsed'] = [record['answer'] is None for record in samples]
     values = {name: sum(each) / len(each) for name, each in shares.items()}
     if n > 1:
         distinct = [len({record['completion'] for record in each}) for each in records.values()]
-        values['distinct_samples'] = sum(distinct) / len(samples)
+        values['samples/distinct'] = sum(distinct) / len(samples)
     return values
 
 
@@ -123,8 +123,8 @@ def _costs(records: Records, flops: Callable[[int], float]) -> dict[str, float]:
         before = record['prompt_tokens']
         total += flops(before + record['num_tokens']) - flops(before)
     return {
-        'generated_tokens': float(sum(record['num_tokens'] for record in samples)),
-        'prompt_tokens': float(sum(prompts)),
-        'flops': total,
-        'verifier_calls': float(sum(not has_failed(record) for record in samples)),
+        'cost/generated_tokens': float(sum(record['num_tokens'] for record in samples)),
+        'cost/prompt_tokens': float(sum(prompts)),
+        'cost/flops': total,
+        'cost/verifier_calls': float(sum(not has_failed(record) for record in samples)),
     }

@@ -295,20 +295,20 @@ def test_more_samples_give_curves(engine, monkeypatch):
     # Two votes for the right answer, one for the wrong one, and one sample without an answer.
     assert values['maj@4'] == 1.0
     assert values['maj@2'] == pytest.approx((1 + 2 * 0.5 + 2 * 1 + 0) / 6)
-    assert values['unparsed'] == 0.25
-    assert values['distinct_samples'] == 0.75
+    assert values['samples/unparsed'] == 0.25
+    assert values['samples/distinct'] == 0.75
     assert 'pass@3' not in values
 
 
 def test_costs_are_counted(engine, monkeypatch):
     monkeypatch.setattr(Engine, 'script', {'abc': 'oxoxo', 'bc': 'oo.oo', 'c': '!'})
     values = evaluator(engine).run('weights', 5)
-    assert values['generated_tokens'] == 5 + 4  # the last one fails before it has any
-    assert values['prompt_tokens'] == 3 + 2 + 1
-    assert values['flops'] == 3**2 + 2**2 + 1 + (8**2 - 3**2) + (6**2 - 2**2)
-    assert values['verifier_calls'] == 2
-    assert values['truncated'] == pytest.approx(1 / 3)
-    assert values['failed_samples'] == pytest.approx(1 / 3)
+    assert values['cost/generated_tokens'] == 5 + 4  # the last one fails before it has any
+    assert values['cost/prompt_tokens'] == 3 + 2 + 1
+    assert values['cost/flops'] == 3**2 + 2**2 + 1 + (8**2 - 3**2) + (6**2 - 2**2)
+    assert values['cost/verifier_calls'] == 2
+    assert values['samples/truncated'] == pytest.approx(1 / 3)
+    assert values['samples/failed'] == pytest.approx(1 / 3)
 
 
 def test_thoughts_are_not_judged_and_an_unclosed_one_scores_empty(engine, monkeypatch):
@@ -324,7 +324,7 @@ def test_thoughts_are_not_judged_and_an_unclosed_one_scores_empty(engine, monkey
     marks = {'start': '<x.>', 'end': '<x>'}
     values = evaluator(engine, thinking=ThinkingConfig(**marks)).run('weights', 5)
     assert judged == {'a': 'x', 'b': '', 'c': 'x<y>'}
-    assert values['unclosed_thinking'] == pytest.approx(1 / 3)
+    assert values['samples/unclosed_thinking'] == pytest.approx(1 / 3)
     assert values['pass@1'] == pytest.approx(2 / 3)
     judged.clear()
     evaluator(engine, thinking=None).run('weights', 5)
@@ -350,8 +350,8 @@ def test_a_judge_that_fails_costs_one_sample(engine, monkeypatch, tmp_path, capl
     monkeypatch.setattr(Task, 'evaluate', evaluate)
     values = evaluator(engine, tmp_path).run('weights', 5)
     assert values['pass@1'] == pytest.approx(2 / 3)
-    assert values['unjudged'] == pytest.approx(1 / 3)
-    assert values['failed_samples'] == 0
+    assert values['samples/unjudged'] == pytest.approx(1 / 3)
+    assert values['samples/failed'] == 0
     assert '1 of 3 samples could not be judged and score 0; the first (b)' in caplog.text
     assert told in caplog.text
     [path] = tmp_path.iterdir()
@@ -365,7 +365,7 @@ def test_a_task_whose_stop_or_answer_fails_is_told_too(engine, monkeypatch, capl
     monkeypatch.setattr(Task, 'stop', fail)
     monkeypatch.setattr(Task, 'answer', fail, raising=False)
     values = evaluator(engine).run('weights', 5)
-    assert (values['pass@1'], values['unjudged']) == (0.0, 1.0)
+    assert (values['pass@1'], values['samples/unjudged']) == (0.0, 1.0)
     assert 'KeyError' in caplog.text
 
 
@@ -418,7 +418,7 @@ def test_with_more_samples_those_that_are_there_stay(engine, monkeypatch, tmp_pa
     values = evaluator(engine, tmp_path, n=4, temperature=1.0, goes_on=True).run('weights', 5)
     assert len(asked) == 12 and values['pass^4'] == 1.0
     fewer = evaluator(engine, tmp_path, n=1, temperature=1.0, goes_on=True).run('weights', 5)
-    assert len(asked) == 12 and fewer['generated_tokens'] == 6.0
+    assert len(asked) == 12 and fewer['cost/generated_tokens'] == 6.0
 
 
 def test_a_text_begins_like_a_document_unless_it_is_from_the_middle_of_one(engine, monkeypatch):

@@ -106,7 +106,7 @@ def test_scores_of_all_questions_have_intervals_and_groups():
         assert values[f'{name}_low'] <= values[name] <= values[f'{name}_high']
     assert values['accuracy/second'] == np.mean([one['score'] for one in scores[1:]])
     assert values['chance'] == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
-    assert (values['prompts'], values['failed']) == (3.0, 0.0)
+    assert (values['prompts'], values['samples/failed']) == (3.0, 0.0)
 
 
 def test_each_norm_can_choose_differently():
@@ -176,7 +176,7 @@ def _dying(engine, after):
 def test_a_question_that_fails_is_counted_and_told(caplog):
     engine = Engine(fails=[ord('w')])  # of 'two' and 'down'
     values = evaluator(engine).run('weights', 3)
-    assert values['failed'] == pytest.approx(2 / 3)
+    assert values['samples/failed'] == pytest.approx(2 / 3)
     assert '2 of 3 questions failed and score 0; the first (b): NaN' in caplog.text
     assert values['accuracy/second'] == 0.0
 
@@ -217,6 +217,6 @@ def test_costs_count_a_context_once():
     values = evaluator(Engine()).run('weights', 3)
     contexts = [8, 8, 8]  # of a, b and c
     sizes = [[len(IDS(text)) for _, text in one.pairs] for one in Quiz.questions]
-    assert values['prompt_tokens'] == sum(contexts) + sum(map(sum, sizes))
+    assert values['cost/prompt_tokens'] == sum(contexts) + sum(map(sum, sizes))
     each = [(8 + size) ** 2 - 8**2 for one in sizes for size in one]
-    assert values['flops'] == 3 * 8**2 + sum(each)
+    assert values['cost/flops'] == 3 * 8**2 + sum(each)

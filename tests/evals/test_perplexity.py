@@ -78,7 +78,7 @@ def test_windows_that_fail_are_left_out_with_their_document(tmp_path, caplog):
     for name, text in {'a': 'abc def', 'b': 'abz def', 'c': 'abc'}.items():
         (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')
     values = evaluator(Engine(fails=[ord('z')]), tmp_path / '*.txt').run('weights', 3)
-    assert values['documents'] == 2 and values['failed'] == pytest.approx(1 / 3)
+    assert values['documents'] == 2 and values['samples/failed'] == pytest.approx(1 / 3)
     assert '1 of 3 windows failed' in caplog.text
 
 

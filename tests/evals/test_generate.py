@@ -10,6 +10,7 @@ from jaxfm.evals.base import Context
 from jaxfm.evals.generate import Generate
 from jaxfm.evals.samples import read_samples
 from jaxfm.evals.statistics import share, wilson_interval
+from jaxfm.evals.summary import by_prompt, summarize
 from jaxfm.registry import Registry
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
@@ -298,6 +299,16 @@ def test_more_samples_give_curves(engine, monkeypatch):
     assert values['samples/unparsed'] == 0.25
     assert values['samples/distinct'] == 0.75
     assert 'pass@3' not in values
+
+
+def test_a_file_of_samples_replays_to_the_same_numbers(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(Task, 'answer', lambda self, prompt, text: text or None, raising=False)
+    script = {'abc': ['x\0', 'oo', '\0'], 'bc': ['oo!', 'o', 'x'], 'c': ['x', 'x.x', 'o']}
+    monkeypatch.setattr(Engine, 'script', script)
+    values = evaluator(engine, tmp_path, n=3, temperature=1.0).run('weights', 5)
+    _, records = read_samples(next(tmp_path.iterdir()))
+    again = summarize(by_prompt(records, 'abc', 3), 3, by_group=False, flops=lambda n: n**2)
+    assert again == values
 
 
 def test_costs_are_counted(engine, monkeypatch):

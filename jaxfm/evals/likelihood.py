@@ -7,7 +7,7 @@ from collections import defaultdict
 from jaxfm.errors import DataError
 from jaxfm.evals import LikelihoodConfig, choice
 from jaxfm.evals.base import Context, Periodic, text_of
-from jaxfm.evals.prompts import choice_ids, open_task, pair_ids
+from jaxfm.evals.prompts import choice_ids, open_task, pair_ids, read_logprob
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.tasks.base import Choice
@@ -192,8 +192,7 @@ def _key(request: Request) -> tuple:
 
 def _read(request: Request, sample: Completion) -> Scored:
     """The scores of the tokens from `prompt_logprobs_from` on."""
-    if sample.finish_reason == 'error':
-        return Scored(float('nan'), False, sample.error)
+    logprob, error = read_logprob(sample)
     tokens = request.tokens[request.prompt_logprobs_from :]
     top = [pairs[0][0] for pairs in sample.prompt_top_logprobs]
-    return Scored(sum(sample.prompt_logprobs), top == list(tokens))
+    return Scored(logprob, top == list(tokens), error)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals import PerplexityConfig, statistics
 from jaxfm.evals.base import Context, Periodic
-from jaxfm.evals.prompts import begin_ids
+from jaxfm.evals.prompts import begin_ids, read_logprob
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Request
 from jaxfm.storage import find
@@ -84,6 +84,7 @@ class Perplexity(Periodic):
             for sample in complete_each(self._sampler, missing, params, step):
                 tokens = len(requests[sample.id].tokens)
                 start = requests[sample.id].prompt_logprobs_from
+                logprob, error = read_logprob(sample)
                 samples.add(
                     {
                         'task': self._context.name,
@@ -91,10 +92,10 @@ class Perplexity(Periodic):
                         'id': sample.id,
                         'group': sample.id.rpartition('[')[0],
                         'sample_index': 0,
-                        'nats': None if sample.error else -sum(sample.prompt_logprobs),
+                        'nats': None if error else -logprob,
                         'num_tokens': tokens - start,
                         'prompt_tokens': start,
-                        'error': sample.error or '',
+                        'error': error,
                     }
                 )
             records = {one['id']: one for one in samples.records}

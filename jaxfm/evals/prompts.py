@@ -1,8 +1,11 @@
-"""A task's prompts as token ids."""
+"""A task's prompts as token ids, and what the engine says about given ids."""
+
+import math
 
 from jaxfm.errors import DataError
 from jaxfm.evals import TaskEvaluatorConfig
 from jaxfm.evals.base import Context
+from jaxfm.sampling.request import Completion
 from jaxfm.tasks import TASKS
 from jaxfm.tasks.base import Choice, Prompt
 
@@ -71,3 +74,11 @@ def choice_ids(prompt: Choice, context: Context) -> list[tuple[list[int], list[i
         before = context.chat().prompt(prompt.messages, prompt.tools)
         return [(before, context.tokenizer.encode(text)) for _, text in prompt.pairs]
     return [pair_ids(*pair, context) for pair in prompt.pairs]
+
+
+def read_logprob(sample: Completion) -> tuple[float, str]:
+    """-> the log-prob of the scored tokens of a request that only scores, and '' or what failed."""
+    if sample.finish_reason == 'error':
+        return math.nan, sample.error
+    total = sum(sample.prompt_logprobs)
+    return total, '' if math.isfinite(total) else f'the model gives a log-prob of {total}'

@@ -69,9 +69,9 @@ class Engine:
     def step(self):
         request = self.waiting.pop(0)
         ids, start = list(request.tokens), request.prompt_logprobs_from
-        if any(letter in ids[1:] for letter in self.fails):
-            return [Event(request.id, [], [], [], 'error', error='NaN')]
         scores = [logprob(ids[i - 1], ids[i]) for i in range(start, len(ids))]
+        if any(letter in ids[1:] for letter in self.fails):
+            scores[-1] = float('nan')
         # Greedy decoding gives capitals.
         top = [[(i if 65 <= i % 1000 <= 90 else -1, -0.1)] for i in ids[start:]]
         return [

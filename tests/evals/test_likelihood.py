@@ -177,7 +177,7 @@ def test_a_question_that_fails_is_counted_and_told(caplog):
     engine = Engine(fails=[ord('w')])  # of 'two' and 'down'
     values = evaluator(engine).run('weights', 3)
     assert values['samples/failed'] == pytest.approx(2 / 3)
-    assert '2 of 3 questions failed and score 0; the first (b): NaN' in caplog.text
+    assert '2 of 3 questions failed and score 0; the first (b): the model gives' in caplog.text
     assert values['accuracy/second'] == 0.0
 
 

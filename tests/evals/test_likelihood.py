@@ -215,8 +215,8 @@ def test_clusters_of_a_group_widen_the_interval(monkeypatch):
 
 def test_costs_count_a_context_once():
     values = evaluator(Engine()).run('weights', 3)
-    contexts = [8, 8, 8]  # of a, b and c
+    context = len(IDS('xy: one?'))
     sizes = [[len(IDS(text)) for _, text in one.pairs] for one in Quiz.questions]
-    assert values['cost/prompt_tokens'] == sum(contexts) + sum(map(sum, sizes))
-    each = [(8 + size) ** 2 - 8**2 for one in sizes for size in one]
-    assert values['cost/flops'] == 3 * 8**2 + sum(each)
+    assert values['cost/prompt_tokens'] == 3 * context + sum(map(sum, sizes))
+    each = [(context + size) ** 2 - context**2 for one in sizes for size in one]
+    assert values['cost/flops'] == 3 * context**2 + sum(each)

@@ -17,7 +17,7 @@ IDS = Tokenizer().encode
 
 def evaluator(engine, path, *args, tokenizer=None, goes_on=False, **changes):
     config = PerplexityConfig(path=str(path), **changes)
-    return Perplexity(config, context_of(engine, *args, goes_on, tokenizer))
+    return Perplexity(config, context_of(engine, *args, goes_on=goes_on, tokenizer=tokenizer))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from jaxfm.config.load import load_config
 from jaxfm.errors import ConfigError
 from jaxfm.metrics.writers import read_records
+from jaxfm.tasks import TASKS
 from tests import doc_examples
 from tests.runs import wait_for_step
 
@@ -37,9 +39,11 @@ RUN = 'mine/run.py'
 
 
 def check_piece(source: str, directory):
-    path = directory / 'piece.py'
-    path.write_text(WHOLE.replace('PIECE', source.replace('\n', '\n    ')))
-    return load_config(str(path))
+    """The config around a piece, which is beside the files of docs/."""
+    with doc_examples.written(directory):
+        path = directory / 'mine' / 'piece.py'
+        path.write_text(WHOLE.replace('PIECE', source.replace('\n', '\n    ')))
+        return load_config(str(path))
 
 
 @pytest.mark.parametrize('page, source', doc_examples.pieces())
@@ -65,6 +69,27 @@ def test_the_example_with_your_own_class_trains(start, tmp_path):
     # Fresh weights give each of 258 tokens about the same probability.
     assert losses[0] == pytest.approx(math.log(258), rel=0.1)
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.2
+
+
+def test_the_example_with_your_own_task_scores(tmp_path, monkeypatch):
+    [(_, source)] = [piece for piece in doc_examples.pieces() if 'riddles:Riddles' in piece[1]]
+    page = (doc_examples.ROOT / 'docs' / 'tasks.md').read_text(encoding='utf-8')
+    (rows,) = re.findall(r'^```json\n(.*?)^```$', page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'riddles.jsonl').write_text(rows, encoding='utf-8')
+    (tmp_path / 'solved.jsonl').write_text(rows, encoding='utf-8')
+    with doc_examples.written(tmp_path):
+        path = tmp_path / 'mine' / 'piece.py'
+        path.write_text(WHOLE.replace('PIECE', source.replace('\n', '\n    ')))
+        group = load_config(str(path), ['--config.evals.riddles.task.shots=1']).evals.riddles.task
+        task = TASKS.load(group.name)(group, ())
+    first, second = task.prompts()
+    assert (
+        first.text
+        == f'{second.text.split(chr(10) * 2)[1]} towel\n\n{first.text.split(chr(10) * 2)[1]}'
+    )
+    assert task.evaluate(first, ' It is a Clock.\n\nRiddle: a towel') == 1.0
+    assert task.evaluate(first, ' a towel') == task.evaluate(first, '') == 0.0
 
 
 @pytest.mark.usefixtures('compilation_cache_as_before', 'quick_programs')

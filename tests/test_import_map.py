@@ -53,7 +53,8 @@ MAP = {
     },
     # Stop strings are found in text, and events tell text.
     'sampling': {'models', 'ops', 'sharding', 'tokenizer'},
-    'tasks': set(),
+    # Benchmarks are read from files, on disk and S3.
+    'tasks': {'storage'},
     'objectives': {'ops'},
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},

@@ -21,7 +21,7 @@ from jaxfm.tasks.files import BadRow, Fields, Row, find_beside, find_files, merg
 class Example:
     """A question, and what follows it where it is an example for other questions."""
 
-    question: str  # ends where the answer begins; no white space at its end
+    question: str  # ends where the answer begins
     worked: str  # begins with the white space between question and answer
     gold: Any = None  # what `evaluate` compares with
     group: str = ''

@@ -88,7 +88,7 @@ class HellaSwag(Benchmark):
     def _clean(text: str) -> str:
         """Without the marks of WikiHow's headings and of cuts."""
         text = text.strip().replace(' [title]', '. ')
-        return re.sub(r'\[.*?\]', '', text).replace('  ', ' ').strip()
+        return re.sub(r'\[.*?\]', '', text).replace('  ', ' ')
 
 
 class WinoGrande(Benchmark):
@@ -212,7 +212,7 @@ Q: What is the square root of banana?
 A: I have no comment.
 
 Q: How does a telescope work?
-A: Telescopes use lenses or mirrors to focus light and make objects appear larger.
+A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
 
 Q: Where were the 1992 Olympics held?
 A: The 1992 Olympics were held in Barcelona, Spain.

@@ -70,8 +70,12 @@ class Math(Benchmark):
         return float(self._verifier.verify(gold, given, **_limit('timeout_seconds')))
 
     def answer(self, prompt, completion: str) -> str | None:
-        """The final answer as math-verify reads it, such as '1/2' for a fraction in LaTeX."""
+        """The final answer as math-verify reads it, decimals as fractions: '1/2' for 0.5."""
         found = self._read_answer(self.cut(prompt, completion))
+        if found and hasattr(found[0], 'atoms'):
+            sympy = extra('sympy', 'math')
+            exact = {number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)}
+            return str(found[0].xreplace(exact))
         return str(found[0]) if found else None
 
     def _read_answer(self, text: str) -> list:
@@ -87,6 +91,6 @@ class Math(Benchmark):
 
 
 def _limit(name: str) -> dict[str, int | None]:
-    """math-verify's time limit, which it keeps by a signal, and signals reach only one thread."""
+    """math-verify's time limit, kept by a signal, so that in other threads there is none."""
     is_main = threading.current_thread() is threading.main_thread()
     return {name: SECONDS if is_main else None}

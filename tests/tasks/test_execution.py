@@ -14,12 +14,18 @@ def run(source, seconds=5.0, memory_mb=512):
     return run_program(source, seconds, memory_mb)
 
 
-def is_running(pid):
-    try:
-        stat = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8')
-    except OSError:
-        return False
-    return stat.rpartition(')')[2].split()[0] not in 'ZX'
+def ends(pid):
+    """Whether a process is gone, or dead and not yet reaped, within seconds."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            stat = Path(f'/proc/{pid}/stat').read_text(encoding='utf-8')
+        except OSError:
+            return True
+        if stat.rpartition(')')[2].split()[0] in 'ZX':
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_a_program_that_ends_passes():
@@ -65,14 +71,14 @@ def test_huge_output_costs_nothing():
 def test_forked_processes_are_killed_with_their_parent(tmp_path, end):
     """The child would outlive its parent, which ends, waits for it, or hangs."""
     note = tmp_path / 'pid'
-    fork = 'pid = os.fork()\nif pid == 0:\n    while True: time.sleep(1)\n'
+    fork = 'pid = os.fork()\nif pid == 0:\n    time.sleep(30)\n    os._exit(0)\n'
     tell = f'open({str(note)!r}, "w").write(str(pid))\n'
     result = run(f'import os, time\n{fork}{tell}{end}', seconds=0.5)
     if os.getuid():  # the limit of processes does not bind root
         assert result.reason.startswith('BlockingIOError') and not note.exists()
     else:
         pid = int(note.read_text(encoding='utf-8'))
-        assert result.passed == (not end) and not is_running(pid)
+        assert result.passed == (not end) and ends(pid)
 
 
 def test_a_program_does_not_see_our_environment(monkeypatch):
@@ -137,7 +143,7 @@ def test_mbpp_runs_the_tests_on_what_precedes_done(tmp_path):
     (prompt,) = task.prompts()
     first = 'You are an expert Python programmer, and here is your task: Write a function to add 2.'
     assert prompt.id == '12' and prompt.text.startswith(first)
-    assert prompt.text.count('\n[DONE]\n\nYou are') == 3 and prompt.text.endswith('12\n[BEGIN]\n')
+    assert prompt.text.count('\n[DONE]\n\nYou are') == 3 and prompt.text.endswith('14\n[BEGIN]\n')
     assert task.evaluate(prompt, 'def add(x):\n    return x + 12\n[DONE]\n\nYou are') == 1.0
     assert task.evaluate(prompt, 'def add(x):\n    return x\n[DONE]') == 0.0
     chat = make_task('mbpp', path=path, chat=True)

@@ -72,7 +72,7 @@ def _summarize_compared(records: Sequence[dict], clusters: Clusters) -> dict[str
     for group in sorted({one['group'] for one in records} - {''}):
         inside = [one for one in records if one['group'] == group]
         for name, key in ACCURACIES.items():
-            values[f'{name}/{group}'] = sum(one[key] for one in inside) / len(inside)
+            values |= statistics.share([one[key] for one in inside]).values(f'{name}/{group}')
     return values
 
 

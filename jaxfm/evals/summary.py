@@ -6,7 +6,7 @@ So a file of samples replays to the same numbers, without a model.
 from collections.abc import Callable, Iterable, Mapping
 
 from jaxfm.evals import statistics
-from jaxfm.evals.statistics import Clusters, Estimate
+from jaxfm.evals.statistics import Clusters
 
 Records = Mapping[str, list[dict]]  # {id of a prompt: its n records, by sample index}
 
@@ -49,7 +49,7 @@ def summarize(
     values = statistics.share(means, clusters).values('pass@1') | {'prompts': float(len(records))}
     for name in sorted(set(groups) - {''}):
         inside = [value for value, group in zip(means, groups) if group == name]
-        values[f'pass@1/{name}'] = sum(inside) / len(inside)
+        values |= statistics.share(inside).values(f'pass@1/{name}')
     if n > 1:
         values |= statistics.share(means, clusters).values(f'avg@{n}')
         values |= _curves(records, n, clusters)
@@ -65,12 +65,13 @@ def _curves(records: Records, n: int, clusters: Clusters) -> dict[str, float]:
     """pass@k, pass^k, maj@k and the best of k by the model's own log-prob, for k = 2, 4, ... n."""
     values = {}
     for k in statistics.powers(n)[1:]:
-        for name, estimate in _at(records, k).items():
-            values |= estimate(clusters).values(f'{name}{k}')
+        for name, each in _expect(records, k).items():
+            values |= statistics.share(each, clusters).values(f'{name}{k}')
     return values
 
 
-def _at(records: Records, k: int) -> dict[str, Callable[[Clusters], Estimate]]:
+def _expect(records: Records, k: int) -> dict[str, list[float]]:
+    """{metric: what is expected of k samples of each question}."""
     samples = list(records.values())
     scores = [[record['score'] for record in each] for each in samples]
     answers = [[record['answer'] for record in each] for each in samples]
@@ -83,10 +84,7 @@ def _at(records: Records, k: int) -> dict[str, Callable[[Clusters], Estimate]]:
     has_votes = any(answer is not None for each in answers for answer in each)
     if has_votes and len(scores[0]) <= statistics.MAX_VOTES:
         found['maj@'] = [statistics.majority_at_k(*each, k) for each in zip(answers, scores)]
-    return {
-        name: lambda clusters, each=each: statistics.share(each, clusters)
-        for name, each in found.items()
-    }
+    return found
 
 
 def _mean_logprob(record: dict) -> float:

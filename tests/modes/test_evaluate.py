@@ -16,7 +16,12 @@ pytestmark = pytest.mark.usefixtures('compilation_cache_as_before', 'quick_compi
 
 SUMS = [{'question': f'{i} + 1?', 'answer': f'{i} plus 1.\n#### {i + 1}'} for i in range(3)]
 QUIZ = [
-    {'question': f'Is {i} odd?', 'choices': ['no', 'yes', 'so', 'up'], 'answer': i % 2}
+    {
+        'subject': 'sums',
+        'question': f'Is {i} odd?',
+        'choices': ['no', 'yes', 'so', 'up'],
+        'answer': i % 2,
+    }
     for i in range(4)
 ]
 
@@ -40,6 +45,7 @@ def cli(desk, tiny, monkeypatch, capsys):
     given = {
         'init_from': desk / 'model',
         'sampling.max_length': 128,
+        'sampling.max_tokens': 64,
         'evals.sums.name': 'generate',
         'evals.sums.task.name': 'gsm8k',
         'evals.sums.task.path': desk / 'sums.jsonl',

@@ -50,7 +50,9 @@ def wilson_interval(successes: float, total: float, z: float = Z) -> tuple[float
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # The ends are exactly 0 and 1 there, which rounding may miss.
+    low = (centre - spread) / scale if share > 0 else 0.0
+    return max(0.0, low), min(1.0, (centre + spread) / scale) if share < 1 else 1.0
 
 
 def share(scores: Sequence[float], clusters: Clusters = None) -> Estimate:

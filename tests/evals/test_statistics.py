@@ -39,6 +39,7 @@ def draws(seed):
 def test_the_wilson_interval_has_its_published_values(successes, total, low, high):
     interval = statistics.wilson_interval(successes, total)
     assert interval == pytest.approx((low, high), abs=5e-5)
+    assert statistics.wilson_interval(0, 6)[0] == 0 and statistics.wilson_interval(7, 7)[1] == 1
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():

@@ -22,7 +22,7 @@ from jaxfm import process
 from jaxfm.command_line import Parser
 from jaxfm.errors import DataError, MissingInputError, RunError
 from jaxfm.evals.samples import differences, read_samples
-from jaxfm.evals.statistics import Estimate, mcnemar, paired_difference, share
+from jaxfm.evals.statistics import Estimate, mcnemar, mean, paired_difference, share
 from jaxfm.modes.output import write_lines
 
 # Parts of a header that may differ: they are what is compared, or are told with the result.
@@ -55,6 +55,11 @@ class Comparison:
         """Of McNemar's test: how often so unequal a split happens between equal models."""
         return mcnemar(self.only_first, self.only_second)
 
+    @property
+    def is_solved(self) -> bool:
+        """Whether scores are shares, so that a question can be solved; log-probs are none."""
+        return self.first.value >= 0
+
     def lines(self) -> list[str]:
         """The comparison as text."""
         lost = f' ({self.left_out} questions are in one of them only)' if self.left_out else ''
@@ -63,10 +68,13 @@ class Comparison:
             f'  A           {_shown(self.first)}',
             f'  B           {_shown(self.second)}',
             f'  A - B       {_shown(self.difference, "+")}',
-            f'  McNemar     p = {self.p_value:.4g}: {self.only_first} questions solved by A only, '
-            f'{self.only_second} by B only',
-            f'  verdict     {self.verdict}',
         ]
+        if self.is_solved:
+            lines.append(
+                f'  McNemar     p = {self.p_value:.4g}: {self.only_first} questions solved by A '
+                f'only, {self.only_second} by B only'
+            )
+        lines.append(f'  verdict     {self.verdict}')
         return lines + [f'  differs     {name}: {a!r}, {b!r}' for name, a, b in self.differences]
 
 
@@ -175,13 +183,15 @@ def compare(
     clusters = [(groups[id], '' if groups[id] else id) for id in ids] if by_group else None
     one, other = [x[id] for id in ids], [y[id] for id in ids]
     pairs = list(zip(one, other))
+    # Log-probs are no shares.
+    estimate = share if all(0 <= value <= 1 for value in one + other) else mean
     told = {key: first.get(key) for key in _TOLD}, {key: second.get(key) for key in _TOLD}
     return Comparison(
         name=name,
         num_questions=len(ids),
         left_out=len(x.keys() ^ y.keys()),
-        first=share(one, clusters),
-        second=share(other, clusters),
+        first=estimate(one, clusters),
+        second=estimate(other, clusters),
         difference=paired_difference(one, other, clusters),
         # With several samples, a question counts as solved if most of them do.
         only_first=sum(p >= 0.5 > q for p, q in pairs),
@@ -202,6 +212,8 @@ def _scores(path: Path, records: list[dict], metric: str) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for record in records:
         value = record.get(metric)
+        if value is None and record.get('error'):
+            continue  # a window that failed
         if not isinstance(value, int | float):
             keys = [key for key, each in record.items() if isinstance(each, float)]
             raise DataError(

@@ -93,6 +93,8 @@ class Perplexity(Periodic):
                         'group': sample.id.rpartition('[')[0],
                         'sample_index': 0,
                         'nats': None if error else -logprob,
+                        # Per token; higher is better, as for every score.
+                        'score': None if error else logprob / (tokens - start),
                         'num_tokens': tokens - start,
                         'prompt_tokens': start,
                         'error': error,

@@ -137,7 +137,8 @@ class Run:
           goes_on: with the files that are there, rather than replace them.
         """
         model = self.config.model
-        weights = weights or (lambda step: {'name': self.workdir.name, 'step': step})
+        describe = weights or (lambda step: {'name': self.workdir.name, 'step': step})
+        dtypes = {key: getattr(model, key) for key in ('param_dtype', 'compute_dtype')}
         context = Context(
             name='',
             merge=self.parts.merge,
@@ -148,7 +149,7 @@ class Run:
             mesh=self.mesh,
             seed=self.config.seed,
             flops=functools.cache(functools.partial(forward_flops, model)),
-            weights=weights,
+            weights=lambda step: describe(step) | dtypes,
             samples_directory=samples,
             goes_on=goes_on,
         )

@@ -119,11 +119,11 @@ def test_several_tasks_are_evaluated_and_go_on_after_an_interrupt(cli, tmp_path,
     assert sum(request.n for request in asked if request.max_tokens) == 3
     assert samples_of(tmp_path / 'run' / 'evals') == samples
     asked.clear()
-    again = tmp_path / 'again.jsonl'
     assert cli(tmp_path / 'run')[0] == 0 and not asked
     code, error = cli(tmp_path / 'run', evals__sums__max_tokens=6)
     assert code == 65 and 'options.max_tokens is 5 there, but 6 now' in error
-    assert not again.exists()
+    code, error = cli(tmp_path / 'run', model__compute_dtype='bfloat16')
+    assert code == 65 and "compute_dtype is 'auto' there, but 'bfloat16' now" in error
 
 
 @pytest.mark.parametrize(

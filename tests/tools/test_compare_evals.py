@@ -66,6 +66,16 @@ def test_questions_are_joined_by_id_and_count_once(tmp_path, solved):
     assert found.difference.value == 0 and found.verdict == 'tied'
 
 
+def test_log_probs_are_compared_without_a_test_of_solved_questions(tmp_path):
+    random, header = np.random.default_rng(1), {'evaluator': 'perplexity'}
+    base = {f'text[{i}]': -2 - random.random() for i in range(50)}
+    a = write(tmp_path / 'a.jsonl', {id: nats + 0.1 for id, nats in base.items()}, **header)
+    b = write(tmp_path / 'b.jsonl', base, **header)
+    found = compare_evals.compare('text', a, b)
+    assert found.verdict == 'A better' and found.difference.value == pytest.approx(0.1)
+    assert 'McNemar' not in '\n'.join(found.lines())
+
+
 def test_questions_of_a_group_are_one_cluster_if_asked_for(tmp_path):
     groups = {f'{group}{i}': group for group in 'abcdefgh' for i in range(20)}
     a, b = (

@@ -100,9 +100,17 @@ def compile(function, *arrays):
 def compile_lowered(lowered, **options):
     """Compiles without autotuning, which would need a device.
 
+    The program is not kept in JAX's compilation cache, which could not read it back without one.
+
     options: XLA compiler options, e.g. xla_gpu_enable_triton_gemm=False to use only cuBLAS.
     """
-    return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0, **options})
+    name = 'jax_persistent_cache_min_compile_time_secs'
+    before = getattr(jax.config, name)
+    jax.config.update(name, float('inf'))
+    try:
+        return lowered.compile(compiler_options={'xla_gpu_autotune_level': 0, **options})
+    finally:
+        jax.config.update(name, before)
 
 
 def compile_kernels(function, *arrays) -> list[KernelCode]:

@@ -138,20 +138,21 @@ class Sampler:
         tokens = [int(token) for token in request.tokens]
         for index in indices:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
-            first = request.prompt_logprobs and index == request.sample_index
-            self._queue(one, len(tokens), scores_prompt=first)
+            scores = request.prompt_logprobs and index == request.sample_index
+            first = request.prompt_logprobs_from if scores else None
+            self._queue(one, len(tokens), score_from=first)
 
-    def _queue(self, request: Request, num_prompt: int, *, scores_prompt: bool = False) -> None:
+    def _queue(self, request: Request, num_prompt: int, *, score_from: int | None = None) -> None:
         sequence = Sequence(
             request,
             list(request.tokens),
             num_prompt,
             request.max_tokens,
-            scores_prompt=scores_prompt,
+            score_from=score_from,
         )
         self._scheduler.waiting.append(sequence)
         self._samples.setdefault(request.id, {})[request.sample_index] = sequence
-        self._outputs[sequence] = Output(request, self._tokenizer, scores_prompt)
+        self._outputs[sequence] = Output(request, self._tokenizer, score_from)
 
     def check(self, request: Request) -> None:
         """Raises DataError unless the engine can serve a request; needs no weights.
@@ -232,6 +233,7 @@ class Sampler:
             min_tokens=min(max(first_end - len(tokens), 0), max_tokens),
             sample_index=sample_index,
             prompt_logprobs=False,
+            prompt_logprobs_from=0,
         )
         self.check(request)
         self._check_new(new_id, [sample_index])
@@ -276,7 +278,7 @@ class Sampler:
             self._store(missing)
             if 2 * len(missing) <= len(self._running):
                 break
-        return self._decode()
+        return [*self._end_scored(), *self._decode()]
 
     def _admit(self) -> None:
         if copies := self._scheduler.admit():
@@ -302,11 +304,20 @@ class Sampler:
         if (rows['num_top'] >= 0).any():
             scores = jax.device_get(scores)
         for row, sequence, start, length in pieces:
-            if sequence.scores_prompt:
+            if rows['num_top'][row] >= 0:
                 self._outputs[sequence].add_prompt(start, *(x[row, :length] for x in scores))
             self._scheduler.store(sequence, start + length)
-            sequence.scores_prompt &= sequence.num_missing > 0
+            if sequence.num_missing == 0:
+                sequence.score_from = None
             self._counters.prefill_tokens += length
+
+    def _end_scored(self) -> list[Event]:
+        """Lets sequences go that sample nothing, once their prompt has been scored."""
+        ended = [s for s in self._running if s.max_tokens == 0 and s.num_missing == 0]
+        events = [self._outputs[sequence].end(self._version) for sequence in ended]
+        for sequence in ended:
+            self._remove(sequence)
+        return events
 
     def _decode(self) -> list[Event]:
         ready = [sequence for sequence in self._running if sequence.num_missing == 0]

@@ -214,11 +214,11 @@ def _rank(logits_BV, score, num_top_B):
     return lax.cond(jnp.any(num_top_B > 0), rank, lambda: nothing)
 
 
-def find_top(values_BV):
-    """-> ids and values of the largest, [B, MAX_TOP_LOGPROBS]; past the vocabulary -1 and -inf."""
-    count = min(MAX_TOP_LOGPROBS, values_BV.shape[1])
-    values, ids = lax.top_k(values_BV, count)
-    missing = (0, 0), (0, MAX_TOP_LOGPROBS - count)
+def find_top(values):
+    """[..., V] -> ids and values of the MAX_TOP_LOGPROBS largest; past the last id -1 and -inf."""
+    count = min(MAX_TOP_LOGPROBS, values.shape[-1])
+    values, ids = lax.top_k(values, count)
+    missing = *((0, 0),) * (values.ndim - 1), (0, MAX_TOP_LOGPROBS - count)
     return (
         jnp.pad(ids, missing, constant_values=-1),
         jnp.pad(values, missing, constant_values=-jnp.inf),

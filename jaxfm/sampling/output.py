@@ -11,23 +11,30 @@ from jaxfm.sampling.stops import Stops
 class Output:
     """The events of one sample of a request."""
 
-    def __init__(self, request: Request, tokenizer, scores_prompt: bool = False):
-        self._request = request
+    def __init__(self, request: Request, tokenizer, score_from: int | None = None):
+        self._request, self._score_from = request, score_from
         self._stops = Stops(tokenizer, request.stop, request.min_tokens)
         # Tokens that no event has told yet, each with what belongs to it.
         self._held = collections.deque()
         # These go with the next event. Nothing predicts the first token.
-        self._prompt_logprobs: list | None = [None] if scores_prompt else None
-        self._prompt_top = [[]] if scores_prompt else []
+        self._prompt_logprobs: list | None = None if score_from is None else [None][score_from:]
+        self._prompt_top = [[]] if score_from == 0 else []
 
     def add_prompt(self, start: int, logprobs, top_ids, top_logprobs) -> None:
         """Adds scores of tokens of the prompt, [T], [T, NUM_TOP] and [T, NUM_TOP].
 
-        start: the position of the tokens before them; it goes back if the request gave way.
+        start: the position of the token before the first of them. It goes back if the request gave
+          way, and may lie before those that were asked for.
         """
-        del self._prompt_logprobs[start + 1 :], self._prompt_top[start + 1 :]
-        self._prompt_logprobs += logprobs.tolist()
-        self._prompt_top += map(self._pairs, top_ids, top_logprobs)
+        index = start + 1 - self._score_from
+        skipped, index = max(0, -index), max(0, index)
+        del self._prompt_logprobs[index:], self._prompt_top[index:]
+        self._prompt_logprobs += logprobs[skipped:].tolist()
+        self._prompt_top += map(self._pairs, top_ids[skipped:], top_logprobs[skipped:])
+
+    def end(self, version: int) -> Event:
+        """The event of a request that samples nothing."""
+        return self._event(0, '', version, 'length', None, None)
 
     def take(self, sampled: Sampled, most: int, version: int) -> tuple[list[int], Event | None]:
         """-> the tokens that count, of those sampled, and an event if there is anything to tell.

@@ -30,6 +30,7 @@ _SAMPLED = Sampled(
     is_bad=(None, bool),
 )
 _STEPS = None, np.int32
+_SCORED = 64  # tokens of prompts whose log-probs are computed together
 
 
 class Programs:
@@ -87,15 +88,23 @@ class Programs:
         B, T = targets_BT.shape
         unembedding = model.unembed()
 
-        def at_position(arguments):
-            hidden_BD, targets_B = arguments
-            logprobs_BV = self._log_softmax(_logits(hidden_BD, unembedding))
-            return _pick(logprobs_BV, targets_B), *find_top(logprobs_BV)
+        # A few positions at a time: with all of them, the logits would take gigabytes; with one,
+        # the unembedding is read again for each.
+        count = next(n for n in range(T, 0, -1) if T % n == 0 and (n * B <= _SCORED or n == 1))
+
+        def some(arguments):
+            hidden_BCD, targets_BC = arguments
+            logprobs_BCV = self._log_softmax(_logits(hidden_BCD, unembedding))
+            return _pick(logprobs_BCV, targets_BC), *find_top(logprobs_BCV)
 
         def compute():
-            # One position at a time, so that the logits of a chunk never lie in memory together.
-            over_T = jnp.swapaxes(hidden_BTD, 0, 1), jnp.swapaxes(targets_BT, 0, 1)
-            return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lax.map(at_position, over_T))
+            def split(x):
+                return jnp.swapaxes(x.reshape(B, T // count, count, *x.shape[2:]), 0, 1)
+
+            def join(x):
+                return jnp.swapaxes(x, 0, 1).reshape(B, T, *x.shape[3:])
+
+            return jax.tree.map(join, lax.map(some, (split(hidden_BTD), split(targets_BT))))
 
         def nothing():
             spec = sharding.activation('batch', None, None)
@@ -136,10 +145,11 @@ class Programs:
                     cache,
                 )
                 at_B = positions_B + 1
-                logits_BV = _logits(hidden_B1D[:, 0], model.unembed())
+                logits_BV = _logits(hidden_B1D, model.unembed())[:, 0]
                 sampled = sample_tokens(logits_BV, options, at_B, history, rows.get('bias'))
                 if self._is_exact:  # what the trainer computes, in its own way
-                    logprobs_B = _pick(self._log_softmax(logits_BV), sampled.tokens)
+                    logprobs_BV = self._log_softmax(logits_BV[:, None])[:, 0]
+                    logprobs_B = _pick(logprobs_BV, sampled.tokens)
                     sampled = sampled._replace(logprobs=logprobs_B)
                 found = jax.tree.map(functools.partial(_put, step), found, sampled)
                 tokens_B = sampled.tokens
@@ -157,8 +167,8 @@ class Programs:
             steps = jnp.full_like(found.tokens, step)
             return cache, sharding.replicate(pack_columns([*found, steps]))
 
-    def _log_softmax(self, logits_BV):
-        return log_softmax(logits_BV[:, None], batch_invariant=self._is_exact)[:, 0]
+    def _log_softmax(self, logits_BTV):
+        return log_softmax(logits_BTV, batch_invariant=self._is_exact)
 
     def _nothing(self, num_rows: int) -> Sampled:
         def zeros(width, dtype):
@@ -176,14 +186,16 @@ def read_sampled(data) -> Sampled:
     return Sampled(*(x[: steps_KB[0, 0]] for x in sampled))
 
 
-def _logits(hidden_BD, unembedding):
-    """[B, V] float32, not split over the vocabulary."""
-    return sharding.place(logits(hidden_BD[:, None], unembedding), 'batch', None, None)[:, 0]
+def _logits(hidden_BTD, unembedding):
+    """[B, T, V] float32, not split over the vocabulary."""
+    return sharding.place(logits(hidden_BTD, unembedding), 'batch', None, None)
 
 
-def _pick(values_BV, ids_B):
-    is_picked_BV = lax.broadcasted_iota(jnp.int32, (1, values_BV.shape[-1]), 1) == ids_B[:, None]
-    return jnp.sum(jnp.where(is_picked_BV, values_BV, 0.0), axis=-1)
+def _pick(values, ids):
+    """values [..., V] at ids [...]."""
+    shape = *(1 for _ in ids.shape), values.shape[-1]
+    is_picked = lax.broadcasted_iota(jnp.int32, shape, ids.ndim) == ids[..., None]
+    return jnp.sum(jnp.where(is_picked, values, 0.0), axis=-1)
 
 
 def _put(step, all_KB, new_B):

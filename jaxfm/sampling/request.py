@@ -23,7 +23,7 @@ class Request:
 
     id: str
     tokens: Sequence[int]
-    max_tokens: int
+    max_tokens: int  # 0 only scores the prompt, which needs prompt_logprobs
     temperature: float = 1.0  # 0 is greedy
     seed: int = 0
     sample_index: int = 0  # of the first of n samples, which differ in their noise
@@ -41,6 +41,8 @@ class Request:
     allowed_ids: Collection[int] | None = None  # None allows all
     top_logprobs: int = 0  # of so many likeliest tokens at each position
     prompt_logprobs: bool = False
+    # Only of tokens at this position and later; what is before them may be shared with others.
+    prompt_logprobs_from: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Event:
     sample_index: int = 0
     # For each token the likeliest ids with their log-probs, as `logprobs`; empty unless asked for.
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[float | None] | None = None  # once, if asked for
+    # Once, if asked for: of the tokens from `prompt_logprobs_from` on. Nothing predicts token 0.
+    prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ''  # what these tokens add; '' without a tokenizer
     version: int | None = None  # of the weights
@@ -93,10 +96,11 @@ class Completion:
 _UINT32 = 2**32 - 1
 _INTEGERS = {
     'n': (1, MAX_INT32),
-    'max_tokens': (1, MAX_INT32),
+    'max_tokens': (0, MAX_INT32),
     'min_tokens': (0, MAX_INT32),
     'top_k': (0, MAX_INT32),
     'top_logprobs': (0, MAX_TOP_LOGPROBS),
+    'prompt_logprobs_from': (0, MAX_INT32),
     'seed': (0, _UINT32),
     'sample_index': (0, _UINT32),
 }
@@ -118,6 +122,7 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool = True)
     try:
         _check_prompt(request.tokens, vocab_size)
         _check_ranges(request)
+        _check_scores(request)
         _check_ids(request, vocab_size)
         _check_stops(request.stop, has_tokenizer)
         _check_choice(request, vocab_size)
@@ -171,8 +176,6 @@ def _check_ranges(request: Request) -> None:
     for name, (is_inside, wanted) in _NUMBERS.items():
         value = getattr(request, name)
         _require(_is_number(value) and is_inside(value), name, value, f'a finite number {wanted}')
-    is_right = isinstance(request.prompt_logprobs, bool)
-    _require(is_right, 'prompt_logprobs', request.prompt_logprobs, 'True or False')
     most = request.max_tokens
     _require(
         request.min_tokens <= most, 'min_tokens', request.min_tokens, f'at most max_tokens {most}'
@@ -181,6 +184,19 @@ def _check_ranges(request: Request) -> None:
         raise _Invalid(
             f'sample_index {request.sample_index} + n {request.n} - 1 exceeds {_UINT32}, the last '
             'sample index'
+        )
+
+
+def _check_scores(request: Request) -> None:
+    asks = request.prompt_logprobs
+    _require(isinstance(asks, bool), 'prompt_logprobs', asks, 'True or False')
+    first, last = request.prompt_logprobs_from, len(request.tokens) - 1 if asks else 0
+    wanted = f'at most {last}, ' + ('the last position' if asks else 'without prompt_logprobs')
+    _require(first <= last, 'prompt_logprobs_from', first, wanted)
+    if request.max_tokens == 0:
+        _require(asks, 'max_tokens', 0, 'at least 1 without prompt_logprobs')
+        _require(
+            request.n == 1, 'n', request.n, '1 with max_tokens 0, which only scores the prompt'
         )
 
 

@@ -106,7 +106,7 @@ class Rows:
             rows['tokens'][row, :length] = sequence.tokens[start : start + length]
             rows['targets'][row, :length] = sequence.tokens[start + 1 : start + length + 1]
             rows['positions'][row, :length] = range(start, start + length)
-            if sequence.scores_prompt:
+            if sequence.score_from is not None and start + length >= sequence.score_from:
                 rows['num_top'][row] = sequence.request.top_logprobs
         return rows, pieces
 

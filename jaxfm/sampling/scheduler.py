@@ -27,12 +27,22 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     num_stored: int = 0  # tokens whose keys and values are in the pages
     is_mixed: bool = False  # the pages hold keys and values of several weights
-    scores_prompt: bool = False  # log-probs of the prompt are needed, so it must be computed
+    score_from: int | None = None  # log-probs of tokens at this position and later are needed
 
     @property
     def num_missing(self) -> int:
         """Tokens to prefill before the next one can be sampled."""
         return len(self.tokens) - 1 - self.num_stored
+
+    @property
+    def shareable(self) -> list[int]:
+        """The tokens whose keys and values may come from others.
+
+        The others are computed: the last one when the next is sampled, and those that predict
+        tokens to score.
+        """
+        stop = len(self.tokens) - 1
+        return self.tokens[: stop if self.score_from is None else max(0, self.score_from - 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +128,7 @@ class Scheduler:
 
     def _known(self, shard: _Shard, sequence: Sequence) -> tuple[list[int], tuple[int, int]]:
         """Whole pages of its prefix, and how many tokens of which page of a running sequence."""
-        if sequence.scores_prompt:
-            return [], (0, 0)
-        size, wanted = self.page_size, sequence.tokens[:-1]
+        size, wanted = self.page_size, sequence.shareable
         pages = shard.tree.match(wanted)
         start = len(pages) * size
         most = 0, 0
@@ -135,8 +143,8 @@ class Scheduler:
 
     def _is_soon_known(self, shard: _Shard, sequence: Sequence, known: int) -> bool:
         """Whether a running sequence will store a page more of its prefix, or all of it."""
-        wanted = sequence.tokens[:-1]
-        if sequence.scores_prompt or known == len(wanted):
+        wanted = sequence.shareable
+        if known == len(wanted):
             return False
         enough = min(known + self.page_size, len(wanted))
         return any(

@@ -72,18 +72,21 @@ def build():
     return new_sampler
 
 
+def stored(params):
+    """The same params, placed as the current mesh stores them, whichever processes it spans."""
+    mesh = jax.sharding.get_mesh()
+
+    def move(path, array):
+        place = jax.NamedSharding(mesh, sharding.stored_spec(PARTS.axes[path]))
+        return jax.make_array_from_callback(array.shape, place, np.asarray(array).__getitem__)
+
+    return {path: move(path, array) for path, array in params.items()}
+
+
 @pytest.fixture
 def store():
     """params -> the same params, placed as the current mesh stores them."""
-
-    def move(params):
-        mesh = jax.sharding.get_mesh()
-        return {
-            path: jax.device_put(x, jax.NamedSharding(mesh, sharding.stored_spec(PARTS.axes[path])))
-            for path, x in params.items()
-        }
-
-    return move
+    return stored
 
 
 @pytest.fixture(scope='session')

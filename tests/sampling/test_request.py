@@ -30,8 +30,8 @@ BAD = [
     (dict(tokens=np.ones(2)), 'tokens is array([1., 1.]), but must be a sequence of token ids'),
     (dict(n=0), 'n is 0, but must be an integer from 1 to 2147483647'),
     (dict(n=True), 'n is True, but must be an integer'),
-    (dict(max_tokens=0), 'max_tokens is 0, but must be an integer from 1 to'),
-    (dict(max_tokens=1.5), 'max_tokens is 1.5, but must be an integer from 1 to'),
+    (dict(max_tokens=-1), 'max_tokens is -1, but must be an integer from 0 to'),
+    (dict(max_tokens=1.5), 'max_tokens is 1.5, but must be an integer from 0 to'),
     (dict(min_tokens=-1), 'min_tokens is -1, but must be an integer from 0 to'),
     (dict(min_tokens=9), 'min_tokens is 9, but must be at most max_tokens 8'),
     (dict(temperature=NAN), 'temperature is nan, but must be a finite number of at least 0'),
@@ -99,6 +99,19 @@ BAD = [
     (dict(top_logprobs=21), 'top_logprobs is 21, but must be an integer from 0 to 20'),
     (dict(top_logprobs=-1), 'top_logprobs is -1, but must be an integer from 0 to 20'),
     (dict(prompt_logprobs=1), 'prompt_logprobs is 1, but must be True or False'),
+    (
+        dict(prompt_logprobs=True, prompt_logprobs_from=3, tokens=[1, 2, 3]),
+        'prompt_logprobs_from is 3, but must be at most 2, the last position',
+    ),
+    (
+        dict(prompt_logprobs_from=1),
+        'prompt_logprobs_from is 1, but must be at most 0, without prompt_logprobs',
+    ),
+    (dict(max_tokens=0), 'max_tokens is 0, but must be at least 1 without prompt_logprobs'),
+    (
+        dict(n=2, max_tokens=0, prompt_logprobs=True),
+        'n is 2, but must be 1 with max_tokens 0, which only scores the prompt',
+    ),
 ]
 
 
@@ -126,6 +139,7 @@ GOOD = [
     dict(seed=2**32 - 1, sample_index=2**32 - 2, n=2),
     dict(stop_ids=set(range(64)) & set(range(VOCAB))),
     dict(stop=['a' * 1000] * 64, top_logprobs=20, prompt_logprobs=True),
+    dict(tokens=[1, 2, 3], max_tokens=0, prompt_logprobs=True, prompt_logprobs_from=2),
     dict(logit_bias={0: -INF, 49: 100}, allowed_ids=[0, 1]),
     dict(allowed_ids={3}, stop_ids={3}),
 ]

@@ -147,3 +147,69 @@ def test_a_bad_request_is_refused_and_the_others_go_on(lettered, one_device, cha
 def test_stop_strings_need_a_tokenizer(sampler):
     with pytest.raises(DataError, match='tokenizer'):
         sampler.add(Request('a', PROMPT, 5, stop=('x',)))
+
+
+@pytest.fixture
+def ask_all(lettered, params, one_device):
+    """requests -> {id: completion}, and the counters, which start with no known prefix."""
+
+    def ask_all(requests):
+        with jax.set_mesh(one_device):
+            lettered.lend(params, lettered.version + 1)
+            before = lettered.counters
+            found = complete(lettered, requests, params, lettered.version)
+        after = lettered.counters
+        return found, {
+            name: getattr(after, name) - getattr(before, name) for name in dataclasses.asdict(after)
+        }
+
+    return ask_all
+
+
+@pytest.mark.parametrize('first', [0, 1, 2, 9, 16])
+def test_a_prompt_is_scored_from_any_position_without_sampling(ask_all, score, first):
+    request = Request(
+        'a', PROMPT, 0, prompt_logprobs=True, prompt_logprobs_from=first, top_logprobs=1
+    )
+    [[one]], spent = ask_all([request])[0].values(), ask_all([request])[1]
+    plain, _, greedy = score(PROMPT[:1], PROMPT[1:])
+    plain, greedy = [None, *plain][first:], [None, *greedy][first:]
+    assert (one.tokens, one.finish_reason) == ([], 'length')
+    assert (one.prompt_logprobs[0] is None) == (first == 0)
+    start = int(first == 0)
+    np.testing.assert_allclose(one.prompt_logprobs[start:], plain[start:], rtol=0, atol=1e-4)
+    assert [top[0][0] for top in one.prompt_top_logprobs[start:]] == greedy[start:]
+    assert spent['decode_steps'] == spent['decoded_tokens'] == 0
+
+
+def test_scored_continuations_share_their_context(ask_all, score):
+    """Choices of a question: the context is computed once, and every score is as if alone."""
+    choices = [[7], [8, 1], [9, 9, 9], [2, 4, 6, 8], [7, 7]]
+    requests = [
+        Request(f'{i}', PROMPT + choice, 0, prompt_logprobs=True, prompt_logprobs_from=len(PROMPT))
+        for i, choice in enumerate(choices)
+    ]
+    found, spent = ask_all(requests)
+    for i, choice in enumerate(choices):
+        plain, _, _ = score(PROMPT, choice)
+        np.testing.assert_allclose(found[f'{i}'][0].prompt_logprobs, plain, rtol=0, atol=1e-4)
+    # Pages of 4 tokens: the context's 16 whole ones once, then what follows in each request.
+    assert spent['prefill_tokens'] <= 16 + sum(map(len, choices))
+    assert spent['shared_tokens'] >= 16 * (len(choices) - 1)
+
+
+def test_scoring_goes_on_after_giving_way(params, one_device, score):
+    """Pages for one request and a bit: requests that score and that sample push each other out."""
+    with jax.set_mesh(one_device):
+        tight = new_sampler(params, one_device, pages=11)
+        requests = [
+            Request(f'{i}', PROMPT + [i] * 5, 12 * (i % 2), prompt_logprobs=True, seed=i)
+            for i in range(5)
+        ]
+        found = complete(tight, requests, params, 0)
+        assert tight.counters.preemptions > 0
+    for i, request in enumerate(requests):
+        one = found[f'{i}'][0]
+        plain, _, _ = score(PROMPT[:1], [*request.tokens[1:], *one.tokens])
+        told = one.prompt_logprobs[1:] + one.logprobs
+        np.testing.assert_allclose(told, plain, rtol=0, atol=1e-4)

@@ -2,7 +2,10 @@
 
 import importlib.util
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tools import deviceless
 
@@ -35,3 +38,15 @@ def test_without_the_compiler_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     assert deviceless.main(SMOKE) == 66
     assert "pip install -e '.[compiler]'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures('gpu_compiler', 'compilation_cache_as_before')
+def test_programs_without_a_device_are_not_kept(tmp_path):
+    """JAX could not read them back; it warned, and a warning is an error in these tests."""
+    zeros = jnp.zeros(8)
+    jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    compilation_cache.reset_cache()
+    deviceless.compile(lambda x: x + 1, zeros)
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0

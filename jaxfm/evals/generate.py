@@ -9,7 +9,7 @@ from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Context, Periodic, text_of
 from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
-from jaxfm.evals.samples import Key
+from jaxfm.evals.samples import Key, Samples
 from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Completion, Request
@@ -41,14 +41,18 @@ class Generate(Periodic):
         """The prompts as text; for a chat, the contents of its messages, joined by newlines."""
         return [text_of(prompt) for prompt in self._prompts.values()]
 
+    def open(self, step: int) -> Samples:
+        """The file of the samples at a step."""
+        subject = ((request.id, list(request.tokens)) for request in self._requests)
+        stop_ids = sorted(self._requests[0].stop_ids)
+        return self._context.open_samples(self._config, step, subject, stop_ids=stop_ids)
+
     def run(self, params, step: int) -> dict[str, float]:
         """Samples and scores -> {metric: value}; {} on a process that has not all samples.
 
         Samples that the file of an interrupted evaluation has are not sampled again.
         """
-        subject = ((request.id, list(request.tokens)) for request in self._requests)
-        stop_ids = sorted(self._requests[0].stop_ids)
-        with self._context.open_samples(self._config, step, subject, stop_ids=stop_ids) as samples:
+        with self.open(step) as samples:
             for sample in complete_each(
                 self._sampler,
                 self._missing(samples.kept),

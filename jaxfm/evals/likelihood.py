@@ -8,6 +8,7 @@ from jaxfm.errors import DataError
 from jaxfm.evals import LikelihoodConfig, choice
 from jaxfm.evals.base import Context, Periodic, text_of
 from jaxfm.evals.prompts import choice_ids, open_task, pair_ids, read_logprob
+from jaxfm.evals.samples import Samples
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.tasks.base import Choice
@@ -78,16 +79,20 @@ class Likelihood(Periodic):
             for number, (before, continuation) in enumerate(pairs)
         ]
 
+    def open(self, step: int) -> Samples:
+        """The file of the questions at a step."""
+        subject = (
+            (id, [[list(one.tokens), one.prompt_logprobs_from] for one in requests])
+            for id, requests in self._requests.items()
+        )
+        return self._context.open_samples(self._config, step, subject)
+
     def run(self, params, step: int) -> dict[str, float]:
         """Scores all choices -> {metric: value}; {} on a process that has not all questions.
 
         Questions that the file of an interrupted evaluation has are not scored again.
         """
-        subject = (
-            (id, [[list(one.tokens), one.prompt_logprobs_from] for one in requests])
-            for id, requests in self._requests.items()
-        )
-        with self._context.open_samples(self._config, step, subject) as samples:
+        with self.open(step) as samples:
             kept = {id for id, _ in samples.kept}
             missing = [id for id in self._prompts if id not in kept]
             for id, scored in self._score_all(missing, params, step):

@@ -9,6 +9,7 @@ from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals import PerplexityConfig, statistics
 from jaxfm.evals.base import Context, Periodic
 from jaxfm.evals.prompts import begin_ids, read_logprob
+from jaxfm.evals.samples import Samples
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Request
 from jaxfm.storage import find
@@ -74,11 +75,15 @@ class Perplexity(Periodic):
             )
             scored = end
 
-    def run(self, params, step: int) -> dict[str, float]:
-        """Scores all windows -> {metric: value}; {} on a process that has not all of them."""
+    def open(self, step: int) -> Samples:
+        """The file of the windows at a step."""
         subject = ((request.id, list(request.tokens)) for request in self._requests)
         length = {'window': self._length, 'stride': self._stride}
-        with self._context.open_samples(self._config, step, subject, **length) as samples:
+        return self._context.open_samples(self._config, step, subject, **length)
+
+    def run(self, params, step: int) -> dict[str, float]:
+        """Scores all windows -> {metric: value}; {} on a process that has not all of them."""
+        with self.open(step) as samples:
             missing = [one for one in self._requests if (one.id, 0) not in samples.kept]
             requests = {request.id: request for request in missing}
             for sample in complete_each(self._sampler, missing, params, step):

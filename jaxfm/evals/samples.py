@@ -74,8 +74,6 @@ class Samples:
             self._file.truncate(end)
         if not end:
             self._append({'header': header})
-        if self.records:
-            log.info('%s: keeps %d samples and goes on', self.path, len(self.records))
         return [key_of(record) for record in self.records]
 
     def add(self, record: dict) -> None:

@@ -47,6 +47,7 @@ def evaluate(flags, config: RunConfig, changes) -> int:
             position = run.reader().read_manifest(step)['extra']['source']
             phase = run.phase_at(step)
             phase.batches(data.datasets[phase.name]).set_state(position)
+        _check_samples(evaluators, step or 0)
         scores = {}
         for name, evaluator in evaluators.items():
             values = evaluator.run(params, step or 0)
@@ -61,6 +62,15 @@ def _samples_directory(run: Run, output: Path | None) -> Path | None:
     if not run.primary:
         return None
     return Path(f'{output}.samples') if output else run.workdir / 'evals'
+
+
+def _check_samples(evaluators: dict, step: int) -> None:
+    """Raises DataError if a file holds samples of another evaluation, before any has run."""
+    for evaluator in evaluators.values():
+        if hasattr(evaluator, 'open'):  # others, such as the loss, keep no samples
+            with evaluator.open(step) as samples:
+                if samples.records:
+                    log.info('%s: keeps %d samples', samples.path, len(samples.records))
 
 
 def _describe_weights(run: Run, step: int) -> dict:

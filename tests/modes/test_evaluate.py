@@ -113,7 +113,11 @@ def test_several_tasks_are_evaluated_and_go_on_after_an_interrupt(cli, tmp_path,
         patch.setattr(Samples, 'add', die)
         assert cli(tmp_path / 'run')[0] == 130
     kept = samples_of(tmp_path / 'run' / 'evals')
-    assert {name: len(each) for name, each in kept.items()} == {'sums-000000': 3}
+    assert {name: len(each) for name, each in kept.items()} == {
+        'quiz-000000': 0,
+        'sums-000000': 3,
+        'text-000000': 0,
+    }
     monkeypatch.setattr(Sampler, 'add', noted)
     assert cli(tmp_path / 'run')[0] == 0
     assert sum(request.n for request in asked if request.max_tokens) == 3
@@ -124,6 +128,7 @@ def test_several_tasks_are_evaluated_and_go_on_after_an_interrupt(cli, tmp_path,
     assert code == 65 and 'options.max_tokens is 5 there, but 6 now' in error
     code, error = cli(tmp_path / 'run', model__compute_dtype='bfloat16')
     assert code == 65 and "compute_dtype is 'auto' there, but 'bfloat16' now" in error
+    assert not asked  # also not for evaluators before the one whose file is refused
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_example_with_your_own_task_scores(tmp_path, monkeypatch):
     with doc_examples.written(tmp_path):
         path = tmp_path / 'mine' / 'piece.py'
         path.write_text(WHOLE.replace('PIECE', source.replace('\n', '\n    ')))
-        group = load_config(str(path), ['--config.evals.riddles.task.shots=1']).evals.riddles.task
+        group = load_config(str(path), ['evals.riddles.task.shots=1']).evals['riddles'].task
         task = TASKS.load(group.name)(group, ())
     first, second = task.prompts()
     assert (

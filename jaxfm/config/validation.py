@@ -161,14 +161,15 @@ def _explain(schema, fault: dict) -> list[Problem]:
     if kind == 'no_such_class':
         return [Problem.at((*path, 'name'), context['sentence'])]
     if kind in ('union_tag_invalid', 'union_tag_not_found'):
-        names = [name for group in kinds if is_group(group) for name in list_names(group)]
+        groups = dict.fromkeys(filter(is_group, kinds))  # several names may share one
+        names = [name for group in groups for name in list_names(group)]
         return [Problem.at((*path, 'name'), _explain_choice(given.get('name'), names))]
     if kind == 'literal_error':
         names = [name for literal in kinds for name in typing.get_args(literal)]
         return [Problem.at(path, _explain_choice(given, names))]
     if kind == 'extra_forbidden':
         (group,) = filter(is_group, around)
-        owner = f'{list_names(group)[0]} has' if list_names(group) else 'available:'
+        owner = f'{list_names(group)[0]} has' if len(list_names(group)) == 1 else 'available:'
         hint = suggest(path[-1], list_keys(group), owner)
         return [Problem.at(path, f'unknown key{hint}', is_unknown_key=True)]
     if kind == 'missing':

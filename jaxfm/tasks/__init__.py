@@ -6,7 +6,7 @@ has the methods of `jaxfm.tasks.base.Task`.
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from jaxfm.registry import Entry, Registry
 from jaxfm.schema import Group, Problem
@@ -37,6 +37,9 @@ class ExactAnswerConfig(Group):
 class ShotsConfig(Group):
     """The form of a benchmark's prompts."""
 
+    # There are many benchmarks, and a run names few: the others need not be built.
+    model_config = ConfigDict(defer_build=True)
+
     shots: int = Field(default=0, ge=0)  # examples before each question
     # Whether prompts are messages for the chat template, not raw text. Examples are then turns.
     chat: bool = False
@@ -54,108 +57,42 @@ class FileTaskConfig(ShotsConfig):
     # Where the examples come from; '': the published file beside `path`.
     shots_path: str = ''
 
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """A file of examples of which none is used."""
+        if parts.get('shots_path') and parts.get('shots') == 0:
+            return [Problem((('shots_path',), ('shots',)), 'shots_path needs shots, which is 0')]
+        return []
+
+
+class BenchmarkConfig(FileTaskConfig):
+    """The benchmarks without keys of their own; docs/tasks.md describes each."""
+
+    name: Literal[
+        *('gsm8k', 'math', 'bbh'),
+        *('mmlu', 'arc', 'hellaswag', 'winogrande', 'piqa', 'boolq', 'commonsenseqa', 'openbookqa'),
+        'lambada',
+    ]
+
 
 class ProgramsConfig(FileTaskConfig):
     """Programs that are run with their tests. The limits are no security boundary."""
 
+    name: Literal['humaneval', 'mbpp']
     seconds: float = Field(default=10.0, gt=0)  # of wall clock, and of CPU time, for one program
     memory_mb: int = Field(default=1024, ge=64)  # MiB of address space
 
 
-class Gsm8kConfig(FileTaskConfig):
-    """Word problems of grade-school arithmetic; the last number is the answer."""
-
-    name: Literal['gsm8k'] = 'gsm8k'
-
-
-class MathConfig(FileTaskConfig):
-    """Competition problems; math-verify compares the answers (extra `math`)."""
-
-    name: Literal['math'] = 'math'
-
-
-class BbhConfig(FileTaskConfig):
-    """27 kinds of hard problems with short answers; up to 3 published shots."""
-
-    name: Literal['bbh'] = 'bbh'
-
-
-class MmluConfig(FileTaskConfig):
-    """Questions from 57 subjects; the letter of the right option."""
-
-    name: Literal['mmlu'] = 'mmlu'
-
-
-class ArcConfig(FileTaskConfig):
-    """Science questions, easy or challenge; the text of the right option."""
-
-    name: Literal['arc'] = 'arc'
-
-
-class HellaSwagConfig(FileTaskConfig):
-    """The right ending of a description."""
-
-    name: Literal['hellaswag'] = 'hellaswag'
-
-
-class WinoGrandeConfig(FileTaskConfig):
-    """Which of two names fits a sentence."""
-
-    name: Literal['winogrande'] = 'winogrande'
-
-
-class PiqaConfig(FileTaskConfig):
-    """The right way to reach a goal."""
-
-    name: Literal['piqa'] = 'piqa'
-
-
-class BoolQConfig(FileTaskConfig):
-    """Yes or no, after a passage if the file has it."""
-
-    name: Literal['boolq'] = 'boolq'
-
-
-class CommonsenseQAConfig(FileTaskConfig):
-    """Questions of common sense; the letter of the right option."""
-
-    name: Literal['commonsenseqa'] = 'commonsenseqa'
-
-
-class OpenBookQAConfig(FileTaskConfig):
-    """Elementary science; the text of the right option."""
-
-    name: Literal['openbookqa'] = 'openbookqa'
-
-
-class LambadaConfig(FileTaskConfig):
-    """The last word of a passage: accuracy of greedy decoding, and perplexity."""
-
-    name: Literal['lambada'] = 'lambada'
-
-
 class TruthfulQAConfig(FileTaskConfig):
-    """Questions that people answer wrongly, as multiple choice."""
+    """TruthfulQA: questions that people answer wrongly, as multiple choice."""
 
     name: Literal['truthfulqa'] = 'truthfulqa'
     # mc1: the best answer against the wrong ones; mc2: the probability of all right answers.
     form: Literal['mc1', 'mc2'] = 'mc1'
 
 
-class HumanEvalConfig(ProgramsConfig):
-    """Bodies of Python functions, judged by running tests."""
-
-    name: Literal['humaneval'] = 'humaneval'
-
-
-class MbppConfig(ProgramsConfig):
-    """Small Python functions, judged by running tests."""
-
-    name: Literal['mbpp'] = 'mbpp'
-
-
 class IfEvalConfig(FileTaskConfig):
-    """Instructions that a program can check (extra `ifeval`)."""
+    """IFEval: instructions that a program can check (extra `ifeval`)."""
 
     name: Literal['ifeval'] = 'ifeval'
     # loose: a response also counts without its first line, its last line, and stars.
@@ -190,27 +127,27 @@ class ArithmeticConfig(ShotsConfig):
 
 TASKS = Registry(
     {
-        'arc': Entry('jaxfm.tasks.choices:Arc', ArcConfig),
+        'arc': Entry('jaxfm.tasks.choices:Arc', BenchmarkConfig),
         'arithmetic': Entry('jaxfm.tasks.arithmetic:Arithmetic', ArithmeticConfig),
-        'bbh': Entry('jaxfm.tasks.bbh:Bbh', BbhConfig),
-        'boolq': Entry('jaxfm.tasks.choices:BoolQ', BoolQConfig),
-        'commonsenseqa': Entry('jaxfm.tasks.choices:CommonsenseQA', CommonsenseQAConfig),
+        'bbh': Entry('jaxfm.tasks.bbh:Bbh', BenchmarkConfig),
+        'boolq': Entry('jaxfm.tasks.choices:BoolQ', BenchmarkConfig),
+        'commonsenseqa': Entry('jaxfm.tasks.choices:CommonsenseQA', BenchmarkConfig),
         'exact_answer': Entry('jaxfm.tasks.exact_answer:ExactAnswer', ExactAnswerConfig),
-        'gsm8k': Entry('jaxfm.tasks.math_problems:Gsm8k', Gsm8kConfig),
-        'hellaswag': Entry('jaxfm.tasks.choices:HellaSwag', HellaSwagConfig),
-        'humaneval': Entry('jaxfm.tasks.programs:HumanEval', HumanEvalConfig),
+        'gsm8k': Entry('jaxfm.tasks.math_problems:Gsm8k', BenchmarkConfig),
+        'hellaswag': Entry('jaxfm.tasks.choices:HellaSwag', BenchmarkConfig),
+        'humaneval': Entry('jaxfm.tasks.programs:HumanEval', ProgramsConfig),
         'ifeval': Entry('jaxfm.tasks.ifeval:IfEval', IfEvalConfig),
-        'lambada': Entry('jaxfm.tasks.choices:Lambada', LambadaConfig),
-        'math': Entry('jaxfm.tasks.math_problems:Math', MathConfig),
-        'mbpp': Entry('jaxfm.tasks.programs:Mbpp', MbppConfig),
-        'mmlu': Entry('jaxfm.tasks.choices:Mmlu', MmluConfig),
-        'openbookqa': Entry('jaxfm.tasks.choices:OpenBookQA', OpenBookQAConfig),
-        'piqa': Entry('jaxfm.tasks.choices:Piqa', PiqaConfig),
+        'lambada': Entry('jaxfm.tasks.choices:Lambada', BenchmarkConfig),
+        'math': Entry('jaxfm.tasks.math_problems:Math', BenchmarkConfig),
+        'mbpp': Entry('jaxfm.tasks.programs:Mbpp', ProgramsConfig),
+        'mmlu': Entry('jaxfm.tasks.choices:Mmlu', BenchmarkConfig),
+        'openbookqa': Entry('jaxfm.tasks.choices:OpenBookQA', BenchmarkConfig),
+        'piqa': Entry('jaxfm.tasks.choices:Piqa', BenchmarkConfig),
         'python_functions': Entry(
             'jaxfm.tasks.python_functions:PythonFunctions', PythonFunctionsConfig
         ),
         'truthfulqa': Entry('jaxfm.tasks.choices:TruthfulQA', TruthfulQAConfig),
-        'winogrande': Entry('jaxfm.tasks.choices:WinoGrande', WinoGrandeConfig),
+        'winogrande': Entry('jaxfm.tasks.choices:WinoGrande', BenchmarkConfig),
     },
     base=Group,
 )

@@ -40,7 +40,7 @@ class Question(Prompt):
 
 
 class Benchmark(Task):
-    """A task over files. Subclasses set the table below and write `parse`, and `answer` or `judge`.
+    """A task over files. Subclasses set the table below, and write `parse` and `answer`.
 
     Raises:
       ConfigError: the config asks for what the benchmark does not have.
@@ -59,11 +59,17 @@ class Benchmark(Task):
     ends: tuple[str, ...] = ()
     unconditional = 'Answer:'  # see Choice
     has_chat_form = True
+    has_shots = True  # its records have answers that can be shown
 
     def __init__(self, config: FileTaskConfig, documents: Iterable = ()):
         if config.chat and not self.has_chat_form:
             raise ConfigError(
                 f'task {self.name} continues plain text: it has no form for chat=True'
+            )
+        if config.shots and not self.has_shots:
+            raise ConfigError(
+                f'task {self.name}: its records have no answers to show; shots must be 0, '
+                f'not {config.shots}'
             )
         self.config = config
         examples = self.read_examples()
@@ -106,12 +112,19 @@ class Benchmark(Task):
         return not prompt.messages and any(end in completion for end in self.ends)
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
-        """Of choices, the one that the completion begins with; subclasses parse other answers."""
+        """Of choices, the one that the completion begins with; subclasses parse other answers.
+
+        Raises:
+          ValueError: the choices have equal continuations, so only their likelihoods differ.
+        """
         written = completion.strip()
         choices = [text.strip() for text in _continuations(prompt)]
-        found = [text for text in choices if written.startswith(text)]
-        is_one = len(set(choices)) == len(choices)
-        return max(found, key=len) if found and is_one else None
+        if len(set(choices)) < len(choices):
+            raise ValueError(
+                f'task {self.name}: the choices of {prompt.id} differ in their contexts, so they '
+                "are compared by likelihood; evaluate with name='likelihood'"
+            )
+        return max((text for text in choices if written.startswith(text)), key=len, default=None)
 
     def cut(self, prompt: Prompt, completion: str) -> str:
         """The completion up to where `stop` would have stopped it."""
@@ -136,16 +149,17 @@ class Benchmark(Task):
         intro = example.introduction
         before = intro + ''.join(shot.question + shot.worked + self.between for shot in shots)
         messages = _messages(example, shots) if self.config.chat else ()
-        given = dict(id=example.id, messages=messages, group=example.group)
+        text = before + example.question
+        given = dict(id=example.id, text=text, messages=messages, group=example.group)
         if not example.choices:
-            return Question(**given, text=before + example.question, gold=example.gold)
-        contexts = example.contexts or (example.question,) * len(example.choices)
+            return Question(**given, gold=example.gold)
+        # Choices share one text as context, because there may be many thousands of questions.
+        contexts = [before + context for context in example.contexts] or itertools.repeat(text)
         # In a chat, the choice begins the assistant's turn.
         choices = [text.lstrip() if messages else text for text in example.choices]
         return Choice(
             **given,
-            text=before + example.question,
-            pairs=tuple((before + context, text) for context, text in zip(contexts, choices)),
+            pairs=tuple(zip(contexts, choices)),
             right=example.right,
             unconditional=self.unconditional,
         )

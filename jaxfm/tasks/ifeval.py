@@ -27,6 +27,7 @@ class IfEval(Benchmark):
         'instructions': ('instruction_id_list',),
         'arguments': ('kwargs',),
     }
+    has_shots = False
 
     def parse(self, row: Row) -> Example:
         kinds, arguments = row['instructions'], row['arguments']

@@ -127,4 +127,5 @@ class Mbpp(Programs):
         code = self.cut(prompt, completion)
         if prompt.messages:
             code = last_block(code) or code.partition('[BEGIN]')[2].partition('[DONE]')[0] or code
-        return f'{setup}\n{code}\n{tests}\n'
+        # After the code, because a setup may use its classes.
+        return f'{code}\n{setup}\n{tests}\n'

@@ -120,7 +120,7 @@ def test_truthfulqa_in_both_forms_and_both_layouts(tmp_path):
 
 # Of each set: its first prompt's end, its choices, the right one, and how many questions.
 SHARED = {
-    'mmlu': ('C. 2\nD. 6\nAnswer:', [' A', ' B', ' C', ' D'], 1, 14042),
+    'mmlu': ('C. 12\nD. 6\nAnswer:', [' A', ' B', ' C', ' D'], 0, 1531),
     'winogrande': ('so Maria', [' always got the easier cases.'] * 2, 1, 1267),
     'boolq': (
         'Question: does ethanol take more energy make that produces?\nAnswer:',
@@ -143,7 +143,8 @@ SHARED = {
 @pytest.mark.parametrize('name', SHARED)
 def test_real_files_are_read_whole(name, shared_data, caplog):
     end, choices, right, count = SHARED[name]
-    prompts = make_task(name, path=str(shared_data / f'eval_{name}')).prompts()
+    file = 'val.jsonl.gz' if name == 'mmlu' else ''  # the quickest one
+    prompts = make_task(name, path=str(shared_data / f'eval_{name}' / file)).prompts()
     first = prompts[0]
     assert first.text.endswith(end) and first.right == (right,) and len(prompts) == count
     assert choices is None or [text for _, text in first.pairs] == choices
@@ -189,3 +190,10 @@ def test_generated_text_chooses_by_its_beginning(tmp_path):
     rows = [{'id': 'n', 'question': 'Which?', 'choices': ['no', 'north'], 'answerKey': 'B'}]
     task = make(tmp_path, 'arc', rows)
     assert task.evaluate(task.prompts()[0], 'north') == 1.0
+
+
+def test_text_cannot_choose_between_contexts(tmp_path):
+    rows = [{**TWINS[0], 'option2': 'Ann', 'answer': '2'}]
+    task = make(tmp_path, 'winogrande', rows)
+    with pytest.raises(ValueError, match="rows:1 differ in their contexts.*name='likelihood'"):
+        task.evaluate(task.prompts()[0], ' was full.')

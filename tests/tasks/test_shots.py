@@ -1,6 +1,7 @@
 """Examples before a question, in raw text and in chats."""
 
 import pytest
+from pydantic import ValidationError
 
 from jaxfm.errors import ConfigError, DataError
 from tests.tasks.rows import GSM8K, make_task, write_rows
@@ -64,6 +65,13 @@ def test_examples_without_a_file_are_an_error(tmp_path):
     path = write_rows(tmp_path / 'test.jsonl', GSM8K)
     with pytest.raises(ConfigError, match=r'shots=1 needs shots_path.*no train.jsonl beside path'):
         make_task('gsm8k', path=str(path), shots=1)
+
+
+def test_settings_of_examples_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(ValidationError, match='shots_path needs shots, which is 0'):
+        make_task('gsm8k', path=str(tmp_path), shots_path='train.jsonl')
+    with pytest.raises(ConfigError, match='task ifeval: its records have no answers.*not 2'):
+        make_task('ifeval', path=str(tmp_path), shots=2)
 
 
 def test_mmlu_has_examples_and_an_introduction_of_its_own_subject(tmp_path):

@@ -11,6 +11,8 @@ from jaxfm.evals import EvaluatorConfig
 from jaxfm.evals.samples import Samples
 from jaxfm.tasks.base import Prompt
 
+# Samples that wait or run, for each slot.
+_IN_LINE = 8
 # Keys of a config that do not change what a sample is. With a larger n, those that are there stay.
 _NOT_OF_SAMPLES = ('every', 'at_start', 'phase', 'contamination_bytes', 'cluster_by_group', 'n')
 
@@ -36,6 +38,11 @@ class Context:
     def documents(self) -> list:
         """The held-out documents; [] for a run without data."""
         return [] if self.dataset is None else self.dataset.heldout_documents
+
+    @property
+    def most(self) -> int:
+        """Samples in the sampler at a time: enough to fill its slots, but not all of a big task."""
+        return _IN_LINE * self.sampler.config.slots
 
     def open_samples(
         self, config: EvaluatorConfig, step: int, subject: Iterable, **options

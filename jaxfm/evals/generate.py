@@ -59,6 +59,7 @@ class Generate(Periodic):
                 params,
                 step,
                 stop=lambda sample: self._judge.stops(self._prompts[sample.id], sample.text),
+                most=self._context.most,
             ):
                 samples.add(self._record(sample, step))
             records = by_prompt(samples.records, self._prompts, self._config.n)

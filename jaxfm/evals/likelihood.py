@@ -120,9 +120,9 @@ class Likelihood(Periodic):
                 waiting[key].add(id)
         # Those without a question first: they are few, and many questions need them.
         ranked = sorted(distinct, key=lambda key: (len(waiting[key]) == 1, key))
-        requests = [dataclasses.replace(distinct[key], id=str(i)) for i, key in enumerate(ranked)]
+        requests = (dataclasses.replace(distinct[key], id=str(i)) for i, key in enumerate(ranked))
         found: dict[tuple, Scored] = {}
-        for sample in complete_each(self._sampler, requests, params, step):
+        for sample in complete_each(self._sampler, requests, params, step, most=self._context.most):
             key = ranked[int(sample.id)]
             found[key] = _read(distinct[key], sample)
             for id in sorted(waiting[key]):

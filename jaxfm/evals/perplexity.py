@@ -86,7 +86,9 @@ class Perplexity(Periodic):
         with self.open(step) as samples:
             missing = [one for one in self._requests if (one.id, 0) not in samples.kept]
             requests = {request.id: request for request in missing}
-            for sample in complete_each(self._sampler, missing, params, step):
+            for sample in complete_each(
+                self._sampler, missing, params, step, most=self._context.most
+            ):
                 tokens = len(requests[sample.id].tokens)
                 start = requests[sample.id].prompt_logprobs_from
                 logprob, error = read_logprob(sample)

@@ -405,7 +405,12 @@ def complete(
 
 
 def complete_each(
-    sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
+    sampler: Sampler,
+    requests: Iterable[Request],
+    params,
+    version: int,
+    stop=None,
+    most: int | None = None,
 ) -> Iterator[Completion]:
     """Lends weights to the sampler and runs all requests; yields each sample when it has ended.
 
@@ -415,15 +420,23 @@ def complete_each(
       params, version: as in `Sampler.lend`.
       stop: called with the Completion so far after each event; True ends that sample, with the
         finish reason None.
+      most: about how many samples are in the sampler at a time; the requests for the others are
+        read later. None: all.
     """
     sampler.lend(params, version)
+    requests = iter(requests)
     running: dict[tuple[str, int], Completion] = {}
-    for request in requests:
-        sampler.add(request)
-        for index in range(request.sample_index, request.sample_index + request.n):
-            running[request.id, index] = Completion(request.id, index)
     try:
-        while sampler.has_work:
+        while True:
+            while most is None or len(running) < most:
+                request = next(requests, None)
+                if request is None:
+                    break
+                sampler.add(request)
+                for index in range(request.sample_index, request.sample_index + request.n):
+                    running[request.id, index] = Completion(request.id, index)
+            if not sampler.has_work:
+                return
             for event in sampler.step():
                 completion = running[event.id, event.sample_index]
                 completion.add(event)

@@ -44,8 +44,10 @@ class Engine:
     """Scores one request per step. `fails`: first tokens of requests that give NaN."""
 
     def __init__(self, max_length=64, fails=()):
-        self.config = SamplingConfig(max_length=max_length)
+        # One slot: few requests are in line at a time.
+        self.config = SamplingConfig(max_length=max_length, slots=1)
         self.fails, self.checked, self.added, self.waiting = fails, [], [], []
+        self.longest = 0  # requests that waited together
 
     def lend(self, params, version):
         self.lent = params, version
@@ -58,6 +60,7 @@ class Engine:
     def add(self, request):
         self.added.append(request)
         self.waiting.append(request)
+        self.longest = max(self.longest, len(self.waiting))
 
     def cancel(self, id, sample_index):
         self.waiting = [request for request in self.waiting if request.id != id]

@@ -142,6 +142,7 @@ def test_requests_with_a_common_prefix_follow_one_another_and_equal_ones_are_sco
     assert asked[: len(alone) - 3] == [tuple(IDS('A: no')), tuple(IDS('A: yes'))]
     rest = asked[2:]
     assert rest == sorted(rest)
+    assert engine.longest == 8  # of one slot; a big task is not in memory at once
 
 
 def test_an_interrupted_evaluation_scores_only_what_is_missing(tmp_path):

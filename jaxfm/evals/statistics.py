@@ -8,7 +8,7 @@
 
 The sample of a question and the choice of the question are both random, so the unit of every
 standard error is the question: a question with n samples counts once, by the mean of these (Miller
-2024, "Adding Error Bars to Evals", sections 2 and 3).
+2024, "Adding Error Bars to Evals").
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 MAX_VOTES = 1000  # samples of a question: binomials of more exceed a float
-# Two lists are the same question by question, so None is a cluster for each question.
+# The cluster of each question; None: every question is a cluster of its own.
 Clusters = Sequence[Hashable] | None
 
 
@@ -88,7 +88,7 @@ def mean(values: Sequence[float], clusters: Clusters = None) -> Estimate:
 def ratio(tops: Sequence[float], bottoms: Sequence[float]) -> Estimate:
     """sum(tops) / sum(bottoms) over documents, such as nats per token, with its interval.
 
-    The standard error is that of the linearised ratio (Cochran 1977, section 6.4).
+    The standard error is that of the linearised ratio (Cochran 1977, chapter 6).
     """
     tops, bottoms = _floats(tops), _floats(bottoms)
     value = float(tops.sum() / bottoms.sum())
@@ -99,7 +99,7 @@ def ratio(tops: Sequence[float], bottoms: Sequence[float]) -> Estimate:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Clusters = None
 ) -> Estimate:
-    """The mean of first - second, question by question (Miller 2024, section 4).
+    """The mean of first - second, question by question (Miller 2024).
 
     Questions that are hard for both cancel, so the interval is narrower than that of two separate
     evaluations.
@@ -133,8 +133,8 @@ def _interval(value: float, error: float, count: int) -> Estimate:
 def _clustered_error(values: np.ndarray, clusters: Clusters) -> tuple[float, int]:
     """-> the standard error of the mean, and the number of clusters G.
 
-    sqrt(G / (G - 1) * sum over clusters of (sum of deviations)^2) / n: Miller 2024, equation 4,
-    with the usual correction for few clusters. For a single cluster nan.
+    sqrt(G / (G - 1) * sum over clusters of (sum of deviations)^2) / n: Miller 2024, with the
+    usual correction for few clusters. For a single cluster nan.
     """
     deviations = values - values.mean()
     if clusters is not None:

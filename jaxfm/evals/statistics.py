@@ -190,7 +190,7 @@ def pass_at_k(scores: Sequence[float], k: int) -> float:
     levels = np.unique(scores[scores > 0])
     steps = np.diff(levels, prepend=0.0)
     reached = [_chance(len(scores), int((scores >= level).sum()), k) for level in levels]
-    return float(np.dot(steps, reached)) if len(levels) else 0.0 * _chance(len(scores), 0, k)
+    return float(np.dot(steps, reached)) if len(levels) else _chance(len(scores), 0, k)
 
 
 def all_of_k(scores: Sequence[float], k: int) -> float:

@@ -5,12 +5,16 @@ run for hours: that sample scores 0, with the reason, and the others go on.
 """
 
 import dataclasses
+import logging
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 from jaxfm.evals import ThinkingConfig
 from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.thinking import visible
+
+log = logging.getLogger('jaxfm')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Judge:
 
     def __init__(self, task, thinking: ThinkingConfig | None):
         self._task, self._thinking = task, thinking
+        self._has_warned = False
 
     def visible(self, text: str) -> str | None:
         """The text after the thoughts; None if they do not end."""
@@ -42,8 +47,13 @@ class Judge:
     def stops(self, prompt: Prompt, text: str) -> bool:
         """Whether more text can no longer change the score. Thoughts never stop a completion."""
         shown = self.visible(text)
-        # If the task fails here, it is told when the whole completion is judged.
-        return shown is not None and bool(self._try(self._task.stop, prompt, shown)[0])
+        if shown is None:
+            return False
+        is_stopped, error = self._try(self._task.stop, prompt, shown)
+        if error and not self._has_warned:
+            self._has_warned = True
+            log.warning('a sample (%s) that may stop early runs to its end: %s', prompt.id, error)
+        return bool(is_stopped)
 
     def judge(self, prompt: Prompt, text: str) -> Verdict:
         """The verdict on a whole completion."""
@@ -71,7 +81,4 @@ def _none(prompt: Prompt, text: str) -> None:
 
 
 def _is_score(value) -> bool:
-    try:
-        return 0 <= float(value) <= 1  # False for NaN
-    except (TypeError, ValueError):
-        return False
+    return isinstance(value, numbers.Real) and 0 <= value <= 1  # False for NaN

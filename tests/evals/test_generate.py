@@ -347,7 +347,7 @@ def test_thoughts_are_not_judged_and_an_unclosed_one_scores_empty(engine, monkey
     [
         (float('nan'), 'the score is nan, but must be a number from 0 to 1'),
         (1.5, 'the score is 1.5'),
-        ('good', "the score is 'good'"),
+        ('1', "the score is '1'"),
         (ZeroDivisionError('by zero'), 'ZeroDivisionError: by zero'),
     ],
     ids=str,
@@ -377,7 +377,8 @@ def test_a_task_whose_stop_or_answer_fails_is_told_too(engine, monkeypatch, capl
     monkeypatch.setattr(Task, 'answer', fail, raising=False)
     values = evaluator(engine).run('weights', 5)
     assert (values['pass@1'], values['samples/unjudged']) == (0.0, 1.0)
-    assert 'KeyError' in caplog.text
+    assert 'could not be judged and score 0; the first (a): KeyError' in caplog.text
+    assert caplog.text.count('runs to its end: KeyError') == 1
 
 
 def test_an_interrupted_evaluation_goes_on_without_sampling_again(engine, monkeypatch, tmp_path):

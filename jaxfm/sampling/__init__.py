@@ -7,7 +7,9 @@ from pydantic import Field
 
 from jaxfm.schema import Group, KeyPath, Problem
 
-MAX_INT32, MAX_FLOAT32 = 2**31 - 1, 3.4028234663852886e38
+MAX_INT32 = 2**31 - 1
+MIN_FLOAT32, MAX_FLOAT32 = 1.1754943508222875e-38, 3.4028234663852886e38  # above 0
+MAX_SAMPLES = 1 << 14  # of a request
 MAX_STOPS = 64  # stop strings of a request
 MAX_STOP_LENGTH = 1000  # characters of a stop string
 # The ranges are those of `request.check_request`, except that a config holds no infinity.
@@ -24,14 +26,14 @@ class SamplingOptions(Group):
 
     max_tokens: MaxTokens = 128  # of a completion
     temperature: Temperature = 1.0  # 0: greedy decoding
-    n: int = Field(1, ge=1, le=MAX_INT32)  # completions of each prompt
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)  # completions of each prompt
     top_k: int = Field(0, ge=0, le=MAX_INT32)  # only so many likeliest tokens; 0: all
     # Only the likeliest tokens that together have this probability.
     top_p: _Number = Field(1.0, gt=0, le=1)
     # Only tokens with at least this share of the likeliest one's probability.
     min_p: _Number = Field(0.0, ge=0, le=1)
     # Divides positive logits of tokens in prompt and completion, multiplies negative ones.
-    repetition_penalty: _Number = Field(1.0, gt=0, le=MAX_FLOAT32)
+    repetition_penalty: _Number = Field(1.0, ge=MIN_FLOAT32, le=MAX_FLOAT32)
     # Subtracted from the logits of tokens in the completion; frequency: for each occurrence.
     presence_penalty: _Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: _Number = Field(0.0, ge=-2, le=2)

@@ -9,6 +9,7 @@ and decode calls come in a few sizes, each compiled once. `warm_up` compiles the
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Sequences
 
 import jax
 
@@ -16,6 +17,7 @@ from jaxfm import sharding
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.logits import Sampled
+from jaxfm.sampling.options import Extras
 from jaxfm.sampling.output import Output
 from jaxfm.sampling.packed import pack
 from jaxfm.sampling.programs import Programs, read_sampled
@@ -142,17 +144,21 @@ class Sampler:
             first = request.prompt_logprobs_from if scores else None
             self._queue(one, len(tokens), score_from=first)
 
-    def _queue(self, request: Request, num_prompt: int, *, score_from: int | None = None) -> None:
+    def _queue(
+        self, request: Request, num_prompt: int, *, score_from: int | None = None, output=None
+    ) -> None:
         sequence = Sequence(
             request,
             list(request.tokens),
             num_prompt,
             request.max_tokens,
-            score_from=score_from,
+            # A prompt of one token has no log-probs to compute.
+            score_from=score_from if len(request.tokens) > 1 else None,
+            first_end=len(request.tokens) + request.min_tokens,
         )
         self._scheduler.waiting.append(sequence)
         self._samples.setdefault(request.id, {})[request.sample_index] = sequence
-        self._outputs[sequence] = Output(request, self._tokenizer, score_from)
+        self._outputs[sequence] = output or Output(request, self._tokenizer, score_from)
 
     def check(self, request: Request) -> None:
         """Raises DataError unless the engine can serve a request; needs no weights.
@@ -172,8 +178,8 @@ class Sampler:
                 'trained for (config.model.context_length)'
             )
 
-    def _check_new(self, id: str, indices: Iterable[int]) -> None:
-        if taken := sorted(self._samples.get(id, {}).keys() & set(indices)):
+    def _check_new(self, id: str, indices: Sequences[int]) -> None:
+        if taken := sorted(index for index in self._samples.get(id, ()) if index in indices):
             raise DataError(
                 f'request {id}: another request with this id and sample index {taken[0]} is '
                 'waiting or running'
@@ -210,7 +216,8 @@ class Sampler:
     ) -> None:
         """Queues a copy of a request as it is now, which shares its pages, under another id.
 
-        It goes on with the same options behind the same tokens, of which the events tell nothing.
+        It goes on with the same options behind the same tokens, of which its events tell only what
+        the original's have not told yet.
 
         Args:
           sample_index: the copy's own, so that it has noise of its own.
@@ -221,16 +228,15 @@ class Sampler:
         Raises:
           DataError: not exactly one such sample is waiting or running; the copy does not fit.
         """
-        source = self._one(id, of_sample)
-        tokens = [*source.tokens, *tokens]
+        source, appended = self._one(id, of_sample), list(tokens)
+        tokens = [*source.tokens, *appended]
         max_tokens = source.max_tokens if max_tokens is None else max_tokens
-        first_end = len(source.request.tokens) + source.request.min_tokens
         request = dataclasses.replace(
             source.request,
             id=new_id,
             tokens=tokens,
             max_tokens=max_tokens,
-            min_tokens=min(max(first_end - len(tokens), 0), max_tokens),
+            min_tokens=min(max(source.first_end - len(source.tokens), 0), max_tokens),
             sample_index=sample_index,
             prompt_logprobs=False,
             prompt_logprobs_from=0,
@@ -238,21 +244,30 @@ class Sampler:
         self.check(request)
         self._check_new(new_id, [sample_index])
         self._scheduler.share(source)
-        self._queue(request, source.num_prompt)
+        output = self._outputs[source].fork(request)
+        if appended:
+            output.extend(appended)
+        self._queue(request, source.num_prompt, output=output)
 
     def extend(self, id: str, tokens: Iterable[int], sample_index: int | None = None) -> None:
         """Appends ids to a request; it samples what follows them. Events do not report them.
+
+        They do not count as its tokens, and no stop string reaches across them: text that was held
+        back because it might become one is released.
 
         Raises:
           DataError: not exactly one such sample is waiting or running; ids outside the vocabulary;
           the request would become too long.
         """
-        sequence = self._one(id, sample_index)
+        sequence, appended = self._one(id, sample_index), list(tokens)
         request = dataclasses.replace(
-            sequence.request, tokens=[*sequence.tokens, *tokens], max_tokens=sequence.max_tokens
+            sequence.request, tokens=[*sequence.tokens, *appended], max_tokens=sequence.max_tokens
         )
         self.check(dataclasses.replace(request, min_tokens=0))
-        sequence.tokens = list(request.tokens)
+        if appended:
+            sequence.tokens = list(request.tokens)
+            sequence.first_end += len(appended)
+            self._outputs[sequence].extend(appended)
 
     def _remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         self._scheduler.leave(sequence, is_sound=is_sound)
@@ -314,7 +329,7 @@ class Sampler:
     def _end_scored(self) -> list[Event]:
         """Lets sequences go that sample nothing, once their prompt has been scored."""
         ended = [s for s in self._running if s.max_tokens == 0 and s.num_missing == 0]
-        events = [self._outputs[sequence].end(self._version) for sequence in ended]
+        events = [self._outputs[sequence].end() for sequence in ended]
         for sequence in ended:
             self._remove(sequence)
         return events
@@ -369,8 +384,8 @@ class Sampler:
         for size in sorted(self._rows.chunks):
             rows, _ = self._rows.store(size)
             self._cache, _ = self._programs.store(self._params, self._cache, self._put(rows))
-        for count, is_adjusted in itertools.product(self._rows.counts, (False, True)):
-            rows, _ = self._rows.decode_rows(count, is_adjusted)
+        for count, extras in itertools.product(self._rows.counts, Extras):
+            rows, _ = self._rows.decode_rows(count, extras)
             self._cache, *_ = self._programs.decode(self._params, self._cache, self._put(rows))
 
 
@@ -392,7 +407,8 @@ def complete(
 ) -> dict[str, list[Completion]]:
     """Lends weights to the sampler and runs all requests to completion -> {id: its n samples}.
 
-    Arguments as in `complete_each`.
+    If anything is raised, none of them is left in the sampler. Arguments and errors are those of
+    `complete_each`.
     """
     requests = list(requests)
     ended = complete_each(sampler, requests, params, version, stop)
@@ -422,7 +438,12 @@ def complete_each(
         finish reason None.
       most: about how many samples are in the sampler at a time; the requests for the others are
         read later. None: all.
+
+    Raises:
+      RuntimeError: the sampler has other requests, whose events would be lost.
     """
+    if sampler.has_work:
+        raise RuntimeError('the sampler has other requests, whose events would be lost')
     sampler.lend(params, version)
     requests = iter(requests)
     running: dict[tuple[str, int], Completion] = {}

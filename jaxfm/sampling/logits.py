@@ -27,7 +27,9 @@ class Sampled(NamedTuple):
     is_bad: jax.Array  # [B] there was nothing to sample from
 
 
-def sample_tokens(logits_BV, options, positions_B, history_BS=None, bias_BV=None) -> Sampled:
+def sample_tokens(
+    logits_BV, options, positions_B, history_BS=None, bias_BV=None, logprobs_BV=None
+) -> Sampled:
     """Samples one token per row.
 
     The order is that of transformers' warpers: bias and masks (min_tokens among them), repetition,
@@ -47,8 +49,10 @@ def sample_tokens(logits_BV, options, positions_B, history_BS=None, bias_BV=None
         penalty. None makes a cheaper program.
       bias_BV: float32, is added to the logits; needed if any row has logit_bias or allowed_ids.
         None makes a cheaper program.
+      logprobs_BV: log-softmax of the logits, if the results shall have its bits.
     """
     arrays = dict(logits=logits_BV, positions=positions_B, history=history_BS, bias=bias_BV)
+    arrays['logprobs'] = logprobs_BV
     arrays = {'options': options} | {k: x for k, x in arrays.items() if x is not None}
     arrays = jax.tree.map(lambda x: sharding.place(x, 'batch', *(None,) * (x.ndim - 1)), arrays)
     # Each shard samples its own rows: under vmap, per-row keys lose their sharding (jax 0.11), and
@@ -58,12 +62,12 @@ def sample_tokens(logits_BV, options, positions_B, history_BS=None, bias_BV=None
     return Sampled(*shard(arrays))
 
 
-def _sample(logits, options, positions, history=None, bias=None) -> Sampled:
+def _sample(logits, options, positions, history=None, bias=None, logprobs=None) -> Sampled:
     largest_B1 = jnp.max(logits, axis=-1, keepdims=True)
     logsumexp_B = jnp.log(jnp.sum(jnp.exp(logits - largest_B1), axis=-1))
 
-    def score(logits_BK):
-        return logits_BK - largest_B1 - logsumexp_B[:, None]
+    def score(found_BK):
+        return found_BK - largest_B1 - logsumexp_B[:, None] if logprobs is None else found_BK
 
     adjusted_BV = _adjust(logits, options, positions, history, bias)
     tokens_B, sampling_logprobs_B = _draw(adjusted_BV, options, positions)
@@ -71,8 +75,9 @@ def _sample(logits, options, positions, history=None, bias=None) -> Sampled:
     is_bad_B = ~jnp.isfinite(logsumexp_B)
     is_bad_B |= ~jnp.isfinite(_pick(adjusted_BV, tokens_B[:, None])[:, 0])
     tokens_B = jnp.where(is_bad_B, 0, tokens_B)
-    top_ids, top_logprobs = _rank(logits, score, options['num_top'])
-    logprobs_B = score(_pick(logits, tokens_B[:, None]))[:, 0]
+    scored_BV = logits if logprobs is None else logprobs
+    top_ids, top_logprobs = _rank(scored_BV, score, options['num_top'])
+    logprobs_B = score(_pick(scored_BV, tokens_B[:, None]))[:, 0]
     return Sampled(tokens_B, logprobs_B, sampling_logprobs_B, top_ids, top_logprobs, is_bad_B)
 
 
@@ -202,14 +207,14 @@ def _gumbel(seed_2, position, size):
     return jax.random.gumbel(jax.random.fold_in(key, position), (size,))
 
 
-def _rank(logits_BV, score, num_top_B):
+def _rank(scored_BV, score, num_top_B):
     """-> ids and log-probs of the likeliest tokens, if any row asks for them."""
 
     def rank():
-        ids, found = find_top(logits_BV)
+        ids, found = find_top(scored_BV)
         return ids, score(found)
 
-    shape = logits_BV.shape[0], MAX_TOP_LOGPROBS
+    shape = scored_BV.shape[0], MAX_TOP_LOGPROBS
     nothing = jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
     return lax.cond(jnp.any(num_top_B > 0), rank, lambda: nothing)
 

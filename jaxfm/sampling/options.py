@@ -3,6 +3,7 @@
 A request here is one sample: its noise comes from `sample_index`, whatever `n` is.
 """
 
+import enum
 from collections.abc import Mapping
 from operator import attrgetter
 
@@ -45,15 +46,21 @@ def rows(requests: Mapping[int, Request], num_rows: int) -> dict[str, np.ndarray
     return options
 
 
-def needs_history(request: Request) -> bool:
-    """Whether `sample_tokens` needs the history for this request."""
+class Extras(enum.IntEnum):
+    """What `sample_tokens` needs beside the options; each includes those before it."""
+
+    NOTHING = 0
+    HISTORY = 1
+    BIAS = 2  # [B, V]: much to make and to send, so only where a request asks for it
+
+
+def extras(request: Request) -> Extras:
+    """What a request needs."""
+    if request.logit_bias or request.allowed_ids is not None:
+        return Extras.BIAS
     penalties = request.presence_penalty, request.frequency_penalty
-    return request.repetition_penalty != 1 or any(penalties)
-
-
-def needs_bias(request: Request) -> bool:
-    """Whether `sample_tokens` needs `bias_row` of this request."""
-    return bool(request.logit_bias) or request.allowed_ids is not None
+    has_penalty = request.repetition_penalty != 1 or any(penalties)
+    return Extras.HISTORY if has_penalty else Extras.NOTHING
 
 
 def bias_row(request: Request, padded_vocab: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 """What a sequence has sampled becomes events: where it ends, and what must still be held back."""
 
 import collections
+import copy
 import itertools
+from collections.abc import Iterable
 
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.request import Event, Request
@@ -19,22 +21,37 @@ class Output:
         # These go with the next event. Nothing predicts the first token.
         self._prompt_logprobs: list | None = None if score_from is None else [None][score_from:]
         self._prompt_top = [[]] if score_from == 0 else []
+        self._due = 0, ''  # held ids and text that nothing holds any longer
+
+    def fork(self, request: Request) -> 'Output':
+        """That of a copy of the sample: its events go on where those of this one are."""
+        forked = copy.copy(self)
+        forked._request = request
+        forked._stops, forked._held = copy.copy(self._stops), self._held.copy()
+        forked._prompt_logprobs, forked._prompt_top = None, []
+        return forked
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Other ids follow the sample's own: what it holds goes with its next event."""
+        released = self._stops.interrupt(ids)
+        self._due = self._due[0] + released.count, self._due[1] + released.text
 
     def add_prompt(self, start: int, logprobs, top_ids, top_logprobs) -> None:
         """Adds scores of tokens of the prompt, [T], [T, NUM_TOP] and [T, NUM_TOP].
 
         start: the position of the token before the first of them. It goes back if the request gave
-          way, and may lie before those that were asked for.
+          way, and may lie before those that were asked for. Ids after the prompt have no scores.
         """
         index = start + 1 - self._score_from
-        skipped, index = max(0, -index), max(0, index)
+        wanted = slice(max(0, -index), max(0, len(self._request.tokens) - start - 1))
+        index = max(0, index)
         del self._prompt_logprobs[index:], self._prompt_top[index:]
-        self._prompt_logprobs += logprobs[skipped:].tolist()
-        self._prompt_top += map(self._pairs, top_ids[skipped:], top_logprobs[skipped:])
+        self._prompt_logprobs += logprobs[wanted].tolist()
+        self._prompt_top += map(self._pairs, top_ids[wanted], top_logprobs[wanted])
 
-    def end(self, version: int) -> Event:
+    def end(self) -> Event:
         """The event of a request that samples nothing."""
-        return self._event(0, '', version, 'length', None, None)
+        return self._event(0, '', 'length', None, None)
 
     def take(self, sampled: Sampled, most: int, version: int) -> tuple[list[int], Event | None]:
         """-> the tokens that count, of those sampled, and an event if there is anything to tell.
@@ -52,7 +69,7 @@ class Output:
                 break
             token = scored[0]
             counted.append(token)
-            self._held.append(scored)
+            self._held.append((*scored, version))
             if token in self._request.stop_ids:
                 reason, stop = 'stop', token
                 break
@@ -60,6 +77,8 @@ class Output:
             reason = 'length'
         shown = counted[:-1] if stop is not None else counted
         count, text, string = self._stops.push(shown)
+        (due, due_text), self._due = self._due, (0, '')
+        count, text = due + count, due_text + text
         if string is None and reason:
             more, rest, string = self._stops.finish()
             count, text = count + more, text + rest
@@ -70,7 +89,7 @@ class Output:
             count = len(self._held)
         if not count and not text and not reason:
             return counted, None
-        return counted, self._event(count, text, version, reason, stop, error)
+        return counted, self._event(count, text, reason, stop, error)
 
     def _scored(self, sampled: Sampled, most: int):
         """The first tokens, each with its log-probs and the likeliest ones."""
@@ -85,9 +104,10 @@ class Output:
         pairs = zip(ids[:count].tolist(), logprobs[:count].tolist())
         return [(i, logprob) for i, logprob in pairs if i >= 0]
 
-    def _event(self, count: int, text: str, version: int, reason, stop, error) -> Event:
+    def _event(self, count: int, text: str, reason, stop, error) -> Event:
         told = [self._held.popleft() for _ in range(count)]
-        tokens, logprobs, sampling_logprobs, top = ([x[i] for x in told] for i in range(4))
+        names = range(5)
+        tokens, logprobs, sampling_logprobs, top, versions = ([x[i] for x in told] for i in names)
         prompt, self._prompt_logprobs = self._prompt_logprobs, None
         prompt_top, self._prompt_top = self._prompt_top, []
         asks = self._request.top_logprobs > 0
@@ -101,7 +121,7 @@ class Output:
             prompt_logprobs=prompt,
             prompt_top_logprobs=prompt_top if asks else [],
             text=text,
-            version=version,
+            versions=versions,
             finish_reason=reason,
             stop=stop,
             error=error,

@@ -146,11 +146,9 @@ class Programs:
                 )
                 at_B = positions_B + 1
                 logits_BV = _logits(hidden_B1D, model.unembed())[:, 0]
-                sampled = sample_tokens(logits_BV, options, at_B, history, rows.get('bias'))
-                if self._is_exact:  # what the trainer computes, in its own way
-                    logprobs_BV = self._log_softmax(logits_BV[:, None])[:, 0]
-                    logprobs_B = _pick(logprobs_BV, sampled.tokens)
-                    sampled = sampled._replace(logprobs=logprobs_B)
+                # What the trainer computes, in its own way.
+                exact = self._log_softmax(logits_BV[:, None])[:, 0] if self._is_exact else None
+                sampled = sample_tokens(logits_BV, options, at_B, history, rows.get('bias'), exact)
                 found = jax.tree.map(functools.partial(_put, step), found, sampled)
                 tokens_B = sampled.tokens
                 ends_B = jnp.any(tokens_B[:, None] == options['stop_ids'], axis=1)

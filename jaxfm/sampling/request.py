@@ -8,7 +8,14 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from jaxfm.errors import DataError
-from jaxfm.sampling import MAX_FLOAT32, MAX_INT32, MAX_STOP_LENGTH, MAX_STOPS
+from jaxfm.sampling import (
+    MAX_FLOAT32,
+    MAX_INT32,
+    MAX_SAMPLES,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MIN_FLOAT32,
+)
 
 MAX_STOP_IDS = 64
 MAX_TOP_LOGPROBS = 20
@@ -61,7 +68,7 @@ class Event:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ''  # what these tokens add; '' without a tokenizer
-    version: int | None = None  # of the weights
+    versions: list[int] = dataclasses.field(default_factory=list)  # of each token's weights
     stop: int | str | None = None  # the id or string that ended it
     error: str | None = None  # the reason of 'error'
 
@@ -79,13 +86,15 @@ class Completion:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     text: str = ''
+    versions: list[int] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stop: int | str | None = None
     error: str | None = None
 
     def add(self, event: Event) -> None:
         """Appends what an event tells."""
-        for name in ('tokens', 'logprobs', 'sampling_logprobs', 'top_logprobs', 'text'):
+        names = 'tokens', 'logprobs', 'sampling_logprobs', 'top_logprobs', 'text', 'versions'
+        for name in names:
             setattr(self, name, getattr(self, name) + getattr(event, name))
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
@@ -95,7 +104,7 @@ class Completion:
 
 _UINT32 = 2**32 - 1
 _INTEGERS = {
-    'n': (1, MAX_INT32),
+    'n': (1, MAX_SAMPLES),
     'max_tokens': (0, MAX_INT32),
     'min_tokens': (0, MAX_INT32),
     'top_k': (0, MAX_INT32),
@@ -108,7 +117,7 @@ _NUMBERS = {
     'temperature': (lambda x: 0 <= x <= MAX_FLOAT32, 'of at least 0'),
     'top_p': (lambda x: 0 < x <= 1, 'above 0 and at most 1'),
     'min_p': (lambda x: 0 <= x <= 1, 'from 0 to 1'),
-    'repetition_penalty': (lambda x: 0 < x <= MAX_FLOAT32, 'above 0'),
+    'repetition_penalty': (lambda x: MIN_FLOAT32 <= x <= MAX_FLOAT32, 'above 0 in float32'),
     'presence_penalty': (lambda x: -2 <= x <= 2, 'from -2 to 2'),
     'frequency_penalty': (lambda x: -2 <= x <= 2, 'from -2 to 2'),
 }

@@ -3,6 +3,7 @@
 The rows of a call are split over the shards of the batch like its pages: `count` rows for each.
 """
 
+import weakref
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxfm.sampling import SamplingConfig, options
+from jaxfm.sampling.options import Extras
 from jaxfm.sampling.scheduler import Copy, Sequence
 
 _RATIO = 4  # between one size of a program and the next
@@ -47,6 +49,7 @@ class Rows:
         if budget >= _RATIO * _CHUNK:
             self.chunks |= {(_RATIO * _CHUNK, budget // (_RATIO * _CHUNK))}
         self.counts = [slots]
+        self._biases = weakref.WeakKeyDictionary()  # made once for each sequence
 
     def use_all_sizes(self) -> None:
         """From now on calls come in all sizes that leave few rows empty; they get compiled."""
@@ -114,8 +117,7 @@ class Rows:
         (chunk, count), pieces = size, []
         for shard, found in enumerate(self._by_shard(sequences)):
             rows = iter(range(shard * count, (shard + 1) * count))
-            starts = ((s, i) for s in found for i in range(s.num_stored, len(s.tokens) - 1, chunk))
-            for row, (sequence, start) in zip(rows, starts):
+            for row, (sequence, start) in zip(rows, _in_turn(found, chunk, count)):
                 length = min(chunk, len(sequence.tokens) - 1 - start)
                 pieces.append(Piece(row, sequence, start, length))
         return pieces
@@ -127,21 +129,20 @@ class Rows:
         """
         widest = max(map(len, self._by_shard(sequences)))
         count = next(count for count in self.counts if count >= widest)
-        requests = (sequence.request for sequence in sequences)
-        is_adjusted = any(options.needs_history(r) or options.needs_bias(r) for r in requests)
-        return self.decode_rows(count, is_adjusted, sequences, is_crowded)
+        extras = max(options.extras(sequence.request) for sequence in sequences)
+        return self.decode_rows(count, extras, sequences, is_crowded)
 
     def decode_rows(
         self,
         count: int,
-        is_adjusted: bool,
+        extras: Extras,
         sequences: Sequences[Sequence] = (),
         is_crowded: bool = False,
     ):
         """`decode` of a certain size.
 
         count: rows of a shard.
-        is_adjusted: whether there are history and bias; they make another program.
+        extras: what there is beside the options; each makes another program.
         """
         num_rows, placed = count * self._num_shards, self._place(sequences, count)
         rows = self._tables(num_rows, placed)
@@ -150,18 +151,26 @@ class Rows:
         rows['options'] = options.rows({row: s.request for row, s in placed}, num_rows)
         patience = max(1, num_rows // 8) if is_crowded else num_rows
         rows['patience'] = np.full(num_rows, patience, np.int32)
-        if is_adjusted:
+        if extras >= Extras.HISTORY:
             rows['history'] = np.full((num_rows, self._config.max_length), -1, np.int32)
+        if extras >= Extras.BIAS:
             rows['bias'] = np.zeros((num_rows, self._vocab_size), np.float32)
         for row, sequence in placed:
             length = len(sequence.tokens)
             rows['last'][row], rows['positions'][row] = sequence.tokens[-1], length - 1
             rows['limits'][row] = length + sequence.max_tokens
             rows['options']['prompt_length'][row] = sequence.num_prompt
-            if is_adjusted:
+            rows['options']['first_end'][row] = sequence.first_end
+            if extras >= Extras.HISTORY:
                 rows['history'][row, :length] = sequence.tokens
-                rows['bias'][row] = options.bias_row(sequence.request, self._vocab_size)
+            if extras >= Extras.BIAS and options.extras(sequence.request) == Extras.BIAS:
+                rows['bias'][row] = self._bias_of(sequence)
         return rows, placed
+
+    def _bias_of(self, sequence: Sequence) -> np.ndarray:
+        if sequence not in self._biases:
+            self._biases[sequence] = options.bias_row(sequence.request, self._vocab_size)
+        return self._biases[sequence]
 
     def _by_shard(self, sequences: Iterable[Sequence]) -> list[list[Sequence]]:
         by_shard = [[] for _ in range(self._num_shards)]
@@ -182,3 +191,19 @@ class Rows:
         for row, sequence in placed:
             table[row, : len(sequence.pages)] = sequence.pages
         return {'page_table': table}
+
+
+def _in_turn(sequences: Iterable[Sequence], chunk: int, count: int) -> list[tuple[Sequence, int]]:
+    """(sequence, start) of the next `count` chunks: the first of each, the second of each, ...
+
+    So a long prompt does not keep short ones waiting.
+    """
+    starts = [
+        (turn, sequence, start)
+        for sequence in sequences
+        for turn, start in enumerate(
+            range(sequence.num_stored, len(sequence.tokens) - 1, chunk)[:count]
+        )
+    ]
+    starts.sort(key=lambda item: item[0])
+    return [(sequence, start) for _, sequence, start in starts[:count]]

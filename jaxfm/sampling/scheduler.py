@@ -28,6 +28,7 @@ class Sequence:
     num_stored: int = 0  # tokens whose keys and values are in the pages
     is_mixed: bool = False  # the pages hold keys and values of several weights
     score_from: int | None = None  # log-probs of tokens at this position and later are needed
+    first_end: int = 0  # the first position that may end it: behind min_tokens sampled ones
 
     @property
     def num_missing(self) -> int:
@@ -100,34 +101,35 @@ class Scheduler:
         copies, later = [], collections.deque()
         while self.waiting and any(len(s.running) < self.slots for s in self._shards):
             sequence = self.waiting.popleft()
-            choice = self._best_shard(sequence)
-            if choice is None or not self._start(sequence, *choice, copies):
+            choices = self._choices(sequence)
+            if not any(self._start(sequence, *choice, copies) for choice in choices):
                 later.append(sequence)
-                if choice is not None:  # there is no room for the first in line
+                if choices:  # there is no room for the first in line
                     break
         self.waiting.extendleft(reversed(later))
         return copies
 
-    def _best_shard(self, sequence: Sequence):
-        """-> (shard, known pages, (tokens, page) to copy) with most known tokens, then most room.
+    def _choices(self, sequence: Sequence) -> list[tuple]:
+        """(shard, known pages, (tokens, page) to copy): most known tokens first, then most room.
 
-        None if it should wait for a prefix that is being stored, or every row is taken.
+        Nothing if it should wait for a prefix that is being stored, or every row is taken.
         """
-        best = None
+        ranked = []
         for index, shard in enumerate(self._shards):
             if len(shard.running) == self.slots:
                 continue
             pages, partial = self._known(shard, sequence)
             known = len(pages) * self.page_size + partial[0]
             if self._is_soon_known(shard, sequence, known):
-                return None
-            rank = known, -len(shard.running)
-            if best is None or rank > best[0]:
-                best = rank, (index, pages, partial)
-        return best and best[1]
+                return []
+            ranked.append((-known, len(shard.running), (index, pages, partial)))
+        return [choice for *_, choice in sorted(ranked)]
 
     def _known(self, shard: _Shard, sequence: Sequence) -> tuple[list[int], tuple[int, int]]:
-        """Whole pages of its prefix, and how many tokens of which page of a running sequence."""
+        """Whole pages of its prefix, and how many tokens of which page of a running sequence.
+
+        Fewer tokens than half a page are not worth a copy, unless nothing is left to compute.
+        """
         size, wanted = self.page_size, sequence.shareable
         pages = shard.tree.match(wanted)
         start = len(pages) * size
@@ -139,7 +141,8 @@ class Scheduler:
             common = _num_common(other.tokens[start:stop], wanted[start:stop])
             if common > most[0]:
                 most = common, other.pages[len(pages)]
-        return pages, most
+        is_worth_it = 2 * most[0] >= size or start + most[0] == len(wanted)
+        return pages, most if is_worth_it else (0, 0)
 
     def _is_soon_known(self, shard: _Shard, sequence: Sequence, known: int) -> bool:
         """Whether a running sequence will store a page more of its prefix, or all of it."""
@@ -182,7 +185,8 @@ class Scheduler:
     def grow(self, sequence: Sequence, length: int) -> bool:
         """Gives a running sequence pages for `length` tokens, which may preempt younger ones.
 
-        False if it gave way itself. The pool holds the longest sequence, so the oldest never does.
+        False if it gave way itself: pages below it in the tree of prefixes may be in use. The pool
+        holds the longest sequence, so the oldest runs at least when it is admitted again.
         """
         shard = self._shards[sequence.shard]
         while (missing := -(-length // self.page_size) - len(sequence.pages)) > 0:

@@ -41,12 +41,20 @@ class Stops:
             raise ValueError('stop strings need a tokenizer')
         self._stream = None if tokenizer is None else TextStream(tokenizer, _WINDOW)
         self._has_strings = bool(strings)
-        self._node, self._min_tokens = _build_automaton(tuple(strings)), min_tokens
+        self._root = self._node = _build_automaton(tuple(strings))
+        self._min_tokens = min_tokens
         self._num_ids = self._released_ids = 0
         self._held = ''  # text that was seen but not released
         self._num_chars = 0  # seen so far
         # (ids, characters) after ids that end with a whole character, as far as not released.
         self._boundaries = collections.deque()
+
+    def __copy__(self) -> 'Stops':
+        copied = object.__new__(Stops)
+        copied.__dict__.update(self.__dict__)
+        copied._stream = copy.copy(self._stream)
+        copied._boundaries = self._boundaries.copy()
+        return copied
 
     def push(self, ids: Iterable[int]) -> Released:
         """Adds ids, in any portions."""
@@ -85,6 +93,21 @@ class Stops:
         if stop := self._scan(self._stream.finish()):
             return self._end(stop)
         return Released(self._take_ids(self._num_ids), self._take_text(0), None)
+
+    def interrupt(self, ids: Iterable[int]) -> Released:
+        """Releases what is held, because these ids, which are not the sample's own, follow it.
+
+        Their text is not released, and no stop string reaches across them.
+        """
+        if self._stream is None:
+            return Released(0, '', None)
+        self._see(self._stream.finish())
+        released = Released(self._take_ids(self._num_ids), self._take_text(0), None)
+        self._stream.push(ids)
+        self._stream.finish()
+        self._node = self._root
+        self._boundaries.clear()
+        return released
 
     def _scan(self, text: str) -> str | None:
         """Reads text up to the first stop string and returns that."""

@@ -120,7 +120,7 @@ def some_requests():
     prompts = [start[: 9 + 2 * i] + random.integers(0, V, 1 + 3 * i).tolist() for i in range(6)]
     return [
         Request(f'{i}', prompt, 6 + 2 * i, seed=i, n=1 + 2 * (i == 2), top_p=1 - i / 20,
-                prompt_logprobs=i == 1)
+                prompt_logprobs=i == 1, top_logprobs=20 * (i == 3))
         for i, prompt in enumerate(prompts)
     ]  # fmt: skip
 
@@ -149,6 +149,9 @@ def check(sampler, trained):
     for completion, logprobs in zip(told, trained(texts), strict=True):
         found = np.asarray(completion.logprobs, np.float32)
         np.testing.assert_array_equal(found, logprobs[len(logprobs) - len(found) :])
+        tops = map(dict, completion.top_logprobs)
+        for token, logprob, top in zip(completion.tokens, completion.logprobs, tops):
+            assert top.get(token, logprob) == logprob
         if completion.prompt_logprobs:
             before = np.asarray(completion.prompt_logprobs[1:], np.float32)
             np.testing.assert_array_equal(before, logprobs[: len(before)])

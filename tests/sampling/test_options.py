@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxfm.sampling.options import bias_row, needs_bias, needs_history, rows
+from jaxfm.sampling.options import Extras, bias_row, extras, rows
 from jaxfm.sampling.request import MAX_STOP_IDS, Request
 
 DTYPES = {
@@ -64,21 +64,21 @@ def test_a_row_without_a_request_asks_for_nothing():
 
 
 @pytest.mark.parametrize(
-    ('changes', 'history', 'bias'),
+    ('changes', 'needed'),
     [
-        ({}, False, False),
-        (dict(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5), False, False),
-        (dict(repetition_penalty=1.1), True, False),
-        (dict(presence_penalty=0.1), True, False),
-        (dict(frequency_penalty=-0.1), True, False),
-        (dict(logit_bias={3: 1.0}), False, True),
-        (dict(allowed_ids=frozenset({3})), False, True),
+        ({}, Extras.NOTHING),
+        (dict(temperature=0.5, top_k=3, top_p=0.5, min_p=0.5), Extras.NOTHING),
+        (dict(repetition_penalty=1.1), Extras.HISTORY),
+        (dict(presence_penalty=0.1), Extras.HISTORY),
+        (dict(frequency_penalty=-0.1), Extras.HISTORY),
+        (dict(logit_bias={3: 1.0}), Extras.BIAS),
+        (dict(allowed_ids=frozenset({3})), Extras.BIAS),
+        (dict(allowed_ids=frozenset({3}), presence_penalty=0.1), Extras.BIAS),
     ],
     ids=str,
 )
-def test_only_some_options_need_the_history_or_a_bias(changes, history, bias):
-    request = make_request(**changes)
-    assert (needs_history(request), needs_bias(request)) == (history, bias)
+def test_only_some_options_need_the_history_or_a_bias(changes, needed):
+    assert extras(make_request(**changes)) is needed
 
 
 def test_a_bias_row_has_the_bias_of_allowed_ids():

@@ -55,7 +55,7 @@ def test_two_processes_equal_one():
     assert of_ranks == counters
     assert len(events) == len(expected)
     for event, other in zip(events, expected):
-        for name in ('id', 'sample_index', 'tokens', 'finish_reason', 'version'):
+        for name in ('id', 'sample_index', 'tokens', 'finish_reason', 'versions'):
             assert event[name] == other[name]
         for name in ('logprobs', 'sampling_logprobs'):
             np.testing.assert_allclose(event[name], other[name], rtol=0, atol=1e-4)

@@ -213,3 +213,124 @@ def test_scoring_goes_on_after_giving_way(params, one_device, score):
         plain, _, _ = score(PROMPT[:1], [*request.tokens[1:], *one.tokens])
         told = one.prompt_logprobs[1:] + one.logprobs
         np.testing.assert_allclose(told, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('pushed_out', [False, True])
+def test_a_prompt_of_one_token_has_no_log_probs_and_goes_on(
+    lettered, params, one_device, pushed_out
+):
+    """It once broke the engine for all others, when it had to be stored again."""
+    with jax.set_mesh(one_device):
+        sampler = new_sampler(params, one_device, pages=11) if pushed_out else lettered
+        if pushed_out:
+            sampler.add(Request('long', PROMPT, 20))
+        sampler.add(Request('short', [5], 20, prompt_logprobs=True))
+        one = Completion('short', 0)
+        for _ in range(30):
+            for event in sampler.step():
+                if event.id == 'short':
+                    one.add(event)
+            if len(one.tokens) == 6 and not pushed_out:
+                sampler.extend('short', [1, 2])
+        assert not sampler.has_work and sampler.counters.preemptions >= pushed_out
+    assert (len(one.tokens), one.prompt_logprobs) == (20, [None])
+
+
+@pytest.fixture
+def begin(lettered, params, one_device):
+    """options -> (the sampler after the first step of request 'a', its completion so far)."""
+
+    def begin(**options):
+        lettered.lend(params, lettered.version + 1)
+        lettered.add(Request('a', PROMPT, 9, **options))
+        one = Completion('a', 0)
+        for event in lettered.step():
+            one.add(event)
+        return lettered, one
+
+    with jax.set_mesh(one_device):
+        yield begin
+        for sequence in lettered._scheduler.sequences:
+            lettered.cancel(sequence.request.id)
+
+
+def drain(sampler, **completions):
+    while sampler.has_work:
+        for event in sampler.step():
+            completions.setdefault(event.id, Completion(event.id, 0)).add(event)
+    return completions
+
+
+def test_a_fork_tells_what_the_original_holds_back(begin, ask):
+    free = ask(seed=3)
+    sampler, one = begin(seed=3, stop=(free.text[2:5] + '?',))  # the third letter may begin it
+    assert one.text == free.text[:2]
+    sampler.fork('a', 'same', sample_index=0)
+    sampler.fork('a', 'other', sample_index=0, tokens=[50, 51])
+    found = drain(sampler, a=one)
+    assert found['a'].text == free.text and found['a'].tokens == free.tokens
+    assert found['same'].text == free.text[2:] and found['same'].tokens == free.tokens[2:]
+    assert found['other'].text[0] == free.text[2] and len(found['other'].tokens) == 1 + 6
+    assert found['other'].text == Letters().decode(found['other'].tokens)
+
+
+def test_a_fork_finds_the_stop_string_that_the_original_has_begun(begin, ask):
+    free = ask(seed=3)
+    sampler, one = begin(seed=3, stop=(free.text[2:5],))
+    sampler.fork('a', 'same', sample_index=0)
+    for completion in drain(sampler, a=one).values():
+        assert (completion.finish_reason, completion.stop) == ('stop', free.text[2:5])
+
+
+def test_no_stop_string_reaches_across_ids_that_are_appended(begin, ask):
+    free = ask(seed=3)
+    options = dict(seed=3, stop=(free.text[2:5] + '?',))
+    sampler, one = begin(**options)
+    sampler.extend('a', [50, 51])
+    whole = drain(sampler, a=one)['a']
+    assert whole.tokens[:3] == free.tokens[:3] and len(whole.tokens) == 9
+    assert whole.text == Letters().decode(whole.tokens)
+    # The held letter and the first one sampled behind the appended ids.
+    sampler, one = begin(seed=3, stop=(whole.text[2:4],))
+    assert one.text == whole.text[:2]
+    sampler.extend('a', [50, 51])
+    again = drain(sampler, a=one)['a']
+    assert again.tokens == whole.tokens or again.stop not in whole.text[2:4] + whole.text[:2]
+    assert again.text.startswith(whole.text[:4])
+
+
+def test_every_token_has_the_version_of_its_weights(begin, ask, params):
+    free = ask(seed=3)
+    sampler, one = begin(seed=3, stop=(free.text[2:5] + '?',))
+    version = sampler.version
+    sampler.lend(params, version + 5)
+    one = drain(sampler, a=one)['a']
+    assert one.versions == [version] * 3 + [version + 5] * 6
+
+
+def test_appended_ids_do_not_count_as_min_tokens(begin):
+    options = dict(temperature=0.0, stop_ids=frozenset([7]), logit_bias={7: 50.0}, min_tokens=6)
+    sampler, one = begin(**options)
+    sampler.extend('a', [50] * 8)
+    one = drain(sampler, a=one)['a']
+    assert len(one.tokens) == 7 and 7 not in one.tokens[:6] and one.tokens[-1] == 7
+
+
+def test_ids_appended_to_a_waiting_prompt_have_no_prompt_logprobs(lettered, params, one_device):
+    with jax.set_mesh(one_device):
+        lettered.add(Request('a', PROMPT, 2, prompt_logprobs=True, top_logprobs=1))
+        lettered.extend('a', [1, 2, 3])
+        one = drain(lettered)['a']
+    assert len(one.prompt_logprobs) == len(one.prompt_top_logprobs) == len(PROMPT)
+
+
+def test_nothing_is_left_behind_when_a_request_is_refused(lettered, params, one_device):
+    with jax.set_mesh(one_device):
+        with pytest.raises(DataError, match='the prompt is empty'):
+            complete(lettered, [Request('0', [1], 3), Request('1', [], 3)], params, 0)
+        assert not lettered.has_work
+        assert list(complete(lettered, [Request('0', [1], 3)], params, 0)) == ['0']
+        lettered.add(Request('others', [1], 3))
+        with pytest.raises(RuntimeError, match='has other requests'):
+            complete(lettered, [Request('0', [1], 3)], params, 0)
+        lettered.cancel('others')

@@ -15,6 +15,13 @@ def sequences(count: int, length: int) -> list[Sequence]:
     return [Sequence(request, tokens, len(tokens), 1, shard=0) for _ in range(count)]
 
 
+def test_short_prompts_do_not_wait_for_a_long_one():
+    rows = Rows(SamplingConfig(slots=64, max_length=9000), num_shards=1, slots=64, vocab_size=9)
+    missing = [*sequences(1, 8000), *sequences(8, 10)]
+    _, pieces = rows.store(rows.best_chunk(missing), missing)
+    assert {id(sequence) for _, sequence, *_ in pieces} == set(map(id, missing))
+
+
 @pytest.mark.parametrize('length,calls', [(12, 2), (16, 2), (40, 6), (250, 32)])
 def test_prompts_are_stored_in_few_calls(length, calls):
     """Rows stay empty while prompts are stored: 64 short prompts once took eight calls."""

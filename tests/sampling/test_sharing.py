@@ -245,8 +245,8 @@ def test_after_warming_up_nothing_is_compiled(build, params, other_params, one_d
                 warm.lend(other_params, 1)
         drain(warm)
         assert warm.counters.compilations == compiled
-        # One for the cache, one to copy, one size of chunks, two of decoding twice each.
-        assert compiled == 1 + 1 + len(warm._rows.chunks) + 2 * len(warm._rows.counts)
+        # One for the cache, one to copy, one size of chunks, two of decoding three times each.
+        assert compiled == 1 + 1 + len(warm._rows.chunks) + 3 * len(warm._rows.counts)
 
 
 def test_nan_ends_a_request_with_its_reason_and_spoils_no_page(sampler, params, score):

@@ -84,11 +84,11 @@ def _describe_weights(run: Run, step: int) -> dict:
 
 def format_table(title: str, values: dict[str, float]) -> str:
     """A line for each value, with its interval if there is one."""
-    lines = []
+    lines, width = [], max(map(len, values), default=0)
     for name, value in values.items():
         if name.endswith(('_low', '_high')) and name.rpartition('_')[0] in values:
             continue
         ends = [values.get(f'{name}_{end}') for end in ('low', 'high')]
         interval = '' if None in ends else f'  [{ends[0]:.4g}, {ends[1]:.4g}]'
-        lines.append(f'  {name:<28} {value:>10.6g}{interval}')
+        lines.append(f'  {name:<{width}} {value:>10.6g}{interval}')
     return '\n'.join([title, *lines])

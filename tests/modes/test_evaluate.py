@@ -167,6 +167,6 @@ def test_a_table_shows_intervals_beside_their_values():
     values = {'pass@1': 0.5, 'pass@1_low': 0.25, 'pass@1_high': 0.75, 'prompts': 8.0}
     assert format_table('sums', values).split('\n') == [
         'sums',
-        '  pass@1                              0.5  [0.25, 0.75]',
-        '  prompts                               8',
+        '  pass@1             0.5  [0.25, 0.75]',
+        '  prompts              8',
     ]

@@ -466,6 +466,7 @@ def complete_each(
                     sampler.cancel(event.id, event.sample_index)
                 if is_stopped or event.finish_reason:
                     yield running.pop((event.id, event.sample_index))
-    finally:
+    except BaseException:  # also if the caller stops reading
         for id, index in running:
             sampler.cancel(id, index)
+        raise

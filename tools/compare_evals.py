@@ -5,7 +5,8 @@
 A and B are files of samples that evaluators wrote, or directories with several of them, of which
 those with the same name are compared. Questions are joined by their id, and each counts by the mean
 score of its samples, so the two may have different numbers of samples. The verdict is 'A better' or
-'B better' if the interval of the paired difference does not contain 0, else 'tied'.
+'B better' if the interval of the paired difference does not contain 0 (and, for scores of 0 and 1,
+McNemar's test gives p < 0.05), else 'tied'.
 
 `--metric score_per_byte` compares another score of a `likelihood` evaluation, `--cluster_by_group`
 takes the questions of a group as one cluster, `--output FILE` also writes the figures as JSON lines.
@@ -41,11 +42,18 @@ class Comparison:
     difference: Estimate  # first - second
     only_first: int  # questions that only the first solves
     only_second: int
+    is_binary: bool  # all scores are 0 or 1
     differences: list[tuple[str, object, object]]  # of the headers
 
     @property
     def verdict(self) -> str:
-        """'A better', 'B better' or 'tied'."""
+        """'A better', 'B better' or 'tied'.
+
+        If all scores are 0 or 1, McNemar's test must agree at 5 %: it is exact for few questions,
+        where the interval may be too narrow.
+        """
+        if self.is_binary and self.p_value >= 0.05:
+            return 'tied'
         if self.difference.low > 0:
             return 'A better'
         return 'B better' if self.difference.high < 0 else 'tied'
@@ -196,6 +204,7 @@ def compare(
         # With several samples, a question counts as solved if most of them do.
         only_first=sum(p >= 0.5 > q for p, q in pairs),
         only_second=sum(q >= 0.5 > p for p, q in pairs),
+        is_binary=set(one + other) <= {0.0, 1.0},
         differences=differences(*told),
     )
 

@@ -66,6 +66,15 @@ def test_questions_are_joined_by_id_and_count_once(tmp_path, solved):
     assert found.difference.value == 0 and found.verdict == 'tied'
 
 
+def test_few_questions_do_not_decide(tmp_path):
+    """All three go to A; with equal models that happens in one of four evaluations."""
+    a = write(tmp_path / 'a.jsonl', dict.fromkeys('xyz', 1))
+    b = write(tmp_path / 'b.jsonl', dict.fromkeys('xyz', 0))
+    found = compare_evals.compare('quiz', a, b)
+    assert found.difference.low > 0 and found.p_value == 0.25
+    assert found.verdict == 'tied'
+
+
 def test_log_probs_are_compared_without_a_test_of_solved_questions(tmp_path):
     random, header = np.random.default_rng(1), {'evaluator': 'perplexity'}
     base = {f'text[{i}]': -2 - random.random() for i in range(50)}

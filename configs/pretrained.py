@@ -1,8 +1,9 @@
-"""Use an existing model without training it: sample from it, chat with it, export it.
+"""Use an existing model without training it: sample from it, chat with it, evaluate it, export it.
 
     python -m jaxfm.main --config configs/pretrained.py --config.init_from=PATH --mode sample --prompt "Once upon a time" --temperature 0 --max_tokens 64
     python -m jaxfm.main --config configs/pretrained.py --config.init_from=PATH --mode chat
     python -m jaxfm.main --config configs/pretrained.py --config.init_from=PATH --mode export --output DIR
+    python -m jaxfm.main --config configs/pretrained.py --config.init_from=PATH --mode eval --config.evals.mine.name=perplexity --config.evals.mine.path=FILE
 
 PATH is a directory in Hugging Face's layout (config.json, .safetensors, tokenizer files), a .gguf
 file, the work directory of a run, or the id of a model on the hub ('org/name'; install the extra

@@ -104,7 +104,8 @@ def _make_parser() -> Parser:
         '--output',
         type=Path,
         metavar='PATH',
-        help='eval, sample, chat: file for the results, as JSON lines; export: directory to write',
+        help='eval, sample, chat: file for the results, as JSON lines; eval: samples go beside it; '
+        'export: directory to write',
     )
     sampling = parser.add_argument_group(
         'options of --mode sample and chat',
@@ -206,10 +207,15 @@ def _check_mode(flags, config) -> None:
             raise UsageError(
                 f'--{name} is a flag of --mode {", ".join(wanted)}, not of {flags.mode}'
             )
-    if flags.mode in ('train', 'eval') and not config.all_phases:
+    if flags.mode == 'train' and not config.all_phases:
         raise ConfigError(
             f'this config has no training; --mode {flags.mode} needs config.steps, config.data '
             'and config.optimizer, as in configs/sft.py'
+        )
+    if flags.mode == 'eval' and not config.evals:
+        raise ConfigError(
+            'this config has no evaluators: add one, such as --config.evals.mine.name=perplexity '
+            '--config.evals.mine.path=FILE'
         )
     if flags.mode == 'train' and config.model.lora and not config.init_from:
         raise ConfigError('config.model.lora adapts a trained model: name it in config.init_from')

@@ -58,6 +58,8 @@ STANDS_FOR = {
     'N': '1',
     'STAGE': 'timing',
     'VALUE': 'new',  # filled in by an f-string
+    'A': 'new',  # one of two things that are compared
+    'B': 'new',
 }
 # Runs that other commands start from, with the config and overrides that README gives for them.
 RUNS = {

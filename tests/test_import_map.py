@@ -46,7 +46,11 @@ MAP = {
     # A spike decides whether an update is applied.
     'train': {'state', 'checkpoint', 'optim', 'metrics', 'distributed'},
     'plan': {'models', 'optim', 'sharding'},
-    'evals': {'sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding'},
+    # Files of samples are kept over starts, by all processes; files of text have a perplexity.
+    'evals': {
+        *('sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding', 'storage'),
+        'distributed',
+    },
     # Stop strings are found in text, and events tell text.
     'sampling': {'models', 'ops', 'sharding', 'tokenizer'},
     # Benchmarks are read from files, on disk and S3.

@@ -67,7 +67,11 @@ def test_pre_training_teaches_the_skills_and_fine_tuning_when_to_use_them(life):
     assert found['nothing']['pass@1'] < 0.02
     assert found['pretrain']['pass@1'] < 0.05
     assert found['sft']['pass@1'] >= 0.9
-    kinds = {name: value for name, value in found['sft'].items() if name.startswith('pass@1/')}
+    kinds = {
+        name: value
+        for name, value in found['sft'].items()
+        if name.startswith('pass@1/') and not name.endswith(('_low', '_high'))
+    }
     assert len(kinds) >= 4
     assert min(kinds.values()) >= 0.8
 

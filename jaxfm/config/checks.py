@@ -121,6 +121,21 @@ def evaluators_name_phases(run, prefix):
             yield Problem((path, ('phases',), *name_paths), sentence)
 
 
+@reads('evals', 'data', 'phases')
+def evaluators_have_documents(run, prefix):
+    for name, config in run.evals.items():
+        task = getattr(config, 'task', None)
+        needs = {('name',): config, ('task', 'name'): task}
+        for keys, group in needs.items():
+            if getattr(group, 'reads_documents', False) and not (run.data or run.phases):
+                path = ('evals', name, *keys)
+                sentence = (
+                    f'{format_path(path)}: {group.name} needs held-out documents, but this config '
+                    'has no data; use it with the config of a run that has, such as configs/sft.py'
+                )
+                yield Problem((path, ('data',)), sentence)
+
+
 @reads('model', 'tokenizer')
 def vocabulary_fits(run, prefix):
     # Some tokenizers have a known size only once they are built; `run/data.py` checks those.
@@ -290,6 +305,7 @@ RUN_CHECKS = (
     phase_names_differ,
     optimizer_can_be_kept,
     evaluators_name_phases,
+    evaluators_have_documents,
     vocabulary_fits,
     model_divides,
     adapters_fit,

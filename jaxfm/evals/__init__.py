@@ -1,10 +1,10 @@
 """Evaluators: objects with a cadence and `run(params, step) -> {name: value}`.
 
-The training loop calls all of them in the same way: held-out loss, sampling-based evaluation,
-periodic export.
+The training loop calls all of them in the same way, and `--mode eval` too: held-out loss, sampled
+completions, likelihoods of choices, perplexity of files, periodic export.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,8 @@ from jaxfm.tasks import TASKS
 class EvaluatorConfig(Group):
     """The fields that every evaluator has."""
 
+    reads_documents: ClassVar[bool] = False  # it needs the held-out documents of a phase
+
     name: str
     phase: str = ''  # uses this phase's held-out documents; required if the run has several phases
     every: int = Field(0, ge=0)  # steps between two runs; 0: only at the end of each phase
@@ -26,6 +28,8 @@ class EvaluatorConfig(Group):
 class LossConfig(EvaluatorConfig):
     """Held-out loss per token and in bits per UTF-8 byte."""
 
+    reads_documents: ClassVar[bool] = True
+
     name: Literal['loss'] = 'loss'
     batch_size: int = Field(32, ge=1)  # rows
     sequence_length: int = Field(0, ge=0)  # tokens; 0: the sequence_length of the training data
@@ -34,25 +38,61 @@ class LossConfig(EvaluatorConfig):
     xz_baseline: bool = False  # also record what `xz -9e` reaches on the same text, a baseline
 
 
-class GenerateConfig(SamplingOptions, EvaluatorConfig):
-    """Samples completions of a task's prompts and scores them: pass@1 with a 95 % interval.
+class TaskEvaluatorConfig(EvaluatorConfig):
+    """The fields of evaluators that measure a task."""
 
-    With n > 1, the score of a prompt is the mean over its completions.
-    """
-
-    name: Literal['generate'] = 'generate'
     task: one_of(TASKS)
+    # Intervals treat the prompts of a group as one cluster, such as several questions on one text.
+    cluster_by_group: bool = False
     # Bytes of each phase's training text to search for the prompts, at the end of the run; 0: no
     # search.
     contamination_bytes: int = Field(1 << 26, ge=0)
+
+
+class ThinkingConfig(Group):
+    """The marks of a completion's thoughts, which are not judged."""
+
+    start: str = Field('<think>', min_length=1)
+    end: str = Field('</think>', min_length=1)
+    begun: bool = False  # the prompt ends with `start`, so a completion begins inside its thoughts
+
+
+class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
+    """Samples n completions of each of a task's prompts and scores them, with 95 % intervals."""
+
+    name: Literal['generate'] = 'generate'
+    thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
     max_tokens: MaxTokens = 96
     temperature: Temperature = 0.0
+
+
+class LikelihoodConfig(TaskEvaluatorConfig):
+    """Compares the likelihoods of a task's choices, with 95 % intervals."""
+
+    name: Literal['likelihood'] = 'likelihood'
+
+
+class PerplexityConfig(EvaluatorConfig):
+    """The loss on files of text per token, per word and in bits per byte."""
+
+    name: Literal['perplexity'] = 'perplexity'
+    # Files or globs. One of .jsonl has a document in each line, every other one is a document; each
+    # may be compressed (.gz, .zst).
+    path: str | list[str]
+    fields: dict[str, str] = {}  # {'text': the key of a .jsonl line that has the text}
+    window: int = Field(0, ge=0)  # tokens that the model sees at once; 0: sampling.max_length
+    # Tokens from window to window; 0: without overlap. A smaller stride gives each token more
+    # context and costs more.
+    stride: int = Field(0, ge=0)
+    max_documents: int = Field(0, ge=0)  # the first so many; 0: all
 
 
 EVALUATORS = Registry(
     {
         'loss': Entry('jaxfm.evals.loss:HeldOutLoss', LossConfig),
         'generate': Entry('jaxfm.evals.generate:Generate', GenerateConfig),
+        'likelihood': Entry('jaxfm.evals.likelihood:Likelihood', LikelihoodConfig),
+        'perplexity': Entry('jaxfm.evals.perplexity:Perplexity', PerplexityConfig),
     },
     base=EvaluatorConfig,
 )

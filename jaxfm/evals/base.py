@@ -1,10 +1,20 @@
-"""What all evaluators share: their context, their cadence, and confidence intervals."""
+"""What all evaluators share: their context, their cadence, and the file of their samples."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from jaxfm.evals import EvaluatorConfig
+from jaxfm.evals.samples import Samples
+from jaxfm.tasks.base import Prompt
+
+# Samples that wait or run, for each slot.
+_IN_LINE = 8
+# Keys of a config that do not change what a sample is. With a larger n, those that are there stay.
+_NOT_OF_SAMPLES = ('every', 'at_start', 'phase', 'contamination_bytes', 'cluster_by_group', 'n')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +23,56 @@ class Context:
 
     name: str  # of the evaluator: its metrics are eval/<name>/...
     merge: Callable[[dict], Any]  # {path: array} -> model
-    dataset: Any  # of the evaluator's phase: held-out tokens and documents, tokenizer, chat
+    dataset: Any  # of the evaluator's phase: held-out tokens and documents; None without a phase
+    tokenizer: Any
+    chat: Callable[[], Any]  # -> the chat template
     sampler: Any
     mesh: Any
     seed: int
+    flops: Callable[[int], float]  # tokens of a document -> model FLOPs of its forward pass
+    weights: Callable[[int], dict]  # step -> which weights these are, as JSON
     samples_directory: Path | None  # None on processes that write no files
+    goes_on: bool = False  # with the files of an interrupted evaluation
+
+    @property
+    def documents(self) -> list:
+        """The held-out documents; [] for a run without data."""
+        return [] if self.dataset is None else self.dataset.heldout_documents
+
+    @property
+    def most(self) -> int:
+        """Samples in the sampler at a time: enough to fill its slots, but not all of a big task."""
+        return _IN_LINE * self.sampler.config.slots
+
+    def open_samples(
+        self, config: EvaluatorConfig, step: int, subject: Iterable, **options
+    ) -> Samples:
+        """The file of an evaluation at a step.
+
+        Args:
+          subject: everything that is evaluated; only its digest goes into the header.
+          options: more that the samples depend on, as JSON.
+        """
+        given = config.model_dump(exclude=set(_NOT_OF_SAMPLES))
+        header = {
+            'evaluator': given.pop('name'),
+            'task': given.pop('task', {'name': given.get('path', self.name)}),
+            'weights': self.weights(step),
+            'options': given | options,
+            'seed': self.seed,
+            'subject': _digest(subject),
+        }
+        path = None
+        if self.samples_directory:
+            path = self.samples_directory / f'{self.name}-{step:06d}.jsonl'
+        return Samples(path, header, self.goes_on)
+
+
+def _digest(subject: Iterable) -> str:
+    digest = hashlib.sha256()
+    for each in subject:
+        digest.update(json.dumps(each).encode())
+    return digest.hexdigest()[:16]
 
 
 class Periodic:
@@ -38,13 +93,6 @@ class Periodic:
         return bool(self._every) and step % self._every == 0
 
 
-def wilson_interval(successes: float, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % confidence interval of a proportion (Wilson, 1927).
-
-    Unlike the normal approximation, it is valid for small samples and for proportions of 0 and 1.
-    """
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+def text_of(prompt: Prompt) -> str:
+    """The prompt as text; for a chat, the contents of its messages, joined by newlines."""
+    return prompt.text or '\n'.join(message['content'] for message in prompt.messages)

@@ -1,31 +1,26 @@
 """Sampling-based evaluation: completes a task's prompts, scores them, and keeps every sample."""
 
+import dataclasses
 import itertools
-import json
 import logging
+from collections.abc import Iterator
 
-from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Context, Periodic, wilson_interval
-from jaxfm.sampling.engine import complete
+from jaxfm.evals.base import Context, Periodic, text_of
+from jaxfm.evals.judge import Judge, Verdict
+from jaxfm.evals.prompts import open_task, prompt_ids
+from jaxfm.evals.samples import Key, Samples
+from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
+from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Completion, Request
-from jaxfm.tasks import TASKS
 
 log = logging.getLogger('jaxfm')
 
 
-def _text_of(prompt) -> str:
-    return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
-
-
 class Generate(Periodic):
-    """pass@1 with its 95 % interval, and pass@1 per group of prompts.
+    """avg@n, pass@k, pass^k and maj@k of n samples of each prompt; `docs/evaluation.md` has all.
 
-    The score of a prompt is the mean over its n samples. With n > 1 the interval is
-    conservative, because it treats these means as single answers. A sample that fails scores 0.
-
-    Chats are rendered with the chat template. Other prompts are continued without a BOS token,
-    because they come from the middle of documents.
+    A sample that the engine or the judge fails scores 0, and is counted and told.
 
     Raises:
       DataError: there is no prompt, or the sampler cannot hold one; raised before anything runs.
@@ -33,105 +28,102 @@ class Generate(Periodic):
 
     def __init__(self, config: GenerateConfig, context: Context):
         super().__init__(config.every, config.at_start)
-        self._config, self._sampler, self._seed = config, context.sampler, context.seed
-        self._tokenizer, self._chat = context.dataset.tokenizer, context.dataset.chat
-        documents = context.dataset.heldout_documents
-        self._task = TASKS.load(config.task.name)(config.task, documents)
-        self._name, self._directory = context.name, context.samples_directory
-        self._prompts = {prompt.id: prompt for prompt in self._task.prompts()}
-        if not self._prompts:
-            raise DataError(
-                f'config.evals.{context.name}: task {config.task.name} found no prompt in the '
-                'held-out documents'
-            )
+        self._config, self._context, self._sampler = config, context, context.sampler
+        self._task, self._prompts = open_task(config, context)
+        self._judge = Judge(self._task, config.thinking)
         self._requests = [self._request(prompt) for prompt in self._prompts.values()]
+        self._lengths = {request.id: len(request.tokens) for request in self._requests}
         for request in self._requests:
             self._sampler.check(request)
-
-    def run(self, params, step: int) -> dict[str, float]:
-        """Samples and scores -> {'pass@1', 'pass@1_low', 'pass@1_high', 'prompts'} and by group.
-
-        The scores by group are called 'pass@1/<group>'.
-        """
-        prompts = self._prompts
-        completions = complete(
-            self._sampler,
-            self._requests,
-            params,
-            step,
-            stop=lambda sample: self._task.stop(prompts[sample.id], sample.text),
-        )
-        self._warn_of_failures(step, list(itertools.chain(*completions.values())))
-        scores, records = {}, []
-        for prompt in prompts.values():
-            judged = [self._judge(step, prompt, sample) for sample in completions[prompt.id]]
-            scores[prompt.id] = sum(record['score'] for record in judged) / len(judged)
-            records += judged
-        self._write(step, records)
-        passed = sum(scores.values())
-        low, high = wilson_interval(passed, len(scores))
-        return {
-            'pass@1': passed / len(scores),
-            'pass@1_low': low,
-            'pass@1_high': high,
-            'prompts': float(len(scores)),
-            **self._by_group(scores),
-        }
-
-    def _judge(self, step: int, prompt, sample: Completion) -> dict:
-        """The record of a sample, with its score."""
-        has_failed = sample.finish_reason == 'error'
-        return {
-            'step': step,
-            'id': prompt.id,
-            'sample_index': sample.sample_index,
-            'prompt': prompt.text or list(prompt.messages),
-            'completion': sample.text,
-            'score': 0.0 if has_failed else self._task.evaluate(prompt, sample.text),
-            'finish_reason': sample.finish_reason or 'judged',
-        }
-
-    def _warn_of_failures(self, step: int, samples: list[Completion]) -> None:
-        failed = [sample for sample in samples if sample.finish_reason == 'error']
-        if failed:
-            log.warning(
-                'step %d  %s: %d of %d samples failed and score 0; the first (%s): %s',
-                *(step, self._name, len(failed), len(samples), failed[0].id, failed[0].error),
-            )
 
     @property
     def prompt_texts(self) -> list[str]:
         """The prompts as text; for a chat, the contents of its messages, joined by newlines."""
-        return [_text_of(prompt) for prompt in self._prompts.values()]
+        return [text_of(prompt) for prompt in self._prompts.values()]
 
-    def _by_group(self, scores: dict[str, float]) -> dict[str, float]:
-        groups = {}
-        for prompt in self._prompts.values():
-            if prompt.group:
-                groups.setdefault(prompt.group, []).append(scores[prompt.id])
-        return {f'pass@1/{name}': sum(passed) / len(passed) for name, passed in groups.items()}
+    def open(self, step: int) -> Samples:
+        """The file of the samples at a step."""
+        subject = ((request.id, list(request.tokens)) for request in self._requests)
+        stop_ids = sorted(self._requests[0].stop_ids)
+        return self._context.open_samples(self._config, step, subject, stop_ids=stop_ids)
+
+    def run(self, params, step: int) -> dict[str, float]:
+        """Samples and scores -> {metric: value}; {} on a process that has not all samples.
+
+        Samples that the file of an interrupted evaluation has are not sampled again.
+        """
+        with self.open(step) as samples:
+            for sample in complete_each(
+                self._sampler,
+                self._missing(samples.kept),
+                params,
+                step,
+                stop=lambda sample: self._judge.stops(self._prompts[sample.id], sample.text),
+                most=self._context.most,
+            ):
+                samples.add(self._record(sample, step))
+            records = by_prompt(samples.records, self._prompts, self._config.n)
+        if any(len(each) < self._config.n for each in records.values()):
+            return {}
+        self._warn_of_failures(step, list(itertools.chain(*records.values())))
+        by_group = self._config.cluster_by_group
+        return summarize(records, self._config.n, by_group, self._context.flops)
+
+    def _missing(self, kept: frozenset[Key]) -> Iterator[Request]:
+        """The requests for samples that are not kept: the same noise as if none were."""
+        for request in self._requests:
+            missing = [i for i in range(request.n) if (request.id, i) not in kept]
+            for first, count in _ranges(missing):
+                yield dataclasses.replace(request, sample_index=first, n=count)
+
+    def _record(self, sample: Completion, step: int) -> dict:
+        """What is kept of a sample, with its score."""
+        prompt = self._prompts[sample.id]
+        has_failed = sample.finish_reason == 'error'
+        failed = Verdict(0.0, None)
+        verdict = failed if has_failed else self._judge.judge(prompt, sample.text)
+        return {
+            'task': self._config.task.name,
+            'step': step,
+            'id': prompt.id,
+            'group': prompt.group,
+            'sample_index': sample.sample_index,
+            'seed': self._context.seed,
+            'prompt': prompt.text or list(prompt.messages),
+            'completion': sample.text,
+            'score': verdict.score,
+            'answer': verdict.answer,
+            'finish_reason': sample.finish_reason or 'judged',
+            'is_truncated': sample.finish_reason == 'length',
+            'is_unclosed': verdict.is_unclosed,
+            'error': sample.error or verdict.error,
+            'prompt_tokens': self._lengths[prompt.id],
+            'num_tokens': len(sample.tokens),
+            'logprob': sum(sample.logprobs),
+            'tokens': sample.tokens,
+        }
+
+    def _warn_of_failures(self, step: int, records: list[dict]) -> None:
+        for what, is_it in {'failed': has_failed, 'could not be judged': is_unjudged}.items():
+            if found := [record for record in records if is_it(record)]:
+                log.warning(
+                    'step %d  %s: %d of %d samples %s and score 0; the first (%s): %s',
+                    *(step, self._context.name, len(found), len(records), what),
+                    *(found[0]['id'], found[0]['error']),
+                )
 
     def _request(self, prompt) -> Request:
         stop_ids = self._sampler.config.stop_ids
         return Request(
             id=prompt.id,
-            tokens=self._prompt_ids(prompt),
-            seed=self._seed,
-            **self._config.request_options(self._chat.stop_ids, stop_ids),
+            tokens=prompt_ids(prompt, self._context, self._task),
+            seed=self._context.seed,
+            **self._config.request_options(self._context.chat().stop_ids, stop_ids),
         )
 
-    def _prompt_ids(self, prompt) -> list[int]:
-        if prompt.messages:
-            return self._chat.prompt(prompt.messages, prompt.tools)
-        return self._tokenizer.encode(prompt.text)
 
-    def _write(self, step: int, records: list[dict]) -> None:
-        """Writes one file per step, so a resumed run that repeats a step replaces its file."""
-        if self._directory is None:
-            return
-        path = self._directory / f'{self._name}-{step:06d}.jsonl'
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(''.join(json.dumps(record) + '\n' for record in records), 'utf-8')
-        except OSError as error:  # the scores matter more: training goes on
-            log.warning('%s: the samples could not be written: %s', path, error.strerror)
+def _ranges(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of the runs of consecutive numbers: [0, 1, 4] -> (0, 2), (4, 1)."""
+    for _, run in itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        found = [index for _, index in run]
+        yield found[0], len(found)

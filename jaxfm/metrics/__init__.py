@@ -25,3 +25,9 @@ class MetricsConfig(Group):
     failures_per_day: float = Field(default=1.0, ge=0)
     # Your own sinks, {any name: dict(name='module:Class', ...)}.
     sinks: dict[str, one_of(SINKS)] = {}
+
+
+def is_detail(name: str) -> bool:
+    """Whether a metric is a count or a cost of an evaluation: no line and no plot shows those."""
+    kind, _, rest = name.partition('/')
+    return kind == 'eval' and rest.partition('/')[2].startswith(('samples/', 'cost/'))

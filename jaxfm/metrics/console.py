@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jaxfm import process
+from jaxfm.metrics import is_detail
 
 log = logging.getLogger('jaxfm')
 
@@ -191,7 +192,7 @@ _SHORT = {
 
 def _values(record: Mapping[str, Any]) -> str:
     hidden = {f'{name}{end}' for name in record for end in ('_low', '_high')}
-    hidden |= {name for name in record if name.startswith(_NORMS)}
+    hidden |= {n for n in record if n.startswith(_NORMS) or is_detail(n)}
     hidden |= {*_HEAD, 'train/target_tokens', *(name for name in _IF_ANY if not record.get(name))}
     # The loss comes first, also on a screen too narrow for the rest.
     names = sorted((name for name in record if name not in hidden), key='train/loss'.__ne__)

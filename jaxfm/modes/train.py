@@ -13,7 +13,7 @@ from jaxfm.config.resume import Change
 from jaxfm.config.run import RunConfig
 from jaxfm.distributed.preemption import Preemption
 from jaxfm.errors import Preempted
-from jaxfm.evals import GenerateConfig, contamination
+from jaxfm.evals import TaskEvaluatorConfig, contamination
 from jaxfm.metrics.clock import StepClock, process_start
 from jaxfm.metrics.console import Console
 from jaxfm.metrics.devices import peak_flops
@@ -63,7 +63,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         sources = [_open_source(phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(data.tokenizer)
-        evaluators = run.evaluators(data, sampler, write=run.primary)
+        evaluators = run.evaluators(data, sampler, run.workdir / 'samples' if run.primary else None)
         evaluators |= periodic_exports(run, data.tokenizer)
         prompts, requests = _last_samples(config, data.tokenizer)
         for request in requests:
@@ -184,11 +184,11 @@ def _peak_flops(config) -> float | None:
 
 
 def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluators: dict) -> None:
-    """Records what share of the prompts of `generate` evaluators occurs in the training text."""
+    """Records what share of the prompts of a task occurs in the training text."""
     asking = {
         name: group.contamination_bytes
         for name, group in run.config.evals.items()
-        if isinstance(group, GenerateConfig)
+        if isinstance(group, TaskEvaluatorConfig)
         and group.contamination_bytes
         and hasattr(evaluators[name], 'prompt_texts')  # an outside class may have none
     }

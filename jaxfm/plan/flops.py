@@ -1,4 +1,4 @@
-"""Training FLOPs per token, computed from a model's config."""
+"""Model FLOPs of training and of forward passes, computed from a model's config."""
 
 from jaxfm.models import BlockConfig, TransformerConfig
 from jaxfm.optim.rules import is_vector
@@ -58,6 +58,14 @@ def model_flops_per_token(
             keys = visible_keys(length, block.window, causal)
             attention += segment.repeats * 4 * width * keys
     return 3 * (2 * matmul_params + attention) - 2 * frozen
+
+
+def forward_flops(config: TransformerConfig, length: int) -> float:
+    """Model FLOPs of a forward pass over a document of `length` tokens; attention counts half.
+
+    What tokens add behind others whose keys and values are kept is a difference of two lengths.
+    """
+    return model_flops_per_token(config, length) / 3 * length if length else 0.0
 
 
 def frozen_matmul_params(parts) -> int:

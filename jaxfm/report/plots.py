@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxfm.metrics import goodput
+from jaxfm.metrics import goodput, is_detail
 from jaxfm.report.series import (
     BOUNDS,
     HISTOGRAM,
@@ -58,8 +58,12 @@ def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _eval_panels(series: Series) -> list[list[str]]:
-    """Names of series by panel: one per score; bits per byte share theirs with the xz baseline."""
-    names = [n for n in sorted(series) if n.startswith('eval/') and not is_bound(n, series)]
+    """Names of series by panel: one per score; bits per byte share theirs with the xz baseline.
+
+    Counts and costs of samples are only in the table.
+    """
+    names = [n for n in sorted(series) if n.startswith('eval/') and not is_detail(n)]
+    names = [n for n in names if not is_bound(n, series)]
     panels = []
     for name in names:
         if name.endswith(XZ_SUFFIX):

@@ -5,12 +5,14 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from flax import nnx
 
 from jaxfm import process, sharding
+from jaxfm.chat.render import Chat
 from jaxfm.checkpoint.base import Base
 from jaxfm.checkpoint.checkpointer import Checkpointer
 from jaxfm.checkpoint.reader import Reader
@@ -27,6 +29,7 @@ from jaxfm.models.implementations import (
     check_matmuls,
     choices,
 )
+from jaxfm.plan.flops import forward_flops
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.load import check_layout, load_params
 from jaxfm.pretrained.orbax.directory import find_tree
@@ -117,23 +120,43 @@ class Run:
             config = config.model_copy(update={'slots': min(slots, config.slots)})
         return Sampler(self.parts.merge, self.config.model, config, self.mesh, tokenizer)
 
-    def evaluators(self, data: RunData, sampler: Sampler, write: bool) -> dict:
+    def evaluators(
+        self,
+        data: RunData,
+        sampler: Sampler,
+        samples: Path | None,
+        *,
+        weights: Callable[[int], dict] | None = None,
+        goes_on: bool = False,
+    ) -> dict:
         """{name: evaluator} of every evaluator in the config.
 
-        write: whether they may write samples into the work directory.
+        Args:
+          samples: the directory of their files; None writes none.
+          weights: step -> which weights these are, as JSON; by default this run's.
+          goes_on: with the files that are there, rather than replace them.
         """
+        model = self.config.model
+        describe = weights or (lambda step: {'name': self.workdir.name, 'step': step})
+        dtypes = {key: getattr(model, key) for key in ('param_dtype', 'compute_dtype')}
+        context = Context(
+            name='',
+            merge=self.parts.merge,
+            dataset=None,
+            tokenizer=data.tokenizer,
+            chat=functools.cache(lambda: Chat(data.tokenizer)),
+            sampler=sampler,
+            mesh=self.mesh,
+            seed=self.config.seed,
+            flops=functools.cache(functools.partial(forward_flops, model)),
+            weights=lambda step: describe(step) | dtypes,
+            samples_directory=samples,
+            goes_on=goes_on,
+        )
         return {
             name: EVALUATORS.load(group.name)(
                 group,
-                Context(
-                    name=name,
-                    merge=self.parts.merge,
-                    dataset=data.datasets[group.phase],
-                    sampler=sampler,
-                    mesh=self.mesh,
-                    seed=self.config.seed,
-                    samples_directory=self.workdir / 'samples' if write else None,
-                ),
+                dataclasses.replace(context, name=name, dataset=data.datasets.get(group.phase)),
             )
             for name, group in self.config.evals.items()
         }

@@ -4,7 +4,7 @@ A task is built as `Task(group, documents)`, from held-out documents or from fil
 has the methods of `jaxfm.tasks.base.Task`.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -15,6 +15,8 @@ from jaxfm.schema import Group, Problem
 class PythonFunctionsConfig(Group):
     """Complete real Python function headers taken from held-out files."""
 
+    reads_documents: ClassVar[bool] = True
+
     name: Literal['python_functions'] = 'python_functions'
     # How many headers to use, chosen by a hash; fewer if the documents do not contain that many.
     num_prompts: int = Field(default=64, ge=1)
@@ -24,6 +26,8 @@ class PythonFunctionsConfig(Group):
 
 class ExactAnswerConfig(Group):
     """Answer the questions of held-out chats; the answer must match word for word."""
+
+    reads_documents: ClassVar[bool] = True
 
     name: Literal['exact_answer'] = 'exact_answer'
     # How many chats to use, chosen by a hash and spread evenly over the groups.

@@ -58,6 +58,8 @@ class PythonFunctions(Task):
       DataError: no text contains a function.
     """
 
+    continues_documents = True  # a prompt comes from the middle of one, so it has no BOS token
+
     def __init__(self, config: PythonFunctionsConfig, documents: Iterable):
         found = [
             prompt

@@ -1,14 +1,16 @@
 """Sampling-based evaluation with a scripted task and a scripted engine."""
 
-import json
 import types
 
 import pytest
 
 from jaxfm.errors import DataError
-from jaxfm.evals import GenerateConfig, generate
-from jaxfm.evals.base import Context, wilson_interval
+from jaxfm.evals import GenerateConfig, ThinkingConfig, prompts
+from jaxfm.evals.base import Context
 from jaxfm.evals.generate import Generate
+from jaxfm.evals.samples import read_samples
+from jaxfm.evals.statistics import share, wilson_interval
+from jaxfm.evals.summary import by_prompt, summarize
 from jaxfm.registry import Registry
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
@@ -21,7 +23,7 @@ EOS = 0
 class Tokenizer:
     """Letters are their own ids."""
 
-    eos_id = EOS
+    eos_id, bos_id = EOS, None
 
     def encode(self, text):
         return [ord(letter) for letter in text]
@@ -116,31 +118,41 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch):
     entry = types.SimpleNamespace(load=lambda: Task)
-    monkeypatch.setattr(generate, 'TASKS', Registry({'python_functions': entry}))
+    monkeypatch.setattr(prompts, 'TASKS', Registry({'python_functions': entry}))
     return Engine()
 
 
-def evaluator(engine, directory=None, **changes):
-    dataset = types.SimpleNamespace(
-        tokenizer=Tokenizer(), heldout_documents=['documents'], chat=Chat()
-    )
+def evaluator(engine, directory=None, goes_on=False, tokenizer=None, **changes):
     context = Context(
         name='functions',
         merge=None,
-        dataset=dataset,
+        dataset=types.SimpleNamespace(heldout_documents=['documents']),
+        tokenizer=tokenizer or Tokenizer(),
+        chat=Chat,
         sampler=engine,
         mesh=None,
         seed=11,
+        flops=lambda length: length**2,
+        weights=lambda step: {'name': 'run', 'step': step},
         samples_directory=directory,
+        goes_on=goes_on,
     )
     config = GenerateConfig(**{'task': PythonFunctionsConfig(), 'max_tokens': 12, **changes})
     return Generate(config, context)
 
 
+def records_in(path):
+    """The samples of a file, by prompt and index."""
+    header, records = read_samples(path)
+    assert header['task']['name'] == 'python_functions'
+    return sorted(records, key=lambda record: (record['id'], record['sample_index']))
+
+
 def test_the_share_that_passes_comes_with_its_interval(engine):
     values = evaluator(engine).run('weights', 5)
     low, high = wilson_interval(1, 3)
-    assert values == {'pass@1': 1 / 3, 'pass@1_low': low, 'pass@1_high': high, 'prompts': 3.0}
+    wanted = {'pass@1': 1 / 3, 'pass@1_low': low, 'pass@1_high': high, 'prompts': 3.0}
+    assert {name: values[name] for name in wanted} == wanted
 
 
 def test_requests_follow_the_config_and_are_checked_before_anything_runs(engine):
@@ -181,9 +193,11 @@ def test_the_score_of_a_prompt_is_the_mean_of_its_samples(engine, monkeypatch, t
     values = evaluator(engine, tmp_path, n=3, temperature=1.0).run('weights', 5)
     assert values['pass@1'] == pytest.approx((2 / 3 + 0 + 1) / 3)
     assert values['prompts'] == 3
-    assert values['pass@1_low'] == wilson_interval(5 / 3, 3)[0]
+    found = share([2 / 3, 0, 1])
+    assert (values['pass@1_low'], values['pass@1_high']) == (found.low, found.high)
+    assert values['avg@3'] == values['pass@1']
     [path] = tmp_path.iterdir()
-    records = [json.loads(line) for line in path.read_text('utf-8').splitlines()]
+    records = records_in(path)
     assert [record['sample_index'] for record in records] == [0, 1, 2] * 3
     assert [record['score'] for record in records] == [1, 0, 1, 0, 0, 0, 1, 1, 1]
     assert (records[2]['completion'], records[2]['finish_reason']) == ('x.', 'judged')
@@ -198,7 +212,7 @@ def test_samples_that_fail_score_0_and_are_told_once(engine, monkeypatch, tmp_pa
     for words in ('step 5', 'functions', '2 of 3 samples failed', '(a)', 'NaN'):
         assert words in record.getMessage()
     [path] = tmp_path.iterdir()
-    first = json.loads(path.read_text('utf-8').splitlines()[0])
+    first = records_in(path)[0]
     assert (first['completion'], first['score'], first['finish_reason']) == ('xx', 0, 'error')
 
 
@@ -238,9 +252,19 @@ def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_
     generate.run('weights', 10)
     files = sorted(path.name for path in (tmp_path / 'samples').iterdir())
     assert files == ['functions-000005.jsonl', 'functions-000010.jsonl']
-    lines = (tmp_path / 'samples' / files[0]).read_text().splitlines()
-    first, second, third = map(json.loads, lines)
+    first, second, third = records_in(tmp_path / 'samples' / files[0])
     assert first == {
+        'task': 'python_functions',
+        'group': '',
+        'seed': 11,
+        'answer': None,
+        'is_truncated': False,
+        'is_unclosed': False,
+        'error': '',
+        'prompt_tokens': 3,
+        'num_tokens': 4,
+        'logprob': 0.0,
+        'tokens': [ord('o'), ord('x'), ord('o'), 0],
         'step': 5,
         'id': 'a',
         'sample_index': 0,
@@ -257,4 +281,169 @@ def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_
 def test_a_task_without_prompts_is_an_error(engine, monkeypatch):
     monkeypatch.setattr(Task, 'texts', {})
     with pytest.raises(DataError, match='config.evals.functions: .* no prompt'):
+        evaluator(engine)
+
+
+def test_more_samples_give_curves(engine, monkeypatch):
+    """Two of four samples are right, and three are distinct."""
+    monkeypatch.setattr(Task, 'texts', {'a': 'abc'})
+    monkeypatch.setattr(Task, 'answer', lambda self, prompt, text: text or None, raising=False)
+    monkeypatch.setattr(Engine, 'script', {'abc': ['x\0', 'x\0', 'oo\0', '\0']})
+    values = evaluator(engine, n=4, temperature=1.0).run('weights', 5)
+    assert values['pass@2'] == pytest.approx(5 / 6)
+    assert values['pass^2'] == pytest.approx(1 / 6)
+    assert (values['pass@4'], values['pass^4']) == (1.0, 0.0)
+    # Two votes for the right answer, one for the wrong one, and one sample without an answer.
+    assert values['maj@4'] == 1.0
+    assert values['maj@2'] == pytest.approx((1 + 2 * 0.5 + 2 * 1 + 0) / 6)
+    assert values['samples/unparsed'] == 0.25
+    assert values['samples/distinct'] == 0.75
+    assert 'pass@3' not in values
+
+
+def test_a_file_of_samples_replays_to_the_same_numbers(engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(Task, 'answer', lambda self, prompt, text: text or None, raising=False)
+    script = {'abc': ['x\0', 'oo', '\0'], 'bc': ['oo!', 'o', 'x'], 'c': ['x', 'x.x', 'o']}
+    monkeypatch.setattr(Engine, 'script', script)
+    values = evaluator(engine, tmp_path, n=3, temperature=1.0).run('weights', 5)
+    _, records = read_samples(next(tmp_path.iterdir()))
+    again = summarize(by_prompt(records, 'abc', 3), 3, by_group=False, flops=lambda n: n**2)
+    assert again == values
+
+
+def test_costs_are_counted(engine, monkeypatch):
+    monkeypatch.setattr(Engine, 'script', {'abc': 'oxoxo', 'bc': 'oo.oo', 'c': '!'})
+    values = evaluator(engine).run('weights', 5)
+    assert values['cost/generated_tokens'] == 5 + 4  # the last one fails before it has any
+    assert values['cost/prompt_tokens'] == 3 + 2 + 1
+    assert values['cost/flops'] == 3**2 + 2**2 + 1 + (8**2 - 3**2) + (6**2 - 2**2)
+    assert values['cost/verifier_calls'] == 2
+    assert values['samples/truncated'] == pytest.approx(1 / 3)
+    assert values['samples/failed'] == pytest.approx(1 / 3)
+
+
+def test_thoughts_are_not_judged_and_an_unclosed_one_scores_empty(engine, monkeypatch):
+    judged = {}
+
+    def evaluate(self, prompt, completion):
+        judged[prompt.id] = completion
+        return float('x' in completion)
+
+    monkeypatch.setattr(Task, 'evaluate', evaluate)
+    script = {'abc': '<x.>oo<x>x', 'bc': '<x.>x', 'c': 'x<y>'}
+    monkeypatch.setattr(Engine, 'script', script)
+    marks = {'start': '<x.>', 'end': '<x>'}
+    values = evaluator(engine, thinking=ThinkingConfig(**marks)).run('weights', 5)
+    assert judged == {'a': 'x', 'b': '', 'c': 'x<y>'}
+    assert values['samples/unclosed_thinking'] == pytest.approx(1 / 3)
+    assert values['pass@1'] == pytest.approx(2 / 3)
+    judged.clear()
+    evaluator(engine, thinking=None).run('weights', 5)
+    assert judged == {'a': '<x.>', 'b': '<x.>', 'c': 'x<y>'}  # stopped at the dot
+
+
+@pytest.mark.parametrize(
+    'score, told',
+    [
+        (float('nan'), 'the score is nan, but must be a number from 0 to 1'),
+        (1.5, 'the score is 1.5'),
+        ('1', "the score is '1'"),
+        (ZeroDivisionError('by zero'), 'ZeroDivisionError: by zero'),
+    ],
+    ids=str,
+)
+def test_a_judge_that_fails_costs_one_sample(engine, monkeypatch, tmp_path, caplog, score, told):
+    def evaluate(self, prompt, completion):
+        if prompt.id == 'b' and isinstance(score, Exception):
+            raise score
+        return score if prompt.id == 'b' else 1.0
+
+    monkeypatch.setattr(Task, 'evaluate', evaluate)
+    values = evaluator(engine, tmp_path).run('weights', 5)
+    assert values['pass@1'] == pytest.approx(2 / 3)
+    assert values['samples/unjudged'] == pytest.approx(1 / 3)
+    assert values['samples/failed'] == 0
+    assert '1 of 3 samples could not be judged and score 0; the first (b)' in caplog.text
+    assert told in caplog.text
+    [path] = tmp_path.iterdir()
+    assert told in records_in(path)[1]['error']
+
+
+def test_a_task_whose_stop_or_answer_fails_is_told_too(engine, monkeypatch, caplog):
+    def fail(self, prompt, completion):
+        raise KeyError('no such thing')
+
+    monkeypatch.setattr(Task, 'stop', fail)
+    monkeypatch.setattr(Task, 'answer', fail, raising=False)
+    values = evaluator(engine).run('weights', 5)
+    assert (values['pass@1'], values['samples/unjudged']) == (0.0, 1.0)
+    assert 'could not be judged and score 0; the first (a): KeyError' in caplog.text
+    assert caplog.text.count('runs to its end: KeyError') == 1
+
+
+def test_an_interrupted_evaluation_goes_on_without_sampling_again(engine, monkeypatch, tmp_path):
+    script = {'abc': ['x\0', 'o\0', 'x\0'], 'bc': ['o\0'] * 3, 'c': ['ooooox\0', 'o\0', 'o\0']}
+    monkeypatch.setattr(Engine, 'script', script)
+    given = dict(n=3, temperature=1.0, goes_on=True)
+    whole = evaluator(Engine(), tmp_path / 'whole', **given).run('weights', 5)
+    first = evaluator(engine, tmp_path / 'killed', **given)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Task, 'stop', lambda self, p, text: die() if len(text) > 3 else False)
+        with pytest.raises(KeyboardInterrupt):
+            first.run('weights', 5)
+    [path] = (tmp_path / 'killed').iterdir()
+    kept = records_in(path)
+    assert 0 < len(kept) < 9
+    assert not engine.running  # what was still running is cancelled
+    again = Engine()
+    asked = []
+    monkeypatch.setattr(Engine, 'add', _noting(asked, Engine.add))
+    assert evaluator(again, tmp_path / 'killed', **given).run('weights', 5) == whole
+    assert len(asked) == 9 - len(kept)
+    assert not set(asked) & {(one['id'], one['sample_index']) for one in kept}
+    with pytest.raises(DataError, match='options.max_tokens is 12 there, but 9 now'):
+        evaluator(Engine(), tmp_path / 'killed', **given, max_tokens=9).run('weights', 5)
+
+
+def _noting(asked, add):
+    """`Engine.add`, which notes the samples that it is asked for and gives each its script."""
+
+    def noted(self, request):
+        texts = self.script[''.join(map(chr, request.tokens))]
+        for index in range(request.sample_index, request.sample_index + request.n):
+            asked.append((request.id, index))
+            self.running[request.id, index] = texts[index]
+
+    return noted
+
+
+def test_with_more_samples_those_that_are_there_stay(engine, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(Engine, 'script', {key: ['x\0'] * 4 for key in ('abc', 'bc', 'c')})
+    monkeypatch.setattr(Engine, 'add', _noting(asked, Engine.add))
+    evaluator(engine, tmp_path, n=2, temperature=1.0, goes_on=True).run('weights', 5)
+    assert len(asked) == 6
+    values = evaluator(engine, tmp_path, n=4, temperature=1.0, goes_on=True).run('weights', 5)
+    assert len(asked) == 12 and values['pass^4'] == 1.0
+    fewer = evaluator(engine, tmp_path, n=1, temperature=1.0, goes_on=True).run('weights', 5)
+    assert len(asked) == 12 and fewer['cost/generated_tokens'] == 6.0
+
+
+def test_a_text_begins_like_a_document_unless_it_is_from_the_middle_of_one(engine, monkeypatch):
+    tokenizer = Tokenizer()
+    tokenizer.bos_id = 99
+    evaluator(engine, tokenizer=tokenizer)
+    monkeypatch.setattr(Task, 'continues_documents', True, raising=False)
+    evaluator(engine, tokenizer=tokenizer)
+    first, *_, other = [engine.checked[0], engine.checked[-3]]
+    assert first.tokens == [99, *map(ord, 'abc')] and other.tokens == [*map(ord, 'abc')]
+
+
+def test_two_prompts_with_one_id_are_refused(engine, monkeypatch):
+    monkeypatch.setattr(Task, 'prompts', lambda self: [Prompt('a', 'abc'), Prompt('a', 'c')])
+    with pytest.raises(DataError, match='more than one prompt with the id a'):
         evaluator(engine)

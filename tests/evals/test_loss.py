@@ -76,9 +76,13 @@ def evaluator(mesh, model=Bigram, heldout=Heldout, **changes):
         name='heldout',
         merge=model,
         dataset=dataset,
+        tokenizer=None,
+        chat=None,
         sampler=None,
         mesh=mesh,
         seed=0,
+        flops=None,
+        weights=None,
         samples_directory=None,
     )
     return HeldOutLoss(LossConfig(**{'batch_size': 2, **changes}), context)

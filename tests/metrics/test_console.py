@@ -33,7 +33,8 @@ def console(tmp_path):
 def test_off_a_terminal_each_log_is_one_plain_line(console, capsys, tmp_path):
     console.write(perf(40))
     console.write(record(40, **{'train/loss': 3.21094, 'train/learning_rate': 3e-4}))
-    console.write(record(40, 'eval', **{'eval/held_out/bits_per_byte': 1.75}))
+    counts = {'eval/held_out/samples/failed': 0.0, 'eval/held_out/cost/flops': 1e9}
+    console.write(record(40, 'eval', **counts, **{'eval/held_out/bits_per_byte': 1.75}))
     console.write(record(40, 'event', resumed=True))
     log.warning('a disk is slow')
     out, err = capsys.readouterr()

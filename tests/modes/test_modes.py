@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -59,13 +60,16 @@ def test_an_evaluation_on_other_data_than_the_checkpoint_had_is_refused(in_run, 
     source = SimpleNamespace(set_state=set_state)
     run = SimpleNamespace(
         primary=True,
-        workdir='run',
+        workdir=Path('run'),
+        phases=['first'],
+        sampler=lambda tokenizer: None,
+        evaluators=lambda *_, **__: {},
         reader=lambda: SimpleNamespace(read_manifest={3: manifest}.get),
         phase_at=lambda step: SimpleNamespace(name='first', batches={'data': source}.get),
     )
     in_run(evaluate, run)
     monkeypatch.setattr(evaluate, 'current_params', lambda run: ({}, 3))
-    data = SimpleNamespace(datasets={'first': 'data'})
+    data = SimpleNamespace(tokenizer=None, datasets={'first': 'data'})
     monkeypatch.setattr(evaluate, 'open_data', lambda config, workdir: data)
     with pytest.raises(ConfigError, match='the data changed'):
         evaluate.evaluate(FLAGS, None, [])

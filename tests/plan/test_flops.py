@@ -7,7 +7,7 @@ from flax import nnx
 from jaxfm import state
 from jaxfm.models import BlockConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
-from jaxfm.plan.flops import model_flops_per_token, visible_keys
+from jaxfm.plan.flops import forward_flops, model_flops_per_token, visible_keys
 from jaxfm.plan.memory import num_parameters
 
 
@@ -34,6 +34,17 @@ def test_without_the_causal_half_attention_counts_twice():
     full = model_flops_per_token(LLAMA_1B, 4096, causal=False)
     difference = full - model_flops_per_token(LLAMA_1B, 4096)
     assert difference == 16 * 3 * 4 * 2048 * (4096 / 2)
+
+
+def test_a_forward_pass_is_a_third_and_adds_up_over_tokens_behind_others():
+    assert forward_flops(LLAMA_1B, 4096) == pytest.approx(
+        4096 * model_flops_per_token(LLAMA_1B, 4096) / 3
+    )
+    assert forward_flops(LLAMA_1B, 0) == 0
+    # The attention of a token behind 999 others, and its matmuls.
+    last = forward_flops(LLAMA_1B, 1000) - forward_flops(LLAMA_1B, 999)
+    matmuls = model_flops_per_token(LLAMA_1B, 1) / 3 - 16 * 4 * 2048 / 2
+    assert last == pytest.approx(matmuls + 16 * 4 * 2048 * 999.5)
 
 
 @pytest.mark.parametrize('length, window', [(16, 0), (16, 4), (16, 16), (16, 100), (7, 3)])

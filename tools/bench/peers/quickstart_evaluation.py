@@ -55,7 +55,7 @@ def _evaluate(flags: argparse.Namespace):
         takes = 'tokenizer' in inspect.signature(run.sampler).parameters
         tokenizer = data.datasets[config.evals['functions'].phase].tokenizer
         sampler = run.sampler(tokenizer) if takes else run.sampler()
-        evaluator = run.evaluators(data, sampler, write=False)['functions']
+        evaluator = run.evaluators(data, sampler, None)['functions']
         yield {'step': step}, lambda: evaluator.run(params, step)
 
 

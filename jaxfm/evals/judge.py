@@ -1,0 +1,84 @@
+"""Judging completions with a task: only what follows the thoughts, and a judge may fail.
+
+A judge that raises, or whose score is not a number in [0, 1], must not end an evaluation that has
+run for hours: that sample scores 0, with the reason, and the others go on.
+"""
+
+import dataclasses
+import logging
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from jaxfm.evals import ThinkingConfig
+from jaxfm.tasks.base import Prompt
+from jaxfm.tasks.thinking import visible
+
+log = logging.getLogger('jaxfm')
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a task says about a completion. `error`: why the judge failed; '' if it did not."""
+
+    score: float
+    answer: str | None  # for votes; None if no parser takes it
+    is_unclosed: bool = False  # the thoughts do not end
+    error: str = ''
+
+
+class Judge:
+    """Judges the completions of a task's prompts.
+
+    Args:
+      thinking: marks of thoughts, which are not judged. If they do not end, the empty text is. None
+        judges everything.
+    """
+
+    def __init__(self, task, thinking: ThinkingConfig | None):
+        self._task, self._thinking = task, thinking
+        self._has_warned = False
+
+    def visible(self, text: str) -> str | None:
+        """The text after the thoughts; None if they do not end."""
+        marks = self._thinking
+        return text if marks is None else visible(text, marks.start, marks.end, marks.begun)
+
+    def stops(self, prompt: Prompt, text: str) -> bool:
+        """Whether more text can no longer change the score. Thoughts never stop a completion."""
+        shown = self.visible(text)
+        if shown is None:
+            return False
+        is_stopped, error = self._try(self._task.stop, prompt, shown)
+        if error and not self._has_warned:
+            self._has_warned = True
+            log.warning('a sample (%s) that may stop early runs to its end: %s', prompt.id, error)
+        return bool(is_stopped)
+
+    def judge(self, prompt: Prompt, text: str) -> Verdict:
+        """The verdict on a whole completion."""
+        shown = self.visible(text)
+        score, error = self._try(self._task.evaluate, prompt, shown or '')
+        if not error and not _is_score(score):
+            error = f'the score is {score!r}, but must be a number from 0 to 1'
+        answer, fault = self._try(getattr(self._task, 'answer', _none), prompt, shown or '')
+        if fault or not isinstance(answer, str | None):
+            error = error or fault or f'the answer is {answer!r}, but must be text or None'
+            answer = None
+        return Verdict(0.0 if error else float(score), answer, shown is None, error)
+
+    @staticmethod
+    def _try(method: Callable, prompt: Prompt, text: str) -> tuple[Any, str]:
+        """-> the method's result and ''; or None and why it failed."""
+        try:
+            return method(prompt, text), ''
+        except Exception as error:
+            return None, f'{type(error).__name__}: {error}'
+
+
+def _none(prompt: Prompt, text: str) -> None:
+    """The answer that a task without `answer` gives."""
+
+
+def _is_score(value) -> bool:
+    return isinstance(value, numbers.Real) and 0 <= value <= 1  # False for NaN

@@ -1,0 +1,203 @@
+"""Multiple choice by log-likelihood, through the sampling engine, which computes prefixes once."""
+
+import dataclasses
+import logging
+from collections import defaultdict
+
+from jaxfm.errors import DataError
+from jaxfm.evals import LikelihoodConfig, choice
+from jaxfm.evals.base import Context, Periodic, text_of
+from jaxfm.evals.prompts import choice_ids, open_task, pair_ids, read_logprob
+from jaxfm.evals.samples import Samples
+from jaxfm.sampling.engine import complete_each
+from jaxfm.sampling.request import Completion, Request
+from jaxfm.tasks.base import Choice
+
+log = logging.getLogger('jaxfm')
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What the engine says about a continuation."""
+
+    logprob: float  # the sum over its tokens, in nats
+    is_greedy: bool  # greedy decoding gives it
+    error: str = ''
+
+
+class Likelihood(Periodic):
+    """Accuracy of the likeliest choice: raw, per byte, normalised by the unconditional likelihood.
+
+    Of prompts with a single pair: greedy accuracy and perplexity. `docs/evaluation.md` has all.
+
+    Raises:
+      DataError: a prompt has no choices, or the sampler cannot hold one; before anything runs.
+    """
+
+    def __init__(self, config: LikelihoodConfig, context: Context):
+        super().__init__(config.every, config.at_start)
+        self._config, self._context, self._sampler = config, context, context.sampler
+        _, self._prompts = open_task(config, context)
+        # By prompt: the request of each choice, and of each choice without the question.
+        self._requests: dict[str, list[Request]] = {}
+        self._alone: dict[str, list[Request]] = {}
+        for prompt in self._prompts.values():
+            if not isinstance(prompt, Choice):
+                raise DataError(
+                    f'config.evals.{context.name}: the prompts of task {config.task.name} have no '
+                    'choices to compare; use name=generate'
+                )
+            pairs = choice_ids(prompt, context)
+            self._requests[prompt.id] = self._score(prompt, pairs)
+            alone = [pair_ids(prompt.unconditional, text, context) for _, text in prompt.pairs]
+            self._alone[prompt.id] = self._score(prompt, alone) if len(pairs) > 1 else []
+        for requests in (*self._requests.values(), *self._alone.values()):
+            for request in requests:
+                self._sampler.check(request)
+
+    @property
+    def prompt_texts(self) -> list[str]:
+        """The prompts as text; for a chat, the contents of its messages, joined by newlines."""
+        return [text_of(prompt) for prompt in self._prompts.values()]
+
+    def _score(self, prompt: Choice, pairs: list[tuple[list[int], list[int]]]) -> list[Request]:
+        for number, (_, continuation) in enumerate(pairs):
+            if not continuation:
+                raise DataError(
+                    f'config.evals.{self._context.name}: choice {number} of {prompt.id} adds no '
+                    f'token to its context: {prompt.pairs[number][1]!r}'
+                )
+        return [
+            Request(
+                id=f'{prompt.id} choice {number}',
+                tokens=[*before, *continuation],
+                max_tokens=0,
+                prompt_logprobs=True,
+                prompt_logprobs_from=len(before),
+                top_logprobs=1,
+            )
+            for number, (before, continuation) in enumerate(pairs)
+        ]
+
+    def open(self, step: int) -> Samples:
+        """The file of the questions at a step."""
+        subject = (
+            (id, [[list(one.tokens), one.prompt_logprobs_from] for one in requests])
+            for id, requests in self._requests.items()
+        )
+        return self._context.open_samples(self._config, step, subject)
+
+    def run(self, params, step: int) -> dict[str, float]:
+        """Scores all choices -> {metric: value}; {} on a process that has not all questions.
+
+        Questions that the file of an interrupted evaluation has are not scored again.
+        """
+        with self.open(step) as samples:
+            kept = {id for id, _ in samples.kept}
+            missing = [id for id in self._prompts if id not in kept]
+            for id, scored in self._score_all(missing, params, step):
+                samples.add(self._record(id, scored, step))
+            records = [one for one in samples.records if one['id'] in self._prompts]
+        if len(records) < len(self._prompts):
+            return {}
+        places = {id: place for place, id in enumerate(self._prompts)}
+        records.sort(key=lambda record: places[record['id']])
+        self._warn_of_failures(step, records)
+        return choice.summarize(records, self._config.cluster_by_group) | self._costs()
+
+    def _score_all(self, ids: list[str], params, step: int):
+        """Yields (id of a prompt, {its different requests, as `_key`: scores}) once all are there.
+
+        Equal requests are scored once. They are sorted by their tokens, so that those with a common
+        prefix (examples, a question's context) follow one another and share its keys and values.
+        """
+        waiting, missing, distinct = defaultdict(set), {}, {}
+        for id in ids:
+            requests = {_key(one): one for one in (*self._requests[id], *self._alone[id])}
+            distinct |= requests
+            missing[id] = set(requests)
+            for key in requests:
+                waiting[key].add(id)
+        # Those without a question first: they are few, and many questions need them.
+        ranked = sorted(distinct, key=lambda key: (len(waiting[key]) == 1, key))
+        requests = (dataclasses.replace(distinct[key], id=str(i)) for i, key in enumerate(ranked))
+        found: dict[tuple, Scored] = {}
+        for sample in complete_each(self._sampler, requests, params, step, most=self._context.most):
+            key = ranked[int(sample.id)]
+            found[key] = _read(distinct[key], sample)
+            for id in sorted(waiting[key]):
+                missing[id].discard(key)
+                if not missing[id]:
+                    yield id, found
+
+    def _record(self, id: str, scored: dict[tuple, Scored], step: int) -> dict:
+        """What is kept of a question, with its scores."""
+        prompt, requests = self._prompts[id], self._requests[id]
+        choices = [scored[_key(request)] for request in requests]
+        alone = [scored[_key(request)] for request in self._alone[id]]
+        error = next((one.error for one in (*choices, *alone) if one.error), '')
+        logprobs, unconditional = ([one.logprob for one in each] for each in (choices, alone))
+        num_bytes = [len(text.strip().encode('utf-8', 'replace')) for _, text in prompt.pairs]
+        if error:
+            names = (*choice.ACCURACIES.values(), 'probability')
+            scores = dict.fromkeys(names, 0.0) if alone else {'score': 0.0}
+        elif alone:
+            scores = choice.score_choices(logprobs, unconditional, num_bytes, prompt.right)
+        else:
+            scores = {'score': float(choices[0].is_greedy)}
+        return {
+            'task': self._config.task.name,
+            'step': step,
+            'id': id,
+            'group': prompt.group,
+            'sample_index': 0,
+            'prompt': prompt.text or list(prompt.messages),
+            **scores,
+            'logprobs': None if error else logprobs,
+            'unconditional': None if error else unconditional,
+            'bytes': num_bytes,
+            'is_greedy': [one.is_greedy for one in choices],
+            'right': list(prompt.right),
+            'error': error,
+            'prompt_tokens': sum(request.prompt_logprobs_from for request in requests),
+            'num_tokens': sum(
+                len(request.tokens) - request.prompt_logprobs_from for request in requests
+            ),
+        }
+
+    def _costs(self) -> dict[str, float]:
+        """Tokens and model FLOPs of the choices, where those of a question share its context.
+
+        Examples that several questions share count for each of them.
+        """
+        flops, total, num_tokens = self._context.flops, 0.0, 0
+        for requests in self._requests.values():
+            contexts = {tuple(one.tokens[: one.prompt_logprobs_from]) for one in requests}
+            total += sum(flops(len(context)) for context in contexts)
+            num_tokens += sum(map(len, contexts))
+        for request in (one for each in self._requests.values() for one in each):
+            start = request.prompt_logprobs_from
+            total += flops(len(request.tokens)) - flops(start)
+            num_tokens += len(request.tokens) - start
+        return {'cost/prompt_tokens': float(num_tokens), 'cost/flops': total}
+
+    def _warn_of_failures(self, step: int, records: list[dict]) -> None:
+        if failed := [record for record in records if record['error']]:
+            log.warning(
+                'step %d  %s: %d of %d questions failed and score 0; the first (%s): %s',
+                *(step, self._context.name, len(failed), len(records)),
+                *(failed[0]['id'], failed[0]['error']),
+            )
+
+
+def _key(request: Request) -> tuple:
+    """What determines the scores of a request, in the order in which to run them."""
+    return tuple(request.tokens), request.prompt_logprobs_from
+
+
+def _read(request: Request, sample: Completion) -> Scored:
+    """The scores of the tokens from `prompt_logprobs_from` on."""
+    logprob, error = read_logprob(sample)
+    tokens = request.tokens[request.prompt_logprobs_from :]
+    top = [pairs[0][0] for pairs in sample.prompt_top_logprobs]
+    return Scored(logprob, top == list(tokens), error)

@@ -1,0 +1,128 @@
+"""Samples of a `generate` evaluation -> its metrics. It needs only the records of the samples.
+
+So a file of samples replays to the same numbers, without a model.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from jaxfm.evals import statistics
+from jaxfm.evals.statistics import Clusters
+
+Records = Mapping[str, list[dict]]  # {id of a prompt: its n records, by sample index}
+
+
+def by_prompt(records: Iterable[dict], ids: Iterable[str], n: int) -> Records:
+    """The first n samples of each of these prompts, in their order."""
+    found: dict[str, list[dict]] = {id: [] for id in ids}
+    for record in records:
+        if record['id'] in found and record['sample_index'] < n:
+            found[record['id']].append(record)
+    for samples in found.values():
+        samples.sort(key=lambda record: record['sample_index'])
+    return found
+
+
+def has_failed(record: dict) -> bool:
+    """Whether the engine failed this sample."""
+    return record['finish_reason'] == 'error'
+
+
+def is_unjudged(record: dict) -> bool:
+    """Whether the task failed to judge it."""
+    return bool(record['error']) and not has_failed(record)
+
+
+def summarize(
+    records: Records, n: int, by_group: bool, flops: Callable[[int], float]
+) -> dict[str, float]:
+    """{metric: value}.
+
+    Args:
+      n: samples of each prompt.
+      by_group: prompts of a group are one cluster, for the intervals.
+      flops: tokens of a document -> model FLOPs of its forward pass.
+    """
+    groups = [samples[0]['group'] for samples in records.values()]
+    clusters = _clusters(records, groups) if by_group else None
+    scores = {id: [record['score'] for record in samples] for id, samples in records.items()}
+    means = [sum(each) / len(each) for each in scores.values()]
+    values = statistics.share(means, clusters).values('pass@1') | {'prompts': float(len(records))}
+    for name in sorted(set(groups) - {''}):
+        inside = [value for value, group in zip(means, groups) if group == name]
+        values |= statistics.share(inside).values(f'pass@1/{name}')
+    if n > 1:
+        values |= statistics.share(means, clusters).values(f'avg@{n}')
+        values |= _curves(records, n, clusters)
+    return values | _counts(records, n) | _costs(records, flops)
+
+
+def _clusters(records: Records, groups: list[str]) -> Clusters:
+    """A cluster for each group, and for each prompt without one."""
+    return [('group', group) if group else ('id', id) for id, group in zip(records, groups)]
+
+
+def _curves(records: Records, n: int, clusters: Clusters) -> dict[str, float]:
+    """pass@k, pass^k, maj@k and the best of k by the model's own log-prob, for k = 2, 4, ... n."""
+    values = {}
+    for k in statistics.powers(n)[1:]:
+        for name, each in _expect(records, k).items():
+            values |= statistics.share(each, clusters).values(f'{name}{k}')
+    return values
+
+
+def _expect(records: Records, k: int) -> dict[str, list[float]]:
+    """{metric: what is expected of k samples of each question}."""
+    samples = list(records.values())
+    scores = [[record['score'] for record in each] for each in samples]
+    answers = [[record['answer'] for record in each] for each in samples]
+    logprobs = [[_mean_logprob(record) for record in each] for each in samples]
+    found = {
+        'pass@': [statistics.pass_at_k(each, k) for each in scores],
+        'pass^': [statistics.all_of_k(each, k) for each in scores],
+        'best@': [statistics.best_of_k(*each, k) for each in zip(scores, logprobs)],
+    }
+    has_votes = any(answer is not None for each in answers for answer in each)
+    if has_votes and len(scores[0]) <= statistics.MAX_VOTES:
+        found['maj@'] = [statistics.majority_at_k(*each, k) for each in zip(answers, scores)]
+    return found
+
+
+def _mean_logprob(record: dict) -> float:
+    return record['logprob'] / max(1, record['num_tokens'])
+
+
+def _counts(records: Records, n: int) -> dict[str, float]:
+    """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed."""
+    samples = [record for each in records.values() for record in each]
+    shares = {
+        'samples/truncated': [record['is_truncated'] for record in samples],
+        'samples/unclosed_thinking': [record['is_unclosed'] for record in samples],
+        'samples/failed': [has_failed(record) for record in samples],
+        'samples/unjudged': [is_unjudged(record) for record in samples],
+    }
+    if any(record['answer'] is not None for record in samples):
+        shares['samples/unparsed'] = [record['answer'] is None for record in samples]
+    values = {name: sum(each) / len(each) for name, each in shares.items()}
+    if n > 1:
+        distinct = [len({record['completion'] for record in each}) for each in records.values()]
+        values['samples/distinct'] = sum(distinct) / len(samples)
+    return values
+
+
+def _costs(records: Records, flops: Callable[[int], float]) -> dict[str, float]:
+    """Tokens, model FLOPs and calls of the judge, of all samples, also those of earlier starts.
+
+    A prompt counts once for its n samples, which share its keys and values.
+    """
+    samples = [record for each in records.values() for record in each]
+    prompts = [each[0]['prompt_tokens'] for each in records.values()]
+    total = sum(map(flops, prompts))
+    for record in samples:
+        before = record['prompt_tokens']
+        total += flops(before + record['num_tokens']) - flops(before)
+    return {
+        'cost/generated_tokens': float(sum(record['num_tokens'] for record in samples)),
+        'cost/prompt_tokens': float(sum(prompts)),
+        'cost/flops': total,
+        'cost/verifier_calls': float(sum(not has_failed(record) for record in samples)),
+    }

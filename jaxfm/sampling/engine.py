@@ -19,7 +19,7 @@ from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.output import Output
 from jaxfm.sampling.packed import pack
 from jaxfm.sampling.programs import Programs, read_sampled
-from jaxfm.sampling.request import Completion, Event, Request, check_request
+from jaxfm.sampling.request import Completion, Event, Meter, Request, check_request
 from jaxfm.sampling.rows import Rows
 from jaxfm.sampling.scheduler import Scheduler, Sequence
 
@@ -104,6 +104,16 @@ class Sampler:
         return self._version
 
     @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its completion together."""
+        return min(self.config.max_length, self._context_length or self.config.max_length)
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of texts in events; None if there is none."""
+        return self._tokenizer
+
+    @property
     def counters(self) -> Counters:
         """What the engine has done so far."""
         return dataclasses.replace(
@@ -125,8 +135,15 @@ class Sampler:
                 'the sampler has no weights: call lend(params, version) before add() and step()'
             )
 
-    def add(self, request: Request) -> None:
+    def add(
+        self, request: Request, *, meter: Meter | None = None, num_prompt: int | None = None
+    ) -> None:
         """Queues the samples of a request.
+
+        Args:
+          meter: is told what its samples, and forks of them, cost.
+          num_prompt: how many of its tokens are the prompt, if the others are a completion that it
+            goes on with: penalties count over that. Default: all.
 
         Raises RuntimeError without weights, DataError as `check` does, and DataError if a request
         with its id and sample index is waiting or running.
@@ -140,15 +157,18 @@ class Sampler:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
             scores = request.prompt_logprobs and index == request.sample_index
             first = request.prompt_logprobs_from if scores else None
-            self._queue(one, len(tokens), score_from=first)
+            self._queue(one, num_prompt or len(tokens), score_from=first, meter=meter)
 
-    def _queue(self, request: Request, num_prompt: int, *, score_from: int | None = None) -> None:
+    def _queue(
+        self, request: Request, num_prompt: int, *, score_from: int | None = None, meter=None
+    ) -> None:
         sequence = Sequence(
             request,
             list(request.tokens),
             num_prompt,
             request.max_tokens,
             score_from=score_from,
+            meter=meter,
         )
         self._scheduler.waiting.append(sequence)
         self._samples.setdefault(request.id, {})[request.sample_index] = sequence
@@ -192,6 +212,11 @@ class Sampler:
                 + ' are waiting or running, but exactly one must be'
             )
         return found[0]
+
+    def share(self, id: str, sample_index: int | None = None) -> None:
+        """Makes the pages of a running request known now, not when it ends: before it branches."""
+        for sequence in self._find(id, sample_index):
+            self._scheduler.share(sequence)
 
     def cancel(self, id: str, sample_index: int | None = None) -> None:
         """Cancels a waiting or running request, or one of its samples; unknown ids are ignored."""
@@ -238,7 +263,7 @@ class Sampler:
         self.check(request)
         self._check_new(new_id, [sample_index])
         self._scheduler.share(source)
-        self._queue(request, source.num_prompt)
+        self._queue(request, source.num_prompt, meter=source.meter)
 
     def extend(self, id: str, tokens: Iterable[int], sample_index: int | None = None) -> None:
         """Appends ids to a request; it samples what follows them. Events do not report them.
@@ -310,6 +335,8 @@ class Sampler:
             if sequence.num_missing == 0:
                 sequence.score_from = None
             self._counters.prefill_tokens += length
+            if sequence.meter:
+                sequence.meter.prefill(start, length)
 
     def _end_scored(self) -> list[Event]:
         """Lets sequences go that sample nothing, once their prompt has been scored."""
@@ -351,6 +378,8 @@ class Sampler:
         sequence.max_tokens -= len(tokens)
         sequence.num_stored += len(tokens)
         self._counters.decoded_tokens += len(tokens)
+        if sequence.meter:
+            sequence.meter.decode(len(sequence.tokens) - len(tokens) - 1, len(tokens))
         if event and event.finish_reason:
             self._remove(sequence, is_sound=event.finish_reason != 'error')
         return event

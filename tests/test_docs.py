@@ -5,14 +5,21 @@ import math
 import re
 from collections import Counter
 
+import jax
 import pytest
 
+from jaxfm import code, sharding
 from jaxfm.config.load import load_config
 from jaxfm.errors import ConfigError
 from jaxfm.metrics.writers import read_records
+from jaxfm.sampling.strategies import STRATEGIES, driver
+from jaxfm.sampling.strategies.base import Problem
 from jaxfm.tasks import TASKS
+from jaxfm.tasks.base import Prompt
 from tests import doc_examples
 from tests.runs import wait_for_step
+from tests.sampling.conftest import new_sampler, random_params
+from tests.sampling.strategies.conftest import Letters
 
 # The config into which a piece is inserted; with phases it needs no steps, data and optimizer.
 WHOLE = """
@@ -96,8 +103,7 @@ def test_the_example_with_your_own_task_scores(tmp_path, monkeypatch):
 def test_the_program_that_samples_runs(tiny, straight, monkeypatch, capsys):
     """With the tiny run in place of the quickstart."""
     monkeypatch.setenv('XDG_CACHE_HOME', tiny.environment['XDG_CACHE_HOME'])
-    [(page, source)] = doc_examples.programs()
-    assert page == 'sampling.md'
+    page, source = 'sampling.md', dict(doc_examples.programs())['sampling.md']
     for shown, here in {'configs/quickstart.py': tiny.config, 'runs/quickstart': straight}.items():
         assert repr(shown) in source
         source = source.replace(repr(shown), repr(str(here)))
@@ -106,3 +112,57 @@ def test_the_program_that_samples_runs(tiny, straight, monkeypatch, capsys):
     # The first step is not printed, and sample 1 of the first request is cancelled after it.
     assert {tuple(line[:2]) for line in lines} == {('a', '0'), ('b', '2')}
     assert Counter(line[-1] for line in lines)['length'] == 2
+
+
+class Questions:
+    """A task for the strategies' page: the answer is the first letter, without capitals."""
+
+    def prompts(self):
+        return [Prompt(f'q{i}', text) for i, text in enumerate(['abc', 'abcd', 'b'])]
+
+    def answer(self, prompt, completion):
+        return completion[:1].lower() if completion[:1].isalpha() else None
+
+
+@pytest.fixture
+def letters(quick_compilation):
+    """A tiny sampler that speaks in letters, and its weights."""
+    mesh = sharding.make_mesh({axis: 1 for axis in sharding.MESH_AXES}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = random_params()
+        yield new_sampler(params, mesh, Letters()), params
+
+
+def test_the_program_that_votes_runs(letters, capsys):
+    sampler, params = letters
+    names = dict(sampler=sampler, params=params, step=0, task=Questions(), tokenizer=Letters())
+    page = 'strategies.md'
+    exec(compile(dict(doc_examples.programs())[page], page, 'exec'), names)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ['q0', 'q1', 'q2']
+    assert sum(int(line[-1]) for line in lines) == sampler.counters.decoded_tokens > 0
+
+
+@pytest.mark.parametrize(
+    'name, values',
+    [
+        ('particles:Particles', dict(particles=4, step_tokens=5)),
+        ('confidence:Confident', dict(n=6, window=3, least=-4.0)),
+    ],
+)
+def test_the_strategies_of_your_own_run(letters, tmp_path, name, values):
+    sampler, params = letters
+    options = {'max_tokens': 12, 'seed': 1}
+    tasks = [Problem(p.id, Letters().encode(p.text), options, p) for p in Questions().prompts()]
+    with doc_examples.written(tmp_path):
+        code.search_beside(tmp_path / 'mine')
+        config = STRATEGIES.find(name).schema(**values)
+        outcomes = driver.run(sampler, config, tasks, params, 0, Questions()).values()
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    spent = sum(outcome.entry.decoded_tokens for outcome in outcomes)
+    assert spent == sampler.counters.decoded_tokens
+    reasons = {sample.finish_reason for outcome in outcomes for sample in outcome.samples}
+    if name == 'particles:Particles':  # three steps, and those that die cost, too
+        assert all(len(s.tokens) == 12 for outcome in outcomes for s in outcome.samples)
+    else:
+        assert reasons == {'length', 'cancelled'}

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import zlib
 from collections.abc import Iterator
 
 from jaxfm.evals import GenerateConfig
@@ -88,7 +89,7 @@ class Generate(Periodic):
             'id': prompt.id,
             'group': prompt.group,
             'sample_index': sample.sample_index,
-            'seed': self._context.seed,
+            'seed': self._seed_of(prompt.id),
             'prompt': prompt.text or list(prompt.messages),
             'completion': sample.text,
             'score': verdict.score,
@@ -112,12 +113,16 @@ class Generate(Periodic):
                     *(found[0]['id'], found[0]['error']),
                 )
 
+    def _seed_of(self, id: str) -> int:
+        """With one seed for all, questions of one length would share their noise."""
+        return (self._context.seed + zlib.crc32(id.encode())) % 2**32
+
     def _request(self, prompt) -> Request:
         stop_ids = self._sampler.config.stop_ids
         return Request(
             id=prompt.id,
             tokens=prompt_ids(prompt, self._context, self._task),
-            seed=self._context.seed,
+            seed=self._seed_of(prompt.id),
             **self._config.request_options(self._context.chat().stop_ids, stop_ids),
         )
 

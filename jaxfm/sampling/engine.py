@@ -21,7 +21,7 @@ from jaxfm.sampling.options import Extras
 from jaxfm.sampling.output import Output
 from jaxfm.sampling.packed import pack
 from jaxfm.sampling.programs import Programs, read_sampled
-from jaxfm.sampling.request import Completion, Event, Request, check_request
+from jaxfm.sampling.request import Completion, Event, Meter, Request, check_request
 from jaxfm.sampling.rows import Rows
 from jaxfm.sampling.scheduler import Scheduler, Sequence
 
@@ -106,6 +106,16 @@ class Sampler:
         return self._version
 
     @property
+    def longest(self) -> int:
+        """Most tokens of a prompt and its completion together."""
+        return min(self.config.max_length, self._context_length or self.config.max_length)
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of texts in events; None if there is none."""
+        return self._tokenizer
+
+    @property
     def counters(self) -> Counters:
         """What the engine has done so far."""
         return dataclasses.replace(
@@ -127,8 +137,15 @@ class Sampler:
                 'the sampler has no weights: call lend(params, version) before add() and step()'
             )
 
-    def add(self, request: Request) -> None:
+    def add(
+        self, request: Request, *, meter: Meter | None = None, num_prompt: int | None = None
+    ) -> None:
         """Queues the samples of a request.
+
+        Args:
+          meter: is told what its samples, and forks of them, cost.
+          num_prompt: how many of its tokens are the prompt, if the others are a completion that it
+            goes on with: penalties count over that. Default: all.
 
         Raises RuntimeError without weights, DataError as `check` does, and DataError if a request
         with its id and sample index is waiting or running.
@@ -142,10 +159,16 @@ class Sampler:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
             scores = request.prompt_logprobs and index == request.sample_index
             first = request.prompt_logprobs_from if scores else None
-            self._queue(one, len(tokens), score_from=first)
+            self._queue(one, num_prompt or len(tokens), score_from=first, meter=meter)
 
     def _queue(
-        self, request: Request, num_prompt: int, *, score_from: int | None = None, output=None
+        self,
+        request: Request,
+        num_prompt: int,
+        *,
+        score_from: int | None = None,
+        output: Output | None = None,
+        meter: Meter | None = None,
     ) -> None:
         sequence = Sequence(
             request,
@@ -155,6 +178,7 @@ class Sampler:
             # A prompt of one token has no log-probs to compute.
             score_from=score_from if len(request.tokens) > 1 else None,
             first_end=len(request.tokens) + request.min_tokens,
+            meter=meter,
         )
         self._scheduler.waiting.append(sequence)
         self._samples.setdefault(request.id, {})[request.sample_index] = sequence
@@ -198,6 +222,11 @@ class Sampler:
                 + ' are waiting or running, but exactly one must be'
             )
         return found[0]
+
+    def share(self, id: str, sample_index: int | None = None) -> None:
+        """Makes the pages of a running request known now, not when it ends: before it branches."""
+        for sequence in self._find(id, sample_index):
+            self._scheduler.share(sequence)
 
     def cancel(self, id: str, sample_index: int | None = None) -> None:
         """Cancels a waiting or running request, or one of its samples; unknown ids are ignored."""
@@ -247,7 +276,7 @@ class Sampler:
         output = self._outputs[source].fork(request)
         if appended:
             output.extend(appended)
-        self._queue(request, source.num_prompt, output=output)
+        self._queue(request, source.num_prompt, output=output, meter=source.meter)
 
     def extend(self, id: str, tokens: Iterable[int], sample_index: int | None = None) -> None:
         """Appends ids to a request; it samples what follows them. Events do not report them.
@@ -325,6 +354,8 @@ class Sampler:
             if sequence.num_missing == 0:
                 sequence.score_from = None
             self._counters.prefill_tokens += length
+            if sequence.meter:
+                sequence.meter.prefill(start, length)
 
     def _end_scored(self) -> list[Event]:
         """Lets sequences go that sample nothing, once their prompt has been scored."""
@@ -366,6 +397,8 @@ class Sampler:
         sequence.max_tokens -= len(tokens)
         sequence.num_stored += len(tokens)
         self._counters.decoded_tokens += len(tokens)
+        if sequence.meter:
+            sequence.meter.decode(len(sequence.tokens) - len(tokens) - 1, len(tokens))
         if event and event.finish_reason:
             self._remove(sequence, is_sound=event.finish_reason != 'error')
         return event

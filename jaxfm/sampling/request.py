@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -100,6 +101,23 @@ class Completion:
             self.prompt_logprobs = event.prompt_logprobs
             self.prompt_top_logprobs = event.prompt_top_logprobs
         self.finish_reason, self.stop, self.error = event.finish_reason, event.stop, event.error
+
+
+class Meter(Protocol):
+    """Is told what the engine computes for a sample, as it counts it in its own counters.
+
+    The calls for all samples that the engine served add up to its `Counters`: also those for
+    cancelled samples, and for prompts computed again.
+    """
+
+    def prefill(self, start: int, length: int) -> None:
+        """So many tokens of a prompt were computed, the first at position `start`."""
+
+    def share(self, length: int) -> None:
+        """The first `length` tokens of a prompt were found in pages of others."""
+
+    def decode(self, start: int, length: int) -> None:
+        """So many tokens were given out; the model read the one at `start` for the first."""
 
 
 _UINT32 = 2**32 - 1

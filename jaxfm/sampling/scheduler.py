@@ -12,7 +12,7 @@ import itertools
 
 from jaxfm.sampling.pages import PagePool
 from jaxfm.sampling.prefix import PrefixTree
-from jaxfm.sampling.request import Request
+from jaxfm.sampling.request import Meter, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +29,7 @@ class Sequence:
     is_mixed: bool = False  # the pages hold keys and values of several weights
     score_from: int | None = None  # log-probs of tokens at this position and later are needed
     first_end: int = 0  # the first position that may end it: behind min_tokens sampled ones
+    meter: Meter | None = None
 
     @property
     def num_missing(self) -> int:
@@ -179,6 +180,8 @@ class Scheduler:
             # many tokens in common.
             copies.append(Copy(index, partial[1], sequence.pages[len(pages)]))
         self.num_shared_tokens += sequence.num_stored
+        if sequence.meter:
+            sequence.meter.share(sequence.num_stored)
         shard.running.append(sequence)
         return True
 

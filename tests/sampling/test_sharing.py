@@ -99,6 +99,38 @@ def test_a_fork_goes_on_as_a_request_with_the_same_tokens(sampler, appended):
     assert found['fork 5', 5].tokens != found['fork 6', 6].tokens
 
 
+def test_a_meter_is_told_what_its_requests_and_their_forks_cost(sampler):
+    """Beside requests without one, and with a sample that is cancelled."""
+
+    class Meter:
+        def __init__(self):
+            self.told = dict.fromkeys(('prefill', 'share', 'decode'), 0)
+
+        def prefill(self, start, length):
+            self.told['prefill'] += length
+
+        def share(self, length):
+            self.told['share'] += length
+
+        def decode(self, start, length):
+            self.told['decode'] += length
+
+    def spent():
+        counters = sampler.counters
+        return counters.prefill_tokens, counters.shared_tokens, counters.decoded_tokens
+
+    before, meters = spent(), [Meter(), Meter()]
+    for name, meter in zip('ab', meters):
+        sampler.add(Request(name, PROMPT, 9, n=2), meter=meter)
+    sampler.step()
+    sampler.cancel('a', 1)
+    sampler.fork('a', 'c', sample_index=7, tokens=[5])
+    drain(sampler)
+    told = [sum(meter.told[name] for meter in meters) for name in meters[0].told]
+    assert told == [new - old for old, new in zip(before, spent())]
+    assert meters[0].told['decode'] == 3 + 9 + 6 and meters[1].told['decode'] == 2 * 9
+
+
 def test_forks_write_to_pages_of_their_own(sampler):
     """The original and its forks fill the same page at the same time, each with its tokens."""
     request = Request('a', PROMPT[:9], max_tokens=12, seed=1)

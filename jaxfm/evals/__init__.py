@@ -10,7 +10,8 @@ from pydantic import Field
 
 from jaxfm.registry import Entry, Registry, one_of
 from jaxfm.sampling import MaxTokens, SamplingOptions, Temperature
-from jaxfm.schema import Group
+from jaxfm.sampling.strategies import STRATEGIES
+from jaxfm.schema import Group, KeyPath, Problem
 from jaxfm.tasks import TASKS
 
 
@@ -62,8 +63,19 @@ class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
 
     name: Literal['generate'] = 'generate'
     thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
+    # How to come to one answer for each prompt (docs/strategies.md); None: n samples, all judged.
+    strategy: one_of(STRATEGIES) | None = None
     max_tokens: MaxTokens = 96
     temperature: Temperature = 0.0
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        found = super().find_conflicts(parts)
+        if parts.get('strategy') is None or parts.get('n', 1) == 1:
+            return found
+        paths: tuple[KeyPath, ...] = ('n',), ('strategy',)
+        sentence = f'n is {parts["n"]}, but with a strategy it must be 1: set strategy.n instead'
+        return [*found, Problem(paths, sentence)]
 
 
 class LikelihoodConfig(TaskEvaluatorConfig):

@@ -1,6 +1,7 @@
 """Sampling-based evaluation: completes a task's prompts, scores them, and keeps every sample."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import zlib
@@ -11,6 +12,7 @@ from jaxfm.evals.base import Context, Periodic, text_of
 from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.evals.samples import Key, Samples
+from jaxfm.evals.solve import Solver
 from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
 from jaxfm.sampling.engine import complete_each
 from jaxfm.sampling.request import Completion, Request
@@ -32,6 +34,9 @@ class Generate(Periodic):
         self._config, self._context, self._sampler = config, context, context.sampler
         self._task, self._prompts = open_task(config, context)
         self._judge = Judge(self._task, config.thinking)
+        self._solver = None
+        if config.strategy is not None:
+            self._solver = Solver(config, context, self._task, self._judge)
         self._requests = [self._request(prompt) for prompt in self._prompts.values()]
         self._lengths = {request.id: len(request.tokens) for request in self._requests}
         for request in self._requests:
@@ -54,21 +59,33 @@ class Generate(Periodic):
         Samples that the file of an interrupted evaluation has are not sampled again.
         """
         with self.open(step) as samples:
-            for sample in complete_each(
-                self._sampler,
-                self._missing(samples.kept),
-                params,
-                step,
-                stop=lambda sample: self._judge.stops(self._prompts[sample.id], sample.text),
-                most=self._context.most,
-            ):
-                samples.add(self._record(sample, step))
+            if self._solver is None:
+                self._sample(params, step, samples)
+            else:
+                describe = functools.partial(self._describe, step)
+                prompts = self._prompts
+                self._solver.run(params, step, self._requests, prompts, samples, describe)
             records = by_prompt(samples.records, self._prompts, self._config.n)
         if any(len(each) < self._config.n for each in records.values()):
             return {}
         self._warn_of_failures(step, list(itertools.chain(*records.values())))
         by_group = self._config.cluster_by_group
         return summarize(records, self._config.n, by_group, self._context.flops)
+
+    def _sample(self, params, step: int, samples: Samples) -> None:
+        for sample in complete_each(
+            self._sampler,
+            self._missing(samples.kept),
+            params,
+            step,
+            stop=lambda sample: self._judge.stops(self._prompts[sample.id], sample.text),
+            most=self._context.most,
+        ):
+            prompt = self._prompts[sample.id]
+            has_failed = sample.finish_reason == 'error'
+            failed = Verdict(0.0, None)
+            verdict = failed if has_failed else self._judge.judge(prompt, sample.text)
+            samples.add(self._describe(step, prompt, sample, verdict))
 
     def _missing(self, kept: frozenset[Key]) -> Iterator[Request]:
         """The requests for samples that are not kept: the same noise as if none were."""
@@ -77,12 +94,8 @@ class Generate(Periodic):
             for first, count in _ranges(missing):
                 yield dataclasses.replace(request, sample_index=first, n=count)
 
-    def _record(self, sample: Completion, step: int) -> dict:
+    def _describe(self, step: int, prompt, sample: Completion, verdict: Verdict) -> dict:
         """What is kept of a sample, with its score."""
-        prompt = self._prompts[sample.id]
-        has_failed = sample.finish_reason == 'error'
-        failed = Verdict(0.0, None)
-        verdict = failed if has_failed else self._judge.judge(prompt, sample.text)
         return {
             'task': self._config.task.name,
             'step': step,
@@ -95,7 +108,7 @@ class Generate(Periodic):
             'score': verdict.score,
             'answer': verdict.answer,
             'finish_reason': sample.finish_reason or 'judged',
-            'is_truncated': sample.finish_reason == 'length',
+            'is_truncated': sample.finish_reason in ('length', 'budget'),
             'is_unclosed': verdict.is_unclosed,
             'error': sample.error or verdict.error,
             'prompt_tokens': self._lengths[prompt.id],

@@ -53,7 +53,33 @@ def summarize(
     if n > 1:
         values |= statistics.share(means, clusters).values(f'avg@{n}')
         values |= _curves(records, n, clusters)
-    return values | _counts(records, n) | _costs(records, flops)
+    values |= _counts(records, n)
+    if all('ledger' in record for samples in records.values() for record in samples):
+        return values | _strategy(records)
+    return values | _costs(records, flops)
+
+
+def _strategy(records: Records) -> dict[str, float]:
+    """How many samples a strategy took, how often any was right, and what the ledger says."""
+    solved = [record for [record] in records.values()]
+    most = [max((sample['score'] for sample in r['samples']), default=0.0) for r in solved]
+    ledgers = [record['ledger'] for record in solved]
+    names = {
+        'generated_tokens': 'decoded_tokens',
+        'prompt_tokens': 'prefill_tokens',
+        'shared_tokens': 'shared_tokens',
+        'flops': 'flops',
+        'verifier_calls': 'calls',
+        'seconds': 'seconds',
+        'dollars': 'dollars',
+    }
+    return {
+        'strategy/samples': sum(len(record['samples']) for record in solved) / len(solved),
+        'strategy/oracle': sum(most) / len(solved),
+        **{
+            f'cost/{k}': float(sum(ledger[name] for ledger in ledgers)) for k, name in names.items()
+        },
+    }
 
 
 def _clusters(records: Records, groups: list[str]) -> Clusters:

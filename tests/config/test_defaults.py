@@ -27,6 +27,7 @@ MODULES = (
     'jaxfm.optim',
     'jaxfm.pretrained',
     'jaxfm.sampling',
+    'jaxfm.sampling.strategies',
     'jaxfm.tasks',
     'jaxfm.tokenizer',
 )

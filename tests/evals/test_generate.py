@@ -158,8 +158,9 @@ def test_the_share_that_passes_comes_with_its_interval(engine):
 def test_requests_follow_the_config_and_are_checked_before_anything_runs(engine):
     evaluator(engine, temperature=0.5, max_tokens=7)
     assert [request.id for request in engine.checked] == ['a', 'b', 'c']
+    assert len({request.seed for request in engine.checked}) == 3  # noise of their own
     for request in engine.checked:
-        assert (request.max_tokens, request.temperature, request.seed) == (7, 0.5, 11)
+        assert (request.max_tokens, request.temperature) == (7, 0.5)
         assert request.stop_ids == Chat.stop_ids | {ord('#')}
         assert request.tokens == Tokenizer().encode(Task.texts[request.id])
     with pytest.raises(DataError, match='too long'):
@@ -256,7 +257,7 @@ def test_every_sample_is_kept_and_a_repeated_step_replaces_its_file(engine, tmp_
     assert first == {
         'task': 'python_functions',
         'group': '',
-        'seed': 11,
+        'seed': generate._seed_of('a'),
         'answer': None,
         'is_truncated': False,
         'is_unclosed': False,

@@ -43,9 +43,19 @@ def run(
       on_outcome: is called with a problem's id and its outcome when it ends.
 
     Raises:
-      ConfigError: there are several processes, which would not time their calls alike; the config
-        has a budget in FLOPs without a way to count them.
+      ConfigError: as `check` does.
       ValueError: two problems have the same id.
+    """
+    check(config, flops)
+    sampler.lend(params, version)
+    return _Driver(sampler, config, judge, flops, on_record, on_outcome).run(problems)
+
+
+def check(config: StrategyConfig, flops: Flops | None = None) -> None:
+    """Raises ConfigError if a strategy cannot run here.
+
+    There are several processes, which would not time their calls alike, or the config has a budget
+    in FLOPs without a way to count them.
     """
     if jax.process_count() > 1:
         raise ConfigError(
@@ -54,8 +64,6 @@ def run(
         )
     if config.budget.flops and flops is None:
         raise ConfigError(f'strategy {config.name}: budget.flops is set, but nothing counts FLOPs')
-    sampler.lend(params, version)
-    return _Driver(sampler, config, judge, flops, on_record, on_outcome).run(problems)
 
 
 class _Driver:

@@ -1,0 +1,157 @@
+"""An evaluator with a strategy: one record for each problem, with all that it cost."""
+
+import jax
+import pytest
+
+from jaxfm.config.validation import validate
+from jaxfm.errors import ConfigError
+from jaxfm.evals import GenerateConfig, prompts
+from jaxfm.evals.generate import Generate
+from jaxfm.evals.samples import read_samples
+from jaxfm.registry import Registry
+from jaxfm.sampling.strategies import BestOfNConfig, BudgetConfig, VoteConfig
+from jaxfm.tasks import PythonFunctionsConfig
+from jaxfm.tasks.base import Prompt, Task
+from tests.evals.scoring import Chat, context_of, entry
+from tests.sampling.conftest import new_sampler, one_device, params  # noqa: F401
+from tests.sampling.strategies.conftest import Letters
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+STRATEGY = VoteConfig(n=6)
+
+
+class Text(Letters):
+    """The strategies' tokenizer, with what evaluators ask of one."""
+
+    eos_id = bos_id = None
+
+
+class NoStops(Chat):
+    stop_ids = frozenset()
+
+
+class FirstLetter(Task):
+    """The answer is whether the first letter is small; 'small' is right."""
+
+    fails = ''
+
+    def __init__(self, config, documents):
+        pass
+
+    def prompts(self):
+        return [
+            Prompt(f'q{i}', text) for i, text in enumerate(('abcdefgh', 'bcdefgha', 'cdefghab'))
+        ]
+
+    def answer(self, prompt, completion):
+        if prompt.id == self.fails:
+            raise OSError('no disk')
+        return None if completion[:1].isdigit() else 'small' if completion[:1].islower() else 'big'
+
+    def evaluate(self, prompt, completion):
+        return float(self.answer(prompt, completion) == 'small')
+
+
+class NoAnswers(FirstLetter):
+    answer = Task.answer
+
+
+@pytest.fixture(scope='module')
+def sampler(params, one_device):  # noqa: F811
+    return new_sampler(params, one_device, Text())
+
+
+@pytest.fixture
+def solve(sampler, params, one_device, monkeypatch):  # noqa: F811
+    """(directory, changes of the config) -> metrics, records."""
+
+    def solve(directory, task=FirstLetter, goes_on=False, **changes):
+        monkeypatch.setattr(prompts, 'TASKS', Registry({'python_functions': entry(task)}))
+        context = context_of(sampler, directory, goes_on, Text())
+        context = type(context)(**vars(context) | {'chat': NoStops})
+        words = dict(task=PythonFunctionsConfig(), strategy=STRATEGY, max_tokens=6)
+        evaluator = Generate(GenerateConfig(**words | dict(temperature=1.0) | changes), context)
+        sampler.lend(params, sampler.version + 1)
+        values = evaluator.run(params, sampler.version)
+        [path] = directory.iterdir()
+        return values, read_samples(path)[1]
+
+    with jax.set_mesh(one_device):
+        yield solve
+
+
+def test_each_problem_has_one_record_with_its_samples_and_its_cost(solve, sampler, tmp_path):
+    before = sampler.counters
+    values, records = solve(tmp_path)
+    after = sampler.counters
+    assert [record['id'] for record in records] == ['q0', 'q1', 'q2']
+    for record in records:
+        chosen = record['samples'][record['chosen']]
+        votes = [sample['answer'] for sample in record['samples']]
+        assert len(votes) == 6 and votes.count(record['answer']) == max(map(votes.count, votes))
+        for name in ('completion', 'tokens', 'score', 'answer', 'logprob'):
+            assert record[name] == chosen[name]
+        assert record['score'] == (record['answer'] == 'small')
+    assert values['pass@1'] == sum(record['score'] for record in records) / 3
+    assert values['strategy/samples'] == 6
+    right = [any(sample['score'] for sample in record['samples']) for record in records]
+    assert values['strategy/oracle'] == sum(right) / 3
+    for name, counter in {
+        'cost/generated_tokens': 'decoded_tokens',
+        'cost/prompt_tokens': 'prefill_tokens',
+        'cost/shared_tokens': 'shared_tokens',
+    }.items():
+        assert values[name] == getattr(after, counter) - getattr(before, counter)
+    assert values['cost/verifier_calls'] == 18  # a parser's call for each sample
+    assert values['cost/flops'] > 0
+
+
+def test_an_interrupted_evaluation_solves_only_what_is_left(solve, sampler, tmp_path):
+    whole, records = solve(tmp_path / 'a')
+    step = sampler.version
+    [path] = (tmp_path / 'a').iterdir()
+    lines = path.read_text(encoding='utf-8').splitlines(keepends=True)
+    rest = tmp_path / 'b' / path.name.replace(f'{step:06d}', f'{step + 1:06d}')
+    rest.parent.mkdir()
+    kept = ''.join(lines[:2]).replace(f'"step": {step}', f'"step": {step + 1}')
+    rest.write_text(kept + lines[2][:20], encoding='utf-8')
+    before = sampler.counters.decoded_tokens
+    again, found = solve(rest.parent, goes_on=True)
+    assert [record['tokens'] for record in found] == [record['tokens'] for record in records]
+    assert again['pass@1'] == whole['pass@1']
+    assert again['cost/generated_tokens'] == whole['cost/generated_tokens']
+    new = sum(record['ledger']['decoded_tokens'] for record in found[1:])
+    assert sampler.counters.decoded_tokens - before == new
+
+
+def test_a_problem_whose_judge_raises_scores_0_and_the_others_go_on(solve, tmp_path, monkeypatch):
+    monkeypatch.setattr(FirstLetter, 'fails', 'q1')
+    values, records = solve(tmp_path)
+    records = {record['id']: record for record in records}
+    failed = records['q1']
+    assert (failed['score'], failed['finish_reason']) == (0.0, 'error')
+    assert 'no disk' in failed['error']
+    assert not records['q0']['error'] and not records['q2']['error']
+    assert values['samples/failed'] == pytest.approx(1 / 3)
+
+
+def test_a_budget_is_kept_and_told(solve, tmp_path):
+    values, records = solve(tmp_path, strategy=VoteConfig(n=6, budget=BudgetConfig(tokens=20)))
+    assert all(record['ledger']['decoded_tokens'] <= 20 for record in records)
+    assert any(one['is_truncated'] for record in records for one in record['samples'])
+    assert values['cost/generated_tokens'] <= 60
+
+
+def test_best_of_n_needs_no_answers_but_a_vote_does(solve, tmp_path):
+    _, records = solve(tmp_path, task=NoAnswers, strategy=BestOfNConfig(n=3))
+    for record in records:
+        assert record['scores'][record['chosen']] == max(record['scores'])
+    with pytest.raises(ConfigError, match='the task has no answers to vote on'):
+        solve(tmp_path / 'vote', task=NoAnswers)
+
+
+def test_n_belongs_to_the_strategy():
+    given = dict(task=dict(name='python_functions'), strategy=dict(name='vote'))
+    assert not validate(GenerateConfig, given)[1]
+    [problem] = validate(GenerateConfig, given | dict(n=4))[1]
+    assert 'set strategy.n instead' in str(problem)

@@ -15,6 +15,8 @@ from jaxfm.tasks.base import Choice
 
 log = logging.getLogger('jaxfm')
 
+_MANY = 200  # requests, from which on compiling for them takes less time than it saves
+
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
@@ -122,6 +124,8 @@ class Likelihood(Periodic):
         ranked = sorted(distinct, key=lambda key: (len(waiting[key]) == 1, key))
         requests = (dataclasses.replace(distinct[key], id=str(i)) for i, key in enumerate(ranked))
         found: dict[tuple, Scored] = {}
+        if len(ranked) > _MANY:
+            self._sampler.expect_many_prompts()
         for sample in complete_each(self._sampler, requests, params, step, most=self._context.most):
             key = ranked[int(sample.id)]
             found[key] = _read(distinct[key], sample)

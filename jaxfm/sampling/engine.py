@@ -403,6 +403,13 @@ class Sampler:
             self._remove(sequence, is_sound=event.finish_reason != 'error')
         return event
 
+    def expect_many_prompts(self) -> None:
+        """Compiles more sizes of calls that store prompts when they are needed.
+
+        Worth it for hundreds of prompts to score, whose continuations have a few tokens each.
+        """
+        self._rows.use_all_chunks()
+
     def warm_up(self) -> None:
         """Compiles every program, so that no later step does; weights must have been lent.
 

@@ -53,9 +53,13 @@ class Rows:
 
     def use_all_sizes(self) -> None:
         """From now on calls come in all sizes that leave few rows empty; they get compiled."""
-        self.chunks |= self._more_chunks()
+        self.use_all_chunks()
         while self.counts[0] > 1:
             self.counts.insert(0, -(-self.counts[0] // _RATIO))
+
+    def use_all_chunks(self) -> None:
+        """The same for calls that store prompts alone."""
+        self.chunks |= self._more_chunks()
 
     def _more_chunks(self) -> set[tuple[int, int]]:
         """(tokens of a chunk, rows of a shard) of the programs that store prompts.

@@ -22,6 +22,16 @@ def test_short_prompts_do_not_wait_for_a_long_one():
     assert {id(sequence) for _, sequence, *_ in pieces} == set(map(id, missing))
 
 
+def test_many_prompts_get_calls_that_fit_short_ones():
+    rows = Rows(SamplingConfig(slots=8), num_shards=1, slots=8, vocab_size=9)
+    few = sequences(3, 4)
+    assert rows.best_chunk(few) == (16, 32)
+    counts = list(rows.counts)
+    rows.use_all_chunks()
+    assert rows.best_chunk(few) == (16, 4)
+    assert rows.counts == counts  # decoding stays as it was
+
+
 @pytest.mark.parametrize('length,calls', [(12, 2), (16, 2), (40, 6), (250, 32)])
 def test_prompts_are_stored_in_few_calls(length, calls):
     """Rows stay empty while prompts are stored: 64 short prompts once took eight calls."""

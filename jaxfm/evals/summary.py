@@ -64,6 +64,7 @@ def _strategy(records: Records) -> dict[str, float]:
     solved = [record for [record] in records.values()]
     most = [max((sample['score'] for sample in r['samples']), default=0.0) for r in solved]
     ledgers = [record['ledger'] for record in solved]
+    has_price = any(ledger['dollars'] for ledger in ledgers)
     names = {
         'generated_tokens': 'decoded_tokens',
         'prompt_tokens': 'prefill_tokens',
@@ -71,7 +72,7 @@ def _strategy(records: Records) -> dict[str, float]:
         'flops': 'flops',
         'verifier_calls': 'calls',
         'seconds': 'seconds',
-        'dollars': 'dollars',
+        **({'dollars': 'dollars'} if has_price else {}),
     }
     return {
         'strategy/samples': sum(len(record['samples']) for record in solved) / len(solved),

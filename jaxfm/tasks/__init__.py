@@ -89,6 +89,8 @@ class TruthfulQAConfig(FileTaskConfig):
     name: Literal['truthfulqa'] = 'truthfulqa'
     # mc1: the best answer against the wrong ones; mc2: the probability of all right answers.
     form: Literal['mc1', 'mc2'] = 'mc1'
+    # A text before each question, such as the six examples that published scores have.
+    introduction: str = ''
 
 
 class IfEvalConfig(FileTaskConfig):

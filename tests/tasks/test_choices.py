@@ -115,7 +115,9 @@ def test_truthfulqa_in_both_forms_and_both_layouts(tmp_path):
         assert [text for _, text in one.pairs] == [' b', ' c', ' d'] and one.right == (0,)
         (two,) = make(tmp_path, 'truthfulqa', [row], form='mc2').prompts()
         assert [text for _, text in two.pairs] == [' a', ' b', ' c', ' d'] and two.right == (0, 1)
-    assert one.text.endswith('in Barcelona, Spain.\n\nQ: Why?\nA:') and one.text.count('Q:') == 7
+    before = 'Q: Is it?\nA: Yes.\n\n'
+    (two,) = make(tmp_path, 'truthfulqa', [hub], introduction=before).prompts()
+    assert (one.text, two.text) == ('Q: Why?\nA:', before + 'Q: Why?\nA:')
 
 
 # Of each set: its first prompt's end, its choices, the right one, and how many questions.

@@ -4,7 +4,6 @@
 - `pass_at_k`, `all_of_k`, `best_of_k`, `majority_at_k`: what k of a question's n samples give, in
   expectation over all subsets of k, without bias.
 - `paired_difference`, `mcnemar`: two models on the same questions.
-- `band`: a bootstrap over questions for a curve.
 
 The sample of a question and the choice of the question are both random, so the unit of every
 standard error is the question: a question with n samples counts once, by the mean of these (Miller
@@ -279,24 +278,3 @@ def _times(rows: np.ndarray, polynomial: np.ndarray) -> np.ndarray:
 def powers(n: int) -> list[int]:
     """1, 2, 4, ... and n: the numbers of samples of a curve."""
     return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
-
-
-def band(
-    values_QK: Sequence[Sequence[float]], clusters: Clusters = None, num: int = 2000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % band of the mean curve over Q questions, [K] and [K]: a bootstrap over clusters.
-
-    Whole clusters are drawn with replacement (Efron 1979); percentiles of `num` draws.
-    """
-    values_QK = _floats(values_QK)
-    names = list(range(len(values_QK))) if clusters is None else list(clusters)
-    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    places = [index[name] for name in names]
-    sums, counts = np.zeros((len(index), values_QK.shape[1])), np.zeros(len(index))
-    np.add.at(sums, places, values_QK)
-    np.add.at(counts, places, 1)
-    random = np.random.default_rng(seed)
-    weights = random.multinomial(len(index), np.full(len(index), 1 / len(index)), num)
-    curves = (weights @ sums) / (weights @ counts)[:, None]
-    low, high = np.quantile(curves, (0.025, 0.975), axis=0)
-    return low, high

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfm.metrics import goodput, is_detail
+from jaxfm.report.samples import find_curves, is_of_samples, plot_samples
 from jaxfm.report.series import (
     BOUNDS,
     HISTOGRAM,
@@ -20,7 +21,7 @@ _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', '
 
 
 def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
-    """Draws {loss,norms,eval,throughput,goodput,lengths}.png, each only if there is data for it.
+    """Draws {loss,norms,eval,samples,throughput,goodput,lengths}.png, as far as there is data.
 
     data: as from `collect_data`. Returns the paths of the files.
     """
@@ -35,6 +36,9 @@ def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
         if panel:
             directory.mkdir(parents=True, exist_ok=True)
             drawn.append(_plot_curves(panel, series, directory / f'{name}.png'))
+    if find_curves(series):
+        directory.mkdir(parents=True, exist_ok=True)
+        drawn.append(plot_samples(series, directory / 'samples.png'))
     if account := last_account(series):
         directory.mkdir(parents=True, exist_ok=True)
         drawn.append(_plot_goodput(account, directory / 'goodput.png'))
@@ -60,10 +64,10 @@ def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:
 def _eval_panels(series: Series) -> list[list[str]]:
     """Names of series by panel: one per score; bits per byte share theirs with the xz baseline.
 
-    Counts and costs of samples are only in the table.
+    Counts and costs of samples are only in the table, and scores of k of them in `samples.png`.
     """
     names = [n for n in sorted(series) if n.startswith('eval/') and not is_detail(n)]
-    names = [n for n in names if not is_bound(n, series)]
+    names = [n for n in names if not is_bound(n, series) and not is_of_samples(n)]
     panels = []
     for name in names:
         if name.endswith(XZ_SUFFIX):

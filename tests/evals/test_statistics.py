@@ -185,18 +185,6 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert statistics.mcnemar(15, 5) == statistics.mcnemar(5, 15)
 
 
-def test_a_band_covers_the_curve_and_draws_whole_clusters():
-    random = np.random.default_rng(6)
-    curves = np.cumsum(random.random((80, 3)), axis=1)
-    low, high = statistics.band(curves)
-    for column in range(3):
-        found = statistics.mean(curves[:, column])
-        assert (low[column], high[column]) == pytest.approx((found.low, found.high), rel=0.02)
-    pairs = np.repeat(curves[:40], 2, axis=0)
-    clustered = np.subtract(*statistics.band(pairs, np.repeat(np.arange(40), 2)))
-    assert (np.abs(clustered) > np.abs(np.subtract(*statistics.band(pairs))) * 1.2).all()
-
-
 def test_student_quantiles_are_those_of_the_tables():
     for freedom, quantile in {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045}.items():
         assert statistics.student_t(freedom) == pytest.approx(quantile, rel=5e-3)

@@ -8,8 +8,10 @@ import time
 import pytest
 
 from jaxfm.metrics import goodput
-from jaxfm.metrics.writers import JsonlWriter, Recorder
+from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.report.page import write_report
+from jaxfm.report.samples import find_curves, tokens_of_a_sample
+from jaxfm.report.series import collect_series
 
 
 def record_run(workdir, steps=200, failures_per_day=1.0):
@@ -168,3 +170,40 @@ def test_a_long_run_takes_no_longer_to_report_than_a_short_one(tmp_path):
 
     seconds(100)  # imports matplotlib
     assert seconds(20_000) < 2 * seconds(200)
+
+
+def record_samples(workdir, n=8, prompts=20, tokens=30.0):
+    """Records an evaluation with n samples of each question."""
+    values = {'prompts': prompts, 'cost/generated_tokens': tokens * prompts * n}
+    k = 1
+    while k <= n:
+        scores = {'pass@': 1 - 0.7**k, 'maj@': min(0.3 + 0.05 * k, 0.6), 'pass^': 0.3**k}
+        for name, score in scores.items():
+            if k > 1 or name == 'pass@':
+                ends = {'': score, '_low': score - 0.05, '_high': score + 0.05}
+                values |= {f'{name}{k}{end}': value for end, value in ends.items()}
+        k *= 2
+    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
+    recorder.write(200, 'eval', {f'eval/sums/{name}': value for name, value in values.items()})
+    recorder.close()
+
+
+def test_scores_of_several_samples_are_curves(tmp_path):
+    record_run(tmp_path)
+    record_samples(tmp_path)
+    series = collect_series(list(read_records(tmp_path / 'metrics.jsonl')))
+    curves = find_curves(series)['eval/sums']
+    assert [point[0] for point in curves['pass@']] == [1, 2, 4, 8]
+    assert [point[0] for point in curves['maj@']] == [1, 2, 4, 8]  # one sample votes alone
+    k, score, low, high = curves['pass@'][2]
+    assert (k, score, low, high) == pytest.approx((4, 1 - 0.7**4, 0.7099, 0.8099))
+    assert tokens_of_a_sample(series, 'eval/sums') == 30
+    page = write_report(tmp_path).read_text(encoding='utf-8')
+    assert (tmp_path / 'plots' / 'samples.png').stat().st_size > 10_000
+    assert 'eval/sums/pass@8' in page  # the table has every number
+
+
+def test_without_several_samples_there_are_no_curves(tmp_path):
+    record_run(tmp_path)
+    write_report(tmp_path)
+    assert not (tmp_path / 'plots' / 'samples.png').exists()

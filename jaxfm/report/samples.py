@@ -74,7 +74,7 @@ def plot_samples(series: Series, path: Path) -> Path:
         for column, (label, scale) in enumerate(scales.items()):
             axes = figure.add_subplot(len(found), 2, 2 * row + column + 1, xlabel=label)
             axes.set_title(evaluator, fontsize=10, parse_math=False)
-            axes.set_xscale('log', base=2 if scale == 1 else 10)
+            axes.set_xscale('log', base=2)
             axes.grid(alpha=0.3)
             for name, words in _CURVES.items():
                 if name in curves:
@@ -82,6 +82,7 @@ def plot_samples(series: Series, path: Path) -> Path:
                     at = [scale * k for k in count]
                     axes.plot(at, score, marker='.', label=words)
                     axes.fill_between(at, low, high, alpha=0.15)
+            axes.set_xticks(at, [f'{x:.4g}' for x in at])
             axes.legend(fontsize=8)
     figure.savefig(path)
     return path

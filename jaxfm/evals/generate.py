@@ -14,7 +14,7 @@ from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.evals.samples import Key, Samples
 from jaxfm.evals.solve import Solver
 from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
-from jaxfm.sampling.engine import complete_each
+from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Completion, Request
 
 log = logging.getLogger('jaxfm')

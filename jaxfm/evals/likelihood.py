@@ -9,7 +9,7 @@ from jaxfm.evals import LikelihoodConfig, choice
 from jaxfm.evals.base import Context, Periodic, text_of
 from jaxfm.evals.prompts import choice_ids, open_task, pair_ids, read_logprob
 from jaxfm.evals.samples import Samples
-from jaxfm.sampling.engine import complete_each
+from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.tasks.base import Choice
 

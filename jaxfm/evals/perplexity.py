@@ -10,7 +10,7 @@ from jaxfm.evals import PerplexityConfig, statistics
 from jaxfm.evals.base import Context, Periodic
 from jaxfm.evals.prompts import begin_ids, read_logprob
 from jaxfm.evals.samples import Samples
-from jaxfm.sampling.engine import complete_each
+from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Request
 from jaxfm.storage import find
 from jaxfm.tasks.files import Row, merge_fields, read_rows

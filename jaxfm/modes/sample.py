@@ -10,7 +10,7 @@ from jaxfm.modes.generation import describe_failures, requests_for, write_sample
 from jaxfm.run.data import open_tokenizer
 from jaxfm.run.run import start_run
 from jaxfm.run.weights import current_params
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 
 log = logging.getLogger('jaxfm')
 

@@ -32,7 +32,7 @@ from jaxfm.run.data import RunData, open_data
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import initial_state, periodic_exports
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Request
 from jaxfm.state import TrainState, check_replication
 from jaxfm.train import Loop, Source, train

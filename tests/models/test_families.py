@@ -26,7 +26,8 @@ from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.load import load_params
 from jaxfm.pretrained.locate import open_pretrained, values_of
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.engine import Sampler, complete
+from jaxfm.sampling.complete import complete
+from jaxfm.sampling.engine import Sampler
 from jaxfm.sampling.request import Request
 from tests.models import goldens
 

@@ -14,7 +14,8 @@ from jaxfm.modes.generation import requests_for
 from jaxfm.ops.logprobs import logits
 from jaxfm.pretrained.locate import open_pretrained
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.engine import Sampler, complete
+from jaxfm.sampling.complete import complete
+from jaxfm.sampling.engine import Sampler
 from jaxfm.tokenizer.build import build_tokenizer
 from tests.pretrained.loading import Loading
 from tests.runs import PATIENCE

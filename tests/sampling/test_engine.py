@@ -9,7 +9,7 @@ import pytest
 from jaxfm import sharding
 from jaxfm.errors import DataError
 from jaxfm.sampling import options
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.logits import sample_tokens
 from jaxfm.sampling.request import Request
 

@@ -13,7 +13,8 @@ from jaxfm.objectives import NextTokenConfig
 from jaxfm.objectives.next_token import NextToken
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.engine import Sampler, complete
+from jaxfm.sampling.complete import complete
+from jaxfm.sampling.engine import Sampler
 from jaxfm.sampling.request import Completion, Request
 
 V, ROWS, LENGTH = 60, 8, 150

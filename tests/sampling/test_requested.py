@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxfm.errors import DataError
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Completion, Request
 from tests.sampling.conftest import VOCAB, new_sampler
 

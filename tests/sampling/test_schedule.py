@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.sampling.scheduler import Scheduler, Sequence
 from tests.sampling.conftest import LENGTH, new_sampler, pages_in_use

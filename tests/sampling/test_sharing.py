@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxfm.errors import ConfigError, DataError
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Completion, Request
 from tests.sampling.conftest import pages_in_use
 

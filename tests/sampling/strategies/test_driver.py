@@ -12,7 +12,7 @@ import pytest
 
 from jaxfm.errors import ConfigError, StorageError
 from jaxfm.plan.flops import model_flops_per_token
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Request
 from jaxfm.sampling.strategies import ScorerConfig, StrategyConfig, driver, scorers
 from jaxfm.sampling.strategies.base import (

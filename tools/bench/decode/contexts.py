@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Request
 from tools.bench.decode.models import ROOT, make_small, random_prompts
 from tools.bench.decode.timing import spread, timed

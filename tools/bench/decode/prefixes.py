@@ -6,7 +6,7 @@ Without sharing, the first token of each chat is another one, and all else is th
 import jax
 import numpy as np
 
-from jaxfm.sampling.engine import complete
+from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Request
 from tools.bench.decode.models import Model, random_prompts
 from tools.bench.decode.timing import alternate, bar, ratios, spread

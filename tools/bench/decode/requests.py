@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxfm.sampling.engine import Sampler, complete
+from jaxfm.sampling.complete import complete
+from jaxfm.sampling.engine import Sampler
 from jaxfm.sampling.request import Request
 from tools.bench.decode.models import ROOT, Model, random_prompts
 from tools.bench.decode.peer import Peer

@@ -17,6 +17,7 @@ from jaxfm.sampling.strategies import STRATEGIES, driver
 from jaxfm.sampling.strategies import base as strategies
 from jaxfm.tasks.base import Task
 
+_OF_PROBLEM = ('task', 'step', 'id', 'group', 'seed', 'prompt', 'prompt_tokens')
 # A problem that fails, or whose strategy chooses nothing, has no answer.
 _NOTHING = Completion('', 0)
 
@@ -88,7 +89,7 @@ class Solver:
             'strategy': self._config.name,
             'chosen': outcome.chosen,
             'scores': list(outcome.scores),
-            'samples': [describe(prompt, *each) for each in judged],
+            'samples': [_own(describe(prompt, *each)) for each in judged],
             'notes': outcome.record,
             'ledger': dataclasses.asdict(outcome.entry),
         }
@@ -97,6 +98,11 @@ class Solver:
         if sample.finish_reason == 'error':
             return Verdict(0.0, None)
         return self._judge.judge(prompt, sample.text)
+
+
+def _own(record: dict) -> dict:
+    """What is of a sample, not of its problem."""
+    return {name: value for name, value in record.items() if name not in _OF_PROBLEM}
 
 
 def _options(request: Request) -> dict:

@@ -8,6 +8,8 @@ only what is new: it still has the keys and values of the turns before.
 
 import contextlib
 import logging
+import os
+import select
 import signal
 import sys
 import threading
@@ -166,11 +168,35 @@ def _turns(prompts: list[str], is_terminal: bool, hint) -> Iterator[str]:
         return
     sys.stdin.reconfigure(encoding='utf-8', errors='surrogateescape')
     hint('> ')
-    while line := sys.stdin.readline():
+    while line := _read_line(is_terminal):
         if line.strip():
             yield line.rstrip('\r\n')
         hint('> ')
     hint('\n')
+
+
+def _read_line(is_terminal: bool) -> str:
+    if is_terminal:
+        _wait_for_input()
+    return sys.stdin.readline()
+
+
+def _wait_for_input() -> None:
+    """Waits for a line at the terminal, and lets Ctrl-C through at any time.
+
+    `readline` alone misses a Ctrl-C that arrives just before it waits, and one that the system
+    gives to another thread.
+    """
+    wakes, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        while sys.stdin not in select.select([sys.stdin, wakes], [], [])[0]:
+            os.read(wakes, 1 << 10)  # Python now calls the handler of the signal
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(wakes)
+        os.close(wake)
 
 
 def _talk(assistant: Assistant, turns: Iterable[str], output: Path | None, hint) -> int:

@@ -477,9 +477,12 @@ def test_code_that_is_free_to_change_is_not_bound(beside):
     before = load(beside)
     task = dict(name='generate', task=dict(name=f'{beside[1]}:Plain'))
     after = load(beside, f'evals={dict(mine=task)!r}')
+    values = after.model_dump()['evals']['mine']
+    thinking = values.pop('thinking')
     assert {path for path, *_ in check_resume(before, after)} == {
         'evals',
-        *(f'evals.mine.{key}' for key in after.model_dump()['evals']['mine'] if key != 'task'),
+        *(f'evals.mine.{key}' for key in values if key != 'task'),
+        *(f'evals.mine.thinking.{key}' for key in thinking),
         'evals.mine.task.name',
         *(f'code.{beside[1]}:Plain.{key}' for key in ('path', 'sha256')),
     }

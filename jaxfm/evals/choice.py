@@ -59,8 +59,7 @@ def summarize(records: Sequence[dict], by_group: bool) -> dict[str, float]:
 
 
 def _clusters(records: Sequence[dict]) -> Clusters:
-    """A cluster for each group, and for each question without one."""
-    return [(one['group'], '' if one['group'] else one['id']) for one in records]
+    return statistics.clusters_of((one['id'], one['group']) for one in records)
 
 
 def _summarize_compared(records: Sequence[dict], clusters: Clusters) -> dict[str, float]:

@@ -82,9 +82,7 @@ class Generate(Periodic):
             most=self._context.most,
         ):
             prompt = self._prompts[sample.id]
-            has_failed = sample.finish_reason == 'error'
-            failed = Verdict(0.0, None)
-            verdict = failed if has_failed else self._judge.judge(prompt, sample.text)
+            verdict = self._judge.judge(prompt, sample)
             samples.add(self._describe(step, prompt, sample, verdict))
 
     def _missing(self, kept: frozenset[Key]) -> Iterator[Request]:

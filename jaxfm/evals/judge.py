@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxfm.evals import ThinkingConfig
+from jaxfm.sampling.request import Completion
 from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.thinking import visible
 
@@ -55,8 +56,13 @@ class Judge:
             log.warning('a sample (%s) that may stop early runs to its end: %s', prompt.id, error)
         return bool(is_stopped)
 
-    def judge(self, prompt: Prompt, text: str) -> Verdict:
-        """The verdict on a whole completion."""
+    def judge(self, prompt: Prompt, sample: Completion) -> Verdict:
+        """The verdict on a sample that has ended. One that the engine failed scores 0, unjudged."""
+        if sample.finish_reason == 'error':
+            return Verdict(0.0, None)
+        return self._judge(prompt, sample.text)
+
+    def _judge(self, prompt: Prompt, text: str) -> Verdict:
         shown = self.visible(text)
         score, error = self._try(self._task.evaluate, prompt, shown or '')
         if not error and not _is_score(score):

@@ -75,7 +75,7 @@ class Solver:
         )
 
     def _record(self, prompt, outcome: strategies.Outcome, describe) -> dict:
-        judged = [(sample, self._judged(prompt, sample)) for sample in outcome.samples]
+        judged = [(sample, self._judge.judge(prompt, sample)) for sample in outcome.samples]
         chosen = judged[outcome.chosen] if outcome.chosen is not None else None
         sample, verdict = chosen or (_NOTHING, Verdict(0.0, None))
         error = outcome.error or ''
@@ -93,11 +93,6 @@ class Solver:
             'notes': outcome.record,
             'ledger': dataclasses.asdict(outcome.entry),
         }
-
-    def _judged(self, prompt, sample: Completion) -> Verdict:
-        if sample.finish_reason == 'error':
-            return Verdict(0.0, None)
-        return self._judge.judge(prompt, sample.text)
 
 
 def _own(record: dict) -> dict:

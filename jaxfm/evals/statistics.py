@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -38,6 +38,11 @@ class Estimate:
         if math.isinf(self.high):
             return {name: self.value}
         return {name: self.value, f'{name}_low': self.low, f'{name}_high': self.high}
+
+
+def clusters_of(questions: Iterable[tuple[str, str]]) -> Clusters:
+    """(id, group) of each question -> a cluster for each group, and for each without one."""
+    return [('group', group) if group else ('id', id) for id, group in questions]
 
 
 def wilson_interval(successes: float, total: float, z: float = Z) -> tuple[float, float]:

@@ -43,7 +43,7 @@ def summarize(
       flops: tokens of a document -> model FLOPs of its forward pass.
     """
     groups = [samples[0]['group'] for samples in records.values()]
-    clusters = _clusters(records, groups) if by_group else None
+    clusters = statistics.clusters_of(zip(records, groups)) if by_group else None
     scores = {id: [record['score'] for record in samples] for id, samples in records.items()}
     means = [sum(each) / len(each) for each in scores.values()]
     values = statistics.share(means, clusters).values('pass@1') | {'prompts': float(len(records))}
@@ -81,11 +81,6 @@ def _strategy(records: Records) -> dict[str, float]:
             f'cost/{k}': float(sum(ledger[name] for ledger in ledgers)) for k, name in names.items()
         },
     }
-
-
-def _clusters(records: Records, groups: list[str]) -> Clusters:
-    """A cluster for each group, and for each prompt without one."""
-    return [('group', group) if group else ('id', id) for id, group in zip(records, groups)]
 
 
 def _curves(records: Records, n: int, clusters: Clusters) -> dict[str, float]:

@@ -36,9 +36,9 @@ def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
         if panel:
             directory.mkdir(parents=True, exist_ok=True)
             drawn.append(_plot_curves(panel, series, directory / f'{name}.png'))
-    if find_curves(series):
+    if curves := find_curves(series):
         directory.mkdir(parents=True, exist_ok=True)
-        drawn.append(plot_samples(series, directory / 'samples.png'))
+        drawn.append(plot_samples(curves, series, directory / 'samples.png'))
     if account := last_account(series):
         directory.mkdir(parents=True, exist_ok=True)
         drawn.append(_plot_goodput(account, directory / 'goodput.png'))

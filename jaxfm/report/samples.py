@@ -60,11 +60,13 @@ def _is_of(name: str, evaluator: str) -> bool:
     return match is not None and match[1] == evaluator
 
 
-def plot_samples(series: Series, path: Path) -> Path:
-    """Two panels for each evaluator: score against samples and against generated tokens."""
+def plot_samples(found: dict[str, dict[str, list[Point]]], series: Series, path: Path) -> Path:
+    """Two panels for each evaluator: score against samples and against generated tokens.
+
+    found: as from `find_curves`.
+    """
     from matplotlib.figure import Figure
 
-    found = find_curves(series)
     figure = Figure(figsize=(11, 3.2 * len(found)), dpi=90, layout='constrained')
     for row, (evaluator, curves) in enumerate(found.items()):
         tokens = tokens_of_a_sample(series, evaluator)

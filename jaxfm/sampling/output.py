@@ -106,8 +106,8 @@ class Output:
 
     def _event(self, count: int, text: str, reason, stop, error) -> Event:
         told = [self._held.popleft() for _ in range(count)]
-        names = range(5)
-        tokens, logprobs, sampling_logprobs, top, versions = ([x[i] for x in told] for i in names)
+        columns = ([one[i] for one in told] for i in range(5))
+        tokens, logprobs, sampling_logprobs, top, versions = columns
         prompt, self._prompt_logprobs = self._prompt_logprobs, None
         prompt_top, self._prompt_top = self._prompt_top, []
         asks = self._request.top_logprobs > 0

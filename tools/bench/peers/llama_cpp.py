@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import xllamacpp as llama
 
@@ -20,7 +21,8 @@ def main() -> None:
     flags = parse()
     began = time.perf_counter()
     server = start(flags)
-    about = {'xllamacpp': llama.__version__, 'flags': vars(flags)}
+    told = vars(flags) | {'model': Path(flags.model).name}
+    about = {'xllamacpp': llama.__version__, 'flags': told}
     _tell(about | {'load_seconds': time.perf_counter() - began})
     with concurrent.futures.ThreadPoolExecutor(1024) as pool:
         for line in sys.stdin:

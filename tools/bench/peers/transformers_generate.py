@@ -11,6 +11,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
@@ -22,7 +23,8 @@ def main() -> None:
     began = time.perf_counter()
     model = load(flags)
     about = {'transformers': transformers.__version__, 'torch': torch.__version__}
-    about |= {'flags': vars(flags), 'load_seconds': time.perf_counter() - began}
+    told = vars(flags) | {'model': Path(flags.model).name}
+    about |= {'flags': told, 'load_seconds': time.perf_counter() - began}
     _tell(about)
     for line in sys.stdin:
         requests = json.loads(line)

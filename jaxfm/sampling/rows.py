@@ -3,9 +3,8 @@
 The rows of a call are split over the shards of the batch like its pages: `count` rows for each.
 """
 
-import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from typing import NamedTuple
 
@@ -122,7 +121,7 @@ class Rows:
         (chunk, count), pieces = size, []
         for shard, found in enumerate(self._by_shard(sequences)):
             rows = iter(range(shard * count, (shard + 1) * count))
-            for row, (sequence, start) in zip(rows, _in_turn(found, chunk)):
+            for row, (sequence, start) in zip(rows, _in_turn(found, chunk, count)):
                 length = min(chunk, len(sequence.tokens) - 1 - start)
                 pieces.append(Piece(row, sequence, start, length))
         return pieces
@@ -198,13 +197,17 @@ class Rows:
         return {'page_table': table}
 
 
-def _in_turn(sequences: Iterable[Sequence], chunk: int) -> Iterator[tuple[Sequence, int]]:
-    """(sequence, start) of the chunks to store: the first of each sequence, then the second, ...
+def _in_turn(sequences: Iterable[Sequence], chunk: int, count: int) -> list[tuple[Sequence, int]]:
+    """(sequence, start) of the next `count` chunks: the first of each, the second of each, ...
 
     So a long prompt does not keep short ones waiting.
     """
-    each = [
-        ((sequence, start) for start in range(sequence.num_stored, len(sequence.tokens) - 1, chunk))
+    starts = [
+        (turn, sequence, start)
         for sequence in sequences
+        for turn, start in enumerate(
+            range(sequence.num_stored, len(sequence.tokens) - 1, chunk)[:count]
+        )
     ]
-    return filter(None, itertools.chain.from_iterable(itertools.zip_longest(*each)))
+    starts.sort(key=lambda item: item[0])
+    return [(sequence, start) for _, sequence, start in starts[:count]]

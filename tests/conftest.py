@@ -40,6 +40,9 @@ from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZATIONS_OFF = 'jax_disable_most_optimizations'
+# For the whole process: storage sets the first, jax the second at an import, pytest the third.
+MAY_CHANGE = ('TENSORSTORE_CURL_', 'MOSAIC_GPU_', 'PYTEST_')
+_environment: dict[str, str] = {}  # of the session, when it started
 
 
 def _wants_gpu(config) -> bool:
@@ -59,6 +62,7 @@ def pytest_configure(config):
     jax.config.update('jax_numpy_rank_promotion', 'raise')
     kept.keep_compiled_programs()
     config.pluginmanager.register(kept.KernelTests())
+    _environment.update(os.environ)
 
 
 # The slowest files, slowest first, so that no worker is left with a long file at the end.
@@ -90,6 +94,20 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.whole_files import WholeFiles
 
     return WholeFiles(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays():
+    """A variable that a test leaves changed would reach the processes that later tests start."""
+    yield
+    names = {name for name, _ in _environment.items() ^ os.environ.items()}
+    names = sorted(name for name in names if not name.startswith(MAY_CHANGE))
+    for name in names:
+        if name in _environment:
+            os.environ[name] = _environment[name]
+        else:
+            del os.environ[name]
+    assert not names, f'environment variables changed and not restored: {", ".join(names)}'
 
 
 def _rank(item) -> int:

@@ -34,7 +34,7 @@ def start(program, environments=({},)):
     """Processes running `program` (Python source), SIGKILLed at the end."""
     command = [sys.executable, '-u', '-c', textwrap.dedent(program)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    base = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+    base = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
     processes = [subprocess.Popen(command, env={**base, **env}, **pipes) for env in environments]
     try:
         yield processes

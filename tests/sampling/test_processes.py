@@ -29,8 +29,9 @@ def play() -> str:
         for i in range(6)
     ]
     events = []
+    params = random_params()  # of each process, before they share a mesh
     with jax.set_mesh(mesh):
-        sampler = new_sampler(stored(random_params()), mesh, slots=6, pages=20)
+        sampler = new_sampler(stored(params), mesh, slots=6, pages=20)
         for request in requests:
             sampler.add(request)
         sampler.add(Request('scored', list(range(20)), 4, n=3, prompt_logprobs=True))

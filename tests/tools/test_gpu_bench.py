@@ -3,9 +3,11 @@
 import gc
 import json
 import math
+import os
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import pytest
 
 from pallas_kernels._compat import interpreted_races
 from tests.conftest import ROOT
+from tools.bench.gpu import __main__ as gpu
 from tools.bench.gpu import (
     determinism,
     documents,
@@ -22,7 +25,6 @@ from tools.bench.gpu import (
     stages,
     train,
 )
-from tools.bench.gpu.__main__ import main
 from tools.bench.gpu.record import Record, outcome
 from tools.bench.gpu.stages import Runner, quick
 from tools.bench.gpu.timing import floor_microseconds
@@ -30,6 +32,12 @@ from tools.bench.gpu.timing import floor_microseconds
 # Losses of tools/bench/peers/llama_torch.py with torch 2.13 on a CPU, from the initial weights that
 # this jax draws: --part train --smoke --peer_python PYTHON.
 TORCH_LOSSES = [6.664012, 6.371418, 6.107687]
+
+
+def main(argv: list[str]) -> int:
+    """The command, without the variables that it sets for a process of its own."""
+    with mock.patch.dict(os.environ):
+        return gpu.main(argv)
 
 
 def run(part: str, directory: Path, *more: str) -> Record:

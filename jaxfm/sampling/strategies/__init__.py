@@ -194,15 +194,72 @@ class RefinementConfig(StrategyConfig):
     after: str = '\n\n'
 
 
-STRATEGIES = Registry(
-    {
-        'best_of_n': Entry('jaxfm.sampling.strategies.best_of_n:BestOfN', BestOfNConfig),
-        'vote': Entry('jaxfm.sampling.strategies.vote:Vote', VoteConfig),
-        'budget_forcing': Entry(
-            'jaxfm.sampling.strategies.budget_forcing:BudgetForcing', BudgetForcingConfig
-        ),
-        'beam_search': Entry('jaxfm.sampling.strategies.beam_search:BeamSearch', BeamSearchConfig),
-        'refinement': Entry('jaxfm.sampling.strategies.refinement:Refinement', RefinementConfig),
-    },
-    base=StrategyConfig,
-)
+STRATEGIES = Registry({}, base=StrategyConfig)  # its entries follow; one of them takes others
+
+
+class LevelConfig(Group):
+    """A strategy for the problems of which the model is so sure."""
+
+    # Share of the first samples with the same answer, or mean score; None, in the last level: any.
+    at_least: _Number | None = None
+    strategy: one_of(STRATEGIES)
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """A problem has one budget, so keys of the strategy that are about it would do nothing."""
+        if 'strategy' not in parts:
+            return []
+        fields = StrategyConfig.model_fields
+        return [
+            Problem.at(
+                ('strategy', name),
+                f'a level has no {name} of its own: set it beside levels, for the whole problem',
+            )
+            for name in ('budget', 'price', 'call_seconds')
+            if getattr(parts['strategy'], name) != fields[name].default
+        ]
+
+
+class ComputeOptimalConfig(StrategyConfig):
+    """Estimates a problem's difficulty from a few samples and takes the strategy for it.
+
+    After Snell et al. 2024; the samples are charged to the problem.
+    """
+
+    name: Literal['compute_optimal'] = 'compute_optimal'
+    first: int = Field(4, ge=1)  # samples to estimate from
+    # Its mean over the first samples is how sure the model is; None: the share of the most frequent
+    # answer.
+    scorer: one_of(SCORERS) | None = None
+    levels: list[LevelConfig] = Field(min_length=1)  # from the surest on; the first that is reached
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        bounds = [level.at_least for level in parts.get('levels', [])]
+        found = []
+        if bounds and bounds[-1] is not None:
+            path = ('levels', len(bounds) - 1, 'at_least')
+            found.append(Problem.at(path, 'the last level is for all others: leave at_least out'))
+        for index, bound in enumerate(bounds[:-1]):
+            path = ('levels', index, 'at_least')
+            if bound is None:
+                sentence = 'only the last level is for all others: this one needs at_least'
+                found.append(Problem.at(path, sentence))
+            elif index and bounds[index - 1] is not None and bound >= bounds[index - 1]:
+                sentence = f'{bound:g} is not less than {bounds[index - 1]:g}, of the level before'
+                found.append(Problem.at(path, sentence))
+        return found
+
+
+STRATEGIES |= {
+    'best_of_n': Entry('jaxfm.sampling.strategies.best_of_n:BestOfN', BestOfNConfig),
+    'vote': Entry('jaxfm.sampling.strategies.vote:Vote', VoteConfig),
+    'budget_forcing': Entry(
+        'jaxfm.sampling.strategies.budget_forcing:BudgetForcing', BudgetForcingConfig
+    ),
+    'beam_search': Entry('jaxfm.sampling.strategies.beam_search:BeamSearch', BeamSearchConfig),
+    'refinement': Entry('jaxfm.sampling.strategies.refinement:Refinement', RefinementConfig),
+    'compute_optimal': Entry(
+        'jaxfm.sampling.strategies.compute_optimal:ComputeOptimal', ComputeOptimalConfig
+    ),
+}

@@ -140,6 +140,14 @@ EVERY = [
     dict(name='beam_search', width=2, expansions=2, step_tokens=3, scorer={'name': 'reward'}),
     dict(name='beam_search', width=2, expansions=2, step_tokens=4, subtrees=2, delimiter='a'),
     dict(name='refinement', max_turns=3, checker={'name': f'{HERE}:Tool'}, before='x', after='y'),
+    dict(
+        name='compute_optimal',
+        first=2,
+        levels=[
+            dict(at_least=0.6, strategy=dict(name='vote', n=4)),
+            dict(strategy=dict(name='beam_search', width=2, expansions=2, step_tokens=3)),
+        ],
+    ),
     dict(name=f'{HERE}:Restless'),
 ]
 

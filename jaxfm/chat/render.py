@@ -76,6 +76,12 @@ class Chat:
         parts = self._encode(text, spans, view.filler, end=len(text))
         return list(itertools.chain(*parts))
 
+    def prompt_text(self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()) -> str:
+        """The text whose ids `prompt` gives; in it, a message may spell special tokens."""
+        view = self._view(messages, tools)
+        text = self._prompt_text(view)
+        return text.replace(view.filler, '') if view.filler else text
+
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end an answer: eos, and special tokens that end a turn or its tool calls."""

@@ -1,30 +1,18 @@
 """Multiple choice by log-likelihood, through the sampling engine, which computes prefixes once."""
 
-import dataclasses
 import logging
 from collections import defaultdict
 
 from jaxfm.errors import DataError
 from jaxfm.evals import LikelihoodConfig, choice
 from jaxfm.evals.base import Context, Periodic, text_of
-from jaxfm.evals.prompts import choice_ids, open_task, pair_ids, read_logprob
+from jaxfm.evals.prompts import choice_ids, open_task, pair_ids
 from jaxfm.evals.samples import Samples
-from jaxfm.sampling.complete import complete_each
-from jaxfm.sampling.request import Completion, Request
+from jaxfm.evals.scoring import Key, Scored, key, score_each, score_request
+from jaxfm.sampling.request import Request
 from jaxfm.tasks.base import Choice
 
 log = logging.getLogger('jaxfm')
-
-_MANY = 200  # requests, from which on compiling for them takes less time than it saves
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """What the engine says about a continuation."""
-
-    logprob: float  # the sum over its tokens, in nats
-    is_greedy: bool  # greedy decoding gives it
-    error: str = ''
 
 
 class Likelihood(Periodic):
@@ -70,15 +58,8 @@ class Likelihood(Periodic):
                     f'token to its context: {prompt.pairs[number][1]!r}'
                 )
         return [
-            Request(
-                id=f'{prompt.id} choice {number}',
-                tokens=[*before, *continuation],
-                max_tokens=0,
-                prompt_logprobs=True,
-                prompt_logprobs_from=len(before),
-                top_logprobs=1,
-            )
-            for number, (before, continuation) in enumerate(pairs)
+            score_request(f'{prompt.id} choice {number}', *pair)
+            for number, pair in enumerate(pairs)
         ]
 
     def open(self, step: int) -> Samples:
@@ -108,37 +89,34 @@ class Likelihood(Periodic):
         return choice.summarize(records, self._config.cluster_by_group) | self._costs()
 
     def _score_all(self, ids: list[str], params, step: int):
-        """Yields (id of a prompt, {its different requests, as `_key`: scores}) once all are there.
+        """Yields (id of a prompt, {its different requests, as `key`: scores}) once all are there.
 
-        Equal requests are scored once. They are sorted by their tokens, so that those with a common
-        prefix (examples, a question's context) follow one another and share its keys and values.
+        Equal requests are scored once, and those with a common prefix (examples, a question's
+        context) one after another.
         """
         waiting, missing, distinct = defaultdict(set), {}, {}
         for id in ids:
-            requests = {_key(one): one for one in (*self._requests[id], *self._alone[id])}
+            requests = {key(one): one for one in (*self._requests[id], *self._alone[id])}
             distinct |= requests
             missing[id] = set(requests)
-            for key in requests:
-                waiting[key].add(id)
+            for each in requests:
+                waiting[each].add(id)
         # Those without a question first: they are few, and many questions need them.
-        ranked = sorted(distinct, key=lambda key: (len(waiting[key]) == 1, key))
-        requests = (dataclasses.replace(distinct[key], id=str(i)) for i, key in enumerate(ranked))
-        found: dict[tuple, Scored] = {}
-        if len(ranked) > _MANY:
-            self._sampler.expect_many_prompts()
-        for sample in complete_each(self._sampler, requests, params, step, most=self._context.most):
-            key = ranked[int(sample.id)]
-            found[key] = _read(distinct[key], sample)
-            for id in sorted(waiting[key]):
-                missing[id].discard(key)
+        ranked = sorted(distinct, key=lambda each: (len(waiting[each]) == 1, each))
+        found: dict[Key, Scored] = {}
+        ordered = [distinct[each] for each in ranked]
+        for each, scored in score_each(ordered, self._context, params, step):
+            found[each] = scored
+            for id in sorted(waiting[each]):
+                missing[id].discard(each)
                 if not missing[id]:
                     yield id, found
 
-    def _record(self, id: str, scored: dict[tuple, Scored], step: int) -> dict:
+    def _record(self, id: str, scored: dict[Key, Scored], step: int) -> dict:
         """What is kept of a question, with its scores."""
         prompt, requests = self._prompts[id], self._requests[id]
-        choices = [scored[_key(request)] for request in requests]
-        alone = [scored[_key(request)] for request in self._alone[id]]
+        choices = [scored[key(request)] for request in requests]
+        alone = [scored[key(request)] for request in self._alone[id]]
         error = next((one.error for one in (*choices, *alone) if one.error), '')
         logprobs, unconditional = ([one.logprob for one in each] for each in (choices, alone))
         num_bytes = [len(text.strip().encode('utf-8', 'replace')) for _, text in prompt.pairs]
@@ -192,16 +170,3 @@ class Likelihood(Periodic):
                 *(step, self._context.name, len(failed), len(records)),
                 *(failed[0]['id'], failed[0]['error']),
             )
-
-
-def _key(request: Request) -> tuple:
-    """What determines the scores of a request, in the order in which to run them."""
-    return tuple(request.tokens), request.prompt_logprobs_from
-
-
-def _read(request: Request, sample: Completion) -> Scored:
-    """The scores of the tokens from `prompt_logprobs_from` on."""
-    logprob, error = read_logprob(sample)
-    tokens = request.tokens[request.prompt_logprobs_from :]
-    top = [pairs[0][0] for pairs in sample.prompt_top_logprobs]
-    return Scored(logprob, top == list(tokens), error)

@@ -61,19 +61,14 @@ class Perplexity(Periodic):
     def _windows(self, text: Text) -> Iterator[Request]:
         """Requests that together score every token of a document once."""
         ids = [*begin_ids(self._context.tokenizer), *self._context.tokenizer.encode(text.text)]
-        scored = 1  # tokens before this one are scored, or cannot be
-        while scored < len(ids):
-            # The first window is full of new tokens; the others score `stride` of them.
-            end = min(len(ids), self._length if scored == 1 else scored + self._stride)
-            start = max(0, end - self._length)
+        for start, first, end in windows(len(ids), self._length, self._stride):
             yield Request(
-                id=f'{text.id}[{scored}]',
+                id=f'{text.id}[{first}]',
                 tokens=ids[start:end],
                 max_tokens=0,
                 prompt_logprobs=True,
-                prompt_logprobs_from=scored - start,
+                prompt_logprobs_from=first - start,
             )
-            scored = end
 
     def open(self, step: int) -> Samples:
         """The file of the windows at a step."""
@@ -133,6 +128,18 @@ class Perplexity(Periodic):
 
     def _flops(self) -> float:
         return sum(self._context.flops(len(request.tokens)) for request in self._requests)
+
+
+def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Windows that together score every token but the first once -> (start, first scored, end).
+
+    The first window is full of new tokens; the others score `stride` of them.
+    """
+    scored = 1  # tokens before this one are scored, or cannot be
+    while scored < num_tokens:
+        end = min(num_tokens, length if scored == 1 else scored + stride)
+        yield max(0, end - length), scored, end
+        scored = end
 
 
 def _losses(records: list[dict], texts: dict[str, Text]) -> dict[str, float]:

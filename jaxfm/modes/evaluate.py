@@ -39,7 +39,7 @@ def evaluate(flags, config: RunConfig, changes) -> int:
             data,
             run.sampler(data.tokenizer),
             _samples_directory(run, flags.output),
-            weights=lambda step: _describe_weights(run, step),
+            weights=lambda step: describe_weights(run, step),
             goes_on=True,
         )
         params, step = current_params(run)
@@ -73,7 +73,7 @@ def _check_samples(evaluators: dict, step: int) -> None:
                     log.info('%s: keeps %d samples', samples.path, len(samples.records))
 
 
-def _describe_weights(run: Run, step: int) -> dict:
+def describe_weights(run: Run, step: int) -> dict:
     """Which weights these are; the digest tells them from those of another run to that step."""
     if not run.has_begun:
         return {'name': run.config.init_from, 'step': step}

@@ -136,15 +136,34 @@ class Run:
           weights: step -> which weights these are, as JSON; by default this run's.
           goes_on: with the files that are there, rather than replace them.
         """
+        context = self.context(data.tokenizer, sampler, samples, weights=weights, goes_on=goes_on)
+        return {
+            name: EVALUATORS.load(group.name)(
+                group,
+                dataclasses.replace(context, name=name, dataset=data.datasets.get(group.phase)),
+            )
+            for name, group in self.config.evals.items()
+        }
+
+    def context(
+        self,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        samples: Path | None = None,
+        *,
+        weights: Callable[[int], dict] | None = None,
+        goes_on: bool = False,
+    ) -> Context:
+        """What evaluators get that measure this run's model. Arguments: as in `evaluators`."""
         model = self.config.model
         describe = weights or (lambda step: {'name': self.workdir.name, 'step': step})
         dtypes = {key: getattr(model, key) for key in ('param_dtype', 'compute_dtype')}
-        context = Context(
+        return Context(
             name='',
             merge=self.parts.merge,
             dataset=None,
-            tokenizer=data.tokenizer,
-            chat=functools.cache(lambda: Chat(data.tokenizer)),
+            tokenizer=tokenizer,
+            chat=functools.cache(lambda: Chat(tokenizer)),
             sampler=sampler,
             mesh=self.mesh,
             seed=self.config.seed,
@@ -153,13 +172,6 @@ class Run:
             samples_directory=samples,
             goes_on=goes_on,
         )
-        return {
-            name: EVALUATORS.load(group.name)(
-                group,
-                dataclasses.replace(context, name=name, dataset=data.datasets.get(group.phase)),
-            )
-            for name, group in self.config.evals.items()
-        }
 
 
 @contextlib.contextmanager

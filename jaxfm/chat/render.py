@@ -35,8 +35,8 @@ class Chat:
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template or TEMPLATES['plain']
-        self._traits = probe(self._template, tokenizer)
+        self.template: str = tokenizer.chat_template or TEMPLATES['plain']  # Jinja
+        self._traits = probe(self.template, tokenizer)
 
     def encode(
         self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
@@ -101,7 +101,7 @@ class Chat:
 
     def _view(self, messages: Sequence[Mapping], tools: Sequence[Mapping]) -> View:
         form = self._traits.call_form
-        return make_view(messages, tools, self._template, form, self._tokenizer)
+        return make_view(messages, tools, self.template, form, self._tokenizer)
 
     def _render(self, view: View) -> str:
         """Renders a chat up to the end of its last turn."""
@@ -113,7 +113,7 @@ class Chat:
 
     def _render_view(self, view: View, add_generation_prompt: bool) -> str:
         none = self._traits.gives_none
-        return render_view(self._template, self._tokenizer, none, view, add_generation_prompt)
+        return render_view(self.template, self._tokenizer, none, view, add_generation_prompt)
 
     # Below: which characters of a rendered chat are the assistant's.
 

@@ -209,7 +209,8 @@ def at_desk(desk, monkeypatch):
     monkeypatch.setattr(main, 'check_absent', lambda path: None)  # another command reads `adapter`
     # Goldens are made in a separate environment, which has these packages.
     theirs = ('torch', 'torch.nn', 'torch.nn.functional', 'peft')
-    for name in (*theirs, 'transformers', 'transformers.utils'):
+    evals = ('lm_eval', 'lm_eval.models', 'lm_eval.models.huggingface', 'lm_eval.tasks')
+    for name in (*theirs, *evals, 'transformers', 'transformers.utils'):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     for name in [name for name in sys.modules if name.startswith('tools.goldens')]:
         monkeypatch.delitem(sys.modules, name)

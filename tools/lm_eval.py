@@ -8,13 +8,15 @@ the newest checkpoint in --workdir or, if no run has begun there, what `init_fro
 table goes to stderr, its results to FILE as JSON and its samples to FILE.samples/TASK.jsonl.
 Needs the extra `lmeval`, which brings no torch.
 
-In a program of your own, `open_model` gives the model for `lm_eval.simple_evaluate`.
+In a program of your own, `open_model` gives the model for `lm_eval.simple_evaluate`; set
+DISABLE_MULTIPROC=1 in its environment, as here.
 """  # noqa: E501
 
 import argparse
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -164,6 +166,8 @@ def main(argv: list[str]) -> int:
             check_resume(read_config(known), config, [])
         tasks = read_tasks(flags.tasks)  # mistakes in them are told before the weights are read
         lm_eval = _import_lm_eval()
+        # It would fork for standard errors, and a fork of a process with JAX's threads may hang.
+        os.environ['DISABLE_MULTIPROC'] = '1'
         with open_model(config, flags.workdir) as model:
             results = lm_eval.simple_evaluate(
                 model=model,
@@ -190,7 +194,11 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Command line -> (flags, overrides of the config)."""
     argument, overrides, rest = split_arguments(argv)
-    parser = Parser(prog='python -m tools.lm_eval', description=__doc__.partition('\n')[0])
+    parser = Parser(
+        prog='python -m tools.lm_eval',
+        description=__doc__.partition('\n')[0],
+        allow_abbrev=False,
+    )
     parser.add_argument(
         '--tasks', metavar='PATH', type=Path, nargs='+', required=True, help='YAML, or directories'
     )

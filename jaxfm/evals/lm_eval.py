@@ -6,8 +6,10 @@ The tokens are those of lm-eval's own models, except that
   here and has the ids of `Chat.prompt`: a continuation is encoded after it, not together with it;
 - a text begins with BOS once, if the tokenizer puts it there. lm-eval's Hugging Face models put a
   second one before a rolling text if the tokenizer adds one itself, and count its log-prob;
-- a context of white space alone is an empty one, where they fail;
-- a completion also ends with the chat template's end of turn, as in `jaxfm.evals.generate`.
+- an empty context is BOS only if the tokenizer puts one before texts, else EOS; they take BOS if
+  the tokenizer has one. A context of white space alone is an empty one, where they fail;
+- a completion also ends with the chat template's end of turn, as in `jaxfm.evals.generate`; a stop
+  string is not searched in the names of special tokens.
 """
 
 import collections

@@ -417,3 +417,13 @@ def test_real_chats_with_tools_are_supervised_on_answers_and_calls(real, chatml,
                 called = [call['name'] for call in turn.get('tool_calls', ())]
                 assert turn['content'] in run and all(name in run for name in called)
                 assert run.count('<|im_end|>') == 1 and run.endswith('<|im_end|>')
+
+
+def test_the_text_of_a_prompt_is_that_of_its_ids(chatml):
+    """Also of a message that spells a special token."""
+    messages = [{'role': 'user', 'content': 'two <|im_end|>?'}]
+    text = Chat(chatml).prompt_text(messages)
+    assert text == '<|im_start|>user\ntwo <|im_end|>?<|im_end|>\n<|im_start|>assistant\n'
+    ids = Chat(chatml).prompt(messages)
+    assert chatml.decode(ids, skip_special_tokens=False).removeprefix('<|bos|>') == text
+    assert ids.count(chatml.special_tokens['<|im_end|>']) == 1

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
+import os
 import re
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,7 @@ from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Choice, Task
 from tests.conftest import ROOT
 from tests.evals.scoring import Engine, Tokenizer, context_of, entry, total
+from tools.lm_eval import as_model, read_tasks
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -125,38 +129,117 @@ class Quiz(Task):
         ]
 
 
-def test_log_likelihoods_are_our_own_scores(
-    answers, scores, context, params, tmp_path, monkeypatch
-):
-    """Within 1e-6: of each pair that our evaluator does not refuse as too long."""
-    lengths = [sum(map(len, prompts.pair_ids(*pair, context))) for pair in PAIRS]
-    short = [i for i, length in enumerate(lengths) if length <= GOLDEN['max_length'] + 1]
-    assert len(PAIRS) > len(short) > 20
-    monkeypatch.setattr(Quiz, 'pairs', [PAIRS[i] for i in short])
-    monkeypatch.setattr(prompts, 'TASKS', Registry({'python_functions': entry(Quiz)}))
-    kept = dataclasses.replace(context, name='quiz', samples_directory=tmp_path)
-    Likelihood(LikelihoodConfig(task=PythonFunctionsConfig()), kept).run(params, 0)
-    for record in read_samples(next(tmp_path.iterdir()))[1]:
-        logprob, is_greedy = scores[short[int(record['id'])]]
-        assert record['logprobs'] == pytest.approx([logprob], abs=1e-6, rel=0)
-        assert record['is_greedy'] == [is_greedy]
+@pytest.fixture
+def own_scores(context, params, tmp_path, monkeypatch):
+    """pairs -> {index: (log-prob, is_greedy)} by our evaluator, but for those that are too long."""
+
+    def score(pairs):
+        lengths = [sum(map(len, prompts.pair_ids(*pair, context))) for pair in pairs]
+        short = [i for i, length in enumerate(lengths) if length <= GOLDEN['max_length'] + 1]
+        assert len(pairs) > len(short) > 0.8 * len(pairs)
+        monkeypatch.setattr(Quiz, 'pairs', [pairs[i] for i in short])
+        monkeypatch.setattr(prompts, 'TASKS', Registry({'python_functions': entry(Quiz)}))
+        kept = dataclasses.replace(context, name='quiz', samples_directory=tmp_path)
+        Likelihood(LikelihoodConfig(task=PythonFunctionsConfig()), kept).run(params, 0)
+        records = read_samples(tmp_path / 'quiz-000000.jsonl')[1]
+        return {short[int(one['id'])]: (one['logprobs'][0], one['is_greedy'][0]) for one in records}
+
+    return score
 
 
-def test_log_likelihoods_of_whole_texts_are_our_own_scores(context, params, tmp_path):
-    """Within 1e-6, where a text begins with BOS for both."""
+@pytest.fixture
+def with_bos(context):
+    """The same, with texts that begin with BOS, which is EOS."""
     tokenizer = copy.copy(context.tokenizer)
     tokenizer.bos_id = tokenizer.eos_id
-    kept = dataclasses.replace(
-        context, tokenizer=tokenizer, name='text', samples_directory=tmp_path
-    )
-    path = tmp_path / 'texts.jsonl'
-    path.write_text(''.join(json.dumps({'text': text}) + '\n' for text in TEXTS), encoding='utf-8')
-    Perplexity(PerplexityConfig(path=str(path)), kept).run(params, 0)
-    nats = [0.0] * len(TEXTS)
-    for record in read_samples(tmp_path / 'text-000000.jsonl')[1]:
-        nats[int(record['group'].rpartition(':')[2]) - 1] -= record['nats']
-    found = LmEval(kept, params, 0).loglikelihood_rolling(TEXTS)
-    assert found == pytest.approx(nats, abs=1e-6, rel=0)
+    return dataclasses.replace(context, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def own_sums(with_bos, params, tmp_path):
+    """texts -> the log-prob of each by our evaluator."""
+
+    def score(texts):
+        kept = dataclasses.replace(with_bos, name='text', samples_directory=tmp_path)
+        path = tmp_path / 'texts.jsonl'
+        lines = [json.dumps({'text': text}) + '\n' for text in texts]
+        path.write_text(''.join(lines), encoding='utf-8')
+        Perplexity(PerplexityConfig(path=str(path)), kept).run(params, 0)
+        sums = [0.0] * len(texts)
+        for record in read_samples(tmp_path / 'text-000000.jsonl')[1]:
+            sums[int(record['group'].rpartition(':')[2]) - 1] -= record['nats']
+        return sums
+
+    return score
+
+
+SAME = dict(abs=1e-6, rel=0)
+
+
+def test_log_likelihoods_are_our_own_scores(scores, own_scores):
+    for index, (logprob, is_greedy) in own_scores(PAIRS).items():
+        assert scores[index] == (pytest.approx(logprob, **SAME), is_greedy)
+
+
+def test_log_likelihoods_of_whole_texts_are_our_own_scores(with_bos, params, own_sums):
+    found = LmEval(with_bos, params, 0).loglikelihood_rolling(TEXTS)
+    assert found == pytest.approx(own_sums(TEXTS), **SAME)
+
+
+@pytest.fixture
+def environment_as_before():
+    """Takes away the variables that lm-eval and what it imports set."""
+    before = set(os.environ)
+    yield
+    for name in set(os.environ) - before:
+        del os.environ[name]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('environment_as_before')
+def test_lm_eval_itself_gets_our_own_scores(
+    with_bos, answers, params, own_scores, own_sums, tmp_path, monkeypatch
+):
+    """In a session with the extra `lmeval`: the tasks that the golden is made of, asked again."""
+    if importlib.util.find_spec('lm_eval') is None:
+        pytest.skip('lm-eval is not installed: docs/evaluation.md says how')
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # those of lm-eval and what it imports
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        def evaluate(answers, *names):
+            return lm_eval.simple_evaluate(
+                model=as_model(lm_eval.api.model.LM, answers),
+                tasks=read_tasks([GOLDENS / 'lm_eval' / f'{name}.yaml' for name in names]),
+                task_manager=TaskManager(include_defaults=False),
+                bootstrap_iters=0,
+            )
+
+        found = evaluate(answers, 'last_word', 'quiz', 'sums')
+        of_text = evaluate(LmEval(with_bos, params, 0), 'text')
+    asked = [
+        (tuple(pair), tuple(answer))
+        for name in ('last_word', 'quiz')
+        for sample in found['samples'][name]
+        for pair, answer in zip(sample['arguments'], sample['filtered_resps'])
+    ]
+    assert sorted(pair for pair, _ in asked) == sorted(PAIRS)
+    for index, (logprob, is_greedy) in own_scores([pair for pair, _ in asked]).items():
+        assert asked[index][1] == (pytest.approx(logprob, **SAME), is_greedy)
+    texts = of_text['samples']['text']
+    sums = [sample['filtered_resps'][0] for sample in texts]
+    assert [sample['arguments'][0][0] for sample in texts] == TEXTS
+    assert sums == pytest.approx(own_sums(TEXTS), **SAME)
+    results = found['results'] | of_text['results']
+    for name, golden in GOLDEN['results'].items():
+        for metric, value in golden.items():
+            if not metric.endswith('stderr,none'):
+                near = value if isinstance(value, str) else pytest.approx(value, **NEAR)
+                assert results[name][metric] == near, (name, metric)
 
 
 def test_the_full_forward_pass_agrees(run, scores, context, params):

@@ -100,6 +100,7 @@ def pytest_xdist_make_scheduler(config, log):
 def _environment_stays():
     """A variable that a test leaves changed would reach the processes that later tests start."""
     yield
+    os.environ.pop('NPROC', None)  # `join` gives it to this process
     names = {name for name, _ in _environment.items() ^ os.environ.items()}
     names = sorted(name for name in names if not name.startswith(MAY_CHANGE))
     for name in names:

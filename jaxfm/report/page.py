@@ -44,7 +44,7 @@ def write_report(workdir: str | Path) -> Path:
     records = list(read_records(workdir / 'metrics.jsonl'))
     series, data = collect_series(records), collect_data(records)
     config = read_config(workdir / 'config.json')
-    pictures = draw_plots(series, data, workdir / 'plots')
+    pictures = draw_plots(series, data, config, workdir / 'plots')
     page = _page(workdir.absolute().name, series, data, config, pictures)
     path = workdir / 'report.html'
     # The name of the run may hold bytes that are not UTF-8.

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxfm.metrics import goodput, is_detail
-from jaxfm.report.samples import find_curves, is_of_samples, plot_samples
+from jaxfm.report.samples import find_panels, is_of_samples, plot_samples
 from jaxfm.report.series import (
     BOUNDS,
     HISTOGRAM,
@@ -20,10 +20,10 @@ from jaxfm.report.series import (
 _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 
 
-def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
+def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list[Path]:
     """Draws {loss,norms,eval,samples,throughput,goodput,lengths}.png, as far as there is data.
 
-    data: as from `collect_data`. Returns the paths of the files.
+    data, config: as from `collect_data` and `read_config`. Returns the paths of the files.
     """
     panels = {
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
@@ -36,9 +36,9 @@ def draw_plots(series: Series, data: dict, directory: Path) -> list[Path]:
         if panel:
             directory.mkdir(parents=True, exist_ok=True)
             drawn.append(_plot_curves(panel, series, directory / f'{name}.png'))
-    if curves := find_curves(series):
+    if panels := find_panels(series, config):
         directory.mkdir(parents=True, exist_ok=True)
-        drawn.append(plot_samples(curves, series, directory / 'samples.png'))
+        drawn.append(plot_samples(panels, directory / 'samples.png'))
     if account := last_account(series):
         directory.mkdir(parents=True, exist_ok=True)
         drawn.append(_plot_goodput(account, directory / 'goodput.png'))

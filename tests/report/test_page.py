@@ -10,7 +10,7 @@ import pytest
 from jaxfm.metrics import goodput
 from jaxfm.metrics.writers import JsonlWriter, Recorder, read_records
 from jaxfm.report.page import write_report
-from jaxfm.report.samples import find_curves, tokens_of_a_sample
+from jaxfm.report.samples import find_panels
 from jaxfm.report.series import collect_series
 
 
@@ -172,35 +172,112 @@ def test_a_long_run_takes_no_longer_to_report_than_a_short_one(tmp_path):
     assert seconds(20_000) < 2 * seconds(200)
 
 
-def record_samples(workdir, n=8, prompts=20, tokens=30.0):
-    """Records an evaluation with n samples of each question."""
+def record_evals(workdir, **evaluators):
+    """Records the values of evaluators at the last step."""
+    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
+    for evaluator, values in evaluators.items():
+        recorder.write(200, 'eval', {f'eval/{evaluator}/{name}': x for name, x in values.items()})
+    recorder.close()
+
+
+def with_ends(name, score):
+    return {name: score, f'{name}_low': score - 0.05, f'{name}_high': score + 0.05}
+
+
+def of_samples(n=8, prompts=20, tokens=30.0):
+    """What n samples of each question give."""
     values = {'prompts': prompts, 'cost/generated_tokens': tokens * prompts * n}
-    k = 1
+    values |= with_ends('pass@1', 0.3)
+    k = 2
     while k <= n:
         scores = {'pass@': 1 - 0.7**k, 'maj@': min(0.3 + 0.05 * k, 0.6), 'pass^': 0.3**k}
         for name, score in scores.items():
-            if k > 1 or name == 'pass@':
-                ends = {'': score, '_low': score - 0.05, '_high': score + 0.05}
-                values |= {f'{name}{k}{end}': value for end, value in ends.items()}
+            values |= with_ends(f'{name}{k}', score)
         k *= 2
-    recorder = Recorder(JsonlWriter(workdir / 'metrics.jsonl'))
-    recorder.write(200, 'eval', {f'eval/sums/{name}': value for name, value in values.items()})
-    recorder.close()
+    return values
+
+
+def of_one(score, tokens, prompts=20, **more):
+    """What an answer to each question gives."""
+    costs = {'prompts': prompts, 'cost/generated_tokens': tokens * prompts}
+    return with_ends('pass@1', score) | costs | more
+
+
+def generates(task='gsm8k', **changes):
+    """The config of an evaluator: greedy, unless changes say otherwise."""
+    group = {'name': 'generate', 'task': {'name': task, 'path': 'x'}, 'phase': ''}
+    return group | {'n': 1, 'temperature': 0.0, 'strategy': None} | changes
+
+
+def panels_of(workdir, config=None):
+    return find_panels(collect_series(list(read_records(workdir / 'metrics.jsonl'))), config)
 
 
 def test_scores_of_several_samples_are_curves(tmp_path):
     record_run(tmp_path)
-    record_samples(tmp_path)
-    series = collect_series(list(read_records(tmp_path / 'metrics.jsonl')))
-    curves = find_curves(series)['eval/sums']
-    assert [point[0] for point in curves['pass@']] == [1, 2, 4, 8]
-    assert [point[0] for point in curves['maj@']] == [1, 2, 4, 8]  # one sample votes alone
-    k, score, low, high = curves['pass@'][2]
-    assert (k, score, low, high) == pytest.approx((4, 1 - 0.7**4, 0.7099, 0.8099))
-    assert tokens_of_a_sample(series, 'eval/sums') == 30
+    record_evals(tmp_path, sums=of_samples())
+    lines = panels_of(tmp_path)['sums']
+    assert [line.label for line in lines] == [
+        'any is right (oracle)',
+        'their vote',
+        'all are right',
+    ]
+    for line in lines:  # one sample votes alone
+        assert [point.samples for point in line.points] == [1, 2, 4, 8]
+        assert [point.tokens for point in line.points] == [30, 60, 120, 240]
+    assert lines[0].points[2] == pytest.approx((4, 120, 1 - 0.7**4, 0.7099, 0.8099))
     page = write_report(tmp_path).read_text(encoding='utf-8')
     assert (tmp_path / 'plots' / 'samples.png').stat().st_size > 10_000
     assert 'eval/sums/pass@8' in page  # the table has every number
+
+
+def test_evaluators_of_one_task_share_their_panels(tmp_path):
+    vote = of_one(0.6, 150, **{'strategy/samples': 5.5})
+    record_evals(tmp_path, many=of_samples(), one=of_one(0.4, 25), vote=vote, other=of_one(0.5, 9))
+    evals = {
+        'many': generates(n=8, temperature=0.7),
+        'one': generates(),
+        'vote': generates(temperature=0.7, strategy={'name': 'vote', 'n': 8}),
+        'other': generates('math'),  # alone with one score: it has no panel
+    }
+    [(title, lines)] = panels_of(tmp_path, {'evals': evals}).items()
+    assert title == 'gsm8k: many, one, vote'
+    *_, greedy, strategy = lines
+    assert (greedy.label, greedy.form) == ('greedy', 'level')
+    assert greedy.points == [pytest.approx((1, 25, 0.4, 0.35, 0.45))]
+    assert (strategy.label, strategy.form) == ('vote: vote', 'point')
+    assert strategy.points == [pytest.approx((5.5, 150, 0.6, 0.55, 0.65))]
+    (tmp_path / 'config.json').write_text(json.dumps({'evals': evals}))
+    write_report(tmp_path)
+    assert (tmp_path / 'plots' / 'samples.png').exists()
+
+
+def test_only_greedy_decoding_is_called_greedy(tmp_path):
+    record_evals(tmp_path, many=of_samples(), hot=of_one(0.4, 25))
+    evals = {'many': generates(n=8, temperature=0.0), 'hot': generates(temperature=0.7)}
+    [lines] = panels_of(tmp_path, {'evals': evals}).values()
+    assert 'greedy' not in [line.label for line in lines]
+
+
+@pytest.mark.parametrize('change', [{'task': {'name': 'gsm8k', 'path': 'y'}}, {'phase': 'sft'}])
+def test_other_questions_have_panels_of_their_own(tmp_path, change):
+    record_evals(tmp_path, first=of_samples(), second=of_samples())
+    evals = {'first': generates(n=8), 'second': generates(n=8) | change}
+    assert list(panels_of(tmp_path, {'evals': evals})) == ['gsm8k: first', 'gsm8k: second']
+    assert list(panels_of(tmp_path)) == ['first', 'second']  # without a config
+
+
+def test_equal_curves_of_one_task_say_whose_they_are(tmp_path):
+    record_evals(tmp_path, first=of_samples(2), second=of_samples(2), third=of_one(0.4, 0))
+    evals = {name: generates(n=2) for name in ('first', 'second')} | {'third': generates()}
+    [lines] = panels_of(tmp_path, {'evals': evals}).values()
+    assert [line.label for line in lines] == [
+        *('first: any is right (oracle)', 'first: their vote', 'first: all are right'),
+        *('second: any is right (oracle)', 'second: their vote', 'second: all are right'),
+        'greedy',
+    ]
+    (tmp_path / 'config.json').write_text(json.dumps({'evals': evals}))
+    write_report(tmp_path)  # an answer without tokens has no place on a logarithmic axis
 
 
 def test_without_several_samples_there_are_no_curves(tmp_path):

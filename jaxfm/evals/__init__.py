@@ -65,6 +65,8 @@ class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
     thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
     # How to come to one answer for each prompt (docs/strategies.md); None: n samples, all judged.
     strategy: one_of(STRATEGIES) | None = None
+    # For one call of the task's `evaluate`, `answer` or `stop`. Later it fails that sample.
+    call_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)
     max_tokens: MaxTokens = 96
     temperature: Temperature = 0.0
 

@@ -14,7 +14,10 @@ from jaxfm.tasks.base import Prompt
 # Samples that wait or run, for each slot.
 _IN_LINE = 8
 # Keys of a config that do not change what a sample is. With a larger n, those that are there stay.
-_NOT_OF_SAMPLES = ('every', 'at_start', 'phase', 'contamination_bytes', 'cluster_by_group', 'n')
+_NOT_OF_SAMPLES = (
+    *('every', 'at_start', 'phase', 'contamination_bytes', 'cluster_by_group', 'n'),
+    'call_seconds',
+)
 
 
 @dataclasses.dataclass(frozen=True)

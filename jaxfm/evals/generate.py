@@ -33,7 +33,7 @@ class Generate(Periodic):
         super().__init__(config.every, config.at_start)
         self._config, self._context, self._sampler = config, context, context.sampler
         self._task, self._prompts = open_task(config, context)
-        self._judge = Judge(self._task, config.thinking)
+        self._judge = Judge(self._task, config.thinking, config.call_seconds)
         self._solver = None
         if config.strategy is not None:
             self._solver = Solver(config, context, self._task, self._judge)

@@ -1,7 +1,7 @@
 """Judging completions with a task: only what follows the thoughts, and a judge may fail.
 
-A judge that raises, or whose score is not a number in [0, 1], must not end an evaluation that has
-run for hours: that sample scores 0, with the reason, and the others go on.
+A judge that raises or hangs, or whose score is not a number in [0, 1], must not end an evaluation
+that has run for hours: that sample scores 0, with the reason, and the others go on.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-from jaxfm.evals import ThinkingConfig
+from jaxfm.evals import ThinkingConfig, time_limit
 from jaxfm.sampling.request import Completion
 from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.thinking import visible
@@ -34,11 +34,13 @@ class Judge:
     Args:
       thinking: marks of thoughts, which are not judged. If they do not end, the empty text is. None
         judges everything.
+      seconds: for one call of the task.
     """
 
-    def __init__(self, task, thinking: ThinkingConfig | None):
-        self._task, self._thinking = task, thinking
+    def __init__(self, task, thinking: ThinkingConfig | None, seconds: float):
+        self._task, self._thinking, self._seconds = task, thinking, seconds
         self._has_warned = False
+        self._hanging: set[str] = set()  # prompts for which `stop` took too long
 
     def visible(self, text: str) -> str | None:
         """The text after the thoughts; None if they do not end."""
@@ -48,9 +50,11 @@ class Judge:
     def stops(self, prompt: Prompt, text: str) -> bool:
         """Whether more text can no longer change the score. Thoughts never stop a completion."""
         shown = self.visible(text)
-        if shown is None:
+        if shown is None or prompt.id in self._hanging:
             return False
         is_stopped, error = self._try(self._task.stop, prompt, shown)
+        if error.startswith(TimeoutError.__name__):
+            self._hanging.add(prompt.id)  # it is asked after each token
         if error and not self._has_warned:
             self._has_warned = True
             log.warning('a sample (%s) that may stop early runs to its end: %s', prompt.id, error)
@@ -73,11 +77,10 @@ class Judge:
             answer = None
         return Verdict(0.0 if error else float(score), answer, shown is None, error)
 
-    @staticmethod
-    def _try(method: Callable, prompt: Prompt, text: str) -> tuple[Any, str]:
+    def _try(self, method: Callable, prompt: Prompt, text: str) -> tuple[Any, str]:
         """-> the method's result and ''; or None and why it failed."""
         try:
-            return method(prompt, text), ''
+            return time_limit.call(method, (prompt, text), self._seconds), ''
         except Exception as error:
             return None, f'{type(error).__name__}: {error}'
 

@@ -1,5 +1,8 @@
 """Sampling-based evaluation with a scripted task and a scripted engine."""
 
+import re
+import signal
+import time
 import types
 
 import pytest
@@ -370,6 +373,58 @@ def test_a_judge_that_fails_costs_one_sample(engine, monkeypatch, tmp_path, capl
     assert told in records_in(path)[1]['error']
 
 
+def loops(*_):
+    while True:
+        pass
+
+
+def catches_everything(*_):
+    while True:
+        try:
+            loops()
+        except Exception:
+            continue
+
+
+def searches(*_):
+    return float(bool(re.match('(x+x+)+y', 'x' * 100)))
+
+
+def waits(*_):
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize('hangs', [loops, catches_everything, searches, waits])
+def test_a_judge_that_hangs_costs_one_sample(engine, monkeypatch, tmp_path, caplog, hangs):
+    def evaluate(self, prompt, completion):
+        return hangs() if prompt.id == 'b' else 1.0
+
+    monkeypatch.setattr(Task, 'evaluate', evaluate)
+    before = signal.getsignal(signal.SIGALRM)
+    values = evaluator(engine, tmp_path, call_seconds=0.05).run('weights', 5)
+    assert (values['pass@1'], values['samples/unjudged']) == pytest.approx((2 / 3, 1 / 3))
+    told = 'TimeoutError: took longer than 0.05 s'
+    assert f'could not be judged and score 0; the first (b): {told}' in caplog.text
+    [path] = tmp_path.iterdir()
+    assert [record['error'] for record in records_in(path)] == ['', told, '']
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_task_whose_stop_hangs_is_asked_once_for_a_prompt(engine, monkeypatch, caplog):
+    asked = []
+
+    def stop(self, prompt, completion):
+        asked.append(prompt.id)
+        return loops() if prompt.id == 'b' else False
+
+    monkeypatch.setattr(Task, 'stop', stop)
+    values = evaluator(engine, call_seconds=0.05).run('weights', 5)
+    assert values['pass@1'] == 2 / 3  # b runs to its end, where it has an x
+    assert asked.count('b') == 1
+    assert 'a sample (b) that may stop early runs to its end: TimeoutError' in caplog.text
+
+
 def test_a_task_whose_stop_or_answer_fails_is_told_too(engine, monkeypatch, caplog):
     def fail(self, prompt, completion):
         raise KeyError('no such thing')
@@ -430,7 +485,8 @@ def test_with_more_samples_those_that_are_there_stay(engine, monkeypatch, tmp_pa
     assert len(asked) == 6
     values = evaluator(engine, tmp_path, n=4, temperature=1.0, goes_on=True).run('weights', 5)
     assert len(asked) == 12 and values['pass^4'] == 1.0
-    fewer = evaluator(engine, tmp_path, n=1, temperature=1.0, goes_on=True).run('weights', 5)
+    given = dict(temperature=1.0, goes_on=True, call_seconds=9.0)
+    fewer = evaluator(engine, tmp_path, n=1, **given).run('weights', 5)
     assert len(asked) == 12 and fewer['cost/generated_tokens'] == 6.0
 
 

@@ -46,7 +46,7 @@ class ShotsConfig(Group):
 
 
 class FileTaskConfig(ShotsConfig):
-    """A benchmark read from files: .jsonl or .json, also with .gz."""
+    """A benchmark read from files: .jsonl, .json or a published .csv, also with .gz."""
 
     # A file, a glob, or a directory that has the file under its published name.
     path: str = Field(min_length=1)

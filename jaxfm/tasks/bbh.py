@@ -13,12 +13,17 @@ STEPS = "Let's think step by step."
 class Bbh(Benchmark):
     """27 groups of problems with short answers, compared as text.
 
-    `shots` (up to 3) come from cot_prompts.jsonl {task, prompt}, which also introduces each group;
-    as in the harness, a completion ends where the next question would begin.
+    `shots` (up to 3) come from cot_prompts.jsonl {task, prompt}, or as published from a .txt for
+    each group, which also introduces it; as in the harness, a completion ends where the next
+    question would begin.
     """
 
     name = 'bbh'
-    files, shot_files = ('bbh',), ('cot_prompts', 'cot-prompts')
+    files = ('bbh', 'bbh/*.json')
+    shot_files = (
+        *('cot_prompts', 'cot-prompts'),
+        *('cot-prompts/*.txt', '../cot-prompts/*.txt', '*.txt'),
+    )
     fields = {'group': ('task',), 'input': ('input',), 'target': ('target',)}
     optional = ('group',)
     ends = ('\n\n', 'Q:')
@@ -45,10 +50,12 @@ class Bbh(Benchmark):
     def _read_prompts(self) -> None:
         path = self.config.shots_path or find_beside(self.config.path, self.shot_files)
         if not path:
-            raise ConfigError('task bbh: shots needs shots_path, the file cot_prompts.jsonl')
+            raise ConfigError(
+                'task bbh: shots needs shots_path, the file cot_prompts.jsonl or cot-prompts/*.txt'
+            )
         files = find_files(self.name, path, self.shot_files)
-        fields = {'group': ('task',), 'prompt': ('prompt',)}
-        for group, text in read_rows(self.name, files, fields, (), _parse_prompt):
+        fields = {'group': ('task',), 'prompt': ('prompt', 'text')}
+        for group, text in read_rows(self.name, files, fields, ('group',), _parse_prompt):
             intro, *examples = text.split('\n\nQ: ')
             self._introductions[group] = f'{intro}\n\n'
             for example in examples:
@@ -66,4 +73,4 @@ def _parse_prompt(row: Row) -> tuple[str, str]:
     _, _, text = row.text('prompt').partition('-----\n')
     if STEPS not in text:
         raise BadRow(f'prompt has no {STEPS!r} after a line of dashes')
-    return row.text('group'), text
+    return row.get('group', row.file), text

@@ -49,10 +49,12 @@ class Benchmark(Task):
     """
 
     name: str
-    files: tuple[str, ...]  # published names without suffix; the first that is there is used
+    # Published names without suffix, or globs with one; the first that is there is used.
+    files: tuple[str, ...]
     shot_files: tuple[str, ...] = ()  # the same for the split of the examples
     fields: Fields
     optional: tuple[str, ...] = ()  # fields that a record may lack
+    columns: tuple[str, ...] = ()  # of its .csv, if that has no header
     shots_by_group = False  # examples come from the question's own group
     between = '\n\n'  # of examples
     # A completion of raw text ends before the first of these; a chat ends by itself.
@@ -139,7 +141,7 @@ class Benchmark(Task):
     def _read(self, path: str, names: tuple[str, ...]) -> list[Example]:
         files = find_files(self.name, path, names)
         fields = merge_fields(self.name, self.fields, self.config.fields)
-        return read_rows(self.name, files, fields, self.optional, self._parse)
+        return read_rows(self.name, files, fields, self.optional, self._parse, self.columns)
 
     def _parse(self, row: Row) -> Example:
         return dataclasses.replace(self.parse(row), id=row.id)

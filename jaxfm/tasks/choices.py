@@ -6,9 +6,10 @@ Prompts are worded as in the lm-evaluation-harness, so that scores can be compar
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxfm.tasks.benchmark import Benchmark, Example, index_of, options_of
-from jaxfm.tasks.files import BadRow, Row, find_beside
+from jaxfm.tasks.files import BadRow, Row
 
 # Fields of questions published by AllenAI as {question: {stem, choices}, answerKey}, and flat.
 ALLENAI = {
@@ -18,13 +19,13 @@ ALLENAI = {
 }
 
 
-def with_letters(question: str, row: Row, last: str = '\nAnswer:', **given) -> Example:
+def with_letters(question: str, options: Any, answer: Any, **given) -> Example:
     """An example that lists its options as A, B, C; the letters are the choices."""
-    texts, labels = options_of(row['choices'])
-    right = index_of(row['answer'], labels)
+    texts, labels = options_of(options)
+    right = index_of(answer, labels)
     letters = [chr(ord('A') + i) for i in range(len(texts))]
-    options = ''.join(f'\n{letter}. {text}' for letter, text in zip(letters, texts))
-    return choice(question.strip() + options + last, letters, right, **given)
+    lines = ''.join(f'\n{letter}. {text}' for letter, text in zip(letters, texts))
+    return choice(f'{question.strip()}{lines}\nAnswer:', letters, right, **given)
 
 
 def choice(question: str, texts: list[str], *right: int, **given) -> Example:
@@ -34,18 +35,33 @@ def choice(question: str, texts: list[str], *right: int, **given) -> Example:
 
 
 class Mmlu(Benchmark):
-    """MMLU (Hendrycks et al. 2021): the letter of the right option; examples of one subject."""
+    """MMLU (Hendrycks et al. 2021): the letter of the right option; examples of one subject.
+
+    As published, a subject is a .csv without a header in test/, and its examples in dev/.
+    """
 
     name = 'mmlu'
-    files, shot_files = ('test',), ('dev',)
-    fields = {name: (name,) for name in ('subject', 'question', 'choices', 'answer')}
+    files = ('test', 'test/*_test.csv', '*_test.csv')
+    shot_files = ('dev', 'dev/*_dev.csv', '../dev/*_dev.csv', '*_dev.csv')
+    columns = ('question', *'ABCD', 'answer')
+    fields = {name: (name,) for name in ('subject', 'choices', *columns)}
+    optional = ('subject', 'choices', *'ABCD')
     shots_by_group = True
 
     def parse(self, row: Row) -> Example:
-        subject = row.text('subject')
+        subject = row.text('subject') if row.get('subject') else self._subject_of(row.file)
         words = subject.replace('_', ' ')
         about = f'The following are multiple choice questions (with answers) about {words}.\n\n'
-        return with_letters(row.text('question'), row, group=subject, introduction=about)
+        options = row.get('choices', [row.get(letter) for letter in 'ABCD'])
+        given = dict(group=subject, introduction=about)
+        return with_letters(row.text('question'), options, row['answer'], **given)
+
+    @staticmethod
+    def _subject_of(file: str) -> str:
+        subject, _, split = file.rpartition('_')
+        if split not in ('dev', 'val', 'test') or not subject:
+            raise BadRow(f'no field subject, and {file} is not named as a subject, such as x_test')
+        return subject
 
 
 class Arc(Benchmark):
@@ -150,8 +166,8 @@ class Piqa(Benchmark):
     @functools.lru_cache(maxsize=2)
     def _labels(path: str, name: str) -> dict[int, str]:
         """{line number: label} of the file of labels beside a file."""
-        labels = find_beside(path, [f'{name}-labels'], ('.lst',))
-        lines = Path(labels).read_text(encoding='utf-8').split('\n') if labels else []
+        labels = Path(path).with_name(f'{name}-labels.lst')
+        lines = labels.read_text(encoding='utf-8').split('\n') if labels.is_file() else []
         return {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
 
 
@@ -180,7 +196,8 @@ class CommonsenseQA(Benchmark):
     optional = ('id',)
 
     def parse(self, row: Row) -> Example:
-        return with_letters(f'Question: {row.text("question").strip()}', row)
+        question = f'Question: {row.text("question").strip()}'
+        return with_letters(question, row['choices'], row['answer'])
 
 
 class OpenBookQA(Benchmark):
@@ -207,7 +224,7 @@ class TruthfulQA(Benchmark):
     """
 
     name = 'truthfulqa'
-    files = ('mc_task', 'TruthfulQA', 'truthfulqa', 'validation')
+    files = ('mc_task', 'TruthfulQA', 'truthfulqa', 'validation', 'TruthfulQA.csv')
     fields = {
         'question': ('question', 'Question'),
         'group': ('Category', 'category'),

@@ -1,12 +1,14 @@
-"""Reads the records of a task's files: .jsonl and .json, compressed or not, one or a directory.
+"""Reads the records of a task's files: .jsonl, .json, .csv and .txt, compressed or not.
 
 A directory has the files of a benchmark under their published names, such as test.jsonl. A record
 that cannot be used is counted and told with its file and line, and the others go on.
 """
 
+import csv
 import dataclasses
 import difflib
 import glob
+import io
 import json
 import logging
 import os
@@ -20,7 +22,9 @@ from jaxfm.storage.find import File
 
 log = logging.getLogger('jaxfm')
 
+# What follows a published name that has no suffix of its own.
 SUFFIXES = ('.jsonl', '.jsonl.gz', '.json', '.json.gz')
+_FORMATS = ('.jsonl', '.json', '.csv', '.txt')
 # {our name: the record's keys, of which the first that is there counts; dots lead inside}
 Fields = dict[str, tuple[str, ...]]
 
@@ -75,6 +79,8 @@ def merge_fields(task: str, defaults: Fields, given: dict[str, str]) -> Fields:
 def find_files(task: str, path: str, names: Iterable[str]) -> list[File]:
     """The file or files at a path or glob; in a directory, the first of the published names.
 
+    names: without suffix, or globs with one, such as '*_test.csv'.
+
     Raises:
       MissingInputError: there is none.
     """
@@ -82,38 +88,50 @@ def find_files(task: str, path: str, names: Iterable[str]) -> list[File]:
     if not directory.is_dir():
         return find.find(path, f'task {task}: path')
     if found := _in_directory(directory, names):
-        return find.find(glob.escape(str(found)), f'task {task}: path')
+        return find.find(found, f'task {task}: path')
     has = listed(sorted(os.listdir(directory))) or 'nothing'
-    wanted = ' or '.join(f'{name}.jsonl' for name in names)
+    wanted = ' or '.join(_with_suffixes(name)[0] for name in names)
     raise MissingInputError(
         f'task {task}: {path} has no {wanted} (nor .jsonl.gz or .json); it has: {has}; '
         'name the file itself in path'
     )
 
 
-def find_beside(path: str, names: Iterable[str], suffixes: tuple[str, ...] = SUFFIXES) -> str:
-    """The path of another file in the same directory; '' if there is none."""
+def find_beside(path: str, names: Iterable[str]) -> str:
+    """A glob of other files in the same directory, by their names; '' if there are none."""
     directory = Path(path).expanduser()
-    directory = directory if directory.is_dir() else directory.parent
-    return str(_in_directory(directory, names, suffixes) or '')
+    return _in_directory(directory if directory.is_dir() else directory.parent, names)
 
 
-def _in_directory(directory: Path, names, suffixes=SUFFIXES) -> Path | None:
-    paths = (directory / (name + suffix) for name in names for suffix in suffixes)
-    return next((path for path in paths if path.is_file()), None)
+def _in_directory(directory: Path, names: Iterable[str]) -> str:
+    escaped = glob.escape(str(directory))
+    patterns = (os.path.join(escaped, each) for name in names for each in _with_suffixes(name))
+    return next((one for one in patterns if any(map(os.path.isfile, glob.iglob(one)))), '')
+
+
+def _with_suffixes(name: str) -> list[str]:
+    has_suffix = name.endswith(_FORMATS)
+    return [name] if has_suffix else [name + suffix for suffix in SUFFIXES]
 
 
 def read_rows(
-    task: str, files: list[File], fields: Fields, optional: Iterable[str], parse: Callable
+    task: str,
+    files: list[File],
+    fields: Fields,
+    optional: Iterable[str],
+    parse: Callable,
+    columns: tuple[str, ...] = (),
 ) -> list:
     """[parse(row)] of all records, without the bad ones, of which a warning tells.
+
+    columns: of a .csv that has no header; () if the first line has their names.
 
     Raises:
       DataError: no record can be used.
     """
     parsed, bad, ids = [], [], set()
     for file in files:
-        for place, number, record in _records(file):
+        for place, number, record in _records(file, columns):
             try:
                 row = _row(file, number, record, fields, optional)
                 if row.id in ids:
@@ -134,10 +152,17 @@ def read_rows(
     return parsed
 
 
-def _records(file: File) -> Iterator[tuple[str, int, Any]]:
-    """Yields (file:line for messages, number from 1, record); a bad line as a BadRow."""
+def _records(file: File, columns: tuple[str, ...]) -> Iterator[tuple[str, int, Any]]:
+    """Yields (file:line for messages, number from 1, record); a line of JSON is not parsed yet."""
     with file.open() as stream:
         content = stream.read()
+    if file.suffix == '.csv':
+        yield from _records_of_csv(file, _decode(file, content), columns)
+        return
+    # The whole text is one record, unless it has lines of JSON under the wrong name.
+    if file.suffix == '.txt' and not content.lstrip().startswith(b'{'):
+        yield file.path, 1, {'text': _decode(file, content)}
+        return
     if file.suffix == '.json' and (whole := _parse(content)) is not None:
         # A list, or an object around one, as BIG-Bench Hard is published.
         inside = whole.values() if isinstance(whole, dict) else [whole]
@@ -151,6 +176,29 @@ def _records(file: File) -> Iterator[tuple[str, int, Any]]:
             yield f'{file.path}:{number}', number, line
 
 
+def _records_of_csv(file: File, text: str, columns: tuple[str, ...]):
+    reader = csv.reader(io.StringIO(text, newline=''))
+    try:
+        columns = columns or tuple(next(reader, ()))
+        for number, values in enumerate(filter(None, reader), 1):
+            same = len(values) == len(columns)
+            record = dict(zip(columns, values)) if same else _not_of_columns(values, columns)
+            yield f'{file.path}:{reader.line_num}', number, record
+    except csv.Error as error:
+        raise DataError(f'{file.path}:{reader.line_num}: {error}') from error
+
+
+def _not_of_columns(values: list[str], columns: tuple[str, ...]) -> BadRow:
+    return BadRow(f'want {len(columns)} columns ({", ".join(columns)}), got {len(values)}')
+
+
+def _decode(file: File, content: bytes) -> str:
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise DataError(f'{file.path}: not UTF-8: {error}') from error
+
+
 def _parse(content: bytes) -> Any:
     try:
         return json.loads(content)
@@ -159,6 +207,8 @@ def _parse(content: bytes) -> Any:
 
 
 def _row(file: File, number: int, record: Any, fields: Fields, optional: Iterable[str]) -> Row:
+    if isinstance(record, BadRow):
+        raise record
     if isinstance(record, bytes):
         try:
             record = json.loads(record.decode('utf-8-sig'))
@@ -173,9 +223,8 @@ def _row(file: File, number: int, record: Any, fields: Fields, optional: Iterabl
             values[name] = found[0]
         elif name not in optional:
             raise BadRow(_explain_missing(name, keys, record))
-    stem = file.name
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
-        stem = stem.removesuffix(suffix)
+    stem = file.name.removesuffix('.gz')
+    stem = stem[: -len(file.suffix)] if file.suffix in _FORMATS else file.name
     id = str(values.get('id', f'{stem}:{number}'))
     return Row(id, file.path, Path(stem).name, number, values)
 

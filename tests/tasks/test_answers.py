@@ -136,6 +136,30 @@ def test_bbh_has_the_published_examples_of_each_group(tmp_path):
     assert bare.text == "Q: not ( True ) is\nA: Let's think step by step.\n"
 
 
+@pytest.mark.parametrize(
+    'path, given',
+    [
+        ('', {}),
+        ('bbh/*.json', {}),
+        ('bbh/*.json', {'shots_path': 'cot-prompts'}),
+        ('bbh/*.json', {'shots_path': 'cot-prompts/*.txt'}),
+    ],
+)
+def test_bbh_reads_the_published_repository(tmp_path, path, given):
+    """bbh/<group>.json, and cot-prompts/<group>.txt with a notice before a line of dashes."""
+    write_rows(tmp_path / 'bbh.jsonl', BBH)
+    write_rows(tmp_path / 'cot_prompts.jsonl', COT)
+    expected = [prompt.text for prompt in make_task('bbh', path=str(tmp_path), shots=3).prompts()]
+    root = tmp_path / 'published'
+    for row, examples in zip(BBH, COT):
+        rows = {'canary': 'x', 'examples': [{key: row[key] for key in ('input', 'target')}]}
+        write_rows(root / 'bbh' / f'{row["task"]}.json', [rows])
+        write_rows(root / 'cot-prompts' / f'{row["task"]}.txt', [examples['prompt']])
+    given = {key: str(root / value) for key, value in given.items()}
+    task = make_task('bbh', path=str(root / path), shots=3, **given)
+    assert [prompt.text for prompt in task.prompts()] == expected
+
+
 def test_bbh_compares_what_follows_the_answer_is(tmp_path):
     task = make_task('bbh', path=str(write_rows(tmp_path / 'bbh.jsonl', BBH)))
     truth, date = task.prompts()

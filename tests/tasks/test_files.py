@@ -46,6 +46,32 @@ def test_a_bad_line_is_told_with_its_place_and_the_others_go_on(tmp_path, caplog
     assert f'{path}:4: the record is no object, but [1]' in told
 
 
+def test_bad_rows_of_a_csv_are_told(tmp_path, caplog):
+    path = tmp_path / 'virology_test.csv'
+    path.write_text('x?,w,x,y,z,C\n\nshort,w,x,C\ny?,w,x,y,z,E\n', encoding='utf-8')
+    assert ids(make_task('mmlu', path=str(path))) == ['virology_test:1']
+    assert 'task mmlu: 2 of 3 records are bad' in caplog.text
+    assert f'{path}:3: want 6 columns (question, A, B, C, D, answer), got 4' in caplog.text
+    assert f"{path}:4: answer 'E' is none of A, B, C, D" in caplog.text
+    path = path.rename(tmp_path / 'questions.csv')
+    with pytest.raises(DataError, match='no field subject, and questions is not named as'):
+        make_task('mmlu', path=str(path))
+    path.write_bytes(b'caf\xe9?,w,x,y,z,C\n')
+    with pytest.raises(DataError, match=r'questions.csv: not UTF-8'):
+        make_task('mmlu', path=str(path))
+
+
+def test_a_csv_with_a_header_has_its_names_as_keys(tmp_path):
+    (tmp_path / 'TruthfulQA.csv').write_text(
+        'Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source\n'
+        'A,Law,"Is it, then?",No.,No.; Never.,Yes.; Always.,x\n',
+        encoding='utf-8',
+    )
+    [prompt] = make_task('truthfulqa', path=str(tmp_path)).prompts()
+    assert (prompt.text, prompt.group) == ('Q: Is it, then?\nA:', 'Law')
+    assert [text for _, text in prompt.pairs] == [' No.', ' Yes.', ' Always.']
+
+
 def test_a_missing_field_lists_the_keys_and_the_nearest_one(tmp_path):
     rows = [{'Question': row['question'], 'reply': row['answer']} for row in GSM8K]
     path = write_rows(tmp_path / 'test.jsonl', rows)

@@ -74,6 +74,37 @@ def test_settings_of_examples_that_cannot_be_used_are_refused(tmp_path):
         make_task('ifeval', path=str(tmp_path), shots=2)
 
 
+MMLU = (
+    'What is 2 + 3?,4,5,6,7,B\n'
+    '"Which is red, mostly?",grass,sky,blood,snow,C\n'
+    '"He said ""no"".\nDid he?",yes,no,maybe,never,A\n'
+    'How much is none?,None,0,one,NA,B\n'
+    'Which is last?,w,x,y,z,D\n'
+)
+
+
+@pytest.mark.parametrize('path', ['', 'test', 'test/*_test.csv', 'test/virology_test.csv'])
+def test_mmlu_reads_the_published_files(tmp_path, path):
+    for split in ('dev', 'test'):
+        (tmp_path / split).mkdir()
+        for subject in ('anatomy', 'virology'):
+            text = MMLU if split == 'test' else f'{subject} of dev?,w,x,y,z,C\n'
+            (tmp_path / split / f'{subject}_{split}.csv').write_text(text, encoding='utf-8')
+    prompts = make_task('mmlu', path=str(tmp_path / path), shots=1).prompts()
+    assert len(prompts) == (5 if 'virology' in path else 10)
+    first, second, third, fourth, fifth = prompts[-5:]
+    assert (first.id, first.group) == ('virology_test:1', 'virology')
+    assert first.text == (
+        'The following are multiple choice questions (with answers) about virology.\n\n'
+        'virology of dev?\nA. w\nB. x\nC. y\nD. z\nAnswer: C\n\n'
+        'What is 2 + 3?\nA. 4\nB. 5\nC. 6\nD. 7\nAnswer:'
+    )
+    assert 'Which is red, mostly?\nA. grass\n' in second.text
+    assert 'He said "no".\nDid he?\nA. yes\n' in third.text
+    assert 'A. None\nB. 0\n' in fourth.text
+    assert [one.right for one in prompts[-5:]] == [(1,), (2,), (0,), (1,), (3,)]
+
+
 def test_mmlu_has_examples_and_an_introduction_of_its_own_subject(tmp_path):
     def row(subject, i):
         question = f'{subject} {i}?'

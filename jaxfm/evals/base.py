@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from jaxfm.evals import EvaluatorConfig
 from jaxfm.evals.samples import Samples
 from jaxfm.tasks.base import Prompt
+
+log = logging.getLogger('jaxfm')
 
 # Samples that wait or run, for each slot.
 _IN_LINE = 8
@@ -99,3 +102,17 @@ class Periodic:
 def text_of(prompt: Prompt) -> str:
     """The prompt as text; for a chat, the contents of its messages, joined by newlines."""
     return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
+
+
+def warn_of_failures(
+    step: int, name: str, records: list[dict], is_it: Callable[[dict], Any], what: str
+) -> None:
+    """Tells how many of an evaluation's records score 0 because something failed, and the first.
+
+    what: who they are and what happened, such as 'samples failed'.
+    """
+    if found := [record for record in records if is_it(record)]:
+        log.warning(
+            'step %d  %s: %d of %d %s and score 0; the first (%s): %s',
+            *(step, name, len(found), len(records), what, found[0]['id'], found[0]['error']),
+        )

@@ -82,9 +82,5 @@ def _summarize_single(records: Sequence[dict], clusters: Clusters) -> dict[str, 
     if rest:
         inside = [clusters[i] for i in rest] if clusters else None
         nats = statistics.mean([-records[i]['logprobs'][0] for i in rest], inside)
-        values |= {name: _exp(value) for name, value in nats.values('perplexity').items()}
+        values |= {name: statistics.exp(value) for name, value in nats.values('perplexity').items()}
     return values
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

@@ -3,12 +3,11 @@
 import dataclasses
 import functools
 import itertools
-import logging
 import zlib
 from collections.abc import Iterator
 
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Context, Periodic, text_of
+from jaxfm.evals.base import Context, Periodic, text_of, warn_of_failures
 from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.evals.samples import Key, Samples
@@ -16,8 +15,6 @@ from jaxfm.evals.solve import Solver
 from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
 from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Completion, Request
-
-log = logging.getLogger('jaxfm')
 
 
 class Generate(Periodic):
@@ -68,7 +65,9 @@ class Generate(Periodic):
             records = by_prompt(samples.records, self._prompts, self._config.n)
         if any(len(each) < self._config.n for each in records.values()):
             return {}
-        self._warn_of_failures(step, list(itertools.chain(*records.values())))
+        given = step, self._context.name, list(itertools.chain(*records.values()))
+        warn_of_failures(*given, has_failed, 'samples failed')
+        warn_of_failures(*given, is_unjudged, 'samples could not be judged')
         by_group = self._config.cluster_by_group
         return summarize(records, self._config.n, by_group, self._context.flops)
 
@@ -114,15 +113,6 @@ class Generate(Periodic):
             'logprob': sum(sample.logprobs),
             'tokens': sample.tokens,
         }
-
-    def _warn_of_failures(self, step: int, records: list[dict]) -> None:
-        for what, is_it in {'failed': has_failed, 'could not be judged': is_unjudged}.items():
-            if found := [record for record in records if is_it(record)]:
-                log.warning(
-                    'step %d  %s: %d of %d samples %s and score 0; the first (%s): %s',
-                    *(step, self._context.name, len(found), len(records), what),
-                    *(found[0]['id'], found[0]['error']),
-                )
 
     def _seed_of(self, id: str) -> int:
         """With one seed for all, questions of one length would share their noise."""

@@ -1,18 +1,16 @@
 """Multiple choice by log-likelihood, through the sampling engine, which computes prefixes once."""
 
-import logging
+import operator
 from collections import defaultdict
 
 from jaxfm.errors import DataError
 from jaxfm.evals import LikelihoodConfig, choice
-from jaxfm.evals.base import Context, Periodic, text_of
+from jaxfm.evals.base import Context, Periodic, text_of, warn_of_failures
 from jaxfm.evals.prompts import choice_ids, open_task, pair_ids
 from jaxfm.evals.samples import Samples
 from jaxfm.evals.scoring import Key, Scored, key, score_each, score_request
 from jaxfm.sampling.request import Request
 from jaxfm.tasks.base import Choice
-
-log = logging.getLogger('jaxfm')
 
 
 class Likelihood(Periodic):
@@ -85,7 +83,9 @@ class Likelihood(Periodic):
             return {}
         places = {id: place for place, id in enumerate(self._prompts)}
         records.sort(key=lambda record: places[record['id']])
-        self._warn_of_failures(step, records)
+        warn_of_failures(
+            step, self._context.name, records, operator.itemgetter('error'), 'questions failed'
+        )
         return choice.summarize(records, self._config.cluster_by_group) | self._costs()
 
     def _score_all(self, ids: list[str], params, step: int):
@@ -162,11 +162,3 @@ class Likelihood(Periodic):
             total += flops(len(request.tokens)) - flops(start)
             num_tokens += len(request.tokens) - start
         return {'cost/prompt_tokens': float(num_tokens), 'cost/flops': total}
-
-    def _warn_of_failures(self, step: int, records: list[dict]) -> None:
-        if failed := [record for record in records if record['error']]:
-            log.warning(
-                'step %d  %s: %d of %d questions failed and score 0; the first (%s): %s',
-                *(step, self._context.name, len(failed), len(records)),
-                *(failed[0]['id'], failed[0]['error']),
-            )

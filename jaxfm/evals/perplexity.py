@@ -156,16 +156,12 @@ def _losses(records: list[dict], texts: dict[str, Text]) -> dict[str, float]:
     else:
         windows = [one['nats'] for one in records]
         loss = statistics.ratio(windows, [one['num_tokens'] for one in records])
-    values = loss.values('loss') | {'perplexity': _exp(loss.value)}
+    values = loss.values('loss') | {'perplexity': statistics.exp(loss.value)}
     if sum(words):
         values |= {'nats_per_word': sum(each) / sum(words)}
-        values |= {'word_perplexity': _exp(values['nats_per_word'])}
+        values |= {'word_perplexity': statistics.exp(values['nats_per_word'])}
     bits = [x / math.log(2) for x in each]
     return values | statistics.ratio(bits, num_bytes).values('bits_per_byte')
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def read_texts(config: PerplexityConfig, name: str) -> list[Text]:

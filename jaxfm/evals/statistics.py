@@ -283,3 +283,8 @@ def _times(rows: np.ndarray, polynomial: np.ndarray) -> np.ndarray:
 def powers(n: int) -> list[int]:
     """1, 2, 4, ... and n: the numbers of samples of a curve."""
     return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+
+
+def exp(value: float) -> float:
+    """e to this power; inf where a float cannot hold it."""
+    return math.exp(value) if value < 700 else math.inf

@@ -102,7 +102,9 @@ class Programs:
                 return jnp.swapaxes(x.reshape(B, T // count, count, *x.shape[2:]), 0, 1)
 
             def join(x):
-                return jnp.swapaxes(x, 0, 1).reshape(B, T, *x.shape[3:])
+                joined = jnp.swapaxes(x, 0, 1).reshape(B, T, *x.shape[3:])
+                # With one row, the reshapes lose over which axes of the mesh the rows are split.
+                return sharding.place(joined, 'batch', *(None,) * (joined.ndim - 1))
 
             return jax.tree.map(join, lax.map(some, (split(hidden_BTD), split(targets_BT))))
 

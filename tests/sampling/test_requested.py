@@ -198,6 +198,17 @@ def test_scored_continuations_share_their_context(ask_all, score):
     assert spent['shared_tokens'] >= 16 * (len(choices) - 1)
 
 
+def test_a_prompt_is_scored_in_chunks_of_one_row(params, one_device, score):
+    """The smallest `prefill_tokens`: no request could be served."""
+    with jax.set_mesh(one_device):
+        narrow = new_sampler(params, one_device, prefill_tokens=16)
+        request = Request('a', PROMPT * 2, 2, prompt_logprobs=True)
+        [[one]] = complete(narrow, [request], params, 0).values()
+    plain, _, _ = score(PROMPT[:1], [*(PROMPT * 2)[1:], *one.tokens])
+    told = one.prompt_logprobs[1:] + one.logprobs
+    np.testing.assert_allclose(told, plain, rtol=0, atol=1e-4)
+
+
 def test_scoring_goes_on_after_giving_way(params, one_device, score):
     """Pages for one request and a bit: requests that score and that sample push each other out."""
     with jax.set_mesh(one_device):

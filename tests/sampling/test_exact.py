@@ -1,21 +1,20 @@
 """With model.batch_invariant, the engine tells exactly what the train step computes."""
 
+import collections
+
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from jaxfm import sharding, state
 from jaxfm.models import BlockConfig, LoraConfig, SegmentConfig, TransformerConfig
 from jaxfm.models.transformer import Transformer
-from jaxfm.objectives import NextTokenConfig
-from jaxfm.objectives.next_token import NextToken
-from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.sampling import SamplingConfig
-from jaxfm.sampling.complete import complete
 from jaxfm.sampling.engine import Sampler
-from jaxfm.sampling.request import Completion, Request
+from jaxfm.sampling.request import Event, Request
+from tests.sampling.conftest import pages_in_use
+from tests.sampling.trained import trainer
 
 V, ROWS, LENGTH = 60, 8, 150
 BLOCK = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24)
@@ -45,130 +44,216 @@ def _compile_quickly():
     """Not here: with little optimization, other programs would have equal bits, too."""
 
 
-@pytest.fixture(scope='module')
-def params():
+def random_params(parts) -> dict:
     random, params = np.random.default_rng(0), {}
-    for path, leaf in PARTS.shapes.items():
+    for path, leaf in parts.shapes.items():
         centre = 0.4 if path.endswith('scale') else 0.0
         params[path] = jax.numpy.asarray(centre + 0.2 * random.normal(size=leaf.shape), leaf.dtype)
     return params
 
 
-class Reporting(NextToken):
-    """Next-token cross-entropy whose metrics contain the log-probs of the whole batch."""
-
-    def __call__(self, model, batch, rng):
-        hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
-        logprobs, _ = token_logprobs(hidden, model.unembed(), batch['targets'])
-        total = -jax.numpy.sum(logprobs * batch['loss_mask'])
-        return {'next_token': total}, {'logprobs': (logprobs, np.float32(1))}, {}
-
-
-class PlainDescent:
-    """The update is the gradient."""
-
-    transform = optax.identity()
-
-    @staticmethod
-    def schedule(updates):
-        return jax.numpy.float32(1.0)
+@pytest.fixture(scope='module')
+def params():
+    return random_params(PARTS)
 
 
 @pytest.fixture(scope='module')
 def trained(params, one_device):
-    """texts -> the log-probs of all their tokens but the first, in a step that makes gradients."""
-    step = state.make_train_step(PARTS, Reporting(NextTokenConfig()), PlainDescent, accumulate=1)
+    return trainer(PARTS, params, one_device, ROWS, LENGTH)
 
-    def pack(texts):
-        names = ('tokens', 'targets', 'positions', 'segment_ids')
-        batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in names}
-        places, row, at = [], 0, 5  # a row begins with padding
-        for segment, text in enumerate(texts, 1):
-            length = len(text) - 1
-            if at + length > LENGTH:
-                row, at = row + 1, segment % 7
-            here = row, slice(at, at + length)
-            batch['tokens'][here], batch['targets'][here] = text[:-1], text[1:]
-            batch['positions'][here], batch['segment_ids'][here] = np.arange(length), segment
-            places.append(here)
-            at += length
-        return batch | {'loss_mask': (batch['segment_ids'] > 0).astype(np.float32)}, places
 
-    def run(texts):
-        batch, places = pack(texts)
-        with jax.set_mesh(one_device):
-            begun = state.begin_phase(
-                jax.tree.map(lambda x: x.copy(), params), PARTS, PlainDescent, 0
-            )
-            _, metrics = step(begun, sharding.put(batch, one_device, ROWS))
-        logprobs = np.asarray(metrics['logprobs'])
-        return [logprobs[place] for place in places]
+# Every letter may begin one, so that nearly always some tokens are held back.
+STOPS = 'ab', 'cde', 'dbea', 'ecd', 'beda'
 
-    return run
+
+class Letters:
+    """A tokenizer with twelve ids for each of five letters, so that stop strings do occur."""
+
+    invalid_byte_id = None
+
+    def decode(self, ids):
+        return ''.join('abcde'[i % 5] for i in ids)
 
 
 def engine(params, mesh, **words) -> Sampler:
     defaults = dict(slots=4, max_length=61, decode_steps=3, page_size=5, prefill_tokens=32)
-    sampler = Sampler(PARTS.merge, CONFIG, SamplingConfig(**(defaults | words)), mesh)
+    config = SamplingConfig(**(defaults | words))
+    sampler = Sampler(PARTS.merge, CONFIG, config, mesh, Letters())
     sampler.lend(params, 0)
     return sampler
 
 
-def some_requests():
-    """Prompts with common beginnings, and some with several samples."""
-    random = np.random.default_rng(1)
-    start = random.integers(0, V, 23).tolist()
-    prompts = [start[: 9 + 2 * i] + random.integers(0, V, 1 + 3 * i).tolist() for i in range(6)]
-    return [
-        Request(f'{i}', prompt, 6 + 2 * i, seed=i, n=1 + 2 * (i == 2), top_p=1 - i / 20,
-                prompt_logprobs=i == 1, top_logprobs=20 * (i == 3))
-        for i, prompt in enumerate(prompts)
-    ]  # fmt: skip
+class Story:
+    """All that events have told of a sample: its text, and the log-probs of tokens in it."""
+
+    def __init__(self, prompt, first_scored: int = 0):
+        self.tokens, self.logprobs = list(prompt), [None] * len(prompt)
+        self.first_scored = first_scored  # of the prompt
+        self.inserted = {}  # {position: ids that `extend` or `fork` put there}
+
+    def copy(self):
+        copied = Story(self.tokens)
+        copied.logprobs, copied.inserted = list(self.logprobs), dict(self.inserted)
+        return copied
+
+    def add(self, event: Event) -> None:
+        for index, logprob in enumerate(event.prompt_logprobs or []):
+            self.logprobs[self.first_scored + index] = logprob
+        tops = event.top_logprobs or [()] * len(event.tokens)
+        for token, logprob, top in zip(event.tokens, event.logprobs, tops, strict=True):
+            assert dict(top).get(token, logprob) == logprob
+            self.tokens, self.logprobs = [*self.tokens, token], [*self.logprobs, logprob]
+            self.close()
+
+    def close(self) -> None:
+        """Adds the ids that follow what has been told."""
+        while ids := self.inserted.pop(len(self.tokens), None):
+            self.tokens, self.logprobs = self.tokens + ids, self.logprobs + [None] * len(ids)
 
 
-def check(sampler, trained):
-    """Every log-prob that the engine tells is that of the train step for the same text."""
-    requests = some_requests()
-    texts, told = [], []
-    for request in requests:
-        sampler.add(request)
-    prompts = {request.id: list(request.tokens) for request in requests}
-    completions, forked = {}, False
-    while sampler.has_work:
-        for event in sampler.step():
-            key = event.id, event.sample_index
-            completions.setdefault(key, Completion(*key)).add(event)
-        if not forked and ('4', 0) in completions and sampler._find('4'):
-            prompts['fork'] = [*sampler._find('4')[0].tokens, 7, 7]
-            sampler.fork('4', 'fork', sample_index=9, tokens=[7, 7])
-            sampler.cancel('0')
-            forked = True
-    assert forked and len(completions) >= 8
-    for (name, _), completion in completions.items():
-        texts.append(prompts[name] + completion.tokens)
-        told.append(completion)
-    for completion, logprobs in zip(told, trained(texts), strict=True):
-        found = np.asarray(completion.logprobs, np.float32)
-        np.testing.assert_array_equal(found, logprobs[len(logprobs) - len(found) :])
-        tops = map(dict, completion.top_logprobs)
-        for token, logprob, top in zip(completion.tokens, completion.logprobs, tops):
-            assert top.get(token, logprob) == logprob
-        if completion.prompt_logprobs:
-            before = np.asarray(completion.prompt_logprobs[1:], np.float32)
-            np.testing.assert_array_equal(before, logprobs[: len(before)])
-    return {key: completion.tokens for key, completion in completions.items() if key[0] != '0'}
+def some_requests(seed: int, count: int, options=({},)) -> list[Request]:
+    """Prompts of mixed lengths, half of which begin alike, and some with several samples."""
+    random = np.random.default_rng(seed)
+    start, requests = random.integers(0, V, 23).tolist(), []
+    for index in range(count):
+        common = start[: random.integers(24)] if random.random() < 0.5 else []
+        prompt = common + random.integers(0, V, 1 + random.integers(1, 20)).tolist()
+        words = dict(options[index % len(options)])
+        if index % 3 == 1:
+            first = int(random.integers(len(prompt))) if index % 2 else 0
+            words |= dict(prompt_logprobs=True, prompt_logprobs_from=first)
+        if index % 6 == 4:
+            most = 0  # it only scores the prompt
+        else:
+            most, words['n'] = 1 + int(random.integers(16)), 3 if index % 5 == 2 else 1
+        words['stop'] = STOPS if index % 4 else ()
+        words['stop_ids'] = frozenset(random.integers(0, V, 3).tolist())
+        words['top_logprobs'] = 20 * (index % 6 == 3)
+        requests.append(Request(f'{index}', prompt, most, seed=index, **words))
+    return requests
+
+
+class Schedule:
+    """A client that adds requests as it goes, and forks, extends and cancels some that run.
+
+    Some prompts are the text of a sample that has ended and more, as in a chat.
+    """
+
+    def __init__(self, sampler, seed: int):
+        self.sampler, self.random = sampler, np.random.default_rng(seed)
+        self.stories: dict[tuple[str, int], Story] = {}
+        self.touched = set()  # whose text depends on the schedule
+        self.done = collections.Counter()
+
+    def run(self, requests) -> None:
+        waiting = list(reversed(requests))
+        while waiting or self.sampler.has_work:
+            for _ in range(min(len(waiting), self.random.integers(4))):
+                self.add(waiting.pop())
+            for event in self.sampler.step():
+                self.note(event)
+            if self.sampler.has_work and self.random.random() < 0.6:
+                self.disturb()
+
+    def disturb(self) -> None:
+        """Forks, extends or cancels a sample, most often one that has got tokens."""
+        sequences = self.sampler._scheduler.sequences
+        begun = [one for one in sequences if len(one.tokens) > one.num_prompt]
+        sequences = begun if begun and self.random.random() < 0.7 else sequences
+        one = sequences[self.random.integers(len(sequences))]
+        ids = self.random.integers(0, V, self.random.integers(1, 4)).tolist()
+        fits = len(one.tokens) + one.max_tokens + len(ids) <= self.sampler.longest
+        if fits and one.max_tokens:
+            act = self.random.choice([self.fork, self.extend, self.cancel])
+            act(one, (one.request.id, one.request.sample_index), ids)
+
+    def add(self, request: Request) -> None:
+        self.sampler.add(request)
+        for index in range(request.sample_index, request.sample_index + request.n):
+            story = Story(request.tokens, request.prompt_logprobs_from)
+            self.stories[request.id, index] = story
+
+    def note(self, event: Event) -> None:
+        key = event.id, event.sample_index
+        self.stories[key].add(event)
+        if event.finish_reason:
+            self.done[type(event.stop).__name__ if event.stop is not None else 'length'] += 1
+            tokens = [*self.stories[key].tokens, 7, 8]
+            if self.random.random() < 0.3 and len(tokens) + 9 < self.sampler.longest:
+                name = f'turn {len(self.stories)}'
+                scored = dict(prompt_logprobs=True, prompt_logprobs_from=len(tokens) - 2)
+                self.touched.add((name, 0))
+                self.add(Request(name, tokens, 9, seed=5, **scored))
+
+    def fork(self, one, key, ids) -> None:
+        ids = ids if self.random.random() < 0.5 else []
+        name = f'fork {self.done["fork"]}', 9
+        story = self.stories[name] = self.stories[key].copy()
+        self.insert(story, one, ids)
+        self.sampler.fork(key[0], name[0], sample_index=9, of_sample=key[1], tokens=ids)
+        self.touched.add(name)
+        self.done['fork'] += 1
+        self.done['fork with answer'] += len(one.tokens) > one.num_prompt
+        self.done['fork with held tokens'] += len(one.tokens) > len(self.stories[key].tokens)
+
+    def extend(self, one, key, ids) -> None:
+        self.insert(self.stories[key], one, ids)
+        self.sampler.extend(key[0], ids, key[1])
+        self.touched.add(key)
+        self.done['extend'] += 1
+
+    def insert(self, story, one, ids) -> None:
+        if ids:
+            story.inserted[len(one.tokens)] = ids
+            story.close()
+
+    def cancel(self, one, key, ids) -> None:
+        self.sampler.cancel(*key)
+        self.touched.add(key)
+        self.done['cancel'] += 1
+
+
+def check_story(story: Story, expected) -> int:
+    """Every log-prob told is that of the train step -> how many there are."""
+    told = [i for i, logprob in enumerate(story.logprobs) if logprob is not None]
+    found = np.asarray([story.logprobs[i] for i in told], np.float32)
+    np.testing.assert_array_equal(found, expected[np.asarray(told, int) - 1])
+    return len(told)
+
+
+def check(sampler, trained, count=24, seed=1, options=({},)) -> dict:
+    """Every log-prob that the engine tells is that of the train step for the same text.
+
+    -> {(id, sample index): text} of samples that the schedule leaves alone.
+    """
+    schedule = Schedule(sampler, seed)
+    schedule.run(some_requests(seed, count, options))
+    assert not pages_in_use(sampler)
+    stories = schedule.stories
+    expected = trained([story.tokens for story in stories.values()])
+    both = zip(stories.values(), expected, strict=True)
+    assert sum(check_story(*one) for one in both) > 8 * count
+    wanted = {'int', 'str', 'length', 'fork with answer', 'fork with held tokens', 'extend'}
+    missing = [name for name in wanted | {'cancel'} if not schedule.done[name]]
+    assert not missing, f'the schedule lacks {missing}: {schedule.done}'
+    return {key: story.tokens for key, story in stories.items() if key not in schedule.touched}
 
 
 def test_every_logprob_has_the_bits_of_the_train_step(params, one_device, trained):
-    """With shared and copied pages, preemption, a fork, a cancellation, and neighbours."""
+    """In a random schedule, with shared and copied pages, and too few of them."""
     with jax.set_mesh(one_device):
         tight = engine(params, one_device, pages=15)
         texts = check(tight, trained)
-        assert tight.counters.preemptions and tight.counters.shared_tokens
-        # An answer alone has the same bits.
-        [request] = [r for r in some_requests() if r.id == '3']
-        alone = complete(tight, [request], params, 1)['3'][0]
-        assert alone.tokens == texts['3', 0]
+        assert tight.counters.preemptions and tight.counters.shared_tokens > 100
+        one_slot = engine(params, one_device, pages=15, slots=1)
+        one_slot._programs = tight._programs  # only decoding has another shape
+        assert_same(texts, check(one_slot, trained))
+
+
+def assert_same(some, others) -> None:
+    """Samples that no schedule touched have the same tokens in both."""
+    both = some.keys() & others.keys()
+    assert len(both) > 8 and all(some[key] == others[key] for key in both)
 
 
 @pytest.mark.slow
@@ -187,11 +272,55 @@ def test_every_engine_gives_the_bits_of_the_train_step(words, params, one_device
         if words['slots'] == 8:
             sampler.warm_up()
         first = check(sampler, trained)
-        plain = engine(params, one_device)
-        assert (
-            check(plain, trained).items()
-            >= {key: tokens for key, tokens in first.items() if key[0] != 'fork'}.items()
-        )
+        assert_same(first, check(engine(params, one_device), trained))
+
+
+# All programs that decode, and all orders of sorting and masking in them.
+OPTIONS = (
+    {},
+    dict(temperature=0.0),
+    dict(top_p=0.8, temperature=1.4),
+    dict(top_k=7, min_p=0.05),
+    dict(presence_penalty=1.0, repetition_penalty=1.2),
+    dict(logit_bias={3: 2.0, 9: -np.inf}, frequency_penalty=0.5),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [2, 3])
+def test_a_long_schedule_with_every_option_has_the_bits(seed, params, one_device, trained):
+    with jax.set_mesh(one_device):
+        tight = engine(params, one_device, pages=24, slots=6)
+        check(tight, trained, 300, seed, OPTIONS)
+        assert tight.counters.preemptions > 8 and tight.counters.shared_tokens > 1000
+
+
+@pytest.mark.slow
+def test_a_prompt_of_8000_tokens_has_the_bits(one_device):
+    """Stored in chunks, between which another request decodes; two samples share it."""
+    block = BlockConfig(num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=16)
+    config = TransformerConfig(
+        vocab_size=V, embed_dim=16, num_layers=1, block=block, batch_invariant=True
+    )
+    parts = state.split(lambda key: Transformer(config, nnx.Rngs(key)))
+    params, random = random_params(parts), np.random.default_rng(0)
+    sampling = SamplingConfig(slots=3, max_length=8100, page_size=64, prefill_tokens=1024)
+    sampler = Sampler(parts.merge, config, sampling, one_device)
+    sampler.lend(params, 0)
+    long = Request('long', random.integers(0, V, 8000).tolist(), 40, n=2, prompt_logprobs=True)
+    short = Request('short', [1, 2, 3], 90)
+    stories = {
+        key: Story(r.tokens) for r in (long, short) for key in [(r.id, i) for i in range(r.n)]
+    }
+    with jax.set_mesh(one_device):
+        sampler.add(long)
+        sampler.add(short)
+        while sampler.has_work:
+            for event in sampler.step():
+                stories[event.id, event.sample_index].add(event)
+    texts = [story.tokens for story in stories.values()]
+    expected = trainer(parts, params, one_device, 1, 8100)(texts)
+    assert list(map(check_story, stories.values(), expected)) == [8039, 40, 90]
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@
 
 step: tokens/s of the engine against the bare decode step. bandwidth: copies, and the share of them
 that decoding reaches. requests: 128 requests of mixed lengths, against transformers and llama.cpp.
-prefix: 32 chats with one system prompt. context: decoding and memory at contexts of 1k to 32k.
-evaluate: the quickstart's prompts, against an earlier version.
+prefix: 32 chats with one system prompt. context: decoding and memory at contexts of 1k to 32k, and
+at most 32k together. evaluate: the quickstart's prompts, against an earlier version.
 
 Cases join the results of the same day, DIR/decode-DATE.json. The model is SmolLM2-135M in float32
 (--model). Peers need environments of their own: --hf_python one with torch and transformers,

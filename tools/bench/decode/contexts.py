@@ -3,6 +3,7 @@
 Every context is measured in a process of its own, so that the peak of its memory is its own.
 """
 
+import dataclasses
 import json
 import resource
 import statistics
@@ -17,14 +18,18 @@ from tools.bench.decode.models import ROOT, make_small, random_prompts
 from tools.bench.decode.timing import spread, timed
 
 CONTEXTS, BATCHES = (1024, 4096, 8192, 16384, 32768), (1, 4)
+# Of a batch: its contexts must be computed first, which costs their square.
+MOST_TOKENS = 32768
 STEPS, PAGE = 16, 16
+_WARM_UP = 1024  # tokens of a prompt; longer ones come in the same sizes of chunks
 
 
 def measure(repeats: int, threads: int, contexts=CONTEXTS, batches=BATCHES) -> dict:
-    """Tokens a second and bytes, for every context and batch size."""
+    """Tokens a second and bytes, for every context and batch size of at most MOST_TOKENS."""
     rows = []
     for context in contexts:
-        job = {'context': context, 'batches': batches, 'repeats': repeats}
+        fitting = [batch for batch in batches if batch * context <= MOST_TOKENS]
+        job = {'context': context, 'batches': fitting, 'repeats': repeats}
         command = [sys.executable, '-m', 'tools.bench.decode', '--out=.', f'--threads={threads}']
         done = subprocess.run(
             [*command, f'--context_once={json.dumps(job)}'],
@@ -46,22 +51,29 @@ def _measure(context: int, batch: int, repeats: int) -> dict:
     before = _peak_rss()
     length = context + STEPS * (repeats + 4)
     sampler = model.sampler(slots=batch, max_length=length, page_size=PAGE, decode_steps=STEPS)
-    prompts = random_prompts([context] * batch, model.config.vocab_size, seed=0)
 
-    def requests(max_tokens):
-        return [
-            Request(str(i), tokens, max_tokens, temperature=0.0) for i, tokens in enumerate(prompts)
-        ]
-
-    with jax.set_mesh(model.mesh):
-        sampler.warm_up()
-        # The prompts stay known, so that all sequences begin to decode at the same time.
-        filled = timed(lambda: _prefill(sampler, requests(1), model.params))
-        for request in requests(length - context):
-            sampler.add(request)
+    def begin(context: int, seed: int) -> dict:
+        """Fills the pages, so that all sequences decode -> how long that took."""
+        prompts = random_prompts([context] * batch, model.config.vocab_size, seed)
+        requests = [Request(str(i), tokens, 1, temperature=0.0) for i, tokens in enumerate(prompts)]
+        took = timed(lambda: _prefill(sampler, requests, model.params))
+        # Now the prompts are known, so all sequences begin to decode at the same time.
+        for request in requests:
+            sampler.add(dataclasses.replace(request, max_tokens=length - context))
         while not _is_full(sampler, batch):
             continue
+        return took
+
+    with jax.set_mesh(model.mesh):
+        # Compiles what follows, and not all programs: there are other ones for every context.
+        begin(min(context, _WARM_UP), seed=1)
+        for index in range(batch):
+            sampler.cancel(str(index))
+        compiled = sampler.counters.compilations
+        filled = begin(context, seed=0)
         results = [timed(lambda: _step(sampler, batch)) for _ in range(repeats)]
+        if sampler.counters.compilations > compiled:
+            raise RuntimeError('a program was compiled while the time was taken')
     pages = batch * -(-length // PAGE) + 1
     return {
         'context': context,

@@ -121,7 +121,10 @@ def test_a_request_ends_at_its_first_stop_token_which_is_reported(sampler):
         if stop in free[0][:index]:
             continue
         request = requests(stop_ids=frozenset([stop, 58]))[0]
+        before = sampler.counters.decode_steps
         tokens, logprobs, sampling_logprobs, reason = run(sampler, [request])['r0']
+        # The device stops, too, and does not leave it to the host to cut what follows.
+        assert sampler.counters.decode_steps - before == index + 1
         assert tokens == free[0][: index + 1]
         assert (len(logprobs), len(sampling_logprobs)) == (index + 1, index + 1)
         assert reason == 'stop'

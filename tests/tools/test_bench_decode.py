@@ -204,6 +204,9 @@ def test_a_case_joins_the_results_of_the_same_day(tmp_path, capsys, monkeypatch)
     assert record['cases'].keys() == {'bandwidth', 'context'}
     assert record['versions']['jax'] and record['cases']['context']['repeats'] == 3
     assert 'run case `step`' in capsys.readouterr().out
+    path.write_text(json.dumps(record | {'cpu': 'Z80'}), 'utf-8')
+    with pytest.raises(SystemExit, match='figures with cpu Z80, not .*: give another --out'):
+        bench.main(['--out', str(tmp_path), '--case', 'context'])
 
 
 _ROWS = {'model': '', 'steps': 1, 'rows': []}

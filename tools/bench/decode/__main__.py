@@ -7,12 +7,13 @@ that decoding reaches. requests: 128 requests of mixed lengths, against transfor
 prefix: 32 chats with one system prompt. context: decoding and memory at contexts of 1k to 32k, and
 at most 32k together. evaluate: the quickstart's prompts, against an earlier version.
 
-Cases join the results of the same day, DIR/decode-DATE.json. The model is SmolLM2-135M in float32
-(--model). Peers need environments of their own: --hf_python one with torch and transformers,
---llama_python one with xllamacpp; --before is a source tree of the earlier version, made by
-`git worktree add`, and --workdir a run of the quickstart (default: fresh weights). A case whose
-peer is not given measures ours alone; `evaluate` needs its own. Ours and peer alternate --repeats
-times. llama.cpp and torch wait for their threads by spinning, so on a machine that does other work,
+Cases join the results of the same day and machine, DIR/decode-DATE.json. The model is
+SmolLM2-135M in float32 (--model). Peers need environments of their own: --hf_python one with torch
+and transformers, --llama_python one with xllamacpp; --before is a source tree of the earlier
+version, made by `git worktree add`, and --workdir a run of the quickstart (default: fresh weights).
+A case whose peer is not given measures ours alone; `evaluate` needs its own. Ours and peer
+alternate --repeats times.
+llama.cpp and torch wait for their threads by spinning, so on a machine that does other work,
 or with more threads than cores, they appear many times slower than they are: use a quiet one.
 --smoke runs tiny sizes, whose figures mean nothing.
 """
@@ -56,13 +57,25 @@ def main(argv: list[str] | None = None) -> None:
     for case in flags.case:
         about = machine.about(PACKAGES)
         path = flags.out / f'decode-{about["date"]}.json'
-        cases = json.loads(path.read_text('utf-8'))['cases'] if path.exists() else {}
+        cases = _cases_of_today(path, about)
         load = os.getloadavg()[0]  # before anything is measured
         figures, bars = run(case, flags, cases)
         about_case = {'load': load, 'threads': num_cores(), 'repeats': flags.repeats}
         cases[case] = about_case | figures | {'bars': bars}
         path.write_text(json.dumps(about | {'cases': cases}, indent=1) + '\n', 'utf-8')
         print(path)
+
+
+def _cases_of_today(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    recorded = json.loads(path.read_text('utf-8'))
+    for name, value in about.items():
+        if recorded[name] != value:
+            raise SystemExit(
+                f'{path} has figures with {name} {recorded[name]}, not {value}: give another --out'
+            )
+    return recorded['cases']
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

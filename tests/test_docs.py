@@ -136,11 +136,20 @@ def letters(quick_compilation):
 def test_the_program_that_votes_runs(letters, capsys):
     sampler, params = letters
     names = dict(sampler=sampler, params=params, step=0, task=Questions(), tokenizer=Letters())
-    page = 'strategies.md'
-    exec(compile(dict(doc_examples.programs())[page], page, 'exec'), names)
+    _run_program('strategies.md', 'driver.run', names)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines] == ['q0', 'q1', 'q2']
     assert sum(int(line[-1]) for line in lines) == sampler.counters.decoded_tokens > 0
+
+
+def test_the_program_that_allocates_prints_what_it_says(capsys):
+    _run_program('strategies.md', 'allocate', {})
+    assert capsys.readouterr().out == '[0, 1]\n'
+
+
+def _run_program(page, word, names):
+    [source] = [text for name, text in doc_examples.programs() if name == page and word in text]
+    exec(compile(source, page, 'exec'), names)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from jaxfm.sampling.strategies.base import (
     Branch,
     Context,
     Note,
+    Outcome,
     Problem,
     Sample,
     Wait,
@@ -50,7 +51,8 @@ class ComputeOptimal:
         if not problem.record:  # or it has been noted before an interruption
             yield Note({'confidence': confidence, 'level': level})
         inner = dataclasses.replace(problem, record=problem.record[1:])
-        return (yield from _begun(self._strategies[level].run(inner), first))
+        outcome = yield from _begun(self._strategies[level].run(inner), first)
+        return _with_unused(outcome, first)
 
     def _estimate(self, problem: Problem, branches: Sequence[Branch]):
         """How sure the model is: the mean score, or the share of the most frequent answer."""
@@ -96,6 +98,17 @@ def _begun(actions: Actions, first: Sequence[Branch]) -> Actions:
                 error = raised
     finally:
         actions.close()
+
+
+def _with_unused(outcome, first: Sequence[Branch]):
+    """A strategy's outcome, which ends with those of the first samples that it did not take."""
+    if not isinstance(outcome, Outcome):
+        return outcome  # the driver tells what is wrong
+    unused = [branch for branch in first if branch not in outcome.samples]
+    found = {name: getattr(outcome, name) for name in ('scores', 'answers')}
+    nothing = [None] * len(unused)
+    longer = {name: [*values, *nothing] for name, values in found.items() if values}
+    return dataclasses.replace(outcome, samples=[*outcome.samples, *unused], **longer)
 
 
 def _is_plain(action: Sample) -> bool:

@@ -75,15 +75,17 @@ def test_fewer_samples_than_are_there_and_scores_ask_for_no_more(run):
     levels = [dict(strategy=dict(name='best_of_n', n=2))]
     found = run.one(config_of('compute_optimal', first=3, levels=levels), problems(), Judge())
     alone = run.one(config_of('best_of_n', n=2), problems(), Judge())
-    assert [s.tokens for s in found.samples] == [s.tokens for s in alone.samples]
+    assert [s.tokens for s in found.samples[:2]] == [s.tokens for s in alone.samples]
+    assert (found.scores, found.answers) == ([*alone.scores, None], [*alone.answers, None])
+    assert len(found.samples) == 3 and found.chosen == alone.chosen
     assert found.entry.decoded_tokens > alone.entry.decoded_tokens  # the third one is paid for
 
 
 def test_other_samples_are_its_own_and_what_actions_raise_reaches_it(run):
     levels = [dict(strategy=dict(name=f'{HERE}:Catching'))]
     found = run.one(config_of('compute_optimal', first=3, levels=levels), problems(), Judge())
-    assert [len(sample.tokens) for sample in found.samples] == [2, 2]
-    assert [sample.sample_index for sample in found.samples] == [3, 4]
+    assert [len(sample.tokens) for sample in found.samples] == [2, 2, 12, 12, 12]
+    assert [sample.sample_index for sample in found.samples] == [3, 4, 0, 1, 2]
     assert 'invalid literal' in found.answer
     assert found.entry.decoded_tokens == 3 * 12 + 4
 
@@ -93,7 +95,7 @@ def test_a_scorer_takes_the_place_of_the_agreement(run):
     config = config_of('compute_optimal', first=2, levels=levels, scorer=dict(name='reward'))
     outcomes = run(config, problems(2), Judge())
     assert [one.record[0]['confidence'] for one in outcomes.values()] == [1.0, 0.0]
-    assert [len(one.samples) for one in outcomes.values()] == [1, 7]
+    assert [len(one.samples) for one in outcomes.values()] == [2, 7]
 
 
 def test_a_budget_that_ends_the_first_samples_gives_the_last_level(run):

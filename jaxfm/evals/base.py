@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ _NOT_OF_SAMPLES = (
     *('every', 'at_start', 'phase', 'contamination_bytes', 'cluster_by_group', 'n'),
     'call_seconds',
 )
+# Fields of a prompt that its tokens stand for.
+_TOKENIZED = ('text', 'messages', 'tools', 'pairs')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Context:
         """The file of an evaluation at a step.
 
         Args:
-          subject: everything that is evaluated; only its digest goes into the header.
+          subject: everything that is evaluated, right answers included; only its digest goes into
+            the header.
           options: more that the samples depend on, as JSON.
         """
         given = config.model_dump(exclude=set(_NOT_OF_SAMPLES))
@@ -77,8 +81,16 @@ class Context:
 def _digest(subject: Iterable) -> str:
     digest = hashlib.sha256()
     for each in subject:
-        digest.update(json.dumps(each).encode())
+        digest.update(json.dumps(each, default=_as_json).encode())
     return digest.hexdigest()[:16]
+
+
+def _as_json(value: Any) -> Any:
+    """A task's own value in a form that is the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    # Without the address that the default repr has.
+    return re.sub(r' at 0x[0-9a-f]+', '', repr(value))
 
 
 class Periodic:
@@ -97,6 +109,11 @@ class Periodic:
         if step in (0, last):
             return step == last or self._at_start
         return bool(self._every) and step % self._every == 0
+
+
+def judged_by(prompt: Prompt) -> dict[str, Any]:
+    """What the scores of a prompt depend on besides its tokens: right answers, group and more."""
+    return {key: value for key, value in vars(prompt).items() if key not in _TOKENIZED}
 
 
 def text_of(prompt: Prompt) -> str:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 from jaxfm.evals import GenerateConfig
-from jaxfm.evals.base import Context, Periodic, text_of, warn_of_failures
+from jaxfm.evals.base import Context, Periodic, judged_by, text_of, warn_of_failures
 from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.evals.samples import Key, Samples
@@ -46,7 +46,10 @@ class Generate(Periodic):
 
     def open(self, step: int) -> Samples:
         """The file of the samples at a step."""
-        subject = ((request.id, list(request.tokens)) for request in self._requests)
+        subject = (
+            (request.id, list(request.tokens), judged_by(self._prompts[request.id]))
+            for request in self._requests
+        )
         stop_ids = sorted(self._requests[0].stop_ids)
         return self._context.open_samples(self._config, step, subject, stop_ids=stop_ids)
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 from jaxfm.errors import DataError
 from jaxfm.evals import LikelihoodConfig, choice
-from jaxfm.evals.base import Context, Periodic, text_of, warn_of_failures
+from jaxfm.evals.base import Context, Periodic, judged_by, text_of, warn_of_failures
 from jaxfm.evals.prompts import choice_ids, open_task, pair_ids
 from jaxfm.evals.samples import Samples
 from jaxfm.evals.scoring import Key, Scored, key, score_each, score_request
@@ -63,7 +63,11 @@ class Likelihood(Periodic):
     def open(self, step: int) -> Samples:
         """The file of the questions at a step."""
         subject = (
-            (id, [[list(one.tokens), one.prompt_logprobs_from] for one in requests])
+            (
+                id,
+                [[list(one.tokens), one.prompt_logprobs_from] for one in requests],
+                judged_by(self._prompts[id]),
+            )
             for id, requests in self._requests.items()
         )
         return self._context.open_samples(self._config, step, subject)

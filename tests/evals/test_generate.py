@@ -19,6 +19,7 @@ from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
 from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt
+from jaxfm.tasks.benchmark import Question
 
 EOS = 0
 
@@ -463,6 +464,24 @@ def test_an_interrupted_evaluation_goes_on_without_sampling_again(engine, monkey
     assert not set(asked) & {(one['id'], one['sample_index']) for one in kept}
     with pytest.raises(DataError, match='options.max_tokens is 12 there, but 9 now'):
         evaluator(Engine(), tmp_path / 'killed', **given, max_tokens=9).run('weights', 5)
+
+
+def test_a_corrected_answer_is_another_evaluation(engine, monkeypatch, tmp_path):
+    """Otherwise scores under both answers would be mixed. Equal ones go on, whatever their type."""
+
+    class Answer:
+        """Its repr has an address."""
+
+    def answers(*gold):
+        prompts = [Question(id, text, gold=gold) for id, text in Task.texts.items()]
+        monkeypatch.setattr(Task, 'prompts', lambda self: prompts)
+        return evaluator(engine, tmp_path, goes_on=True)
+
+    answers('18', {'x', 'y'}, Answer()).run('weights', 5)
+    with answers('18', {'y', 'x'}, Answer()).open(5) as samples:
+        assert len(samples.records) == 3
+    with pytest.raises(DataError, match='samples of another evaluation: subject is'):
+        answers('19', {'x', 'y'}, Answer()).open(5)
 
 
 def _noting(asked, add):

@@ -1,5 +1,6 @@
 """Choices by log-likelihood: which tokens count, the scores, and what is computed once."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -160,6 +161,16 @@ def test_an_interrupted_evaluation_scores_only_what_is_missing(tmp_path):
     last = Engine()
     assert evaluator(last, tmp_path / 'killed', goes_on=True).run('weights', 3) == whole
     assert not last.added
+
+
+def test_a_corrected_label_is_another_evaluation(tmp_path, monkeypatch):
+    """Otherwise scores under both labels would be mixed."""
+    evaluator(Engine(), tmp_path, goes_on=True).run('weights', 3)
+    first, *others = Quiz.questions
+    for change in ({'right': (1,)}, {'group': 'second'}, {'unconditional': 'B:'}):
+        monkeypatch.setattr(Quiz, 'questions', [dataclasses.replace(first, **change), *others])
+        with pytest.raises(DataError, match='samples of another evaluation: subject is'):
+            evaluator(Engine(), tmp_path, goes_on=True).open(3)
 
 
 def _dying(engine, after):

@@ -6,8 +6,7 @@ documents are possible.
 """
 
 import contextlib
-import hashlib
-import json
+import functools
 import logging
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from jaxfm.metrics.console import Console
 from jaxfm.modes.output import write_lines
 from jaxfm.run.data import RunData, open_data, open_tokenizer
 from jaxfm.run.run import Run, start_run
-from jaxfm.run.weights import current_params
+from jaxfm.run.weights import current_params, identify_params
 
 log = logging.getLogger('jaxfm')
 
@@ -39,7 +38,8 @@ def evaluate(flags, config: RunConfig, changes) -> int:
             data,
             run.sampler(data.tokenizer),
             _samples_directory(run, flags.output),
-            weights=lambda step: describe_weights(run, step),
+            # Once: an earlier run may go on meanwhile.
+            weights=functools.cache(functools.partial(describe_weights, run)),
             goes_on=True,
         )
         params, step = current_params(run)
@@ -74,12 +74,9 @@ def _check_samples(evaluators: dict, step: int) -> None:
 
 
 def describe_weights(run: Run, step: int) -> dict:
-    """Which weights these are; the digest tells them from those of another run to that step."""
-    if not run.has_begun:
-        return {'name': run.config.init_from, 'step': step}
-    manifest = json.dumps(run.reader().read_manifest(step), sort_keys=True)
-    digest = hashlib.sha256(manifest.encode()).hexdigest()[:16]
-    return {'name': run.workdir.name, 'step': step, 'checkpoint': digest}
+    """Which weights these are; the digest tells them from others of this name and step."""
+    name = run.workdir.name if run.has_begun else run.config.init_from
+    return {'name': name, 'step': step, 'digest': identify_params(run, step)}
 
 
 def format_table(title: str, values: dict[str, float]) -> str:

@@ -1,6 +1,8 @@
 """A run's weights: fresh, from a checkpoint, an earlier run or a pretrained model; their export."""
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,15 @@ from jaxfm.models import TransformerConfig, lora
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.huggingface.export import Exporter
+from jaxfm.pretrained.orbax.load import Foreign
 from jaxfm.run.run import Outside, Run, load_outside, model_maker, open_outside
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
+from jaxfm.storage import open_storage
 from jaxfm.tokenizer.kinds import Tokenizer
 
 log = logging.getLogger('jaxfm')
+
+_OF_MODEL = ('*.safetensors', '*.gguf', 'config.json', 'adapter_config.json')
 
 
 def current_params(run: Run) -> tuple[dict, int | None]:
@@ -34,6 +40,40 @@ def current_params(run: Run) -> tuple[dict, int | None]:
     if run.has_begun or not run.config.init_from:
         return _restore_params(run.reader(), run.parts, base_loader(run))
     return _earlier_params(run), None
+
+
+def identify_params(run: Run, step: int) -> str:
+    """A digest that tells the weights of `current_params` from others, without reading them.
+
+    Of a run, this one or the one that `init_from` names, it is that of the verified manifest. Of a
+    model from outside it is that of the names, sizes and times of its files, so a copy that does
+    not keep the times counts as another model.
+    """
+    config, lora_config = run.config, run.config.model.lora
+    directory = Path(config.init_from).expanduser()
+    if run.has_begun:
+        known = [run.reader().read_manifest(step)]
+    elif locate.is_run(directory):
+        earlier = read_config(directory / 'config.json', OriginConfig)
+        reader = Reader(earlier.checkpoint, directory / 'checkpoints')
+        known = [reader.newest_whole(reader.read_manifest)]
+    elif isinstance(run.outside, Foreign):
+        stored = open_storage(run.outside.path).list()
+        known = sorted((name, each.size, each.modified) for name, each in stored.items())
+    else:
+        known = _list_files(run.outside.path)
+    if lora_config and lora_config.path and not run.has_begun:
+        known += _list_files(Path(lora_config.path).expanduser())
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _list_files(path: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time) of a file, or of those in a directory that make up a model."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for pattern in _OF_MODEL for each in path.glob(pattern))
+    stats = [(file.name, file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def initial_state(run: Run) -> TrainState:

@@ -1,16 +1,20 @@
 """--mode eval of a model from outside: a random one in Hugging Face's layout, and small files."""
 
 import json
+import shutil
+import types
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
 from jaxfm import main
 from jaxfm.evals.samples import Samples, read_samples
-from jaxfm.modes.evaluate import format_table
+from jaxfm.modes.evaluate import describe_weights, format_table
+from jaxfm.run import weights
 from jaxfm.sampling.engine import Sampler
 from tests.conftest import ROOT
-from tests.hf_directories import write_model
+from tests.hf_directories import LLAMA, random_tensors, write_model
 
 pytestmark = pytest.mark.usefixtures('compilation_cache_as_before', 'quick_compilation')
 
@@ -129,6 +133,50 @@ def test_several_tasks_are_evaluated_and_go_on_after_an_interrupt(cli, tmp_path,
     code, error = cli(tmp_path / 'run', model__compute_dtype='bfloat16')
     assert code == 65 and "compute_dtype is 'auto' there, but 'bfloat16' now" in error
     assert not asked  # also not for evaluators before the one whose file is refused
+
+
+def outside(path, adapters=''):
+    """A run that has not begun, of a model at a path."""
+    lora = types.SimpleNamespace(path=str(adapters)) if adapters else None
+    model = types.SimpleNamespace(lora=lora)
+    return types.SimpleNamespace(
+        has_begun=False,
+        config=types.SimpleNamespace(init_from=str(path), model=model),
+        outside=types.SimpleNamespace(path=path),
+    )
+
+
+def test_a_model_exported_again_into_its_directory_is_another_one(desk, tmp_path):
+    """Its files have the same names and sizes; other files beside them do not matter."""
+    model = shutil.copytree(desk / 'model', tmp_path / 'model')
+    before = describe_weights(outside(model), 0)
+    (model / 'scores.jsonl').write_text('{}', encoding='utf-8')
+    assert describe_weights(outside(model), 0) == before
+    save_file(random_tensors(LLAMA, seed=1), model / 'model.safetensors')
+    assert describe_weights(outside(model), 0) != before
+    file = tmp_path / 'model.gguf'
+    file.write_bytes(b'x')
+    before = describe_weights(outside(file), 0)
+    file.write_bytes(b'yy')
+    assert describe_weights(outside(file), 0) != before
+    # Adapters count, too.
+    before = describe_weights(outside(file, model), 0)
+    save_file(random_tensors(LLAMA, seed=2), model / 'model.safetensors')
+    assert describe_weights(outside(file, model), 0) != before
+
+
+def test_an_earlier_run_that_has_gone_on_is_another_model(monkeypatch, tmp_path):
+    manifest = {'step': 4}
+    reader = types.SimpleNamespace(
+        newest_whole=lambda read: read(4), read_manifest=lambda step: dict(manifest)
+    )
+    monkeypatch.setattr(weights, 'Reader', lambda *_: reader)
+    monkeypatch.setattr(weights, 'read_config', lambda *_: types.SimpleNamespace(checkpoint=None))
+    (tmp_path / 'config.json').write_text('{"model": {}}', encoding='utf-8')
+    before = describe_weights(outside(tmp_path), 0)
+    assert describe_weights(outside(tmp_path), 0) == before
+    manifest['step'] = 8
+    assert describe_weights(outside(tmp_path), 0) != before
 
 
 @pytest.mark.parametrize(

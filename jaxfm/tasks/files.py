@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxfm.errors import ConfigError, DataError, MissingInputError, listed
+from jaxfm.errors import ConfigError, DataError, MissingInputError, RunError, listed
 from jaxfm.storage import find
 from jaxfm.storage.find import File
 
@@ -124,12 +124,15 @@ def read_rows(
 ) -> list:
     """[parse(row)] of all records, without the bad ones, of which a warning tells.
 
+    A record is bad if `parse` raises on it: BadRow, or what a value of a type that nobody expected
+    makes it raise. Errors of the run, such as a missing package, are not about a record.
+
     columns: of a .csv that has no header; () if the first line has their names.
 
     Raises:
       DataError: no record can be used.
     """
-    parsed, bad, ids = [], [], set()
+    parsed, bad, ids, cause = [], [], set(), None
     for file in files:
         for place, number, record in _records(file, columns):
             try:
@@ -138,12 +141,16 @@ def read_rows(
                     raise BadRow(f'its id {row.id!r} is taken by a record before it')
                 parsed.append(parse(row))
                 ids.add(row.id)
-            except BadRow as error:
-                bad.append(f'{place}: {error}')
+            except RunError:
+                raise
+            except Exception as error:
+                kind = '' if isinstance(error, BadRow) else f'{type(error).__name__}: '
+                bad.append(f'{place}: {kind}{error}')
+                cause = cause or error
     total = len(parsed) + len(bad)
     if not parsed:
         why = f': {bad[0]}' if bad else f': {listed([file.path for file in files])} is empty'
-        raise DataError(f'task {task}: none of {total} records can be used{why}')
+        raise DataError(f'task {task}: none of {total} records can be used{why}') from cause
     if bad:
         log.warning(
             'task %s: %d of %d records are bad and left out: %s',

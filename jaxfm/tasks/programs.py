@@ -103,6 +103,8 @@ class Mbpp(Programs):
             raise BadRow(f'tests must be a list of texts, but is {tests!r:.40}')
         setup = row.get('setup', '')
         setup = '\n'.join(setup) if isinstance(setup, list) else setup
+        if not isinstance(setup, str):
+            raise BadRow(f'setup must be a text or a list of texts, but is {setup!r:.40}')
         question = (
             f'You are an expert Python programmer, and here is your task: {row.text("text")} '
             f'Your code should pass these tests:\n\n{"\n".join(tests)}\n[BEGIN]\n'

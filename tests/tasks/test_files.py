@@ -1,10 +1,12 @@
 import gzip
 import json
 import logging
+import re
 
 import pytest
 
 from jaxfm.errors import ConfigError, DataError, MissingInputError
+from jaxfm.tasks.math_problems import Gsm8k
 from tests.tasks.rows import GSM8K, make_task, write_rows
 
 
@@ -44,6 +46,37 @@ def test_a_bad_line_is_told_with_its_place_and_the_others_go_on(tmp_path, caplog
     assert f'{path}:2: not JSON' in told
     assert f"{path}:3: answer must end with '#### NUMBER'" in told
     assert f'{path}:4: the record is no object, but [1]' in told
+
+
+OPTIONS = {'text': ['a', 'b'], 'label': 0}
+RESPONSE = {'key': 1, 'prompt': 'x', 'instruction_id_list': [['y']], 'kwargs': [{}]}
+PROGRAM = {'task_id': 11, 'text': 'x', 'code': 'y', 'test_list': ['z']}
+
+
+@pytest.mark.parametrize(
+    'task, row, told',
+    [
+        ('truthfulqa', {'question': '?', 'mc1_targets': {'choices': ['a']}}, "KeyError: 'labels'"),
+        ('arc', {'question': '?', 'choices': OPTIONS, 'answerKey': 'A'}, "TypeError: 'int'"),
+        ('ifeval', RESPONSE, 'TypeError: '),
+        ('mbpp', PROGRAM | {'test_setup_code': [1]}, 'TypeError: sequence item 0'),
+        ('mbpp', PROGRAM | {'test_setup_code': 1}, 'setup must be a text or a list of texts'),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_told_with_its_place(tmp_path, task, row, told):
+    path = write_rows(tmp_path / 'rows.jsonl', [row])
+    told = f'none of 1 records can be used: {path}:1: {told}'
+    with pytest.raises(DataError, match=re.escape(told)):
+        make_task(task, path=str(path))
+
+
+def test_an_error_of_the_run_is_not_one_of_a_record(tmp_path, monkeypatch):
+    def parse(self, row):
+        raise MissingInputError('this needs a package')
+
+    monkeypatch.setattr(Gsm8k, 'parse', parse)
+    with pytest.raises(MissingInputError, match='this needs a package'):
+        make_task('gsm8k', path=str(write_rows(tmp_path / 'test.jsonl', GSM8K)))
 
 
 def test_bad_rows_of_a_csv_are_told(tmp_path, caplog):

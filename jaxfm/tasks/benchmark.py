@@ -15,6 +15,7 @@ from jaxfm.errors import ConfigError, DataError
 from jaxfm.tasks import FileTaskConfig
 from jaxfm.tasks.base import Choice, Prompt, Task
 from jaxfm.tasks.files import BadRow, Fields, Row, find_beside, find_files, merge_fields, read_rows
+from jaxfm.tasks.final_answers import final_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,9 @@ class Benchmark(Task):
         return not prompt.messages and any(end in completion for end in self.ends)
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
-        """Of choices, the one that the completion begins with; subclasses parse other answers.
+        """Of choices, the one that the completion states or begins with; None if that is not clear.
+
+        Subclasses parse other answers. Raw text ends where the next question would begin.
 
         Raises:
           ValueError: the choices have equal continuations, so only their likelihoods differ.
@@ -126,7 +129,9 @@ class Benchmark(Task):
                 f'task {self.name}: the choices of {prompt.id} differ in their contexts, so they '
                 "are compared by likelihood; evaluate with name='likelihood'"
             )
-        return max((text for text in choices if written.startswith(text)), key=len, default=None)
+        if not prompt.messages:
+            written = written.partition(self.between)[0]
+        return final_choice(written, choices)
 
     def cut(self, prompt: Prompt, completion: str) -> str:
         """The completion up to where `stop` would have stopped it."""

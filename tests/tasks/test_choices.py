@@ -182,7 +182,7 @@ def test_a_bad_choice_is_told(tmp_path, caplog):
     assert "rows.jsonl:7: choices must be two texts or more, but are ['one']" in caplog.text
 
 
-def test_generated_text_chooses_by_its_beginning(tmp_path):
+def test_generated_text_chooses_by_whole_words(tmp_path):
     task = make(tmp_path, 'arc', ARC)
     prompt = task.prompts()[0]
     assert task.evaluate(prompt, ' a stone, of course') == 1.0
@@ -192,6 +192,16 @@ def test_generated_text_chooses_by_its_beginning(tmp_path):
     rows = [{'id': 'n', 'question': 'Which?', 'choices': ['no', 'north'], 'answerKey': 'B'}]
     task = make(tmp_path, 'arc', rows)
     assert task.evaluate(task.prompts()[0], 'north') == 1.0
+
+
+def test_raw_text_chooses_before_the_next_question(tmp_path):
+    """A chat may think first, and states its answer last."""
+    row = {'subject': 'sums', 'question': '1 + 1?', 'choices': ['1', '2', '3', '4'], 'answer': 1}
+    text = ' B\n\n2 + 2?\nThe answer is C'
+    for chat, answer in ((False, 'B'), (True, 'C')):
+        task = make(tmp_path, 'mmlu', [row], chat=chat)
+        assert task.answer(task.prompts()[0], text) == answer
+    assert task.evaluate(task.prompts()[0], 'Because it is so, C') == 0.0
 
 
 def test_text_cannot_choose_between_contexts(tmp_path):

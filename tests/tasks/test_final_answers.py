@@ -1,6 +1,6 @@
 import pytest
 
-from jaxfm.tasks.final_answers import final_number, last_boxed
+from jaxfm.tasks.final_answers import final_choice, final_number, last_boxed
 from jaxfm.tasks.thinking import visible
 
 
@@ -75,3 +75,62 @@ def test_only_what_follows_the_thinking_is_visible(text, begun, shown):
 def test_thinking_may_have_other_marks():
     assert visible('[T]1[/T] 2', '[T]', '[/T]') == '2'
     assert visible('[T]1', '[T]', '[/T]') is None
+
+
+@pytest.mark.parametrize(
+    'text, choice',
+    [
+        ('B', 'B'),
+        ('(B)', 'B'),
+        (' B. Paris, of course.', 'B'),
+        ('B. A stone falls', 'B'),
+        ('B\nA stone falls', 'B'),
+        ('B, because it falls. A does not.', 'B'),
+        ('Answer: B', 'B'),
+        ('**Answer:** B', 'B'),
+        ('The answer is **B**.', 'B'),
+        ('Actually the answer is B', 'B'),
+        ('The correct answer is: (B) Paris.', 'B'),
+        ('A lot of people say A. The answer is B because it is. A and C are wrong.', 'B'),
+        ('A. The answer is A. Wait, no: the answer is B.', 'B'),
+        ('The answer is B. That answer is short.', 'B'),
+        ('Because it is so, C', None),
+        ('Better not to say', None),
+        ('A man walks', None),
+        ('A or B', None),
+        ('A, B and C are all right', None),
+        ('A. B. and C are right', None),
+        ('A. one\nB. two\nC. three', None),
+        ('The answer is A or B.', None),
+        ('The answer is A, or else B.', None),
+        ('The answer is either A or B.', None),
+        ('The answer is not A.', None),
+        ("I don't think the answer is A.", None),
+        ('It is not clear whether the right answer is A.', None),
+        ('If it is not red, the answer is B.', 'B'),
+        ('The answer is A. On second thought, the answer is either B or C.', None),
+        ('The answer is A man', None),
+        ('A.M. or P.M.', None),
+        ('AB', None),
+        ('', None),
+    ],
+)
+def test_a_choice_is_read_only_where_it_is_clear(text, choice):
+    assert final_choice(text, 'ABC') == choice
+
+
+@pytest.mark.parametrize(
+    'text, choice',
+    [
+        ('no', 'no'),
+        ('yes, it is', 'yes'),
+        ('not at all clear; yes', None),
+        ('no or yes', None),
+        ('no, or rather yes', None),
+        ('north', 'north'),
+        ('The answer is north.', 'north'),
+        ('Hang it up. Then wait.', 'Hang it up.'),
+    ],
+)
+def test_a_choice_of_several_words_is_whole(text, choice):
+    assert final_choice(text, ['no', 'north', 'yes', 'Hang it up.']) == choice

@@ -197,4 +197,4 @@ def read_texts(config: PerplexityConfig, name: str) -> list[Text]:
 
 
 def _text_of_row(row: Row) -> Text:
-    return Text(f'{row.file}:{row.number}', row.text('text'))
+    return Text(row.id, row.text('text'))

@@ -74,6 +74,16 @@ def test_documents_of_several_files_have_an_interval(tmp_path, caplog):
     assert one.run('weights', 3)['documents'] == 1
 
 
+def test_files_of_one_name_in_two_directories_are_both_measured(tmp_path):
+    texts = {'a': 'abc def', 'b': 'the second text'}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'train.jsonl').write_text(json.dumps({'text': text}), encoding='utf-8')
+    values = evaluator(Engine(), tmp_path / '*' / 'train.jsonl').run('weights', 3)
+    assert values['documents'] == 2
+    assert values['tokens'] == sum(len(IDS(text)) - 1 for text in texts.values())
+
+
 def test_windows_that_fail_are_left_out_with_their_document(tmp_path, caplog):
     for name, text in {'a': 'abc def', 'b': 'abz def', 'c': 'abc'}.items():
         (tmp_path / f'{name}.txt').write_text(text, encoding='utf-8')

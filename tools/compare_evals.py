@@ -8,6 +8,9 @@ score of its samples, so the two may have different numbers of samples. The verd
 'B better' if the interval of the paired difference does not contain 0 (and, for scores of 0 and 1,
 McNemar's test gives p < 0.05), else 'tied'.
 
+Losses on text (`perplexity`) are compared in bits per byte, document by document, so the two models
+may have different tokenizers.
+
 `--metric score_per_byte` compares another score of a `likelihood` evaluation, `--cluster_by_group`
 takes the questions of a group as one cluster, `--output FILE` also writes the figures as JSON lines.
 """  # noqa: E501
@@ -15,6 +18,7 @@ takes the questions of a group as one cluster, `--output FILE` also writes the f
 import argparse
 import dataclasses
 import logging
+import math
 import re
 import sys
 from pathlib import Path
@@ -23,7 +27,7 @@ from jaxfm import process
 from jaxfm.command_line import Parser
 from jaxfm.errors import DataError, MissingInputError, RunError
 from jaxfm.evals.samples import differences, read_samples
-from jaxfm.evals.statistics import Estimate, mcnemar, mean, paired_difference, share
+from jaxfm.evals.statistics import Estimate, mcnemar, mean, paired_difference, ratio, share
 from jaxfm.modes.output import write_lines
 
 # Parts of a header that may differ: they are what is compared, or are told with the result.
@@ -35,8 +39,9 @@ class Comparison:
     """Two evaluations of the same questions."""
 
     name: str
-    num_questions: int
-    left_out: int  # questions that only one of them has
+    unit: str  # 'questions', or what a loss is averaged over
+    num_questions: int  # or documents or windows
+    left_out: int  # those that only one of them has
     first: Estimate
     second: Estimate
     difference: Estimate  # first - second
@@ -70,9 +75,9 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """The comparison as text."""
-        lost = f' ({self.left_out} questions are in one of them only)' if self.left_out else ''
+        lost = f' ({self.left_out} {self.unit} are in one of them only)' if self.left_out else ''
         lines = [
-            f'{self.name}: {self.num_questions} questions{lost}',
+            f'{self.name}: {self.num_questions} {self.unit}{lost}',
             f'  A           {_shown(self.first)}',
             f'  B           {_shown(self.second)}',
             f'  A - B       {_shown(self.difference, "+")}',
@@ -183,6 +188,11 @@ def compare(
                 f'{a} holds samples of {left}, but {b} of {right}: only evaluations of the same '
                 'task can be compared'
             )
+    told = {key: first.get(key) for key in _TOLD}, {key: second.get(key) for key in _TOLD}
+    if first['evaluator'] == 'perplexity':
+        if metric != 'score':
+            raise DataError(f'losses on text are compared in bits per byte: leave out {metric!r}')
+        return _compare_losses(name, (a, ours), (b, theirs), differences(*told))
     x, y = (_scores(path, each, metric) for path, each in ((a, ours), (b, theirs)))
     ids = [id for id in x if id in y]
     if not ids:
@@ -193,9 +203,9 @@ def compare(
     pairs = list(zip(one, other))
     # Log-probs are no shares.
     estimate = share if all(0 <= value <= 1 for value in one + other) else mean
-    told = {key: first.get(key) for key in _TOLD}, {key: second.get(key) for key in _TOLD}
     return Comparison(
         name=name,
+        unit='questions',
         num_questions=len(ids),
         left_out=len(x.keys() ^ y.keys()),
         first=estimate(one, clusters),
@@ -207,6 +217,90 @@ def compare(
         is_binary=set(one + other) <= {0.0, 1.0},
         differences=differences(*told),
     )
+
+
+@dataclasses.dataclass
+class _Document:
+    """The windows of a document that were scored."""
+
+    bytes: int
+    tokens: int
+    windows: dict[str, tuple[float, int]]  # {id: nats, tokens}
+
+    @property
+    def is_whole(self) -> bool:
+        return sum(tokens for _, tokens in self.windows.values()) == self.tokens
+
+    @property
+    def nats(self) -> float:
+        return sum(nats for nats, _ in self.windows.values())
+
+
+def _compare_losses(
+    name: str,
+    first: tuple[Path, list[dict]],
+    second: tuple[Path, list[dict]],
+    differ: list[tuple[str, object, object]],
+) -> Comparison:
+    """Compares losses in bits per byte, which do not depend on the tokens; negative, as scores.
+
+    The windows of a document are no independent pieces, so the unit is the document. Windows are it
+    where there is a single document, as in the evaluation, and only if its tokens are the same.
+    """
+    x, y = _documents(*first), _documents(*second)
+    common = [id for id in x if id in y]
+    for id in common:
+        if x[id].bytes != y[id].bytes:
+            raise DataError(
+                f'document {id} has {x[id].bytes} bytes in {first[0]}, but {y[id].bytes} in '
+                f'{second[0]}: only losses on the same text can be compared'
+            )
+    if not common:
+        raise DataError(f'{first[0]} and {second[0]} have no whole document in common')
+    unit, left_out = 'documents', len(x.keys() ^ y.keys())
+    num_bytes = [float(x[id].bytes) for id in common]
+    one, other = [x[id].nats for id in common], [y[id].nats for id in common]
+    if len(common) == 1:
+        [(a, b)] = [(x[id], y[id]) for id in common]
+        sizes = {id: tokens for id, (_, tokens) in a.windows.items()}
+        if 'subject' in {key for key, *_ in differ} or len(sizes) == 1:
+            raise DataError(
+                f'{first[0]} and {second[0]} have one document in common, with other tokens or a '
+                'single window, so there is no interval: evaluate several documents'
+            )
+        unit = 'windows'
+        num_bytes = [a.bytes * tokens / a.tokens for tokens in sizes.values()]
+        one, other = ([each.windows[id][0] for id in sizes] for each in (a, b))
+    bits = math.log(2)
+    return Comparison(
+        name=name,
+        unit=unit,
+        num_questions=len(one),
+        left_out=left_out,
+        first=ratio([-nats / bits for nats in one], num_bytes),
+        second=ratio([-nats / bits for nats in other], num_bytes),
+        difference=ratio([(q - p) / bits for p, q in zip(one, other)], num_bytes),
+        only_first=0,
+        only_second=0,
+        is_binary=False,
+        differences=differ,
+    )
+
+
+def _documents(path: Path, records: list[dict]) -> dict[str, _Document]:
+    """{id: document} of those of which every window was scored."""
+    found: dict[str, _Document] = {}
+    for record in records:
+        if 'document_bytes' not in record:
+            raise DataError(
+                f'{path}: sample {record["id"]} has no document_bytes, because an earlier version '
+                'wrote it: evaluate again'
+            )
+        sizes = record['document_bytes'], record['document_tokens']
+        document = found.setdefault(record['group'], _Document(*sizes, {}))
+        if not record['error']:
+            document.windows[record['id']] = record['nats'], record['num_tokens']
+    return {id: document for id, document in found.items() if document.is_whole}
 
 
 def _inside(header: dict, key: str):

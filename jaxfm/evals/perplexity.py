@@ -81,24 +81,29 @@ class Perplexity(Periodic):
         with self.open(step) as samples:
             missing = [one for one in self._requests if (one.id, 0) not in samples.kept]
             requests = {request.id: request for request in missing}
+            sizes = self._sizes()
             for sample in complete_each(
                 self._sampler, missing, params, step, most=self._context.most
             ):
                 tokens = len(requests[sample.id].tokens)
                 start = requests[sample.id].prompt_logprobs_from
                 logprob, error = read_logprob(sample)
+                group = _document_of(sample.id)
                 samples.add(
                     {
                         'task': self._context.name,
                         'step': step,
                         'id': sample.id,
-                        'group': sample.id.rpartition('[')[0],
+                        'group': group,
                         'sample_index': 0,
                         'nats': None if error else -logprob,
                         # Per token; higher is better, as for every score.
                         'score': None if error else logprob / (tokens - start),
                         'num_tokens': tokens - start,
                         'prompt_tokens': start,
+                        # Of the whole document: models with different tokens compare by it.
+                        'document_bytes': len(self._texts[group].text.encode()),
+                        'document_tokens': sizes[group],
                         'error': error,
                     }
                 )
@@ -106,6 +111,15 @@ class Perplexity(Periodic):
         if not all(request.id in records for request in self._requests):
             return {}
         return self._summarize([records[request.id] for request in self._requests])
+
+    def _sizes(self) -> dict[str, int]:
+        """The predicted tokens of each document."""
+        sizes: dict[str, int] = {}
+        for request in self._requests:
+            document = _document_of(request.id)
+            predicted = len(request.tokens) - request.prompt_logprobs_from
+            sizes[document] = sizes.get(document, 0) + predicted
+        return sizes
 
     def _summarize(self, records: list[dict]) -> dict[str, float]:
         failed = [one for one in records if one['error']]
@@ -128,6 +142,11 @@ class Perplexity(Periodic):
 
     def _flops(self) -> float:
         return sum(self._context.flops(len(request.tokens)) for request in self._requests)
+
+
+def _document_of(window: str) -> str:
+    """'file[17]' -> 'file'."""
+    return window.rpartition('[')[0]
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

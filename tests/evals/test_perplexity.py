@@ -9,6 +9,7 @@ import pytest
 from jaxfm.errors import ConfigError, DataError, MissingInputError
 from jaxfm.evals import PerplexityConfig
 from jaxfm.evals.perplexity import Perplexity
+from jaxfm.evals.samples import read_samples
 from tests.evals.scoring import Engine, Tokenizer, context_of, total
 
 TEXT = 'one two three four five six seven eight nine ten, é'
@@ -90,6 +91,14 @@ def test_windows_that_fail_are_left_out_with_their_document(tmp_path, caplog):
     values = evaluator(Engine(fails=[ord('z')]), tmp_path / '*.txt').run('weights', 3)
     assert values['documents'] == 2 and values['samples/failed'] == pytest.approx(1 / 3)
     assert '1 of 3 windows failed' in caplog.text
+
+
+def test_a_window_says_how_large_its_document_is(file, tmp_path):
+    evaluator(Engine(), file, tmp_path / 'evals', window=9).run('weights', 3)
+    _, records = read_samples(next((tmp_path / 'evals').iterdir()))
+    assert {one['document_bytes'] for one in records} == {len(TEXT.encode())}
+    assert {one['document_tokens'] for one in records} == {len(IDS(TEXT)) - 1}
+    assert sum(one['num_tokens'] for one in records) == len(IDS(TEXT)) - 1
 
 
 def test_an_interrupted_evaluation_goes_on(file, tmp_path):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from jaxfm.errors import DataError
 from jaxfm.evals.samples import Samples
 from tools import compare_evals
 
@@ -75,14 +76,73 @@ def test_few_questions_do_not_decide(tmp_path):
     assert found.verdict == 'tied'
 
 
-def test_log_probs_are_compared_without_a_test_of_solved_questions(tmp_path):
-    random, header = np.random.default_rng(1), {'evaluator': 'perplexity'}
-    base = {f'text[{i}]': -2 - random.random() for i in range(50)}
-    a = write(tmp_path / 'a.jsonl', {id: nats + 0.1 for id, nats in base.items()}, **header)
-    b = write(tmp_path / 'b.jsonl', base, **header)
+def write_losses(path, nats, tokens, num_bytes=100, **header):
+    """A file of losses; nats: {document: those of its windows}; tokens of each window."""
+    with Samples(path, HEADER | {'evaluator': 'perplexity'} | header) as file:
+        for group, each in nats.items():
+            for index, value in enumerate(each):
+                file.add(
+                    {
+                        'id': f'{group}[{1 + index * tokens}]',
+                        'sample_index': 0,
+                        'group': group,
+                        'nats': value,
+                        'score': None if value is None else -value / tokens,
+                        'num_tokens': tokens,
+                        'document_bytes': num_bytes,
+                        'document_tokens': tokens * len(each),
+                        'error': 'NaN' if value is None else '',
+                    }
+                )
+    return path
+
+
+def test_losses_are_compared_per_byte_and_document(tmp_path):
+    """B has half as many tokens, so it is worse per token, though it is better per byte."""
+    random = np.random.default_rng(1)
+    ours = {f'doc{i}': list(20 + random.random(8)) for i in range(20)}
+    theirs = {id: [sum(nats) / 4 - 0.5] * 4 for id, nats in ours.items()}
+    a = write_losses(tmp_path / 'a.jsonl', ours | {'only': [3.0]}, 10)
+    b = write_losses(tmp_path / 'b.jsonl', theirs, 10, subject='y')
     found = compare_evals.compare('text', a, b)
-    assert found.verdict == 'A better' and found.difference.value == pytest.approx(0.1)
+    assert (found.unit, found.num_questions, found.left_out) == ('documents', 20, 1)
+    assert found.verdict == 'B better'
+    assert found.difference.value == pytest.approx(-2 / 100 / np.log(2))
+    assert found.first.value == pytest.approx(-sum(map(sum, ours.values())) / 2000 / np.log(2))
     assert 'McNemar' not in '\n'.join(found.lines())
+
+
+def test_windows_of_a_document_are_not_independent(tmp_path):
+    """Two documents of 50 windows each, of which one is better and one is worse."""
+    base = {'x': [20.0] * 50, 'y': [20.0] * 50}
+    a = write_losses(tmp_path / 'a.jsonl', base, 10)
+    b = write_losses(tmp_path / 'b.jsonl', {'x': [21.0] * 50, 'y': [19.5] * 50}, 10)
+    assert compare_evals.compare('text', a, b).verdict == 'tied'
+    # A window that failed leaves out its document, as in the evaluation.
+    base['y'][0] = None
+    write_losses(tmp_path / 'a.jsonl', base, 10)
+    found = compare_evals.compare('text', a, b)
+    assert (found.unit, found.num_questions, found.left_out) == ('windows', 50, 1)
+    assert found.verdict == 'A better'
+
+
+@pytest.mark.parametrize(
+    'given, told',
+    [
+        ({'subject': 'y'}, 'one document in common, with other tokens'),
+        ({'num_bytes': 99}, 'document x has 100 bytes .* but 99'),
+    ],
+)
+def test_losses_on_other_text_are_refused(tmp_path, given, told):
+    a = write_losses(tmp_path / 'a.jsonl', {'x': [20.0] * 5}, 10)
+    b = write_losses(tmp_path / 'b.jsonl', {'x': [21.0] * 5}, 10, **given)
+    with pytest.raises(DataError, match=told):
+        compare_evals.compare('text', a, b)
+    with pytest.raises(DataError, match="in bits per byte: leave out 'nats'"):
+        compare_evals.compare('text', a, b, 'nats')
+    old = write(tmp_path / 'old.jsonl', {'x[1]': -2.0}, evaluator='perplexity')
+    with pytest.raises(DataError, match='old.jsonl: sample .* has no document_bytes'):
+        compare_evals.compare('text', old, old)
 
 
 def test_questions_of_a_group_are_one_cluster_if_asked_for(tmp_path):

@@ -395,7 +395,20 @@ def waits(*_):
     time.sleep(1000)
 
 
-@pytest.mark.parametrize('hangs', [loops, catches_everything, searches, waits])
+def swallows_alarms():
+    while True:
+        try:
+            searches_a_little()
+        except:  # noqa: E722 - the mistake of a judge that must not hang
+            pass
+
+
+def searches_a_little():
+    for i in range(100):
+        re.search('b', 'a' * i)
+
+
+@pytest.mark.parametrize('hangs', [loops, catches_everything, swallows_alarms, searches, waits])
 def test_a_judge_that_hangs_costs_one_sample(engine, monkeypatch, tmp_path, caplog, hangs):
     def evaluate(self, prompt, completion):
         return hangs() if prompt.id == 'b' else 1.0

@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 
-from jaxfm.errors import ConfigError, DataError
+from jaxfm.errors import ConfigError, DataError, listed
 from jaxfm.evals import PerplexityConfig, statistics
 from jaxfm.evals.base import Context, Periodic
 from jaxfm.evals.prompts import begin_ids, read_logprob
@@ -55,8 +55,20 @@ class Perplexity(Periodic):
         self._requests = [
             request for text in self._texts.values() for request in self._windows(text)
         ]
+        self._tell_unpredicted()
         for request in self._requests:
             self._sampler.check(request)
+
+    def _tell_unpredicted(self) -> None:
+        """Raises DataError if no document has a token that another one predicts."""
+        sizes = self._sizes()
+        without = [id for id in self._texts if id not in sizes]
+        where = f'config.evals.{self._context.name}'
+        what = f'{listed(without)} has a single token, and no BOS before it that would predict it'
+        if len(without) == len(self._texts):
+            raise DataError(f'{where}: no document can be used: {what}')
+        if without:
+            log.warning('%s: left out: %s', where, what)
 
     def _windows(self, text: Text) -> Iterator[Request]:
         """Requests that together score every token of a document once."""

@@ -113,6 +113,20 @@ def test_an_interrupted_evaluation_goes_on(file, tmp_path):
     assert len(again.added) == len(first.added) - 3
 
 
+def test_a_document_of_one_token_needs_bos(tmp_path, caplog):
+    """Without BOS nothing predicts it; that is told before the weights are read."""
+    (tmp_path / 'a.txt').write_text('x', encoding='utf-8')
+    with pytest.raises(DataError, match='no document can be used: a.txt has a single token'):
+        evaluator(Engine(), tmp_path / '*.txt')
+    tokenizer = Tokenizer()
+    tokenizer.bos_id = 7
+    values = evaluator(Engine(), tmp_path / '*.txt', tokenizer=tokenizer).run('weights', 3)
+    assert values['documents'] == values['tokens'] == 1
+    (tmp_path / 'b.txt').write_text('xy', encoding='utf-8')
+    assert evaluator(Engine(), tmp_path / '*.txt').run('weights', 3)['documents'] == 1
+    assert 'config.evals.quiz: left out: a.txt has a single token' in caplog.text
+
+
 def test_what_cannot_be_measured_is_refused(tmp_path, file):
     with pytest.raises(ConfigError, match='quiz.stride 9 must be less than the window 9'):
         evaluator(Engine(), file, window=9, stride=9)

@@ -226,11 +226,16 @@ def options_of(value: Any) -> tuple[list[str], list[str]]:
 
 
 def index_of(answer: Any, labels: list[str]) -> int:
-    """The index of the right option, given as an index from 0 or as a label. Raises BadRow."""
-    if answer in labels:
-        return labels.index(answer)
+    """The index of the right option, given as a label or as an index from 0. Raises BadRow.
+
+    Where labels are numbers, a number is a label: of '1' and '2', 1 is the first.
+    """
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    text = str(answer) if is_number else answer
+    if text in labels:
+        return labels.index(text)
     # Some files have the index as a text.
-    index = int(answer) if isinstance(answer, str) and answer.isdecimal() else answer
-    if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(labels):
-        return index
+    if isinstance(text, str) and text.isdecimal() and not any(map(str.isdecimal, labels)):
+        if int(text) < len(labels):
+            return int(text)
     raise BadRow(f'answer {answer!r:.40} is none of {", ".join(labels)}')

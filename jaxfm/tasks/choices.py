@@ -133,9 +133,9 @@ class WinoGrande(Benchmark):
         if not blank or not rest.strip():
             raise BadRow("question needs a '_' for the option, and text after it")
         options = [row.get('option1'), row.get('option2')]
-        texts, _ = options_of(row.get('choices', options))
-        # As published, the answer is the text 1 or 2.
-        right = index_of(row['answer'], ['1', '2'])
+        texts, labels = options_of(row.get('choices', options))
+        # As published, options and answers are called 1 and 2; a list has an index.
+        right = index_of(row['answer'], labels if row.get('choices') else ['1', '2'])
         contexts, rest = tuple(before + text for text in texts), f' {rest.strip()}'
         return Example(
             contexts[right], rest, choices=(rest,) * 2, right=(right,), contexts=contexts

@@ -81,6 +81,24 @@ def test_winogrande_puts_the_option_into_the_context(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    'answer, right', [('1', 0), ('2', 1), (1, 0), (2, 1), (0, None), ('0', None), (True, None)]
+)
+def test_a_number_is_a_label_where_labels_are_numbers(tmp_path, answer, right):
+    """Of winogrande's options 1 and 2, and of those questions of ARC that have 1 to 4."""
+    options = {'text': ['Eve', 'Ann'], 'label': ['1', '2']}
+    rows = {
+        'arc': {'question': 'Who?', 'choices': options, 'answerKey': answer},
+        'winogrande': {**TWINS[0], 'option2': 'Ann', 'answer': answer},
+    }
+    for name, row in rows.items():
+        if right is None:
+            with pytest.raises(DataError, match=f'answer {answer!r} is none of 1, 2'):
+                make(tmp_path, name, [row])
+        else:
+            assert make(tmp_path, name, [row]).prompts()[0].right == (right,)
+
+
 def test_boolq_has_a_passage_if_the_file_has_it(tmp_path):
     rows = [
         {'question': 'is ice water', 'passage': 'Ice is frozen water.', 'answer': True},

@@ -152,17 +152,20 @@ class Likelihood(Periodic):
         }
 
     def _costs(self) -> dict[str, float]:
-        """Tokens and model FLOPs of the choices, where those of a question share its context.
+        """Tokens and model FLOPs of contexts and continuations.
 
-        Examples that several questions share count for each of them.
+        The choices of a question share its context. Examples that several questions share count for
+        each of them; what is scored without a question counts once for all.
         """
         flops, total, num_tokens = self._context.flops, 0.0, 0
-        for requests in self._requests.values():
+        alone = [one for requests in self._alone.values() for one in requests]
+        for group in (*self._requests.values(), alone):
+            requests = {key(one): one for one in group}.values()
             contexts = {tuple(one.tokens[: one.prompt_logprobs_from]) for one in requests}
             total += sum(flops(len(context)) for context in contexts)
             num_tokens += sum(map(len, contexts))
-        for request in (one for each in self._requests.values() for one in each):
-            start = request.prompt_logprobs_from
-            total += flops(len(request.tokens)) - flops(start)
-            num_tokens += len(request.tokens) - start
+            for request in requests:
+                start = request.prompt_logprobs_from
+                total += flops(len(request.tokens)) - flops(start)
+                num_tokens += len(request.tokens) - start
         return {'cost/prompt_tokens': float(num_tokens), 'cost/flops': total}

@@ -226,9 +226,13 @@ def test_clusters_of_a_group_widen_the_interval(monkeypatch):
 
 
 def test_costs_count_a_context_once():
+    """The context of a question, and 'A:', before which no question stands."""
     values = evaluator(Engine()).run('weights', 3)
-    context = len(IDS('xy: one?'))
-    sizes = [[len(IDS(text)) for _, text in one.pairs] for one in Quiz.questions]
-    assert values['cost/prompt_tokens'] == 3 * context + sum(map(sum, sizes))
-    each = [(context + size) ** 2 - context**2 for one in sizes for size in one]
-    assert values['cost/flops'] == 3 * context**2 + sum(each)
+    groups = [(len(IDS(one.text)), [text for _, text in one.pairs]) for one in Quiz.questions]
+    groups.append((len(IDS('A:')), [' yes', ' no', ' maybe', ' up', ' down']))
+    tokens, flops = 0, 0
+    for context, texts in groups:
+        sizes = [len(IDS(text)) for text in texts]
+        tokens += context + sum(sizes)
+        flops += context**2 + sum((context + size) ** 2 - context**2 for size in sizes)
+    assert (values['cost/prompt_tokens'], values['cost/flops']) == (tokens, flops)

@@ -201,9 +201,16 @@ def read_texts(config: PerplexityConfig, name: str) -> list[Text]:
     Raises:
       MissingInputError: there is no file.
       DataError: no document can be used.
+      ConfigError: `fields` names what is not read, or there are no records to have it.
     """
+    fields = merge_fields(name, {'text': ('text',)}, config.fields)
     files = find.find(config.path, f'config.evals.{name}.path')
     records = [file for file in files if file.suffix in _RECORDS]
+    if config.fields and not records:
+        raise ConfigError(
+            f'config.evals.{name}.fields is for records ({", ".join(_RECORDS)}), but path has only '
+            f'files that are documents, such as {files[0].path}'
+        )
     texts, bad = [], []
     for file in (file for file in files if file.suffix not in _RECORDS):
         with file.open() as stream:
@@ -220,7 +227,6 @@ def read_texts(config: PerplexityConfig, name: str) -> list[Text]:
     if bad:
         log.warning('config.evals.%s: left out: %s', name, '; '.join(bad[:3]))
     if records:
-        fields = merge_fields(name, {'text': ('text',)}, config.fields)
         texts += read_rows(name, records, fields, (), _text_of_row)
     if not texts:
         raise DataError(f'config.evals.{name}: no document can be used: {"; ".join(bad[:3])}')

@@ -132,6 +132,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path, file):
         evaluator(Engine(), file, window=9, stride=9)
     with pytest.raises(MissingInputError, match='config.evals.quiz.path'):
         evaluator(Engine(), tmp_path / 'none.txt')
+    with pytest.raises(ConfigError, match="fields has 'txet'.*did you mean text?"):
+        evaluator(Engine(), file, fields={'txet': 'body'})
+    with pytest.raises(ConfigError, match=r'quiz.fields is for records \(.jsonl.*, such as .*text'):
+        evaluator(Engine(), file, fields={'text': 'body'})
     file.write_text(' ', encoding='utf-8')
     with pytest.raises(DataError, match='no document can be used: .*text.txt: is empty'):
         evaluator(Engine(), file)

@@ -20,7 +20,8 @@ def open_task(config: TaskEvaluatorConfig, context: Context) -> tuple:
     prompts = task.prompts()
     where = f'config.evals.{context.name}: task {config.task.name}'
     if not prompts:
-        raise DataError(f'{where} found no prompt in the held-out documents')
+        place = getattr(config.task, 'path', '') or 'the held-out documents'
+        raise DataError(f'{where} found no prompt in {place}')
     found = {prompt.id: prompt for prompt in prompts}
     if len(found) < len(prompts):
         ids = [prompt.id for prompt in prompts]

@@ -5,6 +5,7 @@ See `execution.py` for the limits of a program.
 
 import re
 
+from jaxfm.errors import DataError
 from jaxfm.tasks.benchmark import Benchmark, Example, Question
 from jaxfm.tasks.execution import Result, run_program
 from jaxfm.tasks.files import BadRow, Row
@@ -113,9 +114,20 @@ class Mbpp(Programs):
         return Example(question, f'{code}\n[DONE]', gold=(setup, '\n'.join(tests)))
 
     def read_examples(self) -> list[Example]:
-        """The problems of the test split; all of a file whose ids are no numbers."""
+        """The problems of the test split; all of a file whose ids are no numbers.
+
+        Raises:
+          DataError: the file has another split.
+        """
         examples = super().read_examples()
-        return [one for one in examples if not one.id.isdecimal() or 11 <= int(one.id) <= 510]
+        test = [one for one in examples if not one.id.isdecimal() or 11 <= int(one.id) <= 510]
+        if not test:
+            ids = sorted(int(one.id) for one in examples)
+            raise DataError(
+                f'task mbpp: {self.config.path} has task_id {ids[0]} to {ids[-1]}, but the test '
+                'split is 11 to 510: name the file of all problems, or of that split'
+            )
+        return test
 
     def read_shots(self) -> list[Example]:
         """Problems 2, 3 and 4, then the others of the first ten, if the file has them."""

@@ -17,7 +17,7 @@ from jaxfm.evals.summary import by_prompt, summarize
 from jaxfm.registry import Registry
 from jaxfm.sampling import SamplingConfig
 from jaxfm.sampling.request import Event
-from jaxfm.tasks import PythonFunctionsConfig
+from jaxfm.tasks import BenchmarkConfig, PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.benchmark import Question
 
@@ -530,6 +530,16 @@ def test_a_text_begins_like_a_document_unless_it_is_from_the_middle_of_one(engin
     evaluator(engine, tokenizer=tokenizer)
     first, *_, other = [engine.checked[0], engine.checked[-3]]
     assert first.tokens == [99, *map(ord, 'abc')] and other.tokens == [*map(ord, 'abc')]
+
+
+def test_no_prompt_is_told_with_the_place_that_was_read(engine, monkeypatch):
+    monkeypatch.setattr(Task, 'prompts', lambda self: [])
+    with pytest.raises(DataError, match='found no prompt in the held-out documents'):
+        evaluator(engine)
+    entry = types.SimpleNamespace(load=lambda: Task)
+    monkeypatch.setattr(prompts, 'TASKS', Registry({'gsm8k': entry}))
+    with pytest.raises(DataError, match='task gsm8k found no prompt in data/sums.jsonl'):
+        evaluator(engine, task=BenchmarkConfig(name='gsm8k', path='data/sums.jsonl'))
 
 
 def test_two_prompts_with_one_id_are_refused(engine, monkeypatch):

@@ -70,6 +70,13 @@ def test_a_value_of_a_wrong_type_is_told_with_its_place(tmp_path, task, row, tol
         make_task(task, path=str(path))
 
 
+def test_another_split_of_mbpp_is_told(tmp_path):
+    path = write_rows(tmp_path / 'train.jsonl', [PROGRAM | {'task_id': id} for id in (974, 601)])
+    told = f'{path} has task_id 601 to 974, but the test split is 11 to 510'
+    with pytest.raises(DataError, match=re.escape(told)):
+        make_task('mbpp', path=str(path))
+
+
 def test_an_error_of_the_run_is_not_one_of_a_record(tmp_path, monkeypatch):
     def parse(self, row):
         raise MissingInputError('this needs a package')

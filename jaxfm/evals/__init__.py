@@ -90,10 +90,10 @@ class PerplexityConfig(EvaluatorConfig):
     """The loss on files of text per token, per word and in bits per byte."""
 
     name: Literal['perplexity'] = 'perplexity'
-    # Files or globs. One of .jsonl has a document in each line, every other one is a document; each
-    # may be compressed (.gz, .zst).
+    # Files or globs. A document is a record of .jsonl, .ndjson or .json, or any other file as a
+    # whole; each may be compressed (.gz, .zst).
     path: str | list[str]
-    fields: dict[str, str] = {}  # {'text': the key of a .jsonl line that has the text}
+    fields: dict[str, str] = {}  # {'text': the key of a record that has the text}
     window: int = Field(0, ge=0)  # tokens that the model sees at once; 0: sampling.max_length
     # Tokens from window to window; 0: without overlap. A smaller stride gives each token more
     # context and costs more.

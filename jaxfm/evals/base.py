@@ -117,7 +117,7 @@ def judged_by(prompt: Prompt) -> dict[str, Any]:
 
 
 def text_of(prompt: Prompt) -> str:
-    """The prompt as text; for a chat, the contents of its messages, joined by newlines."""
+    """The prompt's text; of a chat without one, the contents of its messages, in lines."""
     return prompt.text or '\n'.join(message['content'] for message in prompt.messages)
 
 

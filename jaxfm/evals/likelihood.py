@@ -45,7 +45,7 @@ class Likelihood(Periodic):
 
     @property
     def prompt_texts(self) -> list[str]:
-        """The prompts as text; for a chat, the contents of its messages, joined by newlines."""
+        """The texts of the prompts, chats included; see `text_of`."""
         return [text_of(prompt) for prompt in self._prompts.values()]
 
     def _score(self, prompt: Choice, pairs: list[tuple[list[int], list[int]]]) -> list[Request]:

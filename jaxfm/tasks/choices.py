@@ -213,8 +213,6 @@ class OpenBookQA(Benchmark):
         return choice(row.text('question').strip(), texts, index_of(row['answer'], labels))
 
 
-# The questions and answers that precede every question of TruthfulQA, from its paper (appendix E,
-# "QA prompt"); scores without them cannot be compared.
 class TruthfulQA(Benchmark):
     """TruthfulQA (Lin et al. 2022) as multiple choice.
 

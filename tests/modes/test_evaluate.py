@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from jaxfm import main
 from jaxfm.evals.samples import Samples, read_samples
 from jaxfm.modes.evaluate import describe_weights, format_table
+from jaxfm.pretrained.orbax.load import Foreign
 from jaxfm.run import weights
 from jaxfm.sampling.engine import Sampler
 from tests.conftest import ROOT
@@ -163,6 +164,18 @@ def test_a_model_exported_again_into_its_directory_is_another_one(desk, tmp_path
     before = describe_weights(outside(file, model), 0)
     save_file(random_tensors(LLAMA, seed=2), model / 'model.safetensors')
     assert describe_weights(outside(file, model), 0) != before
+
+
+def test_a_checkpoint_of_another_project_is_known_by_all_of_its_files(tmp_path):
+    (tmp_path / 'd').mkdir()
+    (tmp_path / 'd' / 'chunk').write_bytes(b'x')
+    run = outside(tmp_path)
+    run.outside = object.__new__(Foreign)
+    run.outside.path = str(tmp_path)
+    before = describe_weights(run, 0)
+    assert describe_weights(run, 0) == before
+    (tmp_path / 'd' / 'chunk').write_bytes(b'yy')
+    assert describe_weights(run, 0) != before
 
 
 def test_an_earlier_run_that_has_gone_on_is_another_model(monkeypatch, tmp_path):

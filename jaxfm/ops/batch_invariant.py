@@ -136,16 +136,35 @@ def _pad(x, size: int, axis: int = 0):
 def _attend(
     q_BTNH, k_BSKH, v_BSKH, kv_positions_BS, kv_segments_BS, positions_BT, segments_BT, **o
 ):
-    """Attention on one device, over tiles of up to QUERIES consecutive queries of one document."""
-    B, T, N, H = q_BTNH.shape
-    M, K = B * T, k_BSKH.shape[2]
+    """Attention on one device to keys in rows."""
     starts_BT, in_order_BT = _find_starts(segments_BT, kv_positions_BS, kv_segments_BS)
-    starts_M, lengths_M = starts_BT.reshape(M), _tile_lengths(segments_BT)
-    queries = q_BTNH.reshape(M, K, N // K, H), positions_BT.reshape(M), segments_BT.reshape(M)
-    queries = [_pad(x, M + QUERIES) for x in queries]
     # The last block of a document may reach beyond the keys.
     keys = k_BSKH, v_BSKH, kv_positions_BS, kv_segments_BS
     keys = [_pad(x, x.shape[1] + KEYS, axis=1) for x in keys]
+
+    def read(row, first):
+        sizes = [(1, KEYS, *x.shape[2:]) for x in keys]
+        starts = [(row, first, *(0,) * (x.ndim - 2)) for x in keys]
+        return [lax.dynamic_slice(*each)[0] for each in zip(keys, starts, sizes)]
+
+    out_BTNH = attend_in_tiles(q_BTNH, positions_BT, segments_BT, starts_BT, read, **o)
+    return jnp.where(in_order_BT[..., None, None], out_BTNH, jnp.nan)
+
+
+def attend_in_tiles(q_BTNH, positions_BT, segments_BT, starts_BT, read, **options):
+    """Attention on one device, over tiles of up to QUERIES consecutive queries of one document.
+
+    Args:
+      starts_BT: where the keys of each query's document begin; in `read`'s numbers.
+      read: (row, number of a key) -> k, v [C, K, H], positions and segments [C] of KEYS keys from
+        that one on. Keys that a query does not see may hold anything, NaN included.
+      options: scale, window and softcap.
+    """
+    B, T, N, H = q_BTNH.shape
+    M, K = B * T, jax.eval_shape(read, 0, 0)[0].shape[1]
+    starts_M, lengths_M = starts_BT.reshape(M), _tile_lengths(segments_BT)
+    queries = q_BTNH.reshape(M, K, N // K, H), positions_BT.reshape(M), segments_BT.reshape(M)
+    queries = [_pad(x, M + QUERIES) for x in queries]
 
     def add_tile(carry):
         at, out = carry
@@ -155,13 +174,13 @@ def _attend(
         # Queries beyond the tile see no key. A later tile overwrites their zeros.
         segments_Q = jnp.where(jnp.arange(QUERIES) < lengths_M[at], segments_Q, 0)
         tile = lax.optimization_barrier((q_QKGH, positions_Q, segments_Q))
-        value = _attend_tile(*tile, keys, at // T, starts_M[at], **o)
+        value = _attend_tile(*tile, functools.partial(read, at // T), starts_M[at], **options)
         out = lax.dynamic_update_slice_in_dim(out, lax.optimization_barrier(value), at, 0)
         return at + lengths_M[at], out
 
     start = jnp.int32(0), jnp.zeros_like(queries[0])
     _, out = lax.while_loop(lambda carry: carry[0] < M, add_tile, start)
-    return jnp.where(in_order_BT[..., None, None], out[:M].reshape(B, T, N, H), jnp.nan)
+    return out[:M].reshape(B, T, N, H)
 
 
 def _find_starts(segments_BT, kv_positions_BS, kv_segments_BS):
@@ -185,7 +204,7 @@ def _tile_lengths(segments_BT):
     return jnp.where(segments_BT > 0, jnp.minimum(left_BT, QUERIES), left_BT).reshape(B * T)
 
 
-def _attend_tile(q_QKGH, positions_Q, segments_Q, keys, row, start, *, scale, window, softcap):
+def _attend_tile(q_QKGH, positions_Q, segments_Q, read, start, *, scale, window, softcap):
     """Online softmax over the blocks that the tile's queries see -> [Q, K, G, H]."""
     Q, K, G, H = q_QKGH.shape
     latest = jnp.max(jnp.where(segments_Q > 0, positions_Q, -1))
@@ -195,12 +214,8 @@ def _attend_tile(q_QKGH, positions_Q, segments_Q, keys, row, start, *, scale, wi
     # A block of which a query sees no key changes none of its sums, not even in the last bit. So
     # it does not matter how many there are: other queries of the tile may need them.
     def add_block(index, sums):
-        first = row, start + index * KEYS
-        block = [
-            lax.dynamic_slice(x, (*first, *(0,) * (x.ndim - 2)), (1, KEYS, *x.shape[2:]))[0]
-            for x in keys
-        ]
-        k_CKH, v_CKH, kv_positions_C, kv_segments_C = lax.optimization_barrier(block)
+        block = lax.optimization_barrier(read(start + index * KEYS))
+        k_CKH, v_CKH, kv_positions_C, kv_segments_C = block
         v_CKH = jnp.where((kv_segments_C == segments_Q[0])[:, None, None], v_CKH, 0)
         see_QC = visible(
             *(positions_Q[:, None], segments_Q[:, None], kv_positions_C[None], kv_segments_C[None]),

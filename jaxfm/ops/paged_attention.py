@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxfm.ops.attention import MASKED, KeyValues, attention
+from jaxfm.ops.attention import MASKED
+from jaxfm.ops.batch_invariant import KEYS, attend_in_tiles
 from jaxfm.ops.choice import choose
-from jaxfm.sharding import activation, per_shard, place
+from jaxfm.sharding import per_shard, place, split_axes
 from pallas_kernels import decode_attention as kernels
 
 # Keys of a block (2 CPU cores, 2026-11-30, 16 rows of 300 tokens, 30 layers, 3 heads of 64: 134 ms
@@ -67,24 +68,21 @@ def paged_attention(
     Raises:
       ValueError: the named implementation cannot run this call.
     """
-    options = dict(scale=scale, window=window, softcap=softcap)
-    if batch_invariant:
-        keys = _contiguous(pages, positions_BT, segment_ids_BT)
-        return attention(
-            q_BTNH, keys, positions_BT, segment_ids_BT, batch_invariant=True, **options
-        )
     is_decoding = q_BTNH.shape[1] == 1
-    name = _decode_implementation(q_BTNH, pages, implementation) if is_decoding else 'xla'
-    attend = functools.partial(_walk if name == 'xla' else _kernel, **options)
+    name = 'xla'
+    if is_decoding and not batch_invariant:
+        name = _decode_implementation(q_BTNH, pages, implementation)
+    attend = _by_tiles if batch_invariant else _walk if name == 'xla' else _kernel
+    attend = functools.partial(attend, scale=scale, window=window, softcap=softcap)
     if name == 'interpret':
         attend = functools.partial(attend, interpret=True)
     rows = ('batch', None if is_decoding else 'position')
-    queries = (*rows, 'heads', 'head_dim')
+    queries = (*rows, None if batch_invariant else 'heads', 'head_dim')
     names = queries, POOL, POOL, (), TABLE, rows, rows
     arrays = q_BTNH, *pages[:2], jnp.asarray(pages.layer), pages.page_table_BM
     arrays += positions_BT, segment_ids_BT
     placed = (place(x, *axes) if axes else x for x, axes in zip(arrays, names))
-    return per_shard(attend, names, queries)(*placed)
+    return place(per_shard(attend, names, queries)(*placed), *rows, 'heads', 'head_dim')
 
 
 def obstacles(**shape) -> dict[str, str]:
@@ -114,24 +112,27 @@ def _one_pool(k_RPLKH, v_RPLKH, layer, page_table_BM):
     return k_RPLKH.reshape(R * P, *page), v_RPLKH.reshape(R * P, *page), table_BM
 
 
-def _contiguous(pages: Pages, positions_BT, segment_ids_BT) -> KeyValues:
-    """The keys and values of each row in order, up to the last query's position."""
+def _by_tiles(q_BTNH, k, v, layer, page_table_BM, positions_BT, segment_ids_BT, **options):
+    """The loops of training over the same blocks of keys, so that every bit is the same.
 
-    def gather(k, v, layer, page_table_BM):
-        k_PLKH, v_PLKH, table_BM = _one_pool(k, v, layer, page_table_BM)
-        B, M = table_BM.shape
-        rows = (x[table_BM] for x in (k_PLKH, v_PLKH))
-        return tuple(x.reshape(B, M * x.shape[2], *x.shape[3:]) for x in rows)
+    All heads are computed on every device that has a row, as in training.
+    """
+    k_PLKH, v_PLKH, table_BM = _one_pool(k, v, layer, page_table_BM)
+    L, M = k_PLKH.shape[1], table_BM.shape[1]
+    last_B = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT, -1), axis=1)
+    split = split_axes('kv_heads')
 
-    arrays = *pages[:2], jnp.asarray(pages.layer), place(pages.page_table_BM, *TABLE)
-    heads = ('batch', 'key_position', 'kv_heads', 'head_dim')
-    k_BSKH, v_BSKH = per_shard(gather, (POOL, POOL, (), TABLE), [heads, heads])(*arrays)
-    last_B1 = jnp.max(jnp.where(segment_ids_BT > 0, positions_BT, -1), axis=1, keepdims=True)
-    index_1S = jnp.arange(k_BSKH.shape[1], dtype=jnp.int32)[None]
-    is_stored_BS = index_1S <= last_B1
-    spec = activation('batch', 'key_position')
-    index_BS = jnp.broadcast_to(index_1S, is_stored_BS.shape, out_sharding=spec)
-    return KeyValues(k_BSKH, v_BSKH, index_BS, is_stored_BS.astype(jnp.int32))
+    def read(row, first):
+        index_C = first + jnp.arange(KEYS, dtype=jnp.int32)
+        page_C = table_BM[row, jnp.minimum(index_C // L, M - 1)]
+        at = page_C, index_C % L
+        block = [x.at[at].get(mode='promise_in_bounds') for x in (k_PLKH, v_PLKH)]
+        if split:
+            block = [lax.all_gather(x_CKH, split, axis=1, tiled=True) for x_CKH in block]
+        return *block, index_C, (index_C <= last_B[row]).astype(jnp.int32)
+
+    starts_BT = jnp.zeros_like(positions_BT)
+    return attend_in_tiles(q_BTNH, positions_BT, segment_ids_BT, starts_BT, read, **options)
 
 
 def _kernel(q_BTNH, k, v, layer, page_table_BM, positions_BT, segment_ids_BT, **options):

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+_ROUNDING = 1e-12  # of a mean of scores in [0, 1]; below it, all of them are equal
 MAX_VOTES = 1000  # samples of a question: binomials of more exceed a float
 # The cluster of each question; None: every question is a cluster of its own.
 Clusters = Sequence[Hashable] | None
@@ -75,7 +76,7 @@ def share(scores: Sequence[float], clusters: Clusters = None) -> Estimate:
     error, count = _clustered_error(scores, clusters)
     if clusters is None and np.isin(scores, (0.0, 1.0)).all():
         size = len(scores)
-    elif error > 0 and count > 1:
+    elif error > _ROUNDING and count > 1:
         size = value * (1 - value) / error**2 * (Z / student_t(count - 1)) ** 2
     else:  # all clusters are equal: as many as these were seen
         size = count

@@ -124,6 +124,14 @@ def test_equal_scores_still_have_an_interval():
     assert (found.value, found.low, found.high) == (1.0, low, high)
 
 
+@pytest.mark.parametrize('score', [0.1, 0.2, 1 / 3])
+def test_equal_fractions_have_one_too_whatever_their_mean_rounds_to(score):
+    for count in (3, 7, 30):
+        found = statistics.share([score] * count)
+        low, high = statistics.wilson_interval(score * count, count)
+        np.testing.assert_allclose((found.low, found.high), (low, high), rtol=1e-9)
+
+
 SIZES = [  # clusters, questions in each, samples of a question, mean, spread between clusters
     (40, 1, 8, 0.5, 0.3),
     (20, 5, 1, 0.5, 0.2),

@@ -78,12 +78,13 @@ class Solver:
         judged = [(sample, self._judge.judge(prompt, sample)) for sample in outcome.samples]
         chosen = judged[outcome.chosen] if outcome.chosen is not None else None
         sample, verdict = chosen or (_NOTHING, Verdict(0.0, None))
-        error = outcome.error or ''
-        record = describe(prompt, sample, dataclasses.replace(verdict, error=error))
+        if outcome.error is not None:
+            verdict = dataclasses.replace(verdict, score=0.0, error=outcome.error)
+        record = describe(prompt, sample, verdict)
         if outcome.answer is not None:  # that of a vote is in the form in which it was counted
             record['answer'] = outcome.answer
-        if error:
-            record |= {'score': 0.0, 'finish_reason': 'error'}
+        if outcome.error is not None:
+            record['finish_reason'] = 'error'
         return record | {
             'sample_index': 0,
             'strategy': self._config.name,

@@ -139,6 +139,30 @@ def test_a_problem_whose_judge_raises_scores_0_and_the_others_go_on(solve, tmp_p
     assert values['samples/failed'] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize(
+    'fault, told',
+    [(OSError('no disk'), 'no disk'), (1.5, 'the score is 1.5, but must be a number')],
+)
+def test_a_chosen_answer_that_cannot_be_judged_is_told(
+    solve, tmp_path, monkeypatch, caplog, fault, told
+):
+    def evaluate(self, prompt, completion):
+        if prompt.id != 'q1':
+            return 1.0
+        if isinstance(fault, Exception):
+            raise fault
+        return fault
+
+    monkeypatch.setattr(FirstLetter, 'evaluate', evaluate)
+    values, records = solve(tmp_path)
+    assert [record['score'] for record in records] == [1.0, 0.0, 1.0]
+    assert told in records[1]['error'] and records[1]['finish_reason'] != 'error'
+    assert not records[0]['error'] and not records[2]['error']
+    assert values['samples/unjudged'] == pytest.approx(1 / 3)
+    [warning] = [each.getMessage() for each in caplog.records]
+    assert 'could not be judged and score 0; the first (q1)' in warning and told in warning
+
+
 def test_a_budget_is_kept_and_told(solve, tmp_path):
     values, records = solve(tmp_path, strategy=VoteConfig(n=6, budget=BudgetConfig(tokens=20)))
     assert all(record['ledger']['decoded_tokens'] <= 20 for record in records)

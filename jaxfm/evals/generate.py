@@ -12,7 +12,7 @@ from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.evals.samples import Key, Samples
 from jaxfm.evals.solve import Solver
-from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, summarize
+from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, samples_of, summarize
 from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Completion, Request
 
@@ -68,11 +68,16 @@ class Generate(Periodic):
             records = by_prompt(samples.records, self._prompts, self._config.n)
         if any(len(each) < self._config.n for each in records.values()):
             return {}
-        given = step, self._context.name, list(itertools.chain(*records.values()))
-        warn_of_failures(*given, has_failed, 'samples failed')
-        warn_of_failures(*given, is_unjudged, 'samples could not be judged')
+        self._warn(step, list(itertools.chain(*records.values())))
         by_group = self._config.cluster_by_group
         return summarize(records, self._config.n, by_group, self._context.flops)
+
+    def _warn(self, step: int, records: list[dict]) -> None:
+        given, samples = (step, self._context.name), samples_of(records)
+        if self._solver is not None:
+            warn_of_failures(*given, records, has_failed, 'problems failed')
+        warn_of_failures(*given, samples, has_failed, 'samples failed')
+        warn_of_failures(*given, samples, is_unjudged, 'samples could not be judged')
 
     def _sample(self, params, step: int, samples: Samples) -> None:
         for sample in complete_each(

@@ -23,13 +23,19 @@ def by_prompt(records: Iterable[dict], ids: Iterable[str], n: int) -> Records:
 
 
 def has_failed(record: dict) -> bool:
-    """Whether the engine failed this sample."""
+    """Whether the engine failed this sample, or the strategy this problem."""
     return record['finish_reason'] == 'error'
 
 
 def is_unjudged(record: dict) -> bool:
     """Whether the task failed to judge it."""
     return bool(record['error']) and not has_failed(record)
+
+
+def samples_of(records: Iterable[dict]) -> list[dict]:
+    """All samples with the ids of their prompts; a problem that a strategy solved has several."""
+    nested = ((r, r['samples'] if 'ledger' in r else [r]) for r in records)
+    return [{**sample, 'id': record['id']} for record, each in nested for sample in each]
 
 
 def summarize(
@@ -77,6 +83,7 @@ def _strategy(records: Records) -> dict[str, float]:
     return {
         'strategy/samples': sum(len(record['samples']) for record in solved) / len(solved),
         'strategy/oracle': sum(most) / len(solved),
+        'strategy/failed': sum(map(has_failed, solved)) / len(solved),
         **{
             f'cost/{k}': float(sum(ledger[name] for ledger in ledgers)) for k, name in names.items()
         },
@@ -114,8 +121,11 @@ def _mean_logprob(record: dict) -> float:
 
 
 def _counts(records: Records, n: int) -> dict[str, float]:
-    """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed."""
-    samples = [record for each in records.values() for record in each]
+    """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed.
+
+    Those of a strategy are of all its samples, since what it chose hides what became of the others.
+    """
+    samples = samples_of(record for each in records.values() for record in each)
     shares = {
         'samples/truncated': [record['is_truncated'] for record in samples],
         'samples/unclosed_thinking': [record['is_unclosed'] for record in samples],
@@ -124,7 +134,7 @@ def _counts(records: Records, n: int) -> dict[str, float]:
     }
     if any(record['answer'] is not None for record in samples):
         shares['samples/unparsed'] = [record['answer'] is None for record in samples]
-    values = {name: sum(each) / len(each) for name, each in shares.items()}
+    values = {name: sum(each) / max(1, len(each)) for name, each in shares.items()}
     if n > 1:
         distinct = [len({record['completion'] for record in each}) for each in records.values()]
         values['samples/distinct'] = sum(distinct) / len(samples)

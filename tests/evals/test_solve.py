@@ -7,7 +7,7 @@ import pytest
 
 from jaxfm.config.validation import validate
 from jaxfm.errors import ConfigError
-from jaxfm.evals import GenerateConfig, prompts
+from jaxfm.evals import GenerateConfig, ThinkingConfig, prompts
 from jaxfm.evals.generate import Generate
 from jaxfm.evals.samples import read_samples
 from jaxfm.registry import Registry
@@ -136,7 +136,9 @@ def test_a_problem_whose_judge_raises_scores_0_and_the_others_go_on(solve, tmp_p
     assert (failed['score'], failed['finish_reason']) == (0.0, 'error')
     assert 'no disk' in failed['error']
     assert not records['q0']['error'] and not records['q2']['error']
-    assert values['samples/failed'] == pytest.approx(1 / 3)
+    assert values['strategy/failed'] == pytest.approx(1 / 3)
+    # The engine failed none of the samples, but six of them could not be judged.
+    assert (values['samples/failed'], values['samples/unjudged']) == pytest.approx((0, 1 / 3))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,8 @@ def test_a_chosen_answer_that_cannot_be_judged_is_told(
     assert [record['score'] for record in records] == [1.0, 0.0, 1.0]
     assert told in records[1]['error'] and records[1]['finish_reason'] != 'error'
     assert not records[0]['error'] and not records[2]['error']
+    unjudged = [bool(sample['error']) for record in records for sample in record['samples']]
+    assert unjudged == [False] * 6 + [True] * 6 + [False] * 6
     assert values['samples/unjudged'] == pytest.approx(1 / 3)
     [warning] = [each.getMessage() for each in caplog.records]
     assert 'could not be judged and score 0; the first (q1)' in warning and told in warning
@@ -168,6 +172,20 @@ def test_a_budget_is_kept_and_told(solve, tmp_path):
     assert all(record['ledger']['decoded_tokens'] <= 20 for record in records)
     assert any(one['is_truncated'] for record in records for one in record['samples'])
     assert values['cost/generated_tokens'] <= 60
+
+
+def test_shares_of_samples_are_of_all_samples_not_of_those_chosen(solve, tmp_path):
+    """No sample ends its thoughts, so the vote chooses none of them."""
+    thinking = ThinkingConfig(begun=True)
+    values, records = solve(tmp_path, strategy=VoteConfig(n=2), thinking=thinking)
+    assert [record['chosen'] for record in records] == [None] * 3
+    assert (values['samples/unclosed_thinking'], values['samples/truncated']) == (1.0, 1.0)
+    values, records = solve(tmp_path / 'best', strategy=BestOfNConfig(n=3))
+    samples = [sample for record in records for sample in record['samples']]
+    unparsed = [sample['answer'] is None for sample in samples]
+    assert values['samples/unparsed'] == pytest.approx(sum(unparsed) / 9) and any(unparsed)
+    chosen = [record['answer'] is None for record in records]
+    assert sum(unparsed) / 9 != sum(chosen) / 3
 
 
 def test_best_of_n_needs_no_answers_but_a_vote_does(solve, tmp_path):

@@ -24,13 +24,14 @@ class Generate(Periodic):
 
     Raises:
       DataError: there is no prompt, or the sampler cannot hold one; raised before anything runs.
+      ConfigError: no text shows the marks of thoughts; or as `Solver` does.
     """
 
     def __init__(self, config: GenerateConfig, context: Context):
         super().__init__(config.every, config.at_start)
         self._config, self._context, self._sampler = config, context, context.sampler
         self._task, self._prompts = open_task(config, context)
-        self._judge = Judge(self._task, config.thinking, config.call_seconds)
+        self._judge = Judge(self._task, config.thinking, config.call_seconds, context.tokenizer)
         self._solver = None
         if config.strategy is not None:
             self._solver = Solver(config, context, self._task, self._judge)
@@ -85,12 +86,15 @@ class Generate(Periodic):
             self._missing(samples.kept),
             params,
             step,
-            stop=lambda sample: self._judge.stops(self._prompts[sample.id], sample.text),
+            stop=self._stops,
             most=self._context.most,
         ):
             prompt = self._prompts[sample.id]
             verdict = self._judge.judge(prompt, sample)
             samples.add(self._describe(step, prompt, sample, verdict))
+
+    def _stops(self, sample: Completion) -> bool:
+        return self._judge.stops(self._prompts[sample.id], self._judge.marked_text(sample))
 
     def _missing(self, kept: frozenset[Key]) -> Iterator[Request]:
         """The requests for samples that are not kept: the same noise as if none were."""

@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
+from jaxfm.errors import ConfigError
 from jaxfm.evals import ThinkingConfig, time_limit
 from jaxfm.sampling.request import Completion
 from jaxfm.tasks.base import Prompt
@@ -35,10 +36,15 @@ class Judge:
       thinking: marks of thoughts, which are not judged. If they do not end, the empty text is. None
         judges everything.
       seconds: for one call of the task.
+      tokenizer: has marks that are special tokens, which the text of a sample lacks.
+
+    Raises:
+      ConfigError: a mark has a special token in it, and more, so that no text shows it.
     """
 
-    def __init__(self, task, thinking: ThinkingConfig | None, seconds: float):
+    def __init__(self, task, thinking: ThinkingConfig | None, seconds: float, tokenizer):
         self._task, self._thinking, self._seconds = task, thinking, seconds
+        self._tokenizer, self._mark_ids = tokenizer, _ids_without_text(thinking, tokenizer)
         self._has_warned = False
         self._hanging: set[str] = set()  # prompts for which `stop` took too long
 
@@ -46,6 +52,16 @@ class Judge:
         """The text after the thoughts; None if they do not end."""
         marks = self._thinking
         return text if marks is None else visible(text, marks.start, marks.end, marks.begun)
+
+    def marked_text(self, sample: Completion) -> str:
+        """The text of a sample with the marks of its thoughts, also those that have no text."""
+        text, ids = sample.text, sample.tokens
+        # Of each mark, the last one says what is visible.
+        places = [(_last(ids, id), mark) for mark, id in self._mark_ids.items() if id in ids]
+        for index, mark in sorted(places, reverse=True):
+            before = len(self._tokenizer.decode(ids[:index]))
+            text = text[:before] + mark + text[before:]
+        return text
 
     def stops(self, prompt: Prompt, text: str) -> bool:
         """Whether more text can no longer change the score. Thoughts never stop a completion."""
@@ -64,7 +80,7 @@ class Judge:
         """The verdict on a sample that has ended. One that the engine failed scores 0, unjudged."""
         if sample.finish_reason == 'error':
             return Verdict(0.0, None)
-        return self._judge(prompt, sample.text)
+        return self._judge(prompt, self.marked_text(sample))
 
     def _judge(self, prompt: Prompt, text: str) -> Verdict:
         shown = self.visible(text)
@@ -83,6 +99,30 @@ class Judge:
             return time_limit.call(method, (prompt, text), self._seconds), ''
         except Exception as error:
             return None, f'{type(error).__name__}: {error}'
+
+
+def _ids_without_text(thinking: ThinkingConfig | None, tokenizer) -> dict[str, int]:
+    """{mark: its id} of the marks that decoding leaves out."""
+    found = {}
+    for name in ('start', 'end') if thinking is not None else ():
+        mark = getattr(thinking, name)
+        hidden = [
+            token
+            for token, id in tokenizer.special_tokens.items()
+            if token in mark and not tokenizer.decode([id])
+        ]
+        if mark in hidden:
+            found[mark] = tokenizer.special_tokens[mark]
+        elif hidden:
+            raise ConfigError(
+                f'thinking.{name} {mark!r} is more than the special token {hidden[0]!r} of the '
+                f'tokenizer, which has no text: set thinking.{name}={hidden[0]!r}'
+            )
+    return found
+
+
+def _last(ids: list[int], id: int) -> int:
+    return len(ids) - 1 - ids[::-1].index(id)
 
 
 def _none(prompt: Prompt, text: str) -> None:

@@ -117,7 +117,7 @@ def _judge_of(task, judge: Judge):
     def reward(prompt, text: str) -> float:
         return task.reward(prompt, judge.visible(text) or '')
 
-    made = types.SimpleNamespace(reward=reward, stop=judge.stops)
+    made = types.SimpleNamespace(reward=reward, stop=judge.stops, marked_text=judge.marked_text)
     if getattr(type(task), 'answer', Task.answer) is not Task.answer:
         made.answer = answer
     return made

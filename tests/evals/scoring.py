@@ -11,6 +11,7 @@ class Tokenizer:
     """Letters are their own ids, but a space and the letter after it are one token."""
 
     eos_id, bos_id = 0, None
+    special_tokens = {}
 
     def encode(self, text):
         ids = []

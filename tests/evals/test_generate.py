@@ -28,6 +28,7 @@ class Tokenizer:
     """Letters are their own ids."""
 
     eos_id, bos_id = EOS, None
+    special_tokens = {}
 
     def encode(self, text):
         return [ord(letter) for letter in text]

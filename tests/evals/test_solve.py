@@ -11,7 +11,12 @@ from jaxfm.evals import GenerateConfig, ThinkingConfig, prompts
 from jaxfm.evals.generate import Generate
 from jaxfm.evals.samples import read_samples
 from jaxfm.registry import Registry
-from jaxfm.sampling.strategies import BestOfNConfig, BudgetConfig, VoteConfig
+from jaxfm.sampling.strategies import (
+    BestOfNConfig,
+    BudgetConfig,
+    BudgetForcingConfig,
+    VoteConfig,
+)
 from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt, Task
 from tests.evals.scoring import Chat, context_of, entry
@@ -176,7 +181,7 @@ def test_a_budget_is_kept_and_told(solve, tmp_path):
 
 def test_shares_of_samples_are_of_all_samples_not_of_those_chosen(solve, tmp_path):
     """No sample ends its thoughts, so the vote chooses none of them."""
-    thinking = ThinkingConfig(begun=True)
+    thinking = ThinkingConfig(begun=True, end='none')
     values, records = solve(tmp_path, strategy=VoteConfig(n=2), thinking=thinking)
     assert [record['chosen'] for record in records] == [None] * 3
     assert (values['samples/unclosed_thinking'], values['samples/truncated']) == (1.0, 1.0)
@@ -186,6 +191,26 @@ def test_shares_of_samples_are_of_all_samples_not_of_those_chosen(solve, tmp_pat
     assert values['samples/unparsed'] == pytest.approx(sum(unparsed) / 9) and any(unparsed)
     chosen = [record['answer'] is None for record in records]
     assert sum(unparsed) / 9 != sum(chosen) / 3
+
+
+def test_thoughts_that_a_special_token_ends_are_not_judged(solve, tmp_path):
+    """The tokenizer's </think> has no text."""
+    asked = []
+
+    class Noting(FirstLetter):
+        def answer(self, prompt, completion):
+            asked.append(completion)
+            return super().answer(prompt, completion)
+
+    forced = BudgetForcingConfig(max_think=5, answer_tokens=3, wait='y')
+    thinking = ThinkingConfig(begun=True)
+    values, records = solve(tmp_path, task=Noting, strategy=forced, thinking=thinking)
+    assert values['samples/unclosed_thinking'] == 0.0
+    for record in records:
+        [sample] = record['samples']
+        rest = record['tokens'][sample['tokens'].index(59) + 1 :]
+        assert len(rest) == 3 and Text().decode(rest) in asked
+        assert record['completion'] not in asked and record['answer'] == sample['answer']
 
 
 def test_best_of_n_needs_no_answers_but_a_vote_does(solve, tmp_path):

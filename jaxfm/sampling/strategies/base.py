@@ -31,7 +31,10 @@ class Problem:
 
 
 class Judge(Protocol):
-    """Judges text; a task is one. A strategy needs only some of the methods."""
+    """Judges text; a task is one. A strategy needs only some of the methods.
+
+    The text is `judged_text` of a completion.
+    """
 
     def answer(self, prompt, completion: str) -> str | None:
         """The answer in a normal form, None if there is none."""
@@ -41,6 +44,16 @@ class Judge(Protocol):
 
     def stop(self, prompt, completion: str) -> bool:
         """Whether more text can no longer change the answer."""
+
+
+def judged_text(judge: Judge, completion: Completion) -> str:
+    """The text of a completion that a judge is to be given.
+
+    It has the special tokens that the judge looks for, such as marks of thoughts, if the judge puts
+    them there with a method `marked_text(completion)`.
+    """
+    mark = getattr(judge, 'marked_text', None)
+    return mark(completion) if mark else completion.text
 
 
 class Scorer(Protocol):

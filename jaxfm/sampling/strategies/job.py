@@ -30,6 +30,7 @@ from jaxfm.sampling.strategies.base import (
     Score,
     Strategy,
     Wait,
+    judged_text,
 )
 from jaxfm.sampling.strategies.budget import Budget, Segment
 from jaxfm.sampling.strategies.calls import Calls, Result
@@ -323,9 +324,10 @@ class Job:
             branch.text = self._place.context.text(branch.tokens, branch.stop)
 
     def _stop_judged(self, branch: Branch) -> None:
-        stop = getattr(self._place.context.judge, 'stop', None)
+        judge = self._place.context.judge
+        stop = getattr(judge, 'stop', None)
         try:
-            if stop and stop(self.problem.prompt, branch.text):
+            if stop and stop(self.problem.prompt, judged_text(judge, branch)):
                 self._cancel(branch, None)
         except Exception as error:
             self.fail(error)

@@ -12,7 +12,14 @@ from jaxfm.sampling.strategies import (
     RewardConfig,
     ScorerConfig,
 )
-from jaxfm.sampling.strategies.base import Branch, Call, Context, OverBudget, Problem
+from jaxfm.sampling.strategies.base import (
+    Branch,
+    Call,
+    Context,
+    OverBudget,
+    Problem,
+    judged_text,
+)
 
 
 class Reward:
@@ -22,7 +29,7 @@ class Reward:
         self._judge = judge
 
     def __call__(self, prompt, completion: Completion) -> float:
-        return self._judge.reward(prompt, completion.text)
+        return self._judge.reward(prompt, judged_text(self._judge, completion))
 
 
 class Logprob:
@@ -45,7 +52,7 @@ class RewardChecker:
         self._config, self._judge = config, judge
 
     def __call__(self, prompt, completion: Completion) -> str | None:
-        reward = self._judge.reward(prompt, completion.text)
+        reward = self._judge.reward(prompt, judged_text(self._judge, completion))
         return None if reward >= self._config.at_least else self._config.feedback
 
 
@@ -79,7 +86,8 @@ def answers(context: Context, problem: Problem, branches: Sequence[Completion]):
     sound = [i for i, branch in enumerate(branches) if branch.finish_reason != 'error']
     if not hasattr(context.judge, 'answer'):
         return [None] * len(branches)
-    arguments = tuple((problem.prompt, branches[i].text) for i in sound)
+    texts = [judged_text(context.judge, branches[i]) for i in sound]
+    arguments = tuple((problem.prompt, text) for text in texts)
     try:
         values = yield Call(context.judge.answer, arguments, _check_answer)
     except OverBudget:

@@ -15,7 +15,7 @@ from jaxfm.evals.samples import Samples
 from jaxfm.sampling.request import Completion, Request
 from jaxfm.sampling.strategies import STRATEGIES, driver
 from jaxfm.sampling.strategies import base as strategies
-from jaxfm.tasks.base import Task
+from jaxfm.tasks.base import has_answers
 
 _OF_PROBLEM = ('task', 'step', 'id', 'group', 'seed', 'prompt', 'prompt_tokens')
 # A problem that fails, or whose strategy chooses nothing, has no answer.
@@ -118,6 +118,6 @@ def _judge_of(task, judge: Judge):
         return task.reward(prompt, judge.visible(text) or '')
 
     made = types.SimpleNamespace(reward=reward, stop=judge.stops, marked_text=judge.marked_text)
-    if getattr(type(task), 'answer', Task.answer) is not Task.answer:
+    if has_answers(task):
         made.answer = answer
     return made

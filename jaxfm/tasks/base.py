@@ -58,5 +58,14 @@ class Task(Protocol):
         return False
 
     def answer(self, prompt: Prompt, completion: str) -> str | None:
-        """The answer in a normal form, so that votes count equal answers as one; None if none."""
+        """The answer in a normal form, so that votes count equal answers as one; None if none.
+
+        A task whose completions have no answer to vote on leaves it out, or says
+        `answer = Task.answer` if a class that it inherits from has one.
+        """
         return None
+
+
+def has_answers(task: Task) -> bool:
+    """Whether a task finds answers in completions, so that they can be voted on."""
+    return getattr(type(task), 'answer', Task.answer) is not Task.answer

@@ -4,6 +4,7 @@ import difflib
 import inspect
 
 from jaxfm.storage.find import extra
+from jaxfm.tasks.base import Task
 from jaxfm.tasks.benchmark import Benchmark, Example
 from jaxfm.tasks.files import BadRow, Row
 from jaxfm.tasks.instructions import BY_LANGUAGE, KINDS, variants
@@ -28,6 +29,8 @@ class IfEval(Benchmark):
         'arguments': ('kwargs',),
     }
     has_shots = False
+    # Responses have no answer to vote on.
+    answer = Task.answer
 
     def parse(self, row: Row) -> Example:
         kinds, arguments = row['instructions'], row['arguments']
@@ -46,10 +49,6 @@ class IfEval(Benchmark):
         return float(
             all(any(KINDS[kind](text, **given) for text in texts) for kind, given in prompt.gold)
         )
-
-    def answer(self, prompt, completion: str) -> str | None:
-        """None: responses have no answer to vote on."""
-        return None
 
 
 def _instruction(kind: str, given: dict) -> tuple[str, dict]:

@@ -6,6 +6,7 @@ See `execution.py` for the limits of a program.
 import re
 
 from jaxfm.errors import DataError
+from jaxfm.tasks.base import Task
 from jaxfm.tasks.benchmark import Benchmark, Example, Question
 from jaxfm.tasks.execution import Result, run_program
 from jaxfm.tasks.files import BadRow, Row
@@ -15,6 +16,9 @@ BLOCK = re.compile(r'```(?:[Pp]ython3?|py)?[ \t]*\n(.*?)(?:```|\Z)', re.DOTALL)
 
 class Programs(Benchmark):
     """A benchmark whose `gold` is a function from completion to program with tests."""
+
+    # Two programs are seldom the same text, so there is nothing to vote on.
+    answer = Task.answer
 
     def evaluate(self, prompt: Question, completion: str) -> float:
         """1.0 if the program passes its tests within the limits; else 0.0."""
@@ -28,10 +32,6 @@ class Programs(Benchmark):
     def program(self, prompt: Question, completion: str) -> str:
         """The whole program: the completed code, then the tests."""
         raise NotImplementedError
-
-    def answer(self, prompt: Question, completion: str) -> str | None:
-        """None: two programs are seldom the same text, so there is nothing to vote on."""
-        return None
 
 
 def last_block(text: str) -> str | None:

@@ -15,6 +15,7 @@ from jaxfm.sampling.strategies import (
     BestOfNConfig,
     BudgetConfig,
     BudgetForcingConfig,
+    ComputeOptimalConfig,
     VoteConfig,
 )
 from jaxfm.tasks import PythonFunctionsConfig
@@ -219,6 +220,10 @@ def test_best_of_n_needs_no_answers_but_a_vote_does(solve, tmp_path):
         assert record['scores'][record['chosen']] == max(record['scores'])
     with pytest.raises(ConfigError, match='the task has no answers to vote on'):
         solve(tmp_path / 'vote', task=NoAnswers)
+    levels = dict(name='compute_optimal', levels=[dict(strategy=dict(name='best_of_n'))])
+    [config, _] = validate(ComputeOptimalConfig, levels)
+    with pytest.raises(ConfigError, match='no answers that could agree: set scorer'):
+        solve(tmp_path / 'optimal', task=NoAnswers, strategy=config)
 
 
 def test_n_belongs_to_the_strategy():

@@ -9,6 +9,7 @@ import pytest
 from jaxfm.config.load import load_config
 from jaxfm.errors import ConfigError, MissingInputError
 from jaxfm.tasks import TASKS, math_problems
+from jaxfm.tasks.base import has_answers
 from tests.tasks.rows import GSM8K, MATH, make_task, write_rows
 
 
@@ -258,3 +259,11 @@ def test_every_task_of_the_registry_is_what_its_group_names():
     for name, entry in TASKS.items():
         assert name in get_args(entry.schema.model_fields['name'].annotation)
         assert getattr(entry.load(), 'name', name) == name
+
+
+def test_tasks_without_answers_say_so_so_that_votes_on_them_are_refused():
+    tasks = {name: object.__new__(TASKS.load(name)) for name in TASKS}
+    without = {name for name, task in tasks.items() if not has_answers(task)}
+    assert without == {'humaneval', 'mbpp', 'ifeval', 'python_functions'}
+    for name in without:
+        assert tasks[name].answer('a prompt', 'a completion') is None

@@ -205,6 +205,8 @@ def completions_fit(run, prefix):
     wanted = {path_to('sampling.max_tokens'): run.sampling.max_tokens} | {
         ('evals', name, 'max_tokens'): getattr(config, 'max_tokens', 0)
         for name, config in run.evals.items()
+        # The evaluator checks the length that a strategy has instead.
+        if getattr(getattr(config, 'strategy', None), 'reads_max_tokens', True)
     }
     for path, tokens in wanted.items():
         if tokens >= longest:

@@ -72,12 +72,21 @@ class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
-        found = super().find_conflicts(parts)
-        if parts.get('strategy') is None or parts.get('n', 1) == 1:
+        found, strategy = super().find_conflicts(parts), parts.get('strategy')
+        if strategy is None:
             return found
-        paths: tuple[KeyPath, ...] = ('n',), ('strategy',)
-        sentence = f'n is {parts["n"]}, but with a strategy it must be 1: set strategy.n instead'
-        return [*found, Problem(paths, sentence)]
+        if (n := parts.get('n', 1)) != 1:
+            paths: tuple[KeyPath, ...] = ('n',), ('strategy',)
+            sentence = f'n is {n}, but with a strategy it must be 1: set strategy.n instead'
+            found.append(Problem(paths, sentence))
+        most, usual = parts.get('max_tokens'), cls.model_fields['max_tokens'].default
+        if not strategy.reads_max_tokens and most not in (None, usual):
+            sentence = (
+                f'max_tokens {most} would do nothing: strategy {strategy.name} has keys of its own '
+                'for the length of a sample'
+            )
+            found.append(Problem((('max_tokens',), ('strategy', 'name')), sentence))
+        return found
 
 
 class LikelihoodConfig(TaskEvaluatorConfig):

@@ -37,8 +37,9 @@ class Generate(Periodic):
             self._solver = Solver(config, context, self._task, self._judge)
         self._requests = [self._request(prompt) for prompt in self._prompts.values()]
         self._lengths = {request.id: len(request.tokens) for request in self._requests}
+        checker = self._sampler if self._solver is None else self._solver
         for request in self._requests:
-            self._sampler.check(request)
+            checker.check(request)
 
     @property
     def prompt_texts(self) -> list[str]:

@@ -5,9 +5,11 @@ kinds are compared and summarized alike. It also has all samples and what the pr
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Iterable
 
+from jaxfm.errors import DataError
 from jaxfm.evals import GenerateConfig
 from jaxfm.evals.base import Context
 from jaxfm.evals.judge import Judge, Verdict
@@ -37,7 +39,21 @@ class Solver:
         self._task = _judge_of(task, judge)
         driver.check(self._config, context.flops)
         made = strategies.Context(self._task, context.tokenizer)
-        STRATEGIES.load(self._config.name)(self._config, made)  # now rather than after hours
+        strategy = STRATEGIES.load(self._config.name)(self._config, made)
+        self._needs = functools.partial(strategies.needs, strategy)
+
+    def check(self, request: Request) -> None:
+        """Raises DataError, with the keys, if the sampler has no room for the longest sample."""
+        needed = self._needs(request.max_tokens)
+        try:
+            sampler = self._context.sampler
+            sampler.check(dataclasses.replace(request, max_tokens=sum(needed.values())))
+        except DataError as error:
+            if set(needed) == {'max_tokens'}:
+                raise
+            told = ' + '.join(f'{key} {tokens}' for key, tokens in needed.items())
+            place = f'config.evals.{self._context.name}.strategy'
+            raise DataError(f'{error}; {place} {self._config.name} needs {told}') from None
 
     def run(
         self,

@@ -324,6 +324,9 @@ MORE = """
 evals.py model.implementations.attention=cudnn
 evals.py model.implementations.attention=cudnn evals.heldout.every=3
 evals.py sampling.max_length=100 sampling.max_tokens=50 evals.code.max_tokens=200
+evals.py evals.code.max_tokens=200 evals.code.strategy.name=budget_forcing
+evals.py sampling.max_length=90 sampling.max_tokens=50 evals.code.strategy.name=budget_forcing
+evals.py sampling.max_length=90 sampling.max_tokens=50 evals.code.strategy.name=vote
 evals.py evals.code.max_tokens=600 evals.code.temperature=1
 evals.py evals.code.min_tokens=97
 evals.py evals.code.logit_bias={2048:1.0} evals.code.ignore_eos=1

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxfm.config.validation import validate
-from jaxfm.errors import ConfigError
+from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals import GenerateConfig, ThinkingConfig, prompts
 from jaxfm.evals.generate import Generate
 from jaxfm.evals.samples import read_samples
@@ -205,7 +205,7 @@ def test_thoughts_that_a_special_token_ends_are_not_judged(solve, tmp_path):
 
     forced = BudgetForcingConfig(max_think=5, answer_tokens=3, wait='y')
     thinking = ThinkingConfig(begun=True)
-    values, records = solve(tmp_path, task=Noting, strategy=forced, thinking=thinking)
+    values, records = solve(tmp_path, Noting, strategy=forced, thinking=thinking, max_tokens=96)
     assert values['samples/unclosed_thinking'] == 0.0
     for record in records:
         [sample] = record['samples']
@@ -224,6 +224,32 @@ def test_best_of_n_needs_no_answers_but_a_vote_does(solve, tmp_path):
     [config, _] = validate(ComputeOptimalConfig, levels)
     with pytest.raises(ConfigError, match='no answers that could agree: set scorer'):
         solve(tmp_path / 'optimal', task=NoAnswers, strategy=config)
+
+
+def test_a_strategy_whose_samples_do_not_fit_is_refused_with_its_keys(solve, sampler, tmp_path):
+    assert sampler.longest == 40  # and prompts have 8 tokens
+    told = '8 prompt .*max_length 40; config.evals.quiz.strategy .*needs max_think {} [+] closing'
+    for config in (BudgetForcingConfig(), BudgetForcingConfig(max_think=28, answer_tokens=4)):
+        with pytest.raises(DataError, match=told.format(config.max_think)):
+            solve(tmp_path, strategy=config, max_tokens=96)
+    level = dict(strategy=dict(name='budget_forcing'))
+    config, _ = validate(ComputeOptimalConfig, dict(name='compute_optimal', levels=[level]))
+    with pytest.raises(DataError, match=told.format(1024)):
+        solve(tmp_path, strategy=config)
+    with pytest.raises(DataError, match='8 prompt [+] 33 new tokens = 41 exceed .* 40$'):
+        solve(tmp_path, max_tokens=33)
+    # Every token of the room can be used, whatever max_tokens would need.
+    config = BudgetForcingConfig(max_think=27, answer_tokens=4)
+    values, records = solve(tmp_path, strategy=config, max_tokens=96)
+    assert values['strategy/failed'] == 0 and all(len(r['tokens']) <= 32 for r in records)
+
+
+def test_max_tokens_is_refused_where_the_strategy_does_not_read_it():
+    given = dict(task=dict(name='python_functions'), strategy=dict(name='budget_forcing'))
+    assert not validate(GenerateConfig, given)[1]
+    [problem] = validate(GenerateConfig, given | dict(max_tokens=50))[1]
+    assert 'max_tokens 50 would do nothing: strategy budget_forcing' in str(problem)
+    assert not validate(GenerateConfig, given | dict(strategy=dict(name='vote'), max_tokens=50))[1]
 
 
 def test_n_belongs_to_the_strategy():

@@ -4,7 +4,7 @@ A strategy is built as `Strategy(config, context)`; its `run(problem)` is a gene
 actions and returns an Outcome (see base.py). driver.py runs the generators of all problems.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -90,6 +90,8 @@ CHECKERS = Registry(
 class StrategyConfig(Group):
     """The keys of every strategy."""
 
+    reads_max_tokens: ClassVar[bool] = True  # False: other keys say how long a sample may be
+
     name: str
     budget: BudgetConfig = BudgetConfig()
     price: PriceConfig | None = None
@@ -135,8 +137,11 @@ class VoteConfig(StrategyConfig):
 class BudgetForcingConfig(StrategyConfig):
     """Thinks for a number of tokens between two limits (Muennighoff et al. 2025, s1).
 
-    All ids before the text that ends the thinking count, forced ones included.
+    All ids before the text that ends the thinking count, forced ones included. A sample has at most
+    max_think tokens, those of `closing`, and answer_tokens; max_tokens is not read.
     """
+
+    reads_max_tokens: ClassVar[bool] = False
 
     name: Literal['budget_forcing'] = 'budget_forcing'
     min_think: int = Field(0, ge=0)

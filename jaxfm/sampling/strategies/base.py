@@ -220,10 +220,20 @@ Actions = Generator[Action, Any, Outcome]
 
 
 class Strategy(Protocol):
-    """Built as `Strategy(config, context)`; `config` is its group."""
+    """Built as `Strategy(config, context)`; `config` is its group.
+
+    One whose samples may be longer than max_tokens, or never are that long, also has a method
+    `needs(max_tokens)`: see the function.
+    """
 
     def run(self, problem: Problem) -> Actions:
         """Solves one problem. Runs of different problems share nothing."""
+
+
+def needs(strategy: Strategy, max_tokens: int) -> dict[str, int]:
+    """{key: most tokens}: their sum is for how long a sample there must be room."""
+    own = getattr(strategy, 'needs', None)
+    return own(max_tokens) if own else {'max_tokens': max_tokens}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,15 @@ class BudgetForcing:
         # A special token has no text, so it ends the thinking as an id.
         self._end_id = special.get(config.end)
 
+    def needs(self, max_tokens: int) -> dict[str, int]:
+        """The keys that say how long a sample may be; max_tokens is none of them."""
+        config = self._config
+        return {
+            'max_think': config.max_think,
+            'closing': len(self._closing),
+            'answer_tokens': config.answer_tokens,
+        }
+
     def run(self, problem: Problem) -> Actions:
         [branch] = yield Sample(options=self._thinking(problem, self._config.max_think))
         thought, wait, is_closed = yield from self._think(problem, branch)

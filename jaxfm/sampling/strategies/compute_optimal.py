@@ -19,6 +19,7 @@ from jaxfm.sampling.strategies.base import (
     Problem,
     Sample,
     Wait,
+    needs,
 )
 from jaxfm.sampling.strategies.scorers import answers, scores
 
@@ -42,6 +43,11 @@ class ComputeOptimal:
             self._scorer = SCORERS.load(config.scorer.name)(config.scorer, context.judge)
         chosen = [level.strategy for level in config.levels]
         self._strategies = [STRATEGIES.load(each.name)(each, context) for each in chosen]
+
+    def needs(self, max_tokens: int) -> dict[str, int]:
+        """Those of the level that has the longest samples, or of the first samples."""
+        found = [needs(strategy, max_tokens) for strategy in self._strategies]
+        return max([{'max_tokens': max_tokens}, *found], key=lambda each: sum(each.values()))
 
     def run(self, problem: Problem) -> Actions:
         first = yield Sample(self._config.first, is_judged=True)

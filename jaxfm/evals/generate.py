@@ -15,6 +15,7 @@ from jaxfm.evals.solve import Solver
 from jaxfm.evals.summary import by_prompt, has_failed, is_unjudged, samples_of, summarize
 from jaxfm.sampling.complete import complete_each
 from jaxfm.sampling.request import Completion, Request
+from jaxfm.tasks.base import has_answers
 
 
 class Generate(Periodic):
@@ -71,8 +72,13 @@ class Generate(Periodic):
         if any(len(each) < self._config.n for each in records.values()):
             return {}
         self._warn(step, list(itertools.chain(*records.values())))
-        by_group = self._config.cluster_by_group
-        return summarize(records, self._config.n, by_group, self._context.flops)
+        return summarize(
+            records,
+            self._config.n,
+            self._config.cluster_by_group,
+            self._context.flops,
+            has_answers(self._task),
+        )
 
     def _warn(self, step: int, records: list[dict]) -> None:
         given, samples = (step, self._context.name), samples_of(records)

@@ -1,6 +1,7 @@
 """Samples of a `generate` evaluation -> its metrics. It needs only the records of the samples.
 
-So a file of samples replays to the same numbers, without a model.
+So a file of samples replays to the same numbers, without a model. Whether the task has answers at
+all is told, because records in which it found none look the same.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +40,11 @@ def samples_of(records: Iterable[dict]) -> list[dict]:
 
 
 def summarize(
-    records: Records, n: int, by_group: bool, flops: Callable[[int], float]
+    records: Records,
+    n: int,
+    by_group: bool,
+    flops: Callable[[int], float],
+    has_answers: bool,
 ) -> dict[str, float]:
     """{metric: value}.
 
@@ -47,6 +52,7 @@ def summarize(
       n: samples of each prompt.
       by_group: prompts of a group are one cluster, for the intervals.
       flops: tokens of a document -> model FLOPs of its forward pass.
+      has_answers: the task finds answers, in some completions.
     """
     groups = [samples[0]['group'] for samples in records.values()]
     clusters = statistics.clusters_of(zip(records, groups)) if by_group else None
@@ -58,8 +64,8 @@ def summarize(
         values |= statistics.share(inside).values(f'pass@1/{name}')
     if n > 1:
         values |= statistics.share(means, clusters).values(f'avg@{n}')
-        values |= _curves(records, n, clusters)
-    values |= _counts(records, n)
+        values |= _curves(records, n, clusters, has_answers)
+    values |= _counts(records, n, has_answers)
     if all('ledger' in record for samples in records.values() for record in samples):
         return values | _strategy(records)
     return values | _costs(records, flops)
@@ -90,16 +96,16 @@ def _strategy(records: Records) -> dict[str, float]:
     }
 
 
-def _curves(records: Records, n: int, clusters: Clusters) -> dict[str, float]:
+def _curves(records: Records, n: int, clusters: Clusters, has_answers: bool) -> dict[str, float]:
     """pass@k, pass^k, maj@k and the best of k by the model's own log-prob, for k = 2, 4, ... n."""
     values = {}
     for k in statistics.powers(n)[1:]:
-        for name, each in _expect(records, k).items():
+        for name, each in _expect(records, k, has_answers).items():
             values |= statistics.share(each, clusters).values(f'{name}{k}')
     return values
 
 
-def _expect(records: Records, k: int) -> dict[str, list[float]]:
+def _expect(records: Records, k: int, has_answers: bool) -> dict[str, list[float]]:
     """{metric: what is expected of k samples of each question}."""
     samples = list(records.values())
     scores = [[record['score'] for record in each] for each in samples]
@@ -110,8 +116,7 @@ def _expect(records: Records, k: int) -> dict[str, list[float]]:
         'pass^': [statistics.all_of_k(each, k) for each in scores],
         'best@': [statistics.best_of_k(*each, k) for each in zip(scores, logprobs)],
     }
-    has_votes = any(answer is not None for each in answers for answer in each)
-    if has_votes and len(scores[0]) <= statistics.MAX_VOTES:
+    if has_answers and len(scores[0]) <= statistics.MAX_VOTES:
         found['maj@'] = [statistics.majority_at_k(*each, k) for each in zip(answers, scores)]
     return found
 
@@ -120,7 +125,7 @@ def _mean_logprob(record: dict) -> float:
     return record['logprob'] / max(1, record['num_tokens'])
 
 
-def _counts(records: Records, n: int) -> dict[str, float]:
+def _counts(records: Records, n: int, has_answers: bool) -> dict[str, float]:
     """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed.
 
     Those of a strategy are of all its samples, since what it chose hides what became of the others.
@@ -132,7 +137,7 @@ def _counts(records: Records, n: int) -> dict[str, float]:
         'samples/failed': [has_failed(record) for record in samples],
         'samples/unjudged': [is_unjudged(record) for record in samples],
     }
-    if any(record['answer'] is not None for record in samples):
+    if has_answers:
         shares['samples/unparsed'] = [record['answer'] is None for record in samples]
     values = {name: sum(each) / max(1, len(each)) for name, each in shares.items()}
     if n > 1:

@@ -307,13 +307,23 @@ def test_more_samples_give_curves(engine, monkeypatch):
     assert 'pass@3' not in values
 
 
+def test_samples_in_which_no_answer_is_found_are_told(engine, monkeypatch):
+    monkeypatch.setattr(Engine, 'script', {'abc': ['oo'] * 2, 'bc': ['oo'] * 2, 'c': ['oo'] * 2})
+    without = evaluator(engine, n=2, temperature=1.0).run('weights', 5)
+    assert not {'samples/unparsed', 'maj@2'} & set(without)
+    monkeypatch.setattr(Task, 'answer', lambda self, prompt, text: None, raising=False)
+    values = evaluator(engine, n=2, temperature=1.0).run('weights', 5)
+    assert (values['samples/unparsed'], values['maj@2']) == (1.0, 0.0)
+
+
 def test_a_file_of_samples_replays_to_the_same_numbers(engine, monkeypatch, tmp_path):
     monkeypatch.setattr(Task, 'answer', lambda self, prompt, text: text or None, raising=False)
     script = {'abc': ['x\0', 'oo', '\0'], 'bc': ['oo!', 'o', 'x'], 'c': ['x', 'x.x', 'o']}
     monkeypatch.setattr(Engine, 'script', script)
     values = evaluator(engine, tmp_path, n=3, temperature=1.0).run('weights', 5)
     _, records = read_samples(next(tmp_path.iterdir()))
-    again = summarize(by_prompt(records, 'abc', 3), 3, by_group=False, flops=lambda n: n**2)
+    own = dict(by_group=False, flops=lambda n: n**2, has_answers=True)
+    again = summarize(by_prompt(records, 'abc', 3), 3, **own)
     assert again == values
 
 

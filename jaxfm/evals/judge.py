@@ -87,7 +87,9 @@ class Judge:
         score, error = self._try(self._task.evaluate, prompt, shown or '')
         if not error and not _is_score(score):
             error = f'the score is {score!r}, but must be a number from 0 to 1'
-        answer, fault = self._try(getattr(self._task, 'answer', _none), prompt, shown or '')
+        # Thoughts that do not end come to no answer, whatever the task finds in an empty text.
+        find = _none if shown is None else getattr(self._task, 'answer', _none)
+        answer, fault = self._try(find, prompt, shown or '')
         if fault or not isinstance(answer, str | None):
             error = error or fault or f'the answer is {answer!r}, but must be text or None'
             answer = None

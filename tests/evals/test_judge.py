@@ -62,7 +62,7 @@ def test_thoughts_are_not_judged_whether_or_not_their_marks_have_text(special, t
     sample = sample_of(tokenizer, text)
     verdict = judge.judge(PROMPT, sample)
     assert verdict.is_unclosed == (shown is None)
-    assert (verdict.answer, verdict.score) == (shown or '', float(shown == 'ok'))
+    assert (verdict.answer, verdict.score) == (shown, float(shown == 'ok'))
     assert judge.stops(PROMPT, judge.marked_text(sample)) == (shown == 'ok')
 
 

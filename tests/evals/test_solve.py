@@ -16,8 +16,12 @@ from jaxfm.sampling.strategies import (
     BudgetConfig,
     BudgetForcingConfig,
     ComputeOptimalConfig,
+    LogprobConfig,
+    RewardConfig,
     VoteConfig,
+    replay,
 )
+from jaxfm.sampling.strategies.stopping import Rule, rounds_of
 from jaxfm.tasks import PythonFunctionsConfig
 from jaxfm.tasks.base import Prompt, Task
 from tests.evals.scoring import Chat, context_of, entry
@@ -26,6 +30,7 @@ from tests.sampling.strategies.conftest import Letters
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 STRATEGY = VoteConfig(n=6)
+RULE = Rule(rounds_of(6, 'one'), 0.3)
 
 
 class Text(Letters):
@@ -186,12 +191,51 @@ def test_shares_of_samples_are_of_all_samples_not_of_those_chosen(solve, tmp_pat
     values, records = solve(tmp_path, strategy=VoteConfig(n=2), thinking=thinking)
     assert [record['chosen'] for record in records] == [None] * 3
     assert (values['samples/unclosed_thinking'], values['samples/truncated']) == (1.0, 1.0)
+    assert values['samples/unparsed'] == 1.0
     values, records = solve(tmp_path / 'best', strategy=BestOfNConfig(n=3))
     samples = [sample for record in records for sample in record['samples']]
     unparsed = [sample['answer'] is None for sample in samples]
     assert values['samples/unparsed'] == pytest.approx(sum(unparsed) / 9) and any(unparsed)
     chosen = [record['answer'] is None for record in records]
     assert sum(unparsed) / 9 != sum(chosen) / 3
+
+
+@pytest.mark.parametrize(
+    'n, strategy, offline',
+    [
+        (3, BestOfNConfig(), lambda found: replay.best_of_n(found, 3, replay.mean_logprob)),
+        (
+            6,
+            BestOfNConfig(scorer=LogprobConfig(mean=False)),
+            lambda found: replay.best_of_n(found, 6, 'logprob'),
+        ),
+        (6, BestOfNConfig(scorer=RewardConfig()), lambda found: replay.best_of_n(found, 6)),
+        (4, VoteConfig(), lambda found: replay.vote(found, 4)),
+        (
+            6,
+            VoteConfig(weights=LogprobConfig()),
+            lambda found: replay.vote(found, 6, replay.probability),
+        ),
+        (
+            6,
+            VoteConfig(adaptive='one', delta=0.3),
+            lambda found: replay.adaptive_vote(found, RULE.rounds, RULE.is_settled)[1],
+        ),
+    ],
+    ids=['mean', 'sum', 'reward', 'vote', 'weighted', 'adaptive'],
+)
+def test_a_file_of_samples_replays_what_a_strategy_chooses(solve, tmp_path, n, strategy, offline):
+    _, stored = solve(tmp_path / 'plain', strategy=None, n=6)
+    _, online = solve(tmp_path / 'online', strategy=strategy.model_copy(update={'n': n}))
+    chosen = [offline(samples) for samples in replay.by_problem(stored).values()]
+    assert chosen == [record['chosen'] for record in online] and any(chosen)
+    # What the strategy wrote replays, too, with the values of its own scorer.
+    again = [replay.by_problem([record])[record['id']] for record in online]
+    if isinstance(strategy, BestOfNConfig):
+        assert [replay.best_of_n(samples, n, 'value') for samples in again] == chosen
+    else:
+        key = None if strategy.weights is None else 'value'
+        assert [replay.vote(samples, n, key) for samples in again] == chosen
 
 
 def test_thoughts_that_a_special_token_ends_are_not_judged(solve, tmp_path):

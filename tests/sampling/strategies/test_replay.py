@@ -20,7 +20,7 @@ class Judge:
 
 
 def records_of(id, outcome):
-    """As the evaluators store them, after a round trip through JSON."""
+    """With the strategy's scores as `score`. tests/evals/test_solve.py has files of evaluators."""
     samples = zip(outcome.samples, outcome.answers, outcome.scores or [None] * 99)
     records = [
         {
@@ -59,6 +59,16 @@ def test_a_sample_twice_is_refused():
     record = {'id': 'a', 'sample_index': 3}
     with pytest.raises(ValueError, match='a: two records of sample 3'):
         replay.by_problem([record, {'id': 'b', 'sample_index': 3}, record])
+
+
+@pytest.mark.parametrize('missing', [{'finish_reason': 'error'}, {'num_tokens': 0}])
+@pytest.mark.parametrize('key', ['score', 'logprob', replay.mean_logprob, replay.probability])
+def test_a_sample_that_the_engine_failed_has_no_value(missing, key):
+    """Its log-prob would be the highest, 0."""
+    sound = {'score': 0.0, 'logprob': -3.0, 'num_tokens': 2, 'answer': 'a', 'finish_reason': 'stop'}
+    failed = {'score': 0.0, 'logprob': 0.0, 'num_tokens': 2, 'answer': 'b', 'finish_reason': 'stop'}
+    assert replay.best_of_n([failed | missing, sound], 2, key) == 1
+    assert replay.vote([failed | missing, sound], 2, key) == 1
 
 
 @pytest.mark.parametrize('scorer', ['reward', 'logprob'])

@@ -72,7 +72,7 @@ def summarize(
 
 
 def _strategy(records: Records) -> dict[str, float]:
-    """How many samples a strategy took, how often any was right, and what the ledger says."""
+    """How many samples a strategy began, how often one it kept was right, and the ledger's sums."""
     solved = [record for [record] in records.values()]
     most = [max((sample['score'] for sample in r['samples']), default=0.0) for r in solved]
     ledgers = [record['ledger'] for record in solved]
@@ -87,7 +87,7 @@ def _strategy(records: Records) -> dict[str, float]:
         **({'dollars': 'dollars'} if has_price else {}),
     }
     return {
-        'strategy/samples': sum(len(record['samples']) for record in solved) / len(solved),
+        'strategy/samples': sum(ledger['samples'] for ledger in ledgers) / len(solved),
         'strategy/oracle': sum(most) / len(solved),
         'strategy/failed': sum(map(has_failed, solved)) / len(solved),
         **{

@@ -12,6 +12,7 @@ from jaxfm.evals.generate import Generate
 from jaxfm.evals.samples import read_samples
 from jaxfm.registry import Registry
 from jaxfm.sampling.strategies import (
+    BeamSearchConfig,
     BestOfNConfig,
     BudgetConfig,
     BudgetForcingConfig,
@@ -198,6 +199,17 @@ def test_shares_of_samples_are_of_all_samples_not_of_those_chosen(solve, tmp_pat
     assert values['samples/unparsed'] == pytest.approx(sum(unparsed) / 9) and any(unparsed)
     chosen = [record['answer'] is None for record in records]
     assert sum(unparsed) / 9 != sum(chosen) / 3
+
+
+def test_samples_are_those_begun_not_only_those_kept(solve, tmp_path):
+    beams = BeamSearchConfig(width=2, expansions=3, step_tokens=2, max_steps=3)
+    values, records = solve(tmp_path, strategy=beams)
+    assert [len(record['samples']) for record in records] == [2] * 3
+    # Six beginnings of two tokens, then three copies of each of two beams, for each further step.
+    steps = [record['ledger']['decoded_tokens'] / 12 for record in records]
+    assert values['strategy/samples'] == pytest.approx(6 * sum(steps) / 3) and max(steps) == 3
+    values, _ = solve(tmp_path / 'spent', strategy=VoteConfig(n=6, budget=BudgetConfig(tokens=12)))
+    assert values['strategy/samples'] == 2  # there was no budget for the others
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class Job:
         self._branches: list[Branch] = []
         self._segments: dict[Branch, Segment] = {}
         self._running: dict[int, Branch] = {}  # by sample index
+        self._begun: set[int] = set()  # sample indices that the sampler was given
         self._waiting = collections.deque()  # for what others give back of the budget
         self._news: set[Branch] = set()
         self._record = list(problem.record)
@@ -301,6 +302,8 @@ class Job:
             segment.is_capped = room < segment.max_tokens
             segment.options['max_tokens'] = room
             self._running[branch.sample_index] = branch
+            self._begun.add(branch.sample_index)
+            self.account.entry.samples = len(self._begun)
             num_prompt = len(self.problem.tokens)
             self._sampler.add(self._request(branch), meter=self.account, num_prompt=num_prompt)
 

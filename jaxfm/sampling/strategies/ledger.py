@@ -25,6 +25,7 @@ class Entry:
     seconds: float = 0.0  # of the device, shared by the tokens of a step, and of calls
     calls: int = 0  # of verifiers, scorers and parsers
     dollars: float = 0.0
+    samples: int = 0  # that the engine was given, copies included; one that goes on is the same
 
     def __add__(self, other: 'Entry') -> 'Entry':
         ours, theirs = dataclasses.astuple(self), dataclasses.astuple(other)

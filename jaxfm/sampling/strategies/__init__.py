@@ -120,18 +120,32 @@ class VoteConfig(StrategyConfig):
     weights: one_of(SCORERS) | None = None
     # Rounds of 2, 4, 8 ... samples in all, or one by one: until the vote of all n is decided.
     adaptive: Literal['off', 'doubling', 'one'] = 'off'
-    # Most probability that stopping early gives another answer than the vote of all n. With
-    # weights the vote stops only when the others could not change it.
+    # Most probability that stopping early gives another answer than the vote of all n. It needs
+    # adaptive and plain votes: weighted ones stop only when the others could not change them.
     delta: float = Field(0.05, ge=0, lt=1)
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
         n, adaptive = parts.get('n', 8), parts.get('adaptive', 'off')
-        most = MOST_ADAPTIVE.get(adaptive, n)
-        if n <= most:
-            return []
-        sentence = f'n {n} is too many to stop early: with adaptive={adaptive!r} at most {most}'
-        return [Problem((('n',), ('adaptive',)), sentence)]
+        most, found = MOST_ADAPTIVE.get(adaptive, n), []
+        if n > most:
+            sentence = f'n {n} is too many to stop early: with adaptive={adaptive!r} at most {most}'
+            found.append(Problem((('n',), ('adaptive',)), sentence))
+        usual = cls.model_fields['delta'].default
+        if (delta := parts.get('delta', usual)) == usual:
+            return found
+        if adaptive == 'off':
+            sentence = (
+                f"delta {delta:g} would do nothing: adaptive is 'off', so no vote stops early"
+            )
+            found.append(Problem((('delta',), ('adaptive',)), sentence))
+        elif parts.get('weights') is not None:
+            sentence = (
+                f'delta {delta:g} would do nothing: a weighted vote stops only when the other '
+                'samples cannot change it'
+            )
+            found.append(Problem((('delta',), ('weights',)), sentence))
+        return found
 
 
 class BudgetForcingConfig(StrategyConfig):

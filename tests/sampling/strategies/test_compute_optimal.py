@@ -58,10 +58,10 @@ def test_the_level_follows_the_agreement_of_the_first_samples(run):
         assert len(outcome.samples) == (3 if is_easy else 7)
 
 
-@pytest.mark.parametrize('adaptive', ['off', 'one'])
-def test_a_strategy_begins_with_the_samples_that_are_there(run, adaptive):
+@pytest.mark.parametrize('early', [{}, {'adaptive': 'one', 'delta': 0.0}], ids=['off', 'one'])
+def test_a_strategy_begins_with_the_samples_that_are_there(run, early):
     """So nothing is sampled twice, and the vote is that of the strategy alone."""
-    vote = dict(name='vote', n=7, adaptive=adaptive, delta=0.0)
+    vote = dict(name='vote', n=7, **early)
     config = config_of('compute_optimal', first=3, levels=[dict(strategy=vote)])
     found = run.one(config, problems(2)[1:], Judge())
     alone = run.one(config_of(**vote), problems(2)[1:], Judge())

@@ -428,6 +428,12 @@ def test_a_turn_is_told_when_it_ends(run):
             "n 65 is too many to stop early: with adaptive='o",
         ),
         (VoteConfig, dict(delta=1.0), 'must be less than 1'),
+        (VoteConfig, dict(delta=0.1), "delta 0.1 would do nothing: adaptive is 'off'"),
+        (
+            VoteConfig,
+            dict(delta=0.0, adaptive='one', weights=dict(name='logprob')),
+            'delta 0 would do nothing: a weighted vote stops only',
+        ),
         (VoteConfig, dict(weights=dict(name='logprob', meen=True)), 'did you mean mean?'),
         (VoteConfig, dict(budget=dict(tokens=-1)), 'must be at least 0'),
         (ScorerConfig, dict(name='x', least=2.0), 'least 2.0 is more than most 1.0'),

@@ -201,7 +201,7 @@ def test_an_earlier_run_that_has_gone_on_is_another_model(monkeypatch, tmp_path)
         (
             {'evals__sums__task__name': 'exact_answer', 'evals__sums__task__path': None},
             78,
-            ['exact_answer'],
+            ['exact_answer needs held-out documents', 'has no data'],
         ),
         ({'evals__held__name': 'loss'}, 78, ['loss needs held-out documents', 'has no data']),
         ({'evals__text__path': '/nowhere/x.txt'}, 66, ['/nowhere/x.txt', 'config.evals.text.path']),

@@ -55,6 +55,16 @@ class Steps:
         return completion.tokens[-1] / 60
 
 
+class Ends(Steps):
+    """Remembers the ids after each step, and what ended it."""
+
+    ends: list = []
+
+    def __call__(self, prompt, completion):
+        Ends.ends.append((list(completion.tokens), completion.stop))
+        return super().__call__(prompt, completion)
+
+
 class Tool:
     """A checker that computes something from each turn, like a tool; satisfied after `enough`."""
 
@@ -357,14 +367,28 @@ def test_subtrees_keep_their_own_beams(run):
 
 
 def test_a_step_ends_at_its_delimiter_and_a_completion_at_its_stop(run):
-    config = config_of('beam_search', width=3, expansions=2, step_tokens=9, delimiter='a')
+    words = dict(width=3, expansions=2, step_tokens=9, delimiter='a')
+    config = config_of('beam_search', scorer={'name': f'{HERE}:Ends'}, **words)
+    Ends.ends.clear()
     tasks = problems(3, allowed_ids=range(6), stop=['f'], max_tokens=20)
     for outcome in run(config, tasks, Judge()).values():
         assert outcome.error is None
         for sample in outcome.samples:
             assert 'f' not in sample.text
             assert len(sample.tokens) <= 20 and sample.logprobs.count(0.0) == 0
-        assert outcome.samples[outcome.chosen].stop in ('f', None, 'a')
+        chosen = outcome.samples[outcome.chosen]
+        assert chosen.stop == 'f' or len(chosen.tokens) == 20
+    reasons = set()
+    for tokens, stop in Ends.ends:
+        # It began behind the longest beginning that was scored.
+        before = (len(x) for x, _ in Ends.ends if len(x) < len(tokens) and x == tokens[: len(x)])
+        step = tokens[max(before, default=0) :]
+        last = run.sampler.tokenizer.decode(step[-1:])
+        assert not {'a', 'f'} & set(run.sampler.tokenizer.decode(step[:-1]))
+        assert stop == (last if last in 'af' else None)
+        assert len(step) <= 9 and (stop or len(step) == 9 or len(tokens) == 20)
+        reasons.add(stop or len(step))
+    assert {'a', 'f', 9} <= reasons
 
 
 # Refinement.

@@ -55,14 +55,18 @@ class Steps:
         return completion.tokens[-1] / 60
 
 
-class Ends(Steps):
-    """Remembers the ids after each step, and what ended it."""
+class Ends:
+    """Remembers the ids after each step, and what ended it; prefers an 'a' at the end."""
 
+    Config = ScorerConfig
     ends: list = []
+
+    def __init__(self, config, judge):
+        pass
 
     def __call__(self, prompt, completion):
         Ends.ends.append((list(completion.tokens), completion.stop))
-        return super().__call__(prompt, completion)
+        return 1 - completion.tokens[-1] / 60
 
 
 class Tool:

@@ -128,7 +128,7 @@ def _mean_logprob(record: dict) -> float:
 def _counts(records: Records, n: int, has_answers: bool) -> dict[str, float]:
     """Shares of the samples: distinct, cut off by length, without an end of thoughts, unparsed.
 
-    Those of a strategy are of all its samples, since what it chose hides what became of the others.
+    Those of a strategy are of all samples it kept: what it chose hides what became of the others.
     """
     samples = samples_of(record for each in records.values() for record in each)
     shares = {

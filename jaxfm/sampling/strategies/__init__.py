@@ -152,7 +152,7 @@ class BudgetForcingConfig(StrategyConfig):
     """Thinks for a number of tokens between two limits (Muennighoff et al. 2025, s1).
 
     All ids before the text that ends the thinking count, forced ones included. A sample has at most
-    max_think tokens, those of `closing`, and answer_tokens; max_tokens is not read.
+    max_think tokens, those of `closing`, and answer_tokens; max_tokens and min_tokens are not read.
     """
 
     reads_max_tokens: ClassVar[bool] = False

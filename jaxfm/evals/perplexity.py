@@ -1,6 +1,7 @@
 """The loss on files of text: nats per token and per word, bits per byte, with a sliding window."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ class Text:
 
     id: str
     text: str
+
+    @functools.cached_property
+    def num_bytes(self) -> int:
+        """Of the text in UTF-8."""
+        return len(self.text.encode())
 
 
 class Perplexity(Periodic):
@@ -55,14 +61,14 @@ class Perplexity(Periodic):
         self._requests = [
             request for text in self._texts.values() for request in self._windows(text)
         ]
+        self._sizes = self._count_predicted()
         self._tell_unpredicted()
         for request in self._requests:
             self._sampler.check(request)
 
     def _tell_unpredicted(self) -> None:
         """Raises DataError if no document has a token that another one predicts."""
-        sizes = self._sizes()
-        without = [id for id in self._texts if id not in sizes]
+        without = [id for id in self._texts if id not in self._sizes]
         where = f'config.evals.{self._context.name}'
         what = f'{listed(without)} has a single token, and no BOS before it that would predict it'
         if len(without) == len(self._texts):
@@ -93,7 +99,6 @@ class Perplexity(Periodic):
         with self.open(step) as samples:
             missing = [one for one in self._requests if (one.id, 0) not in samples.kept]
             requests = {request.id: request for request in missing}
-            sizes = self._sizes()
             for sample in complete_each(
                 self._sampler, missing, params, step, most=self._context.most
             ):
@@ -114,8 +119,8 @@ class Perplexity(Periodic):
                         'num_tokens': tokens - start,
                         'prompt_tokens': start,
                         # Of the whole document: models with different tokens compare by it.
-                        'document_bytes': len(self._texts[group].text.encode()),
-                        'document_tokens': sizes[group],
+                        'document_bytes': self._texts[group].num_bytes,
+                        'document_tokens': self._sizes[group],
                         'error': error,
                     }
                 )
@@ -124,8 +129,8 @@ class Perplexity(Periodic):
             return {}
         return self._summarize([records[request.id] for request in self._requests])
 
-    def _sizes(self) -> dict[str, int]:
-        """The predicted tokens of each document."""
+    def _count_predicted(self) -> dict[str, int]:
+        """The predicted tokens of each document that has any."""
         sizes: dict[str, int] = {}
         for request in self._requests:
             document = _document_of(request.id)
@@ -180,7 +185,7 @@ def _losses(records: list[dict], texts: dict[str, Text]) -> dict[str, float]:
         nats[one['group']] = nats.get(one['group'], 0.0) + one['nats']
         tokens[one['group']] = tokens.get(one['group'], 0) + one['num_tokens']
     each = list(nats.values())
-    num_bytes = [len(texts[id].text.encode()) for id in nats]
+    num_bytes = [texts[id].num_bytes for id in nats]
     words = [len(texts[id].text.split()) for id in nats]
     if len(nats) > 1:
         loss = statistics.ratio(each, list(tokens.values()))

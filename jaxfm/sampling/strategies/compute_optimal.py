@@ -53,7 +53,8 @@ class ComputeOptimal:
         first = yield Sample(self._config.first, is_judged=True)
         yield Wait(first)
         confidence = yield from self._estimate(problem, first)
-        level = self._level(confidence)
+        bounds = [each.at_least for each in self._config.levels[:-1]]
+        level = level_of(confidence, bounds)
         if not problem.record:  # or it has been noted before an interruption
             yield Note({'confidence': confidence, 'level': level})
         inner = dataclasses.replace(problem, record=problem.record[1:])
@@ -69,13 +70,12 @@ class ComputeOptimal:
         known = [score for score in found if score is not None]
         return sum(known) / len(known) if known else None
 
-    def _level(self, confidence: float | None) -> int:
-        """The first level that is reached; the last one is there for all others."""
-        levels = self._config.levels
-        for index, level in enumerate(levels[:-1]):
-            if confidence is not None and confidence >= level.at_least:
-                return index
-        return len(levels) - 1
+
+def level_of(confidence: float | None, bounds: Sequence[float]) -> int:
+    """The index of the first bound that is reached; len(bounds), the last level, if none is."""
+    if confidence is None:
+        return len(bounds)
+    return next((i for i, bound in enumerate(bounds) if confidence >= bound), len(bounds))
 
 
 def agreement(found: Sequence[str | None]) -> float:
@@ -156,8 +156,7 @@ def allocate(
         raise ValueError(f'bounds {list(bounds)} must fall')
     levels: list[list[Sequence[Trial]]] = [[] for _ in (*bounds, None)]
     for confidence, row in zip(confidences, trials):
-        reached = (i for i, b in enumerate(bounds) if confidence is not None and confidence >= b)
-        levels[next(reached, len(bounds))].append(row)
+        levels[level_of(confidence, bounds)].append(row)
     # Sums over levels, of which only those stay that no cheaper choice equals: (cost, score, who).
     best: list[tuple[float, float, tuple]] = [(0.0, 0.0, ())]
     for rows in levels:

@@ -150,7 +150,8 @@ def take_back(flags) -> None:
         raise MissingInputError(
             f'no checkpoint {flags.step} was set aside in {store.storage.root}; set aside: {steps}'
         )
-    chosen = max(found, key=lambda one: one.modified)
+    # Leases are numbered in the order of their runs; S3 tells times in whole seconds.
+    chosen = max(found, key=lambda one: (one.manifest.get('epoch', -1), one.modified))
     if flags.attempt is not None:
         there = {one.name: one for one in found}
         if flags.attempt not in there:

@@ -361,6 +361,18 @@ def test_a_step_that_was_saved_again_is_not_replaced_and_the_other_can_be_delete
     assert not saved.storage.list('10') and list(saved.commits()) == [5]
 
 
+def test_the_newest_attempt_is_known_without_the_times_of_its_files(tmp_path, capsys):
+    store = Store(open_storage(tmp_path))
+    for _ in range(2):
+        save(tmp_path, 10)
+        newest = store.commits()[10]
+        store.set_aside(newest)
+    for path in (tmp_path / newest.directory).rglob('*'):
+        os.utime(path, (1, 1))  # a copy, or S3, which counts whole seconds
+    assert checkpoint.main(['take_back', str(tmp_path), '--step', '10']) == 0
+    assert store.commits()[10].attempt == newest.attempt
+
+
 def test_a_damaged_marker_is_told(saved, place, capsys):
     commit = saved.commits()[10]
     saved.set_aside(commit)

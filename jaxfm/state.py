@@ -305,7 +305,8 @@ def make_train_step(
             },
         )
         metrics = {'loss': loss, 'grad_norm': norm, 'learning_rate': learning_rate}
-        metrics |= {name: total / _nonzero(weight) for name, (total, weight) in sums.items()}
+        for name, metric in sums.items():
+            metrics |= _read(name, metric)
         for group, paths in groups.items():
             moved = learning_rate * _norm(updates, paths)
             metrics[f'update_norm/{group}'] = jnp.where(applied, moved, 0.0)
@@ -339,6 +340,18 @@ def _norm(tree: dict[str, jax.Array], paths: list[str]):
     return optax.tree.norm([tree[path].astype(jnp.float32) for path in paths])
 
 
+def _is_merged(metric) -> bool:
+    """Whether a metric is no pair of sums, but says itself how it is merged and read."""
+    return hasattr(metric, 'merge')
+
+
+def _read(name: str, metric) -> dict[str, jax.Array]:
+    if _is_merged(metric):
+        return {f'{name}{suffix}': value for suffix, value in metric.read().items()}
+    total, weight = metric
+    return {name: total / _nonzero(weight)}
+
+
 def _nonzero(weight):
     """Replaces 0 by 1: a batch with zero weight has sums of zero, so its means are 0, not NaN."""
     return jnp.where(weight > 0, weight, 1.0)
@@ -360,8 +373,11 @@ def _accumulate(gradients, batch, count: int):
         lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec), first
     )
 
+    def add(total, part):
+        return total.merge(part) if _is_merged(total) else jnp.add(total, part)
+
     def body(totals, item):
-        return jax.tree.map(jnp.add, totals, gradients(*item)), None
+        return jax.tree.map(add, totals, gradients(*item), is_leaf=_is_merged), None
 
     totals, _ = lax.scan(body, zeros, (batches, jnp.arange(count)))
     return totals

@@ -1,11 +1,11 @@
 """Objectives: the loss, as named sums over tokens with weights that depend only on the batch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from jaxfm.registry import Entry, Registry
-from jaxfm.schema import Group
+from jaxfm.schema import Group, Problem
 
 
 class NextTokenConfig(Group):
@@ -15,6 +15,160 @@ class NextTokenConfig(Group):
     z_loss: float = Field(0.0, ge=0)  # coefficient of the squared log-partition (PaLM, section 5)
 
 
+_Baseline = Literal['group', 'leave_one_out', 'batch', 'none']
+_Scale = Literal['group', 'batch', 'none']
+_Ratio = Literal['token', 'sequence', 'sequence_mean']
+_Clip = Literal['ppo', 'cispo', 'none']
+_Aggregation = Literal['token', 'sequence', 'sum']
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class PolicyGradientConfig(Group):
+    """Policy gradient on samples and their rewards; the other names are presets of its parts."""
+
+    name: Literal['policy_gradient'] = 'policy_gradient'
+    # What is subtracted from a reward: the mean of the samples of its prompt, that of the other
+    # samples of its prompt, that of the whole batch, or nothing.
+    baseline: _Baseline = 'group'
+    # The standard deviation by which that is divided: of the prompt's samples, of the batch, none.
+    scale: _Scale = 'none'
+    # The probability of a sample under the policy over that under the one that sampled it: of each
+    # token; of the whole sample, the product of these; or their geometric mean.
+    ratio: _Ratio = 'token'
+    # ppo: min(ratio * advantage, clipped ratio * advantage). cispo: the gradient of the log-prob
+    # times the ratio, which is cut above and has no gradient itself. none: ratio * advantage.
+    clip: _Clip = 'ppo'
+    clip_low: _NotNegative = 0.2  # ppo cuts ratios below 1 - clip_low
+    clip_high: _NotNegative = 0.2  # ppo and cispo cut ratios above 1 + clip_high
+    dual_clip: _NotNegative = 0.0  # ppo cuts ratios above this one if the advantage < 0; 0: never
+    # token: the mean over all tokens. sequence: the mean over samples of the mean over their
+    # tokens. sum: the mean over samples of the sum over their tokens, divided by `length`.
+    aggregation: _Aggregation = 'token'
+    length: int = Field(1, ge=1)
+    # Which log-probs the ratio compares with: those of the sampler, or those that the trainer
+    # computes for the same weights before the update.
+    old_logprobs: Literal['sampler', 'recomputed'] = 'sampler'
+    # With recomputed log-probs: weights each token, or sample, by the ratio between them and the
+    # sampler's, which is cut above the cap (truncate), or replaced by 0 above it and below the
+    # floor (mask).
+    importance: Literal['none', 'truncate', 'mask'] = 'none'
+    importance_level: Literal['token', 'sequence'] = 'token'
+    importance_cap: _Positive = 2.0
+    importance_floor: _NotNegative = 0.0
+    # Coefficient of the divergence from the reference, the weights with which the phase begins,
+    # and its estimator (J. Schulman, "Approximating KL divergence", 2020).
+    kl: _NotNegative = 0.0
+    kl_estimator: Literal['k1', 'k2', 'k3'] = 'k3'
+    entropy: _NotNegative = 0.0  # coefficient of the entropy, which is raised
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        def given(name, value):
+            return name in parts and parts[name] == value
+
+        found = []
+        if given('old_logprobs', 'sampler') and parts.get('importance', 'none') != 'none':
+            sentence = (
+                f'importance is {parts["importance"]}, but would do nothing: the ratio compares '
+                'with the log-probs of the sampler already; set old_logprobs=recomputed'
+            )
+            found.append(Problem((('importance',), ('old_logprobs',)), sentence))
+        low, high = parts.get('importance_floor', 0.0), parts.get('importance_cap', 2.0)
+        if low >= high:
+            sentence = f'importance_floor {low:g} must be less than importance_cap {high:g}'
+            found.append(Problem((('importance_floor',), ('importance_cap',)), sentence))
+        if given('importance', 'truncate') and low:
+            sentence = f'importance_floor {low:g} would do nothing: truncate cuts only above'
+            found.append(Problem((('importance_floor',), ('importance',)), sentence))
+        dual, least = parts.get('dual_clip', 0.0), 1 + parts.get('clip_high', 0.2)
+        if dual and dual <= least:
+            sentence = f'dual_clip {dual:g} must be more than 1 + clip_high, {least:g}'
+            found.append(Problem((('dual_clip',), ('clip_high',)), sentence))
+        if dual and parts.get('clip', 'ppo') != 'ppo':
+            sentence = f'dual_clip {dual:g} would do nothing: it belongs to clip ppo'
+            found.append(Problem((('dual_clip',), ('clip',)), sentence))
+        if given('clip', 'ppo') and parts.get('clip_low', 0.2) >= 1:
+            found.append(Problem.at(('clip_low',), 'clip_low must be less than 1 with clip ppo'))
+        if parts.get('length', 1) != 1 and parts.get('aggregation', 'sum') != 'sum':
+            sentence = f'length {parts["length"]} would do nothing: it belongs to aggregation sum'
+            found.append(Problem((('length',), ('aggregation',)), sentence))
+        return found
+
+
+class GRPOConfig(PolicyGradientConfig):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
+
+    name: Literal['grpo'] = 'grpo'
+    scale: _Scale = 'group'
+    aggregation: _Aggregation = 'sequence'
+
+
+class DrGRPOConfig(PolicyGradientConfig):
+    """GRPO without its biases by length and difficulty (Liu et al. 2025, arXiv 2503.20783)."""
+
+    name: Literal['dr_grpo'] = 'dr_grpo'
+    aggregation: _Aggregation = 'sum'
+    length: int = Field(ge=1)  # the same for all samples, such as data.max_tokens
+
+
+class DAPOConfig(PolicyGradientConfig):
+    """DAPO's loss (Yu et al. 2025, arXiv 2503.14476); its other parts are keys of the rollout."""
+
+    name: Literal['dapo'] = 'dapo'
+    scale: _Scale = 'group'
+    clip_high: _NotNegative = 0.28
+
+
+class GSPOConfig(PolicyGradientConfig):
+    """Group sequence policy optimisation (Zheng et al. 2025, arXiv 2507.18071)."""
+
+    name: Literal['gspo'] = 'gspo'
+    scale: _Scale = 'group'
+    ratio: _Ratio = 'sequence_mean'
+    clip_low: _NotNegative = 3e-4
+    clip_high: _NotNegative = 4e-4
+    aggregation: _Aggregation = 'sequence'
+
+
+class CISPOConfig(PolicyGradientConfig):
+    """Clipped importance weights (MiniMax 2025, arXiv 2506.13585)."""
+
+    name: Literal['cispo'] = 'cispo'
+    scale: _Scale = 'group'
+    clip: _Clip = 'cispo'
+    clip_high: _NotNegative = 4.0
+
+
+class RLOOConfig(PolicyGradientConfig):
+    """REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740)."""
+
+    name: Literal['rloo'] = 'rloo'
+    baseline: _Baseline = 'leave_one_out'
+    ratio: _Ratio = 'sequence'
+    aggregation: _Aggregation = 'sequence'
+
+
+class ReinforcePlusPlusConfig(PolicyGradientConfig):
+    """REINFORCE++, with a baseline of the whole batch (Hu et al. 2025, arXiv 2501.03262)."""
+
+    name: Literal['reinforce_plus_plus'] = 'reinforce_plus_plus'
+    baseline: _Baseline = 'batch'
+    scale: _Scale = 'batch'
+
+
+_POLICY_GRADIENT = 'jaxfm.objectives.policy_gradient:PolicyGradient'
 OBJECTIVES = Registry(
-    {'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig)}, base=Group
+    {
+        'next_token': Entry('jaxfm.objectives.next_token:NextToken', NextTokenConfig),
+        'policy_gradient': Entry(_POLICY_GRADIENT, PolicyGradientConfig),
+        'grpo': Entry(_POLICY_GRADIENT, GRPOConfig),
+        'dr_grpo': Entry(_POLICY_GRADIENT, DrGRPOConfig),
+        'dapo': Entry(_POLICY_GRADIENT, DAPOConfig),
+        'gspo': Entry(_POLICY_GRADIENT, GSPOConfig),
+        'cispo': Entry(_POLICY_GRADIENT, CISPOConfig),
+        'rloo': Entry(_POLICY_GRADIENT, RLOOConfig),
+        'reinforce_plus_plus': Entry(_POLICY_GRADIENT, ReinforcePlusPlusConfig),
+    },
+    base=Group,
 )

@@ -106,6 +106,34 @@ def token_logprobs(hidden_BTD, unembedding: Unembedding, targets_BT, chunk_size:
     return op(hidden_BTD, targets_BT, unembedding)
 
 
+def entropy(hidden_BTD, unembedding: Unembedding, chunk_size: int | None = None):
+    """The entropy of each position's distribution, in nats, [B, T] float32.
+
+    Processes `chunk_size` positions at a time, a divisor of T, and recomputes their logits in the
+    backward pass; the default chunk stays under CHUNK_BYTES per device.
+    """
+    hidden_BTD = place(hidden_BTD, *_HIDDEN)
+    B, T, D = hidden_BTD.shape
+    if chunk_size is None:
+        ids = unembedding.weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab')
+        each = 4 * ids * -(-B // axis_size(ACTIVATIONS, 'batch'))
+        fitting = [size for size in range(1, T + 1) if T % size == 0 and size * each <= CHUNK_BYTES]
+        chunk_size = max(fitting, default=1)
+
+    @jax.checkpoint
+    def of_chunk(hidden_BCD):
+        logprobs_BCV = log_softmax(logits(hidden_BCD, unembedding))
+        # Padding ids have the probability 0 and the log-prob -inf.
+        is_id = logprobs_BCV > -jnp.inf
+        plogp = jnp.exp(logprobs_BCV) * jnp.where(is_id, logprobs_BCV, 0.0)
+        return -jnp.sum(plogp, axis=-1)
+
+    spec = activation('batch', 'chunk', 'position', 'embed')
+    chunks = jnp.reshape(hidden_BTD, (B, T // chunk_size, chunk_size, D), out_sharding=spec)
+    entropies = lax.map(of_chunk, jnp.moveaxis(chunks, 1, 0))
+    return jnp.reshape(jnp.moveaxis(entropies, 0, 1), (B, T), out_sharding=activation(*_ROWS))
+
+
 def _logprobs_on_tile(hidden_BTD, targets_BT, unembedding: Unembedding):
     # The barrier keeps the sums as they are in `log_softmax`, which starts from logits.
     logits_BTV = lax.optimization_barrier(_logits(hidden_BTD, unembedding))

@@ -239,7 +239,13 @@ def check_replication(state: TrainState, parts: Parts, mesh) -> None:
 
 
 def make_train_step(
-    parts: Parts, objective, optimizer, *, accumulate: int = 1, clip_norm: float = 0.0
+    parts: Parts,
+    objective,
+    optimizer,
+    *,
+    accumulate: int = 1,
+    clip_norm: float = 0.0,
+    skip_empty: bool = False,
 ):
     """The jitted step: (state, batch, limit=None) -> (state, metrics). It donates the state.
 
@@ -253,6 +259,7 @@ def make_train_step(
       optimizer: gives the optax transform and the learning-rate schedule (`jaxfm.optim`).
       accumulate: number of microbatches that the batch is split into.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
+      skip_empty: do not compute microbatches without a target that counts.
     """
 
     def gradients(state, batch, weights, rng):
@@ -283,6 +290,7 @@ def make_train_step(
                 ),
                 batch,
                 accumulate,
+                skip_empty,
             )
         grads, loss, terms, sums, increments = totals
         norm = optax.tree.norm(grads)
@@ -357,7 +365,7 @@ def _nonzero(weight):
     return jnp.where(weight > 0, weight, 1.0)
 
 
-def _accumulate(gradients, batch, count: int):
+def _accumulate(gradients, batch, count: int, skip_empty: bool):
     """Sums `gradients(microbatch, index)` over `count` microbatches."""
 
     def microbatches(rows):
@@ -377,7 +385,12 @@ def _accumulate(gradients, batch, count: int):
         return total.merge(part) if _is_merged(total) else jnp.add(total, part)
 
     def body(totals, item):
-        return jax.tree.map(add, totals, gradients(*item), is_leaf=_is_merged), None
+        def more():
+            return jax.tree.map(add, totals, gradients(*item), is_leaf=_is_merged)
+
+        if not skip_empty:
+            return more(), None
+        return lax.cond(jnp.any(item[0]['loss_mask'] > 0), more, lambda: totals), None
 
     totals, _ = lax.scan(body, zeros, (batches, jnp.arange(count)))
     return totals

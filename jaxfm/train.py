@@ -46,7 +46,15 @@ class Source(Protocol):
         """Continues at a position that `get_state` returned."""
 
     def progress(self) -> dict[str, float]:
-        """{name: value} of what has been delivered, such as epochs; for the records."""
+        """{name of a metric: value} of what has been delivered, such as epochs; for the records."""
+
+    @property
+    def bucket(self) -> str:
+        """What the time that `next` takes is charged to: data_wait, or generate."""
+
+    @property
+    def tokens(self) -> int:
+        """Inputs of the last batch, over all hosts."""
 
     def close(self) -> None:
         """Ends what works ahead; `next` goes on after the last delivered batch."""
@@ -76,7 +84,6 @@ class Loop:
     log_every: int
     clock: StepClock
     preemption: Preemption
-    tokens_per_step: int
     is_compiled: bool = False  # whether this process has compiled the step
 
 
@@ -119,7 +126,9 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
 
         # Implicit transfers between host and device would stall a step, so they are errors here.
         with jax.transfer_guard('disallow'):
-            with loop.clock.aside('data_wait'):
+            if loop.source.bucket == 'generate':  # it reads the weights, so their step must end
+                jax.block_until_ready(state.params)
+            with loop.clock.aside(loop.source.bucket):
                 batch = loop.source.next(state.params, step)
             limit = loop.spikes.begin(step + 1, loop.source.get_state())
             before = metrics
@@ -128,7 +137,7 @@ def train(loop: Loop, state: TrainState, step: int, done: bool) -> TrainState:
             else:
                 state, metrics = compile_step(loop, state, batch, limit)
         step, done = step + 1, False
-        loop.clock.step(loop.tokens_per_step)
+        loop.clock.step(loop.source.tokens)
         # Keep at most two steps in flight: more can abort on several CPU devices, and hide a hang.
         jax.block_until_ready(before)
         see(loop, updates, step - 1, before)
@@ -322,8 +331,7 @@ def record(loop: Loop, metrics: dict[str, jax.Array], step: int) -> None:
     """
     values = {name: value.item() for name, value in jax.device_get(metrics).items()}
     values['spikes'] = loop.spikes.count
-    progress = {f'data/{name}': value for name, value in loop.source.progress().items()}
-    loop.recorder.write(step, 'perf', loop.clock.log(step) | progress)
+    loop.recorder.write(step, 'perf', loop.clock.log(step) | loop.source.progress())
     loop.recorder.write(step, 'train', {f'train/{name}': v for name, v in values.items()})
     _record_saves(loop, step)
 

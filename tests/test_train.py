@@ -168,8 +168,10 @@ class Rollout:
     def set_state(self, state):
         self.number = state['number']
 
+    bucket, tokens = 'generate', ROWS * LENGTH
+
     def progress(self):
-        return {'batches': self.number}
+        return {'data/batches': self.number}
 
     def close(self):
         pass
@@ -270,7 +272,6 @@ def run(
             log_every=3,
             clock=clock,
             preemption=StopAt(stop_at),
-            tokens_per_step=ROWS * LENGTH,
         )
         | options
     )

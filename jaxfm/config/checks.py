@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 from jaxfm.config.validation import format_path, format_value, suggest
+from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.sampling import SamplingOptions
 from jaxfm.schema import KeyPath, Problem
 
@@ -134,6 +135,82 @@ def evaluators_have_documents(run, prefix):
                     'has no data; use it with the config of a run that has, such as configs/sft.py'
                 )
                 yield Problem((path, ('data',)), sentence)
+
+
+@reads('evals', 'data', 'phases')
+def evaluators_have_heldout_documents(run, prefix):
+    """A phase that samples its batches holds no documents out."""
+    places = {phase.name: ('phases', index) for index, phase in enumerate(run.phases)}
+    for name, config in run.evals.items():
+        phase = places.get(config.phase, ())
+        data = run.phases[phase[1]].data if phase else run.data
+        if data is None or data.name != 'rollout':
+            continue
+        for keys, group in {
+            ('name',): config,
+            ('task', 'name'): getattr(config, 'task', None),
+        }.items():
+            if getattr(group, 'reads_documents', False):
+                path, place = ('evals', name, *keys), path_to('data.name', phase)
+                sentence = (
+                    f'{format_path(path)}: {group.name} needs held-out documents, but '
+                    f'{format_path(place)} is rollout, which holds none out'
+                )
+                yield Problem((path, place), sentence)
+
+
+@reads('data', 'objective')
+def objective_fits_data(run, prefix):
+    """Rewards need an objective that reads them, and that one needs rewards."""
+    is_rollout, data = run.data.name == 'rollout', path_to('data.name', prefix)
+    objective = path_to('objective.name', prefix)
+    is_policy_gradient = isinstance(run.objective, PolicyGradientConfig)
+    if is_rollout and not is_policy_gradient:
+        sentence = (
+            f'{format_path(data)} is rollout, whose batches have rewards: set '
+            f'{format_path(objective)}=grpo, or another policy gradient'
+        )
+        yield Problem((data, objective), sentence)
+    if not is_rollout and is_policy_gradient:
+        sentence = (
+            f'{format_path(objective)} {run.objective.name} needs rewards: set '
+            f'{format_path(data)}=rollout'
+        )
+        yield Problem((data, objective), sentence)
+    if not (is_rollout and is_policy_gradient):
+        return
+    needs_group = run.objective.baseline == 'leave_one_out' or run.objective.scale == 'group'
+    if run.data.samples == 1 and needs_group:
+        samples = path_to('data.samples', prefix)
+        sentence = (
+            f'{format_path(samples)} is 1, but {format_path(objective)} {run.objective.name} '
+            'compares the samples of a prompt: it needs at least 2'
+        )
+        yield Problem((samples, objective), sentence)
+
+
+@reads('data', 'sampling')
+def rollouts_fit(run, prefix):
+    room, longest = path_to('sampling.max_length'), run.sampling.max_length
+    if run.data.name == 'rollout' and run.data.max_tokens >= longest:
+        path = path_to('data.max_tokens', prefix)
+        sentence = (
+            f'{format_path(path)} {run.data.max_tokens} must be less than {format_path(room)} '
+            f'{longest}, which includes the prompt'
+        )
+        yield Problem((path, room), sentence)
+
+
+@reads('tokenizer', 'data')
+def tokenizer_has_text(run, prefix):
+    if prefix in ((), ('phases', 0)) and run.data.name == 'rollout' and run.tokenizer.name == 'bpe':
+        data, tokenizer = path_to('data.name', prefix), path_to('tokenizer.name')
+        sentence = (
+            f'{format_path(tokenizer)} bpe is trained on the data of the first phase, but '
+            f'{format_path(data)} is rollout: start from a model (init_from), whose tokenizer is '
+            'used, or name another tokenizer'
+        )
+        yield Problem((tokenizer, data), sentence)
 
 
 @reads('model', 'tokenizer')
@@ -308,6 +385,7 @@ RUN_CHECKS = (
     optimizer_can_be_kept,
     evaluators_name_phases,
     evaluators_have_documents,
+    evaluators_have_heldout_documents,
     vocabulary_fits,
     model_divides,
     adapters_fit,
@@ -317,4 +395,11 @@ RUN_CHECKS = (
     export_has_its_name,
     nothing_is_packed,
 )
-PHASE_CHECKS = (batch_divides, warmup_fits, rows_are_one_document)
+PHASE_CHECKS = (
+    batch_divides,
+    warmup_fits,
+    rows_are_one_document,
+    objective_fits_data,
+    rollouts_fit,
+    tokenizer_has_text,
+)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from jaxfm.checkpoint import CheckpointConfig
 from jaxfm.config import checks
-from jaxfm.data import DataConfig
+from jaxfm.data import DATA
 from jaxfm.errors import ConfigError
 from jaxfm.evals import EVALUATORS
 from jaxfm.metrics import MetricsConfig
@@ -20,7 +20,8 @@ from jaxfm.objectives import OBJECTIVES, NextTokenConfig
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.orbax import StoredName
-from jaxfm.registry import one_of
+from jaxfm.registry import Entry, Registry, one_of
+from jaxfm.rollout import RolloutConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import ConflictError, Group, Problem
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig
@@ -69,12 +70,21 @@ class CodeConfig(Group):
     sha256: str
 
 
+# Where the batches of a phase come from: documents, or samples of the model itself.
+PHASE_DATA = Registry(
+    {**DATA, 'rollout': Entry('jaxfm.rollout.source:Rollouts', RolloutConfig)},
+    base=DATA.base,
+    beside=DATA.beside,
+    adapter=DATA.adapter,
+)
+
+
 class PhaseConfig(Group):
     """A stretch of a run with its own data, objective, optimizer and steps."""
 
     name: str = Field(pattern=r'^[A-Za-z]\w*$')  # appears in metrics and messages
     steps: int = Field(ge=0)
-    data: DataConfig
+    data: one_of(PHASE_DATA)
     objective: one_of(OBJECTIVES) = NextTokenConfig()
     optimizer: one_of(OPTIMIZERS)
     # False: take over only the weights of the previous phase. True: its optimizer state as well.
@@ -104,7 +114,7 @@ class RunConfig(Group):
     model: one_of(MODELS)
     tokenizer: one_of(TOKENIZERS) = BPEConfig()
     steps: Annotated[int, Field(ge=0)] | None = None  # 0: evaluate only
-    data: DataConfig | None = None
+    data: one_of(PHASE_DATA) | None = None
     objective: one_of(OBJECTIVES) = NextTokenConfig()
     optimizer: one_of(OPTIMIZERS) | None = None
     phases: list[PhaseConfig] = []

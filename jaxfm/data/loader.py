@@ -54,6 +54,22 @@ class Batches:
         self._position = self._to_position(self._iterator.get_state())
         return batch
 
+    bucket = 'data_wait'
+    sequence_length: int  # tokens in a row
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the rows of a batch, over all hosts."""
+        return self.batch_size * self.sequence_length
+
+    def progress(self) -> dict[str, float]:
+        """{name of a metric: value} of what has been delivered."""
+        return {f'data/{name}': value for name, value in self.delivered().items()}
+
+    def delivered(self) -> dict[str, float]:
+        """{name: value} of what has been delivered."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Ends the thread."""
         if self._iterator is not None:
@@ -136,6 +152,7 @@ class PackedBatches(Batches):
     ):
         super().__init__({name: weights[name] for name in packings}, batch_size, rows, put)
         self.packings, self.seed = dict(packings), seed
+        self.sequence_length = next(iter(self.packings.values())).sequence_length
         for name, packing in packings.items():
             if not packing.num_rows:
                 raise DataError(
@@ -158,7 +175,7 @@ class PackedBatches(Batches):
         first = self.next_row % self.batch_size
         return {'next_row': first + state['next_index'] * self.batch_size}
 
-    def progress(self) -> dict[str, float]:
+    def delivered(self) -> dict[str, float]:
         """Rows and epochs of each source up to now."""
         counts = self.mixture.counts(self.next_row)
         return self.by_source(
@@ -175,8 +192,7 @@ class PackedBatches(Batches):
     def _identity(self) -> dict[str, int | float | str]:
         names = {name: packing.name for name, packing in self.packings.items()}
         fingerprints = {name: packing.fingerprint for name, packing in self.packings.items()}
-        length = next(iter(self.packings.values())).sequence_length
-        identity = {'sequence_length': length, 'seed': self.seed}
+        identity = {'sequence_length': self.sequence_length, 'seed': self.seed}
         return identity | self.identities(names, fingerprints)
 
 

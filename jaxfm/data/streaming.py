@@ -231,7 +231,7 @@ class OnTheFly(Batches):
     ):
         super().__init__({name: weights[name] for name in streams}, config.batch_size, rows, put)
         self.streams, self.fingerprints = dict(streams), fingerprints
-        self._length, self._vocab_size = config.sequence_length, vocab_size
+        self.sequence_length, self._vocab_size = config.sequence_length, vocab_size
         self._maker = _Maker(self.streams, self.batch_size, self._make)
         self._position = self._maker.get_state()
 
@@ -239,7 +239,7 @@ class OnTheFly(Batches):
         streams = [*self.streams.values()]
         located = self.mixture.locate_all(first + np.arange(self.batch_size))
         rows = [streams[source].next_row() for source, _ in located]
-        return _to_batch([rows[row] for row in self.rows], self._length, self._vocab_size)
+        return _to_batch([rows[row] for row in self.rows], self.sequence_length, self._vocab_size)
 
     def _open(self, position: dict):
         from jaxfm.data import pipeline
@@ -249,7 +249,7 @@ class OnTheFly(Batches):
     def _to_position(self, state: dict) -> dict:
         return state
 
-    def progress(self) -> dict[str, float]:
+    def delivered(self) -> dict[str, float]:
         """Rows and epochs of each source up to now."""
         counts, positions = self.mixture.counts(self.next_row), self._position['positions']
         return self.by_source(
@@ -263,7 +263,7 @@ class OnTheFly(Batches):
 
     def _identity(self) -> dict[str, int | float | str]:
         names = {name: f'on_the_fly {stream.packing}' for name, stream in self.streams.items()}
-        return {'sequence_length': self._length} | self.identities(names, self.fingerprints)
+        return {'sequence_length': self.sequence_length} | self.identities(names, self.fingerprints)
 
 
 @dataclasses.dataclass(frozen=True)

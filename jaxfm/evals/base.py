@@ -44,6 +44,11 @@ class Context:
     goes_on: bool = False  # with the files of an interrupted evaluation
 
     @property
+    def where(self) -> str:
+        """The evaluator's place in the config, for messages."""
+        return f'config.evals.{self.name}'
+
+    @property
     def documents(self) -> list:
         """The held-out documents; [] for a run without data."""
         return [] if self.dataset is None else self.dataset.heldout_documents

@@ -31,7 +31,7 @@ class Generate(Periodic):
     def __init__(self, config: GenerateConfig, context: Context):
         super().__init__(config.every, config.at_start)
         self._config, self._context, self._sampler = config, context, context.sampler
-        self._task, self._prompts = open_task(config, context)
+        self._task, self._prompts = open_task(config.task, context.documents, context.where)
         self._judge = Judge(self._task, config.thinking, config.call_seconds, context.tokenizer)
         self._solver = None
         if config.strategy is not None:

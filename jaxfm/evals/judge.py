@@ -6,6 +6,7 @@ that has run for hours: that sample scores 0, with the reason, and the others go
 
 import dataclasses
 import logging
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,20 @@ class Judge:
         if sample.finish_reason == 'error':
             return Verdict(0.0, None)
         return self._judge(prompt, self.marked_text(sample))
+
+    def reward(self, prompt: Prompt, sample: Completion) -> tuple[float, str]:
+        """-> the reward of a sample that has ended, and ''; or NaN and why there is none.
+
+        Thoughts that do not end get the reward of an empty text.
+        """
+        if sample.finish_reason == 'error':
+            return math.nan, sample.error
+        shown = self.visible(self.marked_text(sample))
+        reward, error = self._try(self._task.reward, prompt, shown or '')
+        is_number = isinstance(reward, numbers.Real) and math.isfinite(reward)
+        if not error and not is_number:
+            error = f'the reward is {reward!r}, but must be a finite number'
+        return (math.nan, error) if error else (float(reward), '')
 
     def _judge(self, prompt: Prompt, text: str) -> Verdict:
         shown = self.visible(text)

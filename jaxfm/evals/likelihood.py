@@ -25,14 +25,14 @@ class Likelihood(Periodic):
     def __init__(self, config: LikelihoodConfig, context: Context):
         super().__init__(config.every, config.at_start)
         self._config, self._context, self._sampler = config, context, context.sampler
-        _, self._prompts = open_task(config, context)
+        _, self._prompts = open_task(config.task, context.documents, context.where)
         # By prompt: the request of each choice, and of each choice without the question.
         self._requests: dict[str, list[Request]] = {}
         self._alone: dict[str, list[Request]] = {}
         for prompt in self._prompts.values():
             if not isinstance(prompt, Choice):
                 raise DataError(
-                    f'config.evals.{context.name}: the prompts of task {config.task.name} have no '
+                    f'{context.where}: the prompts of task {config.task.name} have no '
                     'choices to compare; use name=generate'
                 )
             pairs = choice_ids(prompt, context)
@@ -52,7 +52,7 @@ class Likelihood(Periodic):
         for number, (_, continuation) in enumerate(pairs):
             if not continuation:
                 raise DataError(
-                    f'config.evals.{self._context.name}: choice {number} of {prompt.id} adds no '
+                    f'{self._context.where}: choice {number} of {prompt.id} adds no '
                     f'token to its context: {prompt.pairs[number][1]!r}'
                 )
         return [

@@ -53,7 +53,7 @@ class Perplexity(Periodic):
         self._stride = config.stride or self._length - 1
         if self._stride >= self._length:
             raise ConfigError(
-                f'config.evals.{context.name}.stride {self._stride} must be less than the window '
+                f'{context.where}.stride {self._stride} must be less than the window '
                 f'{self._length}, because the first token of a window needs one before it'
             )
         texts = read_texts(config, context.name)
@@ -69,7 +69,7 @@ class Perplexity(Periodic):
     def _tell_unpredicted(self) -> None:
         """Raises DataError if no document has a token that another one predicts."""
         without = [id for id in self._texts if id not in self._sizes]
-        where = f'config.evals.{self._context.name}'
+        where = self._context.where
         what = f'{listed(without)} has a single token, and no BOS before it that would predict it'
         if len(without) == len(self._texts):
             raise DataError(f'{where}: no document can be used: {what}')

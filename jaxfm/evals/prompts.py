@@ -3,24 +3,28 @@
 import math
 
 from jaxfm.errors import DataError
-from jaxfm.evals import TaskEvaluatorConfig
 from jaxfm.evals.base import Context
 from jaxfm.sampling.request import Completion
+from jaxfm.schema import Group
 from jaxfm.tasks import TASKS
 from jaxfm.tasks.base import Choice, Prompt
 
 
-def open_task(config: TaskEvaluatorConfig, context: Context) -> tuple:
+def open_task(config: Group, documents: list, where: str) -> tuple:
     """-> the task, {id: its prompt}.
+
+    Args:
+      config: of the task.
+      documents: for a task that reads documents.
+      where: the group that has it, for messages: 'config.evals.mine'.
 
     Raises:
       DataError: the task has no prompt, or two prompts with one id.
     """
-    task = TASKS.load(config.task.name)(config.task, context.documents)
-    prompts = task.prompts()
-    where = f'config.evals.{context.name}: task {config.task.name}'
+    task = TASKS.load(config.name)(config, documents)
+    prompts, where = task.prompts(), f'{where}: task {config.name}'
     if not prompts:
-        place = getattr(config.task, 'path', '') or 'the held-out documents'
+        place = getattr(config, 'path', '') or 'the documents'
         raise DataError(f'{where} found no prompt in {place}')
     found = {prompt.id: prompt for prompt in prompts}
     if len(found) < len(prompts):

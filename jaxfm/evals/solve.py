@@ -52,7 +52,7 @@ class Solver:
             if set(needed) == {'max_tokens'}:
                 raise
             told = ' + '.join(f'{key} {tokens}' for key, tokens in needed.items())
-            place = f'config.evals.{self._context.name}.strategy'
+            place = f'{self._context.where}.strategy'
             raise DataError(f'{error}; {place} {self._config.name} needs {told}') from None
 
     def run(

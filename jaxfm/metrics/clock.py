@@ -26,7 +26,7 @@ class StepClock:
     total_steps: of the run. peak_flops: FLOP/s of all devices together. now: a monotonic clock, in
     seconds. started: when the process started, on that clock; None means now.
 
-    The caller sets `flops_per_step`, the model FLOPs of one global step. MFU needs it and
+    The caller sets `flops_per_token`, the model FLOPs of training on a token. MFU needs it and
     peak_flops. `seconds` is {bucket of `goodput.BUCKETS`: seconds}, over this process and the
     earlier ones of the run, up to the last change of bucket.
     """
@@ -39,7 +39,7 @@ class StepClock:
         started: float | None = None,
     ):
         self._total_steps = total_steps
-        self.flops_per_step: float | None = None
+        self.flops_per_token: float | None = None
         self._peak_flops = peak_flops
         self._now = now
         self._turned = now() if started is None else started
@@ -93,8 +93,7 @@ class StepClock:
         Call it after the last dispatched step has finished, or the measured time is too short.
         """
         account = self.account()
-        # Waiting for data counts, so that a data-starved run does not look fast.
-        training = account['step'] + account['data_wait']
+        training = self._training_seconds
         seconds = max(training - self._window_started, 1e-9)
         steps, tokens = self._window_steps, self._window_tokens
         self._window_started = training
@@ -107,8 +106,8 @@ class StepClock:
             self._smooth(seconds / steps)
         values['perf/tokens_per_second'] = tokens / seconds
         values['perf/step_seconds'] = seconds / steps
-        if self.flops_per_step and self._peak_flops:
-            values['perf/mfu'] = self.flops_per_step * steps / seconds / self._peak_flops
+        if self.flops_per_token and self._peak_flops:
+            values['perf/mfu'] = self.flops_per_token * tokens / seconds / self._peak_flops
         if (eta := self.eta(step)) is not None:
             values['perf/eta_seconds'] = eta
         return values
@@ -123,6 +122,11 @@ class StepClock:
             return None
         between = (self._between - self._between_at_start) / self._steps
         return max(self._total_steps - step, 0) * (self._step_seconds + between)
+
+    @property
+    def _training_seconds(self) -> float:
+        # Waiting for data counts, so that a data-starved run does not look fast.
+        return sum(self.seconds[bucket] for bucket in ('step', 'data_wait', 'generate'))
 
     @property
     def _between(self) -> float:
@@ -154,7 +158,7 @@ class StepClock:
         self._tokens = state['tokens']
         self.seconds.update(state['seconds'])  # Counter.update adds
         self._restored_seconds = sum(state['seconds'].values())
-        self._window_started = self.seconds['step'] + self.seconds['data_wait']
+        self._window_started = self._training_seconds
 
     def go_back(self, state: dict[str, Any] | None) -> None:
         """Returns to the state of a checkpoint, or to the beginning; the time since is `wasted`."""
@@ -164,7 +168,7 @@ class StepClock:
         self.seconds['wasted'] += elapsed - sum(state['seconds'].values())
         self._tokens = state['tokens']
         self._steps = self._window_tokens = self._window_steps = 0
-        self._window_started = self.seconds['step'] + self.seconds['data_wait']
+        self._window_started = self._training_seconds
 
     def waste(self, elapsed: float) -> float:
         """Charges the time that an earlier process lost after its checkpoint to `wasted`.

@@ -177,25 +177,33 @@ def format_seconds(seconds: float) -> str:
 
 
 _HEAD = ('step', 'phase', 'time', 'kind')
-_SHOWN_PERF = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
-_IF_ANY = ('train/skipped_steps', 'train/spikes')
-_NORMS = ('train/update_norm/', 'train/param_norm/')  # only in metrics.jsonl and the report
-_ON_BAR = ('train/loss', *_SHOWN_PERF)
+_SPEED = ('perf/tokens_per_second', 'perf/mfu', 'perf/eta_seconds')
+_REWARD = ('rollout/reward', 'rollout/reward_low', 'rollout/reward_high')
+_SHOWN_PERF = (*_REWARD, 'rollout/length', 'rollout/truncated', 'rollout/failed', *_SPEED)
+_IF_ANY = (
+    *('train/skipped_steps', 'train/spikes', 'train/clip_fraction'),
+    *('rollout/truncated', 'rollout/failed'),
+)
+# Only in metrics.jsonl and the report.
+_DETAILS = ('train/update_norm/', 'train/param_norm/', 'train/ratio', 'train/sampler_kl')
+_FIRST = ('rollout/reward', 'train/loss')  # also on a screen too narrow for the rest
+_ON_BAR = ('rollout/reward', 'train/loss', *_SPEED)
 # Metrics with a shorter name in the line; all others only lose the prefix `train/` or `eval/`.
 _SHORT = {
     'perf/tokens_per_second': 'tokens/s',
     'perf/mfu': 'MFU',
     'perf/eta_seconds': 'eta',
     'train/learning_rate': 'lr',
+    'train/entropy_estimate': 'entropy',
 }
 
 
 def _values(record: Mapping[str, Any]) -> str:
     hidden = {f'{name}{end}' for name in record for end in ('_low', '_high')}
-    hidden |= {n for n in record if n.startswith(_NORMS) or is_detail(n)}
+    hidden |= {n for n in record if n.startswith(_DETAILS) or is_detail(n)}
     hidden |= {*_HEAD, 'train/target_tokens', *(name for name in _IF_ANY if not record.get(name))}
-    # The loss comes first, also on a screen too narrow for the rest.
-    names = sorted((name for name in record if name not in hidden), key='train/loss'.__ne__)
+    first = [name for name in _FIRST if name in record]
+    names = [*first, *(name for name in record if name not in hidden and name not in first)]
     named = [(name, record[name]) for name in names]
     return '  '.join(f'{_short(k)} {_value(k, v)}{_interval(k, record)}' for k, v in named)
 
@@ -218,7 +226,7 @@ def _interval(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _short(name: str) -> str:
-    return _SHORT.get(name) or re.sub(r'^(train|eval)/', '', name)
+    return _SHORT.get(name) or re.sub(r'^(train|eval|rollout)/', '', name)
 
 
 def _value(name: str, value: Any) -> str:

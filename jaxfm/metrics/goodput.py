@@ -16,6 +16,7 @@ BUCKETS = (
     'init',  # from the start of the process to the training loop
     'compile',  # the first step of a loop, until it is compiled and dispatched
     'data_wait',  # the loop waits for a batch; devices may still be computing the previous step
+    'generate',  # the loop samples a batch from the model, and has it judged
     'step',
     'eval',
     'checkpoint_save',  # only while it blocks the loop
@@ -33,9 +34,12 @@ def name_of(bucket: str) -> str:
 
 
 def values(account: Mapping[str, float]) -> dict[str, float]:
-    """The values for a record: the seconds of each bucket, and the share of training steps."""
+    """The values for a record: the seconds of each bucket, and the share of what trains.
+
+    That is the steps, and sampling the batches of those that learn from samples.
+    """
     elapsed = sum(account.values())
-    ratio = account['step'] / elapsed if elapsed else 0.0
+    ratio = (account['step'] + account['generate']) / elapsed if elapsed else 0.0
     return {name_of(bucket): account[bucket] for bucket in BUCKETS} | {f'{PREFIX}ratio': ratio}
 
 

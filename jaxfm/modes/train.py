@@ -5,6 +5,7 @@ mesh, and space for checkpoints.
 """
 
 import contextlib
+import functools
 import logging
 
 import jax
@@ -31,7 +32,7 @@ from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, start_run
-from jaxfm.run.weights import initial_state, periodic_exports
+from jaxfm.run.weights import first_weights, initial_state, periodic_exports
 from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Request
 from jaxfm.state import TrainState, check_replication
@@ -60,7 +61,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             return 0
         checkpointer = workdir.open_checkpoints(run, wanted, flags.resume_step, stack)
         data = open_data(config, run.workdir)  # tokenises it if need be, which may take hours
-        sources = [_open_source(phase, data, stack) for phase in run.phases]
+        sources = [_open_source(run, phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(data.tokenizer)
         evaluators = run.evaluators(data, sampler, run.workdir / 'samples' if run.primary else None)
@@ -80,7 +81,10 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             workdir.cut_records(recorder.jsonl, clock, position, step or 0)
         for change in changes_of_saved or changes:
             log.warning('config.%s: %s -> %s', *change)
-        about = (config, run.phases, data.datasets, run.mesh, wanted[0])
+        told = data.datasets | {
+            phase.name: source for phase, source in zip(run.phases, sources) if phase.is_rollout
+        }
+        about = (config, run.phases, told, run.mesh, wanted[0])
         console.show_summary(summary(*about, run.workdir))
         console.log_tables(tables(*about))
         console.log_parameters(parameter_rows(run.phases, run.mesh))
@@ -98,13 +102,12 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
                 log_every=config.metrics.log_every,
                 clock=clock,
                 preemption=preemption,
-                tokens_per_step=phase.tokens_per_step,
             )
             for phase, source, judge in zip(run.phases, sources, spikes)
         ]
         while True:
             try:
-                state = _run_phases(run, data, loops, state, step)
+                state = _run_phases(run, told, loops, state, step)
                 break
             except Rewind as error:
                 spike = error.spike
@@ -137,13 +140,14 @@ def _go_back(
 
 def _run_phases(
     run: Run,
-    data: RunData,
+    told: dict,
     loops: list[Loop],
     state: TrainState,
     step: int | None,
 ) -> TrainState:
     """Trains the phases from a step on; returns the last state.
 
+    told: {name of a phase: what has statistics of its data}.
     step: the step of the run to resume at; None for a new run.
     """
     current = run.phases.index(run.phase_at(step or 0))
@@ -154,10 +158,10 @@ def _run_phases(
             state = phase.begin(state.params, before=state)
         loop.recorder.phase = phase.name
         if not is_resumed:
-            statistics = data.datasets[phase.name].statistics  # about the data, for the report
+            statistics = told[phase.name].statistics  # about the data, for the report
             named = {f'data/{name}': value for name, value in statistics.items()}
             loop.recorder.write(phase.first, 'event', named)
-        loop.clock.flops_per_step = phase.flops_per_step(run.config.model)
+        loop.clock.flops_per_token = phase.flops_per_token(run.config.model)
         start = step if is_resumed else phase.first
         # Record now: if this process also dies early, the wasted time would be lost.
         loop.recorder.write(start, 'perf', loop.clock.log(start))
@@ -168,8 +172,13 @@ def _run_phases(
     return state
 
 
-def _open_source(phase: Phase, data: RunData, stack: contextlib.ExitStack) -> Source:
-    source = phase.batches(data.datasets[phase.name])
+def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitStack) -> Source:
+    if phase.is_rollout:
+        samples = run.workdir / 'samples' if run.primary else None
+        context = run.context(data.tokenizer, run.sampler(data.tokenizer), samples)
+        source = phase.rollouts(context, functools.partial(first_weights, run, phase))
+    else:
+        source = phase.batches(data.datasets[phase.name])
     stack.callback(source.close)
     return source
 
@@ -196,6 +205,8 @@ def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluator
         recorder.phase = phase.name
         for name, max_bytes in asking.items():
             prompts = evaluators[name].prompt_texts
+            if phase.is_rollout:
+                continue
             found = contamination.measure(data.datasets[phase.name], prompts, max_bytes=max_bytes)
             values = {f'data/contamination/{name}/{key}': value for key, value in found.items()}
             recorder.write(run.config.total_steps, 'event', values)

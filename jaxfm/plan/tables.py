@@ -65,6 +65,10 @@ def _mesh_line(mesh) -> str:
 
 
 def _data_line(dataset) -> str:
+    if 'prompts' in dataset.statistics:
+        return '{prompts:,} prompts of {task}, {samples} samples of each'.format(
+            **dataset.statistics
+        )
     found = {'train_tokens': 0, 'heldout_tokens': 0}  # of a mixture: in all sources together
     for name, value in dataset.statistics.items():
         if (known := name.rpartition('/')[2]) in found:
@@ -78,7 +82,7 @@ def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:
     Args:
       config: a RunConfig.
       phases: its Phases.
-      datasets: {name of a phase: its data}.
+      datasets: {name of a phase: its data, or its rollouts}.
       state: the TrainState of the first phase, or its shapes and shardings.
     """
     model = config.model
@@ -141,6 +145,7 @@ def _phase_rows(phase, model) -> list[tuple]:
 
 # The statistics in the table; the records and the report have all of them.
 SHOWN_STATISTICS = (
+    *('task', 'prompts', 'samples', 'prompt_tokens', 'longest_prompt'),
     *('train_documents', 'train_bytes', 'train_tokens', 'train_supervised_tokens'),
     *('heldout_documents', 'heldout_tokens', 'bytes_per_token', 'share', 'rows_per_epoch'),
     *('packing', 'packing_efficiency', 'cut_documents', 'truncated_documents'),

@@ -17,7 +17,7 @@ from jaxfm.report.series import (
 )
 
 # Training steps are green, wasted time is red.
-_COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
+_COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C6', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 
 
 def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list[Path]:

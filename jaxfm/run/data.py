@@ -16,6 +16,7 @@ from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.distributed import agree
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.rollout import RolloutConfig
 from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from jaxfm.tokenizer.kinds import Tokenizer
@@ -23,7 +24,7 @@ from jaxfm.tokenizer.kinds import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """The tokenizer, and {phase name: its dataset}."""
+    """The tokenizer, and {phase name: its dataset}; a phase that samples its batches has none."""
 
     tokenizer: Tokenizer
     datasets: dict[str, Dataset]
@@ -44,7 +45,9 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     tokenizer = _make_tokenizer(config, workdir, cache)
     _check_tokenizer(tokenizer, config)
     datasets = {
-        phase.name: open_dataset(phase.data, tokenizer, cache) for phase in config.all_phases
+        phase.name: open_dataset(phase.data, tokenizer, cache)
+        for phase in config.all_phases
+        if not isinstance(phase.data, RolloutConfig)
     }
     if primary and jax.process_count() > 1:
         agree.barrier('corpus')

@@ -10,15 +10,21 @@ import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from jaxfm import sharding
 from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES
+from jaxfm.evals.base import Context
 from jaxfm.objectives import OBJECTIVES
+from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.optim.spikes import Spikes
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
+from jaxfm.rollout.source import Rollouts
 from jaxfm.state import (
     TrainState,
     abstract_state,
@@ -55,12 +61,13 @@ class Phase:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens in the rows of a batch, padding included."""
         return self.config.data.batch_size * self.config.data.sequence_length
 
-    def flops_per_step(self, model_config) -> float:
-        """Model FLOPs of one global step; causal attention counts half."""
+    def flops_per_token(self, model_config) -> float:
+        """Model FLOPs of training on a token of a row; causal attention counts half."""
         length, frozen = self.config.data.sequence_length, frozen_matmul_params(self.parts)
-        return model_flops_per_token(model_config, length, frozen=frozen) * self.tokens_per_step
+        return model_flops_per_token(model_config, length, frozen=frozen)
 
     def abstract_state(self) -> TrainState:
         """The shapes and shardings of the train state."""
@@ -89,6 +96,7 @@ class Phase:
             self.optimizer,
             accumulate=optimizer.accumulate,
             clip_norm=optimizer.clip_norm,
+            skip_empty=self.is_rollout,
         )
 
     def spikes(self) -> Spikes:
@@ -101,8 +109,23 @@ class Phase:
         place = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-            for name, dtype in BATCH_DTYPES.items()
+            for name, dtype in self._batch_dtypes().items()
         }
+
+    @property
+    def is_rollout(self) -> bool:
+        """Whether its batches are samples of the model."""
+        return isinstance(self.config.data, RolloutConfig)
+
+    def _batch_dtypes(self) -> dict:
+        if not self.is_rollout:
+            return BATCH_DTYPES
+        objective = self.config.objective
+        scored = {
+            'old_logprobs': objective.old_logprobs == 'recomputed',
+            'reference_logprobs': bool(objective.kl),
+        }
+        return ROLLOUT_DTYPES | {name: np.float32 for name, is_there in scored.items() if is_there}
 
     def batches(self, dataset: Dataset) -> Batches:
         """Every batch in the order of the phase, on the devices; must be closed."""
@@ -110,6 +133,37 @@ class Phase:
         rows = sharding.local_rows(self.mesh, size)
         put = functools.partial(sharding.put, mesh=self.mesh, batch_size=size)
         return dataset.batches(self.seed, rows, put)
+
+    def rollouts(self, context: Context, reference: Callable[[], dict]) -> Rollouts:
+        """The source of a phase that samples its batches.
+
+        Args:
+          context: of the run, with a sampler of its own.
+          reference: gives the weights of the reference, once they are needed.
+        """
+        return Rollouts(
+            self.config.data,
+            self.config.objective,
+            context,
+            seed=self.seed,
+            put=self._put_rows,
+            score=jax.jit(self._score),
+            reference=reference,
+            microbatches=self.config.optimizer.accumulate,
+            where=self.name,
+        )
+
+    def _put_rows(self, batch: dict) -> dict:
+        """Whole batches, the same on every process -> global arrays."""
+        rows = sharding.local_rows(self.mesh, self.config.data.batch_size)
+        mine = {name: array[rows] for name, array in batch.items()}
+        return sharding.put(mine, self.mesh, self.config.data.batch_size)
+
+    def _score(self, params: dict, batch: dict) -> jax.Array:
+        """The log-probs of a batch's targets, [B, T]."""
+        model = self.parts.merge(params)
+        hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
+        return token_logprobs(hidden, model.unembed(), batch['targets'])[0]
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

@@ -19,6 +19,7 @@ from jaxfm.pretrained import locate
 from jaxfm.pretrained.huggingface.adapters import AdapterExporter, load_adapters
 from jaxfm.pretrained.huggingface.export import Exporter
 from jaxfm.pretrained.orbax.load import Foreign
+from jaxfm.run.phase import Phase
 from jaxfm.run.run import Outside, Run, load_outside, model_maker, open_outside
 from jaxfm.state import Parts, TrainState, abstract_params, fresh_params, split
 from jaxfm.storage import open_storage
@@ -80,6 +81,23 @@ def initial_state(run: Run) -> TrainState:
     """The state at step 0, with fresh weights or with those of `init_from`."""
     first = run.phases[0]
     return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
+
+
+def first_weights(run: Run, phase: Phase) -> dict:
+    """The weights with which a phase begins: the reference of its objective.
+
+    Raises:
+      MissingInputError: they are those of a checkpoint that is no longer there.
+    """
+    if phase.first == 0:
+        return _earlier_params(run) if run.config.init_from else phase.init_state().params
+    checkpoints = run.reader()
+    if phase.first not in checkpoints.steps():
+        raise MissingInputError(
+            f'{checkpoints.root} has no checkpoint {phase.first}, whose weights are the reference '
+            f'of phase {phase.name}: restore it, or set the kl of its objective to 0'
+        )
+    return _restore_params(checkpoints, run.parts, base_loader(run), phase.first)[0]
 
 
 def base_loader(run: Run) -> LoadBase:

@@ -16,9 +16,20 @@ MAX_STOP_LENGTH = 1000  # characters of a stop string
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Bias = Annotated[_Number, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 _TokenId = Annotated[int, Field(ge=0)]
-_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=MAX_INT32)]
 Temperature = Annotated[_Number, Field(ge=0, le=MAX_FLOAT32)]
+
+
+def stop_ids_of(end_ids: Iterable[int], others: Iterable[int], ignore_eos: bool) -> frozenset[int]:
+    """The ids that end a completion.
+
+    Args:
+      end_ids: those with which tokenizer and chat template end a text.
+      others: those that end it besides.
+    """
+    ends, others = frozenset(end_ids), frozenset(others)
+    return others - ends if ignore_eos else others | ends
 
 
 class SamplingOptions(Group):
@@ -40,7 +51,7 @@ class SamplingOptions(Group):
     logit_bias: dict[_TokenId, _Bias] = {}  # {token id: what is added to its logit}
     allowed_ids: Annotated[list[_TokenId], Field(min_length=1)] | None = None  # None: all
     # A completion ends before one of these.
-    stop: list[_StopString] = Field([], max_length=MAX_STOPS)
+    stop: list[StopString] = Field([], max_length=MAX_STOPS)
     min_tokens: int = Field(0, ge=0, le=MAX_INT32)  # nothing stops a completion with fewer tokens
     ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
 
@@ -60,9 +71,8 @@ class SamplingOptions(Group):
           stop_ids: other ids that end a completion.
         """
         names = SamplingOptions.model_fields.keys() - {'ignore_eos'}
-        ends, others = set(end_ids), set(stop_ids)
-        stops = others - ends if self.ignore_eos else others | ends
-        return {name: getattr(self, name) for name in names} | {'stop_ids': frozenset(stops)}
+        stops = stop_ids_of(end_ids, stop_ids, self.ignore_eos)
+        return {name: getattr(self, name) for name in names} | {'stop_ids': stops}
 
 
 class SamplingConfig(SamplingOptions):

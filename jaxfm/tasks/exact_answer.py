@@ -41,7 +41,7 @@ class ExactAnswer(Task):
             asked[key] = min(asked.get(key, question), question, key=_rank)
         if not groups:
             raise DataError(
-                'task exact_answer: no held-out document is a chat with an answer by the assistant'
+                'task exact_answer: no document is a chat with an answer by the assistant'
             )
         ranked = [sorted(groups[group].values(), key=_rank) for group in sorted(groups)]
         # Round-robin over the groups, so that each contributes equally until it is exhausted.

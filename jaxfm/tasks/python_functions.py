@@ -67,7 +67,7 @@ class PythonFunctions(Task):
             for prompt in _function_prompts(document.name, document.text, config.context_lines)
         ]
         if not found:
-            raise DataError('task python_functions: no Python function in the held-out documents')
+            raise DataError('task python_functions: no Python function in the documents')
         distinct = {}
         for prompt in sorted(found, key=_rank):
             # Several functions may have the same header, which makes only one prompt.

@@ -21,5 +21,7 @@ class Made(Batches):
     def _identity(self):
         return {}
 
-    def progress(self):
+    sequence_length = 1
+
+    def delivered(self):
         return {'batches': next(iter(self._position.values()))}

@@ -184,13 +184,13 @@ def test_1_2_and_4_processes_make_the_same_global_batches_also_after_resuming(tm
 
 def test_rows_and_epochs_are_counted_by_source(batches, packings):
     source = batches(MIXED, batch_size=20)
-    assert not any(source.progress().values())
+    assert not any(source.delivered().values())
     take(source, 5)
-    progress = source.progress()
+    progress = source.delivered()
     assert [progress[f'{name}/rows'] for name in MIXED] == [70, 25, 5]
     assert progress['few/epochs'] == pytest.approx(5 / 3)
     assert progress['chats/epochs'] == 25 / packings['chats'].num_rows
-    assert batches(batch_size=5).progress() == {'rows': 0, 'epochs': 0}
+    assert batches(batch_size=5).delivered() == {'rows': 0, 'epochs': 0}
 
 
 def test_a_state_of_other_rows_is_refused(batches, tmp_path, packings):
@@ -264,14 +264,14 @@ def test_a_mixture_has_its_exact_shares_at_any_row(packings):
     source = loader.PackedBatches(packings, {'texts': 0.7, 'chats': 0.29999, 'few': 1e-5}, 100, 3)
     for row in (10**6, 10**9, 10**12):
         source.set_state(source.get_state() | {'next_row': row})
-        counts = source.progress()
+        counts = source.delivered()
         shares = [counts[f'{name}/rows'] for name in MIXED]
         np.testing.assert_allclose(shares, [0.7 * row, 0.29999 * row, 1e-5 * row], rtol=0, atol=1.5)
         own = {name: packings[name].rows(np.arange(packings[name].num_rows)) for name in MIXED}
         rows = {name: {r.tobytes() for r in batch['tokens']} for name, batch in own.items()}
         batch = source.next(None, 0)['tokens']
         found = [sum(r.tobytes() in rows[name] for r in batch) for name in MIXED]
-        after = source.progress()
+        after = source.delivered()
         assert found == [after[f'{n}/rows'] - counts[f'{n}/rows'] for n in MIXED]
 
 

@@ -88,7 +88,7 @@ def test_the_state_is_the_position_after_the_batch_delivered_last(ahead):
         source.next(None, step)
         wait_until(lambda step=step: len(maker.made) > step + 2)  # it works ahead
         assert source.get_state() == {'next': step + 1}
-        assert source.progress() == {'batches': step + 1}
+        assert source.delivered() == {'batches': step + 1}
 
 
 def test_nothing_is_made_further_ahead_than_the_depth(ahead):
@@ -234,7 +234,7 @@ def test_working_ahead_changes_no_batch_and_no_state(name, tmp_path):
         for key, array in batch.items():
             np.testing.assert_array_equal(array, other[key])
         assert plain.get_state() == placed.get_state()
-        assert plain.progress() == placed.progress()
+        assert plain.delivered() == placed.delivered()
         if step == 3:
             placed.close()
     placed.close()

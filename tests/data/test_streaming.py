@@ -236,9 +236,9 @@ def test_a_state_of_other_data_is_refused():
 
 def test_rows_and_epochs_are_counted_by_source():
     source = batches()
-    assert not any(source.progress().values())
+    assert not any(source.delivered().values())
     take(source, 10)
-    progress = source.progress()
+    progress = source.delivered()
     assert progress['texts/rows'] == 36 and progress['chats/rows'] == 24
     assert progress['texts/epochs'] > 1
 

@@ -545,7 +545,7 @@ def test_a_text_begins_like_a_document_unless_it_is_from_the_middle_of_one(engin
 
 def test_no_prompt_is_told_with_the_place_that_was_read(engine, monkeypatch):
     monkeypatch.setattr(Task, 'prompts', lambda self: [])
-    with pytest.raises(DataError, match='found no prompt in the held-out documents'):
+    with pytest.raises(DataError, match='found no prompt in the documents'):
         evaluator(engine)
     entry = types.SimpleNamespace(load=lambda: Task)
     monkeypatch.setattr(prompts, 'TASKS', Registry({'gsm8k': entry}))

@@ -108,7 +108,7 @@ def test_time_of_a_context_that_raises_is_counted(hands, in_loop):
 
 def test_mfu_is_the_share_of_the_peak(hands, in_loop):
     clock = in_loop(peak_flops=8e12)
-    clock.flops_per_step = 1e12
+    clock.flops_per_token = 1e9  # 1000 tokens a step
     run_steps(clock, hands, 4)
     assert clock.log(4)['perf/mfu'] == 0.25
 
@@ -185,7 +185,7 @@ def test_time_between_two_loops_is_not_step_time(hands):
 
 def test_a_run_that_waits_for_data_does_not_look_fast(hands, in_loop):
     clock = in_loop(peak_flops=8e12)
-    clock.flops_per_step = 1e12
+    clock.flops_per_token = 1e9  # 1000 tokens a step
     for _ in range(4):
         with clock.aside('data_wait'):
             hands.seconds += 1.5

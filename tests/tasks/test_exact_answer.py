@@ -88,7 +88,7 @@ def test_chats_without_an_answer_give_no_prompt():
     unanswered = Document(name='c', messages=(turn('user', 'x'),))
     prompts = task([chat('a'), silent, unanswered, Document(name='d', text='x')]).prompts()
     assert [prompt.id for prompt in prompts] == ['a']
-    with pytest.raises(DataError, match='no held-out document is a chat'):
+    with pytest.raises(DataError, match='no document is a chat'):
         task([silent, unanswered])
 
 

@@ -1,0 +1,102 @@
+"""Rollouts: a source whose batches are samples of the model itself, with the rewards of a task."""
+
+from typing import Annotated, ClassVar, Literal
+
+import pydantic
+from pydantic import Field
+
+from jaxfm.data import SOURCES
+from jaxfm.evals import ThinkingConfig
+from jaxfm.registry import one_of
+from jaxfm.sampling import MAX_INT32, MAX_SAMPLES, MAX_STOPS, MaxTokens, StopString
+from jaxfm.schema import Group, Problem
+from jaxfm.tasks import TASKS
+
+
+def _neutral(wanted: float):
+    def check(value: float) -> float:
+        if value != wanted:
+            raise ValueError(
+                f'must be {wanted:g}: the objective takes samples to be from the distribution of '
+                f'the model itself, got {value:g}'
+            )
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+class RolloutConfig(Group):
+    """Batches of samples: `samples` completions of each of `prompts` prompts, at each step."""
+
+    name: Literal['rollout'] = 'rollout'
+    # What is asked, and how an answer is rewarded.
+    task: one_of(TASKS)
+    # For a task that reads documents: those of this source that are not held out.
+    documents: one_of(SOURCES) | None = None
+    prompts: int = Field(ge=1)  # of a step
+    samples: int = Field(ge=1, le=MAX_SAMPLES)  # of each prompt: its group
+    # Tokens in a row of a batch, and rows; all samples of a step must fit, however long they are.
+    sequence_length: int = Field(ge=2)
+    batch_size: int = Field(ge=1)
+    # best_fit: samples side by side in a row. none: one sample per row.
+    packing: Literal['best_fit', 'none'] = 'best_fit'
+    # A prompt that leaves no room for its completion: stop the run, or leave the prompt out.
+    too_long: Literal['error', 'drop'] = 'error'
+    max_tokens: MaxTokens = 128  # of a completion
+    # A completion ends before one of these.
+    stop: list[StopString] = Field([], max_length=MAX_STOPS)
+    ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
+    temperature: Annotated[float, _neutral(1)] = 1.0
+    top_k: Annotated[int, _neutral(0)] = 0
+    top_p: Annotated[float, _neutral(1)] = 1.0
+    min_p: Annotated[float, _neutral(0)] = 0.0
+    thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
+    call_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)  # for one call of the task
+    # zero_variance: a prompt whose samples all have the same reward teaches nothing, so others are
+    # sampled in its place, up to `max_refills` times a step (DAPO, section 3.2).
+    filter: Literal['none', 'zero_variance'] = 'none'
+    max_refills: int = Field(3, ge=1)
+    # Subtracted from the reward of a completion as its length goes from max_tokens -
+    # overlong_tokens to max_tokens (DAPO, section 3.4).
+    overlong_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
+    overlong_tokens: int = Field(0, ge=0, le=MAX_INT32)
+    # Completions that max_tokens has cut: train on them, or leave them out of the loss.
+    truncated: Literal['train', 'mask'] = 'train'
+    # Steps between two that write their samples to samples/; 0: none.
+    write_every: int = Field(50, ge=0)
+
+    cache: ClassVar[str] = ''  # nothing is tokenised before the run
+
+    @property
+    def all_sources(self) -> dict[str, Group]:
+        """{name: config of the source}: of the documents, if the task reads any."""
+        return {self.documents.name: self.documents} if self.documents else {}
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """Keys that would do nothing, and completions without room."""
+        found, task = [], parts.get('task')
+        length, most = parts.get('sequence_length'), parts.get('max_tokens')
+        if length and most and most > length:
+            sentence = f'max_tokens {most} does not fit a row of sequence_length {length}'
+            found.append(Problem((('max_tokens',), ('sequence_length',)), sentence))
+        if task is not None and 'documents' in parts:
+            reads = getattr(task, 'reads_documents', False)
+            if reads != (parts['documents'] is not None):
+                sentence = (
+                    f'task {task.name} reads documents: documents must name their source'
+                    if reads
+                    else f'documents would do nothing: task {task.name} reads none'
+                )
+                found.append(Problem((('documents',), ('task', 'name')), sentence))
+        penalty, tokens = parts.get('overlong_penalty', 0), parts.get('overlong_tokens', 0)
+        if bool(penalty) != bool(tokens):
+            sentence = 'overlong_penalty and overlong_tokens do nothing without each other'
+            found.append(Problem((('overlong_penalty',), ('overlong_tokens',)), sentence))
+        if most and tokens > most:
+            sentence = f'overlong_tokens {tokens} is more than max_tokens {most}'
+            found.append(Problem((('overlong_tokens',), ('max_tokens',)), sentence))
+        if parts.get('filter') == 'zero_variance' and parts.get('samples') == 1:
+            sentence = 'filter zero_variance needs at least two samples of a prompt'
+            found.append(Problem((('filter',), ('samples',)), sentence))
+        return found

@@ -1,0 +1,115 @@
+"""The prompts of a rollout: those of a task, as token ids, in an endless shuffled order."""
+
+import functools
+import hashlib
+import json
+import logging
+import zlib
+
+from jaxfm.data import SOURCES
+from jaxfm.data.documents import Document
+from jaxfm.errors import DataError
+from jaxfm.evals.prompts import open_task, prompt_ids
+from jaxfm.rollout import RolloutConfig
+from jaxfm.sampling import stop_ids_of
+from jaxfm.sampling.request import Request
+
+log = logging.getLogger('jaxfm')
+
+
+class Prompts:
+    """A task with its prompts; number n of the endless order asks the same in every process.
+
+    Attributes:
+      task: that judges the completions.
+      longest: tokens of the longest prompt.
+
+    Raises:
+      DataError: there is no prompt, or one leaves no room for its completion.
+    """
+
+    def __init__(self, config: RolloutConfig, context, seed: int):
+        where = 'config.data'
+        self._config, self._seed = config, seed
+        self.task, found = open_task(config.task, _read_documents(config), where)
+        self._prompts = list(found.values())
+        self._ids = [prompt_ids(prompt, context, self.task) for prompt in self._prompts]
+        self._stop_ids = stop_ids_of(
+            context.chat().stop_ids, context.sampler.config.stop_ids, config.ignore_eos
+        )
+        self._leave_out_long(where, min(config.sequence_length + 1, context.sampler.longest))
+        self.longest = max(map(len, self._ids))
+        for number in range(len(self._prompts)):
+            context.sampler.check(self.request(number)[1])
+
+    def _leave_out_long(self, where: str, most: int) -> None:
+        room = most - self._config.max_tokens
+        long = [number for number, ids in enumerate(self._ids) if len(ids) > room]
+        if not long:
+            return
+        longest = max(len(self._ids[number]) for number in long)
+        told = (
+            f'{where}: {len(long)} of {len(self._ids)} prompts have more than {room} tokens, the '
+            f'longest {longest}, and leave no room for max_tokens {self._config.max_tokens}'
+        )
+        if self._config.too_long == 'error' or len(long) == len(self._ids):
+            raise DataError(
+                f'{told}: set sequence_length={longest + self._config.max_tokens - 1} and '
+                f'config.sampling.max_length={longest + self._config.max_tokens}, or too_long=drop'
+            )
+        log.warning('%s; they are left out', told)
+        kept = sorted(set(range(len(self._ids))) - set(long))
+        self._prompts = [self._prompts[number] for number in kept]
+        self._ids = [self._ids[number] for number in kept]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def statistics(self) -> dict[str, int | float | str]:
+        """What is asked, for the report."""
+        return {
+            'task': self._config.task.name,
+            'prompts': len(self._ids),
+            'prompt_tokens': sum(map(len, self._ids)) / len(self._ids),  # on average
+            'longest_prompt': self.longest,
+            'fingerprint': self.fingerprint,
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with any prompt, and with what its completions are compared with."""
+        digest = hashlib.sha256()
+        for prompt, ids in zip(self._prompts, self._ids):
+            digest.update(json.dumps([vars(prompt), ids], default=repr).encode())
+        return digest.hexdigest()[:16]
+
+    def request(self, number: int) -> tuple:
+        """-> prompt `number` of the order, and the request for its samples."""
+        from jaxfm.data.order import shuffle
+
+        place = shuffle(range(len(self._prompts)), self._seed)[number]
+        config = self._config
+        return self._prompts[place], Request(
+            id=str(number),
+            tokens=self._ids[place],
+            max_tokens=config.max_tokens,
+            # A prompt that comes again in another epoch gets other samples.
+            seed=zlib.crc32(f'{self._seed} {number}'.encode()),
+            stop_ids=self._stop_ids,
+            stop=config.stop,
+            n=config.samples,
+        )
+
+
+def _read_documents(config: RolloutConfig) -> list[Document]:
+    """The documents that are not held out."""
+    if config.documents is None:
+        return []
+    source = SOURCES.load(config.documents.name)(config.documents)
+    return [
+        document
+        for shard in source.shards()
+        for is_heldout, document in source.read(shard)
+        if not is_heldout
+    ]

@@ -32,14 +32,18 @@ MAP = {
         *('optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('config', 'plan', 'evals', 'sampling', 'objectives', 'data', 'data.corpus'),
+        *('config', 'plan', 'evals', 'rollout', 'ops', 'sampling', 'objectives', 'data', 'data.corpus'),
         *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface'),
         *('pretrained.orbax', 'state', 'models', 'optim', 'sharding', 'checkpoint', 'report'),
         *('metrics', 'storage', 'distributed'),
     },
+    # Samples of a task's prompts, judged as in an evaluation, packed as documents are.
+    'rollout': {
+        *('evals', 'sampling', 'tasks', 'objectives', 'data', 'data.packing', 'distributed'),
+    },
     # From the rooms that it configures, it imports only the schemas.
     'config': {
-        *('evals', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
+        *('evals', 'rollout', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
         *('pretrained.huggingface', 'pretrained.orbax', 'models', 'optim', 'checkpoint'),
         *('metrics', 'storage'),
     },
@@ -55,7 +59,8 @@ MAP = {
     'sampling': {'models', 'ops', 'sharding', 'tokenizer'},
     # Benchmarks are read from files, on disk and S3.
     'tasks': {'storage'},
-    'objectives': {'ops'},
+    # A sample is a segment of a row; sums over it are taken on each device.
+    'objectives': {'ops', 'sharding'},
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat', 'storage'},

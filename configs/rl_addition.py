@@ -1,0 +1,105 @@
+"""Reinforcement learning from nothing: a model learns to add from rewards alone, in minutes.
+
+    python -m jaxfm.main --config configs/rl_addition.py
+
+The first phase, SFT, teaches the form: the user asks `Please sum 123456+7`, the assistant answers
+with the sum. It stops when about one answer of three is right. The second phase, GRPO, shows the
+model no answers: it samples 16 answers to each of 16 questions, and a reward of 1 or 0 says which
+are right. pass@1 is measured on 256 sums that neither phase has seen.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = '') -> ConfigDict:
+    """With arg='smoke': the whole run, end to end, at a size that takes seconds."""
+    if arg not in ('', 'smoke'):
+        raise ValueError(f"the only argument is 'smoke', got {arg!r}")
+    smoke = arg == 'smoke'
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = dict(name='bytes', chat_template='qa')
+    config.model = dict(
+        name='transformer',
+        vocab_size=258,
+        embed_dim=128,
+        num_layers=3,
+        block=dict(
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=64,
+            mlp_dim=384,
+            rope=dict(theta=100.0),  # wavelengths of 6 to 600 tokens, for rows of 128
+            qk_norm=True,
+            query_scale=1.5 / 64**0.5,
+        ),
+        embedding_norm=True,
+        embedding_std=0.1,
+        zero_init_outputs=True,
+        scan=False,  # three layers compile quickly, and unrolled layers run faster
+    )
+    sums = dict(name='problems', form='chat', kinds=['addition'], num_heldout=256)
+    config.phases = [
+        dict(
+            name='sft',
+            steps=20 if smoke else 400,
+            data=dict(
+                num_problems=1_000 if smoke else 20_000, sequence_length=128, batch_size=16, **sums
+            ),
+            optimizer=dict(
+                name='adamw',
+                learning_rate=0.003,
+                warmup_steps=10,
+                schedule='linear',
+                final_fraction=0.0,
+                weight_decay=0.0,
+            ),
+        ),
+        dict(
+            name='rl',
+            steps=6 if smoke else 150,
+            data=dict(
+                name='rollout',
+                task=dict(name='exact_answer', num_prompts=1_000 if smoke else 20_000),
+                documents=dict(num_problems=1_000 if smoke else 20_000, **sums),
+                prompts=16,
+                samples=4 if smoke else 16,
+                sequence_length=128,
+                batch_size=32 if smoke else 128,
+                max_tokens=12,
+                filter='zero_variance',
+            ),
+            objective=dict(name='dapo'),
+            optimizer=dict(
+                name='adamw',
+                learning_rate=0.001,
+                warmup_steps=0,
+                schedule='linear',
+                final_fraction=0.1,
+                weight_decay=0.0,
+                accumulate=2 if smoke else 4,
+            ),
+        ),
+    ]
+    config.evals = dict(
+        sums=dict(
+            name='generate',
+            phase='sft',
+            task=dict(name='exact_answer', num_prompts=256),
+            max_tokens=12,
+            every=0 if smoke else 50,
+            at_start=False,
+        ),
+    )
+    config.checkpoint = dict(every=10 if smoke else 200)
+    config.sampling = dict(
+        chat=True,
+        slots=128,
+        max_length=64,
+        decode_steps=8,
+        temperature=0.0,
+        max_tokens=12,
+        prompts=['Please sum 123456+7', 'Please sum 999999+9', 'Please sum 248163+8'],
+    )
+    config.metrics = dict(log_every=10)
+    return config

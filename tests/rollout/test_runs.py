@@ -1,0 +1,121 @@
+"""Reinforcement learning in real runs: on-policy, resumed, with a reference, on several devices."""
+
+import shutil
+
+import pytest
+
+from jaxfm.evals.samples import read_samples
+from jaxfm.metrics.writers import read_records
+from tests.runs import assert_same_state, finish, measured
+
+PHASES = """
+    text, adamw = config.data, config.optimizer
+    for key in ('data', 'optimizer', 'steps', 'evals'):
+        del config[key]
+    config.model.batch_invariant = True
+    rollout = dict(
+        name='rollout',
+        task=dict(name='tests.rollout.tasks:Ascii'),
+        prompts=4,
+        samples=8,
+        sequence_length=32,
+        batch_size=16,
+        max_tokens=12,
+        write_every=4,
+    )
+    config.phases = [
+        dict(name='text', steps=2, data=text, optimizer=dict(adamw, warmup_steps=0)),
+        dict(
+            name='rl',
+            steps=10,
+            data=rollout,
+            objective=dict(name='grpo', kl=0.01),
+            optimizer=dict(name='adamw', learning_rate=1e-2, warmup_steps=0, accumulate=2),
+        ),
+    ]
+    config.checkpoint = dict(every=4, keep=9)
+    config.sampling = dict(slots=32, max_length=64, decode_steps=4, max_tokens=8, num_samples=0)
+    config.metrics.log_every = 1
+"""
+FIRST, LAST = 2, 12  # steps of the phase
+
+
+@pytest.fixture(scope='module')
+def train(tiny):
+    config = tiny.derive('rollout', PHASES)
+
+    def run(workdir, *more):
+        finish(tiny.start(workdir, *more, config=config, devices=2))
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def whole(train, tmp_path_factory):
+    directory = tmp_path_factory.mktemp('rollout') / 'run'
+    train(directory)
+    return directory
+
+
+def steps_of(workdir):
+    """The records of the phase, those of a step joined."""
+    found = {}
+    for record in read_records(workdir / 'metrics.jsonl'):
+        if record['kind'] in ('train', 'perf') and record['step'] > FIRST:
+            found.setdefault(record['step'], {}).update(record)
+    return [found[step] for step in range(FIRST + 1, LAST + 1)]
+
+
+def test_on_policy_no_ratio_differs_from_one_by_a_bit(whole):
+    for record in steps_of(whole):
+        assert record['train/ratio_max'] == record['train/ratio'] == 1.0
+        assert record['train/ratio_error_p999'] == record['train/sampler_kl'] == 0.0
+        assert record['train/clip_fraction'] == 0.0
+
+
+def test_the_reward_rises(whole):
+    rewards = [record['rollout/reward'] for record in steps_of(whole)]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+def test_the_reference_is_what_the_phase_began_with(whole):
+    divergence = [record['train/reference_kl'] for record in steps_of(whole)]
+    assert divergence[0] == 0.0
+    assert all(value > 0 for value in divergence[1:])
+
+
+def test_a_run_goes_on_in_the_middle_of_the_phase_with_the_same_bits(
+    tiny, train, whole, tmp_path
+):
+    again = tmp_path / 'again'
+    shutil.copytree(whole, again)
+    train(again, '--resume_step=8')
+    assert measured(again) == measured(whole)
+    assert_same_state(tiny.saved_state(again, LAST), tiny.saved_state(whole, LAST))
+
+
+def test_samples_are_kept_with_their_rewards(whole):
+    paths = sorted((whole / 'samples').glob('rl-*.jsonl'))
+    assert [path.stem for path in paths] == ['rl-000004', 'rl-000008']
+    header, samples = read_samples(paths[0])
+    assert header['weights']['step'] == 4
+    assert len(samples) == 4 * 8
+    for sample in samples:
+        assert sample['versions'] == [4]
+        assert sample['num_tokens'] == len(sample['tokens']) <= 12
+    means = {}
+    for sample in samples:
+        means.setdefault(sample['id'], []).append(sample['reward'])
+        assert (sample['advantage'] > 0) == (
+            sample['reward'] > sum(s['reward'] for s in samples if s['id'] == sample['id']) / 8
+        )
+    reward = next(r for r in steps_of(whole) if r['step'] == 5)['rollout/reward']
+    assert sum(sum(each) / 8 for each in means.values()) / 4 == pytest.approx(reward)
+
+
+def test_time_and_tokens_are_those_of_samples(whole):
+    record = steps_of(whole)[-1]
+    assert record['goodput/generate_seconds'] > 0 == record['goodput/data_wait_seconds']
+    assert record['perf/total_tokens'] < 2 * 8 * 32 + 10 * 16 * 32  # rows are not full
+    assert record['rollout/prompts'] == 10 * 4
+    assert record['rollout/epochs'] == 2

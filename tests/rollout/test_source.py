@@ -1,0 +1,283 @@
+"""The source of rollouts with a scripted engine and task: what it samples, judges and hands on."""
+
+import json
+import math
+import types
+
+import numpy as np
+import pytest
+
+from jaxfm.errors import ConfigError, DataError, NumericsError
+from jaxfm.objectives import OBJECTIVES
+from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout.source import Rollouts
+from jaxfm.sampling.request import Event
+from jaxfm.tasks.base import Prompt, Task
+from tests.evals.test_generate import Chat, Tokenizer
+
+EOS = 0
+# The rewards of a prompt's samples, which the engine writes as digits.
+SCRIPTS = {'a': '0110', 'bb': '0000', 'ccc': '1101', 'd': '1111', 'e': '1000', 'f': '0101'}
+
+
+class Digits(Task):
+    """The reward is the digit that the completion begins with; a letter is a fault of the judge."""
+
+    class Config(RolloutConfig):
+        """Never used."""
+
+    def __init__(self, config, documents):
+        self.documents = documents
+
+    def prompts(self):
+        return [Prompt(f'id {text}', text) for text in SCRIPTS]
+
+    def evaluate(self, prompt, completion):
+        return float(int(completion[0]))
+
+    def reward(self, prompt, completion):
+        return float('nan') if completion.startswith('n') else self.evaluate(prompt, completion)
+
+    def stop(self, prompt, completion):
+        return '.' in completion
+
+
+class Engine:
+    """Answers at once: sample i of a prompt is letter i of its script, and `tail`."""
+
+    def __init__(self, scripts=SCRIPTS, tail='xy\0'):
+        self.config = types.SimpleNamespace(stop_ids=[])
+        self.longest, self.scripts, self.tail = 40, scripts, tail
+        self.waiting, self.asked, self.versions = [], [], []
+
+    def check(self, request):
+        assert len(request.tokens) + request.max_tokens <= self.longest
+
+    def lend(self, params, version):
+        self.versions.append(version)
+
+    def add(self, request):
+        self.asked.append(request)
+        self.waiting.append(request)
+
+    def cancel(self, id, index):
+        pass
+
+    @property
+    def has_work(self):
+        return bool(self.waiting)
+
+    def step(self):
+        request = self.waiting.pop(0)
+        script = self.scripts[''.join(map(chr, request.tokens))]
+        return [self._event(request, index, script[index]) for index in range(request.n)]
+
+    def _event(self, request, index, letter):
+        if letter == '!':
+            return Event(request.id, [], [], [], 'error', index, error='NaN logits')
+        text = letter + self.tail
+        ids = [ord(x) for x in text]
+        logprobs = [-0.5 - index] * len(ids)
+        reason = 'stop' if text.endswith('\0') else 'length'
+        return Event(
+            request.id, ids, logprobs, logprobs, reason, index, text=text.rstrip('\0'), versions=[7]
+        )
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        'jaxfm.evals.prompts.TASKS', types.SimpleNamespace(load=lambda name: Digits)
+    )
+
+    def rollouts(engine=None, objective='rloo', seed=3, **changes):
+        values = dict(
+            task=dict(name='arithmetic'),
+            prompts=3,
+            samples=4,
+            sequence_length=8,
+            batch_size=12,
+            max_tokens=4,
+            write_every=0,
+        )
+        context = types.SimpleNamespace(
+            sampler=engine or Engine(),
+            tokenizer=Tokenizer(),
+            chat=Chat,
+            samples_directory=tmp_path,
+            weights=lambda step: {'step': step},
+        )
+        config = RolloutConfig(**values | changes)
+        schema = OBJECTIVES[objective].schema
+        made = Rollouts(config, schema(), context, seed=seed, put=dict)
+        made.engine = context.sampler
+        return made
+
+    return rollouts
+
+
+def learned(batch):
+    """{first letter of a completion, as often as it is there: advantages} of what is learned."""
+    found = []
+    for row in range(len(batch['tokens'])):
+        for segment in range(1, batch['segment_ids'][row].max() + 1):
+            mask = (batch['segment_ids'][row] == segment) & (batch['loss_mask'][row] > 0)
+            if mask.any():
+                letters = ''.join(map(chr, batch['targets'][row][mask]))
+                found.append((letters, batch['advantages'][row][mask].tolist()))
+    return sorted(found)
+
+
+def test_a_batch_has_the_samples_with_their_advantages(make):
+    source = make(prompts=6, batch_size=24)
+    batch = source.next(None, 7)
+    found = learned(batch)
+    assert len(found) == 24
+    assert [letters for letters, _ in found] == ['0xy\0'] * 12 + ['1xy\0'] * 12
+    # Leave-one-out, from rewards of 0110, 0000, 1101, 1111, 1000 and 0101.
+    rewards = np.array([list(map(float, script)) for script in SCRIPTS.values()])
+    expected = (4 * rewards - rewards.sum(1, keepdims=True)) / 3
+    advantages = sorted(values[0] for _, values in found)
+    np.testing.assert_allclose(advantages, sorted(expected.ravel()), atol=1e-6)
+    assert all(len(set(values)) == 1 for _, values in found)
+    assert source.engine.versions == [7]
+    assert source.tokens == sum(len(text) + 3 for text in SCRIPTS) * 4
+
+
+def test_every_prompt_comes_once_an_epoch_with_noise_of_its_own(make):
+    source = make(prompts=2)
+    for step in range(6):
+        source.next(None, step)
+    asked = [''.join(map(chr, request.tokens)) for request in source.engine.asked]
+    assert sorted(asked[:6]) == sorted(asked[6:]) == sorted(SCRIPTS)
+    assert asked[:6] != asked[6:]
+    assert len({request.seed for request in source.engine.asked}) == 12
+    other = make(prompts=6, batch_size=24, seed=4)
+    other.next(None, 0)
+    assert [''.join(map(chr, request.tokens)) for request in other.engine.asked] != asked[:6]
+
+
+def test_prompts_whose_samples_are_alike_are_replaced(make):
+    source = make(prompts=4, batch_size=16, filter='zero_variance')
+    batch = source.next(None, 0)
+    assert {values[0] for _, values in learned(batch)} and 0 not in {
+        values[0] for _, values in learned(batch)
+    }
+    assert len(learned(batch)) == 16
+    asked = [''.join(map(chr, request.tokens)) for request in source.engine.asked]
+    assert {'bb', 'd'} & set(asked)
+    assert source.get_state()['next_prompt'] == len(asked)
+    assert source.progress()['rollout/refills'] > 0
+
+
+def test_if_nothing_varies_the_step_has_no_gradient(make):
+    scripts = dict.fromkeys(SCRIPTS, '1111')
+    source = make(Engine(scripts), filter='zero_variance', max_refills=2)
+    batch = source.next(None, 0)
+    assert not batch['advantages'].any() and batch['loss_mask'].any()
+    assert len(source.engine.asked) == 9
+    assert source.progress()['rollout/flat_groups'] == 1
+
+
+def test_a_sample_that_cannot_be_judged_is_left_out_and_counted(make):
+    scripts = dict.fromkeys(SCRIPTS, '01x1') | {'a': '01n1', 'bb': '0!11'}
+    source = make(Engine(scripts), prompts=6, batch_size=24, write_every=1)
+    batch = source.next(None, 0)
+    assert sorted({letters[0] for letters, _ in learned(batch)}) == ['0', '1']
+    assert len(learned(batch)) == 18
+    # Leave-one-out of the three that are left.
+    assert {round(values[0], 5) for _, values in learned(batch)} == {-1.0, 0.5}
+    assert source.progress()['rollout/failed'] == 0.25
+    (path,) = source._context.samples_directory.glob('*.jsonl')
+    errors = {json.loads(line)['error'] for line in path.read_text().splitlines()[1:]}
+    assert errors == {
+        '',
+        'NaN logits',
+        'the reward is nan, but must be a finite number',
+        "ValueError: invalid literal for int() with base 10: 'x'",
+    }
+
+
+@pytest.mark.parametrize(
+    'letter, error, message',
+    [('!', NumericsError, 'no sample of step 5 could be made: NaN logits'), ('n', DataError, 'no')],
+)
+def test_a_step_without_any_reward_ends_the_run(make, letter, error, message):
+    source = make(Engine(dict.fromkeys(SCRIPTS, letter * 4)))
+    with pytest.raises(error, match=message):
+        source.next(None, 5)
+    assert source.get_state()['next_prompt'] == 0
+
+
+def test_long_completions_pay(make):
+    source = make(
+        Engine(tail='xyz'), prompts=6, batch_size=24, overlong_tokens=2, overlong_penalty=0.5
+    )
+    source.next(None, 0)
+    assert source.progress()['rollout/reward'] == pytest.approx(0.5 - 0.5)
+    source = make(prompts=6, batch_size=24, max_tokens=5, overlong_tokens=2, overlong_penalty=0.5)
+    source.next(None, 0)
+    assert source.progress()['rollout/reward'] == pytest.approx(0.5 - 0.25)
+
+
+def test_truncated_completions_can_be_left_out(make):
+    engine = Engine(tail='xyz')
+    assert len(learned(make(engine).next(None, 0))) == 12
+    source = make(engine, truncated='mask')
+    assert learned(source.next(None, 0)) == []
+    assert source.progress()['rollout/truncated'] == 1
+
+
+def test_the_state_is_the_number_of_the_next_prompt(make):
+    source = make()
+    source.next(None, 0)
+    state = json.loads(json.dumps(source.get_state()))
+    expected = source.next(None, 1)
+    again = make()
+    again.set_state(state)
+    for name, array in again.next(None, 1).items():
+        np.testing.assert_array_equal(array, expected[name])
+    other = make(seed=4)
+    with pytest.raises(ConfigError, match='the prompts changed since the checkpoint: seed is 4'):
+        other.set_state(state)
+
+
+def test_prompts_that_leave_no_room_are_an_error_or_left_out(make, caplog):
+    with pytest.raises(DataError, match=r'1 of 6 prompts have more than 2 tokens, the longest 3'):
+        make(sequence_length=5)
+    source = make(sequence_length=5, too_long='drop', prompts=2)
+    assert 'they are left out' in caplog.text
+    for step in range(5):
+        source.next(None, step)
+    assert 'ccc' not in {''.join(map(chr, request.tokens)) for request in source.engine.asked}
+    engine = Engine()
+    engine.longest = 4
+    with pytest.raises(DataError, match='6 of 6 prompts have more than 0 tokens'):
+        make(engine, too_long='drop')
+
+
+def test_rows_that_may_not_hold_all_samples_are_refused(make):
+    with pytest.raises(ConfigError, match=r'3 x 4 samples of up to 6 tokens: set batch_size=12'):
+        make(batch_size=11)
+    make(batch_size=6, sequence_length=12)
+    with pytest.raises(ConfigError, match='set batch_size=12'):
+        make(batch_size=6, sequence_length=12, packing='none')
+
+
+def test_a_task_may_stop_a_sample(make):
+    source = make(Engine(tail='.'))
+    assert source.next(None, 0)['loss_mask'].any()
+
+
+def test_statistics_are_of_the_steps_since_the_last_record(make):
+    source = make(prompts=6, batch_size=24)
+    source.next(None, 0)
+    values = source.progress()
+    assert values['rollout/reward'] == pytest.approx(0.5)
+    assert values['rollout/reward_low'] < 0.5 < values['rollout/reward_high']
+    assert values['rollout/flat_groups'] == pytest.approx(2 / 6)
+    assert values['rollout/length'] == 4 and values['rollout/truncated'] == 0
+    assert values['rollout/prompts'] == 6 and values['rollout/epochs'] == 1
+    assert not any(math.isnan(value) for value in values.values())
+    assert source.progress() == {'rollout/prompts': 6, 'rollout/epochs': 1}
+    assert source.statistics['prompts'] == 6 and source.statistics['longest_prompt'] == 3

@@ -110,15 +110,18 @@ def entropy(hidden_BTD, unembedding: Unembedding, chunk_size: int | None = None)
     """The entropy of each position's distribution, in nats, [B, T] float32.
 
     Processes `chunk_size` positions at a time, a divisor of T, and recomputes their logits in the
-    backward pass; the default chunk stays under CHUNK_BYTES per device.
+    backward pass; the default chunk stays under CHUNK_BYTES per device, if one position does.
     """
     hidden_BTD = place(hidden_BTD, *_HIDDEN)
     B, T, D = hidden_BTD.shape
     if chunk_size is None:
+        ways = axis_size(ACTIVATIONS, 'position')  # each device has a part of every chunk
         ids = unembedding.weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab')
-        each = 4 * ids * -(-B // axis_size(ACTIVATIONS, 'batch'))
-        fitting = [size for size in range(1, T + 1) if T % size == 0 and size * each <= CHUNK_BYTES]
-        chunk_size = max(fitting, default=1)
+        a_position = 4 * ids * -(-B // axis_size(ACTIVATIONS, 'batch'))
+        most = max(CHUNK_BYTES // a_position, 1) * ways
+        chunk_size = max(
+            size for size in range(ways, T + 1, ways) if T % size == 0 and size <= most
+        )
 
     @jax.checkpoint
     def of_chunk(hidden_BCD):

@@ -60,6 +60,9 @@ class PolicyGradientConfig(Group):
     # and its estimator (J. Schulman, "Approximating KL divergence", 2020).
     kl: _NotNegative = 0.0
     kl_estimator: Literal['k1', 'k2', 'k3'] = 'k3'
+    # Multiplies the estimate by the ratio, before it is cut. The gradient of k1 and k3 is then that
+    # of the divergence (DeepSeek-AI 2025, arXiv 2512.02556); k2 has it without.
+    kl_weighted: bool = True
     entropy: _NotNegative = 0.0  # coefficient of the entropy, which is raised
 
     @classmethod
@@ -90,6 +93,15 @@ class PolicyGradientConfig(Group):
             found.append(Problem((('dual_clip',), ('clip',)), sentence))
         if given('clip', 'ppo') and parts.get('clip_low', 0.2) >= 1:
             found.append(Problem.at(('clip_low',), 'clip_low must be less than 1 with clip ppo'))
+        if parts.get('kl') and given('kl_weighted', True) and given('kl_estimator', 'k2'):
+            sentence = 'k2 has the gradient of the divergence without: set kl_weighted=False'
+            found.append(Problem((('kl_weighted',), ('kl_estimator',)), sentence))
+        if parts.get('kl') and given('kl_weighted', False) and given('kl_estimator', 'k1'):
+            sentence = (
+                'without kl_weighted, the gradient of k1 does not depend on the reference; set '
+                'kl_weighted=True, or kl_estimator to k2 or k3'
+            )
+            found.append(Problem((('kl_weighted',), ('kl_estimator',)), sentence))
         if parts.get('length', 1) != 1 and parts.get('aggregation', 'sum') != 'sum':
             sentence = f'length {parts["length"]} would do nothing: it belongs to aggregation sum'
             found.append(Problem((('length',), ('aggregation',)), sentence))

@@ -48,8 +48,10 @@ class Quantiles:
     @classmethod
     def of(cls, values, mask) -> 'Quantiles':
         """Those of the values where the mask is not 0."""
-        above = values[..., None] > _EDGES
-        counts = jnp.sum(above * (mask > 0)[..., None], axis=range(values.ndim), dtype=jnp.float32)
+        axes = tuple(range(values.ndim))
+        edges = np.expand_dims(_EDGES, axes)
+        above = (values[..., None] > edges) & (mask > 0)[..., None]
+        counts = jnp.sum(above, axis=axes, dtype=jnp.float32)
         count = jnp.sum(mask > 0, dtype=jnp.float32)[None]
         return cls(jnp.concatenate([count, counts]) - jnp.concatenate([counts, jnp.zeros(1)]))
 

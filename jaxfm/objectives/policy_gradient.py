@@ -13,13 +13,15 @@ consists of (loss_mask 1), all [B, T]:
 A sample is a segment of a row; it may begin with a prompt, whose targets have the loss_mask 0.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.objectives.metrics import Largest, Quantiles
 from jaxfm.ops.logprobs import entropy, token_logprobs
-from jaxfm.sharding import per_shard
+from jaxfm.sharding import per_shard, split_axes
 
 _ROWS = ('batch', 'position')
 
@@ -62,21 +64,29 @@ class PolicyGradient:
     def terms(self, logprobs_BT, batch) -> tuple[dict, dict]:
         """The sums and metrics that need the policy's log-probs [B, T] alone."""
         config, mask_BT = self.config, batch['loss_mask']
-        sampler_BT, advantages_BT = batch['sampler_logprobs'], batch['advantages']
-        old_BT = sampler_BT if config.old_logprobs == 'sampler' else batch['old_logprobs']
-        ratio_BT = jnp.exp(self._per(config.ratio, (logprobs_BT - old_BT) * mask_BT, batch))
-        gains_BT, clipped_BT = self._gains(ratio_BT, logprobs_BT, advantages_BT)
+
+        def of_samples(values_BT):
+            return jnp.where(mask_BT > 0, values_BT, 0.0)  # elsewhere they may be anything
+
+        logprobs_BT = of_samples(logprobs_BT)
+        sampler_BT = of_samples(batch['sampler_logprobs'])
+        is_recomputed = config.old_logprobs == 'recomputed'
+        old_BT = of_samples(batch['old_logprobs']) if is_recomputed else sampler_BT
+        ratio_BT = jnp.exp(self._per(config.ratio, logprobs_BT - old_BT, batch))
+        gains_BT, clipped_BT = self._gains(ratio_BT, logprobs_BT, of_samples(batch['advantages']))
         if config.importance != 'none':
-            gains_BT *= self._importance((old_BT - sampler_BT) * mask_BT, batch)
+            gains_BT *= self._importance(old_BT - sampler_BT, batch)
         weight_BT = self._token_weights(batch)
         sums = {'policy': -jnp.sum(gains_BT * weight_BT)}
         metrics = _compare(logprobs_BT, sampler_BT, mask_BT)
-        metrics['clip_fraction'] = jnp.sum(clipped_BT * mask_BT), jnp.sum(mask_BT)
+        metrics['clip_fraction'] = _mean(clipped_BT, mask_BT)
         if config.kl:
-            kl_BT = _divergence(logprobs_BT, batch['reference_logprobs'], config.kl_estimator)
-            sums['kl'] = jnp.sum(jnp.where(mask_BT > 0, kl_BT, 0.0) * weight_BT)
-            k3_BT = _divergence(logprobs_BT, batch['reference_logprobs'], 'k3')
-            metrics['reference_kl'] = _mean(k3_BT, mask_BT)
+            reference_BT = of_samples(batch['reference_logprobs'])
+            kl_BT = _divergence(logprobs_BT, reference_BT, config.kl_estimator)
+            if config.kl_weighted:
+                kl_BT *= ratio_BT
+            sums['kl'] = jnp.sum(kl_BT * weight_BT)
+            metrics['reference_kl'] = _mean(_divergence(logprobs_BT, reference_BT, 'k3'), mask_BT)
         return sums, metrics
 
     def _gains(self, ratio_BT, logprobs_BT, advantages_BT):
@@ -112,7 +122,9 @@ class PolicyGradient:
         if level == 'token':
             return values_BT
         sums_BT = _sums_by_segment(values_BT, batch['segment_ids'])
-        return sums_BT if level == 'sequence' else sums_BT / jnp.maximum(batch['lengths'], 1)
+        if level == 'sequence_mean':
+            sums_BT /= jnp.maximum(batch['lengths'], 1)
+        return jnp.where(batch['loss_mask'] > 0, sums_BT, 0.0)  # a prompt has no length
 
     def _token_weights(self, batch):
         config = self.config
@@ -129,13 +141,14 @@ def _shares(batch):
 
 def _sums_by_segment(values_BT, segment_ids_BT):
     """[B, T]: the sum over each token's segment of its row. Padding is a segment, too."""
+    segments = segment_ids_BT.shape[1] + 1  # a row has at most as many as tokens, and padding
 
     def shard(values_BT, segment_ids_BT):
-        def row(values_T, segment_ids_T):
-            count = len(values_T) + 1
-            return jax.ops.segment_sum(values_T, segment_ids_T, num_segments=count)[segment_ids_T]
-
-        return jax.vmap(row)(values_BT, segment_ids_BT)
+        sum_row = functools.partial(jax.ops.segment_sum, num_segments=segments)
+        sums_BS = jax.vmap(sum_row)(values_BT, segment_ids_BT)
+        if axes := split_axes('position'):  # a segment may be on several devices
+            sums_BS = jax.lax.psum(sums_BS, axes)
+        return jnp.take_along_axis(sums_BS, segment_ids_BT, axis=1)
 
     return per_shard(shard, (_ROWS, _ROWS), _ROWS)(values_BT, segment_ids_BT)
 
@@ -152,7 +165,7 @@ def _divergence(logprobs_BT, other_BT, estimator: str):
 
 def _compare(logprobs_BT, sampler_BT, mask_BT) -> dict:
     """How the policy differs from the one that sampled, before anything is cut."""
-    log_ratio_BT = jax.lax.stop_gradient(logprobs_BT - sampler_BT) * mask_BT
+    log_ratio_BT = jax.lax.stop_gradient(logprobs_BT - sampler_BT)
     ratio_BT = jnp.exp(log_ratio_BT)
     return {
         'ratio': _mean(ratio_BT, mask_BT),
@@ -161,10 +174,10 @@ def _compare(logprobs_BT, sampler_BT, mask_BT) -> dict:
         'ratio_error_': Quantiles.of(jnp.expm1(jnp.abs(log_ratio_BT)), mask_BT),
         'sampler_kl': _mean(jnp.expm1(log_ratio_BT) - log_ratio_BT, mask_BT),
         # Of the samples' own tokens: an estimate, as long as the policy is the one that sampled.
-        'entropy_estimate': _mean(jax.lax.stop_gradient(-logprobs_BT), mask_BT),
+        'entropy_estimate': _mean(-logprobs_BT, mask_BT),
     }
 
 
 def _mean(values_BT, mask_BT):
     values_BT = jax.lax.stop_gradient(values_BT)
-    return jnp.sum(jnp.where(mask_BT > 0, values_BT, 0.0)), jnp.sum(mask_BT)
+    return jnp.sum(values_BT * mask_BT), jnp.sum(mask_BT)

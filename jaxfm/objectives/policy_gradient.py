@@ -11,9 +11,11 @@ consists of (loss_mask 1), all [B, T]:
     reference_logprobs   its log-prob under the reference (kl > 0)
 
 A sample is a segment of a row; it may begin with a prompt, whose targets have the loss_mask 0.
-"""
 
-import functools
+Losses and gradients are those of TRL's GRPOTrainer and RLOOTrainer (1.16). Two keys mean something
+else there: for CISPO, TRL's `epsilon_high` is our 1 + clip_high, as in the paper; for RLOO, TRL's
+`beta` subtracts the KL from the rewards, our `kl` is a term of the loss.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +23,7 @@ import jax.numpy as jnp
 from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.objectives.metrics import Largest, Quantiles
 from jaxfm.ops.logprobs import entropy, token_logprobs
-from jaxfm.sharding import per_shard, split_axes
-
-_ROWS = ('batch', 'position')
+from jaxfm.ops.segments import segment_sums
 
 
 class PolicyGradient:
@@ -108,9 +108,8 @@ class PolicyGradient:
         return jnp.minimum(ratio_BT * advantages_BT, clipped_BT), is_cut_BT
 
     def _importance(self, log_ratio_BT, batch):
-        """The weight of each token, without a gradient."""
+        """The weight of each token, from the batch alone, so it has no gradient."""
         config = self.config
-        log_ratio_BT = jax.lax.stop_gradient(log_ratio_BT)
         weight_BT = jnp.exp(self._per(config.importance_level, log_ratio_BT, batch))
         if config.importance == 'truncate':
             return jnp.minimum(weight_BT, config.importance_cap)
@@ -121,7 +120,7 @@ class PolicyGradient:
         """Values of tokens -> themselves, or their sum or mean over the sample."""
         if level == 'token':
             return values_BT
-        sums_BT = _sums_by_segment(values_BT, batch['segment_ids'])
+        sums_BT = segment_sums(values_BT, batch['segment_ids'])
         if level == 'sequence_mean':
             sums_BT /= jnp.maximum(batch['lengths'], 1)
         return jnp.where(batch['loss_mask'] > 0, sums_BT, 0.0)  # a prompt has no length
@@ -137,20 +136,6 @@ class PolicyGradient:
 def _shares(batch):
     """[B, T]: what share of its sample a token is."""
     return batch['loss_mask'] / jnp.maximum(batch['lengths'], 1)
-
-
-def _sums_by_segment(values_BT, segment_ids_BT):
-    """[B, T]: the sum over each token's segment of its row. Padding is a segment, too."""
-    segments = segment_ids_BT.shape[1] + 1  # a row has at most as many as tokens, and padding
-
-    def shard(values_BT, segment_ids_BT):
-        sum_row = functools.partial(jax.ops.segment_sum, num_segments=segments)
-        sums_BS = jax.vmap(sum_row)(values_BT, segment_ids_BT)
-        if axes := split_axes('position'):  # a segment may be on several devices
-            sums_BS = jax.lax.psum(sums_BS, axes)
-        return jnp.take_along_axis(sums_BS, segment_ids_BT, axis=1)
-
-    return per_shard(shard, (_ROWS, _ROWS), _ROWS)(values_BT, segment_ids_BT)
 
 
 def _divergence(logprobs_BT, other_BT, estimator: str):

@@ -92,9 +92,13 @@ class PolicyGradientConfig(Group):
             sentence = f'dual_clip {dual:g} would do nothing: it belongs to clip ppo'
             found.append(Problem((('dual_clip',), ('clip',)), sentence))
         if given('clip', 'ppo') and parts.get('clip_low', 0.2) >= 1:
-            found.append(Problem.at(('clip_low',), 'clip_low must be less than 1 with clip ppo'))
+            sentence = f'must be less than 1 with clip ppo, got {parts["clip_low"]:g}'
+            found.append(Problem.at(('clip_low',), sentence))
         if parts.get('kl') and given('kl_weighted', True) and given('kl_estimator', 'k2'):
-            sentence = 'k2 has the gradient of the divergence without: set kl_weighted=False'
+            sentence = (
+                'with kl_weighted, the gradient of k2 is not that of the divergence; set '
+                'kl_weighted=False, or kl_estimator to k1 or k3'
+            )
             found.append(Problem((('kl_weighted',), ('kl_estimator',)), sentence))
         if parts.get('kl') and given('kl_weighted', False) and given('kl_estimator', 'k1'):
             sentence = (

@@ -221,6 +221,19 @@ optimizer.final_fraction=1.5
 optimizer.frozen=trunk
 optimizer.frozen=[1]
 optimizer.frozen=[{'a':1}]
+objective.name=grp
+objective.name=dr_grpo
+objective.name=grpo objective.importance=truncate
+objective.name=grpo objective.old_logprobs=recomputed objective.importance=mask objective.importance_floor=3
+objective.name=grpo objective.old_logprobs=recomputed objective.importance=truncate objective.importance_floor=0.5
+objective.name=grpo objective.dual_clip=1.2
+objective.name=cispo objective.dual_clip=6
+objective.name=gspo objective.clip_low=1
+objective.name=dapo objective.length=512
+objective.name=dapo objective.kl=0.1 objective.kl_estimator=k2
+objective.name=dapo objective.kl=0.1 objective.kl_estimator=k1 objective.kl_weighted=false
+objective.name=rloo objective.clip=ppoo objective.kl=1e999 objective.importance_floor=2
+objective.name=grpo objective.clip_low=1 objective.dual_clip=1 objective.length=3
 init_from=3
 model.block.head_dim=15
 model.scan=1

@@ -86,7 +86,8 @@ def main() -> None:
     }
     arrays = {name: value.numpy() for name, value in data.items()}
     for name, arguments in CASES.items():
-        trainer = RecordedRLOO(arguments, data) if name == 'rloo' else RecordedGRPO(arguments, data)
+        kind, theirs = (RLOO, RLOOTrainer) if name == 'rloo' else (GRPO, GRPOTrainer)
+        trainer = type(theirs.__name__, (kind, theirs), {})(arguments, data)
         loss, gradient, advantages = trainer.run()
         arrays |= {f'gradient/{name}': gradient.numpy(), f'advantages/{name}': advantages.numpy()}
         metrics = {key: values[0] for key, values in trainer._metrics['train'].items()}
@@ -208,8 +209,8 @@ class WithoutModel:
         return [[1] * length for length in self.data[lengths].tolist()]
 
 
-class RecordedGRPO(WithoutModel, GRPOTrainer):
-    """GRPOTrainer, whose loss has several types."""
+class GRPO(WithoutModel):
+    """For GRPOTrainer, whose loss has several types."""
 
     configure = GRPOConfig
 
@@ -221,8 +222,8 @@ class RecordedGRPO(WithoutModel, GRPOTrainer):
         return self._ids('prompt_lengths'), ids, tool_mask, [''] * len(ids), sampler, {}, None, None
 
 
-class RecordedRLOO(WithoutModel, RLOOTrainer):
-    """RLOOTrainer, which knows no tools."""
+class RLOO(WithoutModel):
+    """For RLOOTrainer, which knows no tools."""
 
     configure = RLOOConfig
 

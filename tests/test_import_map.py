@@ -59,8 +59,7 @@ MAP = {
     'sampling': {'models', 'ops', 'sharding', 'tokenizer'},
     # Benchmarks are read from files, on disk and S3.
     'tasks': {'storage'},
-    # A sample is a segment of a row; sums over it are taken on each device.
-    'objectives': {'ops', 'sharding'},
+    'objectives': {'ops'},
     'data': {'data.sources', 'data.corpus', 'data.packing', 'tokenizer', 'chat'},
     'data.sources': {'data', 'storage'},
     'data.corpus': {'data', 'data.sources', 'tokenizer', 'chat', 'storage'},

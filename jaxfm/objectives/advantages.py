@@ -13,7 +13,8 @@ def advantages(rewards_PG: np.ndarray, config: PolicyGradientConfig) -> np.ndarr
 
     Samples of a prompt whose rewards are all equal have the advantage 0, to the last bit, if the
     baseline is one of their prompt. Standard deviations are of the rewards, before a baseline is
-    subtracted, and divide by their number minus 1.
+    subtracted, and divide by their number minus 1. A reward that is NaN is none: the others are
+    as if the sample were not there, and its advantage is 0.
 
     Raises:
       ValueError: a baseline or a scale needs at least two samples of each prompt, or of all.
@@ -26,18 +27,38 @@ def advantages(rewards_PG: np.ndarray, config: PolicyGradientConfig) -> np.ndarr
         raise ValueError('a baseline or scale of the batch needs at least 2 samples')
     centred_PG = _subtract_baseline(rewards_PG, config.baseline)
     if config.scale == 'group':
-        centred_PG /= rewards_PG.std(axis=1, ddof=1, keepdims=True) + _EPSILON
+        centred_PG /= _deviations(rewards_PG)[:, None] + _EPSILON
     elif config.scale == 'batch':
-        centred_PG /= rewards_PG.std(ddof=1) + _EPSILON
-    return centred_PG.astype(np.float32)
+        centred_PG /= _deviations(rewards_PG.reshape(1, -1)) + _EPSILON
+    return np.nan_to_num(centred_PG).astype(np.float32)
 
 
 def _subtract_baseline(rewards_PG: np.ndarray, baseline: str) -> np.ndarray:
     if baseline == 'none':
         return rewards_PG.copy()
     if baseline == 'batch':
-        return rewards_PG - rewards_PG.mean()
-    centred_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
-    centred_PG[np.ptp(rewards_PG, axis=1) == 0] = 0.0
-    samples = rewards_PG.shape[1]
-    return centred_PG * samples / (samples - 1) if baseline == 'leave_one_out' else centred_PG
+        return rewards_PG - _means(rewards_PG.reshape(1, -1))
+    centred_PG = rewards_PG - _means(rewards_PG)[:, None]
+    centred_PG[_are_equal(rewards_PG)] = 0.0
+    counts_P1 = np.sum(~np.isnan(rewards_PG), axis=1, keepdims=True)
+    if baseline == 'leave_one_out':  # a sample without others is as good as its baseline
+        centred_PG *= counts_P1 / np.maximum(counts_P1 - 1, 1)
+    return centred_PG
+
+
+def _are_equal(rewards_PG: np.ndarray) -> np.ndarray:
+    """[P]: whether no two rewards of a prompt differ."""
+    is_there = ~np.isnan(rewards_PG)
+    lowest_P = np.min(rewards_PG, axis=1, initial=np.inf, where=is_there)
+    return lowest_P >= np.max(rewards_PG, axis=1, initial=-np.inf, where=is_there)
+
+
+def _means(rewards_PG: np.ndarray) -> np.ndarray:
+    counts_P = np.sum(~np.isnan(rewards_PG), axis=1)
+    return np.nansum(rewards_PG, axis=1) / np.maximum(counts_P, 1)
+
+
+def _deviations(rewards_PG: np.ndarray) -> np.ndarray:
+    counts_P = np.sum(~np.isnan(rewards_PG), axis=1)
+    squares_P = np.nansum((rewards_PG - _means(rewards_PG)[:, None]) ** 2, axis=1)
+    return np.sqrt(squares_P / np.maximum(counts_P - 1, 1))

@@ -44,6 +44,16 @@ MIXTURE = {
     'sequence_length': 64,
     'batch_size': 8,
 }
+ROLLOUT = {
+    'name': 'rollout',
+    'task': {'name': 'arithmetic'},
+    'prompts': 4,
+    'samples': 4,
+    'max_tokens': 16,
+    'sequence_length': 64,
+    'batch_size': 8,
+}
+REWARDS = RUN | {'data': ROLLOUT, 'objective': {'name': 'grpo'}, 'tokenizer': {'name': 'bytes'}}
 EARLIER = RUN | {'model': MODEL | {'lora': {'rank': 8, 'alpha': 32.0}}}
 
 # {name of a config file: the values that it returns}.
@@ -54,6 +64,15 @@ FILES = {
     'phased_evals.py': PHASES | {'evals': {'heldout': LOSS | {'phase': 'first'}}},
     'segments.py': RUN | {'model': MODEL | {'segments': SEGMENTS}},
     'mixture.py': RUN | {'data': MIXTURE},
+    'rollout.py': REWARDS,
+    'rewarded.py': PHASES
+    | {
+        'tokenizer': {'name': 'bytes'},
+        'phases': [
+            {'name': 'first'} | PHASE,
+            {'name': 'second'} | PHASE | {'data': ROLLOUT, 'objective': {'name': 'grpo'}},
+        ],
+    },
     'after.py': {key: value for key, value in RUN.items() if key != 'model'}
     | {'init_from': 'earlier'},
     'after_bytes.py': RUN | {'init_from': 'earlier', 'tokenizer': {'name': 'bytes'}},
@@ -334,6 +353,35 @@ phases[0].optimizer=None
 tokenizer.vocab_size=4096 phases[1].name=first
 """
 MORE = """
+rollout.py data.temperature=0.7 data.top_p=0.9 data.top_k=5 data.min_p=0.1
+rollout.py data.promts=3
+rollout.py data.prompts=0 data.samples=0
+rollout.py data.max_tokens=65
+rollout.py data.max_tokens=600 data.sequence_length=1024
+rollout.py data.samples=1
+rollout.py data.samples=1 objective.name=rloo data.filter=zero_variance
+rollout.py data.samples=1 objective.name=reinforce_plus_plus
+rollout.py data.overlong_penalty=1
+rollout.py data.overlong_penalty=1 data.overlong_tokens=200
+rollout.py data.documents.name=problems
+rollout.py data.task={'name':'exact_answer'}
+rollout.py data.task={'name':'exact_answer'} data.documents={'name':'problems','form':'chat'}
+rollout.py data.task.name=arithmetics
+rollout.py objective.name=next_token
+rollout.py objective.name=grop
+rollout.py objective.name=dr_grpo
+rollout.py tokenizer.name=bpe
+rollout.py evals.loss.name=loss
+rollout.py evals.code={'name':'generate','task':{'name':'python_functions'}}
+rollout.py optimizer.accumulate=3
+rollout.py data.batch_size=6 mesh.fsdp=4
+rollout.py model.implementations.one_document=true
+rewarded.py evals.loss={'name':'loss','phase':'second'}
+rewarded.py evals.loss={'name':'loss','phase':'first'}
+rewarded.py phases[1].data.max_tokens=63 sampling.max_length=60
+rewarded.py phases[0].objective.name=grpo
+rewarded.py phases[1].objective.name=next_token
+run.py objective.name=grpo
 evals.py model.implementations.attention=cudnn
 evals.py model.implementations.attention=cudnn evals.heldout.every=3
 evals.py sampling.max_length=100 sampling.max_tokens=50 evals.code.max_tokens=200

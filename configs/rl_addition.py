@@ -38,14 +38,29 @@ def get_config(arg: str = '') -> ConfigDict:
         zero_init_outputs=True,
         scan=False,  # three layers compile quickly, and unrolled layers run faster
     )
-    sums = dict(name='problems', form='chat', kinds=['addition'], num_heldout=256)
+    sums = dict(name='problems', kinds=['addition'], num_heldout=256)
+    chats = dict(form='chat', num_problems=1_000 if smoke else 20_000, seed=1, **sums)
+    rows = dict(sequence_length=128, batch_size=16)
     config.phases = [
         dict(
-            name='sft',
-            steps=20 if smoke else 400,
-            data=dict(
-                num_problems=1_000 if smoke else 20_000, sequence_length=128, batch_size=16, **sums
+            name='pretrain',
+            steps=10 if smoke else 300,
+            data=dict(form='text', num_problems=2_000 if smoke else 60_000, **sums, **rows),
+            optimizer=dict(
+                name='muon',
+                muon_learning_rate=0.03,  # for the matrices inside blocks
+                learning_rate=0.02,  # AdamW, for embedding, head and norms
+                warmup_steps=5 if smoke else 30,
+                schedule='linear',
+                final_fraction=0.0,
+                weight_decay=0.0,
+                clip_norm=0.0,
             ),
+        ),
+        dict(
+            name='sft',
+            steps=10 if smoke else 60,
+            data=dict(**chats, **rows),
             optimizer=dict(
                 name='adamw',
                 learning_rate=0.003,
@@ -61,7 +76,7 @@ def get_config(arg: str = '') -> ConfigDict:
             data=dict(
                 name='rollout',
                 task=dict(name='exact_answer', num_prompts=1_000 if smoke else 20_000),
-                documents=dict(num_problems=1_000 if smoke else 20_000, **sums),
+                documents=chats,
                 prompts=16,
                 samples=4 if smoke else 16,
                 sequence_length=128,

@@ -7,7 +7,6 @@ same batches.
 
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 import time
@@ -115,8 +114,8 @@ class Rollouts:
         """
         began = time.monotonic()
         with jax.transfer_guard('allow'):  # the engine is driven from the host
-            groups, position, refills = self._collect(params, step)
-            _check_any(groups, step)
+            sampled, groups = self._collect(params, step)
+            _check_any(sampled, step)
             samples = self._learn_from(groups)
             batch = make_batch(
                 samples,
@@ -132,28 +131,28 @@ class Rollouts:
             if self._objective.kl:
                 batch['reference_logprobs'] = self._score(self._reference_weights, batch)
         self.tokens = sum(sample.length for sample in samples)
-        self._seen.add(self._config, groups, position - self._next, refills)
-        self._seen.seconds += time.monotonic() - began
-        self._next = position
+        self._seen.add(sampled, len(groups), time.monotonic() - began)
+        self._next += len(sampled)
         return batch
 
     @functools.cached_property
     def _reference_weights(self) -> dict:
         return self._reference()
 
-    def _collect(self, params, step: int) -> tuple[list[Group], int, int]:
-        """-> the groups of a step, the number of the next prompt, and how often it refilled."""
-        config, position, groups = self._config, self._next, []
-        for refills in itertools.count():
-            count = config.prompts - len(groups)
-            found = self._sample(params, step, range(position, position + count))
-            position += count
+    def _collect(self, params, step: int) -> tuple[list[Group], list[Group]]:
+        """-> all groups that a step samples, and those that it learns from."""
+        config, sampled, groups = self._config, [], []
+        for _ in range(1 + config.max_refills):
+            first, missing = self._next + len(sampled), config.prompts - len(groups)
+            found = self._sample(params, step, range(first, first + missing))
+            sampled += found
             if config.filter == 'none':
-                return found, position, refills
+                return sampled, sampled
             groups += [group for group in found if group.varies]
-            if len(groups) == config.prompts or refills == config.max_refills:
-                # If nothing varies, the samples tell why, and have no gradient.
-                return groups or found, position, refills
+            if len(groups) == config.prompts:
+                break
+        # If nothing varies, the samples tell why, and have no gradient.
+        return sampled, groups or found
 
     def _sample(self, params, step: int, numbers: range) -> list[Group]:
         asked = [self._prompts.request(number) for number in numbers]
@@ -303,12 +302,13 @@ class _Statistics:
         self._deviations: list[float] = []
         self._lengths: list[int] = []
 
-    def add(self, config: RolloutConfig, groups: list[Group], asked: int, refills: int) -> None:
+    def add(self, sampled: list[Group], num_learned: int, seconds: float) -> None:
+        """Adds all groups of a step, of which so many are in its batch."""
         counts = self._counts
-        counts['asked'] += asked
-        counts['refills'] += refills
+        self.seconds += seconds
         counts['steps'] += 1
-        for group in groups:
+        counts['left_out'] += len(sampled) - num_learned
+        for group in sampled:
             good = [reward for reward in group.rewards if not math.isnan(reward)]
             counts['failed'] += len(group.rewards) - len(good)
             counts['flat'] += not group.varies
@@ -334,7 +334,7 @@ class _Statistics:
             'rollout/length_p99': float(np.quantile(lengths, 0.99)),
             'rollout/truncated': counts['cut'] / samples,
             'rollout/failed': counts['failed'] / samples,
-            'rollout/refills': counts['refills'] / counts['steps'],
+            'rollout/filtered': counts['left_out'] / counts['groups'],
             'rollout/tokens_per_second': float(lengths.sum()) / max(self.seconds, 1e-9),
             'rollout/staleness': 0.0,
         }

@@ -167,7 +167,10 @@ def test_prompts_whose_samples_are_alike_are_replaced(make):
     asked = [''.join(map(chr, request.tokens)) for request in source.engine.asked]
     assert {'bb', 'd'} & set(asked)
     assert source.get_state()['next_prompt'] == len(asked)
-    assert source.progress()['rollout/refills'] > 0
+    values = source.progress()
+    assert values['rollout/filtered'] == pytest.approx(1 - 4 / len(asked))
+    rewards = [sum(map(int, SCRIPTS[text])) / 4 for text in asked]  # of all, not of those left
+    assert values['rollout/reward'] == pytest.approx(sum(rewards) / len(asked))
 
 
 def test_if_nothing_varies_the_step_has_no_gradient(make):

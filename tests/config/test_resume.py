@@ -58,7 +58,7 @@ def test_values_that_do_not_affect_learning_may_change(changes):
         ('seed', {'seed': 1}),
         ('data', {'data': {'name': 'python_stdlib', 'sequence_length': 64, 'batch_size': 16}}),
         ('optimizer', {'optimizer': MUON}),
-        ('objective', {'objective': {'z_loss': 1e-4}}),
+        ('objective', {'objective': {'name': 'next_token', 'z_loss': 1e-4}}),
         ('checkpoint', {'checkpoint': {'directory': 'elsewhere'}}),
     ],
 )

@@ -6,6 +6,8 @@ The first phase, SFT, teaches the form: the user asks `Please sum 123456+7`, the
 with the sum. It stops when about one answer of three is right. The second phase, GRPO, shows the
 model no answers: it samples 16 answers to each of 16 questions, and a reward of 1 or 0 says which
 are right. pass@1 is measured on 256 sums that neither phase has seen.
+
+Hardware: 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -72,7 +74,7 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
         dict(
             name='rl',
-            steps=6 if smoke else 150,
+            steps=12 if smoke else 150,
             data=dict(
                 name='rollout',
                 task=dict(name='exact_answer', num_prompts=1_000 if smoke else 20_000),
@@ -106,7 +108,7 @@ def get_config(arg: str = '') -> ConfigDict:
             at_start=False,
         ),
     )
-    config.checkpoint = dict(every=10 if smoke else 200)
+    config.checkpoint = dict(every=8 if smoke else 200)
     config.sampling = dict(
         chat=True,
         slots=128,

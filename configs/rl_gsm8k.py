@@ -49,7 +49,7 @@ def get_config(arg: str = '') -> ConfigDict:
             block=dict(num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=128),
         )
     else:
-        config.data.task = dict(name='gsm8k', path='', chat=True)  # give the path
+        config.data.task = dict(name='gsm8k', chat=True)  # give its path
         config.init_from = ''  # give the model; it has the tokenizer, too
     config.objective = dict(name='grpo')
     config.optimizer = dict(

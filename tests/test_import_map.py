@@ -32,9 +32,18 @@ MAP = {
         *('optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('config', 'plan', 'evals', 'rollout', 'ops', 'sampling', 'objectives', 'data', 'data.corpus'),
-        *('data.packing', 'tokenizer', 'chat', 'pretrained', 'pretrained.huggingface'),
-        *('pretrained.orbax', 'state', 'models', 'optim', 'sharding', 'checkpoint', 'report'),
+        *('config', 'plan', 'evals', 'rollout', 'sampling', 'objectives', 'ops', 'data'),
+        *('data.corpus', 'data.packing', 'tokenizer', 'chat', 'pretrained'),
+        *(
+            'pretrained.huggingface',
+            'pretrained.orbax',
+            'state',
+            'models',
+            'optim',
+            'sharding',
+            'checkpoint',
+            'report',
+        ),
         *('metrics', 'storage', 'distributed'),
     },
     # Samples of a task's prompts, judged as in an evaluation, packed as documents are.

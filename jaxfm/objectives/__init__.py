@@ -67,49 +67,82 @@ class PolicyGradientConfig(Group):
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
-        def given(name, value):
-            return name in parts and parts[name] == value
+        return [*cls._find_idle(parts), *cls._find_wrong_bounds(parts), *cls._find_wrong_kl(parts)]
 
+    @classmethod
+    def _find_idle(cls, parts: dict) -> list[Problem]:
+        """Keys that were changed, but do nothing without another."""
         found = []
-        if given('old_logprobs', 'sampler') and parts.get('importance', 'none') != 'none':
-            sentence = (
-                f'importance is {parts["importance"]}, but would do nothing: the ratio compares '
-                'with the log-probs of the sampler already; set old_logprobs=recomputed'
-            )
-            found.append(Problem((('importance',), ('old_logprobs',)), sentence))
+        for name, (key, needed, sentence) in _NEEDS.items():
+            usual = cls.model_fields[name].get_default()
+            is_idle = name in parts and key in parts and parts[key] not in needed
+            if is_idle and parts[name] != usual:
+                sentence = f'{name} {_shown(parts[name])} would do nothing: {sentence}'
+                found.append(Problem(((name,), (key,)), sentence))
+        return found
+
+    @classmethod
+    def _find_wrong_bounds(cls, parts: dict) -> list[Problem]:
+        found = []
         low, high = parts.get('importance_floor', 0.0), parts.get('importance_cap', 2.0)
         if low >= high:
             sentence = f'importance_floor {low:g} must be less than importance_cap {high:g}'
             found.append(Problem((('importance_floor',), ('importance_cap',)), sentence))
-        if given('importance', 'truncate') and low:
-            sentence = f'importance_floor {low:g} would do nothing: truncate cuts only above'
-            found.append(Problem((('importance_floor',), ('importance',)), sentence))
         dual, least = parts.get('dual_clip', 0.0), 1 + parts.get('clip_high', 0.2)
         if dual and dual <= least:
             sentence = f'dual_clip {dual:g} must be more than 1 + clip_high, {least:g}'
             found.append(Problem((('dual_clip',), ('clip_high',)), sentence))
-        if dual and parts.get('clip', 'ppo') != 'ppo':
-            sentence = f'dual_clip {dual:g} would do nothing: it belongs to clip ppo'
-            found.append(Problem((('dual_clip',), ('clip',)), sentence))
-        if given('clip', 'ppo') and parts.get('clip_low', 0.2) >= 1:
+        if parts.get('clip') == 'ppo' and parts.get('clip_low', 0.2) >= 1:
             sentence = f'must be less than 1 with clip ppo, got {parts["clip_low"]:g}'
             found.append(Problem.at(('clip_low',), sentence))
-        if parts.get('kl') and given('kl_weighted', True) and given('kl_estimator', 'k2'):
-            sentence = (
-                'with kl_weighted, the gradient of k2 is not that of the divergence; set '
-                'kl_weighted=False, or kl_estimator to k1 or k3'
-            )
-            found.append(Problem((('kl_weighted',), ('kl_estimator',)), sentence))
-        if parts.get('kl') and given('kl_weighted', False) and given('kl_estimator', 'k1'):
-            sentence = (
-                'without kl_weighted, the gradient of k1 does not depend on the reference; set '
-                'kl_weighted=True, or kl_estimator to k2 or k3'
-            )
-            found.append(Problem((('kl_weighted',), ('kl_estimator',)), sentence))
-        if parts.get('length', 1) != 1 and parts.get('aggregation', 'sum') != 'sum':
-            sentence = f'length {parts["length"]} would do nothing: it belongs to aggregation sum'
-            found.append(Problem((('length',), ('aggregation',)), sentence))
         return found
+
+    @classmethod
+    def _find_wrong_kl(cls, parts: dict) -> list[Problem]:
+        """Estimators whose gradient is not that of the divergence, or that are not used."""
+        if not {'kl', 'kl_weighted', 'kl_estimator'} <= parts.keys():
+            return []
+        if not parts['kl']:
+            changed = [
+                name
+                for name in ('kl_weighted', 'kl_estimator')
+                if parts[name] != cls.model_fields[name].default
+            ]
+            return [
+                Problem(((name,), ('kl',)), f'{name} {parts[name]} would do nothing: kl is 0')
+                for name in changed
+            ]
+        wrong = {
+            (True, 'k2'): 'with kl_weighted, the gradient of k2 is not that of the divergence; set '
+            'kl_weighted=False, or kl_estimator to k1 or k3',
+            (False, 'k1'): 'without kl_weighted, the gradient of k1 does not depend on the '
+            'reference; set kl_weighted=True, or kl_estimator to k2 or k3',
+        }
+        sentence = wrong.get((parts['kl_weighted'], parts['kl_estimator']))
+        return [Problem((('kl_weighted',), ('kl_estimator',)), sentence)] if sentence else []
+
+
+def _shown(value) -> str:
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+# {key: (another key, the values of it with which the key does something, what it belongs to)}
+_NEEDS = {
+    'importance': (
+        'old_logprobs',
+        ('recomputed',),
+        'the ratio compares with the log-probs of the sampler already; set old_logprobs=recomputed',
+    ),
+    **dict.fromkeys(
+        ('importance_level', 'importance_cap'),
+        ('importance', ('truncate', 'mask'), 'it belongs to importance truncate or mask'),
+    ),
+    'importance_floor': ('importance', ('mask',), 'it belongs to importance mask'),
+    'dual_clip': ('clip', ('ppo',), 'it belongs to clip ppo'),
+    'clip_low': ('clip', ('ppo',), 'it belongs to clip ppo'),
+    'clip_high': ('clip', ('ppo', 'cispo'), 'it belongs to clip ppo or cispo'),
+    'length': ('aggregation', ('sum',), 'it belongs to aggregation sum'),
+}
 
 
 class GRPOConfig(PolicyGradientConfig):

@@ -26,6 +26,7 @@ MODULES = (
     'jaxfm.objectives',
     'jaxfm.optim',
     'jaxfm.pretrained',
+    'jaxfm.rollout',
     'jaxfm.sampling',
     'jaxfm.sampling.strategies',
     'jaxfm.tasks',

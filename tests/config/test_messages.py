@@ -248,6 +248,10 @@ objective.name=grpo objective.old_logprobs=recomputed objective.importance=trunc
 objective.name=grpo objective.dual_clip=1.2
 objective.name=cispo objective.dual_clip=6
 objective.name=gspo objective.clip_low=1
+objective.name=grpo objective.importance_cap=3 objective.importance_level=sequence
+objective.name=cispo objective.clip_low=0.1
+objective.name=policy_gradient objective.clip=none objective.clip_high=0.1
+objective.name=rloo objective.kl_estimator=k1 objective.kl_weighted=false
 objective.name=dapo objective.length=512
 objective.name=dapo objective.kl=0.1 objective.kl_estimator=k2
 objective.name=dapo objective.kl=0.1 objective.kl_estimator=k1 objective.kl_weighted=false

@@ -18,6 +18,8 @@ from jaxfm.run.phase import make_phases
 from jaxfm.state import split
 
 ROOT = Path(__file__).resolve().parents[2]
+# {config: its override that names the user's file}.
+PATHS = {'sft.py': 'data.path=my.jsonl', 'rl_gsm8k.py': 'data.task.path=train.jsonl'}
 FILES = sorted(path.relative_to(ROOT) for path in (ROOT / 'configs').glob('*.py'))
 
 
@@ -30,12 +32,12 @@ def _at_the_root(monkeypatch):
 @pytest.mark.parametrize('path', FILES, ids=str)
 def test_every_config_builds(path, arg, tmp_path):
     overrides = []
-    if path.name == 'pretrained.py' or (path.name == 'sft.py' and not arg):
+    if path.name == 'pretrained.py' or (path.name in PATHS and not arg):
         # Only the user can provide these: a model and chats.
         write_config(load_config('configs/quickstart.py'), tmp_path / 'config.json')
         overrides = [f'init_from={tmp_path}']
-    if path.name == 'sft.py' and not arg:
-        overrides.append('data.path=my.jsonl')
+    if path.name in PATHS and not arg:
+        overrides.append(PATHS[path.name])
     load_config(f'{path}{arg}', overrides)
 
 
@@ -49,7 +51,8 @@ def test_fine_tuning_asks_for_chats(tmp_path):
 def test_smoke_is_short_and_saves_at_least_three_checkpoints(path):
     smoke = load_config(f'{path}:smoke')
     assert smoke.total_steps <= 60
-    assert {phase.data.name for phase in smoke.all_phases} <= {'python_stdlib', 'problems'}
+    generated = {'python_stdlib', 'problems', 'rollout'}
+    assert {phase.data.name for phase in smoke.all_phases} <= generated
     assert smoke.total_steps // smoke.checkpoint.every >= 3
 
 

@@ -261,6 +261,7 @@ def test_commands_are_found_in_every_place():
         ('tools.corpus build --config FILE --config.data.pth=x', ConfigError, 'pth'),
         ('tools.corpus decode --config configs/lifecycle.py --phase rl', UsageError, 'rl'),
         ('tools.corpus inspect --config configs/lifecycle.py', UsageError, 'phase is needed'),
+        ('tools.corpus decode --config configs/rl_addition.py --phase rl', UsageError, 'samples'),
         ('tools.corpus bild --config FILE', UsageError, 'bild'),
         ('tools.checkpoint verify DIR --stp N', UsageError, '--stp'),
         ('tools.bench.gpu --part kernel|train --out DIR', SystemExit, '2'),

@@ -28,6 +28,7 @@ from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.corpus.build import Corpus, make_corpus, verify_corpus
 from jaxfm.data.dataset import Dataset, open_dataset
 from jaxfm.errors import MissingInputError, RunError, UsageError
+from jaxfm.rollout import RolloutConfig
 from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import Tokenizer
 
@@ -176,6 +177,11 @@ def _phase(flags, overrides: list[str]) -> tuple[RunConfig, PhaseConfig, int]:
             known = known if config.phases else 'this run has one phase, leave the option out'
             raise UsageError(f'--phase {flags.phase or "is needed"}: {known}')
     index = names.index(flags.phase)
+    if isinstance(phases[index].data, RolloutConfig):
+        raise UsageError(
+            f'phase {flags.phase or "of this run"} samples its batches: it has no corpus; '
+            'samples/ in its work directory has what it trains on'
+        )
     return config, phases[index], (config.seed + index) % 2**32
 
 

@@ -19,13 +19,20 @@ from jaxfm.report.series import (
 # Training steps are green, wasted time is red.
 _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C6', 'C2', 'C9', 'C5', 'C8', 'C3', 'C7')))
 
+# Of reinforcement learning: whether it gets better, and the ways in which it goes wrong.
+_REWARDS = (
+    *('rollout/reward', 'rollout/length', 'train/entropy_estimate', 'rollout/flat_groups'),
+    *('rollout/truncated', 'train/ratio_max', 'train/reference_kl', 'train/clip_fraction'),
+)
+
 
 def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list[Path]:
-    """Draws {loss,norms,eval,samples,throughput,goodput,lengths}.png, as far as there is data.
+    """Draws {rewards,loss,norms,eval,samples,throughput,goodput,lengths}.png, as far as there is data.
 
     data, config: as from `collect_data` and `read_config`. Returns the paths of the files.
     """
     panels = {
+        'rewards': [[n] for n in _REWARDS if n in series],
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
         'norms': norms_by_group(series),
         'eval': _eval_panels(series),

@@ -137,6 +137,20 @@ def test_the_report_shows_steps_that_were_skipped_spikes_and_norms(tmp_path):
     assert (tmp_path / 'plots' / 'norms.png').exists()
 
 
+def test_the_report_of_a_run_that_learns_from_rewards_begins_with_them(tmp_path):
+    recorder = Recorder(JsonlWriter(tmp_path / 'metrics.jsonl'))
+    for step in (1, 2, 3):
+        bounds = {
+            f'rollout/reward{end}': step / 4 + by for end, by in (('_low', -0.1), ('_high', 0.1))
+        }
+        recorder.write(step, 'perf', {'rollout/reward': step / 4, 'rollout/length': 7.0} | bounds)
+        recorder.write(step, 'train', {'train/loss': 0.0, 'train/ratio_max': 1.0})
+    recorder.close()
+    page = write_report(tmp_path).read_text()
+    assert page.index('rewards') < page.index('loss')
+    assert (tmp_path / 'plots' / 'rewards.png').exists()
+
+
 @pytest.mark.parametrize('content', [None, '', '{"step": 1, "ki', '{"step": 1, "kind": "event"}\n'])
 def test_a_run_with_nothing_recorded_has_a_report(tmp_path, content):
     if content is not None:

@@ -1,7 +1,5 @@
 """Tasks for tests of rollouts, named in configs as `tests.rollout.tasks:Ascii`."""
 
-import time
-
 from jaxfm.schema import Group
 from jaxfm.tasks.base import Prompt, Task
 
@@ -20,17 +18,3 @@ class Ascii(Task):
 
     def evaluate(self, prompt, completion):
         return sum(letter.isascii() for letter in completion) / max(len(completion), 1)
-
-
-class Faulty(Ascii):
-    """Judges some prompts in ways that a judge must not."""
-
-    def reward(self, prompt, completion):
-        kind = int(prompt.id) % 4
-        if kind == 1:
-            raise ValueError('no verifier')
-        if kind == 2:
-            return float('nan')
-        if kind == 3:
-            time.sleep(60)
-        return super().reward(prompt, completion)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 import types
 
 import numpy as np
@@ -36,6 +37,8 @@ class Digits(Task):
         return float(int(completion[0]))
 
     def reward(self, prompt, completion):
+        if completion.startswith('h'):
+            time.sleep(60)
         return float('nan') if completion.startswith('n') else self.evaluate(prompt, completion)
 
     def stop(self, prompt, completion):
@@ -183,8 +186,8 @@ def test_if_nothing_varies_the_step_has_no_gradient(make):
 
 
 def test_a_sample_that_cannot_be_judged_is_left_out_and_counted(make):
-    scripts = dict.fromkeys(SCRIPTS, '01x1') | {'a': '01n1', 'bb': '0!11'}
-    source = make(Engine(scripts), prompts=6, batch_size=24, write_every=1)
+    scripts = dict.fromkeys(SCRIPTS, '01x1') | {'a': '01n1', 'bb': '0!11', 'd': '01h1'}
+    source = make(Engine(scripts), prompts=6, batch_size=24, write_every=1, call_seconds=0.2)
     batch = source.next(None, 0)
     assert sorted({letters[0] for letters, _ in learned(batch)}) == ['0', '1']
     assert len(learned(batch)) == 18
@@ -196,6 +199,7 @@ def test_a_sample_that_cannot_be_judged_is_left_out_and_counted(make):
     assert errors == {
         '',
         'NaN logits',
+        'TimeoutError: took longer than 0.2 s',
         'the reward is nan, but must be a finite number',
         "ValueError: invalid literal for int() with base 10: 'x'",
     }

@@ -32,7 +32,7 @@ def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list
     data, config: as from `collect_data` and `read_config`. Returns the paths of the files.
     """
     panels = {
-        'rewards': [[n] for n in _REWARDS if n in series],
+        'rewards': [[n] for n in _REWARDS if _varies(series.get(n, ()))],
         'loss': [[n] for n in sorted(series) if n.startswith('train/') and 'loss' in n],
         'norms': norms_by_group(series),
         'eval': _eval_panels(series),
@@ -54,6 +54,11 @@ def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list
         directory.mkdir(parents=True, exist_ok=True)
         drawn.append(_plot_lengths(histograms, directory / 'lengths.png'))
     return drawn
+
+
+def _varies(points) -> bool:
+    """Whether a curve of these (step, value) is worth a plot."""
+    return len({value for _, value in points}) > 1
 
 
 def _histograms(data: dict[str, dict[str, Any]]) -> dict[str, dict[str, int]]:

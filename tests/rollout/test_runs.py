@@ -6,7 +6,7 @@ import pytest
 
 from jaxfm.evals.samples import read_samples
 from jaxfm.metrics.writers import read_records
-from tests.runs import assert_same_state, finish, measured
+from tests.runs import assert_same_state, finish, measured, start_ranks
 
 PHASES = """
     text, adamw = config.data, config.optimizer
@@ -47,9 +47,12 @@ FIRST, LAST = 2, 12  # steps of the phase
 
 
 @pytest.fixture(scope='module')
-def train(tiny):
-    config = tiny.derive('rollout', PHASES)
+def config(tiny):
+    return tiny.derive('rollout', PHASES)
 
+
+@pytest.fixture(scope='module')
+def train(tiny, config):
     def run(workdir, *more):
         finish(tiny.start(workdir, *more, config=config, devices=2))
 
@@ -125,3 +128,16 @@ def test_time_and_tokens_are_those_of_samples(whole):
     assert record['perf/total_tokens'] < 2 * 8 * 32 + 10 * 16 * 32  # rows are not full
     assert record['rollout/prompts'] == 10 * 4
     assert record['rollout/epochs'] == 2
+
+
+def test_two_processes_sample_and_train_as_one(tiny, config, whole, tmp_path):
+    def start(workdir, **environment):
+        return tiny.start(workdir, config=config, **environment)
+
+    for process in start_ranks(start, tmp_path / 'two'):
+        finish(process)
+    for ours, theirs in zip(steps_of(tmp_path / 'two'), steps_of(whole)):
+        for name in ('rollout/reward', 'rollout/length', 'train/ratio_max'):
+            assert ours[name] == theirs[name]
+        assert ours['train/loss'] == pytest.approx(theirs['train/loss'], abs=2e-6)
+        assert ours['train/grad_norm'] == pytest.approx(theirs['train/grad_norm'], rel=2e-5)

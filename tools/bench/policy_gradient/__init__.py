@@ -1,0 +1,1 @@
+"""The bias and the variance of every policy-gradient estimator, against the true gradient."""

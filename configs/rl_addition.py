@@ -61,7 +61,7 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
         dict(
             name='sft',
-            steps=10 if smoke else 60,
+            steps=10 if smoke else 25,
             data=dict(**chats, **rows),
             optimizer=dict(
                 name='adamw',
@@ -74,27 +74,28 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
         dict(
             name='rl',
-            steps=12 if smoke else 150,
+            steps=12 if smoke else 125,
             data=dict(
                 name='rollout',
                 task=dict(name='exact_answer', num_prompts=1_000 if smoke else 20_000),
                 documents=chats,
                 prompts=16,
                 samples=4 if smoke else 16,
-                sequence_length=128,
-                batch_size=32 if smoke else 128,
+                sequence_length=48,  # one sample a row
+                batch_size=64 if smoke else 256,
                 max_tokens=12,
                 filter='zero_variance',
             ),
             objective=dict(name='dapo'),
             optimizer=dict(
-                name='adamw',
-                learning_rate=0.001,
-                warmup_steps=0,
+                name='muon',
+                muon_learning_rate=0.003,
+                learning_rate=0.0015,
+                warmup_steps=5,
                 schedule='linear',
                 final_fraction=0.1,
                 weight_decay=0.0,
-                accumulate=2 if smoke else 4,
+                accumulate=2,
             ),
         ),
     ]

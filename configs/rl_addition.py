@@ -2,12 +2,15 @@
 
     python -m jaxfm.main --config configs/rl_addition.py
 
-The first phase, SFT, teaches the form: the user asks `Please sum 123456+7`, the assistant answers
-with the sum. It stops when about one answer of three is right. The second phase, GRPO, shows the
-model no answers: it samples 16 answers to each of 16 questions, and a reward of 1 or 0 says which
-are right. pass@1 is measured on 256 sums that neither phase has seen.
+Pre-training shows sums as lines of text. SFT teaches the form: the user asks `Please sum 123456+7`,
+the assistant answers with the sum; it stops long before all answers are right. The last phase shows
+the model no answers: it samples 16 answers to each of 16 questions, and a reward of 1 or 0 says
+which are right (DAPO, a form of GRPO). pass@1 is measured on 256 sums that no phase has seen.
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores, under four minutes. Expect a pass@1 of 0.23 (95 % interval 0.19 to 0.29)
+after SFT and of 0.98 (0.96 to 0.99) after the rewards. That is with the seed 0. Rewards can only
+raise what a model does at times: with the seeds 1 and 2, pre-training does not find out how to add,
+SFT ends at 0.05 and 0.07, and the rewards at 0.13 and 0.11 (2026-11-30).
 """
 
 from ml_collections import ConfigDict

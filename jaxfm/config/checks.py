@@ -201,6 +201,18 @@ def rollouts_fit(run, prefix):
         yield Problem((path, room), sentence)
 
 
+@reads('data', 'optimizer')
+def losses_can_be_judged(run, prefix):
+    policy = run.optimizer.spikes.policy
+    if run.data.name == 'rollout' and policy in ('skip', 'rewind'):
+        path, data = path_to('optimizer.spikes.policy', prefix), path_to('data.name', prefix)
+        sentence = (
+            f'{format_path(path)} {policy}: the loss of a policy gradient is about 0, so none is a '
+            f'spike; with {format_path(data)} rollout it must be off, or warn, which does nothing'
+        )
+        yield Problem((path, data), sentence)
+
+
 @reads('tokenizer', 'data')
 def tokenizer_has_text(run, prefix):
     if prefix in ((), ('phases', 0)) and run.data.name == 'rollout' and run.tokenizer.name == 'bpe':
@@ -401,5 +413,6 @@ PHASE_CHECKS = (
     rows_are_one_document,
     objective_fits_data,
     rollouts_fit,
+    losses_can_be_judged,
     tokenizer_has_text,
 )

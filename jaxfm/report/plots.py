@@ -27,7 +27,9 @@ _REWARDS = (
 
 
 def draw_plots(series: Series, data: dict, config: Any, directory: Path) -> list[Path]:
-    """Draws {rewards,loss,norms,eval,samples,throughput,goodput,lengths}.png, as far as there is data.
+    """Draws {rewards,loss,norms,eval,samples,throughput,goodput,lengths}.png.
+
+    Each as far as there is data for it.
 
     data, config: as from `collect_data` and `read_config`. Returns the paths of the files.
     """

@@ -100,8 +100,12 @@ class Phase:
         )
 
     def spikes(self) -> Spikes:
-        """Judges the losses of this phase."""
-        return Spikes(self.config.optimizer.spikes)
+        """Judges the losses of this phase.
+
+        Not those of a policy gradient: they are about 0, and a larger one is no mishap.
+        """
+        spikes = self.config.optimizer.spikes
+        return Spikes(spikes.model_copy(update={'policy': 'off'}) if self.is_rollout else spikes)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and shardings of a batch, for lowering."""

@@ -378,6 +378,7 @@ rollout.py tokenizer.name=bpe
 rollout.py evals.loss.name=loss
 rollout.py evals.code={'name':'generate','task':{'name':'python_functions'}}
 rollout.py optimizer.accumulate=3
+rollout.py optimizer.spikes.policy=rewind
 rollout.py data.batch_size=6 mesh.fsdp=4
 rollout.py model.implementations.one_document=true
 rewarded.py evals.loss={'name':'loss','phase':'second'}

@@ -28,7 +28,7 @@ def get_config(arg: str = '') -> ConfigDict:
         name='transformer',
         vocab_size=258,
         embed_dim=128,
-        num_layers=3,
+        num_layers=1 if smoke else 3,
         block=dict(
             num_heads=2,
             num_kv_heads=2,
@@ -106,7 +106,7 @@ def get_config(arg: str = '') -> ConfigDict:
         sums=dict(
             name='generate',
             phase='sft',
-            task=dict(name='exact_answer', num_prompts=256),
+            task=dict(name='exact_answer', num_prompts=32 if smoke else 256),
             max_tokens=12,
             every=0 if smoke else 50,
             at_start=False,

@@ -14,7 +14,7 @@ def run(tiny, workdir, name):
     return list(read_records(workdir / 'metrics.jsonl'))
 
 
-@pytest.mark.parametrize('name', ['rl_addition', 'rl_gsm8k'])
+@pytest.mark.parametrize('name', ['rl_gsm8k', pytest.param('rl_addition', marks=pytest.mark.slow)])
 def test_smoke_samples_and_trains_to_the_end(tiny, tmp_path, name):
     records = run(tiny, tmp_path / 'run', f'{name}.py:smoke')
     rewards = [record['rollout/reward'] for record in records if 'rollout/reward' in record]

@@ -134,7 +134,7 @@ def put(kit):
 
 
 def prefetched(kit):
-    return Made(Maker(), put(kit))
+    return Made(Maker(), put(kit), ROWS * LENGTH)
 
 
 def poisoned(*numbers):

@@ -7,8 +7,9 @@ from jaxfm.data.loader import Batches
 class Made(Batches):
     """The batches of a maker with `make()`, `get_state()` and `set_state(state)`."""
 
-    def __init__(self, maker, put=None):
+    def __init__(self, maker, put=None, tokens=0):
         super().__init__({'made': 1.0}, batch_size=1, rows=None, put=put)
+        self.sequence_length = tokens
         self._maker, self._position = maker, maker.get_state()
         self._position_keys = frozenset(self._position)
 
@@ -20,8 +21,6 @@ class Made(Batches):
 
     def _identity(self):
         return {}
-
-    sequence_length = 1
 
     def delivered(self):
         return {'batches': next(iter(self._position.values()))}

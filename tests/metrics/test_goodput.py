@@ -11,10 +11,12 @@ from jaxfm.metrics.writers import JsonlWriter, Recorder
 DAY = 86_400
 
 
-def test_records_have_every_bucket_and_the_share_of_steps():
+def test_records_have_every_bucket_and_the_share_of_what_trains():
     account = {bucket: 2.0 * index for index, bucket in enumerate(goodput.BUCKETS)}
     values = goodput.values(account)
-    assert values.pop('goodput/ratio') == account['step'] / sum(account.values())
+    assert values.pop('goodput/ratio') == (account['step'] + account['generate']) / sum(
+        account.values()
+    )
     assert sum(values.values()) == sum(account.values())
     assert list(values) == [f'goodput/{bucket}_seconds' for bucket in goodput.BUCKETS]
 

@@ -75,7 +75,7 @@ class Context:
             'weights': self.weights(step),
             'options': given | options,
             'seed': self.seed,
-            'subject': _digest(subject),
+            'subject': digest_of(subject),
         }
         path = None
         if self.samples_directory:
@@ -83,7 +83,8 @@ class Context:
         return Samples(path, header, self.goes_on)
 
 
-def _digest(subject: Iterable) -> str:
+def digest_of(subject: Iterable) -> str:
+    """A digest of values that are JSON, or a task's own; the same in every process."""
     digest = hashlib.sha256()
     for each in subject:
         digest.update(json.dumps(each, default=_as_json).encode())

@@ -1,14 +1,13 @@
 """The prompts of a rollout: those of a task, as token ids, in an endless shuffled order."""
 
 import functools
-import hashlib
-import json
 import logging
 import zlib
 
 from jaxfm.data import SOURCES
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
+from jaxfm.evals.base import digest_of
 from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.rollout import RolloutConfig
 from jaxfm.sampling import stop_ids_of
@@ -79,10 +78,7 @@ class Prompts:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with any prompt, and with what its completions are compared with."""
-        digest = hashlib.sha256()
-        for prompt, ids in zip(self._prompts, self._ids):
-            digest.update(json.dumps([vars(prompt), ids], default=repr).encode())
-        return digest.hexdigest()[:16]
+        return digest_of([vars(prompt), ids] for prompt, ids in zip(self._prompts, self._ids))
 
     def request(self, number: int) -> tuple:
         """-> prompt `number` of the order, and the request for its samples."""

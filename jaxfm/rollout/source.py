@@ -90,6 +90,8 @@ class Rollouts:
             self._prompts.task, config.thinking, config.call_seconds, context.tokenizer
         )
         self._check_rows()
+        self._check_processes()
+        self._has_warned = False
         self._next = 0  # the number of the next prompt
         self.tokens = 0
         self._seen = _Statistics()
@@ -105,6 +107,16 @@ class Rollouts:
                 f'{longest} tokens: set batch_size={wanted}, or lower prompts or samples'
             )
 
+    def _check_processes(self) -> None:
+        """Raises DataError unless every process has the same prompts: all sample together."""
+        every = agree.exchange(f'prompts/{self._where}', self._prompts.fingerprint)
+        for index, theirs in every.items():
+            if theirs != every[0]:
+                raise DataError(
+                    f'config.data.task: processes 0 and {index} have different prompts: copy the '
+                    'files again'
+                )
+
     def next(self, params, step: int) -> dict[str, jax.Array]:
         """Samples from these weights, judges, and packs -> the batch of a step.
 
@@ -116,6 +128,7 @@ class Rollouts:
         with jax.transfer_guard('allow'):  # the engine is driven from the host
             sampled, groups = self._collect(params, step)
             _check_any(sampled, step)
+            self._warn_of_failed(sampled, step)
             samples = self._learn_from(groups)
             batch = make_batch(
                 samples,
@@ -192,6 +205,16 @@ class Rollouts:
             over = len(sample.tokens) - (config.max_tokens - config.overlong_tokens)
             reward -= config.overlong_penalty * max(0, over) / config.overlong_tokens
         return reward, ''
+
+    def _warn_of_failed(self, groups: list[Group], step: int) -> None:
+        """Tells of the first samples of the phase without a reward; records count them all."""
+        errors = [error for group in groups for error in group.errors]
+        if any(errors) and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                'step %d: %d of %d samples have no reward and are left out; the first: %s',
+                *(step, sum(map(bool, errors)), len(errors), next(filter(None, errors))),
+            )
 
     def _learn_from(self, groups: list[Group]) -> list[Sample]:
         """All samples that have a token, with their advantages."""

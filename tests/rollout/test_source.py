@@ -185,10 +185,15 @@ def test_if_nothing_varies_the_step_has_no_gradient(make):
     assert source.progress()['rollout/flat_groups'] == 1
 
 
-def test_a_sample_that_cannot_be_judged_is_left_out_and_counted(make):
+def test_a_sample_that_cannot_be_judged_is_left_out_counted_and_told(make, caplog):
     scripts = dict.fromkeys(SCRIPTS, '01x1') | {'a': '01n1', 'bb': '0!11', 'd': '01h1'}
     source = make(Engine(scripts), prompts=6, batch_size=24, write_every=1, call_seconds=0.2)
-    batch = source.next(None, 0)
+    batch = source.next(None, 3)
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1
+    assert told[0].startswith(
+        'step 3: 6 of 24 samples have no reward and are left out; the first: '
+    )
     assert sorted({letters[0] for letters, _ in learned(batch)}) == ['0', '1']
     assert len(learned(batch)) == 18
     # Leave-one-out of the three that are left.
@@ -269,6 +274,22 @@ def test_rows_that_may_not_hold_all_samples_are_refused(make):
     make(batch_size=6, sequence_length=12)
     with pytest.raises(ConfigError, match='set batch_size=12'):
         make(batch_size=6, sequence_length=12, packing='none')
+
+
+def test_processes_with_other_prompts_are_refused(make, monkeypatch):
+    monkeypatch.setattr(
+        'jaxfm.distributed.agree.exchange', lambda name, value: {0: 'other', 1: value}
+    )
+    with pytest.raises(DataError, match='processes 0 and 1 have different prompts'):
+        make()
+
+
+def test_a_step_of_empty_completions_has_nothing_to_learn(make):
+    source = make(Engine(dict.fromkeys(SCRIPTS, '0000'), tail=''), stop=['0'])
+    source.engine._event = lambda request, index, letter: Event(
+        request.id, [], [], [], 'stop', index, text='0'
+    )
+    assert not source.next(None, 0)['loss_mask'].any()
 
 
 def test_a_task_may_stop_a_sample(make):

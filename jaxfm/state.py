@@ -365,17 +365,43 @@ def _nonzero(weight):
     return jnp.where(weight > 0, weight, 1.0)
 
 
-def _accumulate(gradients, batch, count: int, skip_empty: bool):
-    """Sums `gradients(microbatch, index)` over `count` microbatches."""
+def _split_batch(batch, count: int):
+    """Arrays [B, T] -> [count, B / count, T].
 
-    def microbatches(rows):
-        # Reshape to (B / k, k) and swap, so that every device keeps its own rows. Reshaping to
-        # (k, B / k) would move them all between devices.
+    Reshapes to (B / k, k) and swaps, so that every device keeps its own rows. Reshaping to
+    (k, B / k) would move them all between devices.
+    """
+
+    def split_rows(rows):
         spec = sharding.activation('batch', 'microbatch', 'position')
         shape = (rows.shape[0] // count, count) + rows.shape[1:]
         return jnp.moveaxis(jnp.reshape(rows, shape, out_sharding=spec), 1, 0)
 
-    batches = jax.tree.map(microbatches, batch)
+    return jax.tree.map(split_rows, batch)
+
+
+def map_microbatches(function, batch, count: int):
+    """`function(microbatch)`, [B / count, T], of all microbatches together: [B, T].
+
+    Microbatches without a target that counts are not computed; they give 0.
+    """
+    if count == 1:
+        return function(batch)
+
+    def compute(microbatch):
+        mask_BT = microbatch['loss_mask']
+        return lax.cond(
+            jnp.any(mask_BT > 0), function, lambda _: jnp.zeros_like(mask_BT), microbatch
+        )
+
+    parts = jnp.moveaxis(lax.map(compute, _split_batch(batch, count)), 0, 1)
+    shape = batch['loss_mask'].shape
+    return jnp.reshape(parts, shape, out_sharding=sharding.activation('batch', 'position'))
+
+
+def _accumulate(gradients, batch, count: int, skip_empty: bool):
+    """Sums `gradients(microbatch, index)` over `count` microbatches."""
+    batches = _split_batch(batch, count)
     first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], batches), 0)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding and x.sharding.spec), first

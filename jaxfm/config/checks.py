@@ -179,14 +179,20 @@ def objective_fits_data(run, prefix):
         yield Problem((data, objective), sentence)
     if not (is_rollout and is_policy_gradient):
         return
-    needs_group = run.objective.baseline == 'leave_one_out' or run.objective.scale == 'group'
-    if run.data.samples == 1 and needs_group:
-        samples = path_to('data.samples', prefix)
+    parts = {run.objective.baseline, run.objective.scale}
+    samples, prompts = path_to('data.samples', prefix), path_to('data.prompts', prefix)
+    if run.data.samples == 1 and parts & {'group', 'leave_one_out'}:
         sentence = (
             f'{format_path(samples)} is 1, but {format_path(objective)} {run.objective.name} '
             'compares the samples of a prompt: it needs at least 2'
         )
         yield Problem((samples, objective), sentence)
+    elif run.data.samples * run.data.prompts == 1 and 'batch' in parts:
+        sentence = (
+            f'{format_path(prompts)} x {format_path(samples)} is 1, but {format_path(objective)} '
+            f'{run.objective.name} compares the samples of a step: it needs at least 2'
+        )
+        yield Problem((prompts, samples, objective), sentence)
 
 
 @reads('data', 'sampling')
@@ -207,8 +213,8 @@ def losses_can_be_judged(run, prefix):
     if run.data.name == 'rollout' and policy in ('skip', 'rewind'):
         path, data = path_to('optimizer.spikes.policy', prefix), path_to('data.name', prefix)
         sentence = (
-            f'{format_path(path)} {policy}: the loss of a policy gradient is about 0, so none is a '
-            f'spike; with {format_path(data)} rollout it must be off, or warn, which does nothing'
+            f'{format_path(path)} {policy}: the loss of a policy gradient does not measure the '
+            f'weights, so with {format_path(data)} rollout none is judged; set it to off'
         )
         yield Problem((path, data), sentence)
 

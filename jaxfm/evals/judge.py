@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import numbers
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.thinking import visible
 
 log = logging.getLogger('jaxfm')
+
+MAX_REWARD = 1e6  # far larger ones would overflow in the gradient, and take all samples with them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +95,8 @@ class Judge:
             return math.nan, sample.error
         shown = self.visible(self.marked_text(sample))
         reward, error = self._try(self._task.reward, prompt, shown or '')
-        is_number = isinstance(reward, numbers.Real) and math.isfinite(reward)
-        if not error and not is_number:
-            error = f'the reward is {reward!r}, but must be a finite number'
+        if not error and not (isinstance(reward, numbers.Real) and abs(reward) <= MAX_REWARD):
+            error = f'the reward is {reprlib.repr(reward)}, but must be a number from -1e6 to 1e6'
         return (math.nan, error) if error else (float(reward), '')
 
     def _judge(self, prompt: Prompt, text: str) -> Verdict:

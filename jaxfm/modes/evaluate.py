@@ -46,7 +46,8 @@ def evaluate(flags, config: RunConfig, changes) -> int:
         if step is not None and run.phases:
             position = run.reader().read_manifest(step)['extra']['source']
             phase = run.phase_at(step)
-            phase.batches(data.datasets[phase.name]).set_state(position)
+            if not phase.is_rollout:
+                phase.batches(data.datasets[phase.name]).set_state(position)
         _check_samples(evaluators, step or 0)
         scores = {}
         for name, evaluator in evaluators.items():

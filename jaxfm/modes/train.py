@@ -73,6 +73,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         back = restart.Restart(run, checkpointer, wanted, sources, spikes, clock)
         restored = back.restore(flags.allow_change, flags.resume_step)
         state, step, position = restored or (initial_state(run), None, 0)
+        _prepare(run, sources, restored)
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
         if flags.resume_step is not None:
@@ -172,6 +173,17 @@ def _run_phases(
     return state
 
 
+def _prepare(run: Run, sources: list[Source], restored: tuple | None) -> None:
+    """Loads what the first phase to run needs besides its state, before any file changes."""
+    step = restored[1] if restored else 0
+    phase, source = next(
+        (pair for pair in zip(run.phases, sources) if pair[0].first <= step < pair[0].last),
+        (None, None),
+    )
+    if phase is not None and phase.is_rollout:
+        source.prepare()
+
+
 def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitStack) -> Source:
     if phase.is_rollout:
         samples = run.workdir / 'samples' if run.primary else None
@@ -202,11 +214,15 @@ def _record_contamination(recorder: Recorder, run: Run, data: RunData, evaluator
         and hasattr(evaluators[name], 'prompt_texts')  # an outside class may have none
     }
     for phase in run.phases if run.primary else ():
+        if phase.is_rollout and asking:
+            log.info(
+                'phase %s: which prompts it shares with evaluations is not measured', phase.name
+            )
+        if phase.is_rollout:
+            continue
         recorder.phase = phase.name
         for name, max_bytes in asking.items():
             prompts = evaluators[name].prompt_texts
-            if phase.is_rollout:
-                continue
             found = contamination.measure(data.datasets[phase.name], prompts, max_bytes=max_bytes)
             values = {f'data/contamination/{name}/{key}': value for key, value in found.items()}
             recorder.write(run.config.total_steps, 'event', values)

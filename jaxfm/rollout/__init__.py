@@ -8,7 +8,7 @@ from pydantic import Field
 from jaxfm.data import SOURCES
 from jaxfm.evals import ThinkingConfig
 from jaxfm.registry import one_of
-from jaxfm.sampling import MAX_INT32, MAX_SAMPLES, MAX_STOPS, MaxTokens, StopString
+from jaxfm.sampling import MAX_INT32, MAX_SAMPLES, MaxTokens
 from jaxfm.schema import Group, Problem
 from jaxfm.tasks import TASKS
 
@@ -43,8 +43,6 @@ class RolloutConfig(Group):
     # A prompt that leaves no room for its completion: stop the run, or leave the prompt out.
     too_long: Literal['error', 'drop'] = 'error'
     max_tokens: MaxTokens = 128  # of a completion
-    # A completion ends before one of these.
-    stop: list[StopString] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
     temperature: Annotated[float, _neutral(1)] = 1.0
     top_k: Annotated[int, _neutral(0)] = 0

@@ -38,8 +38,8 @@ class Prompts:
         )
         self._leave_out_long(where, min(config.sequence_length + 1, context.sampler.longest))
         self.longest = max(map(len, self._ids))
-        for number in range(len(self._prompts)):
-            context.sampler.check(self.request(number)[1])
+        for place in range(len(self._prompts)):
+            context.sampler.check(self._request(place, 0))
 
     def _leave_out_long(self, where: str, most: int) -> None:
         room = most - self._config.max_tokens
@@ -82,19 +82,24 @@ class Prompts:
 
     def request(self, number: int) -> tuple:
         """-> prompt `number` of the order, and the request for its samples."""
-        from jaxfm.data.order import shuffle
+        place = self._order[number]
+        return self._prompts[place], self._request(place, number)
 
-        place = shuffle(range(len(self._prompts)), self._seed)[number]
-        config = self._config
-        return self._prompts[place], Request(
+    @functools.cached_property
+    def _order(self):
+        from jaxfm.data.order import shuffle  # imports Grain, which takes a third of a second
+
+        return shuffle(range(len(self._prompts)), self._seed)
+
+    def _request(self, place: int, number: int) -> Request:
+        return Request(
             id=str(number),
             tokens=self._ids[place],
-            max_tokens=config.max_tokens,
+            max_tokens=self._config.max_tokens,
             # A prompt that comes again in another epoch gets other samples.
             seed=zlib.crc32(f'{self._seed} {number}'.encode()),
             stop_ids=self._stop_ids,
-            stop=config.stop,
-            n=config.samples,
+            n=self._config.samples,
         )
 
 

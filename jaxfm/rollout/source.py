@@ -6,7 +6,6 @@ same batches.
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -33,10 +32,16 @@ from jaxfm.sampling.request import Completion
 
 log = logging.getLogger('jaxfm')
 
+# Where the weights come from, as `get_state` recorded it, or None -> the weights, where from.
+LoadReference = Callable[[dict | None], tuple[dict, dict | None]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The samples of one prompt. rewards: NaN for a sample that has none; errors: why, or ''."""
+    """The samples of one prompt.
+
+    rewards: of the task, NaN for a sample that has none; errors: why, or ''.
+    """
 
     number: int  # of the prompt, in their order
     prompt: object
@@ -47,7 +52,7 @@ class Group:
 
     @property
     def varies(self) -> bool:
-        """Whether two samples have different rewards."""
+        """Whether two samples have different rewards; a penalty for length does not count."""
         return len({reward for reward in self.rewards if not math.isnan(reward)}) > 1
 
 
@@ -58,7 +63,7 @@ class Rollouts:
       context: of the run, with a sampler of its own: what others have computed on a shared one
         would change the last bits of samples.
       score: (params, batch) -> log-probs [B, T] of the targets; for recomputed log-probs.
-      reference: the weights of the reference; for a KL term.
+      reference: loads the weights of the reference, for a KL term.
       put: puts a batch on the devices.
       microbatches: into how many the step splits a batch.
       where: the phase's name, for files of samples.
@@ -78,12 +83,14 @@ class Rollouts:
         seed: int,
         put: Callable[[dict], dict],
         score: Callable | None = None,
-        reference: Callable[[], dict] | None = None,
+        reference: LoadReference | None = None,
         microbatches: int = 1,
         where: str = '',
     ):
         self._config, self._objective, self._context = config, objective, context
-        self._put, self._score, self._reference = put, score, reference
+        self._put, self._score, self._load_reference = put, score, reference
+        self._reference: dict | None = None  # its weights, once they are needed
+        self._origin: dict | None = None  # where they are from
         self._seed, self._microbatches, self._where = seed, microbatches, where
         self._prompts = Prompts(config, context, seed)
         self._judge = Judge(
@@ -142,15 +149,20 @@ class Rollouts:
             if self._objective.old_logprobs == 'recomputed':
                 batch['old_logprobs'] = self._score(params, batch)
             if self._objective.kl:
-                batch['reference_logprobs'] = self._score(self._reference_weights, batch)
+                self.prepare()
+                batch['reference_logprobs'] = self._score(self._reference, batch)
         self.tokens = sum(sample.length for sample in samples)
         self._seen.add(sampled, len(groups), time.monotonic() - began)
         self._next += len(sampled)
         return batch
 
-    @functools.cached_property
-    def _reference_weights(self) -> dict:
-        return self._reference()
+    def prepare(self) -> None:
+        """Loads the reference, if the objective needs one and it is not there yet.
+
+        Raises RunError if it cannot be loaded.
+        """
+        if self._objective.kl and self._reference is None:
+            self._reference, self._origin = self._load_reference(self._origin)
 
     def _collect(self, params, step: int) -> tuple[list[Group], list[Group]]:
         """-> all groups that a step samples, and those that it learns from."""
@@ -169,18 +181,15 @@ class Rollouts:
 
     def _sample(self, params, step: int, numbers: range) -> list[Group]:
         asked = [self._prompts.request(number) for number in numbers]
-        prompts = {request.id: prompt for prompt, request in asked}
-
-        def stops(sample: Completion) -> bool:
-            return self._judge.stops(prompts[sample.id], self._judge.marked_text(sample))
-
         requests = [request for _, request in asked]
-        done = complete(self._context.sampler, requests, params, step, stops)
+        # The task's `stop` is not asked: when it is depends on the other requests, and so would
+        # the tokens behind what it saw.
+        done = complete(self._context.sampler, requests, params, step)
         # A judge may be slow on one host, so one process judges for all.
         verdicts = agree.from_primary(
             lambda: [
-                [self._reward(prompts[request.id], sample) for sample in done[request.id]]
-                for request in requests
+                [self._judge.reward(prompt, sample) for sample in done[request.id]]
+                for prompt, request in asked
             ]
         )
         return [
@@ -189,22 +198,23 @@ class Rollouts:
                 prompt,
                 list(request.tokens),
                 done[request.id],
-                [math.nan if error else reward for reward, error in verdict],
+                [reward for reward, _ in verdict],
                 [error for _, error in verdict],
             )
             for number, (prompt, request), verdict in zip(numbers, asked, verdicts)
         ]
 
-    def _reward(self, prompt, sample: Completion) -> tuple[float, str]:
-        """The reward and '', or 0.0 and why there is none."""
-        reward, error = self._judge.reward(prompt, sample)
-        if error:
-            return 0.0, error
+    def _shaped(self, group: Group) -> list[float]:
+        """The rewards without the penalty for length."""
         config = self._config
-        if config.overlong_tokens:
-            over = len(sample.tokens) - (config.max_tokens - config.overlong_tokens)
-            reward -= config.overlong_penalty * max(0, over) / config.overlong_tokens
-        return reward, ''
+        if not config.overlong_tokens:
+            return group.rewards
+        begin = config.max_tokens - config.overlong_tokens
+        share = config.overlong_penalty / config.overlong_tokens
+        return [
+            reward - share * max(0, len(sample.tokens) - begin)
+            for reward, sample in zip(group.rewards, group.samples)
+        ]
 
     def _warn_of_failed(self, groups: list[Group], step: int) -> None:
         """Tells of the first samples of the phase without a reward; records count them all."""
@@ -218,7 +228,7 @@ class Rollouts:
 
     def _learn_from(self, groups: list[Group]) -> list[Sample]:
         """All samples that have a token, with their advantages."""
-        rewards_PG = np.array([group.rewards for group in groups])
+        rewards_PG = np.array([self._shaped(group) for group in groups])
         advantages_PG = advantages(rewards_PG, self._objective)
         masks = self._config.truncated == 'mask'
         return [
@@ -264,8 +274,8 @@ class Rollouts:
         return self._prompts.statistics | {'samples': self._config.samples}
 
     def get_state(self) -> dict:
-        """The number of the next prompt, and what the prompts are, as JSON."""
-        return {'next_prompt': self._next} | self._identity()
+        """The number of the next prompt, what the prompts are, and the reference, as JSON."""
+        return {'next_prompt': self._next, 'reference': self._origin} | self._identity()
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other prompts."""
@@ -276,13 +286,15 @@ class Rollouts:
                     f'{state.get(key)}; restore them, or start a new run in another --workdir '
                     'from these weights with --config.init_from'
                 )
-        self._next = state['next_prompt']
+        self._next, self._origin = state['next_prompt'], state['reference']
 
     def _identity(self) -> dict:
         return {'fingerprint': self._prompts.fingerprint, 'seed': self._seed}
 
     def close(self) -> None:
-        """Nothing works ahead."""
+        """Frees the reference and the key-value cache; they are made again if `next` goes on."""
+        self._reference = None
+        self._context.sampler.release()
 
 
 def _check_any(groups: list[Group], step: int) -> None:
@@ -307,7 +319,7 @@ def _describe(group: Group, index: int, advantage: float) -> dict:
         'completion': sample.text,
         'reward': None if group.errors[index] else group.rewards[index],
         'advantage': advantage,
-        'finish_reason': sample.finish_reason or 'judged',
+        'finish_reason': sample.finish_reason,
         'error': group.errors[index],
         'num_tokens': len(sample.tokens),
         'versions': sorted(set(sample.versions)),
@@ -358,6 +370,7 @@ class _Statistics:
             'rollout/truncated': counts['cut'] / samples,
             'rollout/failed': counts['failed'] / samples,
             'rollout/filtered': counts['left_out'] / counts['groups'],
+            'rollout/groups': (counts['groups'] - counts['left_out']) / counts['steps'],
             'rollout/tokens_per_second': float(lengths.sum()) / max(self.seconds, 1e-9),
             'rollout/staleness': 0.0,
         }

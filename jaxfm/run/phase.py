@@ -24,13 +24,14 @@ from jaxfm.optim.spikes import Spikes
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
-from jaxfm.rollout.source import Rollouts
+from jaxfm.rollout.source import LoadReference, Rollouts
 from jaxfm.state import (
     TrainState,
     abstract_state,
     begin_phase,
     init_state,
     make_train_step,
+    map_microbatches,
     split,
 )
 
@@ -102,7 +103,7 @@ class Phase:
     def spikes(self) -> Spikes:
         """Judges the losses of this phase.
 
-        Not those of a policy gradient: they are about 0, and a larger one is no mishap.
+        Not those of a policy gradient, which do not measure the weights.
         """
         spikes = self.config.optimizer.spikes
         return Spikes(spikes.model_copy(update={'policy': 'off'}) if self.is_rollout else spikes)
@@ -138,12 +139,12 @@ class Phase:
         put = functools.partial(sharding.put, mesh=self.mesh, batch_size=size)
         return dataset.batches(self.seed, rows, put)
 
-    def rollouts(self, context: Context, reference: Callable[[], dict]) -> Rollouts:
+    def rollouts(self, context: Context, reference: LoadReference) -> Rollouts:
         """The source of a phase that samples its batches.
 
         Args:
           context: of the run, with a sampler of its own.
-          reference: gives the weights of the reference, once they are needed.
+          reference: loads the weights of the reference.
         """
         return Rollouts(
             self.config.data,
@@ -164,10 +165,14 @@ class Phase:
         return sharding.put(mine, self.mesh, self.config.data.batch_size)
 
     def _score(self, params: dict, batch: dict) -> jax.Array:
-        """The log-probs of a batch's targets, [B, T]."""
+        """The log-probs of a batch's targets, [B, T], by microbatches as in the step."""
         model = self.parts.merge(params)
-        hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
-        return token_logprobs(hidden, model.unembed(), batch['targets'])[0]
+
+        def score(batch):
+            hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])
+            return token_logprobs(hidden, model.unembed(), batch['targets'])[0]
+
+        return map_microbatches(score, batch, self.config.optimizer.accumulate)
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

@@ -83,21 +83,30 @@ def initial_state(run: Run) -> TrainState:
     return first.begin(_earlier_params(run)) if run.config.init_from else first.init_state()
 
 
-def first_weights(run: Run, phase: Phase) -> dict:
-    """The weights with which a phase begins: the reference of its objective.
+def first_weights(run: Run, phase: Phase, origin: dict | None) -> tuple[dict, dict | None]:
+    """The weights with which a phase begins, the reference of its objective, and their origin.
+
+    Args:
+      origin: what an earlier call returned, so that a run that resumes has the same reference,
+        even if the run that `init_from` names has gone on.
 
     Raises:
       MissingInputError: they are those of a checkpoint that is no longer there.
     """
+    if phase.first == 0 and run.config.init_from:
+        origin = origin or run.base.origin
+        params, found = _origin_params(run, _Origin(**origin) if origin else run.config)
+        return params, dataclasses.asdict(found)
     if phase.first == 0:
-        return _earlier_params(run) if run.config.init_from else phase.init_state().params
+        paths = run.parts.shapes
+        return fresh_params(run.make_model, run.parts, run.phases[0].seed, paths), None
     checkpoints = run.reader()
     if phase.first not in checkpoints.steps():
         raise MissingInputError(
             f'{checkpoints.root} has no checkpoint {phase.first}, whose weights are the reference '
             f'of phase {phase.name}: restore it, or set the kl of its objective to 0'
         )
-    return _restore_params(checkpoints, run.parts, base_loader(run), phase.first)[0]
+    return _restore_params(checkpoints, run.parts, base_loader(run), phase.first)[0], None
 
 
 def base_loader(run: Run) -> LoadBase:
@@ -165,16 +174,22 @@ def _earlier_params(run: Run) -> dict:
     If they lack the adapters that this run's model has, those come from `model.lora.path`, or are
     fresh.
     """
-    adapters, model = run.parts.adapters, run.config.model
-    params, origin = _params_of(run.config, model, lambda: run.outside)
+    params, origin = _origin_params(run, run.config)
     run.base.origin = dataclasses.asdict(origin)
     if run.base.names:
         log.info('checkpoints hold only the adapters: %s must stay as it is', origin.init_from)
+    return params
+
+
+def _origin_params(run: Run, config: RunConfig | _Origin) -> tuple[dict, _Origin]:
+    """The weights that a run begins with, adapters included, and where they are from."""
+    adapters, model = run.parts.adapters, run.config.model
+    params, origin = _params_of(config, model, lambda: run.outside)
     if adapters <= params.keys():
-        return params
+        return params, origin
     if model.lora.path:
-        return params | load_adapters(model, run.parts.axes, run.parts.shapes)
-    return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters)
+        return params | load_adapters(model, run.parts.axes, run.parts.shapes), origin
+    return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters), origin
 
 
 def _load_base(

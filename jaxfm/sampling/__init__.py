@@ -16,7 +16,7 @@ MAX_STOP_LENGTH = 1000  # characters of a stop string
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Bias = Annotated[_Number, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 _TokenId = Annotated[int, Field(ge=0)]
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=MAX_INT32)]
 Temperature = Annotated[_Number, Field(ge=0, le=MAX_FLOAT32)]
 
@@ -51,7 +51,7 @@ class SamplingOptions(Group):
     logit_bias: dict[_TokenId, _Bias] = {}  # {token id: what is added to its logit}
     allowed_ids: Annotated[list[_TokenId], Field(min_length=1)] | None = None  # None: all
     # A completion ends before one of these.
-    stop: list[StopString] = Field([], max_length=MAX_STOPS)
+    stop: list[_StopString] = Field([], max_length=MAX_STOPS)
     min_tokens: int = Field(0, ge=0, le=MAX_INT32)  # nothing stops a completion with fewer tokens
     ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
 

@@ -100,6 +100,16 @@ class Sampler:
             self._scheduler.forget()
         self._params, self._version = params, version
 
+    def release(self) -> None:
+        """Frees the cache and lets the weights go, until they are lent and asked for again.
+
+        Raises RuntimeError if requests are waiting or running.
+        """
+        if self.has_work:
+            raise RuntimeError('the sampler has requests, whose keys and values would be lost')
+        self._scheduler.forget()
+        self._cache = self._params = self._version = None
+
     @property
     def version(self) -> int | None:
         """The version of the lent weights; None before the first `lend`."""

@@ -365,6 +365,8 @@ rollout.py data.max_tokens=600 data.sequence_length=1024
 rollout.py data.samples=1
 rollout.py data.samples=1 objective.name=rloo data.filter=zero_variance
 rollout.py data.samples=1 objective.name=reinforce_plus_plus
+rollout.py data.samples=1 data.prompts=1 objective.name=reinforce_plus_plus
+rollout.py data.samples=1 objective.name=policy_gradient
 rollout.py data.overlong_penalty=1
 rollout.py data.overlong_penalty=1 data.overlong_tokens=200
 rollout.py data.documents.name=problems

@@ -43,7 +43,7 @@ def run_with(primary=True):
         'functions': GenerateConfig(task=task),
         'unasked': GenerateConfig(task=task, contamination_bytes=0),
     }
-    phases = [SimpleNamespace(name=name) for name in DATA.datasets]
+    phases = [SimpleNamespace(name=name, is_rollout=False) for name in DATA.datasets]
     config = SimpleNamespace(evals=evals, total_steps=7)
     return SimpleNamespace(primary=primary, phases=phases, config=config)
 

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 
+from jaxfm.checkpoint.store import Store
 from jaxfm.evals.samples import read_samples
 from jaxfm.metrics.writers import read_records
+from jaxfm.storage import open_storage
 from tests.runs import assert_same_state, finish, measured, start_ranks
 
 PHASES = """
@@ -43,6 +45,17 @@ PHASES = """
     config.sampling = dict(slots=32, max_length=64, decode_steps=4, max_tokens=8, num_samples=0)
     config.metrics.log_every = 1
 """
+TUNED = (
+    PHASES
+    + """
+    second = config.phases[1]
+    del config.phases
+    config.update(steps=4, data=rollout, objective=second['objective'])
+    config.optimizer = second['optimizer']
+    config.checkpoint.every = 2
+    config.model.lora = dict(rank=2, alpha=4.0)
+"""
+)
 FIRST, LAST = 2, 12  # steps of the phase
 
 
@@ -99,6 +112,28 @@ def test_a_run_goes_on_in_the_middle_of_the_phase_with_the_same_bits(tiny, train
     train(again, '--resume_step=8')
     assert measured(again) == measured(whole)
     assert_same_state(tiny.saved_state(again, LAST), tiny.saved_state(whole, LAST))
+
+
+def test_the_reference_stays_that_of_the_start(tiny, train, whole, tmp_path):
+    """Although the run that it is from has gone on meanwhile."""
+    origin, tuned, again = (tmp_path / name for name in ('origin', 'tuned', 'again'))
+    shutil.copytree(whole, origin)
+    store = Store(open_storage(origin / 'checkpoints'))
+    store.set_aside(newest := store.commits()[LAST])
+    options = dict(config=tiny.derive('tuned', TUNED), devices=2)
+    finish(tiny.start(tuned, f'--config.init_from={origin}', **options))
+    store.take_back(newest.directory, newest.epoch)
+    shutil.copytree(tuned, again)
+    finish(tiny.start(again, f'--config.init_from={origin}', '--resume_step=2', **options))
+    assert measured(again) == measured(tuned)
+    divergence = [values['train/reference_kl'] for values in measured(tuned).values()]
+    assert divergence[0] == 0.0 < divergence[1]
+
+
+def test_the_run_can_be_evaluated(tiny, config, whole):
+    text = "--config.evals.text={'name':'loss','phase':'text','batch_size':8}"
+    output = f'--output={whole.parent / "scores.jsonl"}'
+    finish(tiny.start(whole, '--mode=eval', text, output, config=config, devices=2))
 
 
 def test_samples_are_kept_with_their_rewards(whole):

@@ -65,7 +65,9 @@ def test_an_evaluation_on_other_data_than_the_checkpoint_had_is_refused(in_run, 
         sampler=lambda tokenizer: None,
         evaluators=lambda *_, **__: {},
         reader=lambda: SimpleNamespace(read_manifest={3: manifest}.get),
-        phase_at=lambda step: SimpleNamespace(name='first', batches={'data': source}.get),
+        phase_at=lambda step: SimpleNamespace(
+            name='first', is_rollout=False, batches={'data': source}.get
+        ),
     )
     in_run(evaluate, run)
     monkeypatch.setattr(evaluate, 'current_params', lambda run: ({}, 3))

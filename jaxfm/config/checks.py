@@ -9,13 +9,13 @@ belongs to the whole run are at the root.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 from jaxfm.config.validation import format_path, format_value, suggest
 from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.sampling import SamplingOptions
-from jaxfm.schema import KeyPath, Problem
+from jaxfm.schema import Group, KeyPath, Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,39 +124,39 @@ def evaluators_name_phases(run, prefix):
 
 @reads('evals', 'data', 'phases')
 def evaluators_have_documents(run, prefix):
-    for name, config in run.evals.items():
-        task = getattr(config, 'task', None)
-        needs = {('name',): config, ('task', 'name'): task}
-        for keys, group in needs.items():
-            if getattr(group, 'reads_documents', False) and not (run.data or run.phases):
-                path = ('evals', name, *keys)
-                sentence = (
-                    f'{format_path(path)}: {group.name} needs held-out documents, but this config '
-                    'has no data; use it with the config of a run that has, such as configs/sft.py'
-                )
-                yield Problem((path, ('data',)), sentence)
+    if run.data or run.phases:
+        return
+    for path, group, _ in _readers_of_documents(run.evals):
+        sentence = (
+            f'{format_path(path)}: {group.name} needs held-out documents, but this config has no '
+            'data; use it with the config of a run that has, such as configs/sft.py'
+        )
+        yield Problem((path, ('data',)), sentence)
+
+
+def _readers_of_documents(evals: dict) -> Iterator[tuple[KeyPath, Group, str]]:
+    """(path of the name, group, phase) of evaluators and tasks that need held-out documents."""
+    for name, config in evals.items():
+        groups = {('name',): config, ('task', 'name'): getattr(config, 'task', None)}
+        for keys, group in groups.items():
+            if getattr(group, 'reads_documents', False):
+                yield ('evals', name, *keys), group, config.phase
 
 
 @reads('evals', 'data', 'phases')
 def evaluators_have_heldout_documents(run, prefix):
     """A phase that samples its batches holds no documents out."""
     places = {phase.name: ('phases', index) for index, phase in enumerate(run.phases)}
-    for name, config in run.evals.items():
-        phase = places.get(config.phase, ())
+    for path, group, name in _readers_of_documents(run.evals):
+        phase = places.get(name, ())
         data = run.phases[phase[1]].data if phase else run.data
-        if data is None or data.name != 'rollout':
-            continue
-        for keys, group in {
-            ('name',): config,
-            ('task', 'name'): getattr(config, 'task', None),
-        }.items():
-            if getattr(group, 'reads_documents', False):
-                path, place = ('evals', name, *keys), path_to('data.name', phase)
-                sentence = (
-                    f'{format_path(path)}: {group.name} needs held-out documents, but '
-                    f'{format_path(place)} is rollout, which holds none out'
-                )
-                yield Problem((path, place), sentence)
+        if data is not None and data.name == 'rollout':
+            place = path_to('data.name', phase)
+            sentence = (
+                f'{format_path(path)}: {group.name} needs held-out documents, but '
+                f'{format_path(place)} is rollout, which holds none out'
+            )
+            yield Problem((path, place), sentence)
 
 
 @reads('data', 'objective')
@@ -197,14 +197,9 @@ def objective_fits_data(run, prefix):
 
 @reads('data', 'sampling')
 def rollouts_fit(run, prefix):
-    room, longest = path_to('sampling.max_length'), run.sampling.max_length
-    if run.data.name == 'rollout' and run.data.max_tokens >= longest:
+    if run.data.name == 'rollout':
         path = path_to('data.max_tokens', prefix)
-        sentence = (
-            f'{format_path(path)} {run.data.max_tokens} must be less than {format_path(room)} '
-            f'{longest}, which includes the prompt'
-        )
-        yield Problem((path, room), sentence)
+        yield from _completion_fits(path, run.data.max_tokens, run.sampling.max_length)
 
 
 @reads('data', 'optimizer')
@@ -296,7 +291,7 @@ def names_have_a_checkpoint(run, prefix):
 
 @reads('evals', 'sampling')
 def completions_fit(run, prefix):
-    room, longest = path_to('sampling.max_length'), run.sampling.max_length
+    longest = run.sampling.max_length
     wanted = {path_to('sampling.max_tokens'): run.sampling.max_tokens} | {
         ('evals', name, 'max_tokens'): getattr(config, 'max_tokens', 0)
         for name, config in run.evals.items()
@@ -304,12 +299,17 @@ def completions_fit(run, prefix):
         if getattr(getattr(config, 'strategy', None), 'reads_max_tokens', True)
     }
     for path, tokens in wanted.items():
-        if tokens >= longest:
-            sentence = (
-                f'{format_path(path)} {tokens} must be less than {format_path(room)} {longest}, '
-                'which includes the prompt'
-            )
-            yield Problem((path, room), sentence)
+        yield from _completion_fits(path, tokens, longest)
+
+
+def _completion_fits(path: KeyPath, tokens: int, longest: int) -> Iterator[Problem]:
+    if tokens >= longest:
+        room = path_to('sampling.max_length')
+        sentence = (
+            f'{format_path(path)} {tokens} must be less than {format_path(room)} {longest}, '
+            'which includes the prompt'
+        )
+        yield Problem((path, room), sentence)
 
 
 @reads('model', 'evals', 'sampling')

@@ -28,6 +28,9 @@ class Batches:
         there ahead of `next`; otherwise `next` makes them.
     """
 
+    bucket = 'data_wait'
+    sequence_length: int  # tokens in a row
+
     def __init__(
         self,
         weights: Mapping[str, float],
@@ -53,9 +56,6 @@ class Batches:
             raise
         self._position = self._to_position(self._iterator.get_state())
         return batch
-
-    bucket = 'data_wait'
-    sequence_length: int  # tokens in a row
 
     @property
     def tokens(self) -> int:

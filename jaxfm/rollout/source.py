@@ -136,7 +136,9 @@ class Rollouts:
             sampled, groups = self._collect(params, step)
             _check_any(sampled, step)
             self._warn_of_failed(sampled, step)
-            samples = self._learn_from(groups)
+            rewards_PG = np.array([self._shaped(group) for group in groups])
+            advantages_PG = advantages(rewards_PG, self._objective)
+            samples = self._learn_from(groups, advantages_PG)
             batch = make_batch(
                 samples,
                 self._config.batch_size,
@@ -144,7 +146,7 @@ class Rollouts:
                 one_each=self._config.packing == 'none',
                 microbatches=self._microbatches,
             )
-            self._write(groups, samples, step)
+            self._write(groups, advantages_PG, step)
             batch = self._put(batch)
             if self._objective.old_logprobs == 'recomputed':
                 batch['old_logprobs'] = self._score(params, batch)
@@ -205,7 +207,7 @@ class Rollouts:
         ]
 
     def _shaped(self, group: Group) -> list[float]:
-        """The rewards without the penalty for length."""
+        """The rewards, less the penalty for length."""
         config = self._config
         if not config.overlong_tokens:
             return group.rewards
@@ -226,10 +228,8 @@ class Rollouts:
                 *(step, sum(map(bool, errors)), len(errors), next(filter(None, errors))),
             )
 
-    def _learn_from(self, groups: list[Group]) -> list[Sample]:
+    def _learn_from(self, groups: list[Group], advantages_PG: np.ndarray) -> list[Sample]:
         """All samples that have a token, with their advantages."""
-        rewards_PG = np.array([self._shaped(group) for group in groups])
-        advantages_PG = advantages(rewards_PG, self._objective)
         masks = self._config.truncated == 'mask'
         return [
             Sample(
@@ -244,7 +244,7 @@ class Rollouts:
             if sample.tokens
         ]
 
-    def _write(self, groups: list[Group], samples: list[Sample], step: int) -> None:
+    def _write(self, groups: list[Group], advantages_PG: np.ndarray, step: int) -> None:
         every = self._config.write_every
         directory = self._context.samples_directory
         if not every or step % every or directory is None:
@@ -255,11 +255,9 @@ class Rollouts:
             'weights': self._context.weights(step),
             'seed': self._seed,
         }
-        learned = iter(samples)
         with Samples(path, header) as file:
-            for group in groups:
-                for index, sample in enumerate(group.samples):
-                    advantage = next(learned).advantage if sample.tokens else 0.0
+            for group, advantages_G in zip(groups, advantages_PG.tolist()):
+                for index, advantage in enumerate(advantages_G):
                     file.add(_describe(group, index, advantage))
 
     def progress(self) -> dict[str, float]:

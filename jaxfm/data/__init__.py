@@ -29,15 +29,21 @@ class PythonStdlibConfig(Group):
 class FieldsConfig(Group):
     """Where a record has its document: dotted paths (`instances.0.output`).
 
-    If none of text, messages, prompt and completion is set, a record with `messages` or
-    `conversations` is a chat, one with `prompt` and `completion` is a chat of these two, and any
-    other must have `text`.
+    If none of text, messages, prompt, completion and chosen is set, a record with `messages` or
+    `conversations` is a chat, one with `prompt` and `completion` is a chat of these two, which has
+    a label if `label` is true or false, one with `chosen` and `rejected` is a pair, and any other
+    must have `text`.
     """
 
     text: str = ''
     messages: str = ''  # a list of turns
     prompt: str = ''  # a user turn as text, or a list of turns; completion follows it
     completion: str = ''  # an assistant turn as text, or a list of turns
+    # Of a pair: the better and the worse completion, or whole chats. Each is an assistant turn as
+    # text after `prompt`; a list of turns; or a text with the turns '\n\nHuman:', '\n\nAssistant:'.
+    chosen: str = ''
+    rejected: str = ''
+    label: str = ''  # true or false: whether the completion, or a chat's last turn, is wanted
     system: str = ''  # text of a system turn to put before the others
     tools: str = 'tools'  # a list of tools, or such a list as JSON text; may be absent
     role: str = ''  # key inside a turn; '' is role or from
@@ -77,7 +83,8 @@ class ProblemsConfig(Group):
     """
 
     name: Literal['problems'] = 'problems'
-    form: Literal['text', 'chat'] = 'text'
+    # pairs: chats with the right answer, and as the worse one with a wrong digit or letter.
+    form: Literal['text', 'chat', 'pairs'] = 'text'
     # [] is all kinds; a kind that is listed twice is trained on twice as often.
     kinds: list[ProblemKind] = []
     num_problems: int = Field(default=100_000, ge=1)  # to train on

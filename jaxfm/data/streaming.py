@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from jaxfm.data import BatchConfig
-from jaxfm.data.documents import Document
+from jaxfm.data.documents import KIND_NAMES, Document
 from jaxfm.data.loader import Batches, Put
 from jaxfm.data.packing.rows import Pieces, choose_packing, fill_rows
 from jaxfm.errors import ConfigError, DataError
@@ -65,8 +65,13 @@ class Stream:
     def __init__(self, make_source: Callable, encode: Encode, config: BatchConfig):
         self._make_source, self._encode, self._config = make_source, encode, config
         self._shards = make_source().shards()
-        first = next(self._documents(0, 0, 0))[1]
-        self.is_chat = bool(first.messages)
+        self.kind = next(self._documents(0, 0, 0))[1].kind
+        if self.kind in ('pair', 'labelled'):
+            raise ConfigError(
+                "config.data.tokenize='on_the_fly' reads texts and chats, but a document is "
+                f"{KIND_NAMES[self.kind]}: set config.data.tokenize='cached'"
+            )
+        self.is_chat = self.kind == 'chat'
         self.packing = choose_packing(config, self.is_chat)
         if not self.is_chat and self.packing != 'concat':
             raise ConfigError(
@@ -180,10 +185,11 @@ class Stream:
 
     def _encode_chunk(self, chunk: list[tuple]) -> Iterator[tuple]:
         for place, document, ids, mask in self._encode(chunk):
-            if bool(document.messages) != self.is_chat:
+            if document.kind != self.kind:
                 raise DataError(
-                    f'{document.name}: a source has either texts or chats, not both; '
-                    'split it into two sources of a mixture'
+                    f'{document.name} is {KIND_NAMES[document.kind]}, others are '
+                    f'{KIND_NAMES[self.kind]}: all documents of a source are of one kind; split it '
+                    'into sources of a mixture'
                 )
             yield place, document.name, ids, mask
 
@@ -274,6 +280,7 @@ class _Tokens:
     mask: np.ndarray
     vocab_size: int
     path: str = 'the tokenizer'
+    kind: str = 'chat'
 
     @property
     def num_tokens(self) -> int:

@@ -21,6 +21,10 @@ class Stream:
     vocab_size: int = VOCAB_SIZE
 
     @property
+    def kind(self):
+        return 'chat' if self.is_chat else 'text'
+
+    @property
     def num_tokens(self):
         return len(self.tokens)
 

@@ -29,7 +29,7 @@ from jaxfm.data.corpus.recipe import (
 )
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.corpus.workers import make_parts
-from jaxfm.data.documents import Document
+from jaxfm.data.documents import Document, Kind
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer, load_tokenizer
@@ -49,10 +49,11 @@ class Corpus:
         self.tokenizer = tokenizer or load_tokenizer(self.directory / 'tokenizer')
         # A hash of the tokens and masks themselves, not of where they come from.
         self.fingerprint: str = self.index['fingerprint']
-        self.is_chat: bool = self.index['is_chat']
+        # Caches made before there were pairs do not say it.
+        self.kind: Kind = self.index.get('kind', 'chat' if self.index['is_chat'] else 'text')
         vocab_size = self.index['vocab_size']
         self.train, self.heldout = (
-            TokenCache(self.directory, side, vocab_size, self.fingerprint, self.is_chat)
+            TokenCache(self.directory, side, vocab_size, self.fingerprint, self.kind)
             for side in token_cache.SIDES
         )
 
@@ -187,7 +188,7 @@ def _join(directory: Path, partial: Path, recipe: dict, parts, ledger, tokenizer
         ledger.num_documents = statistics['train_documents'] + statistics['heldout_documents']
         _check_sides(statistics)
         tokenizer.save(joined / 'tokenizer')
-        _finish(recipe, joined, statistics)
+        _finish(recipe, joined, statistics, ledger.kind)
 
 
 def _check_sides(statistics: dict) -> None:
@@ -226,7 +227,7 @@ def _partial_recipe(partial: Path) -> dict | None:
         return None
 
 
-def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
+def _finish(recipe: dict, directory: Path, statistics: dict, kind: Kind) -> None:
     """Writes the index of a cache, after all its other files."""
     files = sorted(path for path in directory.rglob('*') if path.is_file())
     entries = {
@@ -245,6 +246,7 @@ def _finish(recipe: dict, directory: Path, statistics: dict) -> None:
         'recipe': recipe,
         'fingerprint': digest(json.dumps(contents)),
         'is_chat': 'train.mask' in entries,
+        'kind': kind,
         'vocab_size': statistics.pop('vocab_size'),
         'statistics': statistics,
         'files': entries,

@@ -1,4 +1,9 @@
-"""Encodes documents: texts with the tokenizer, many at a time, and chats with their template."""
+"""Encodes documents: texts with the tokenizer, many at a time, and chats with their template.
+
+The mask of a chat is 1 for every token that the assistant must produce. Where chats are compared,
+only those after the given turns count, and the mask has two more bits: WORSE and BEGINS. A pair is
+encoded as its better chat, followed by its worse one.
+"""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +14,10 @@ from jaxfm.chat.render import Chat
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
 from jaxfm.tokenizer.build import Tokenizer
+
+# Bits of a mask: the token counts; it is of a chat that is not wanted, or the worse of two; it is
+# the first of a chat that is not the first one of its document.
+COUNTS, WORSE, BEGINS = 1, 2, 4
 
 # Bytes of text encoded at a time: enough for all cores, but few enough for memory, since the
 # encoder needs a hundred times as many.
@@ -48,7 +57,7 @@ def encode_documents(
     for heldout, document in chunk:
         if document.messages:
             try:
-                ids, mask = _open_chat(tokenizer).encode(document.messages, document.tools)
+                ids, mask = _encode_chats(document, _open_chat(tokenizer))
             except DataError as error:
                 refuse(document, error)
                 continue
@@ -56,6 +65,28 @@ def encode_documents(
         else:
             parts = [next(encoded) for _ in next(pieces)]
             yield heldout, document, _add_ends(parts, tokenizer), None
+
+
+def _encode_chats(document: Document, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
+    """-> ids, int32 [n], and mask, uint8 [n]."""
+    ids, mask = chat.encode(document.messages, document.tools)
+    if document.kind == 'chat':
+        return ids, mask.astype(np.uint8)
+    parts = [(ids, mask, document.is_wanted is False)]
+    if document.rejected:
+        parts.append((*chat.encode(document.rejected, document.tools), True))
+    given = document.messages[: document.num_given]
+    num_given = len(chat.prompt(given, document.tools)) if given else 0
+    marks = []
+    for number, (ids, mask, is_worse) in enumerate(parts):
+        mark = mask * np.uint8(COUNTS)
+        mark[: max(num_given, 1)] = 0  # nothing predicts the first token
+        if not mark.any():
+            raise DataError('nothing is left of an answer after the turns that are given')
+        mark |= is_worse * np.uint8(WORSE)
+        mark[0] |= (number > 0) * BEGINS
+        marks.append(mark)
+    return np.concatenate([ids for ids, _, _ in parts]), np.concatenate(marks)
 
 
 def make_encoder(config, tokenizer: Tokenizer) -> Callable[[list[tuple]], Iterator[tuple]]:

@@ -15,7 +15,7 @@ from jaxfm.data import SOURCES
 from jaxfm.data.corpus import token_cache
 from jaxfm.data.corpus.encode import make_encoder, read_chunks
 from jaxfm.data.corpus.token_cache import TokenCache
-from jaxfm.data.documents import Document
+from jaxfm.data.documents import Document, Kind
 from jaxfm.errors import DataError
 from jaxfm.storage import whole
 from jaxfm.tokenizer.build import Tokenizer
@@ -34,8 +34,8 @@ class Heldout:
         self.directory, self.fingerprint = directory, fingerprint
         self._source_contents = source_contents
         self.statistics = json.loads((directory / 'statistics.json').read_text('utf-8'))
-        self.is_chat = (directory / 'heldout.mask').exists()
-        self.heldout = TokenCache(directory, 'heldout', vocab_size, fingerprint, self.is_chat)
+        self.kind: Kind = 'chat' if (directory / 'heldout.mask').exists() else 'text'
+        self.heldout = TokenCache(directory, 'heldout', vocab_size, fingerprint, self.kind)
 
     @functools.cached_property
     def contents(self) -> str:

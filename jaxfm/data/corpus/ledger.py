@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from jaxfm.data.corpus.parts import TooManyInShard
+from jaxfm.data.documents import KIND_NAMES, Kind
 from jaxfm.data.sources.files import check_bad_records
 from jaxfm.errors import DataError, StorageError
 
@@ -26,7 +27,7 @@ class Ledger:
         self._next = 0  # all shards before this one are done
         self._failed = math.inf  # the first shard that could not be made
         self._bad = []
-        self._kinds: dict[bool, str] = {}
+        self._kinds: dict[Kind, str] = {}  # the first document of each kind
         self._bytes = self._tokens = 0
         self._started = self._logged = time.perf_counter()
         self.num_documents = 0
@@ -38,6 +39,11 @@ class Ledger:
     @property
     def num_bad(self) -> int:
         return len(self._bad)
+
+    @property
+    def kind(self) -> Kind:
+        """What the documents are."""
+        return next(iter(self._kinds), 'text')
 
     def progress(self, num_bytes: int, num_tokens: int) -> None:
         """Adds to the counts, and logs them every LOG_SECONDS."""
@@ -84,12 +90,13 @@ class Ledger:
         return bad if isinstance(bad, str) else self._source.unpack(shard, bad)
 
     def _check_kind(self, summary: dict) -> None:
-        """Raises DataError unless all documents so far are texts, or all are chats."""
-        for is_chat in (False, True):
-            if name := summary['chats' if is_chat else 'texts']:
-                self._kinds.setdefault(is_chat, name)
-        if len(self._kinds) == 2:
+        """Raises DataError unless all documents so far are of one kind."""
+        for kind, name in summary['kinds'].items():
+            self._kinds.setdefault(kind, name)
+        if len(self._kinds) > 1:
+            found = sorted(self._kinds.items())
+            told = ', '.join(f'{name} is {KIND_NAMES[kind]}' for kind, name in found)
             raise DataError(
-                f'{self._kinds[True]} is a chat, {self._kinds[False]} is a text: a source has '
-                'either texts or chats; split it into two sources of a mixture'
+                f'{told}: all documents of a source are of one kind; split it into sources of a '
+                'mixture'
             )

@@ -42,7 +42,7 @@ def make_part(config, shard, tokenizer: Tokenizer, part: Path, progress: Progres
 
 def _write_part(config, shard, tokenizer: Tokenizer, directory: Path, progress: Progress) -> dict:
     source = SOURCES.load(config.name)(config)
-    summary = {'texts': '', 'chats': '', 'bad': []}
+    summary = {'kinds': {}, 'bad': []}  # {kind: the first document of that kind}
     has_digest = getattr(shard, 'has_whole_files', False)
     refuse = functools.partial(_refuse, source, shard)
     try:
@@ -55,8 +55,7 @@ def _write_part(config, shard, tokenizer: Tokenizer, directory: Path, progress: 
                 num_tokens = 0
                 for heldout, document, ids, mask in encode_documents(chunk, tokenizer, refuse):
                     writers[heldout].add(document, ids, mask, has_digest)
-                    kind = 'texts' if mask is None else 'chats'
-                    summary[kind] = summary[kind] or document.name
+                    summary['kinds'].setdefault(document.kind, document.name)
                     num_tokens += len(ids)
                 progress(sum(document.num_bytes for _, document in chunk), num_tokens)
     except TooManyBadRecords as error:

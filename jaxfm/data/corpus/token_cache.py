@@ -6,13 +6,14 @@ One side (train, heldout) of a corpus consists of these files:
   chat is what its template makes of it;
 - `<side>.offsets.npy`: int64 [D + 1], where in the stream each document starts, then its end;
 - `<side>.bytes.npy`: int64 [D], UTF-8 bytes of each document;
-- `<side>.mask`: uint8, chats only: 1 for every token that the assistant must produce.
+- `<side>.mask`: uint8, chats only: which tokens the assistant must produce (`encode`).
 
 The held-out side also has `heldout.documents`, its documents as JSON lines. A corpus is built in
 parts; `join` makes these files from those of all parts.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxfm.data.documents import Document
+from jaxfm.data.documents import Document, Kind
 from jaxfm.errors import DataError
 from jaxfm.storage import whole
 from jaxfm.storage.files import explain_errors
@@ -36,22 +37,22 @@ class TokenCache:
     """Token ids of one side of a corpus, read from disk on demand."""
 
     def __init__(
-        self, directory: Path, side: str, vocab_size: int, fingerprint: str, is_chat: bool = False
+        self, directory: Path, side: str, vocab_size: int, fingerprint: str, kind: Kind = 'text'
     ):
         directory = Path(directory)
         self.path = directory / f'{side}.tokens'
         self.vocab_size = vocab_size
         # Changes with any token of the corpus, the other side included.
         self.fingerprint = fingerprint
-        self.is_chat = is_chat
+        self.kind, self.is_chat = kind, kind != 'text'
         # [D + 1]: document d is tokens[offsets[d]:offsets[d + 1]].
         self.offsets = np.load(directory / f'{side}.offsets.npy', mmap_mode='r')
         # [D]: UTF-8 bytes of each document.
         self.document_bytes = np.load(directory / f'{side}.bytes.npy', mmap_mode='r')
         # [N].
         self.tokens = np.memmap(self.path, token_dtype(vocab_size), 'r')
-        # [N]: which tokens count; None: every token but the first of a document.
-        self.mask = np.memmap(directory / f'{side}.mask', np.uint8, 'r') if is_chat else None
+        # [N]: which tokens count, and how; None: every token but the first of a document.
+        self.mask = np.memmap(directory / f'{side}.mask', np.uint8, 'r') if self.is_chat else None
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +95,7 @@ class Writer:
             self._file('documents').write(_to_line(document))
         if has_digest:
             self._digests.append(hashlib.sha256(document.text.encode()).digest()[:16])
-        counted = 0 if mask is None else int(mask.sum())
+        counted = 0 if mask is None else int((mask & 1).sum())
         self._rows.append((len(ids), document.num_bytes, counted))
 
     def __enter__(self):
@@ -248,14 +249,16 @@ def _histogram(lengths: np.ndarray) -> dict[str, int]:
 
 def _to_line(document: Document) -> bytes:
     fields = {'name': document.name, 'text': document.text, 'messages': document.messages}
-    fields |= {'tools': document.tools, 'group': document.group}
-    fields = {key: value for key, value in fields.items() if value}
+    fields |= {'tools': document.tools, 'group': document.group, 'rejected': document.rejected}
+    fields |= {'is_wanted': document.is_wanted, 'num_given': document.num_given}
+    usual = {field.name: field.default for field in dataclasses.fields(Document)}
+    fields = {key: value for key, value in fields.items() if value != usual[key]}
     return json.dumps(fields, ensure_ascii=False).encode() + b'\n'
 
 
 def _from_line(line: str) -> Document:
     fields = json.loads(line)
-    for key in ('messages', 'tools'):
+    for key in ('messages', 'tools', 'rejected'):
         fields[key] = tuple(fields.get(key, ()))
     return Document(**fields)
 

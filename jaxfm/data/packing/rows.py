@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 
 from jaxfm.data import BatchConfig
+from jaxfm.data.corpus.encode import BEGINS, COUNTS, WORSE
 from jaxfm.data.corpus.token_cache import TokenCache
 from jaxfm.data.packing import best_fit
 from jaxfm.errors import ConfigError, DataError
@@ -33,6 +34,9 @@ BATCH_DTYPES = {
     **dict.fromkeys(('tokens', 'targets', 'positions', 'segment_ids'), np.int32),
     'loss_mask': np.float32,
 }
+# Those of chats that are compared, in addition: `sides` is 1 for a target of a chat that is wanted,
+# or the better of two, and -1 for one of another; `pair_ids` numbers the documents of a row from 1.
+COMPARED_DTYPES = {**BATCH_DTYPES, 'sides': np.float32, 'pair_ids': np.int32}
 
 TooLong = Literal['error', 'drop', 'truncate', 'cut']
 
@@ -169,11 +173,20 @@ Packing = Concat | BestFit | OneEach
 def make_packing(cache: TokenCache, config: BatchConfig) -> Packing:
     """Makes the packing of a data config; auto is concat for texts, best_fit for chats."""
     name = choose_packing(config, cache.is_chat)
+    check_cuts(cache, config.too_long)
     if name == 'concat':
         return Concat(cache, config.sequence_length)
     return {'best_fit': BestFit, 'none': OneEach}[name](
         cache, config.sequence_length, config.too_long
     )
+
+
+def check_cuts(cache: TokenCache, too_long: TooLong) -> None:
+    """Raises ConfigError if documents of this kind may not be cut like that."""
+    if cache.kind == 'pair' and too_long in ('truncate', 'cut'):
+        raise ConfigError(
+            f"config.data.too_long='{too_long}' would cut only the worse chat of a pair; use 'drop'"
+        )
 
 
 def choose_packing(config: BatchConfig, is_chat: bool) -> str:
@@ -188,14 +201,16 @@ def choose_packing(config: BatchConfig, is_chat: bool) -> str:
     return config.packing
 
 
-def empty_batch(num_rows: int, sequence_length: int) -> dict[str, np.ndarray]:
+def empty_batch(
+    num_rows: int, sequence_length: int, dtypes: dict[str, type] = BATCH_DTYPES
+) -> dict[str, np.ndarray]:
     """A batch without values: its arrays are parts of one, for one allocation in place of five.
 
     A freed block of this size is kept for the next batch. Smaller ones, one after another, are
     given back to the system, and then two thirds of a batch's time are page faults.
     """
-    block = np.empty((len(BATCH_DTYPES), num_rows, sequence_length), np.int32)
-    return {name: part.view(dtype) for part, (name, dtype) in zip(block, BATCH_DTYPES.items())}
+    block = np.empty((len(dtypes), num_rows, sequence_length), np.int32)
+    return {name: part.view(dtype) for part, (name, dtype) in zip(block, dtypes.items())}
 
 
 def fill_rows(
@@ -203,14 +218,16 @@ def fill_rows(
 ) -> dict[str, np.ndarray]:
     """Fills rows from their pieces, in order; `counts` [n] is the number of pieces of each row.
 
-    Returns the arrays of BATCH_DTYPES, each [n, T]. Segment ids restart in every row, positions in
-    every piece; padding is 0 in all arrays.
+    Returns the arrays of BATCH_DTYPES, or of COMPARED_DTYPES, each [n, T]. Segment ids restart in
+    every row, positions in every piece; of a pair, each chat is a segment. Padding is 0 in all
+    arrays.
 
     Raises:
       DataError: the pieces do not fit the cache or the rows, or a token is not in the vocabulary.
     """
     num_rows = len(counts)
-    batch = empty_batch(num_rows, sequence_length)
+    dtypes = COMPARED_DTYPES if is_compared(cache) else BATCH_DTYPES
+    batch = empty_batch(num_rows, sequence_length, dtypes)
     step = max(1, FILLED_AT_ONCE // sequence_length)
     ends = np.concatenate([[0], np.cumsum(counts)])
     for first in range(0, num_rows, step):
@@ -247,17 +264,47 @@ def _fill(cache: TokenCache, counts: np.ndarray, pieces: Pieces, out: dict) -> N
         flat['loss_mask'][:] = 1 if is_full else inside
         flat['loss_mask'][last] = more
     else:
-        counted = cache.mask.take(where, mode='clip') > 0
+        marks = cache.mask.take(where, mode='clip')
+        counted = marks & COUNTS
         flat['loss_mask'][:-1] = counted[1:]
-        flat['loss_mask'][last] = more * (cache.mask.take(after, mode='clip') > 0)
+        flat['loss_mask'][last] = more * (cache.mask.take(after, mode='clip') & COUNTS)
         if not is_full:
             flat['loss_mask'] *= inside
+        if is_compared(cache):
+            _tell_sides(marks, begins[segments > 0], index, out)
     largest = max(flat['tokens'].max(initial=0), flat['targets'].max(initial=0))
     if largest >= cache.vocab_size:
         raise DataError(
             f'{cache.path} is damaged: it has token id {largest}, '
             f'but the vocabulary ends at {cache.vocab_size - 1}'
         )
+
+
+def is_compared(cache: TokenCache) -> bool:
+    """Whether the documents are chats that are compared."""
+    return cache.kind in ('pair', 'labelled')
+
+
+def _tell_sides(marks: np.ndarray, begins: np.ndarray, index: np.ndarray, out: dict) -> None:
+    """Fills the arrays that tell the chats of a pair apart.
+
+    Args:
+      marks: the bits of the mask for each slot of the flattened rows.
+      begins: the slots where a document begins.
+      index: the numbers of the slots.
+    """
+    flat = {name: array.reshape(-1) for name, array in out.items()}
+    flat['pair_ids'][:] = flat['segment_ids']
+    inside = flat['pair_ids'] > 0
+    is_first = inside & (marks & BEGINS > 0)  # of a pair's second chat
+    flat['targets'][:-1][is_first[1:]] = 0
+    is_first[begins] = True
+    out['segment_ids'][:] = is_first.reshape(out['segment_ids'].shape).cumsum(axis=1)
+    flat['segment_ids'] *= inside
+    flat['positions'][:] = index - np.maximum.accumulate(np.where(is_first, index, 0))
+    flat['positions'] *= inside
+    # Both chats of a pair are whole, so the token of a slot is on the same side as its target.
+    flat['sides'][:] = flat['loss_mask'] * np.where(marks & WORSE, -1, 1)
 
 
 def _layout(cache: TokenCache, counts: np.ndarray, pieces: Pieces, T: int):
@@ -324,7 +371,8 @@ def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[
     elif too_long == 'truncate':
         num_pieces = np.minimum(num_pieces, 1)
         # A truncated chat may have no answer left; then there is nothing to learn from it.
-        empty = [d for d in np.flatnonzero(is_long) if not cache.mask[begins[d] + 1 :][:T].any()]
+        counts_in = (cache.mask[begins[d] + 1 :][:T] & COUNTS for d in np.flatnonzero(is_long))
+        empty = [d for d, some in zip(np.flatnonzero(is_long), counts_in) if not some.any()]
         num_pieces[empty] = 0
         is_long[empty] = False
         counts['dropped_documents'] = len(empty)
@@ -341,8 +389,10 @@ def _pieces(cache: TokenCache, T: int, too_long: TooLong) -> tuple[Pieces, dict[
 
 
 def _too_long(cache: TokenCache, T: int, number: int, longest: int) -> str:
+    others = "'drop'" if cache.kind == 'pair' else "'drop' or 'truncate'"
+    what = 'pairs' if cache.kind == 'pair' else 'chats'
     return (
-        f'config.data: {number:,} of {cache.num_documents:,} chats are longer than a row of {T} '
+        f'config.data: {number:,} of {cache.num_documents:,} {what} are longer than a row of {T} '
         f'tokens, the longest has {longest:,}: set config.data.sequence_length={longest}, '
-        "or config.data.too_long='drop' or 'truncate'"
+        f'or config.data.too_long={others}'
     )

@@ -64,6 +64,15 @@ class Problem:
         return TEXT.format(task=self.task, answer=self.answer)
 
     @property
+    def wrong_answer(self) -> str:
+        """The answer with one other digit or letter; always the same one."""
+        rng = random.Random(self.text)
+        place = rng.choice([i for i, letter in enumerate(self.answer) if letter.isalnum()])
+        known = string.digits if self.answer[place].isdigit() else string.ascii_lowercase
+        other = rng.choice([letter for letter in known if letter != self.answer[place]])
+        return self.answer[:place] + other + self.answer[place + 1 :]
+
+    @property
     def is_heldout(self) -> bool:
         """Whether this problem is held out; the same for every config."""
         return is_heldout(' '.join((self.kind, *self.operands)), HELDOUT_FRACTION)
@@ -130,9 +139,16 @@ class Problems:
         if self._config.form == 'text':
             return Document(name=name, text=''.join(problem.text for problem in problems))
         (problem,) = problems
-        turns = (('user', problem.question), ('assistant', problem.answer))
-        messages = tuple({'role': role, 'content': content} for role, content in turns)
-        return Document(name=name, messages=messages, group=problem.kind)
+        good, bad = (
+            (
+                {'role': 'user', 'content': problem.question},
+                {'role': 'assistant', 'content': answer},
+            )
+            for answer in (problem.answer, problem.wrong_answer)
+        )
+        if self._config.form == 'chat':
+            return Document(name=name, messages=good, group=problem.kind)
+        return Document(name=name, messages=good, rejected=bad, num_given=1, group=problem.kind)
 
 
 def draw(name: str, rng: random.Random, heldout: bool) -> Problem:

@@ -3,9 +3,14 @@
 Chats come in the formats of OpenAI ({'role', 'content', 'tool_calls'}), ShareGPT ({'from',
 'value'}) and TRL ({'prompt', 'completion'}). All become turns of {'role', 'content', ...}, with
 tool calls as chat templates expect: {'type': 'function', 'function': {'name', 'arguments': {...}}}.
+
+Pairs of a better and a worse chat come in the layouts of TRL ({'prompt', 'chosen', 'rejected'}, or
+without 'prompt'), UltraFeedback ('prompt' is a text that the chats begin with) and HH-RLHF (texts
+with the turns '\n\nHuman:' and '\n\nAssistant:').
 """
 
 import json
+import re
 from typing import Any
 
 from jaxfm.data import FieldsConfig
@@ -42,12 +47,23 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
     if not isinstance(record, dict):
         raise BadRecord(f'the record is {_kind(record)}, not an object')
     group = _optional_text(record, fields.group)
+    tools = tuple(_tools(_find(record, fields.tools)))
+    if _is_pair(record, fields):
+        chosen, rejected, num_given = _pair(record, fields)
+        return Document(
+            name, messages=chosen, tools=tools, group=group, rejected=rejected, num_given=num_given
+        )
     messages = _messages(record, fields)
     if messages is None:
         _check_text(record, fields)
         return Document(name, text=_text(record, fields.text or 'text', 'text'), group=group)
-    tools = tuple(_tools(_find(record, fields.tools)))
-    return Document(name, messages=tuple(messages), tools=tools, group=group)
+    messages, label = tuple(messages), _label(record, fields)
+    if label is None:
+        return Document(name, messages=messages, tools=tools, group=group)
+    num_given = len(messages) - _num_last(messages)
+    return Document(
+        name, messages=messages, tools=tools, group=group, is_wanted=label, num_given=num_given
+    )
 
 
 def place_of_document(document: Document) -> float:
@@ -55,6 +71,7 @@ def place_of_document(document: Document) -> float:
     key = document.text
     if document.messages:
         key = [document.messages, document.tools]
+        key += [document.rejected] if document.rejected else []
         key = json.dumps(key, sort_keys=True, ensure_ascii=False)
     try:
         return place_of(key.encode())
@@ -66,8 +83,9 @@ def _check_text(record: dict, fields: FieldsConfig) -> None:
     """Raises BadRecord, listing the record's keys, unless there is a text where it should be."""
     if not fields.text and _find(record, 'text') is _ABSENT:
         raise BadRecord(
-            'no text, no messages, no conversations, no prompt with completion; it has: '
-            f'{", ".join(map(str, record)) or "nothing"}; set config.data.fields.text or .messages'
+            'no text, no messages, no conversations, no prompt with completion, no chosen with '
+            f'rejected; it has: {", ".join(map(str, record)) or "nothing"}; '
+            'set config.data.fields.text, .messages or .chosen'
         )
 
 
@@ -76,14 +94,142 @@ def _messages(record: dict, fields: FieldsConfig) -> list[dict] | None:
     if fields.text:
         return None
     turns = _turns(record, fields)
-    if turns is None:
-        return None
-    system = _optional_text(record, fields.system)
-    messages = [{'role': 'system', 'content': system}] if system else []
-    messages += [_turn(turn, fields) for turn in turns]
+    return None if turns is None else _complete(record, turns, fields)
+
+
+def _complete(record: dict, turns: list, fields: FieldsConfig) -> list[dict]:
+    """The turns, normalised, after the system turn of the record if it has one."""
     if not turns:
         raise BadRecord('the chat has no turns')
-    return messages
+    system = _optional_text(record, fields.system)
+    messages = [{'role': 'system', 'content': system}] if system else []
+    return messages + [_turn(turn, fields) for turn in turns]
+
+
+def _names_nothing(fields: FieldsConfig) -> bool:
+    """Whether the record is recognised by its own keys."""
+    return not any((fields.text, fields.messages, fields.prompt, fields.completion, fields.chosen))
+
+
+def _is_pair(record: dict, fields: FieldsConfig) -> bool:
+    if fields.chosen or fields.rejected:
+        return True
+    others = {'messages', 'conversations', 'text', 'completion'}
+    is_plain = _names_nothing(fields) and all(record.get(key) is None for key in others)
+    return is_plain and 'chosen' in record and 'rejected' in record
+
+
+def _pair(record: dict, fields: FieldsConfig) -> tuple[tuple[dict, ...], tuple[dict, ...], int]:
+    """-> the better chat, the worse one, and with how many equal turns they begin."""
+    key = fields.prompt or 'prompt'
+    prompt = _find(record, key)
+    if prompt is _ABSENT:
+        if fields.prompt:
+            _require(record, key, 'prompt')
+        prompt = None
+    sides = []
+    for name, key in (
+        ('chosen', fields.chosen or 'chosen'),
+        ('rejected', fields.rejected or 'rejected'),
+    ):
+        turns = _side(_require(record, key, name), prompt, key)
+        sides.append(tuple(_complete(record, turns, fields)))
+    chosen, rejected = sides
+    if chosen == rejected:
+        raise BadRecord('chosen and rejected are equal')
+    num_given = 0
+    # The last turns differ, or one chat goes on after the other ends.
+    most = min(len(chosen), len(rejected)) - 1
+    while num_given < most and chosen[num_given] == rejected[num_given]:
+        num_given += 1
+    for key, side in (('chosen', chosen), ('rejected', rejected)):
+        _check_answer(side[num_given:], key)
+    return chosen, rejected, num_given
+
+
+def _check_answer(turns: tuple[dict, ...], key: str) -> None:
+    """Raises BadRecord unless what is compared has something that the assistant says."""
+    answers = [turn for turn in turns if turn['role'] == 'assistant']
+    says = (turn['content'].strip() or turn.get('tool_calls') for turn in answers)
+    if not turns or turns[0]['role'] != 'assistant' or not any(says):
+        raise BadRecord(
+            f'{key} does not go on with an answer of the assistant after the turns that both sides '
+            'have'
+        )
+
+
+def _side(value: Any, prompt: Any, key: str) -> list:
+    """The turns of one side of a pair, with those of the prompt."""
+    if isinstance(value, str) and _HUMAN.match(value):
+        return _split_turns(value)
+    if isinstance(value, str) and value.lstrip()[:1] == '[' and not isinstance(prompt, str):
+        value = _list(value, key)
+    if isinstance(value, str):
+        if prompt is None:
+            raise BadRecord(
+                f'field {key} is a text without a prompt; set config.data.fields.prompt'
+            )
+        return _prompt_turns(prompt) + [{'role': 'assistant', 'content': value}]
+    turns = _list(value, key)
+    if prompt is None:
+        return turns
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    if ROLES.get(first.get('role', first.get('from'))) == 'assistant':
+        return _prompt_turns(prompt) + turns
+    # A chat that repeats its prompt, as in UltraFeedback.
+    says = [turn.get('content', turn.get('value')) for turn in turns if isinstance(turn, dict)]
+    if isinstance(prompt, str) and prompt not in says:
+        raise BadRecord(f'the prompt is not among the turns of {key}')
+    if not isinstance(prompt, str) and turns[: len(prompt)] != list(prompt):
+        raise BadRecord(f'{key} does not begin with the turns of the prompt')
+    return turns
+
+
+_HUMAN = re.compile(r'\s*Human: ?')
+_SPEAKER = re.compile(r'\n\n(Human|Assistant): ?')
+
+
+def _prompt_turns(prompt: Any) -> list:
+    if not isinstance(prompt, str):
+        return _list(prompt, 'prompt')
+    return _split_turns(prompt) if _HUMAN.match(prompt) else [{'role': 'user', 'content': prompt}]
+
+
+def _split_turns(text: str) -> list[dict]:
+    """The turns of a text as in HH-RLHF: '\n\nHuman: Hi!\n\nAssistant: Hello.'."""
+    parts = _SPEAKER.split('\n\n' + text.lstrip())
+    roles = {'Human': 'user', 'Assistant': 'assistant'}
+    turns = [
+        {'role': roles[name], 'content': content.strip()}
+        for name, content in zip(parts[1::2], parts[2::2])
+    ]
+    if turns[-1]['role'] == 'assistant' and not turns[-1]['content']:
+        del turns[-1]  # a prompt that ends with 'Assistant:'
+    return turns
+
+
+def _label(record: dict, fields: FieldsConfig) -> bool | None:
+    """Whether the record's completion is wanted; None if it does not say."""
+    key = fields.label
+    if not key:
+        is_plain = _names_nothing(fields) and 'completion' in record
+        return record['label'] if is_plain and isinstance(record.get('label'), bool) else None
+    value = _require(record, key, 'label')
+    if value not in (True, False):  # 0 and 1 are equal to these
+        raise BadRecord(f'field {key} is {_kind(value)}, not true or false')
+    return bool(value)
+
+
+def _num_last(messages: tuple[dict, ...]) -> int:
+    """How many turns at the end are the assistant's, or answers of its tools."""
+    count = 0
+    for message in reversed(messages):
+        if message['role'] not in ('assistant', 'tool'):
+            break
+        count += 1
+    if not count or messages[-count]['role'] != 'assistant':
+        raise BadRecord('a chat with a label must end with an answer of the assistant')
+    return count
 
 
 def _turns(record: dict, fields: FieldsConfig) -> list | None:

@@ -101,7 +101,7 @@ def test_chats_have_the_ids_and_the_mask_of_their_template(tmp_path):
     (tmp_path / 'a.jsonl').write_text(''.join(json.dumps(chat) + '\n' for chat in chats))
     config = FilesConfig(path=str(tmp_path / 'a.jsonl'), heldout_fraction=0.3)
     made = open_corpus(config, BYTES, tmp_path / 'cache')
-    assert made.is_chat and made.train.is_chat
+    assert made.kind == made.train.kind == 'chat'
     chat, supervised = Chat(BYTES), 0
     for i, document in enumerate(made.heldout_documents):
         ids, mask = chat.encode(document.messages)

@@ -64,7 +64,7 @@ def test_masks_are_joined_with_their_tokens(tmp_path):
         part(tmp_path / 'b', train=[[4, 5]], heldout=[[7, 6]], with_mask=True),
     ]
     directory, statistics = joined(tmp_path, *parts)
-    train = TokenCache(directory, 'train', VOCAB_SIZE, 'f', is_chat=True)
+    train = TokenCache(directory, 'train', VOCAB_SIZE, 'f', kind='chat')
     np.testing.assert_array_equal(train.mask, [1, 0, 1, 0, 1])
     np.testing.assert_array_equal(train.tokens % 2, train.mask)
     assert statistics['train_supervised_tokens'] == 3

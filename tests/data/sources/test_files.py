@@ -185,7 +185,7 @@ def test_records_of_heldout_files_are_held_out(tmp_path):
 
 BAD = {
     'not JSON': b'{"text": "x"',
-    'with completion; it has: body, id; set config.data.fields': b'{"body": "x", "id": 1}',
+    'with rejected; it has: body, id; set config.data.fields': b'{"body": "x", "id": 1}',
     'is not UTF-8: byte 0xe9 at offset 10': b'{"text": "\xe9"}',
     'lone surrogate': b'{"text": "\\ud800"}',
     'the record is a list, not an object': b'[1]',

@@ -119,8 +119,8 @@ def test_tools_are_a_list_or_its_json_and_may_be_absent():
         (
             {'body': 'x', 'id': 1},
             {},
-            'no text, no messages, no conversations, no prompt with completion; it has: body, id; '
-            'set config.data.fields.text or .messages',
+            'no text, no messages, no conversations, no prompt with completion, no chosen with '
+            'rejected; it has: body, id; set config.data.fields.text, .messages or .chosen',
         ),
         ({'text': 'x'}, {'text': 'a.0.b'}, 'no field a.0.b; it has: text'),
         ({'text': 3}, {}, 'field text is 3, not a text'),

@@ -78,7 +78,7 @@ def _encode_chats(document: Document, chat: Chat) -> tuple[np.ndarray, np.ndarra
     given = document.messages[: document.num_given]
     num_given = len(chat.prompt(given, document.tools)) if given else 0
     marks = []
-    for number, (ids, mask, is_worse) in enumerate(parts):
+    for number, (_, mask, is_worse) in enumerate(parts):
         mark = mask * np.uint8(COUNTS)
         mark[: max(num_given, 1)] = 0  # nothing predicts the first token
         if not mark.any():

@@ -36,6 +36,12 @@ PATIENCE = 20  # a run stops after this many skipped steps in a row
 class Source(Protocol):
     """Where batches come from. A dataset ignores `params`; a rollout samples with them."""
 
+    def prepare(self, params: dict | None) -> None:
+        """Called before the first `next` of a process, and when the phase begins.
+
+        params: the weights with which the phase begins, if it begins now; they must not be kept.
+        """
+
     def next(self, params, step: int) -> dict[str, jax.Array]:
         """The next batch, on the devices. `params` must not be kept: the step donates them."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 from jaxfm.config.validation import format_path, format_value, suggest
-from jaxfm.objectives import PolicyGradientConfig
+from jaxfm.objectives import PolicyGradientConfig, PreferenceConfig
 from jaxfm.sampling import SamplingOptions
 from jaxfm.schema import Group, KeyPath, Problem
 
@@ -177,6 +177,8 @@ def objective_fits_data(run, prefix):
             f'{format_path(data)}=rollout'
         )
         yield Problem((data, objective), sentence)
+    if isinstance(run.objective, PreferenceConfig):
+        yield from _pairs_are_cached(run, prefix)
     if not (is_rollout and is_policy_gradient):
         return
     parts = {run.objective.baseline, run.objective.scale}
@@ -193,6 +195,19 @@ def objective_fits_data(run, prefix):
             f'{run.objective.name} compares the samples of a step: it needs at least 2'
         )
         yield Problem((prompts, samples, objective), sentence)
+
+
+def _pairs_are_cached(run, prefix):
+    """Preferences are learned from records that are packed before training."""
+    paths = path_to('objective.name', prefix), path_to('data.name', prefix)
+    names = [format_path(path) for path in paths]
+    if run.data.name != 'rollout' and run.data.tokenize == 'on_the_fly':
+        tokenize = path_to('data.tokenize', prefix)
+        sentence = (
+            f'{names[0]} {run.objective.name} reads pairs, which are packed before training: set '
+            f'{format_path(tokenize)}=cached'
+        )
+        yield Problem((tokenize, paths[0]), sentence)
 
 
 @reads('data', 'sampling')

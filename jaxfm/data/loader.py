@@ -45,6 +45,9 @@ class Batches:
         self._put, self._iterator = put, None
         self._position = {'next_row': 0}  # after the last delivered batch
 
+    def prepare(self, params) -> None:
+        """Does nothing: batches depend on the data alone."""
+
     def next(self, params, step) -> dict:
         """The next batch; both arguments are ignored."""
         del params, step
@@ -94,11 +97,11 @@ class Batches:
 
         It is the same on every process.
         """
-        return self._position | self._identity()
+        return self._position | self.identity()
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other data."""
-        here = self._identity()
+        here = self.identity()
         for key in sorted(here.keys() | state.keys() - self._position_keys):
             if state.get(key) != here.get(key):
                 raise ConfigError(
@@ -111,7 +114,8 @@ class Batches:
 
     _position_keys = frozenset(['next_row'])
 
-    def _identity(self) -> dict[str, int | float | str]:
+    def identity(self) -> dict[str, int | float | str]:
+        """What a position is a position in, as JSON."""
         raise NotImplementedError
 
     def identities(self, packings: Mapping[str, str], fingerprints: Mapping[str, str]) -> dict:
@@ -185,11 +189,27 @@ class PackedBatches(Batches):
             }
         )
 
+    def rows_of(self, steps: int) -> dict[str, np.ndarray]:
+        """{source: the numbers of its rows, ascending, that the first `steps` batches have}."""
+        from jaxfm.data.order import shuffle
+
+        found = {}
+        for (name, packing), count in zip(
+            self.packings.items(), self.mixture.counts(steps * self.batch_size)
+        ):
+            numbers = range(packing.num_rows)
+            if count < packing.num_rows:
+                order = shuffle(numbers, self._seed(name))
+                numbers = sorted(order[n] for n in range(count))
+            found[name] = np.array(numbers, np.int64)
+        return found
+
     def _seed(self, name: str) -> int:
         # Sources with the same number of rows must not share an order.
         return self.seed + (zlib.crc32(name.encode()) if len(self.packings) > 1 else 0)
 
-    def _identity(self) -> dict[str, int | float | str]:
+    def identity(self) -> dict[str, int | float | str]:
+        """The packing and the tokens of each source, the length of rows, and the seed."""
         names = {name: packing.name for name, packing in self.packings.items()}
         fingerprints = {name: packing.fingerprint for name, packing in self.packings.items()}
         identity = {'sequence_length': self.sequence_length, 'seed': self.seed}
@@ -218,7 +238,7 @@ def evaluation_batches(
         packing = BestFit(cache, sequence_length, too_long='cut')
         for first in range(0, packing.num_rows, batch_size):
             numbers = np.arange(first, min(first + batch_size, packing.num_rows))
-            yield _pad(packing.rows(numbers), batch_size)
+            yield pad_rows(packing.rows(numbers), batch_size)
         return
     packing = Concat(cache, sequence_length)
     rest = max(0, cache.num_tokens - sequence_length)
@@ -227,10 +247,11 @@ def evaluation_batches(
         some = starts[first : first + batch_size]
         batch = packing.rows_from(some)
         batch['loss_mask'][some > 0, : sequence_length - stride] = 0
-        yield _pad(batch, batch_size)
+        yield pad_rows(batch, batch_size)
 
 
-def _pad(batch: dict[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
+def pad_rows(batch: dict[str, np.ndarray], num_rows: int) -> dict[str, np.ndarray]:
+    """The batch with empty rows at its end, so that it has so many."""
     return {
         name: np.pad(array, ((0, num_rows - len(array)), (0, 0))) for name, array in batch.items()
     }

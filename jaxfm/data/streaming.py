@@ -267,7 +267,8 @@ class OnTheFly(Batches):
 
     _position_keys = frozenset(['next_row', 'positions'])
 
-    def _identity(self) -> dict[str, int | float | str]:
+    def identity(self) -> dict[str, int | float | str]:
+        """The packing and the documents of each source, and the length of rows."""
         names = {name: f'on_the_fly {stream.packing}' for name, stream in self.streams.items()}
         return {'sequence_length': self.sequence_length} | self.identities(names, self.fingerprints)
 

@@ -39,6 +39,16 @@ class LossConfig(EvaluatorConfig):
     xz_baseline: bool = False  # also record what `xz -9e` reaches on the same text, a baseline
 
 
+class PreferenceEvaluatorConfig(EvaluatorConfig):
+    """How often the model prefers the better chat of a held-out pair, with 95 % intervals."""
+
+    reads_documents: ClassVar[bool] = True
+
+    name: Literal['preference'] = 'preference'
+    batch_size: int = Field(32, ge=1)  # rows
+    sequence_length: int = Field(0, ge=0)  # tokens; 0: the sequence_length of the training data
+
+
 class TaskEvaluatorConfig(EvaluatorConfig):
     """The fields of evaluators that measure a task."""
 
@@ -113,6 +123,7 @@ class PerplexityConfig(EvaluatorConfig):
 EVALUATORS = Registry(
     {
         'loss': Entry('jaxfm.evals.loss:HeldOutLoss', LossConfig),
+        'preference': Entry('jaxfm.evals.preference:HeldOutPreference', PreferenceEvaluatorConfig),
         'generate': Entry('jaxfm.evals.generate:Generate', GenerateConfig),
         'likelihood': Entry('jaxfm.evals.likelihood:Likelihood', LikelihoodConfig),
         'perplexity': Entry('jaxfm.evals.perplexity:Perplexity', PerplexityConfig),

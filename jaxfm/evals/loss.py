@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxfm import sharding
 from jaxfm.data.loader import evaluation_batches
+from jaxfm.data.packing.rows import is_compared
 from jaxfm.errors import DataError
 from jaxfm.evals import LossConfig
 from jaxfm.evals.base import Context, Periodic
@@ -34,6 +35,11 @@ class HeldOutLoss(Periodic):
         self._length = config.sequence_length or context.dataset.sequence_length
         self._rows = sharding.whole_rows(config.batch_size, context.mesh)
         for source, cache in context.dataset.heldout.items():
+            if is_compared(cache):
+                raise DataError(
+                    f'{context.where}: the held-out documents of {source} are compared; measure '
+                    f'them with {context.where}.name=preference'
+                )
             if not any(batch['loss_mask'].any() for batch in self._batches(cache)):
                 raise DataError(_no_targets(context.name, source, cache, config.max_batches))
 

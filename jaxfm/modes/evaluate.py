@@ -13,6 +13,7 @@ from pathlib import Path
 from jaxfm.config.run import RunConfig
 from jaxfm.metrics.console import Console
 from jaxfm.modes.output import write_lines
+from jaxfm.preferences.source import position_in_data
 from jaxfm.run.data import RunData, open_data, open_tokenizer
 from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import current_params, identify_params
@@ -47,7 +48,7 @@ def evaluate(flags, config: RunConfig, changes) -> int:
             position = run.reader().read_manifest(step)['extra']['source']
             phase = run.phase_at(step)
             if not phase.is_rollout:
-                phase.batches(data.datasets[phase.name]).set_state(position)
+                phase.batches(data.datasets[phase.name]).set_state(position_in_data(position))
         _check_samples(evaluators, step or 0)
         scores = {}
         for name, evaluator in evaluators.items():

@@ -73,7 +73,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         back = restart.Restart(run, checkpointer, wanted, sources, spikes, clock)
         restored = back.restore(flags.allow_change, flags.resume_step)
         state, step, position = restored or (initial_state(run), None, 0)
-        _prepare(run, sources, restored)
+        _prepare(run, sources, state, step)
         # All checks have passed. From here on, files of an earlier run in this directory change.
         recorder = workdir.open_records(run, data.tokenizer, console, stack, is_new=step is None)
         if flags.resume_step is not None:
@@ -157,6 +157,7 @@ def _run_phases(
         is_resumed = index == current and step is not None
         if index > current:
             state = phase.begin(state.params, before=state)
+            loop.source.prepare(state.params)
         loop.recorder.phase = phase.name
         if not is_resumed:
             statistics = told[phase.name].statistics  # about the data, for the report
@@ -173,15 +174,15 @@ def _run_phases(
     return state
 
 
-def _prepare(run: Run, sources: list[Source], restored: tuple | None) -> None:
-    """Loads what the first phase to run needs besides its state, before any file changes."""
-    step = restored[1] if restored else 0
-    phase, source = next(
-        (pair for pair in zip(run.phases, sources) if pair[0].first <= step < pair[0].last),
-        (None, None),
-    )
-    if phase is not None and phase.is_rollout:
-        source.prepare()
+def _prepare(run: Run, sources: list[Source], state: TrainState, step: int | None) -> None:
+    """Prepares the source of the first phase to run, before any file of an earlier run changes.
+
+    step: that of the state; None for a new run.
+    """
+    for phase, source in zip(run.phases, sources):
+        if phase.first <= (step or 0) < phase.last:
+            source.prepare(state.params if step is None else None)
+            return
 
 
 def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitStack) -> Source:
@@ -189,6 +190,12 @@ def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitSt
         samples = run.workdir / 'samples' if run.primary else None
         context = run.context(data.tokenizer, run.sampler(data.tokenizer), samples)
         source = phase.rollouts(context, functools.partial(first_weights, run, phase))
+    elif phase.is_preference:
+        source = phase.preferences(
+            data.datasets[phase.name],
+            functools.partial(first_weights, run, phase),
+            run.workdir / 'reference',
+        )
     else:
         source = phase.batches(data.datasets[phase.name])
     stack.callback(source.close)

@@ -67,19 +67,8 @@ class PolicyGradientConfig(Group):
 
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
-        return [*cls._find_idle(parts), *cls._find_wrong_bounds(parts), *cls._find_wrong_kl(parts)]
-
-    @classmethod
-    def _find_idle(cls, parts: dict) -> list[Problem]:
-        """Keys that were changed, but do nothing without another."""
-        found = []
-        for name, (key, needed, sentence) in _NEEDS.items():
-            usual = cls.model_fields[name].get_default()
-            is_idle = name in parts and key in parts and parts[key] not in needed
-            if is_idle and parts[name] != usual:
-                sentence = f'{name} {_shown(parts[name])} would do nothing: {sentence}'
-                found.append(Problem(((name,), (key,)), sentence))
-        return found
+        idle = _find_idle(cls, parts, _NEEDS)
+        return [*idle, *cls._find_wrong_bounds(parts), *cls._find_wrong_kl(parts)]
 
     @classmethod
     def _find_wrong_bounds(cls, parts: dict) -> list[Problem]:
@@ -122,12 +111,27 @@ class PolicyGradientConfig(Group):
         return [Problem((('kl_weighted',), ('kl_estimator',)), sentence)] if sentence else []
 
 
+# {key: (another key, the values of it with which the key does something, what it belongs to)}
+_Needs = dict[str, tuple[str, tuple, str]]
+
+
+def _find_idle(group: type[Group], parts: dict, needs: _Needs) -> list[Problem]:
+    """Keys that were changed, but do nothing without another."""
+    found = []
+    for name, (key, needed, sentence) in needs.items():
+        usual = group.model_fields[name].get_default()
+        is_idle = name in parts and key in parts and parts[key] not in needed
+        if is_idle and parts[name] != usual:
+            sentence = f'{name} {_shown(parts[name])} would do nothing: {sentence}'
+            found.append(Problem(((name,), (key,)), sentence))
+    return found
+
+
 def _shown(value) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
-# {key: (another key, the values of it with which the key does something, what it belongs to)}
-_NEEDS = {
+_NEEDS: _Needs = {
     'importance': (
         'old_logprobs',
         ('recomputed',),
@@ -206,6 +210,96 @@ class ReinforcePlusPlusConfig(PolicyGradientConfig):
     scale: _Scale = 'batch'
 
 
+FIRST_WEIGHTS = 'first_weights'
+_PairLoss = Literal['sigmoid', 'hinge', 'squared', 'kto']
+
+
+class PreferenceConfig(Group):
+    """Preferences: chats that are wanted become more likely than those that are not.
+
+    The score of a chat is the log-prob of its answer, less that under a reference. The other names
+    are presets.
+    """
+
+    name: Literal['preference'] = 'preference'
+    # Of a pair, with x = beta * (score of the better - score of the worse) - margin:
+    # sigmoid: -log sigmoid(x). hinge: max(0, 1 - x). squared: (x / beta - 1 / (2 beta))^2.
+    # kto: of each chat, 1 - sigmoid(beta * (score - kl)), or with the opposite sign if it is not
+    # wanted, where kl is an estimate of the divergence from the reference.
+    loss: _PairLoss = 'sigmoid'
+    beta: _Positive = 0.1
+    logprobs: Literal['sum', 'mean'] = 'sum'  # over the tokens of an answer
+    # first_weights: those with which the phase begins. none: no reference. Its log-probs are
+    # computed once, before the first step.
+    reference: Literal['first_weights', 'none'] = FIRST_WEIGHTS
+    margin: _NotNegative = 0.0
+    # The share of pairs whose sides are taken to be swapped: their loss is part of the loss
+    # (conservative), or is subtracted, which makes it right on average (robust).
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    smoothing: Literal['conservative', 'robust'] = 'conservative'
+    # Coefficient of the cross-entropy of the chats that are wanted.
+    sft: _NotNegative = 0.0
+    # kto: weights of the two kinds of chats; their sums should be about equal.
+    desirable_weight: _NotNegative = 1.0
+    undesirable_weight: _NotNegative = 1.0
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        found = _find_idle(cls, parts, _PREFERENCE_NEEDS)
+        if parts.get('loss') == 'kto' and parts.get('reference') == 'none':
+            sentence = 'loss kto compares with a reference: set reference=first_weights'
+            found.append(Problem((('loss',), ('reference',)), sentence))
+        if parts.get('smoothing') == 'robust' and parts.get('label_smoothing') == 0:
+            sentence = 'smoothing robust would do nothing: label_smoothing is 0'
+            found.append(Problem((('smoothing',), ('label_smoothing',)), sentence))
+        weights = [parts.get(name) for name in ('desirable_weight', 'undesirable_weight')]
+        if parts.get('loss') == 'kto' and weights == [0, 0]:
+            sentence = 'one of desirable_weight and undesirable_weight must be more than 0'
+            found.append(Problem((('desirable_weight',), ('undesirable_weight',)), sentence))
+        return found
+
+
+_OF_KTO = ('loss', ('kto',), 'it belongs to loss kto')
+_PREFERENCE_NEEDS: _Needs = {
+    'margin': ('loss', ('sigmoid', 'hinge'), 'it belongs to loss sigmoid or hinge'),
+    'label_smoothing': ('loss', ('sigmoid', 'hinge'), 'it belongs to loss sigmoid or hinge'),
+    'desirable_weight': _OF_KTO,
+    'undesirable_weight': _OF_KTO,
+}
+
+
+class DPOConfig(PreferenceConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290)."""
+
+    name: Literal['dpo'] = 'dpo'
+
+
+class IPOConfig(PreferenceConfig):
+    """Identity preference optimisation (Azar et al. 2023, arXiv 2310.12036)."""
+
+    name: Literal['ipo'] = 'ipo'
+    loss: _PairLoss = 'squared'
+    logprobs: Literal['sum', 'mean'] = 'mean'
+
+
+class KTOConfig(PreferenceConfig):
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv 2402.01306)."""
+
+    name: Literal['kto'] = 'kto'
+    loss: _PairLoss = 'kto'
+
+
+class SimPOConfig(PreferenceConfig):
+    """Simple preference optimisation (Meng et al. 2024, arXiv 2405.14734)."""
+
+    name: Literal['simpo'] = 'simpo'
+    beta: _Positive = 2.0
+    logprobs: Literal['sum', 'mean'] = 'mean'
+    reference: Literal['first_weights', 'none'] = 'none'
+    margin: _NotNegative = 1.0
+
+
+_PREFERENCE = 'jaxfm.objectives.preference:Preference'
 _POLICY_GRADIENT = 'jaxfm.objectives.policy_gradient:PolicyGradient'
 OBJECTIVES = Registry(
     {
@@ -218,6 +312,11 @@ OBJECTIVES = Registry(
         'cispo': Entry(_POLICY_GRADIENT, CISPOConfig),
         'rloo': Entry(_POLICY_GRADIENT, RLOOConfig),
         'reinforce_plus_plus': Entry(_POLICY_GRADIENT, ReinforcePlusPlusConfig),
+        'preference': Entry(_PREFERENCE, PreferenceConfig),
+        'dpo': Entry(_PREFERENCE, DPOConfig),
+        'ipo': Entry(_PREFERENCE, IPOConfig),
+        'kto': Entry(_PREFERENCE, KTOConfig),
+        'simpo': Entry(_PREFERENCE, SimPOConfig),
     },
     base=Group,
 )

@@ -24,6 +24,7 @@ from jaxfm.evals.judge import Judge
 from jaxfm.evals.samples import Samples
 from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
+from jaxfm.preferences.source import LoadReference
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.batch import Sample, make_batch, num_rows
 from jaxfm.rollout.prompts import Prompts
@@ -31,9 +32,6 @@ from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Completion
 
 log = logging.getLogger('jaxfm')
-
-# Where the weights come from, as `get_state` recorded it, or None -> the weights, where from.
-LoadReference = Callable[[dict | None], tuple[dict, dict | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +156,12 @@ class Rollouts:
         self._next += len(sampled)
         return batch
 
-    def prepare(self) -> None:
+    def prepare(self, params: dict | None = None) -> None:
         """Loads the reference, if the objective needs one and it is not there yet.
 
-        Raises RunError if it cannot be loaded.
+        `params` cannot be it: the first step donates them. Raises RunError if it cannot be loaded.
         """
+        del params
         if self._objective.kl and self._reference is None:
             self._reference, self._origin = self._load_reference(self._origin)
 

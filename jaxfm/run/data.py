@@ -10,12 +10,14 @@ from pathlib import Path
 import jax
 
 from jaxfm.config.load import read_config
-from jaxfm.config.run import RunConfig
+from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data import SOURCES
 from jaxfm.data.corpus.bpe import make_tokenizer
 from jaxfm.data.dataset import Dataset, open_dataset
+from jaxfm.data.documents import KIND_NAMES
 from jaxfm.distributed import agree
 from jaxfm.errors import DataError, MissingInputError
+from jaxfm.objectives import PreferenceConfig
 from jaxfm.rollout import RolloutConfig
 from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
@@ -52,7 +54,37 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     if primary and jax.process_count() > 1:
         agree.barrier('corpus')
     _check_tokens(datasets.values())
+    for phase in config.all_phases:
+        if phase.name in datasets:
+            _check_kinds(datasets[phase.name], phase)
     return RunData(tokenizer, datasets)
+
+
+def _check_kinds(dataset: Dataset, phase: PhaseConfig) -> None:
+    """Raises DataError unless the documents of a phase are what its objective learns from."""
+    objective, where = phase.objective, f'config.objective.name {phase.objective.name}'
+    is_preference = isinstance(objective, PreferenceConfig)
+    wanted = {'text', 'chat'}
+    if is_preference:
+        wanted = {'pair', 'labelled'} if objective.loss == 'kto' else {'pair'}
+    for name, source in dataset.sources.items():
+        if source.kind in wanted:
+            continue
+        told = f'{where} learns from {_listed(wanted)}, but a document of {name} is '
+        told += KIND_NAMES[source.kind]
+        remedy = 'set config.data.fields.chosen and .rejected to the fields of a pair'
+        if not is_preference:
+            objectives = 'dpo, or another preference' if source.kind == 'pair' else 'kto'
+            remedy = (
+                f'set config.objective.name to {objectives}; or name the fields of a chat, such as '
+                'config.data.fields.messages'
+            )
+        raise DataError(f'{told}: {remedy}')
+
+
+def _listed(kinds: set[str]) -> str:
+    plural = {'text': 'texts', 'chat': 'chats', 'pair': 'pairs', 'labelled': 'chats with labels'}
+    return ' or '.join(plural[kind] for kind in plural if kind in kinds)
 
 
 def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:

@@ -8,23 +8,29 @@ equals a run with the seed `seed + i`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxfm import sharding
 from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Batches, Dataset
-from jaxfm.data.packing.rows import BATCH_DTYPES
+from jaxfm.data.packing.rows import BATCH_DTYPES, COMPARED_DTYPES
 from jaxfm.evals.base import Context
-from jaxfm.objectives import OBJECTIVES
+from jaxfm.objectives import OBJECTIVES, PreferenceConfig
 from jaxfm.ops.logprobs import token_logprobs
+from jaxfm.ops.segments import segment_sums
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.optim.spikes import Spikes
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.preferences.source import LoadReference, Preferences
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
-from jaxfm.rollout.source import LoadReference, Rollouts
+from jaxfm.rollout.source import Rollouts
 from jaxfm.state import (
     TrainState,
     abstract_state,
@@ -122,10 +128,21 @@ class Phase:
         """Whether its batches are samples of the model."""
         return isinstance(self.config.data, RolloutConfig)
 
+    @property
+    def is_preference(self) -> bool:
+        """Whether its batches are chats that are compared."""
+        return isinstance(self.config.objective, PreferenceConfig)
+
     def _batch_dtypes(self) -> dict:
+        objective = self.config.objective
+        if self.is_preference:
+            more = {
+                'reference_logprobs': objective.reference != 'none',
+                'kl': objective.loss == 'kto',
+            }
+            return COMPARED_DTYPES | {n: np.float32 for n, is_there in more.items() if is_there}
         if not self.is_rollout:
             return BATCH_DTYPES
-        objective = self.config.objective
         scored = {
             'old_logprobs': objective.old_logprobs == 'recomputed',
             'reference_logprobs': bool(objective.kl),
@@ -138,6 +155,30 @@ class Phase:
         rows = sharding.local_rows(self.mesh, size)
         put = functools.partial(sharding.put, mesh=self.mesh, batch_size=size)
         return dataset.batches(self.seed, rows, put)
+
+    def preferences(self, dataset: Dataset, reference: LoadReference, directory: Path):
+        """The source of a phase that learns from preferences.
+
+        Args:
+          reference: loads the weights of the reference.
+          directory: where its log-probs are kept.
+        """
+        data = self.config.data
+        whole = NamedSharding(self.mesh, P())
+        return Preferences(
+            dataset.packings,
+            dataset.weights,
+            self.config.objective,
+            batch_size=data.batch_size,
+            seed=self.seed,
+            steps=self.config.steps,
+            rows=sharding.local_rows(self.mesh, data.batch_size),
+            put=functools.partial(sharding.put, mesh=self.mesh, batch_size=data.batch_size),
+            score=jax.jit(self._score, out_shardings=whole),
+            divergence=jax.jit(self._divergence),
+            reference=reference,
+            path=directory / f'{self.name or "reference"}.npz',
+        )
 
     def rollouts(self, context: Context, reference: LoadReference) -> Rollouts:
         """The source of a phase that samples its batches.
@@ -173,6 +214,18 @@ class Phase:
             return token_logprobs(hidden, model.unembed(), batch['targets'])[0]
 
         return map_microbatches(score, batch, self.config.optimizer.accumulate)
+
+    def _divergence(self, params: dict, batch: dict) -> jax.Array:
+        """How far the policy is from the reference, per chat of a batch, at least 0; [B, T]."""
+        mask_BT = batch['loss_mask']
+        more_BT = self._score(params, batch) - batch['reference_logprobs']
+        share_BT = mask_BT / jnp.maximum(segment_sums(mask_BT, batch['segment_ids']), 1)
+        weight_BT = share_BT if self.config.objective.logprobs == 'mean' else mask_BT
+        total = jnp.sum(jnp.where(mask_BT > 0, more_BT, 0.0) * weight_BT)
+        kl = jnp.maximum(total / jnp.maximum(jnp.round(jnp.sum(share_BT)), 1), 0)
+        return jnp.broadcast_to(
+            kl, mask_BT.shape, out_sharding=sharding.activation('batch', 'position')
+        )
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

@@ -64,7 +64,8 @@ def read_training_texts(config, num_bytes: int) -> Iterator[str]:
     shards = sorted(enumerate(source.shards()), key=lambda shard: digest(str(shard[0])))
     for _, shard in shards:
         for heldout, document in source.read(shard):
-            texts = [turn['content'] for turn in document.messages] or [document.text]
+            turns = (*document.messages, *document.rejected)
+            texts = [turn['content'] for turn in turns] or [document.text]
             key = hashlib.sha256('\0'.join(texts).encode('utf-8', 'replace')).digest()
             if heldout or key in seen:
                 continue

@@ -368,11 +368,14 @@ class Sampler:
                 sequence.meter.prefill(start, length)
 
     def _end_scored(self) -> list[Event]:
-        """Lets sequences go that sample nothing, once their prompt has been scored."""
-        ended = [s for s in self._running if s.max_tokens == 0 and s.num_missing == 0]
-        events = [self._outputs[sequence].end() for sequence in ended]
-        for sequence in ended:
-            self._remove(sequence)
+        """Lets sequences go whose prompt is stored, if they sample nothing or it has NaN scores."""
+        events = []
+        for sequence in [one for one in self._running if one.num_missing == 0]:
+            output = self._outputs[sequence]
+            if sequence.max_tokens == 0 or output.has_bad_prompt:
+                event = output.end()
+                self._remove(sequence, is_sound=event.finish_reason != 'error')
+                events.append(event)
         return events
 
     def _decode(self) -> list[Event]:

@@ -3,11 +3,14 @@
 import collections
 import copy
 import itertools
+import math
 from collections.abc import Iterable
 
 from jaxfm.sampling.logits import Sampled
 from jaxfm.sampling.request import Event, Request
 from jaxfm.sampling.stops import Stops
+
+_BAD = 'the model gives NaN or infinite logits'
 
 
 class Output:
@@ -49,9 +52,15 @@ class Output:
         self._prompt_logprobs += logprobs[wanted].tolist()
         self._prompt_top += map(self._pairs, top_ids[wanted], top_logprobs[wanted])
 
+    @property
+    def has_bad_prompt(self) -> bool:
+        """Whether log-probs of the prompt that no event has told yet are NaN."""
+        return any(x is not None and math.isnan(x) for x in self._prompt_logprobs or ())
+
     def end(self) -> Event:
-        """The event of a request that samples nothing."""
-        return self._event(0, '', 'length', None, None)
+        """The event of a sample that ends before it has any token."""
+        reason, error = ('error', _BAD) if self.has_bad_prompt else ('length', None)
+        return self._event(0, '', reason, None, error)
 
     def take(self, sampled: Sampled, most: int, version: int) -> tuple[list[int], Event | None]:
         """-> the tokens that count, of those sampled, and an event if there is anything to tell.
@@ -65,7 +74,7 @@ class Output:
         reason, stop, error, counted = None, None, None, []
         for scored, is_bad in zip(self._scored(sampled, most), sampled.is_bad.tolist()):
             if is_bad:
-                reason, error = 'error', 'the model gives NaN or infinite logits'
+                reason, error = 'error', _BAD
                 break
             token = scored[0]
             counted.append(token)

@@ -9,7 +9,7 @@ import pytest
 from jaxfm.errors import DataError
 from jaxfm.sampling.complete import complete
 from jaxfm.sampling.request import Completion, Request
-from tests.sampling.conftest import VOCAB, new_sampler
+from tests.sampling.conftest import VOCAB, new_sampler, pages_in_use
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2]
 
@@ -224,6 +224,66 @@ def test_scoring_goes_on_after_giving_way(params, one_device, score):
         plain, _, _ = score(PROMPT[:1], [*request.tokens[1:], *one.tokens])
         told = one.prompt_logprobs[1:] + one.logprobs
         np.testing.assert_allclose(told, plain, rtol=0, atol=1e-4)
+
+
+def test_a_chunk_that_is_scored_again_counts_once(params, one_device, score):
+    """An older request takes the pages of a prompt when two of its three chunks are scored."""
+    with jax.set_mesh(one_device):
+        tight = new_sampler(params, one_device, pages=12, prefill_tokens=16)
+        tight.add(Request('old', PROMPT[:5], 20))
+        tight.step()
+        tight.add(Request('long', PROMPT * 2, 1, prompt_logprobs=True, top_logprobs=1))
+        while not tight.counters.preemptions:
+            tight.step()
+        assert tight.counters.prefill_tokens == 4 + 2 * 16
+        long = drain(tight)['long']
+    plain, _, greedy = score(PROMPT[:1], [*(PROMPT * 2)[1:], *long.tokens])
+    told = long.prompt_logprobs[1:] + long.logprobs
+    np.testing.assert_allclose(told, plain, rtol=0, atol=1e-4)
+    top = long.prompt_top_logprobs[1:] + long.top_logprobs
+    assert [likeliest for [(likeliest, _)] in top] == greedy.tolist()
+
+
+def test_only_the_first_of_several_samples_tells_the_prompts_log_probs(lettered, one_device):
+    with jax.set_mesh(one_device):
+        request = Request('a', PROMPT, 3, n=3, sample_index=4, prompt_logprobs=True)
+        samples = complete(lettered, [request], lettered._params, 0)['a']
+    assert [one.prompt_logprobs is not None for one in samples] == [True, False, False]
+
+
+def test_a_prompt_that_is_only_scored_fails_if_the_model_gives_nan(params, one_device):
+    """Token 59 has a NaN embedding. Nothing is sampled that would tell."""
+    broken = dict(params)
+    broken['embedding/table'] = jax.numpy.asarray(params['embedding/table']).at[59].set(np.nan)
+    with jax.set_mesh(one_device):
+        sampler = new_sampler(broken, one_device)
+        for name, prompt in {'bad': [*PROMPT[:4], 59, *PROMPT], 'good': PROMPT}.items():
+            sampler.add(Request(name, prompt, 0, prompt_logprobs=True))
+        found = drain(sampler)
+        assert not pages_in_use(sampler)
+    assert found['bad'].finish_reason == 'error' and 'NaN' in found['bad'].error
+    assert np.isnan(found['bad'].prompt_logprobs[5])
+    assert found['good'].finish_reason == 'length'
+    assert np.isfinite(found['good'].prompt_logprobs[1:]).all()
+
+
+def test_a_prompt_with_nan_scores_fails_before_it_is_sampled_from(
+    lettered, params, one_device, monkeypatch
+):
+    store = lettered._programs.store
+
+    def store_nan(*arguments):
+        cache, (logprobs, *top) = store(*arguments)
+        return cache, (logprobs * np.nan, *top)
+
+    monkeypatch.setattr(lettered._programs, 'store', store_nan)
+    with jax.set_mesh(one_device):
+        lettered.lend(params, lettered.version + 1)
+        lettered.add(Request('bad', PROMPT, 4, prompt_logprobs=True))
+        lettered.add(Request('good', PROMPT[1:], 4))
+        found = drain(lettered)
+    assert (found['bad'].tokens, found['bad'].finish_reason) == ([], 'error')
+    assert len(found['good'].tokens) == 4 and found['good'].error is None
 
 
 @pytest.mark.parametrize('pushed_out', [False, True])

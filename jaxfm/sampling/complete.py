@@ -9,10 +9,10 @@ from jaxfm.sampling.request import Completion, Request
 def complete(
     sampler: Sampler, requests: Iterable[Request], params, version: int, stop=None
 ) -> dict[str, list[Completion]]:
-    """Lends weights to the sampler and runs all requests to completion -> {id: its n samples}.
+    """Lends weights to the sampler and runs all requests to completion -> {id: its samples}.
 
-    If anything is raised, none of them is left in the sampler. Arguments and errors are those of
-    `complete_each`.
+    Requests with one id and different sample indices give one list. If anything is raised, none of
+    them is left in the sampler. Arguments and errors are those of `complete_each`.
     """
     requests = list(requests)
     ended = complete_each(sampler, requests, params, version, stop)
@@ -20,7 +20,8 @@ def complete(
     completions: dict[str, list[Completion]] = {}
     for request in requests:
         indices = range(request.sample_index, request.sample_index + request.n)
-        completions[request.id] = [found[request.id, index] for index in indices]
+        samples = [found[request.id, index] for index in indices]
+        completions.setdefault(request.id, []).extend(samples)
     return completions
 
 

@@ -158,10 +158,16 @@ class Sampler:
             goes on with: penalties count over that. Default: all.
 
         Raises RuntimeError without weights, DataError as `check` does, and DataError if a request
-        with its id and sample index is waiting or running.
+        with its id and sample index is waiting or running, or it has not `num_prompt` tokens.
         """
         self._check_weights()
         self.check(request)
+        num_prompt = len(request.tokens) if num_prompt is None else num_prompt
+        if not 0 < num_prompt <= len(request.tokens):
+            raise DataError(
+                f'request {request.id}: num_prompt is {num_prompt}, but must be from 1 to '
+                f'{len(request.tokens)}, the number of its tokens'
+            )
         indices = range(request.sample_index, request.sample_index + request.n)
         self._check_new(request.id, indices)
         tokens = [int(token) for token in request.tokens]
@@ -169,7 +175,7 @@ class Sampler:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
             scores = request.prompt_logprobs and index == request.sample_index
             first = request.prompt_logprobs_from if scores else None
-            self._queue(one, num_prompt or len(tokens), score_from=first, meter=meter)
+            self._queue(one, num_prompt, score_from=first, meter=meter)
 
     def _queue(
         self,

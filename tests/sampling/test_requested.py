@@ -395,6 +395,23 @@ def test_ids_appended_to_a_waiting_prompt_have_no_prompt_logprobs(lettered, para
     assert len(one.prompt_logprobs) == len(one.prompt_top_logprobs) == len(PROMPT)
 
 
+def test_requests_with_one_id_give_all_their_samples(lettered, params, one_device):
+    two, one = Request('a', PROMPT, 3, n=2), Request('a', PROMPT, 3, sample_index=7)
+    with jax.set_mesh(one_device):
+        samples = complete(lettered, [one, two], params, 0)['a']
+    assert [sample.sample_index for sample in samples] == [7, 0, 1]
+
+
+@pytest.mark.parametrize('num_prompt', [-1, 0, len(PROMPT) + 1])
+def test_a_prompt_has_some_of_the_tokens(lettered, params, one_device, num_prompt):
+    with jax.set_mesh(one_device):
+        lettered.lend(params, 0)
+        message = f'request a: num_prompt is {num_prompt}, but must be from 1 to 17'
+        with pytest.raises(DataError, match=message):
+            lettered.add(Request('a', PROMPT, 3), num_prompt=num_prompt)
+    assert not lettered.has_work
+
+
 def test_nothing_is_left_behind_when_a_request_is_refused(lettered, params, one_device):
     with jax.set_mesh(one_device):
         with pytest.raises(DataError, match='the prompt is empty'):

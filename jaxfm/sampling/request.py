@@ -48,7 +48,7 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # -inf forbids an id
     allowed_ids: Collection[int] | None = None  # None allows all
     top_logprobs: int = 0  # of so many likeliest tokens at each position
-    prompt_logprobs: bool = False
+    prompt_logprobs: bool = False  # told once, by the first of n samples
     # Only of tokens at this position and later; what is before them may be shared with others.
     prompt_logprobs_from: int = 0
 

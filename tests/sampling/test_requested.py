@@ -72,6 +72,20 @@ def test_what_may_become_a_stop_string_is_held_back(lettered, one_device, ask):
     assert one.text == free.text
 
 
+def test_what_is_held_when_a_request_ends_is_told(ask):
+    free = ask(seed=3)
+    one = ask(seed=3, stop=(free.text[-2:] + '?',))
+    assert (one.text, one.tokens, one.finish_reason) == (free.text, free.tokens, 'length')
+
+
+@pytest.mark.parametrize('min_tokens', [5, 6])
+def test_no_stop_string_ends_a_request_before_min_tokens(ask, min_tokens):
+    free = ask(seed=3)
+    assert free.text.count(free.text[4]) == 1
+    one = ask(seed=3, stop=(free.text[4],), min_tokens=min_tokens)
+    assert one.text == (free.text[:4] if min_tokens == 5 else free.text)
+
+
 def test_a_stop_id_is_told_but_not_shown(ask):
     free = ask(seed=3)
     end = free.tokens.index(free.tokens[4])

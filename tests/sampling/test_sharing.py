@@ -261,6 +261,44 @@ def test_a_long_prompt_does_not_stall_the_others(sampler):
     drain(sampler)
 
 
+def test_many_long_prompts_do_not_stall_the_others(build, params, one_device):
+    """Three prompts of six chunks each wait beside one request that decodes."""
+    with jax.set_mesh(one_device):
+        narrow = build(params, one_device, prefill_tokens=16, max_length=100)
+        narrow.add(Request('small', [1, 2], 36))
+        narrow.step()
+        for i in range(3):
+            narrow.add(Request(f'{i}', [i] * 90, 3))
+        for _ in range(4):
+            before = narrow.counters.prefill_tokens
+            assert 'small' in {event.id for event in narrow.step()}
+            assert narrow.counters.prefill_tokens - before <= 4 * 16
+        drain(narrow)
+
+
+@pytest.mark.parametrize('waiting, steps', [(0, 3), (1, 1)])
+def test_a_call_ends_early_for_who_waits(sampler, waiting, steps):
+    for i in range(4):
+        sampler.add(Request(f'{i}', [1, 2], 1 if i == 0 else 6, seed=i))
+    for i in range(waiting):
+        sampler.add(Request(f'late {i}', [1, 2], 6))
+    before = sampler.counters.decode_steps
+    sampler.step()
+    assert sampler.counters.decode_steps - before == steps
+    drain(sampler)
+
+
+def test_no_prefix_is_known_after_a_release(sampler, params):
+    request = Request('a', PROMPT, 6, temperature=0.0)
+    expected = alone(sampler, request)
+    version = sampler.version
+    sampler.release()
+    before = sampler.counters.shared_tokens
+    [[found]] = complete(sampler, [request], params, version).values()
+    assert sampler.counters.shared_tokens == before
+    assert_same(found, expected)
+
+
 def test_after_warming_up_nothing_is_compiled(build, params, other_params, one_device):
     with jax.set_mesh(one_device):
         warm = build(params, one_device, slots=2, max_length=24)

@@ -69,6 +69,20 @@ def test_a_sample_does_not_depend_on_other_requests_or_its_slot(sampler):
     assert together == backwards == alone
 
 
+def test_neighbours_do_not_change_a_bit_of_what_one_program_computes(sampler, params):
+    """Of prompts without a common beginning: nothing is shared, and nothing gives way."""
+    before = sampler.counters
+    alone = {}
+    for version, request in enumerate(requests(), 1):
+        alone |= run(sampler, [request], params, version)
+    together = run(sampler, requests(), params, 100)
+    assert (sampler.counters.shared_tokens, sampler.counters.preemptions) == (
+        before.shared_tokens,
+        before.preemptions,
+    )
+    assert together == alone
+
+
 @pytest.mark.parametrize('slots', [1, 2])
 def test_a_sample_does_not_depend_on_decode_steps_or_slots(
     slots, sampler, build, params, one_device

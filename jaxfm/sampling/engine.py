@@ -88,7 +88,7 @@ class Sampler:
 
         It may be called at any time between steps. Running requests go on with the new weights, but
         keep the keys and values that the old weights computed; no request that is added later
-        shares those.
+        shares those. Prompt log-probs of a prompt that is half stored are then of both.
 
         Args:
           params: {path: array}.

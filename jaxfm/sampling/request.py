@@ -147,6 +147,7 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool = True)
     Whether it fits the engine's lengths is the engine's own check.
     """
     try:
+        _require(isinstance(request.id, str), 'id', request.id, 'a string')
         _check_prompt(request.tokens, vocab_size)
         _check_ranges(request)
         _check_scores(request)

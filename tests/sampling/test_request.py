@@ -124,6 +124,12 @@ def test_a_bad_option_is_named_with_its_value_and_what_is_right(options, message
     assert len(str(raised.value)) < 200
 
 
+@pytest.mark.parametrize('id', [None, 7, ['a']], ids=str)
+def test_an_id_is_a_string(id):
+    with pytest.raises(DataError, match='id is .*, but must be a string'):
+        check_request(make_request(id=id), VOCAB)
+
+
 def test_every_option_is_checked():
     checked = {name for options, _ in BAD for name in options}
     assert checked == {field.name for field in dataclasses.fields(Request)} - {'id'}

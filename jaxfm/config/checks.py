@@ -210,6 +210,23 @@ def _pairs_are_cached(run, prefix):
         yield Problem((tokenize, paths[0]), sentence)
 
 
+@reads('data', 'objective')
+def staleness_is_corrected(run, prefix):
+    """Recomputed log-probs are of the newest weights, older ones have sampled."""
+    if not isinstance(run.objective, PolicyGradientConfig):
+        return
+    is_ignored = run.objective.old_logprobs == 'recomputed' and run.objective.importance == 'none'
+    if getattr(run.data, 'max_staleness', 0) and is_ignored:
+        keys = ('data.max_staleness', 'objective.old_logprobs', 'objective.importance')
+        staleness, old, importance = paths = tuple(path_to(key, prefix) for key in keys)
+        sentence = (
+            f'{format_path(staleness)} {run.data.max_staleness}: with {format_path(old)} '
+            'recomputed, the ratio does not see that older weights have sampled: set '
+            f'{format_path(importance)}=truncate or mask, or {format_path(old)}=sampler'
+        )
+        yield Problem(paths, sentence)
+
+
 @reads('data', 'sampling')
 def rollouts_fit(run, prefix):
     if run.data.name == 'rollout':
@@ -433,6 +450,7 @@ PHASE_CHECKS = (
     warmup_fits,
     rows_are_one_document,
     objective_fits_data,
+    staleness_is_corrected,
     rollouts_fit,
     losses_can_be_judged,
     tokenizer_has_text,

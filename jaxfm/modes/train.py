@@ -94,10 +94,9 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         loops = [
             Loop(
                 last=phase.last,
-                train_step=phase.train_step(),
                 source=source,
                 spikes=judge,
-                evaluators=evaluators,
+                **_programs(phase, source, evaluators),
                 checkpointer=checkpointer,
                 recorder=recorder,
                 log_every=config.metrics.log_every,
@@ -127,6 +126,12 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
         _record_contamination(recorder, run, data, evaluators)
         workdir.report(run)
     return 0
+
+
+def _programs(phase: Phase, source: Source, evaluators: dict) -> dict:
+    """What uses the devices in the loop of a phase, besides its source."""
+    programs = {'train_step': phase.train_step(), 'evaluators': evaluators}
+    return source.in_turn(**programs) if phase.is_rollout else programs
 
 
 def _go_back(

@@ -138,9 +138,18 @@ def _phase_rows(phase, model) -> list[tuple]:
         ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
         ('optimizer', f'{optimizer.name}, {optimizer.schedule} schedule'),
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
+        *_copy_row(phase),
         ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
         *([('not counted', 'gradients of frozen weights: none are computed')] if frozen else []),
     ]
+
+
+def _copy_row(phase) -> list[tuple]:
+    """The weights that a phase holds twice, to sample while it trains."""
+    if not getattr(phase.config.data, 'max_staleness', 0):
+        return []
+    copy = bytes_per_device(phase.abstract_state().params)
+    return [('second weights', f'{human_bytes(copy)} a device, to sample while training')]
 
 
 # The statistics in the table; the records and the report have all of them.

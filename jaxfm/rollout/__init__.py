@@ -60,6 +60,9 @@ class RolloutConfig(Group):
     overlong_tokens: int = Field(0, ge=0, le=MAX_INT32)
     # Completions that max_tokens has cut: train on them, or leave them out of the loss.
     truncated: Literal['train', 'mask'] = 'train'
+    # Above 0, samples are made while the loop trains; the weights that make a token may be so many
+    # steps older than those that learn from it.
+    max_staleness: int = Field(0, ge=0)
     # Steps between two that write their samples to samples/; 0: none.
     write_every: int = Field(50, ge=0)
 

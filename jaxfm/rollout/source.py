@@ -1,13 +1,17 @@
 """The source of reinforcement learning: samples the model, rewards the samples, packs them.
 
-`next` is synchronous: the samples of a step are from the weights that the step updates. They depend
-on the weights, the seed and the number of the prompt alone, so a run that resumes goes on with the
-same batches.
+With `max_staleness` 0, `next` is synchronous: the samples of a step are from the weights that the
+step updates. They depend on the weights, the seed and the number of the prompt alone, so a run that
+resumes goes on with the same batches.
+
+Above 0 a thread samples for later steps while the loop trains. The prompts of step k are ordered
+when the loop lends the weights of step k - max_staleness, never before, so no token of a batch can
+be from older ones.
 """
 
+import collections
 import dataclasses
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +21,7 @@ import jax
 import numpy as np
 
 from jaxfm.distributed import agree
-from jaxfm.errors import ConfigError, DataError, NumericsError
-from jaxfm.evals import statistics
+from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals.base import Context
 from jaxfm.evals.judge import Judge
 from jaxfm.evals.samples import Samples
@@ -26,32 +29,23 @@ from jaxfm.objectives import PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
 from jaxfm.preferences.source import LoadReference
 from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout.ahead import Ahead, InStep, InTurn
 from jaxfm.rollout.batch import Sample, make_batch, num_rows
+from jaxfm.rollout.groups import Group, Statistics, check_any, describe
 from jaxfm.rollout.prompts import Prompts
-from jaxfm.sampling.complete import complete
-from jaxfm.sampling.request import Completion
+from jaxfm.sampling.request import Request
 
 log = logging.getLogger('jaxfm')
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """The samples of one prompt.
+class _Asked:
+    """Prompts whose samples are ordered together."""
 
-    rewards: of the task, NaN for a sample that has none; errors: why, or ''.
-    """
-
-    number: int  # of the prompt, in their order
-    prompt: object
-    ids: list[int]
-    samples: list[Completion]
-    rewards: list[float]
-    errors: list[str]
-
-    @property
-    def varies(self) -> bool:
-        """Whether two samples have different rewards; a penalty for length does not count."""
-        return len({reward for reward in self.rewards if not math.isnan(reward)}) > 1
+    numbers: list[int]  # of the prompts, in their order
+    prompts: list
+    requests: list[Request]
+    order: object  # of the engine
 
 
 class Rollouts:
@@ -63,11 +57,13 @@ class Rollouts:
       score: (params, batch) -> log-probs [B, T] of the targets; for recomputed log-probs.
       reference: loads the weights of the reference, for a KL term.
       put: puts a batch on the devices.
+      copy: copies weights for `max_staleness` above 0, as `jaxfm.rollout.ahead.Ahead` wants it.
       microbatches: into how many the step splits a batch.
       where: the phase's name, for files of samples.
 
     Raises:
-      DataError, ConfigError: the prompts, or the rows for their samples, do not fit.
+      DataError, ConfigError: the prompts, or the rows for their samples, do not fit; or the run has
+        several processes and works ahead.
     """
 
     bucket = 'generate'
@@ -80,6 +76,7 @@ class Rollouts:
         *,
         seed: int,
         put: Callable[[dict], dict],
+        copy: Callable[[dict, dict | None], dict] | None = None,
         score: Callable | None = None,
         reference: LoadReference | None = None,
         microbatches: int = 1,
@@ -97,9 +94,24 @@ class Rollouts:
         self._check_rows()
         self._check_processes()
         self._has_warned = False
-        self._next = 0  # the number of the next prompt
+        self._next = 0  # the first number of a prompt that was never ordered
+        self._again: collections.deque[int] = collections.deque()  # ordered, but lost
+        self._ordered: collections.deque[_Asked] = collections.deque()  # for the next steps
+        self._current: list[int] = []  # numbers of the step that is being made
         self.tokens = 0
-        self._seen = _Statistics()
+        self._seen = Statistics()
+        self._spent: Counter[str] = Counter()  # seconds of the engine that were counted
+        if config.max_staleness and jax.process_count() > 1:
+            raise ConfigError(
+                f'config.data.max_staleness is {config.max_staleness}, but this run has '
+                f'{jax.process_count()} processes, whose threads would use the devices in '
+                'different orders: set it to 0, or use one process'
+            )
+        self._engine = (
+            Ahead(context.sampler, copy, context.mesh)
+            if config.max_staleness
+            else InStep(context.sampler)
+        )
 
     def _check_rows(self) -> None:
         config, longest = self._config, self._prompts.longest + self._config.max_tokens - 1
@@ -122,6 +134,14 @@ class Rollouts:
                     'files again'
                 )
 
+    def in_turn(self, train_step: Callable, evaluators: dict) -> dict:
+        """The same programs of the loop, kept apart from the thread's where they must not meet."""
+        if self._engine.is_shared:
+            turns = self._engine.turns
+            train_step = turns.around(train_step)
+            evaluators = {name: InTurn(each, turns) for name, each in evaluators.items()}
+        return {'train_step': train_step, 'evaluators': evaluators}
+
     def next(self, params, step: int) -> dict[str, jax.Array]:
         """Samples from these weights, judges, and packs -> the batch of a step.
 
@@ -129,10 +149,12 @@ class Rollouts:
           NumericsError: the model gives no sample.
           DataError: no sample could be judged.
         """
-        began = time.monotonic()
         with jax.transfer_guard('allow'):  # the engine is driven from the host
-            sampled, groups = self._collect(params, step)
-            _check_any(sampled, step)
+            self._engine.lend(params, step)
+            while len(self._ordered) <= self._config.max_staleness:
+                self._ordered.append(self._order(self._config.prompts))
+            sampled, groups = self._collect()
+            check_any(sampled, step)
             self._warn_of_failed(sampled, step)
             rewards_PG = np.array([self._shaped(group) for group in groups])
             advantages_PG = advantages(rewards_PG, self._objective)
@@ -145,16 +167,27 @@ class Rollouts:
                 microbatches=self._microbatches,
             )
             self._write(groups, advantages_PG, step)
+            self._engine.claim()
             batch = self._put(batch)
-            if self._objective.old_logprobs == 'recomputed':
-                batch['old_logprobs'] = self._score(params, batch)
-            if self._objective.kl:
-                self.prepare()
-                batch['reference_logprobs'] = self._score(self._reference, batch)
+            batch |= self._scores(params, batch)
         self.tokens = sum(sample.length for sample in samples)
-        self._seen.add(sampled, len(groups), time.monotonic() - began)
-        self._next += len(sampled)
+        spent = Counter(self._engine.seconds)
+        self._seen.seconds += spent - self._spent
+        self._spent, self._current = spent, []
+        self._seen.add(step, sampled, len(groups))
         return batch
+
+    def _scores(self, params, batch: dict) -> dict[str, jax.Array]:
+        """The log-probs of the batch's targets that the objective needs besides the sampler's."""
+        began, found = time.monotonic(), {}
+        if self._objective.old_logprobs == 'recomputed':
+            found['old_logprobs'] = self._score(params, batch)
+        if self._objective.kl:
+            self.prepare()
+            found['reference_logprobs'] = self._score(self._reference, batch)
+        jax.block_until_ready(found)
+        self._seen.seconds['logprobs'] += time.monotonic() - began
+        return found
 
     def prepare(self, params: dict | None = None) -> None:
         """Loads the reference, if the objective needs one and it is not there yet.
@@ -165,12 +198,32 @@ class Rollouts:
         if self._objective.kl and self._reference is None:
             self._reference, self._origin = self._load_reference(self._origin)
 
-    def _collect(self, params, step: int) -> tuple[list[Group], list[Group]]:
+    def _order(self, count: int) -> _Asked:
+        """Has the samples of so many prompts made."""
+        numbers = [self._draw() for _ in range(count)]
+        asked = [self._prompts.request(number) for number in numbers]
+        requests = [request for _, request in asked]
+        prompts = [prompt for prompt, _ in asked]
+        # The task's `stop` is not asked: when it is depends on the other requests, and so would
+        # the tokens behind what it saw.
+        return _Asked(numbers, prompts, requests, self._engine.order(requests))
+
+    def _draw(self) -> int:
+        if self._again:
+            return self._again.popleft()
+        self._next += 1
+        return self._next - 1
+
+    def _collect(self) -> tuple[list[Group], list[Group]]:
         """-> all groups that a step samples, and those that it learns from."""
         config, sampled, groups = self._config, [], []
-        for _ in range(1 + config.max_refills):
-            first, missing = self._next + len(sampled), config.prompts - len(groups)
-            found = self._sample(params, step, range(first, first + missing))
+        for refill in range(1 + config.max_refills):
+            if refill:
+                order = self._order(config.prompts - len(groups))
+            else:
+                order = self._ordered.popleft()
+            self._current += order.numbers
+            found = self._judged(order)
             sampled += found
             if config.filter == 'none':
                 return sampled, sampled
@@ -180,29 +233,29 @@ class Rollouts:
         # If nothing varies, the samples tell why, and have no gradient.
         return sampled, groups or found
 
-    def _sample(self, params, step: int, numbers: range) -> list[Group]:
-        asked = [self._prompts.request(number) for number in numbers]
-        requests = [request for _, request in asked]
-        # The task's `stop` is not asked: when it is depends on the other requests, and so would
-        # the tokens behind what it saw.
-        done = complete(self._context.sampler, requests, params, step)
+    def _judged(self, order: _Asked) -> list[Group]:
+        done = self._engine.take(order.order)
+        began = time.monotonic()
         # A judge may be slow on one host, so one process judges for all.
         verdicts = agree.from_primary(
             lambda: [
                 [self._judge.reward(prompt, sample) for sample in done[request.id]]
-                for prompt, request in asked
+                for prompt, request in zip(order.prompts, order.requests)
             ]
         )
+        self._seen.seconds['judge'] += time.monotonic() - began
         return [
             Group(
                 number,
                 prompt,
-                list(request.tokens),
+                request,
                 done[request.id],
                 [reward for reward, _ in verdict],
                 [error for _, error in verdict],
             )
-            for number, (prompt, request), verdict in zip(numbers, asked, verdicts)
+            for number, prompt, request, verdict in zip(
+                order.numbers, order.prompts, order.requests, verdicts
+            )
         ]
 
     def _shaped(self, group: Group) -> list[float]:
@@ -232,7 +285,7 @@ class Rollouts:
         masks = self._config.truncated == 'mask'
         return [
             Sample(
-                prompt=group.ids,
+                prompt=list(group.request.tokens),
                 completion=sample.tokens,
                 logprobs=sample.logprobs,
                 advantage=float(advantage),
@@ -257,13 +310,15 @@ class Rollouts:
         with Samples(path, header) as file:
             for group, advantages_G in zip(groups, advantages_PG.tolist()):
                 for index, advantage in enumerate(advantages_G):
-                    file.add(_describe(group, index, advantage))
+                    file.add(describe(group, index, advantage))
 
     def progress(self) -> dict[str, float]:
         """What has been sampled since the last call, and the prompts so far."""
-        values, self._seen = self._seen.values(), _Statistics()
-        epochs = self._next / len(self._prompts)
-        return values | {'rollout/prompts': self._next, 'rollout/epochs': epochs}
+        values, self._seen = self._seen.values(), Statistics()
+        first, again = self._position()
+        asked = first - len(again)
+        epochs = asked / len(self._prompts)
+        return values | {'rollout/prompts': asked, 'rollout/epochs': epochs}
 
     @property
     def statistics(self) -> dict[str, int | float | str]:
@@ -271,8 +326,22 @@ class Rollouts:
         return self._prompts.statistics | {'samples': self._config.samples}
 
     def get_state(self) -> dict:
-        """The number of the next prompt, what the prompts are, and the reference, as JSON."""
-        return {'next_prompt': self._next, 'reference': self._origin} | self._identity()
+        """The number of the next prompt, what the prompts are, and the reference, as JSON.
+
+        Prompts that were asked ahead, but whose samples no batch has, are asked again.
+        """
+        first, again = self._position()
+        position = {'next_prompt': first, 'asked_again': again, 'reference': self._origin}
+        return position | self._identity()
+
+    def _position(self) -> tuple[int, list[int]]:
+        """-> the first number that no batch has nor will have, and those before it of which that
+        is not true: in the order of `_draw`, they are asked first."""
+        ahead = [number for asked in self._ordered for number in asked.numbers]
+        again, first = sorted([*self._current, *ahead, *self._again]), self._next
+        while again and again[-1] == first - 1:
+            first = again.pop()
+        return first, again
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other prompts."""
@@ -283,91 +352,20 @@ class Rollouts:
                     f'{state.get(key)}; restore them, or start a new run in another --workdir '
                     'from these weights with --config.init_from'
                 )
-        self._next, self._origin = state['next_prompt'], state['reference']
+        self.close()
+        self._next, self._again = state['next_prompt'], collections.deque(state['asked_again'])
+        self._origin = state['reference']
 
     def _identity(self) -> dict:
         return {'fingerprint': self._prompts.fingerprint, 'seed': self._seed}
 
     def close(self) -> None:
-        """Frees the reference and the key-value cache; they are made again if `next` goes on."""
-        self._reference = None
-        self._context.sampler.release()
+        """Ends the thread, and frees the reference and the key-value cache.
 
-
-def _check_any(groups: list[Group], step: int) -> None:
-    """Raises if no sample of a step has a reward."""
-    errors = [error for group in groups for error in group.errors]
-    if not all(errors):
-        return
-    failed = [s.error for group in groups for s in group.samples if s.finish_reason == 'error']
-    if len(failed) == len(errors):
-        raise NumericsError(f'no sample of step {step} could be made: {failed[0]}')
-    raise DataError(f'no sample of step {step} could be judged; the first: {errors[0]}')
-
-
-def _describe(group: Group, index: int, advantage: float) -> dict:
-    """What is kept of a sample."""
-    sample, prompt = group.samples[index], group.prompt
-    return {
-        'id': prompt.id,
-        'sample_index': index,
-        'number': group.number,
-        'prompt': prompt.text or list(prompt.messages),
-        'completion': sample.text,
-        'reward': None if group.errors[index] else group.rewards[index],
-        'advantage': advantage,
-        'finish_reason': sample.finish_reason,
-        'error': group.errors[index],
-        'num_tokens': len(sample.tokens),
-        'versions': sorted(set(sample.versions)),
-        'tokens': sample.tokens,
-    }
-
-
-class _Statistics:
-    """Sums over steps, for the records."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        self._counts: Counter[str] = Counter()
-        self._rewards: list[float] = []  # the mean of each group
-        self._deviations: list[float] = []
-        self._lengths: list[int] = []
-
-    def add(self, sampled: list[Group], num_learned: int, seconds: float) -> None:
-        """Adds all groups of a step, of which so many are in its batch."""
-        counts = self._counts
-        self.seconds += seconds
-        counts['steps'] += 1
-        counts['left_out'] += len(sampled) - num_learned
-        for group in sampled:
-            good = [reward for reward in group.rewards if not math.isnan(reward)]
-            counts['failed'] += len(group.rewards) - len(good)
-            counts['flat'] += not group.varies
-            counts['groups'] += 1
-            if good:
-                self._rewards.append(float(np.mean(good)))
-                self._deviations.append(float(np.std(good)))
-            for sample in group.samples:
-                counts['samples'] += 1
-                counts['cut'] += sample.finish_reason == 'length'
-                self._lengths.append(len(sample.tokens))
-
-    def values(self) -> dict[str, float]:
-        counts = self._counts
-        if not counts['steps']:
-            return {}
-        lengths, samples = np.array(self._lengths), counts['samples']
-        return {
-            **statistics.mean(self._rewards).values('rollout/reward'),
-            'rollout/reward_std': float(np.mean(self._deviations)),  # inside a group
-            'rollout/flat_groups': counts['flat'] / counts['groups'],
-            'rollout/length': float(lengths.mean()),
-            'rollout/length_p99': float(np.quantile(lengths, 0.99)),
-            'rollout/truncated': counts['cut'] / samples,
-            'rollout/failed': counts['failed'] / samples,
-            'rollout/filtered': counts['left_out'] / counts['groups'],
-            'rollout/groups': (counts['groups'] - counts['left_out']) / counts['steps'],
-            'rollout/tokens_per_second': float(lengths.sum()) / max(self.seconds, 1e-9),
-            'rollout/staleness': 0.0,
-        }
+        `next` goes on after the last batch that it has delivered.
+        """
+        self._next, again = self._position()
+        self._again = collections.deque(again)
+        self._ordered.clear()
+        self._current, self._reference = [], None
+        self._engine.close()

@@ -193,11 +193,25 @@ class Phase:
             context,
             seed=self.seed,
             put=self._put_rows,
+            copy=self._copy_params,
             score=jax.jit(self._score),
             reference=reference,
             microbatches=self.config.optimizer.accumulate,
             where=self.name,
         )
+
+    def _copy_params(self, params: dict, last: dict | None) -> dict:
+        """A copy of weights that are about to be donated; what `last` has of them is freed.
+
+        What the phase does not change is copied once. It cannot be shared, because the step donates
+        it, too.
+        """
+        if last is None:
+            return _copy(params)
+        changed = self.parts.trainable | self.parts.buffers
+        for path in changed:
+            last[path].delete()
+        return last | _copy({path: params[path] for path in changed})
 
     def _put_rows(self, batch: dict) -> dict:
         """Whole batches, the same on every process -> global arrays."""
@@ -226,6 +240,11 @@ class Phase:
         return jnp.broadcast_to(
             kl, mask_BT.shape, out_sharding=sharding.activation('batch', 'position')
         )
+
+
+@jax.jit
+def _copy(params: dict) -> dict:
+    return jax.tree.map(jnp.copy, params)
 
 
 def make_phases(config: RunConfig, make_model, mesh) -> list[Phase]:

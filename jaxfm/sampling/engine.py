@@ -83,7 +83,7 @@ class Sampler:
         self._outputs: dict[Sequence, Output] = {}
         self._counters = Counters()
 
-    def lend(self, params, version: int) -> None:
+    def lend(self, params, version: int, *, restore: bool = False) -> None:
         """Sets the weights that the following steps use. They are not copied.
 
         It may be called at any time between steps. Running requests go on with the new weights, but
@@ -93,11 +93,15 @@ class Sampler:
         Args:
           params: {path: array}.
           version: the training step of the weights.
+          restore: store the keys and values of running requests anew, so that each token is sampled
+            from exactly what the weights of its version give for the tokens before it.
         """
         is_same = self._params is not None and params.keys() == self._params.keys()
         is_same = is_same and all(value is self._params[path] for path, value in params.items())
         if not is_same or version != self._version:
             self._scheduler.forget()
+            if restore:
+                self._scheduler.restart()
         self._params, self._version = params, version
 
     def release(self) -> None:
@@ -339,6 +343,10 @@ class Sampler:
             if 2 * len(missing) <= len(self._running):
                 break
         return [*self._end_scored(), *self._decode()]
+
+    def wait(self) -> None:
+        """Waits until the devices have done all that the steps so far asked of them."""
+        jax.block_until_ready(self._cache)
 
     def _admit(self) -> None:
         if copies := self._scheduler.admit():

@@ -240,6 +240,12 @@ class Scheduler:
             for sequence in shard.running:
                 sequence.is_mixed |= sequence.num_stored > 0
 
+    def restart(self) -> None:
+        """Sends all running sequences back to the head of the line, without what they stored."""
+        for sequence in reversed([*itertools.chain(*self.running)]):
+            self.leave(sequence, is_sound=False)
+            self.waiting.appendleft(sequence)
+
 
 def _num_common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

@@ -369,6 +369,8 @@ rollout.py data.samples=1 data.prompts=1 objective.name=reinforce_plus_plus
 rollout.py data.samples=1 objective.name=policy_gradient
 rollout.py data.overlong_penalty=1
 rollout.py data.overlong_penalty=1 data.overlong_tokens=200
+rollout.py data.max_staleness=-1
+rollout.py data.max_staleness=2 objective.old_logprobs=recomputed
 rollout.py data.documents.name=problems
 rollout.py data.task={'name':'exact_answer'}
 rollout.py data.task={'name':'exact_answer'} data.documents={'name':'problems','form':'chat'}

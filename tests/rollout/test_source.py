@@ -2,124 +2,12 @@
 
 import json
 import math
-import time
-import types
 
 import numpy as np
 import pytest
 
 from jaxfm.errors import ConfigError, DataError, NumericsError
-from jaxfm.objectives import OBJECTIVES
-from jaxfm.rollout import RolloutConfig
-from jaxfm.rollout.source import Rollouts
-from jaxfm.sampling.request import Event
-from jaxfm.tasks.base import Prompt, Task
-from tests.evals.test_generate import Chat, Tokenizer
-
-EOS = 0
-# The rewards of a prompt's samples, which the engine writes as digits.
-SCRIPTS = {'a': '0110', 'bb': '0000', 'ccc': '1101', 'd': '1111', 'e': '1000', 'f': '0101'}
-
-
-class Digits(Task):
-    """The reward is the digit that the completion begins with; a letter is a fault of the judge."""
-
-    class Config(RolloutConfig):
-        """Never used."""
-
-    def __init__(self, config, documents):
-        self.documents = documents
-
-    def prompts(self):
-        return [Prompt(f'id {text}', text) for text in SCRIPTS]
-
-    def evaluate(self, prompt, completion):
-        return float(int(completion[0]))
-
-    def reward(self, prompt, completion):
-        if completion.startswith('h'):
-            time.sleep(60)
-        faults = {'n': float('nan'), 'g': 10**400}
-        found = faults.get(completion[0])
-        return self.evaluate(prompt, completion) if found is None else found
-
-    def stop(self, prompt, completion):
-        raise AssertionError('samples end by themselves')
-
-
-class Engine:
-    """Answers at once: sample i of a prompt is letter i of its script, and `tail`."""
-
-    def __init__(self, scripts=SCRIPTS, tail='xy\0'):
-        self.config = types.SimpleNamespace(stop_ids=[])
-        self.longest, self.scripts, self.tail = 40, scripts, tail
-        self.waiting, self.asked, self.versions = [], [], []
-        self.tails = None  # of the samples, if they differ
-
-    def check(self, request):
-        assert len(request.tokens) + request.max_tokens <= self.longest
-
-    def lend(self, params, version):
-        self.versions.append(version)
-
-    def add(self, request):
-        self.asked.append(request)
-        self.waiting.append(request)
-
-    def release(self):
-        self.versions.append('released')
-
-    @property
-    def has_work(self):
-        return bool(self.waiting)
-
-    def step(self):
-        request = self.waiting.pop(0)
-        script = self.scripts[''.join(map(chr, request.tokens))]
-        return [self._event(request, index, script[index]) for index in range(request.n)]
-
-    def _event(self, request, index, letter):
-        if letter == '!':
-            return Event(request.id, [], [], [], 'error', index, error='NaN logits')
-        text = letter + (self.tails[index] if self.tails else self.tail)
-        ids = [ord(x) for x in text]
-        logprobs = [-0.5 - index] * len(ids)
-        reason = 'stop' if text.endswith('\0') else 'length'
-        return Event(
-            request.id, ids, logprobs, logprobs, reason, index, text=text.rstrip('\0'), versions=[7]
-        )
-
-
-@pytest.fixture
-def make(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        'jaxfm.evals.prompts.TASKS', types.SimpleNamespace(load=lambda name: Digits)
-    )
-
-    def rollouts(engine=None, objective='rloo', seed=3, **changes):
-        values = dict(
-            task=dict(name='arithmetic'),
-            prompts=3,
-            samples=4,
-            sequence_length=8,
-            batch_size=12,
-            max_tokens=4,
-            write_every=0,
-        )
-        context = types.SimpleNamespace(
-            sampler=engine or Engine(),
-            tokenizer=Tokenizer(),
-            chat=Chat,
-            samples_directory=tmp_path,
-            weights=lambda step: {'step': step},
-        )
-        config = RolloutConfig(**values | changes)
-        schema = OBJECTIVES[objective].schema
-        made = Rollouts(config, schema(), context, seed=seed, put=dict)
-        made.engine = context.sampler
-        return made
-
-    return rollouts
+from tests.rollout.scripted import SCRIPTS, Engine
 
 
 def learned(batch):

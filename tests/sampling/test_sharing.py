@@ -1,6 +1,7 @@
 """Pages shared between samples, prompts, forks and after preemption give what each gives alone."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,43 @@ def test_pages_that_mix_weights_are_not_shared(sampler, params, other_params):
     again = drain(sampler)
     assert_same(found['b', 0], alone(sampler, same))
     assert_same(again['b', 0], alone(sampler, same))
+
+
+def test_after_a_swap_with_restore_tokens_are_those_of_their_version_alone(
+    sampler, params, other_params
+):
+    """Of running requests, of one that waits, and of those that share pages with others."""
+    requests = [Request(f'{i}', PROMPT[: 11 - i], 14, seed=i, n=2) for i in range(3)]
+    for request in requests:
+        sampler.add(request)
+    weights, found = [params, other_params, params], {}
+    before = sampler.counters.preemptions
+    for version, lent in enumerate(weights):
+        sampler.lend(lent, version, restore=True)
+        for event in [*sampler.step(), *sampler.step()]:
+            key = event.id, event.sample_index
+            found.setdefault(key, Completion(*key)).add(event)
+    drain(sampler, found)
+    assert sampler.counters.preemptions == before
+    assert sum(len(set(completion.versions)) == 3 for completion in found.values()) == 4
+    for request in requests:
+        for index in range(2):
+            completion, start = found[request.id, index], 0
+            for version, run in itertools.groupby(completion.versions):
+                stop = start + len(list(run))
+                sampler.lend(weights[version], 10 * sampler.version + 10)
+                rest = dataclasses.replace(
+                    request,
+                    tokens=[*request.tokens, *completion.tokens[:start]],
+                    max_tokens=stop - start,
+                    n=1,
+                    sample_index=index,
+                )
+                again = alone(sampler, rest)
+                assert again.tokens == completion.tokens[start:stop]
+                expected = completion.logprobs[start:stop]
+                np.testing.assert_allclose(again.logprobs, expected, rtol=0, atol=1e-4)
+                start = stop
 
 
 def test_the_same_weights_lent_again_keep_what_is_known(sampler, params):

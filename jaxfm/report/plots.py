@@ -23,6 +23,7 @@ _COLORS = dict(zip(goodput.BUCKETS, ('C0', 'C1', 'C4', 'C6', 'C2', 'C9', 'C5', '
 _REWARDS = (
     *('rollout/reward', 'rollout/length', 'train/entropy_estimate', 'rollout/flat_groups'),
     *('rollout/truncated', 'train/ratio_max', 'train/reference_kl', 'train/clip_fraction'),
+    'rollout/staleness',
 )
 
 

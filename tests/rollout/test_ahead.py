@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxfm.errors import ConfigError, DataError
-from tests.rollout.scripted import Engine, Stepwise
+from tests.rollout.scripted import SCRIPTS, Engine, Stepwise
 
 
 def train(source, steps, seconds=0.0, first=0):
@@ -89,6 +89,18 @@ def test_an_error_of_the_thread_ends_the_step_that_waits(make):
     source.close()
     source.engine.fault = None
     train(source, 2, first=3)
+
+
+def test_a_judge_that_hangs_costs_its_sample(make):
+    """Its limit is a signal, which no other thread would get."""
+    scripts = dict.fromkeys(SCRIPTS, '0111') | {'a': '01h1'}
+    options = dict(prompts=6, batch_size=24, call_seconds=0.2, max_staleness=1)
+    source = make(Stepwise(scripts=scripts), **options)
+    began = time.monotonic()
+    train(source, 1)
+    assert time.monotonic() - began < 10
+    source.next({}, 1)
+    assert source.progress()['rollout/failed'] == 1 / 24
 
 
 @pytest.mark.parametrize('is_waiting', [False, True])

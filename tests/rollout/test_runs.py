@@ -143,8 +143,8 @@ def test_samples_are_kept_with_their_rewards(whole):
     assert header['weights']['step'] == 4
     assert len(samples) == 4 * 8
     for sample in samples:
-        assert sample['versions'] == [4]
-        assert sample['num_tokens'] == len(sample['tokens']) <= 12
+        assert sample['versions'] == [[4, len(sample['tokens'])]]
+        assert sample['num_tokens'] == len(sample['tokens']) == len(sample['logprobs']) <= 12
     means = {}
     for sample in samples:
         means.setdefault(sample['id'], []).append(sample['reward'])

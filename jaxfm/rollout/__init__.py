@@ -25,6 +25,30 @@ def _neutral(wanted: float):
     return pydantic.AfterValidator(check)
 
 
+class CurriculumConfig(Group):
+    """Prompts whose pass rate so far is between `low` and `high`, or unknown, are asked most."""
+
+    low: float = Field(0.1, ge=0, le=1)
+    high: float = Field(0.9, ge=0, le=1)
+    # How often any other prompt is asked, relative to them.
+    floor: float = Field(0.1, gt=0, lt=1)
+    # A sample passes if the task's reward is at least this, and a prompt's pass rate is an average
+    # in which its newest samples have this share.
+    passing: float = Field(0.5, allow_inf_nan=False)
+    newest: float = Field(0.5, gt=0, le=1)
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        low, high, paths = parts.get('low'), parts.get('high'), (('low',), ('high',))
+        if low is None or high is None:
+            return []
+        if low >= high:
+            return [Problem(paths, f'low {low:g} must be less than high {high:g}')]
+        if (low, high) == (0, 1):
+            return [Problem(paths, 'low 0 and high 1 would do nothing: set curriculum to None')]
+        return []
+
+
 class RolloutConfig(Group):
     """Batches of samples: `samples` completions of each of `prompts` prompts, at each step."""
 
@@ -54,6 +78,7 @@ class RolloutConfig(Group):
     # sampled in its place, up to `max_refills` times a step (DAPO, section 3.2).
     filter: Literal['none', 'zero_variance'] = 'none'
     max_refills: int = Field(3, ge=1)
+    curriculum: CurriculumConfig | None = None  # None: an endless shuffled order of all prompts
     # Subtracted from the reward of a completion as its length goes from max_tokens -
     # overlong_tokens to max_tokens (DAPO, section 3.4).
     overlong_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)

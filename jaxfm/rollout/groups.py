@@ -23,7 +23,8 @@ class Group:
     rewards: of the task, NaN for a sample that has none; errors: why, or ''.
     """
 
-    number: int  # of the prompt, in their order
+    number: int  # of the prompt, in the order in which they are asked
+    place: int  # of the prompt, among those of the task
     prompt: object
     request: Request
     samples: list[Completion]

@@ -12,6 +12,7 @@ from jaxfm.evals.prompts import open_task, prompt_ids
 from jaxfm.rollout import RolloutConfig
 from jaxfm.sampling import stop_ids_of
 from jaxfm.sampling.request import Request
+from jaxfm.tasks.base import Prompt
 
 log = logging.getLogger('jaxfm')
 
@@ -80,9 +81,12 @@ class Prompts:
         """Changes with any prompt, and with what its completions are compared with."""
         return digest_of([vars(prompt), ids] for prompt, ids in zip(self._prompts, self._ids))
 
-    def request(self, number: int) -> tuple:
-        """-> prompt `number` of the order, and the request for its samples."""
-        place = self._order[number]
+    def place(self, number: int) -> int:
+        """Which prompt is number `number` of the endless order."""
+        return self._order[number]
+
+    def request(self, place: int, number: int) -> tuple[Prompt, Request]:
+        """-> the prompt at a place, and the request for its samples as number `number`."""
         return self._prompts[place], self._request(place, number)
 
     @functools.cached_property

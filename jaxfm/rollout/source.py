@@ -31,6 +31,7 @@ from jaxfm.preferences.source import LoadReference
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.ahead import Ahead, InStep, InTurn
 from jaxfm.rollout.batch import Sample, make_batch, num_rows
+from jaxfm.rollout.curriculum import Curriculum
 from jaxfm.rollout.groups import Group, Statistics, check_any, describe
 from jaxfm.rollout.prompts import Prompts
 from jaxfm.sampling.request import Request
@@ -42,7 +43,8 @@ log = logging.getLogger('jaxfm')
 class _Asked:
     """Prompts whose samples are ordered together."""
 
-    numbers: list[int]  # of the prompts, in their order
+    numbers: list[int]  # of the prompts, in the order in which they are asked
+    places: list[int]  # of the prompts, among those of the task
     prompts: list
     requests: list[Request]
     order: object  # of the engine
@@ -88,6 +90,9 @@ class Rollouts:
         self._origin: dict | None = None  # where they are from
         self._seed, self._microbatches, self._where = seed, microbatches, where
         self._prompts = Prompts(config, context, seed)
+        self._curriculum = config.curriculum and Curriculum(
+            config.curriculum, len(self._prompts), seed
+        )
         self._judge = Judge(
             self._prompts.task, config.thinking, config.call_seconds, context.tokenizer
         )
@@ -97,7 +102,7 @@ class Rollouts:
         self._next = 0  # the first number of a prompt that was never ordered
         self._again: collections.deque[int] = collections.deque()  # ordered, but lost
         self._ordered: collections.deque[_Asked] = collections.deque()  # for the next steps
-        self._current: list[int] = []  # numbers of the step that is being made
+        self._current: list[_Asked] = []  # of the step that is being made
         self.tokens = 0
         self._seen = Statistics()
         self._spent: Counter[str] = Counter()  # seconds of the engine that were counted
@@ -175,6 +180,8 @@ class Rollouts:
         self._seen.seconds += spent - self._spent
         self._spent, self._current = spent, []
         self._seen.add(step, sampled, len(groups))
+        for group in sampled if self._curriculum else ():
+            self._curriculum.update(group.place, group.rewards)
         return batch
 
     def _scores(self, params, batch: dict) -> dict[str, jax.Array]:
@@ -201,12 +208,25 @@ class Rollouts:
     def _order(self, count: int) -> _Asked:
         """Has the samples of so many prompts made."""
         numbers = [self._draw() for _ in range(count)]
-        asked = [self._prompts.request(number) for number in numbers]
+        places = self._places(numbers)
+        asked = [self._prompts.request(*each) for each in zip(places, numbers)]
         requests = [request for _, request in asked]
         prompts = [prompt for prompt, _ in asked]
         # The task's `stop` is not asked: when it is depends on the other requests, and so would
         # the tokens behind what it saw.
-        return _Asked(numbers, prompts, requests, self._engine.order(requests))
+        return _Asked(numbers, places, prompts, requests, self._engine.order(requests))
+
+    def _places(self, numbers: list[int]) -> list[int]:
+        """Which prompts are asked under these numbers."""
+        if self._curriculum is None:
+            return [self._prompts.place(number) for number in numbers]
+        under_way = {place for asked in self._under_way for place in asked.places}
+        return self._curriculum.draw(numbers[0], len(numbers), under_way)
+
+    @property
+    def _under_way(self) -> list[_Asked]:
+        """What was asked and is in no batch yet."""
+        return [*self._current, *self._ordered]
 
     def _draw(self) -> int:
         if self._again:
@@ -222,7 +242,7 @@ class Rollouts:
                 order = self._order(config.prompts - len(groups))
             else:
                 order = self._ordered.popleft()
-            self._current += order.numbers
+            self._current.append(order)
             found = self._judged(order)
             sampled += found
             if config.filter == 'none':
@@ -247,14 +267,15 @@ class Rollouts:
         return [
             Group(
                 number,
+                place,
                 prompt,
                 request,
                 done[request.id],
                 [reward for reward, _ in verdict],
                 [error for _, error in verdict],
             )
-            for number, prompt, request, verdict in zip(
-                order.numbers, order.prompts, order.requests, verdicts
+            for number, place, prompt, request, verdict in zip(
+                order.numbers, order.places, order.prompts, order.requests, verdicts
             )
         ]
 
@@ -318,6 +339,8 @@ class Rollouts:
         first, again = self._position()
         asked = first - len(again)
         epochs = asked / len(self._prompts)
+        shares = self._curriculum.shares() if self._curriculum else {}
+        values |= {f'rollout/{band}_prompts': share for band, share in shares.items()}
         return values | {'rollout/prompts': asked, 'rollout/epochs': epochs}
 
     @property
@@ -332,13 +355,15 @@ class Rollouts:
         """
         first, again = self._position()
         position = {'next_prompt': first, 'asked_again': again, 'reference': self._origin}
+        if self._curriculum:
+            position['pass_rates'] = self._curriculum.get_state()
         return position | self._identity()
 
     def _position(self) -> tuple[int, list[int]]:
         """-> the first number that no batch has nor will have, and those before it of which that
         is not true: in the order of `_draw`, they are asked first."""
-        ahead = [number for asked in self._ordered for number in asked.numbers]
-        again, first = sorted([*self._current, *ahead, *self._again]), self._next
+        asked = [number for asked in self._under_way for number in asked.numbers]
+        again, first = sorted([*asked, *self._again]), self._next
         while again and again[-1] == first - 1:
             first = again.pop()
         return first, again
@@ -355,6 +380,8 @@ class Rollouts:
         self.close()
         self._next, self._again = state['next_prompt'], collections.deque(state['asked_again'])
         self._origin = state['reference']
+        if self._curriculum and 'pass_rates' in state:  # it may have been turned on since
+            self._curriculum.set_state(state['pass_rates'])
 
     def _identity(self) -> dict:
         return {'fingerprint': self._prompts.fingerprint, 'seed': self._seed}

@@ -370,6 +370,10 @@ rollout.py data.samples=1 objective.name=policy_gradient
 rollout.py data.overlong_penalty=1
 rollout.py data.overlong_penalty=1 data.overlong_tokens=200
 rollout.py data.max_staleness=-1
+rollout.py data.curriculum={'low':0.5,'high':0.5}
+rollout.py data.curriculum={'low':0,'high':1}
+rollout.py data.curriculum={'floor':0}
+rollout.py data.curriculum={'lo':0}
 rollout.py data.max_staleness=2 objective.old_logprobs=recomputed
 rollout.py data.documents.name=problems
 rollout.py data.task={'name':'exact_answer'}

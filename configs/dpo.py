@@ -118,4 +118,5 @@ def _from_nothing(smoke: bool) -> ConfigDict:
     ]
     config.evals = dict(pairs=dict(name='preference', phase='dpo', every=50 if not smoke else 0))
     config.sampling = dict(max_length=128, max_tokens=32)
+    config.checkpoint = dict(every=10 if smoke else 1_000)
     return config

@@ -29,10 +29,20 @@ MAP = {
     'main': {'modes', 'config', 'data', 'storage', 'distributed'},
     'modes': {
         *('run', 'config', 'train', 'plan', 'evals', 'sampling', 'chat', 'state', 'models'),
-        *('optim', 'metrics', 'storage', 'distributed'),
+        *('preferences', 'optim', 'metrics', 'storage', 'distributed'),
     },
     'run': {
-        *('config', 'plan', 'evals', 'rollout', 'sampling', 'objectives', 'ops', 'data'),
+        *(
+            'config',
+            'plan',
+            'evals',
+            'rollout',
+            'preferences',
+            'sampling',
+            'objectives',
+            'ops',
+            'data',
+        ),
         *('data.corpus', 'data.packing', 'tokenizer', 'chat', 'pretrained'),
         *(
             'pretrained.huggingface',
@@ -50,6 +60,8 @@ MAP = {
     'rollout': {
         *('evals', 'sampling', 'tasks', 'objectives', 'data', 'data.packing', 'distributed'),
     },
+    # Rows of documents, with what a reference says of them.
+    'preferences': {'objectives', 'data', 'data.packing', 'storage', 'distributed'},
     # From the rooms that it configures, it imports only the schemas.
     'config': {
         *('evals', 'rollout', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
@@ -61,7 +73,16 @@ MAP = {
     'plan': {'models', 'optim', 'sharding'},
     # Files of samples are kept over starts, by all processes; files of text have a perplexity.
     'evals': {
-        *('sampling', 'tasks', 'data', 'pretrained.huggingface', 'ops', 'sharding', 'storage'),
+        *(
+            'sampling',
+            'tasks',
+            'data',
+            'data.packing',
+            'pretrained.huggingface',
+            'ops',
+            'sharding',
+            'storage',
+        ),
         'distributed',
     },
     # Stop strings are found in text, and events tell text.
@@ -378,7 +399,7 @@ def test_a_circle_of_modules_is_found():
 
 
 def test_an_unused_arrow_is_found():
-    users = ('jaxfm.objectives.next_token', 'jaxfm.objectives.policy_gradient')
+    users = [f'jaxfm.objectives.{n}' for n in ('next_token', 'policy_gradient', 'preference')]
     modules = [m for m in read_tree('jaxfm') if m.name not in users]
     assert unused_arrows(modules) == ['objectives lists ops, which it does not import']
 

@@ -1,11 +1,16 @@
 """Objectives: the loss, as named sums over tokens with weights that depend only on the batch."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from jaxfm.registry import Entry, Registry
 from jaxfm.schema import Group, Problem
+
+# Loads the weights of a reference: what an earlier call told of where they are from, as JSON, or
+# None -> the weights, and that.
+LoadReference = Callable[[dict | None], tuple[dict, dict | None]]
 
 
 class NextTokenConfig(Group):

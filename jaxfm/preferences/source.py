@@ -19,7 +19,7 @@ import numpy as np
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing.rows import Packing
 from jaxfm.distributed import agree
-from jaxfm.objectives import PreferenceConfig
+from jaxfm.objectives import LoadReference, PreferenceConfig
 from jaxfm.preferences.mismatched import mismatched_rows
 from jaxfm.storage import whole
 
@@ -27,8 +27,6 @@ log = logging.getLogger('jaxfm')
 
 # Names of arrays that are only for the estimate of the divergence.
 _MISMATCHED = 'mismatched/'
-# Where the weights come from, as `get_state` recorded it, or None -> the weights, where from.
-LoadReference = Callable[[dict | None], tuple[dict, dict | None]]
 
 
 class ReferencedRows:

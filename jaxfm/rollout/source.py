@@ -25,9 +25,8 @@ from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals.base import Context
 from jaxfm.evals.judge import Judge
 from jaxfm.evals.samples import Samples
-from jaxfm.objectives import PolicyGradientConfig
+from jaxfm.objectives import LoadReference, PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
-from jaxfm.preferences.source import LoadReference
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.ahead import Ahead, InStep, InTurn
 from jaxfm.rollout.batch import Sample, make_batch, num_rows

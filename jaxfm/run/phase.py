@@ -21,13 +21,13 @@ from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES, COMPARED_DTYPES
 from jaxfm.evals.base import Context
-from jaxfm.objectives import OBJECTIVES, PreferenceConfig
+from jaxfm.objectives import OBJECTIVES, LoadReference, PreferenceConfig
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.ops.segments import segment_sums
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.optim.spikes import Spikes
 from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
-from jaxfm.preferences.source import LoadReference, Preferences
+from jaxfm.preferences.source import Preferences
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
 from jaxfm.rollout.source import Rollouts

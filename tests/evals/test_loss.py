@@ -45,7 +45,8 @@ class Hesitant(Bigram):
 class Heldout:
     """An in-memory stand-in for a token cache."""
 
-    path, fingerprint, vocab_size, is_chat, mask = 'heldout', 'texts', V, False, None
+    path, fingerprint, vocab_size, mask = 'heldout', 'texts', V, None
+    kind, is_chat = 'text', False
     num_documents, num_bytes = len(LENGTHS), 131
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     num_tokens = int(offsets[-1])

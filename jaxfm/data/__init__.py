@@ -36,7 +36,7 @@ class FieldsConfig(Group):
     """
 
     text: str = ''
-    messages: str = ''  # a list of turns
+    messages: str = ''  # a list of turns; or a text, as that of `chosen`
     prompt: str = ''  # a user turn as text, or a list of turns; completion follows it
     completion: str = ''  # an assistant turn as text, or a list of turns
     # Of a pair: the better and the worse completion, or whole chats. Each is an assistant turn as

@@ -49,6 +49,16 @@ def exchange(name: str, value: str) -> dict[int, str]:
     }
 
 
+def find_difference(name: str, value: str) -> tuple[int, str, str] | None:
+    """A process whose value differs from the primary's: (its index, the primary's, its own).
+
+    None if this process sees none: the primary sees all values, another only its own. A name is
+    used only once.
+    """
+    every = exchange(name, value)
+    return next(((i, every[0], other) for i, other in every.items() if other != every[0]), None)
+
+
 def publish(name: str, value: str) -> None:
     """Publishes a value to the other processes, from any thread. A name is used only once."""
     if global_state.client is not None:

@@ -130,13 +130,12 @@ class Rollouts:
 
     def _check_processes(self) -> None:
         """Raises DataError unless every process has the same prompts: all sample together."""
-        every = agree.exchange(f'prompts/{self._where}', self._prompts.fingerprint)
-        for index, theirs in every.items():
-            if theirs != every[0]:
-                raise DataError(
-                    f'config.data.task: processes 0 and {index} have different prompts: copy the '
-                    'files again'
-                )
+        name = f'prompts/{self._where}'
+        if found := agree.find_difference(name, self._prompts.fingerprint):
+            raise DataError(
+                f'config.data.task: processes 0 and {found[0]} have different prompts: copy the '
+                'files again'
+            )
 
     def in_turn(self, train_step: Callable, evaluators: dict) -> dict:
         """The same programs of the loop, kept apart from the thread's where they must not meet."""

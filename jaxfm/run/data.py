@@ -135,10 +135,9 @@ def _check_files(config: RunConfig) -> None:
       DataError: a file has another size there.
     """
     here = _file_sizes(config) if jax.process_count() > 1 else {}
-    every = agree.exchange('files', _pack(here))
-    for index, packed in every.items():
-        if packed != every[0]:
-            _refuse_files(_unpack(every[0]), _unpack(packed), index)
+    if found := agree.find_difference('files', _pack(here)):
+        index, first, other = found
+        _refuse_files(_unpack(first), _unpack(other), index)
 
 
 def _file_sizes(config: RunConfig) -> dict[str, int]:
@@ -160,13 +159,11 @@ def _check_tokens(datasets: Iterable[Dataset]) -> None:
     sources tell; `_check_files` compared its files.
     """
     here = [each.fingerprint for each in datasets] if jax.process_count() > 1 else []
-    every = agree.exchange('tokens', ' '.join(here))
-    for index, fingerprints in every.items():
-        if fingerprints != every[0]:
-            raise DataError(
-                f'config.data: processes 0 and {index} have different tokens, which names and '
-                'sizes of files do not show: copy the data again'
-            )
+    if found := agree.find_difference('tokens', ' '.join(here)):
+        raise DataError(
+            f'config.data: processes 0 and {found[0]} have different tokens, which names and '
+            'sizes of files do not show: copy the data again'
+        )
 
 
 def _pack(sizes: dict[str, int]) -> str:

@@ -202,15 +202,14 @@ def _shorten_plugin_error(record: logging.LogRecord) -> bool:
 def _check_code(config: RunConfig) -> None:
     """Raises ConfigError unless every process has the same code as the first."""
     digests = {name: found.sha256 for name, found in config.code.items()}
-    every = agree.exchange('code', json.dumps(digests))
-    first = json.loads(every[0])
-    for index, theirs in every.items():
-        differ = first.items() ^ json.loads(theirs).items()
-        if differ:
-            raise ConfigError(
-                f'config.code: the file of {min(name for name, _ in differ)} is not the same on '
-                f'the hosts of processes 0 and {index}: copy it again'
-            )
+    if found := agree.find_difference('code', json.dumps(digests)):
+        index, *both = found
+        first, other = map(json.loads, both)
+        name = min(name for name, _ in first.items() ^ other.items())
+        raise ConfigError(
+            f'config.code: the file of {name} is not the same on the hosts of processes 0 and '
+            f'{index}: copy it again'
+        )
 
 
 def open_outside(config: RunConfig | OriginConfig) -> Outside:

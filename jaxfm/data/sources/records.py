@@ -234,7 +234,10 @@ def _num_last(messages: tuple[dict, ...]) -> int:
 
 def _turns(record: dict, fields: FieldsConfig) -> list | None:
     if fields.messages:
-        return _list(_require(record, fields.messages, 'messages'), fields.messages)
+        value = _require(record, fields.messages, 'messages')
+        if isinstance(value, str) and _HUMAN.match(value):
+            return _split_turns(value)
+        return _list(value, fields.messages)
     if fields.prompt or fields.completion:
         return _prompt_and_completion(record, fields)
     for key in ('messages', 'conversations'):

@@ -63,6 +63,11 @@ def test_pairs_of_all_layouts_become_the_same(record, fields, given):
     assert list(found.messages) == [*given, GOOD] and list(found.rejected) == [*given, BAD]
 
 
+def test_one_side_alone_is_a_chat():
+    found = document({'chosen': HH + 'This.', 'rejected': HH + 'That.'}, messages='chosen')
+    assert found.kind == 'chat' and list(found.messages) == [*BEFORE, HUMAN, GOOD]
+
+
 def test_a_system_turn_belongs_to_both():
     record = {'system': 'Be brief.', 'prompt': 'Which?', 'chosen': 'This.', 'rejected': 'That.'}
     found = document(record, system='system')

@@ -1,6 +1,8 @@
 """Reinforcement learning in real runs: on-policy, resumed, with a reference, on several devices."""
 
+import re
 import shutil
+import signal
 
 import pytest
 
@@ -8,7 +10,8 @@ from jaxfm.checkpoint.store import Store
 from jaxfm.evals.samples import read_samples
 from jaxfm.metrics.writers import read_records
 from jaxfm.storage import open_storage
-from tests.runs import assert_same_state, finish, measured, start_ranks
+from tests.rollout import faults
+from tests.runs import assert_same_state, finish, measured, start_ranks, stderr_of
 
 PHASES = """
     text, adamw = config.data, config.optimizer
@@ -45,6 +48,20 @@ PHASES = """
     config.sampling = dict(slots=32, max_length=64, decode_steps=4, max_tokens=8, num_samples=0)
     config.metrics.log_every = 1
 """
+# One that tests/rollout/faults.py can kill.
+MORTAL = """
+    from tests.rollout import faults
+
+    faults.install()
+"""
+# With all that a step may do, and that its state may hold.
+FULL = (
+    PHASES
+    + """
+    config.phases[1]['objective'].update(old_logprobs='recomputed', importance='truncate')
+    rollout.update(curriculum=dict(low=0.4, high=0.6), filter='zero_variance')
+"""
+)
 TUNED = (
     PHASES
     + """
@@ -61,7 +78,7 @@ FIRST, LAST = 2, 12  # steps of the phase
 
 @pytest.fixture(scope='module')
 def config(tiny):
-    return tiny.derive('rollout', PHASES)
+    return tiny.derive('rollout', PHASES + MORTAL)
 
 
 @pytest.fixture(scope='module')
@@ -112,6 +129,51 @@ def test_a_run_goes_on_in_the_middle_of_the_phase_with_the_same_bits(tiny, train
     train(again, '--resume_step=8')
     assert measured(again) == measured(whole)
     assert_same_state(tiny.saved_state(again, LAST), tiny.saved_state(whole, LAST))
+
+
+def kill_and_go_on(tiny, config, workdir) -> dict[str, int]:
+    """Kills a run in each part of a step, and lets it end -> {part: the step it resumed at}."""
+    options, resumed = dict(config=config, devices=2), {}
+    for kill in ('generate@5', 'logprobs@7', 'train@10'):
+        finish(tiny.start(workdir, **options, **{faults.VARIABLE: kill}), -signal.SIGKILL)
+        place, _, step = kill.partition('@')
+        resumed[place] = max(tiny.committed(workdir))
+        assert resumed[place] < int(step)
+    finish(tiny.start(workdir, **options))
+    steps = [int(step) for step in re.findall(r'resumed at step (\d+)', stderr_of(workdir))]
+    assert steps == [*resumed.values()]
+    return resumed
+
+
+@pytest.fixture(scope='module')
+def killed(tiny, config, whole):
+    workdir = whole.parent / 'killed'
+    return workdir, kill_and_go_on(tiny, config, workdir)
+
+
+@pytest.mark.parametrize('place', ['generate', 'logprobs', 'train'])
+def test_a_run_killed_in_any_part_of_a_step_goes_on_with_the_same_bits(tiny, whole, killed, place):
+    workdir, resumed = killed
+    first = resumed[place]
+    last = min((step for step in resumed.values() if step > first), default=LAST)
+
+    def between(run):
+        return {key: values for key, values in measured(run).items() if first < key[0] <= last}
+
+    assert between(workdir) == between(whole) != {}
+    assert_same_state(tiny.saved_state(workdir, last), tiny.saved_state(whole, last))
+
+
+@pytest.mark.slow
+def test_a_run_with_every_part_goes_on_with_the_same_bits_after_kills(tiny, tmp_path):
+    config = tiny.derive('full', FULL + MORTAL)
+    finish(tiny.start(tmp_path / 'whole', config=config, devices=2))
+    kill_and_go_on(tiny, config, tmp_path / 'killed')
+    assert measured(tmp_path / 'killed') == measured(tmp_path / 'whole')
+    saved = [tiny.saved_state(tmp_path / name, LAST) for name in ('killed', 'whole')]
+    assert_same_state(*saved)
+    for record in steps_of(tmp_path / 'whole'):
+        assert record['rollout/medium_prompts'] < 1 and 'train/reference_kl' in record
 
 
 def test_the_reference_stays_that_of_the_start(tiny, train, whole, tmp_path):

@@ -70,7 +70,7 @@ class Curriculum:
 
     def get_state(self) -> str:
         """The pass rates, as text."""
-        return base64.b64encode(zlib.compress(self._rates.tobytes())).decode()
+        return base64.b64encode(zlib.compress(self._rates.tobytes(), level=1)).decode()
 
     def set_state(self, state: str) -> None:
         """Continues from what `get_state` has returned for the same prompts."""

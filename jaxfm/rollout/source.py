@@ -102,6 +102,7 @@ class Rollouts:
         self._again: collections.deque[int] = collections.deque()  # ordered, but lost
         self._ordered: collections.deque[_Asked] = collections.deque()  # for the next steps
         self._current: list[_Asked] = []  # of the step that is being made
+        self._step = 0  # the next one, if prompts are ordered
         self.tokens = 0
         self._seen = Statistics()
         self._spent: Counter[str] = Counter()  # seconds of the engine that were counted
@@ -151,7 +152,10 @@ class Rollouts:
         Raises:
           NumericsError: the model gives no sample.
           DataError: no sample could be judged.
+          RuntimeError: it is ahead of another step, so that the cap might not hold.
         """
+        if self._ordered and step != self._step:
+            raise RuntimeError(f'samples were ordered for step {self._step}, not {step}: close it')
         with jax.transfer_guard('allow'):  # the engine is driven from the host
             self._engine.lend(params, step)
             while len(self._ordered) <= self._config.max_staleness:
@@ -176,7 +180,7 @@ class Rollouts:
         self.tokens = sum(sample.length for sample in samples)
         spent = Counter(self._engine.seconds)
         self._seen.seconds += spent - self._spent
-        self._spent, self._current = spent, []
+        self._spent, self._current, self._step = spent, [], step + 1
         self._seen.add(step, sampled, len(groups))
         for group in sampled if self._curriculum else ():
             self._curriculum.update(group.place, group.rewards)

@@ -20,7 +20,7 @@ def make(monkeypatch, tmp_path):
         'jaxfm.evals.prompts.TASKS', types.SimpleNamespace(load=lambda name: Digits)
     )
 
-    def rollouts(engine=None, objective='rloo', seed=3, devices=1, **changes):
+    def rollouts(engine=None, objective='rloo', seed=3, devices=1, more=None, **changes):
         sizes = dict.fromkeys(sharding.MESH_AXES, 1)
         values = dict(
             task=dict(name='arithmetic'),
@@ -40,9 +40,10 @@ def make(monkeypatch, tmp_path):
             mesh=sharding.make_mesh(sizes | {'fsdp': devices}, jax.devices()[:devices]),
         )
         config = RolloutConfig(**values | changes)
-        schema = OBJECTIVES[objective].schema
-        copy = lambda params, last: params  # noqa: E731
-        made = Rollouts(config, schema(), context, seed=seed, put=dict, copy=copy)
+        more = {'put': dict, 'copy': lambda params, last: params} | (more or {})
+        parts = more.pop('parts', {})  # of the objective
+        objective = OBJECTIVES[objective].schema(**parts)
+        made = Rollouts(config, objective, context, seed=seed, **more)
         made.engine = context.sampler
         stack.callback(made.close)
         return made

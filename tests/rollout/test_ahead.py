@@ -159,6 +159,31 @@ def test_on_several_devices_programs_of_the_loop_and_the_thread_do_not_meet(make
     assert any(used[1][1] < begin for begin, _ in source.engine.steps)
 
 
+@pytest.mark.parametrize('most', [0, 1])
+def test_recomputed_log_probs_are_of_the_step_and_the_others_of_the_reference(make, most):
+    """Also if older weights have sampled: then `importance` sees what lies between."""
+    more = dict(
+        parts=dict(old_logprobs='recomputed', importance='truncate', kl=0.1),
+        score=lambda params, batch: np.full(batch['tokens'].shape, params['step']),
+        reference=lambda origin: ({'step': -7}, None),
+    )
+    source = make(Stepwise() if most else Engine(), more=more, max_staleness=most)
+    for step, batch in enumerate(train(source, 3, 0.02)[0]):
+        assert (batch['old_logprobs'] == step).all()
+        assert (batch['reference_logprobs'] == -7).all()
+        assert set(batch['sampler_logprobs'][batch['loss_mask'] > 0]) == {-0.5, -1.5, -2.5, -3.5}
+
+
+def test_a_step_out_of_turn_is_refused(make):
+    """What was ordered for another one might be from weights that are too old for it."""
+    source = make(Stepwise(), max_staleness=1)
+    train(source, 2)
+    with pytest.raises(RuntimeError, match='samples were ordered for step 2, not 4: close it'):
+        source.next({}, 4)
+    source.close()
+    train(source, 2, first=4)
+
+
 def test_several_processes_are_refused(make, monkeypatch):
     monkeypatch.setattr('jax.process_count', lambda: 2)
     make()

@@ -178,6 +178,14 @@ def test_rows_that_may_not_hold_all_samples_are_refused(make):
         make(batch_size=6, sequence_length=12, packing='none')
 
 
+@pytest.mark.parametrize(
+    'change', [dict(top_p=0.9), dict(top_k=5), dict(min_p=0.1), dict(temperature=0.7)]
+)
+def test_samples_of_another_distribution_than_the_model_s_are_refused(make, change):
+    with pytest.raises(ValueError, match='samples to be from the distribution of the model itself'):
+        make(**change)
+
+
 def test_processes_with_other_prompts_are_refused(make, monkeypatch):
     monkeypatch.setattr(
         'jaxfm.distributed.agree.exchange', lambda name, value: {0: 'other', 1: value}

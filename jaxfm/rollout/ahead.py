@@ -216,18 +216,19 @@ class Ahead:
         self._sampler.release()
 
     def _run(self) -> None:
+        error = None
         try:
             with jax.set_mesh(self._mesh):
                 while self._wait():
                     self._step()
-        except BaseException as error:  # the loop raises it
-            with self._changed:
-                self._error = error
-                self._changed.notify_all()
-        finally:
-            for id, index in self._running:
-                self._sampler.cancel(id, index)
-            self._running.clear()
+        except BaseException as raised:  # the loop raises it
+            error = raised
+        for id, index in self._running:
+            self._sampler.cancel(id, index)
+        self._running.clear()
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
     def _wait(self) -> bool:
         """Waits for work; False if there will be none."""
@@ -239,10 +240,11 @@ class Ahead:
         with self.turns.of_thread():
             began = time.monotonic()
             while self._new:
-                order = self._new.popleft()
+                order = self._new[0]
                 for request in order.requests:
                     self._sampler.add(request)
                 self._running |= dict.fromkeys(order.samples, order)
+                self._new.popleft()
             events = self._sampler.step()
             if self.is_shared:
                 self._sampler.wait()

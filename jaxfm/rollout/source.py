@@ -9,8 +9,6 @@ when the loop lends the weights of step k - max_staleness, never before, so no t
 be from older ones.
 """
 
-import collections
-import dataclasses
 import logging
 import time
 from collections import Counter
@@ -29,24 +27,12 @@ from jaxfm.objectives import LoadReference, PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.ahead import Ahead, InStep, InTurn
+from jaxfm.rollout.asking import Asked, Asking
 from jaxfm.rollout.batch import Sample, make_batch, num_rows
-from jaxfm.rollout.curriculum import Curriculum
 from jaxfm.rollout.groups import Group, Statistics, check_any, describe
 from jaxfm.rollout.prompts import Prompts
-from jaxfm.sampling.request import Request
 
 log = logging.getLogger('jaxfm')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """Prompts whose samples are ordered together."""
-
-    numbers: list[int]  # of the prompts, in the order in which they are asked
-    places: list[int]  # of the prompts, among those of the task
-    prompts: list
-    requests: list[Request]
-    order: object  # of the engine
 
 
 class Rollouts:
@@ -89,20 +75,12 @@ class Rollouts:
         self._origin: dict | None = None  # where they are from
         self._seed, self._microbatches, self._where = seed, microbatches, where
         self._prompts = Prompts(config, context, seed)
-        self._curriculum = config.curriculum and Curriculum(
-            config.curriculum, len(self._prompts), seed
-        )
         self._judge = Judge(
             self._prompts.task, config.thinking, config.call_seconds, context.tokenizer
         )
         self._check_rows()
         self._check_processes()
         self._has_warned = False
-        self._next = 0  # the first number of a prompt that was never ordered
-        self._again: collections.deque[int] = collections.deque()  # ordered, but lost
-        self._ordered: collections.deque[_Asked] = collections.deque()  # for the next steps
-        self._current: list[_Asked] = []  # of the step that is being made
-        self._step = 0  # the next one, if prompts are ordered
         self.tokens = 0
         self._seen = Statistics()
         self._spent: Counter[str] = Counter()  # seconds of the engine that were counted
@@ -117,6 +95,7 @@ class Rollouts:
             if config.max_staleness
             else InStep(context.sampler)
         )
+        self._asking = Asking(config, self._prompts, self._engine, seed)
 
     def _check_rows(self) -> None:
         config, longest = self._config, self._prompts.longest + self._config.max_tokens - 1
@@ -154,13 +133,9 @@ class Rollouts:
           DataError: no sample could be judged.
           RuntimeError: it is ahead of another step, so that the cap might not hold.
         """
-        if self._ordered and step != self._step:
-            raise RuntimeError(f'samples were ordered for step {self._step}, not {step}: close it')
         with jax.transfer_guard('allow'):  # the engine is driven from the host
             self._engine.lend(params, step)
-            while len(self._ordered) <= self._config.max_staleness:
-                self._ordered.append(self._order(self._config.prompts))
-            sampled, groups = self._collect()
+            sampled, groups = self._collect(step)
             check_any(sampled, step)
             self._warn_of_failed(sampled, step)
             rewards_PG = np.array([self._shaped(group) for group in groups])
@@ -180,10 +155,9 @@ class Rollouts:
         self.tokens = sum(sample.length for sample in samples)
         spent = Counter(self._engine.seconds)
         self._seen.seconds += spent - self._spent
-        self._spent, self._current, self._step = spent, [], step + 1
+        self._spent = spent
         self._seen.add(step, sampled, len(groups))
-        for group in sampled if self._curriculum else ():
-            self._curriculum.update(group.place, group.rewards)
+        self._asking.end_step(sampled)
         return batch
 
     def _scores(self, params, batch: dict) -> dict[str, jax.Array]:
@@ -207,45 +181,13 @@ class Rollouts:
         if self._objective.kl and self._reference is None:
             self._reference, self._origin = self._load_reference(self._origin)
 
-    def _order(self, count: int) -> _Asked:
-        """Has the samples of so many prompts made."""
-        numbers = [self._draw() for _ in range(count)]
-        places = self._places(numbers)
-        asked = [self._prompts.request(*each) for each in zip(places, numbers)]
-        requests = [request for _, request in asked]
-        prompts = [prompt for prompt, _ in asked]
-        # The task's `stop` is not asked: when it is depends on the other requests, and so would
-        # the tokens behind what it saw.
-        return _Asked(numbers, places, prompts, requests, self._engine.order(requests))
-
-    def _places(self, numbers: list[int]) -> list[int]:
-        """Which prompts are asked under these numbers."""
-        if self._curriculum is None:
-            return [self._prompts.place(number) for number in numbers]
-        under_way = {place for asked in self._under_way for place in asked.places}
-        return self._curriculum.draw(numbers[0], len(numbers), under_way)
-
-    @property
-    def _under_way(self) -> list[_Asked]:
-        """What was asked and is in no batch yet."""
-        return [*self._current, *self._ordered]
-
-    def _draw(self) -> int:
-        if self._again:
-            return self._again.popleft()
-        self._next += 1
-        return self._next - 1
-
-    def _collect(self) -> tuple[list[Group], list[Group]]:
+    def _collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """-> all groups that a step samples, and those that it learns from."""
         config, sampled, groups = self._config, [], []
         for refill in range(1 + config.max_refills):
-            if refill:
-                order = self._order(config.prompts - len(groups))
-            else:
-                order = self._ordered.popleft()
-            self._current.append(order)
-            found = self._judged(order)
+            asking = self._asking
+            asked = asking.more(config.prompts - len(groups)) if refill else asking.first(step)
+            found = self._judged(asked)
             sampled += found
             if config.filter == 'none':
                 return sampled, sampled
@@ -255,14 +197,14 @@ class Rollouts:
         # If nothing varies, the samples tell why, and have no gradient.
         return sampled, groups or found
 
-    def _judged(self, order: _Asked) -> list[Group]:
-        done = self._engine.take(order.order)
+    def _judged(self, asked: Asked) -> list[Group]:
+        done = self._engine.take(asked.order)
         began = time.monotonic()
         # A judge may be slow on one host, so one process judges for all.
         verdicts = agree.from_primary(
             lambda: [
                 [self._judge.reward(prompt, sample) for sample in done[request.id]]
-                for prompt, request in zip(order.prompts, order.requests)
+                for prompt, request in zip(asked.prompts, asked.requests)
             ]
         )
         self._seen.seconds['judge'] += time.monotonic() - began
@@ -277,7 +219,7 @@ class Rollouts:
                 [error for _, error in verdict],
             )
             for number, place, prompt, request, verdict in zip(
-                order.numbers, order.places, order.prompts, order.requests, verdicts
+                asked.numbers, asked.places, asked.prompts, asked.requests, verdicts
             )
         ]
 
@@ -338,12 +280,7 @@ class Rollouts:
     def progress(self) -> dict[str, float]:
         """What has been sampled since the last call, and the prompts so far."""
         values, self._seen = self._seen.values(), Statistics()
-        first, again = self._position()
-        asked = first - len(again)
-        epochs = asked / len(self._prompts)
-        shares = self._curriculum.shares() if self._curriculum else {}
-        values |= {f'rollout/{band}_prompts': share for band, share in shares.items()}
-        return values | {'rollout/prompts': asked, 'rollout/epochs': epochs}
+        return values | self._asking.progress()
 
     @property
     def statistics(self) -> dict[str, int | float | str]:
@@ -355,20 +292,7 @@ class Rollouts:
 
         Prompts that were asked ahead, but whose samples no batch has, are asked again.
         """
-        first, again = self._position()
-        position = {'next_prompt': first, 'asked_again': again, 'reference': self._origin}
-        if self._curriculum:
-            position['pass_rates'] = self._curriculum.get_state()
-        return position | self._identity()
-
-    def _position(self) -> tuple[int, list[int]]:
-        """-> the first number that no batch has nor will have, and those before it of which that
-        is not true: in the order of `_draw`, they are asked first."""
-        asked = [number for asked in self._under_way for number in asked.numbers]
-        again, first = sorted([*asked, *self._again]), self._next
-        while again and again[-1] == first - 1:
-            first = again.pop()
-        return first, again
+        return {'reference': self._origin} | self._asking.get_state() | self._identity()
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other prompts."""
@@ -380,10 +304,8 @@ class Rollouts:
                     'from these weights with --config.init_from'
                 )
         self.close()
-        self._next, self._again = state['next_prompt'], collections.deque(state['asked_again'])
+        self._asking.set_state(state)
         self._origin = state['reference']
-        if self._curriculum and 'pass_rates' in state:  # it may have been turned on since
-            self._curriculum.set_state(state['pass_rates'])
 
     def _identity(self) -> dict:
         return {'fingerprint': self._prompts.fingerprint, 'seed': self._seed}
@@ -393,8 +315,6 @@ class Rollouts:
 
         `next` goes on after the last batch that it has delivered.
         """
-        self._next, again = self._position()
-        self._again = collections.deque(again)
-        self._ordered.clear()
-        self._current, self._reference = [], None
+        self._asking.forget()
+        self._reference = None
         self._engine.close()

@@ -156,18 +156,19 @@ def _token_logprobs(hidden_BTD, targets_BT, unembedding: Unembedding, chunk_size
     if chunk_size is None:
         rows = -(-B * T // (axis_size(ACTIVATIONS, 'batch') * axis_size(ACTIVATIONS, 'position')))
         bytes_each = 4 if implementation == 'xla' else hidden_BTD.dtype.itemsize
-        chunk_size = _chunk_size(bytes_each * rows, _ids_a_device(weight_VD))
+        chunk_size = chunk_size_for(bytes_each * rows, ids_a_device(weight_VD))
     unembedding = dataclasses.replace(
         unembedding, weight_VD=weight_VD, implementation=implementation
     )
     return _logprobs(hidden_BTD, unembedding, targets_BT, chunk_size)
 
 
-def _ids_a_device(weight_VD) -> int:
+def ids_a_device(weight_VD) -> int:
+    """Rows of the weight that each device has."""
     return weight_VD.shape[0] // axis_size(ACTIVATIONS, 'vocab')
 
 
-def _chunk_size(bytes_an_id: int, vocab_size: int) -> int:
+def chunk_size_for(bytes_an_id: int, vocab_size: int) -> int:
     """Ids per chunk: the fewest chunks of at most CHUNK_BYTES each, of about equal size."""
     largest = max(CHUNK_BYTES // bytes_an_id // _ALIGNMENT, 1) * _ALIGNMENT
     even = vocab_size / math.ceil(vocab_size / largest)
@@ -194,7 +195,7 @@ def _save(hidden_BTD, unembedding, targets_BT, chunk_size):
 
 def _forward(hidden_BTD, unembedding, targets_BT, chunk_size):
     """-> logprobs, logsumexp, and the products [B, T, V] if XLA saves them, else None."""
-    is_kept = chunk_size >= _ids_a_device(unembedding.weight_VD)
+    is_kept = chunk_size >= ids_a_device(unembedding.weight_VD)
     is_kept &= unembedding.implementation == 'xla'
 
     def shard(hidden_BTD, weight_VD, targets_BT):
@@ -232,7 +233,7 @@ def _backward(chunk_size, residuals, cotangents):
             dhidden = lax.dot_general(
                 d_products, weight_CD, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
             )
-            return dhidden, _rows_gradient(hidden_BTD, d_products, stored_VD.dtype)
+            return dhidden, rows_gradient(hidden_BTD, d_products, stored_VD.dtype)
 
         def add_chunk(sums, chunk_CD, start):
             dhidden, dweight = sums
@@ -245,9 +246,9 @@ def _backward(chunk_size, residuals, cotangents):
             dhidden, dweight = gradients(d_products.astype(hidden_BTD.dtype), weight_VD)
         else:
             zeros = jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(stored_VD)
-            dhidden, dweight = _over_chunks(add_chunk, zeros, weight_VD, chunk_size)
-        dhidden = _sum_over(dhidden.astype(hidden_BTD.dtype), 'vocab')
-        return dhidden, _sum_over(dweight, 'batch', 'position')
+            dhidden, dweight = over_chunks(add_chunk, zeros, weight_VD, chunk_size)
+        dhidden = sum_over(dhidden.astype(hidden_BTD.dtype), 'vocab')
+        return dhidden, sum_over(dweight, 'batch', 'position')
 
     dhidden, dweight = per_shard(
         shard,
@@ -290,7 +291,7 @@ class _Shard:
             return jnp.logaddexp(logsumexp, more), picked + found
 
         nothing = jnp.full(targets_BT.shape, -jnp.inf), jnp.zeros(targets_BT.shape)
-        return _over_chunks(add_chunk, nothing, self.unembedding.weight_VD, chunk_size)
+        return over_chunks(add_chunk, nothing, self.unembedding.weight_VD, chunk_size)
 
     def logit_gradients(self, hidden_BTD, chunk_CD, start, rows):
         """The gradient of a chunk's products, [B, T, C] in the dtype of the hidden states."""
@@ -311,7 +312,7 @@ class _Shard:
         return jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), results)
 
 
-def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
+def rows_gradient(hidden_BTD, d_products_BTC, dtype):
     """The gradient [C, D] of a chunk's rows.
 
     On CPU a product over rows transposes its first operand, so the narrower one goes first. Not
@@ -327,22 +328,25 @@ def _rows_gradient(hidden_BTD, d_products_BTC, dtype):
     return product(d_products_BTC, hidden_BTD)
 
 
-def _over_chunks(add_chunk, sums, weight_VD, chunk_size):
-    """Folds add_chunk(sums, rows of the weight, index of the first) over all chunks.
+def over_chunks(add_chunk, sums, weights, chunk_size):
+    """Folds add_chunk(sums, rows of the weights, index of the first) over all chunks.
 
     The last chunk may be smaller.
+
+    weights: a weight [V, D], or a tuple of several with the same number of rows.
     """
-    V, D = weight_VD.shape
+    V = jax.tree.leaves(weights)[0].shape[0]
 
     def add(index, sums):
         start = index * chunk_size
-        return add_chunk(sums, lax.dynamic_slice(weight_VD, (start, 0), (chunk_size, D)), start)
+        rows = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, chunk_size), weights)
+        return add_chunk(sums, rows, start)
 
     whole = V // chunk_size
     sums = lax.fori_loop(0, whole, add, sums)
     if V % chunk_size:
         start = whole * chunk_size
-        sums = add_chunk(sums, weight_VD[start:], start)
+        sums = add_chunk(sums, jax.tree.map(lambda x: x[start:], weights), start)
     return sums
 
 
@@ -356,6 +360,7 @@ def _merge_shards(logsumexp_BT, picked_BT):
     return jnp.log(total) + largest, picked_BT
 
 
-def _sum_over(x, *names):
+def sum_over(x, *names):
+    """Inside `per_shard`: the sum over the devices that split these logical axes."""
     axes = split_axes(*names)
     return lax.psum(x, axes) if axes else x

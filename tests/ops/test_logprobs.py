@@ -132,7 +132,7 @@ def test_masked_positions_give_no_gradient():
 
 
 def test_the_default_limit_of_a_chunk_is_a_quarter_of_a_gibibyte():
-    assert ops._chunk_size(bytes_an_id=4 * 4096, vocab_size=1 << 17) * 4 * 4096 == 1 << 28
+    assert ops.chunk_size_for(bytes_an_id=4 * 4096, vocab_size=1 << 17) * 4 * 4096 == 1 << 28
 
 
 @pytest.mark.parametrize('chunks', [1, 2, 5])

@@ -246,8 +246,11 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float = 0.0,
     skip_empty: bool = False,
+    teacher: Parts | None = None,
 ):
-    """The jitted step: (state, batch, limit=None) -> (state, metrics). It donates the state.
+    """The jitted step: (state, batch, limit=None, teacher_params=None) -> (state, metrics).
+
+    It donates the state, and nothing else.
 
     The loss is the sum over the objective's terms of coefficient * sum / weight. The weights are
     those of the whole batch, so `accumulate` microbatches give the same gradient as one batch. If
@@ -260,12 +263,14 @@ def make_train_step(
       accumulate: number of microbatches that the batch is split into.
       clip_norm: largest global norm of the gradient; 0 turns clipping off.
       skip_empty: do not compute microbatches without a target that counts.
+      teacher: of another model, whose weights the step gets and hands to the objective unchanged.
     """
 
-    def gradients(state, batch, weights, rng):
+    def gradients(state, batch, weights, rng, teacher_params):
         def loss_fn(trainable):
             model = parts.merge(trainable | state.frozen | state.buffers)
-            sums, metrics, increments = objective(model, batch, rng)
+            others = [teacher.merge(teacher_params)] if teacher else []
+            sums, metrics, increments = objective(model, batch, rng, *others)
             terms = {
                 name: coefficient * sums[name] / _nonzero(weights[name])
                 for name, coefficient in objective.coefficients.items()
@@ -278,15 +283,15 @@ def make_train_step(
     groups = _groups(parts)
 
     @jax.jit(donate_argnums=0)
-    def train_step(state: TrainState, batch, limit=None):
+    def train_step(state: TrainState, batch, limit=None, teacher_params=None):
         weights = objective.weights(batch)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if accumulate == 1:
-            totals = gradients(state, batch, weights, rng)
+            totals = gradients(state, batch, weights, rng, teacher_params)
         else:
             totals = _accumulate(
                 lambda microbatch, index: gradients(
-                    state, microbatch, weights, jax.random.fold_in(rng, index)
+                    state, microbatch, weights, jax.random.fold_in(rng, index), teacher_params
                 ),
                 batch,
                 accumulate,

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 from jaxfm.config.validation import format_path, format_value, suggest
-from jaxfm.objectives import PolicyGradientConfig, PreferenceConfig
+from jaxfm.objectives import DistillationConfig, PolicyGradientConfig, PreferenceConfig
+from jaxfm.rollout import RolloutConfig, documents_of
 from jaxfm.sampling import SamplingOptions
 from jaxfm.schema import Group, KeyPath, Problem
 
@@ -150,7 +151,7 @@ def evaluators_have_heldout_documents(run, prefix):
     for path, group, name in _readers_of_documents(run.evals):
         phase = places.get(name, ())
         data = run.phases[phase[1]].data if phase else run.data
-        if data is not None and data.name == 'rollout':
+        if data is not None and documents_of(data) is None:
             place = path_to('data.name', phase)
             sentence = (
                 f'{format_path(path)}: {group.name} needs held-out documents, but '
@@ -162,16 +163,16 @@ def evaluators_have_heldout_documents(run, prefix):
 @reads('data', 'objective')
 def objective_fits_data(run, prefix):
     """Rewards need an objective that reads them, and that one needs rewards."""
-    is_rollout, data = run.data.name == 'rollout', path_to('data.name', prefix)
+    is_rollout, data = isinstance(run.data, RolloutConfig), path_to('data.name', prefix)
     objective = path_to('objective.name', prefix)
     is_policy_gradient = isinstance(run.objective, PolicyGradientConfig)
-    if is_rollout and not is_policy_gradient:
+    if is_rollout and not isinstance(run.objective, PolicyGradientConfig | DistillationConfig):
         sentence = (
-            f'{format_path(data)} is rollout, whose batches have rewards: set '
-            f'{format_path(objective)}=grpo, or another policy gradient'
+            f'{format_path(data)} is {run.data.name}, whose batches have rewards: set '
+            f'{format_path(objective)}=grpo, another policy gradient, or distillation'
         )
         yield Problem((data, objective), sentence)
-    if not is_rollout and is_policy_gradient:
+    if is_policy_gradient and documents_of(run.data) is not None:
         sentence = (
             f'{format_path(objective)} {run.objective.name} needs rewards: set '
             f'{format_path(data)}=rollout'
@@ -180,6 +181,8 @@ def objective_fits_data(run, prefix):
     if isinstance(run.objective, PreferenceConfig):
         yield from _pairs_are_cached(run, prefix)
     if not (is_rollout and is_policy_gradient):
+        return
+    if documents_of(run.data) is not None:
         return
     parts = {run.objective.baseline, run.objective.scale}
     samples, prompts = path_to('data.samples', prefix), path_to('data.prompts', prefix)
@@ -229,15 +232,40 @@ def staleness_is_corrected(run, prefix):
 
 @reads('data', 'sampling')
 def rollouts_fit(run, prefix):
-    if run.data.name == 'rollout':
+    if isinstance(run.data, RolloutConfig):
         path = path_to('data.max_tokens', prefix)
         yield from _completion_fits(path, run.data.max_tokens, run.sampling.max_length)
 
 
-@reads('data', 'optimizer')
+@reads('data', 'objective')
+def rewards_are_read(run, prefix):
+    """Distillation does not learn from rewards, so what changes only them would do nothing."""
+    is_distillation = isinstance(run.objective, DistillationConfig)
+    if is_distillation and getattr(run.data, 'overlong_penalty', 0):
+        path, name = path_to('data.overlong_penalty', prefix), path_to('objective.name', prefix)
+        sentence = (
+            f'{format_path(path)} would do nothing: {format_path(name)} {run.objective.name} '
+            'does not learn from rewards'
+        )
+        yield Problem((path, name), sentence)
+
+
+@reads('model', 'objective')
+def top_k_is_a_part(run, prefix):
+    top_k = getattr(run.objective, 'top_k', 0)
+    if isinstance(run.objective, DistillationConfig) and top_k >= run.model.vocab_size:
+        path, size = path_to('objective.top_k', prefix), path_to('model.vocab_size')
+        sentence = (
+            f'{format_path(path)} {top_k} is not less than {format_path(size)} '
+            f'{run.model.vocab_size}: set it to 0, which compares all ids'
+        )
+        yield Problem((path, size), sentence)
+
+
+@reads('data', 'optimizer', 'objective')
 def losses_can_be_judged(run, prefix):
     policy = run.optimizer.spikes.policy
-    if run.data.name == 'rollout' and policy in ('skip', 'rewind'):
+    if isinstance(run.objective, PolicyGradientConfig) and policy in ('skip', 'rewind'):
         path, data = path_to('optimizer.spikes.policy', prefix), path_to('data.name', prefix)
         sentence = (
             f'{format_path(path)} {policy}: the loss of a policy gradient does not measure the '
@@ -248,12 +276,13 @@ def losses_can_be_judged(run, prefix):
 
 @reads('tokenizer', 'data')
 def tokenizer_has_text(run, prefix):
-    if prefix in ((), ('phases', 0)) and run.data.name == 'rollout' and run.tokenizer.name == 'bpe':
+    is_first = prefix in ((), ('phases', 0))
+    if is_first and isinstance(run.data, RolloutConfig) and run.tokenizer.name == 'bpe':
         data, tokenizer = path_to('data.name', prefix), path_to('tokenizer.name')
         sentence = (
             f'{format_path(tokenizer)} bpe is trained on the data of the first phase, but '
-            f'{format_path(data)} is rollout: start from a model (init_from), whose tokenizer is '
-            'used, or name another tokenizer'
+            f'{format_path(data)} is {run.data.name}: start from a model (init_from), whose '
+            'tokenizer is used, or name another tokenizer'
         )
         yield Problem((tokenizer, data), sentence)
 
@@ -420,13 +449,15 @@ def warmup_fits(run, prefix):
 
 @reads('model', 'data')
 def rows_are_one_document(run, prefix):
-    if run.model.implementations.one_document and run.data.packing != 'none':
-        packing = path_to('data.packing', prefix)
-        sentence = (
-            'model.implementations.one_document requires rows of one document, but '
-            f'{format_path(packing)} is {run.data.packing}: set it to none'
-        )
-        yield Problem((path_to('model.implementations.one_document'), packing), sentence)
+    documents = getattr(run.data, 'off_policy', None)
+    for key, data in {'data.packing': run.data, 'data.off_policy.packing': documents}.items():
+        if run.model.implementations.one_document and data and data.packing != 'none':
+            packing = path_to(key, prefix)
+            sentence = (
+                'model.implementations.one_document requires rows of one document, but '
+                f'{format_path(packing)} is {data.packing}: set it to none'
+            )
+            yield Problem((path_to('model.implementations.one_document'), packing), sentence)
 
 
 RUN_CHECKS = (
@@ -451,6 +482,8 @@ PHASE_CHECKS = (
     rows_are_one_document,
     objective_fits_data,
     staleness_is_corrected,
+    rewards_are_read,
+    top_k_is_a_part,
     rollouts_fit,
     losses_can_be_judged,
     tokenizer_has_text,

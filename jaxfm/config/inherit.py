@@ -18,7 +18,7 @@ from jaxfm.storage.files import explain_errors
 INHERITED = 'inherited.json'
 
 # Keys of `model` that say how the model is trained and run, not what its architecture is.
-_NOT_INHERITED = (
+NOT_INHERITED = (
     *('name', 'scan', 'remat', 'param_dtype', 'compute_dtype', 'gradient_reduce_dtype', 'lora'),
     *('implementations', 'matmul_dtype', 'batch_invariant'),
 )
@@ -32,7 +32,7 @@ def remove_inherited(values: dict) -> dict:
     """
     model, tokenizer = values.get('model'), values.get('tokenizer') or {}
     if isinstance(model, dict):
-        values['model'] = {key: model[key] for key in _NOT_INHERITED if key in model}
+        values['model'] = {key: model[key] for key in NOT_INHERITED if key in model}
     is_trained = isinstance(tokenizer, dict) and tokenizer.get('name', 'file') != 'file'
     values['tokenizer'] = {} if is_trained else tokenizer
     return tokenizer
@@ -47,7 +47,7 @@ def brings_config(init_from: str, inherited: dict) -> bool:
     known = inherited.get('init_from', {})
     if init_from in known:
         return bool(known[init_from])
-    from jaxfm.pretrained import locate  # as in `_describe_model`
+    from jaxfm.pretrained import locate  # as in `describe_model`
 
     try:
         return not locate.is_without_config(init_from)
@@ -173,7 +173,7 @@ def _describe(place: str, name: str, inherited: dict, checkpoint=None) -> dict:
     """
     if name in inherited.get(place, {}):
         return inherited[place][name]
-    read = _describe_model if place == 'init_from' else _describe_adapter
+    read = describe_model if place == 'init_from' else _describe_adapter
     # OSError: for example a name too long for the file system.
     with explain_errors(f'config.{place}: {name} cannot be read', MissingInputError):
         try:
@@ -194,7 +194,7 @@ def _describe_adapter(path: str) -> dict:
     return peft.describe(path)
 
 
-def _describe_model(init_from: str) -> dict:
+def describe_model(init_from: str) -> dict:
     """{group: values} of an existing model: a jaxfm run or a pretrained model.
 
     {} for a checkpoint of another project, which has weights only.

@@ -21,7 +21,7 @@ from jaxfm.optim import OPTIMIZERS
 from jaxfm.pretrained import ExportConfig
 from jaxfm.pretrained.orbax import StoredName
 from jaxfm.registry import Entry, Registry, one_of
-from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout import RolloutConfig, RolloutMixtureConfig
 from jaxfm.sampling import SamplingConfig
 from jaxfm.schema import ConflictError, Group, Problem
 from jaxfm.tokenizer import TOKENIZERS, BPEConfig
@@ -72,7 +72,11 @@ class CodeConfig(Group):
 
 # Where the batches of a phase come from: documents, or samples of the model itself.
 PHASE_DATA = Registry(
-    {**DATA, 'rollout': Entry('jaxfm.rollout.source:Rollouts', RolloutConfig)},
+    {
+        **DATA,
+        'rollout': Entry('jaxfm.rollout.source:Rollouts', RolloutConfig),
+        'rollout_mixture': Entry('jaxfm.rollout.alternation:Alternation', RolloutMixtureConfig),
+    },
     base=DATA.base,
     beside=DATA.beside,
     adapter=DATA.adapter,

@@ -30,6 +30,7 @@ from jaxfm.optim.spikes import Rewind, Spike
 from jaxfm.plan.tables import parameter_rows, summary, tables
 from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
+from jaxfm.run.other_model import load_teacher, open_teachers
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import first_weights, initial_state, periodic_exports
@@ -61,6 +62,7 @@ def run_training(flags, config: RunConfig, changes: list[Change]) -> int:
             return 0
         checkpointer = workdir.open_checkpoints(run, wanted, flags.resume_step, stack)
         data = open_data(config, run.workdir)  # tokenises it if need be, which may take hours
+        open_teachers(run, data.tokenizer)
         sources = [_open_source(run, phase, data, stack) for phase in run.phases]
         clock = StepClock(config.total_steps, _peak_flops(config), started=process_start())
         sampler = run.sampler(data.tokenizer)
@@ -169,6 +171,8 @@ def _run_phases(
             named = {f'data/{name}': value for name, value in statistics.items()}
             loop.recorder.write(phase.first, 'event', named)
         loop.clock.flops_per_token = phase.flops_per_token(run.config.model)
+        with loop.clock.aside('checkpoint_restore'):
+            load_teacher(run, phase)
         start = step if is_resumed else phase.first
         # Record now: if this process also dies early, the wasted time would be lost.
         loop.recorder.write(start, 'perf', loop.clock.log(start))
@@ -176,6 +180,7 @@ def _run_phases(
             # A later phase starts with weights that the phase before it has evaluated and saved.
             state = train(loop, state, start, done=is_resumed or index > 0)
         loop.source.close()
+        phase.teacher_params = None  # the next phase needs the room
     return state
 
 
@@ -187,6 +192,8 @@ def _prepare(run: Run, sources: list[Source], state: TrainState, step: int | Non
     for phase, source in zip(run.phases, sources):
         if phase.first <= (step or 0) < phase.last:
             source.prepare(state.params if step is None else None)
+            is_resumed = step is not None and step > phase.first
+            load_teacher(run, phase, run.reader().read_manifest(step) if is_resumed else None)
             return
 
 
@@ -194,7 +201,8 @@ def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitSt
     if phase.is_rollout:
         samples = run.workdir / 'samples' if run.primary else None
         context = run.context(data.tokenizer, run.sampler(data.tokenizer), samples)
-        source = phase.rollouts(context, functools.partial(first_weights, run, phase))
+        reference = functools.partial(first_weights, run, phase)
+        source = phase.rollouts(context, reference, data.datasets.get(phase.name))
     elif phase.is_preference:
         source = phase.preferences(
             data.datasets[phase.name],

@@ -305,6 +305,44 @@ class SimPOConfig(PreferenceConfig):
 
 
 _PREFERENCE = 'jaxfm.objectives.preference:Preference'
+
+
+class DistillationConfig(Group):
+    """Divergence from a frozen teacher (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    name: Literal['distillation'] = 'distillation'
+    # A model of any architecture with the tokenizer of this run, named as in `init_from`: the work
+    # directory of a run, a directory in Hugging Face's layout, a .gguf file, or one on the hub.
+    teacher: str = Field(min_length=1)
+    # 0: the forward KL, sum p log(p / q) with p of the teacher and q of the student. 1: the reverse
+    # KL, sum q log(q / p). Between: the generalised Jensen-Shannon divergence (`gkd`).
+    beta: float = Field(0.0, ge=0, le=1)
+    temperature: _Positive = 1.0  # divides the logits of both
+    # Compares this many ids, those that the teacher finds most probable, and all others as if they
+    # were one; 0: all ids.
+    top_k: int = Field(0, ge=0)
+    hard: _NotNegative = 0.0  # coefficient of the cross-entropy with the tokens themselves
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        top_k, beta = parts.get('top_k', 0), parts.get('beta', 0)
+        if not (top_k and beta):
+            return []
+        sentence = (
+            f'top_k {top_k} needs beta 0, not {beta:g}: with it, what matters is where the student '
+            'puts its probability, and that is not seen outside of top_k; set top_k=0'
+        )
+        return [Problem((('top_k',), ('beta',)), sentence)]
+
+
+class GKDConfig(DistillationConfig):
+    """Generalised knowledge distillation (Agarwal et al. 2023, arXiv 2306.13649)."""
+
+    name: Literal['gkd'] = 'gkd'
+    beta: float = Field(0.5, ge=0, le=1)
+
+
+_DISTILLATION = 'jaxfm.objectives.distillation:Distillation'
 _POLICY_GRADIENT = 'jaxfm.objectives.policy_gradient:PolicyGradient'
 OBJECTIVES = Registry(
     {
@@ -322,6 +360,8 @@ OBJECTIVES = Registry(
         'ipo': Entry(_PREFERENCE, IPOConfig),
         'kto': Entry(_PREFERENCE, KTOConfig),
         'simpo': Entry(_PREFERENCE, SimPOConfig),
+        'distillation': Entry(_DISTILLATION, DistillationConfig),
+        'gkd': Entry(_DISTILLATION, GKDConfig),
     },
     base=Group,
 )

@@ -6,7 +6,7 @@ from jaxfm import sharding
 from jaxfm.errors import human_bytes
 from jaxfm.models.implementations import choices
 from jaxfm.models.transformer import compute_dtype
-from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.plan.flops import frozen_matmul_params
 from jaxfm.plan.memory import bytes_per_device, num_parameters
 
 MOST_PHASES = 3  # that the summary lists
@@ -25,6 +25,8 @@ def summary(config, phases, datasets, mesh, state, workdir) -> list[tuple[str, s
         optimizer, steps = phase.config.optimizer, phase.config.steps
         line = f'{steps:,} steps of {phase.tokens_per_step:,} tokens, {optimizer.name}'
         rows.append((f'phase {phase.name}' if phase.name else 'training', line))
+        if phase.teacher:
+            rows.append(('  teacher' if phase.name else 'teacher', _teacher_line(phase.teacher)))
         rows.append(('  data' if phase.name else 'data', _data_line(datasets[phase.name])))
     if len(phases) > MOST_PHASES:
         rows.append(('', f'and {len(phases) - MOST_PHASES} more phases'))
@@ -44,6 +46,13 @@ def _model_line(model, phase) -> str:
     parts = [f'{model.name}, {model.num_layers} layers', f'{total:,} parameters']
     parts += [f'{trained:,} trained'] if trained < total else []
     return ', '.join([*parts, compute_dtype(model).name])
+
+
+def _teacher_line(teacher) -> str:
+    count = num_parameters(teacher.parts.shapes)
+    size = human_bytes(bytes_per_device(teacher.abstract_params()))
+    layers = f'{teacher.config.num_layers} layers'
+    return f'{teacher.place}, {layers}, {count:,} parameters, {size} on each device'
 
 
 def _parameter_counts(phase) -> tuple[int, int]:
@@ -129,10 +138,10 @@ def _origin(config) -> list[tuple]:
 
 
 def _phase_rows(phase, model) -> list[tuple]:
-    optimizer, data = phase.config.optimizer, phase.config.data
+    optimizer = phase.config.optimizer
     trained, total = _parameter_counts(phase)
     frozen = frozen_matmul_params(phase.parts)
-    flops = model_flops_per_token(model, data.sequence_length, frozen=frozen)
+    flops = phase.flops_per_token(model)
     tokens, steps = phase.tokens_per_step, phase.config.steps
     return [
         ('steps', f'{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all'),
@@ -140,6 +149,12 @@ def _phase_rows(phase, model) -> list[tuple]:
         *([('trained', f'{trained:,} parameters of {total:,}')] if trained < total else []),
         *_copy_row(phase),
         ('model FLOPs', f'{flops:.3g} a token in training, causal attention counted half'),
+        *([('teacher', _teacher_line(phase.teacher))] if phase.teacher else []),
+        *(
+            [('of its forward', f'{phase.teacher_flops_per_token:.3g} of these FLOPs')]
+            if phase.teacher
+            else []
+        ),
         *([('not counted', 'gradients of frozen weights: none are computed')] if frozen else []),
     ]
 

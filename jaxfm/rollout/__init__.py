@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from pydantic import Field
 
-from jaxfm.data import SOURCES
+from jaxfm.data import DATA, SOURCES, Fraction
 from jaxfm.evals import ThinkingConfig
 from jaxfm.registry import one_of
 from jaxfm.sampling import MAX_INT32, MAX_SAMPLES, MaxTokens
@@ -126,3 +126,39 @@ class RolloutConfig(Group):
             sentence = 'filter zero_variance needs at least two samples of a prompt'
             found.append(Problem((('filter',), ('samples',)), sentence))
         return found
+
+
+class RolloutMixtureConfig(RolloutConfig):
+    """Some steps on samples of the model itself, the others on documents, in a random order.
+
+    It is the data of generalised knowledge distillation (arXiv 2306.13649), `on_policy_share` its
+    lambda.
+    """
+
+    name: Literal['rollout_mixture'] = 'rollout_mixture'
+    on_policy_share: Fraction = 0.5  # of the steps
+    off_policy: one_of(DATA)  # the documents, in rows of the same number and length
+
+    @property
+    def all_sources(self) -> dict[str, Group]:
+        own, further = super().all_sources, self.off_policy
+        if further.cache:  # it has the tokens, so the files may be gone
+            return own
+        return own | {f'off_policy/{name}': each for name, each in further.all_sources.items()}
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        found, documents = super().find_conflicts(parts), parts.get('off_policy')
+        for key in ('sequence_length', 'batch_size'):
+            if documents is not None and key in parts and parts[key] != getattr(documents, key):
+                sentence = (
+                    f'{key} {parts[key]} and off_policy.{key} {getattr(documents, key)} must be '
+                    'equal: both are of the same train step'
+                )
+                found.append(Problem(((key,), ('off_policy', key)), sentence))
+        return found
+
+
+def documents_of(data: Group) -> Group | None:
+    """The documents among a phase's data; None if all of its batches are samples."""
+    return getattr(data, 'off_policy', None) if isinstance(data, RolloutConfig) else data

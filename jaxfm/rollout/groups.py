@@ -37,15 +37,16 @@ class Group:
         return len({reward for reward in self.rewards if not math.isnan(reward)}) > 1
 
 
-def check_any(groups: list[Group], step: int) -> None:
-    """Raises if no sample of a step has a reward."""
+def check_any(groups: list[Group], step: int, needs_rewards: bool) -> None:
+    """Raises if no sample of a step has a reward, or if none could be made."""
     errors = [error for group in groups for error in group.errors]
     if not all(errors):
         return
     failed = [s.error for group in groups for s in group.samples if s.finish_reason == 'error']
     if len(failed) == len(errors):
         raise NumericsError(f'no sample of step {step} could be made: {failed[0]}')
-    raise DataError(f'no sample of step {step} could be judged; the first: {errors[0]}')
+    if needs_rewards:
+        raise DataError(f'no sample of step {step} could be judged; the first: {errors[0]}')
 
 
 def describe(group: Group, index: int, advantage: float) -> dict:

@@ -18,12 +18,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.distributed import agree
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals.base import Context
 from jaxfm.evals.judge import Judge
 from jaxfm.evals.samples import Samples
-from jaxfm.objectives import LoadReference, PolicyGradientConfig
+from jaxfm.objectives import DistillationConfig, LoadReference, PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.ahead import Ahead, InStep, InTurn
@@ -58,7 +59,7 @@ class Rollouts:
     def __init__(
         self,
         config: RolloutConfig,
-        objective: PolicyGradientConfig,
+        objective: PolicyGradientConfig | DistillationConfig,
         context: Context,
         *,
         seed: int,
@@ -136,10 +137,10 @@ class Rollouts:
         with jax.transfer_guard('allow'):  # the engine is driven from the host
             self._engine.lend(params, step)
             sampled, groups = self._collect(step)
-            check_any(sampled, step)
+            check_any(sampled, step, self._needs_rewards)
             self._warn_of_failed(sampled, step)
             rewards_PG = np.array([self._shaped(group) for group in groups])
-            advantages_PG = advantages(rewards_PG, self._objective)
+            advantages_PG = self._advantages(rewards_PG)
             samples = self._learn_from(groups, advantages_PG)
             batch = make_batch(
                 samples,
@@ -150,6 +151,8 @@ class Rollouts:
             )
             self._write(groups, advantages_PG, step)
             self._engine.claim()
+            if not self._needs_rewards:
+                batch = {name: batch[name] for name in BATCH_DTYPES}
             batch = self._put(batch)
             batch |= self._scores(params, batch)
         self.tokens = sum(sample.length for sample in samples)
@@ -163,9 +166,9 @@ class Rollouts:
     def _scores(self, params, batch: dict) -> dict[str, jax.Array]:
         """The log-probs of the batch's targets that the objective needs besides the sampler's."""
         began, found = time.monotonic(), {}
-        if self._objective.old_logprobs == 'recomputed':
+        if self._needs_rewards and self._objective.old_logprobs == 'recomputed':
             found['old_logprobs'] = self._score(params, batch)
-        if self._objective.kl:
+        if self._has_reference:
             self.prepare()
             found['reference_logprobs'] = self._score(self._reference, batch)
         jax.block_until_ready(found)
@@ -178,8 +181,22 @@ class Rollouts:
         `params` cannot be it: the first step donates them. Raises RunError if it cannot be loaded.
         """
         del params
-        if self._objective.kl and self._reference is None:
+        if self._has_reference and self._reference is None:
             self._reference, self._origin = self._load_reference(self._origin)
+
+    @property
+    def _needs_rewards(self) -> bool:
+        """Whether the objective learns from them; distillation does not."""
+        return isinstance(self._objective, PolicyGradientConfig)
+
+    @property
+    def _has_reference(self) -> bool:
+        return self._needs_rewards and bool(self._objective.kl)
+
+    def _advantages(self, rewards_PG: np.ndarray) -> np.ndarray:
+        if self._needs_rewards:
+            return advantages(rewards_PG, self._objective)
+        return np.zeros(rewards_PG.shape, np.float32)
 
     def _collect(self, step: int) -> tuple[list[Group], list[Group]]:
         """-> all groups that a step samples, and those that it learns from."""
@@ -241,8 +258,9 @@ class Rollouts:
         if any(errors) and not self._has_warned:
             self._has_warned = True
             log.warning(
-                'step %d: %d of %d samples have no reward and are left out; the first: %s',
-                *(step, sum(map(bool, errors)), len(errors), next(filter(None, errors))),
+                'step %d: %d of %d samples have no reward%s; the first: %s',
+                *(step, sum(map(bool, errors)), len(errors)),
+                *(' and are left out' if self._needs_rewards else '', next(filter(None, errors))),
             )
 
     def _learn_from(self, groups: list[Group], advantages_PG: np.ndarray) -> list[Sample]:
@@ -254,7 +272,11 @@ class Rollouts:
                 completion=sample.tokens,
                 logprobs=sample.logprobs,
                 advantage=float(advantage),
-                is_learned=not (error or (masks and sample.finish_reason == 'length')),
+                is_learned=not (
+                    (error and self._needs_rewards)
+                    or sample.finish_reason == 'error'
+                    or (masks and sample.finish_reason == 'length')
+                ),
             )
             for group, advantages_G in zip(groups, advantages_PG)
             for sample, advantage, error in zip(group.samples, advantages_G, group.errors)

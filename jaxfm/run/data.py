@@ -18,7 +18,7 @@ from jaxfm.data.documents import KIND_NAMES
 from jaxfm.distributed import agree
 from jaxfm.errors import DataError, MissingInputError
 from jaxfm.objectives import PreferenceConfig
-from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout import documents_of
 from jaxfm.run.cache import cache_directory
 from jaxfm.tokenizer.build import build_tokenizer, load_tokenizer
 from jaxfm.tokenizer.kinds import Tokenizer
@@ -26,7 +26,7 @@ from jaxfm.tokenizer.kinds import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """The tokenizer, and {phase name: its dataset}; a phase that samples its batches has none."""
+    """The tokenizer, and {phase name: its dataset}; a phase that samples all batches has none."""
 
     tokenizer: Tokenizer
     datasets: dict[str, Dataset]
@@ -45,11 +45,11 @@ def open_data(config: RunConfig, workdir: Path) -> RunData:
     if not primary:
         agree.barrier('corpus')
     tokenizer = _make_tokenizer(config, workdir, cache)
-    _check_tokenizer(tokenizer, config)
+    check_vocabulary(tokenizer, config.model.vocab_size, 'config.model.vocab_size')
     datasets = {
-        phase.name: open_dataset(phase.data, tokenizer, cache)
+        phase.name: open_dataset(documents, tokenizer, cache)
         for phase in config.all_phases
-        if not isinstance(phase.data, RolloutConfig)
+        if (documents := documents_of(phase.data)) is not None
     }
     if primary and jax.process_count() > 1:
         agree.barrier('corpus')
@@ -98,7 +98,7 @@ def open_tokenizer(config: RunConfig, workdir: Path) -> Tokenizer:
         tokenizer = load_tokenizer(saved)
     else:
         tokenizer = build_tokenizer(config.tokenizer, ())
-    _check_tokenizer(tokenizer, config)
+    check_vocabulary(tokenizer, config.model.vocab_size, 'config.model.vocab_size')
     return tokenizer
 
 
@@ -115,15 +115,17 @@ def _make_tokenizer(config: RunConfig, workdir: Path, cache: Path) -> Tokenizer:
     return load_tokenizer(saved)
 
 
-def _check_tokenizer(tokenizer: Tokenizer, config: RunConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, size: int, name: str) -> None:
+    """Raises DataError if a model with a vocabulary of this size lacks tokens of texts.
+
+    name: of the size, for the message.
+    """
     # Special tokens may exceed the vocabulary: Gemma 3's text models have no weights for the image
     # token.
-    size = config.model.vocab_size
     beyond = set(range(size, tokenizer.vocab_size))
     if not beyond <= set(tokenizer.special_tokens.values()):
         raise DataError(
-            f'the tokenizer has {tokenizer.vocab_size} tokens, but config.model.vocab_size is only '
-            f'{config.model.vocab_size}'
+            f'the tokenizer has {tokenizer.vocab_size} tokens, but {name} is only {size}'
         )
 
 

@@ -21,14 +21,21 @@ from jaxfm.config.run import PhaseConfig, RunConfig
 from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES, COMPARED_DTYPES
 from jaxfm.evals.base import Context
-from jaxfm.objectives import OBJECTIVES, LoadReference, PreferenceConfig
+from jaxfm.objectives import (
+    OBJECTIVES,
+    DistillationConfig,
+    LoadReference,
+    PolicyGradientConfig,
+    PreferenceConfig,
+)
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.ops.segments import segment_sums
 from jaxfm.optim import OPTIMIZERS
 from jaxfm.optim.spikes import Spikes
-from jaxfm.plan.flops import frozen_matmul_params, model_flops_per_token
+from jaxfm.plan.flops import forward_flops, frozen_matmul_params, model_flops_per_token
 from jaxfm.preferences.source import Preferences
 from jaxfm.rollout import RolloutConfig
+from jaxfm.rollout.alternation import Alternation
 from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
 from jaxfm.rollout.source import Rollouts
 from jaxfm.state import (
@@ -65,6 +72,8 @@ class Phase:
         optimizer_class = OPTIMIZERS.load(config.optimizer.name)
         self.optimizer = optimizer_class(config.optimizer, config.steps, trained)
         self.objective = OBJECTIVES.load(config.objective.name)(config.objective)
+        # An OtherModel once it is opened, and its weights once they are loaded (`other_model`).
+        self.teacher, self.teacher_params = None, None
 
     @property
     def tokens_per_step(self) -> int:
@@ -72,9 +81,21 @@ class Phase:
         return self.config.data.batch_size * self.config.data.sequence_length
 
     def flops_per_token(self, model_config) -> float:
-        """Model FLOPs of training on a token of a row; causal attention counts half."""
+        """Model FLOPs of training on a token of a row; causal attention counts half.
+
+        The teacher's forward pass is among them.
+        """
         length, frozen = self.config.data.sequence_length, frozen_matmul_params(self.parts)
-        return model_flops_per_token(model_config, length, frozen=frozen)
+        flops = model_flops_per_token(model_config, length, frozen=frozen)
+        return flops + self.teacher_flops_per_token
+
+    @property
+    def teacher_flops_per_token(self) -> float:
+        """Those of the teacher's forward pass alone; 0 without a teacher."""
+        if self.teacher is None:
+            return 0.0
+        length = self.config.data.sequence_length
+        return forward_flops(self.teacher.config, length) / length
 
     def abstract_state(self) -> TrainState:
         """The shapes and shardings of the train state."""
@@ -95,24 +116,31 @@ class Phase:
         return state
 
     def train_step(self):
-        """The jitted train step."""
+        """The train step, (state, batch, limit=None) -> (state, metrics), jitted.
+
+        With a teacher, its weights must be loaded when the step is called.
+        """
         optimizer = self.config.optimizer
-        return make_train_step(
+        step = make_train_step(
             self.parts,
             self.objective,
             self.optimizer,
             accumulate=optimizer.accumulate,
             clip_norm=optimizer.clip_norm,
             skip_empty=self.is_rollout,
+            teacher=self.teacher and self.teacher.parts,
         )
+        if self.teacher is None:
+            return step
+        return lambda state, batch, limit=None: step(state, batch, limit, self.teacher_params)
 
     def spikes(self) -> Spikes:
         """Judges the losses of this phase.
 
         Not those of a policy gradient, which do not measure the weights.
         """
-        spikes = self.config.optimizer.spikes
-        return Spikes(spikes.model_copy(update={'policy': 'off'}) if self.is_rollout else spikes)
+        spikes, is_off = self.config.optimizer.spikes, self._is_policy_gradient
+        return Spikes(spikes.model_copy(update={'policy': 'off'}) if is_off else spikes)
 
     def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and shardings of a batch, for lowering."""
@@ -125,13 +153,22 @@ class Phase:
 
     @property
     def is_rollout(self) -> bool:
-        """Whether its batches are samples of the model."""
+        """Whether its batches, or some of them, are samples of the model."""
         return isinstance(self.config.data, RolloutConfig)
 
     @property
     def is_preference(self) -> bool:
         """Whether its batches are chats that are compared."""
         return isinstance(self.config.objective, PreferenceConfig)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether its objective needs another model."""
+        return isinstance(self.config.objective, DistillationConfig)
+
+    @property
+    def _is_policy_gradient(self) -> bool:
+        return isinstance(self.config.objective, PolicyGradientConfig)
 
     def _batch_dtypes(self) -> dict:
         objective = self.config.objective
@@ -141,7 +178,7 @@ class Phase:
                 'kl': objective.loss == 'kto',
             }
             return COMPARED_DTYPES | {n: np.float32 for n, is_there in more.items() if is_there}
-        if not self.is_rollout:
+        if not self._is_policy_gradient:
             return BATCH_DTYPES
         scored = {
             'old_logprobs': objective.old_logprobs == 'recomputed',
@@ -180,14 +217,17 @@ class Phase:
             path=directory / f'{self.name or "reference"}.npz',
         )
 
-    def rollouts(self, context: Context, reference: LoadReference) -> Rollouts:
-        """The source of a phase that samples its batches.
+    def rollouts(
+        self, context: Context, reference: LoadReference, dataset: Dataset | None = None
+    ) -> Rollouts | Alternation:
+        """The source of a phase that samples its batches, or some of them.
 
         Args:
           context: of the run, with a sampler of its own.
           reference: loads the weights of the reference.
+          dataset: the documents that the other batches are from.
         """
-        return Rollouts(
+        samples = Rollouts(
             self.config.data,
             self.config.objective,
             context,
@@ -199,6 +239,10 @@ class Phase:
             microbatches=self.config.optimizer.accumulate,
             where=self.name,
         )
+        if dataset is None:
+            return samples
+        share = self.config.data.on_policy_share
+        return Alternation(samples, self.batches(dataset), dataset.statistics, share, self.seed)
 
     def _copy_params(self, params: dict, last: dict | None) -> dict:
         """A copy of weights that are about to be donated; what `last` has of them is freed.

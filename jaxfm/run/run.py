@@ -70,6 +70,8 @@ class Run:
         self.parts = self.phases[0].parts if self.phases else split(self.make_model)
         shapes = {path: leaf.shape for path, leaf in self.parts.shapes.items()}
         sharding.check_weights(shapes, self.parts.axes, self.mesh)
+        # {name of a phase: which weights its other model has}, which checkpoints record.
+        self.others: dict[str, dict] = {}
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # fail early
@@ -98,7 +100,7 @@ class Run:
     def checkpointer(self) -> Checkpointer:
         """Read and write access to the checkpoints of this run."""
         ends = [phase.last for phase in self.phases]
-        about = {'config': json.loads(format_config(self.config))}
+        about = {'config': json.loads(format_config(self.config)), 'others': self.others}
         directory = self.workdir / 'checkpoints'
         return Checkpointer(self.config.checkpoint, directory, ends[:-1], about, self.base)
 

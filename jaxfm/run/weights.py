@@ -225,6 +225,22 @@ def _params_of(
         log.info('loaded weights from %s', opened.path)
         place = str(directory.absolute()) if directory.exists() else config.init_from
         return params, _Origin(place, None, dict(config.init_names), list(config.init_ignore))
+    params, step, manifest = params_of_run(directory, model, getattr(config, 'step', None), is_base)
+    base = manifest.get('base')
+    origin = _Origin(**base['origin']) if base else _Origin(str(directory.absolute()), step)
+    return params, origin
+
+
+def params_of_run(
+    directory: Path, model: TransformerConfig, at: int | None = None, is_base: bool = False
+) -> tuple[dict, int, dict]:
+    """-> the weights of another run, for a model of this config, their step, and its manifest.
+
+    Those of a run with adapters include these if `model` has adapters; otherwise they are merged
+    into the weights.
+
+    at: the step to take if it is there, instead of the newest. is_base: as in `_params_of`.
+    """
     earlier = read_config(directory / 'config.json', OriginConfig)
     theirs = model.model_copy(update={'lora': earlier.model.lora})
     parts = split(model_maker(theirs))
@@ -233,14 +249,13 @@ def _params_of(
         checkpoints,
         parts,
         lambda manifest: _load_base(manifest, earlier, theirs)[0],
-        getattr(config, 'step', None),
+        at,
         parts.base_axes if is_base else None,
     )
     log.info('loaded weights from %s at step %d', directory, step)
-    base = checkpoints.read_manifest(step).get('base')
-    origin = _Origin(**base['origin']) if base else _Origin(str(directory.absolute()), step)
     is_merged = theirs.lora and not model.lora and not is_base
-    return lora.merge(params, theirs) if is_merged else params, origin
+    params = lora.merge(params, theirs) if is_merged else params
+    return params, step, checkpoints.read_manifest(step)
 
 
 def _base_of(init_from: str) -> str:

@@ -74,6 +74,11 @@ class Tokenizer:
         """Ids are in [0, vocab_size)."""
         raise NotImplementedError
 
+    @property
+    def tokens(self) -> dict[int, str | bytes]:
+        """{id: token} of the whole vocabulary, as the library spells it."""
+        raise NotImplementedError
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that determines the ids, including those of chats."""
@@ -238,6 +243,10 @@ class HuggingFace(Tokenizer):
     def vocab_size(self) -> int:
         return self._size
 
+    @property
+    def tokens(self):
+        return {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
+
     def _ids(self, texts, is_start):
         backend = self._backend if is_start else self._further
         return encode_batch(self._words, backend, texts)
@@ -280,6 +289,10 @@ class SentencePiece(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._start.vocab_size()
+
+    @property
+    def tokens(self):
+        return {i: self._start.id_to_piece(i) for i in range(self.vocab_size)}
 
     def _is_user_defined(self, piece: str, i: int) -> bool:
         """Whether a piece is markup that the library encodes as one token."""
@@ -324,6 +337,10 @@ class Tiktoken(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._encoding.n_vocab
+
+    @property
+    def tokens(self):
+        return {i: self._encoding.decode_single_token_bytes(i) for i in self._known}
 
     def _ids(self, texts, is_start):
         if len(texts) == 1:

@@ -1,4 +1,4 @@
-"""The divergence of a student from a teacher against float64: in chunks, on devices, at extremes."""
+"""The divergence of a student from a teacher: float64, chunks, devices, extremes."""
 
 import functools
 import re

@@ -74,15 +74,16 @@ def _mesh_line(mesh) -> str:
 
 
 def _data_line(dataset) -> str:
-    if 'prompts' in dataset.statistics:
-        return '{prompts:,} prompts of {task}, {samples} samples of each'.format(
-            **dataset.statistics
-        )
     found = {'train_tokens': 0, 'heldout_tokens': 0}  # of a mixture: in all sources together
     for name, value in dataset.statistics.items():
         if (known := name.rpartition('/')[2]) in found:
             found[known] += value
-    return f'{found["train_tokens"]:,} tokens, and {found["heldout_tokens"]:,} held out'
+    documents = f'{found["train_tokens"]:,} tokens, and {found["heldout_tokens"]:,} held out'
+    if 'prompts' not in dataset.statistics:
+        return documents
+    prompts = '{prompts:,} prompts of {task}, {samples} samples of each'
+    line = prompts.format(**dataset.statistics)
+    return f'{line}; {documents}' if found['train_tokens'] else line
 
 
 def tables(config, phases, datasets, mesh, state) -> dict[str, list[tuple]]:

@@ -111,10 +111,12 @@ class Statistics:
         counts = self._counts
         if not counts['steps']:
             return {}
-        lengths, samples = np.array(self._lengths), counts['samples']
+        lengths, samples, rewards = np.array(self._lengths), counts['samples'], {}
+        if self._rewards:
+            rewards = statistics.mean(self._rewards).values('rollout/reward')
+            rewards['rollout/reward_std'] = float(np.mean(self._deviations))  # inside a group
         return {
-            **statistics.mean(self._rewards).values('rollout/reward'),
-            'rollout/reward_std': float(np.mean(self._deviations)),  # inside a group
+            **rewards,
             'rollout/flat_groups': counts['flat'] / counts['groups'],
             'rollout/length': float(lengths.mean()),
             'rollout/length_p99': float(np.quantile(lengths, 0.99)),

@@ -54,6 +54,14 @@ ROLLOUT = {
     'batch_size': 8,
 }
 REWARDS = RUN | {'data': ROLLOUT, 'objective': {'name': 'grpo'}, 'tokenizer': {'name': 'bytes'}}
+TAUGHT = REWARDS | {
+    'data': ROLLOUT
+    | {
+        'name': 'rollout_mixture',
+        'off_policy': {'name': 'problems', 'sequence_length': 64, 'batch_size': 8},
+    },
+    'objective': {'name': 'gkd', 'teacher': 'runs/teacher'},
+}
 EARLIER = RUN | {'model': MODEL | {'lora': {'rank': 8, 'alpha': 32.0}}}
 
 # {name of a config file: the values that it returns}.
@@ -65,6 +73,7 @@ FILES = {
     'segments.py': RUN | {'model': MODEL | {'segments': SEGMENTS}},
     'mixture.py': RUN | {'data': MIXTURE},
     'rollout.py': REWARDS,
+    'taught.py': TAUGHT,
     'rewarded.py': PHASES
     | {
         'tokenizer': {'name': 'bytes'},
@@ -389,6 +398,23 @@ rollout.py optimizer.accumulate=3
 rollout.py optimizer.spikes.policy=rewind
 rollout.py data.batch_size=6 mesh.fsdp=4
 rollout.py model.implementations.one_document=true
+rollout.py objective={'name':'distillation'}
+taught.py objective.teacher=
+taught.py objective.beta=1.5
+taught.py objective.temperature=0
+taught.py objective.top_k=8
+taught.py objective.beta=0 objective.top_k=4096
+taught.py objective.tecaher=x
+taught.py objective.name=grpo
+taught.py data.on_policy_share=1
+taught.py data.off_policy.batch_size=4
+taught.py data.off_policy.sequence_length=32 data.off_policy.name=problem
+taught.py data.overlong_penalty=1 data.overlong_tokens=4
+taught.py data.max_tokens=600
+taught.py data.packing=none model.implementations.one_document=true
+taught.py tokenizer.name=bpe
+taught.py optimizer.spikes.policy=skip
+taught.py evals.loss.name=loss
 rewarded.py evals.loss={'name':'loss','phase':'second'}
 rewarded.py evals.loss={'name':'loss','phase':'first'}
 rewarded.py phases[1].data.max_tokens=63 sampling.max_length=60

@@ -115,6 +115,20 @@ def test_equals_float64(name, chunk_size):
         np.testing.assert_allclose(found, (sides[0] - sides[1]) / 2, rtol=2e-4)
 
 
+def test_bfloat16_is_summed_in_float32():
+    hidden, weight, teacher_hidden, teacher_weight = arrays()
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, teacher_hidden, teacher_weight)]
+    given = narrow[0], jnp.asarray(weight), *narrow[1:]
+    values, gradients, _ = compute('middle', given)
+    rounded = [np.float32(jnp.asarray(x, jnp.bfloat16)) for x in given]
+    np.testing.assert_allclose(values, reference(rounded, **CASES['middle']), rtol=2e-5)
+    assert [gradient.dtype for gradient in gradients[:2]] == [jnp.bfloat16, jnp.float32]
+    expected = compute('middle', rounded)[1]
+    for found, wanted in zip(gradients[:2], expected):
+        difference = np.linalg.norm(np.float32(found) - wanted)
+        assert difference < 1e-2 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_the_teacher_has_no_gradient(name):
     _, gradients, _ = compute(name)

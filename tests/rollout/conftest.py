@@ -42,6 +42,7 @@ def make(monkeypatch, tmp_path):
         config = RolloutConfig(**values | changes)
         more = {'put': dict, 'copy': lambda params, last: params} | (more or {})
         parts = more.pop('parts', {})  # of the objective
+        parts |= {'teacher': 'runs/teacher'} if objective == 'gkd' else {}
         objective = OBJECTIVES[objective].schema(**parts)
         made = Rollouts(config, objective, context, seed=seed, **more)
         made.engine = context.sampler

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.errors import ConfigError, DataError, NumericsError
 from tests.rollout.scripted import SCRIPTS, Engine
 
@@ -101,6 +102,29 @@ def test_a_sample_that_cannot_be_judged_is_left_out_counted_and_told(make, caplo
         'the reward is nan, but must be a number from -1e6 to 1e6',
         "ValueError: invalid literal for int() with base 10: 'x'",
     }
+
+
+def test_distillation_learns_from_samples_without_a_reward(make, caplog):
+    scripts = dict.fromkeys(SCRIPTS, '01!n')
+    source = make(Engine(scripts), objective='gkd')
+    batch = source.next(None, 3)
+    assert batch.keys() == BATCH_DTYPES.keys()
+    learned = batch['targets'][batch['loss_mask'] > 0]
+    # Three samples of each of three prompts: one could not be made.
+    assert sorted(map(chr, learned)).count('n') == sorted(map(chr, learned)).count('0') == 3
+    assert batch['loss_mask'].sum() == 3 * 3 * 4
+    assert 'have no reward; the first: ' in caplog.records[0].message
+    values = source.progress()
+    assert values['rollout/failed'] == 0.5 == values['rollout/reward']
+
+
+def test_distillation_goes_on_without_any_reward(make):
+    source = make(Engine(dict.fromkeys(SCRIPTS, 'nnnn')), objective='gkd')
+    assert source.next(None, 0)['loss_mask'].any()
+    values = source.progress()
+    assert values['rollout/failed'] == 1 and 'rollout/reward' not in values
+    with pytest.raises(NumericsError, match='no sample of step 1 could be made'):
+        make(Engine(dict.fromkeys(SCRIPTS, '!!!!')), objective='gkd').next(None, 1)
 
 
 @pytest.mark.parametrize(

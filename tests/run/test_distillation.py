@@ -1,4 +1,4 @@
-"""Distillation in real runs: teachers of any family, pinned, refused, or gone; documents, samples."""
+"""Distillation in real runs: teachers of any family, pinned, refused or gone; both data."""
 
 import shutil
 
@@ -154,7 +154,7 @@ def test_adapters_are_taught_and_teach(tiny, whole, teacher):
     assert train(tiny.root / 'taught')[-1]['train/loss'] > 0
 
 
-def test_a_model_of_another_family_teaches_and_must_stay_as_it_is(tiny):
+def test_a_model_of_another_family_teaches_and_must_stay_as_it_is(tiny, teacher):
     model, workdir = write_model(tiny.root / 'llama'), tiny.root / 'of_llama'
     arguments = [*DISTILL, f'--config.objective.teacher={model}', '--config.objective.top_k=4']
     finish(tiny.start(workdir, *arguments))
@@ -165,6 +165,9 @@ def test_a_model_of_another_family_teaches_and_must_stay_as_it_is(tiny):
     told = stderr_of(workdir)
     assert f'{model} has other weights than when this run began: put back what was there' in told
     assert len(train(workdir)) == 4  # and nothing has changed
+    arguments += [f'--config.objective.teacher={teacher}', '--allow_change=objective']
+    finish(tiny.start(workdir, *arguments, '--resume_step=2'))
+    assert manifest_of(workdir, 4)['others']['']['place'] == str(teacher)
 
 
 REFUSED = {

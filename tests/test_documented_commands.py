@@ -209,7 +209,7 @@ def at_desk(desk, monkeypatch):
     monkeypatch.setattr(main, 'check_absent', lambda path: None)  # another command reads `adapter`
     # Goldens are made in a separate environment, which has these packages.
     theirs = ('torch', 'torch.nn', 'torch.nn.functional', 'peft', 'accelerate', 'trl')
-    theirs += ('trl.experimental', 'trl.experimental.cpo')
+    theirs += ('trl.experimental', 'trl.experimental.cpo', 'trl.experimental.gkd')
     evals = ('lm_eval', 'lm_eval.models', 'lm_eval.models.huggingface', 'lm_eval.tasks')
     for name in (*theirs, *evals, 'transformers', 'transformers.utils'):
         monkeypatch.setitem(sys.modules, name, MagicMock())

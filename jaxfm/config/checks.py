@@ -204,7 +204,7 @@ def _pairs_are_cached(run, prefix):
     """Preferences are learned from records that are packed before training."""
     paths = path_to('objective.name', prefix), path_to('data.name', prefix)
     names = [format_path(path) for path in paths]
-    if run.data.name != 'rollout' and run.data.tokenize == 'on_the_fly':
+    if not isinstance(run.data, RolloutConfig) and run.data.tokenize == 'on_the_fly':
         tokenize = path_to('data.tokenize', prefix)
         sentence = (
             f'{names[0]} {run.objective.name} reads pairs, which are packed before training: set '

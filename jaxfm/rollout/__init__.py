@@ -156,6 +156,12 @@ class RolloutMixtureConfig(RolloutConfig):
                     'equal: both are of the same train step'
                 )
                 found.append(Problem(((key,), ('off_policy', key)), sentence))
+        if parts.get('max_staleness'):
+            sentence = (
+                'max_staleness needs samples at every step, but rollout_mixture has documents in '
+                'between: set it to 0'
+            )
+            found.append(Problem((('max_staleness',), ('name',)), sentence))
         return found
 
 

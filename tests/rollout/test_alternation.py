@@ -3,6 +3,7 @@
 import pytest
 
 from jaxfm.errors import ConfigError
+from jaxfm.rollout import RolloutMixtureConfig
 from jaxfm.rollout.alternation import Alternation
 
 
@@ -84,3 +85,9 @@ def test_records_and_tables_have_both():
 def test_the_position_of_another_kind_of_data_is_refused():
     with pytest.raises(ConfigError, match='it was not a rollout_mixture'):
         make()[0].set_state({'next_prompt': 4, 'reference': None})
+
+
+def test_samples_are_not_made_ahead():
+    """They would be for the next step, which may have documents."""
+    problems = RolloutMixtureConfig.find_conflicts({'max_staleness': 1})
+    assert any('has documents in between' in problem.sentence for problem in problems)

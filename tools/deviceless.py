@@ -173,6 +173,11 @@ def plan_phase(config: RunConfig, count: int, name: str = '') -> Phase:
     if not chosen:
         names = ', '.join(phase.name for phase in phases) or 'none'
         raise ConfigError(f'config has no phase {name!r} to compile; its phases: {names}')
+    if chosen[0].has_teacher:
+        raise ConfigError(
+            f'{chosen[0].where}.objective.teacher: a step with a teacher cannot be compiled here, '
+            'because its shapes are not in the config; choose another phase or objective'
+        )
     parts = chosen[0].parts
     shapes = {path: leaf.shape for path, leaf in parts.shapes.items()}
     sharding.check_weights(shapes, parts.axes, mesh)

@@ -24,6 +24,11 @@ SMOKE = ['--config', 'configs/llama_1b.py:smoke']
             'must equal the number of devices',
         ),
         ([*SMOKE, '--phase', 'sft'], 78, "no phase 'sft' to compile"),
+        (
+            ['--config', 'configs/distill.py:smoke', '--phase', 'distill'],
+            78,
+            'config.phases[1].objective.teacher: a step with a teacher cannot be compiled here',
+        ),
         (['--config', 'configs/nothing.py'], 66, 'configs/nothing.py'),
     ],
     ids=lambda value: str(value)[-24:],

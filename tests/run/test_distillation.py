@@ -5,7 +5,12 @@ import shutil
 import pytest
 
 from jaxfm.checkpoint.store import Store
+from jaxfm.config.load import read_config
 from jaxfm.metrics.writers import read_records
+from jaxfm.plan.flops import forward_flops, model_flops_per_token
+from jaxfm.plan.memory import num_parameters
+from jaxfm.run.run import model_maker
+from jaxfm.state import split
 from jaxfm.storage import open_storage
 from tests.hf_directories import LLAMA, random_tensors, write_model
 from tests.runs import PATIENCE, assert_same_state, finish, measured, stderr_of
@@ -101,8 +106,12 @@ def test_samples_and_documents_take_turns_and_the_loss_falls(whole):
 
 def test_the_plan_counts_the_teacher(whole, teacher):
     said = (whole / 'log.txt').read_text()
-    assert 'teacher' in said and '3 layers' in said
-    assert 'of its forward' in said
+    theirs, ours = (read_config(each / 'config.json').model for each in (teacher, whole))
+    forward = forward_flops(theirs, 32) / 32
+    assert f'{model_flops_per_token(ours, 32) + forward:.3g} a token in training' in said
+    assert f'{forward:.3g} of these FLOPs' in said
+    count = num_parameters(split(model_maker(theirs)).shapes)
+    assert f'teacher, 3 layers, {count:,} parameters, ' in said
 
 
 def test_a_checkpoint_has_the_name_of_the_teacher_and_not_its_weights(tiny, whole):

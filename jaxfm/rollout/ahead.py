@@ -166,16 +166,13 @@ class Ahead:
         self.turns.take()
         self._params = self._copy(params, self._params)
         self._sampler.lend(self._params, step, restore=True)
-        self._let_go()
+        if self.is_shared:
+            jax.block_until_ready(self._params)
+        self.turns.give()
         if self._thread is None:
             self._is_closing = False
             self._thread = threading.Thread(target=self._run, name='rollout', daemon=True)
             self._thread.start()
-
-    def _let_go(self) -> None:
-        if self.is_shared:
-            jax.block_until_ready(self._params)
-        self.turns.give()
 
     def order(self, requests: list[Request]) -> Order:
         """Has requests sampled; `take` waits for them."""
@@ -196,7 +193,7 @@ class Ahead:
         return order.completions()
 
     def claim(self) -> None:
-        """The loop uses the devices from now on, until a function `around` which its turn is."""
+        """The loop uses the devices from now on, to the end of the train step."""
         if self.is_shared:
             self.turns.take()
 

@@ -90,6 +90,8 @@ def test_the_ratio_compares_with_the_weights_that_sampled(ahead):
         is_stale = record['rollout/staleness_max'] > 0
         assert (record['train/ratio_max'] != 1.0) == is_stale
         assert (record['train/sampler_kl'] != 0.0) == is_stale
+        # Over tokens of the policy that the log-probs are of, the ratio is 1 on average.
+        assert record['train/ratio'] == pytest.approx(1, abs=0.15)
 
 
 def test_a_sample_is_made_again_from_its_seed_and_the_versions_of_its_tokens(ahead, tiny):

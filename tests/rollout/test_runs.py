@@ -222,6 +222,9 @@ def test_time_and_tokens_are_those_of_samples(whole):
     names = ('goodput/generate_seconds', 'goodput/data_wait_seconds')
     generate, wait = (record[name] - first[name] for name in names)
     assert generate > 0 == wait
+    parts = [f'rollout/{part}_seconds' for part in ('generate', 'judge', 'logprobs', 'idle')]
+    told = sum(each[part] for each in steps_of(whole)[1:] for part in parts)
+    assert 0.8 * generate < told < generate
     assert record['perf/total_tokens'] < 2 * 8 * 32 + 10 * 16 * 32  # rows are not full
     assert record['rollout/prompts'] == 10 * 4
     assert record['rollout/epochs'] == 2

@@ -30,7 +30,7 @@ from jaxfm.optim.spikes import Rewind, Spike
 from jaxfm.plan.tables import parameter_rows, summary, tables
 from jaxfm.run import restart, workdir
 from jaxfm.run.data import RunData, open_data
-from jaxfm.run.other_model import load_teacher, open_teachers
+from jaxfm.run.other_model import load_teacher, open_reference, open_teachers
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, start_run
 from jaxfm.run.weights import first_weights, initial_state, periodic_exports
@@ -204,11 +204,9 @@ def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitSt
         reference = functools.partial(first_weights, run, phase)
         source = phase.rollouts(context, reference, data.datasets.get(phase.name))
     elif phase.is_preference:
-        source = phase.preferences(
-            data.datasets[phase.name],
-            functools.partial(first_weights, run, phase),
-            run.workdir / 'reference',
-        )
+        load, parts = open_reference(run, phase, data.tokenizer)
+        directory = run.workdir / 'reference'
+        source = phase.preferences(data.datasets[phase.name], load, directory, parts)
     else:
         source = phase.batches(data.datasets[phase.name])
     stack.callback(source.close)

@@ -215,7 +215,7 @@ class ReinforcePlusPlusConfig(PolicyGradientConfig):
     scale: _Scale = 'batch'
 
 
-FIRST_WEIGHTS = 'first_weights'
+FIRST_WEIGHTS, NO_REFERENCE = 'first_weights', 'none'
 _PairLoss = Literal['sigmoid', 'hinge', 'squared', 'kto']
 
 
@@ -234,9 +234,10 @@ class PreferenceConfig(Group):
     loss: _PairLoss = 'sigmoid'
     beta: _Positive = 0.1
     logprobs: Literal['sum', 'mean'] = 'sum'  # over the tokens of an answer
-    # first_weights: those with which the phase begins. none: no reference. Its log-probs are
-    # computed once, before the first step.
-    reference: Literal['first_weights', 'none'] = FIRST_WEIGHTS
+    # first_weights: those with which the phase begins. none: no reference. Or another model with
+    # the tokenizer of this run, named as in `init_from`. Its log-probs are computed once, before
+    # the first step.
+    reference: str = Field(FIRST_WEIGHTS, min_length=1)
     margin: _NotNegative = 0.0
     # The share of pairs whose sides are taken to be swapped: their loss is part of the loss
     # (conservative), or is subtracted, which makes it right on average (robust).
@@ -248,10 +249,15 @@ class PreferenceConfig(Group):
     desirable_weight: _NotNegative = 1.0
     undesirable_weight: _NotNegative = 1.0
 
+    @property
+    def names_reference(self) -> bool:
+        """Whether the reference is another model."""
+        return self.reference not in (FIRST_WEIGHTS, NO_REFERENCE)
+
     @classmethod
     def find_conflicts(cls, parts: dict) -> list[Problem]:
         found = _find_idle(cls, parts, _PREFERENCE_NEEDS)
-        if parts.get('loss') == 'kto' and parts.get('reference') == 'none':
+        if parts.get('loss') == 'kto' and parts.get('reference') == NO_REFERENCE:
             sentence = 'loss kto compares with a reference: set reference=first_weights'
             found.append(Problem((('loss',), ('reference',)), sentence))
         if parts.get('smoothing') == 'robust' and parts.get('label_smoothing') == 0:
@@ -300,7 +306,7 @@ class SimPOConfig(PreferenceConfig):
     name: Literal['simpo'] = 'simpo'
     beta: _Positive = 2.0
     logprobs: Literal['sum', 'mean'] = 'mean'
-    reference: Literal['first_weights', 'none'] = 'none'
+    reference: str = Field(NO_REFERENCE, min_length=1)
     margin: _NotNegative = 1.0
 
 

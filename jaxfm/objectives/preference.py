@@ -16,7 +16,7 @@ CPOTrainer (1.16), whose `simpo_gamma` is our margin.
 import jax
 import jax.numpy as jnp
 
-from jaxfm.objectives import PreferenceConfig
+from jaxfm.objectives import NO_REFERENCE, PreferenceConfig
 from jaxfm.ops.logprobs import token_logprobs
 from jaxfm.ops.segments import segment_sums
 
@@ -51,7 +51,7 @@ class Preference:
         config, mask_BT = self.config, batch['loss_mask']
         logprobs_BT = jnp.where(mask_BT > 0, logprobs_BT, 0.0)  # elsewhere they may be anything
         scores_BT = logprobs_BT
-        if config.reference != 'none':
+        if config.reference != NO_REFERENCE:
             scores_BT -= jnp.where(mask_BT > 0, batch['reference_logprobs'], 0.0)
         if config.logprobs == 'mean':
             scores_BT /= jnp.maximum(segment_sums(mask_BT, batch['segment_ids']), 1)

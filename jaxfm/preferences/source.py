@@ -1,8 +1,8 @@
 """The source of preference learning: batches of chats that are compared, and their reference.
 
-The log-probs of a row under the reference depend on the row alone, so they are computed once, with
-the weights with which the phase begins, and kept in the work directory. The weights themselves are
-then no longer needed.
+The log-probs of a row under the reference depend on the row alone, so they are computed once and
+kept in the work directory. The weights of the reference, those with which the phase begins or those
+of another model, are then no longer needed.
 """
 
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing.rows import Packing
 from jaxfm.distributed import agree
-from jaxfm.objectives import LoadReference, PreferenceConfig
+from jaxfm.objectives import NO_REFERENCE, LoadReference, PreferenceConfig
 from jaxfm.preferences.mismatched import mismatched_rows
 from jaxfm.storage import whole
 
@@ -60,7 +60,8 @@ class Preferences:
       steps: of the phase; rows that it does not reach get no reference.
       rows: the rows of a batch that this process makes.
       put: puts a batch on the devices.
-      score: (params, batch) -> log-probs [B, T] of the targets, whole on every process.
+      score: (weights of the reference, batch) -> log-probs [B, T] of the targets, whole on every
+        process.
       divergence: (params, batch of mismatched chats) -> [B, T], the same value everywhere.
       reference: loads the weights of the reference.
       path: the file in which its log-probs are kept.
@@ -87,7 +88,8 @@ class Preferences:
         reference: LoadReference,
         path: Path,
     ):
-        self._has_reference = objective.reference != 'none'
+        self._has_reference = objective.reference != NO_REFERENCE
+        self._is_other = objective.names_reference
         self._has_divergence = objective.loss == 'kto'
         self._packings = {
             name: ReferencedRows(packing, self._has_divergence)
@@ -125,7 +127,7 @@ class Preferences:
         is_ready = all(packing.reference for packing in self._packings.values())
         if not self._has_reference or (params is None and (is_ready or self._read())):
             return
-        if params is None:
+        if params is None or self._is_other:
             params, self._origin = self._load_reference(self._origin)
         self._compute(params)
 

@@ -1,10 +1,11 @@
-"""Another model beside the run's own, which the run does not change: the teacher of distillation.
+"""Another model beside the run's own: the teacher of distillation, or the reference of preferences.
 
 Its architecture is its own; how it is computed (dtypes, implementations, scan) is the run's. A
 checkpoint records which weights it has, so that a run that resumes has the same.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -22,13 +23,14 @@ from jaxfm.errors import ConfigError, DataError, MissingInputError, RunError
 from jaxfm.models import MODELS, TransformerConfig
 from jaxfm.models.implementations import choices
 from jaxfm.models.transformer import compute_dtype
+from jaxfm.objectives import LoadReference
 from jaxfm.pretrained import locate
 from jaxfm.pretrained.load import check_layout, load_params
 from jaxfm.pretrained.source import Pretrained
 from jaxfm.run.data import check_vocabulary
 from jaxfm.run.phase import Phase
 from jaxfm.run.run import Run, model_maker
-from jaxfm.run.weights import params_of_run
+from jaxfm.run.weights import first_weights, params_of_run
 from jaxfm.state import Parts, abstract_params, split
 from jaxfm.tokenizer.build import load_tokenizer
 from jaxfm.tokenizer.compare import describe_difference
@@ -140,6 +142,26 @@ def open_teachers(run: Run, tokenizer: Tokenizer) -> None:
         if phase.has_teacher:
             name, where = phase.config.objective.teacher, f'{phase.where}.objective.teacher'
             phase.teacher = open_other(run, name, tokenizer, where)
+
+
+def open_reference(
+    run: Run, phase: Phase, tokenizer: Tokenizer
+) -> tuple[LoadReference, Parts | None]:
+    """What loads the reference of a phase that learns from preferences.
+
+    Also the structure of its model, if that is another model.
+    """
+    objective = phase.config.objective
+    if not objective.names_reference:
+        return functools.partial(first_weights, run, phase), None
+    where = f'{phase.where}.objective.reference'
+    other = open_other(run, objective.reference, tokenizer, where)
+
+    def load(origin: dict | None) -> tuple[dict, dict | None]:
+        params = other.load(origin)
+        return params, other.origin
+
+    return load, other.parts
 
 
 def load_teacher(run: Run, phase: Phase, manifest: dict | None = None) -> None:

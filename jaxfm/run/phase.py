@@ -22,6 +22,7 @@ from jaxfm.data.dataset import Batches, Dataset
 from jaxfm.data.packing.rows import BATCH_DTYPES, COMPARED_DTYPES
 from jaxfm.evals.base import Context
 from jaxfm.objectives import (
+    NO_REFERENCE,
     OBJECTIVES,
     DistillationConfig,
     LoadReference,
@@ -39,6 +40,7 @@ from jaxfm.rollout.alternation import Alternation
 from jaxfm.rollout.batch import DTYPES as ROLLOUT_DTYPES
 from jaxfm.rollout.source import Rollouts
 from jaxfm.state import (
+    Parts,
     TrainState,
     abstract_state,
     begin_phase,
@@ -174,7 +176,7 @@ class Phase:
         objective = self.config.objective
         if self.is_preference:
             more = {
-                'reference_logprobs': objective.reference != 'none',
+                'reference_logprobs': objective.reference != NO_REFERENCE,
                 'kl': objective.loss == 'kto',
             }
             return COMPARED_DTYPES | {n: np.float32 for n, is_there in more.items() if is_there}
@@ -193,14 +195,17 @@ class Phase:
         put = functools.partial(sharding.put, mesh=self.mesh, batch_size=size)
         return dataset.batches(self.seed, rows, put)
 
-    def preferences(self, dataset: Dataset, reference: LoadReference, directory: Path):
+    def preferences(
+        self, dataset: Dataset, reference: LoadReference, directory: Path, parts: Parts | None
+    ) -> Preferences:
         """The source of a phase that learns from preferences.
 
         Args:
           reference: loads the weights of the reference.
           directory: where its log-probs are kept.
+          parts: of the reference, if it is another model.
         """
-        data = self.config.data
+        data, score = self.config.data, functools.partial(self._score, parts=parts)
         whole = NamedSharding(self.mesh, P())
         return Preferences(
             dataset.packings,
@@ -211,7 +216,7 @@ class Phase:
             steps=self.config.steps,
             rows=sharding.local_rows(self.mesh, data.batch_size),
             put=functools.partial(sharding.put, mesh=self.mesh, batch_size=data.batch_size),
-            score=jax.jit(self._score, out_shardings=whole),
+            score=jax.jit(score, out_shardings=whole),
             divergence=jax.jit(self._divergence),
             reference=reference,
             path=directory / f'{self.name or "reference"}.npz',
@@ -263,9 +268,12 @@ class Phase:
         mine = {name: array[rows] for name, array in batch.items()}
         return sharding.put(mine, self.mesh, self.config.data.batch_size)
 
-    def _score(self, params: dict, batch: dict) -> jax.Array:
-        """The log-probs of a batch's targets, [B, T], by microbatches as in the step."""
-        model = self.parts.merge(params)
+    def _score(self, params: dict, batch: dict, parts: Parts | None = None) -> jax.Array:
+        """The log-probs of a batch's targets, [B, T], by microbatches as in the step.
+
+        parts: of the model, if it is another one.
+        """
+        model = (parts or self.parts).merge(params)
 
         def score(batch):
             hidden, _ = model(batch['tokens'], batch['positions'], batch['segment_ids'])

@@ -35,6 +35,12 @@ def test_smoke_learns_from_pairs_to_the_end(tiny, tmp_path):
     losses = [r['train/loss'] for r in read_records(tuned / 'metrics.jsonl') if 'train/loss' in r]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[-1] < 0.3
+    # What these weights have yet to learn, that model knows.
+    more += (f'objective.reference={tuned}',)
+    other = tmp_path / 'other'
+    run(tiny, other, 'dpo.py:files', *(f'--config.{each}' for each in more))
+    known = [r['train/loss'] for r in read_records(other / 'metrics.jsonl') if 'train/loss' in r]
+    assert known[0] > 1.2 and known[-1] < known[0] - 0.5
 
 
 @pytest.mark.slow

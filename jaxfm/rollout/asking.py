@@ -122,7 +122,9 @@ class Asking:
     def set_state(self, state: dict) -> None:
         """Continues at a position, with nothing under way."""
         self.forget()
-        self._next, self._again = state['next_prompt'], collections.deque(state['asked_again'])
+        # Checkpoints from before samples could be made ahead have nothing to ask again.
+        self._next = state['next_prompt']
+        self._again = collections.deque(state.get('asked_again', ()))
         if self._curriculum and 'pass_rates' in state:  # it may have been turned on since
             self._curriculum.set_state(state['pass_rates'])
 

@@ -171,10 +171,12 @@ def test_the_state_is_the_number_of_the_next_prompt(make):
     source.next(None, 0)
     state = json.loads(json.dumps(source.get_state()))
     expected = source.next(None, 1)
-    again = make()
-    again.set_state(state)
-    for name, array in again.next(None, 1).items():
-        np.testing.assert_array_equal(array, expected[name])
+    # Checkpoints of older versions have no list of prompts to ask again.
+    for given in (state, {k: v for k, v in state.items() if k != 'asked_again'}):
+        again = make()
+        again.set_state(given)
+        for name, array in again.next(None, 1).items():
+            np.testing.assert_array_equal(array, expected[name])
     other = make(seed=4)
     with pytest.raises(ConfigError, match='the prompts changed since the checkpoint: seed is 4'):
         other.set_state(state)

@@ -3,15 +3,19 @@
     python -m jaxfm.main --config configs/distill.py:teacher
     python -m jaxfm.main --config configs/distill.py
 
-The first command trains the teacher, of four layers, in runs/distill-teacher. The second begins
-with a short SFT of a student of two layers. Then the student answers questions, and at every token
-of its answers its distribution is drawn to that of the teacher (reverse KL); the right answers are
-not shown, and rewards are only recorded. pass@1 is measured on 256 sums that no phase has seen.
+The first command trains the teacher in runs/distill-teacher: 1.15 million parameters. The second
+begins with a short SFT of a student of 0.56 million, with narrower MLPs. Then the student answers
+questions, and at every token of its answers its distribution is drawn to that of the teacher
+(reverse KL). The right answers are not shown, and rewards are only recorded. pass@1 is measured on
+256 sums that no phase has seen.
 
 --config.phases[1].objective.teacher=MODEL names any other model with the same tokenizer: the work
 directory of a run, a directory in Hugging Face's layout, a .gguf file, or a model on the hub.
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores, four minutes for the teacher and nine for the student while others used the
+cores, too. Expect a pass@1 of 0.99 (95 % interval 0.97 to 1.00) of the teacher, of 0.15 (0.11 to
+0.20) of the student after SFT, and of 0.79 (0.74 to 0.83) after distillation, which closes 76 % of
+the gap (seed 0, 2026-12-01).
 """
 
 from ml_collections import ConfigDict
@@ -29,17 +33,16 @@ def get_config(arg: str = '') -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = dict(name='bytes', chat_template='qa')
-    layers = (1 if smoke else 2) * (2 if is_teacher else 1)
     config.model = dict(
         name='transformer',
         vocab_size=258,
         embed_dim=128,
-        num_layers=layers,
+        num_layers=1 if smoke else 4,
         block=dict(
             num_heads=2,
             num_kv_heads=2,
             head_dim=64,
-            mlp_dim=384,
+            mlp_dim=512 if is_teacher else 128,
             rope=dict(theta=100.0),  # wavelengths of 6 to 600 tokens, for rows of 128
             qk_norm=True,
             query_scale=1.5 / 64**0.5,
@@ -62,12 +65,12 @@ def get_config(arg: str = '') -> ConfigDict:
         weight_decay=0.0,
         clip_norm=0.0,
     )
-    steps = {'': 150, 'teacher': 500, 'smoke': 10, 'smoke_teacher': 20}[arg]
+    steps = {'': 250, 'teacher': 400, 'smoke': 10, 'smoke_teacher': 20}[arg]
     config.phases = [dict(name='sft', steps=steps, data=dict(**chats, **rows), optimizer=muon)]
     if not is_teacher:
         distill = dict(
             name='distill',
-            steps=10 if smoke else 100,
+            steps=10 if smoke else 120,
             data=dict(
                 name='rollout',
                 task=dict(name='exact_answer', num_prompts=1_000 if smoke else 20_000),
@@ -83,7 +86,13 @@ def get_config(arg: str = '') -> ConfigDict:
                 teacher='runs/distill-smoke_teacher' if smoke else 'runs/distill-teacher',
                 beta=1.0,  # the reverse KL
             ),
-            optimizer=dict(muon, muon_learning_rate=0.01, learning_rate=0.005, warmup_steps=5),
+            optimizer=dict(
+                muon,
+                muon_learning_rate=0.02,
+                learning_rate=0.01,
+                warmup_steps=5,
+                final_fraction=0.1,
+            ),
         )
         config.phases.append(distill)
     config.evals = dict(

@@ -115,5 +115,5 @@ def get_config(arg: str = '') -> ConfigDict:
         max_tokens=12,
         prompts=['Please sum 123456+7', 'Please sum 999999+9', 'Please sum 248163+8'],
     )
-    config.metrics = dict(log_every=10)
+    config.metrics = dict(log_every=2 if smoke else 10)
     return config

@@ -39,12 +39,12 @@ class Chat:
         self._traits = probe(self.template, tokenizer)
 
     def encode(
-        self, messages: Sequence[Mapping], tools: Sequence[Mapping] = ()
+        self, messages: Sequence[Mapping], tools: Sequence[Mapping] = (), num_given: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a chat up to the end of its last assistant turn.
 
         Returns ids, int32 [n], and a mask, bool [n]: True where the assistant must produce the
-        token.
+        token, but for what it says in the first `num_given` messages.
 
         Raises:
             DataError: the chat has no assistant turn or an unknown role, or the template refuses
@@ -58,10 +58,13 @@ class Chat:
         text = self._render(view)
         check_complete(view, text)
         spans = self._spans(view, text)
+        # Not the length of the prompt: it may end with more than what all answers begin with, such
+        # as the empty thought of a model that may think.
+        skipped = sum(map(is_assistant, messages[:num_given]))
         ids, mask = [], []
         for number, part in enumerate(self._encode(text, spans, view.filler)):
             ids += part
-            mask += [number % 2 == 1] * len(part)
+            mask += [number % 2 == 1 and number // 2 >= skipped] * len(part)
         if ids[-1] not in self.stop_ids:
             ids.append(self._tokenizer.eos_id)
             mask.append(True)

@@ -7,7 +7,9 @@ import pytest
 
 from jaxfm.chat.render import Chat
 from jaxfm.data import FilesData, ProblemsData
+from jaxfm.data.corpus.encode import COUNTS, WORSE, encode_documents
 from jaxfm.data.dataset import open_dataset
+from jaxfm.data.documents import Document
 from jaxfm.data.packing.rows import COMPARED_DTYPES
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.tokenizer import BytesConfig
@@ -79,6 +81,43 @@ def chats_in(batch):
             mask = [False, *(one['loss_mask'][:-1] == 1).tolist()]
             found.setdefault((row, pair), []).append((one['tokens'].tolist(), mask, side))
     return found
+
+
+# A prompt asks for an answer without a thought, and earlier turns are rendered without one.
+THINKING = """{%- for m in messages -%}
+<|{{ m.role }}|>
+{%- if m.role == 'assistant' and loop.last -%}
+<think>{{ m.reasoning_content or '' }}</think>
+{%- endif -%}
+{{ m.content }}<|end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|><think></think>{%- endif -%}"""
+
+
+def test_all_of_an_answer_counts_whatever_a_prompt_ends_with(tmp_path):
+    path = tmp_path / 'thinking.jinja'
+    path.write_text(THINKING, 'utf-8')
+    special = ['<|user|>', '<|assistant|>', '<think>', '</think>', '<|end|>']
+    tokenizer = build_tokenizer(BytesConfig(chat_template=str(path), special_tokens=special), ())
+    asked, again = ({'role': 'user', 'content': text} for text in ('Who?', 'Why?'))
+    first = {'role': 'assistant', 'content': 'Yes.'}
+    good = {'role': 'assistant', 'content': 'Me.', 'reasoning_content': 'Hm'}
+    bad = {'role': 'assistant', 'content': 'I.'}
+    for turns, counted in (
+        (((asked, good), (asked, bad), 1), ['Hm</think>Me.<|end|>', 'I.<|end|>']),
+        (
+            ((asked, first, again, good), (asked, first, again, bad), 3),
+            ['Hm</think>Me.<|end|>', 'I.<|end|>'],
+        ),
+        (((asked, first, again, good), (asked, bad), 1), ['Yes.<|end|>Hm</think>Me.<|end|>', None]),
+    ):
+        chosen, rejected, num_given = turns
+        document = Document('x', messages=chosen, rejected=rejected, num_given=num_given)
+        ((_, _, ids, mask),) = encode_documents([(False, document)], tokenizer, pytest.fail)
+        for text, worse in zip(counted, (0, WORSE)):
+            some = ids[(mask & COUNTS > 0) & (mask & WORSE == worse)]
+            found = tokenizer.decode(some, skip_special_tokens=False)
+            assert text is None or found.removeprefix('</think>') == text
 
 
 @pytest.mark.parametrize('packing', ['auto', 'none'])

@@ -69,18 +69,17 @@ def encode_documents(
 
 def _encode_chats(document: Document, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
     """-> ids, int32 [n], and mask, uint8 [n]."""
-    ids, mask = chat.encode(document.messages, document.tools)
+    encode = functools.partial(chat.encode, tools=document.tools, num_given=document.num_given)
+    ids, mask = encode(document.messages)
     if document.kind == 'chat':
         return ids, mask.astype(np.uint8)
     parts = [(ids, mask, document.is_wanted is False)]
     if document.rejected:
-        parts.append((*chat.encode(document.rejected, document.tools), True))
-    given = document.messages[: document.num_given]
-    num_given = len(chat.prompt(given, document.tools)) if given else 0
+        parts.append((*encode(document.rejected), True))
     marks = []
     for number, (_, mask, is_worse) in enumerate(parts):
         mark = mask * np.uint8(COUNTS)
-        mark[: max(num_given, 1)] = 0  # nothing predicts the first token
+        mark[0] = 0  # nothing predicts the first token
         if not mark.any():
             raise DataError('nothing is left of an answer after the turns that are given')
         mark |= is_worse * np.uint8(WORSE)

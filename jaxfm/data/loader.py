@@ -189,14 +189,12 @@ class PackedBatches(Batches):
             }
         )
 
-    def rows_of(self, steps: int) -> dict[str, np.ndarray]:
-        """{source: the numbers of its rows, ascending, that the first `steps` batches have}."""
+    def rows_of(self, num_rows: int) -> dict[str, np.ndarray]:
+        """{source: the numbers of its rows, ascending, among the first `num_rows` of all}."""
         from jaxfm.data.order import shuffle
 
         found = {}
-        for (name, packing), count in zip(
-            self.packings.items(), self.mixture.counts(steps * self.batch_size)
-        ):
+        for (name, packing), count in zip(self.packings.items(), self.mixture.counts(num_rows)):
             numbers = range(packing.num_rows)
             if count < packing.num_rows:
                 order = shuffle(numbers, self._seed(name))

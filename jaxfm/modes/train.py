@@ -205,8 +205,13 @@ def _open_source(run: Run, phase: Phase, data: RunData, stack: contextlib.ExitSt
         source = phase.rollouts(context, reference, data.datasets.get(phase.name))
     elif phase.is_preference:
         load, parts = open_reference(run, phase, data.tokenizer)
-        directory = run.workdir / 'reference'
-        source = phase.preferences(data.datasets[phase.name], load, directory, parts)
+        source = phase.preferences(
+            data.datasets[phase.name],
+            load,
+            lambda: run.origin if phase.first == 0 else None,
+            run.workdir / 'reference',
+            parts,
+        )
     else:
         source = phase.batches(data.datasets[phase.name])
     stack.callback(source.close)

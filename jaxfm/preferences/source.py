@@ -27,13 +27,16 @@ log = logging.getLogger('jaxfm')
 
 # Names of arrays that are only for the estimate of the divergence.
 _MISMATCHED = 'mismatched/'
+# In the file: which rows have log-probs.
+_SCORED = 'is_scored'
 
 
 class ReferencedRows:
     """The rows of a packing, with their log-probs under the reference.
 
     Attributes:
-      reference: {name of an array in the batch: [num_rows, T]}; empty until it is computed.
+      reference: {name of an array in the batch: [num_rows, T]}; empty until some are computed.
+      is_scored: [num_rows], which rows have them.
     """
 
     def __init__(self, packing: Packing, has_mismatched: bool):
@@ -42,6 +45,7 @@ class ReferencedRows:
         self.num_rows, self.sequence_length = packing.num_rows, packing.sequence_length
         self.fingerprint = packing.fingerprint
         self.reference: dict[str, np.ndarray] = {}
+        self.is_scored = np.zeros(packing.num_rows, bool)
 
     def rows(self, row_numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The batch of rows with these numbers [n]; all arrays are [n, T]."""
@@ -58,12 +62,15 @@ class Preferences:
     Args:
       packings, weights: as in PackedBatches.
       steps: of the phase; rows that it does not reach get no reference.
+      last: the step of the run at which the phase ends.
+      has_skips: whether the phase may leave out rows, so that any row may be reached.
       rows: the rows of a batch that this process makes.
       put: puts a batch on the devices.
       score: (weights of the reference, batch) -> log-probs [B, T] of the targets, whole on every
         process.
       divergence: (params, batch of mismatched chats) -> [B, T], the same value everywhere.
       reference: loads the weights of the reference.
+      origin: tells where the weights with which the phase begins are from, as `reference` does.
       path: the file in which its log-probs are kept.
 
     Raises:
@@ -81,11 +88,14 @@ class Preferences:
         batch_size: int,
         seed: int,
         steps: int,
+        last: int,
+        has_skips: bool,
         rows: np.ndarray,
         put: Callable[[dict], dict],
         score: Callable,
         divergence: Callable,
         reference: LoadReference,
+        origin: Callable[[], dict | None],
         path: Path,
     ):
         self._has_reference = objective.reference != NO_REFERENCE
@@ -96,11 +106,14 @@ class Preferences:
             for name, packing in packings.items()
         }
         self._batches = PackedBatches(self._packings, weights, batch_size, seed, rows, put)
-        self._rows, self._put, self._steps = rows, put, steps
+        self._rows, self._put = rows, put
+        self._num_rows, self._last, self._has_skips = steps * batch_size, last, has_skips
         self._score, self._divergence = score, divergence
-        self._load_reference, self._path = reference, path
+        self._load_reference, self._first_origin, self._path = reference, origin, path
         self._origin: dict | None = None  # where the weights of the reference are from
-        self._kept = ''  # which file of log-probs this phase began with
+        self._is_complete = False  # whether every row up to the end has its reference
+        # The name of this beginning, as the file of its log-probs tells it; and that of those here.
+        self._kept = self._in_memory = ''
 
     @property
     def tokens(self) -> int:
@@ -109,6 +122,12 @@ class Preferences:
 
     def next(self, params, step: int) -> dict[str, jax.Array]:
         """The next batch, on the devices."""
+        if self._has_reference and not self._is_complete:
+            # More than was foreseen, if the size of a batch has changed, or the number of steps.
+            with jax.transfer_guard('allow'):
+                left = (self._last - step) * self._batches.batch_size
+                self._complete(self._batches.next_row + left)
+            self._is_complete = True
         batch = self._batches.next(params, step)
         if not self._has_divergence:
             return batch
@@ -124,32 +143,56 @@ class Preferences:
 
         Raises RunError if the reference cannot be loaded.
         """
-        is_ready = all(packing.reference for packing in self._packings.values())
-        if not self._has_reference or (params is None and (is_ready or self._read())):
+        if not self._has_reference:
             return
-        if params is None or self._is_other:
-            params, self._origin = self._load_reference(self._origin)
-        self._compute(params)
+        if params is not None:
+            if self._is_other:
+                params = None
+            else:
+                self._origin = self._first_origin()
+            self._begin()
+            self._complete(self._num_rows, params)
+        elif not self._kept_is_here and not self._read():
+            self._begin()
+            self._complete(self._num_rows)
 
-    def _compute(self, params: dict) -> None:
+    def _begin(self) -> None:
+        """Forgets all log-probs: those to come are of other weights, or of other data.
+
+        A phase that begins again, with other weights, must not find those of its first beginning.
+        """
+        self._kept = self._in_memory = agree.from_primary(lambda: secrets.token_hex(8))
+        for packing in self._packings.values():
+            packing.reference, packing.is_scored[:] = {}, False
+
+    def _complete(self, num_rows: int, params: dict | None = None) -> None:
+        """Computes those log-probs of the first `num_rows` rows of all that are not there yet.
+
+        params: the weights of the reference; None loads them, if they are needed.
+        """
         began = time.monotonic()
-        wanted = self._batches.rows_of(self._steps)
-        for name, packing in self._packings.items():
-            packing.reference = self._score_rows(packing, wanted[name], params)
-        # A phase that begins again, with other weights, must not find those of its first beginning.
-        self._kept = agree.from_primary(lambda: secrets.token_hex(8))
-        if agree.is_primary():
-            self._write()
-        count = sum(map(len, wanted.values()))
-        log.info(
-            'log-probs of %d rows under the reference: %.1f s', count, time.monotonic() - began
-        )
+        wanted = self._batches.rows_of(num_rows)
+        if self._has_skips:
+            wanted = {name: np.arange(each.num_rows) for name, each in self._packings.items()}
+        lacking = {n: rows[~self._packings[n].is_scored[rows]] for n, rows in wanted.items()}
+        count = sum(map(len, lacking.values()))
+        if count:
+            if params is None:
+                params, self._origin = self._load_reference(self._origin)
+            for name, numbers in lacking.items():
+                self._score_rows(self._packings[name], numbers, params)
+            if agree.is_primary():
+                self._write()
+            seconds = time.monotonic() - began
+            log.info('log-probs of %d rows under the reference: %.1f s', count, seconds)
 
-    def _score_rows(self, packing: ReferencedRows, numbers: np.ndarray, params) -> dict:
-        """{name in the batch: [num_rows, T]}, 0 in the rows that are not asked for."""
+    def _score_rows(self, packing: ReferencedRows, numbers: np.ndarray, params) -> None:
+        """Computes the log-probs of the rows with these numbers."""
         prefixes = ['', _MISMATCHED] if self._has_divergence else ['']
         shape, size = (packing.num_rows, packing.sequence_length), self._batches.batch_size
         found = {f'{p}reference_logprobs': np.zeros(shape, np.float32) for p in prefixes}
+        found |= packing.reference
+        packing.reference = {}  # not part of the batches below
         for first in range(0, len(numbers), size):
             some = numbers[first : first + size]
             padded = np.resize(some, size)  # the last batch repeats its rows
@@ -162,13 +205,19 @@ class Preferences:
                 }
                 scores = jax.device_get(self._score(params, part))
                 found[f'{prefix}reference_logprobs'][some] = scores[: len(some)]
-        return found
+        packing.reference = found
+        packing.is_scored[numbers] = True
+
+    @property
+    def _kept_is_here(self) -> bool:
+        """Whether the log-probs in memory are those that this phase began with."""
+        return bool(self._kept) and self._kept == self._in_memory
 
     def _write(self) -> None:
         arrays = {
             f'{source}/{name}': array
             for source, packing in self._packings.items()
-            for name, array in packing.reference.items()
+            for name, array in [*packing.reference.items(), (_SCORED, packing.is_scored)]
         }
         whole.make_directory(self._path.parent)
         with whole.write_file(self._path) as file:
@@ -177,15 +226,16 @@ class Preferences:
     def _read(self) -> bool:
         """Takes the log-probs from their file, if every process can."""
         try:
-            with np.load(self._path) as file:
+            with open(self._path, 'rb') as opened, np.load(opened) as file:
                 is_same = json.loads(str(file['about'])) == self._about()
                 arrays = {name: file[name] for name in file.files} if is_same else {}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             arrays = {}
         every = agree.exchange(f'reference/{self._path.name}', str(bool(arrays)))
         # The primary sees all; the others learn from it whether one of them lacks the file.
         is_there = agree.from_primary(lambda: set(every.values()) == {'True'})
         if is_there:
+            self._in_memory = self._kept
             for source, packing in self._packings.items():
                 prefix = f'{source}/'
                 packing.reference = {
@@ -193,11 +243,13 @@ class Preferences:
                     for name, array in arrays.items()
                     if name.startswith(prefix)
                 }
+                packing.is_scored = packing.reference.pop(_SCORED)
         return is_there
 
     def _about(self) -> dict:
         """What the log-probs in the file are of."""
-        return {'kept': self._kept, 'steps': self._steps, 'data': self._batches.identity()}
+        rows = {name: packing.num_rows for name, packing in self._packings.items()}
+        return {'kept': self._kept, 'rows': rows, 'data': self._batches.identity()}
 
     def progress(self) -> dict[str, float]:
         """{name of a metric: value} of what has been delivered."""
@@ -210,8 +262,10 @@ class Preferences:
 
     def set_state(self, state: dict) -> None:
         """Continues from a state. Raises ConfigError if it is a position in other data."""
+        # Also if the data differs: then its log-probs are computed, with the same weights.
+        self._origin, self._kept, self._is_complete = state.get('reference'), '', False
         self._batches.set_state(position_in_data(state))
-        self._origin, self._kept = state.get('reference'), state.get('kept', '')
+        self._kept = state.get('kept', '')
 
     def close(self) -> None:
         """Ends the thread that makes batches."""

@@ -196,12 +196,18 @@ class Phase:
         return dataset.batches(self.seed, rows, put)
 
     def preferences(
-        self, dataset: Dataset, reference: LoadReference, directory: Path, parts: Parts | None
+        self,
+        dataset: Dataset,
+        reference: LoadReference,
+        origin: Callable,
+        directory: Path,
+        parts: Parts | None,
     ) -> Preferences:
         """The source of a phase that learns from preferences.
 
         Args:
           reference: loads the weights of the reference.
+          origin: tells where the weights with which the phase begins are from.
           directory: where its log-probs are kept.
           parts: of the reference, if it is another model.
         """
@@ -214,11 +220,14 @@ class Phase:
             batch_size=data.batch_size,
             seed=self.seed,
             steps=self.config.steps,
+            last=self.last,
+            has_skips=self.config.optimizer.spikes.policy == 'rewind',
             rows=sharding.local_rows(self.mesh, data.batch_size),
             put=functools.partial(sharding.put, mesh=self.mesh, batch_size=data.batch_size),
             score=jax.jit(score, out_shardings=whole),
             divergence=jax.jit(self._divergence),
             reference=reference,
+            origin=origin,
             path=directory / f'{self.name or "reference"}.npz',
         )
 

@@ -73,6 +73,8 @@ class Run:
         # {name of a phase: which weights its other model has}, which checkpoints record.
         self.others: dict[str, dict] = {}
         self.has_begun = agree.from_primary((self.workdir / 'config.json').exists)
+        # Where the weights of step 0 are from, once they have been loaded; `run.weights` reads it.
+        self.origin: dict | None = None
         name = '' if self.has_begun else config.init_from
         if name and not locate.is_run(Path(name).expanduser()):  # fail early
             self._check_outside()

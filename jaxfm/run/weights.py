@@ -94,17 +94,23 @@ def first_weights(run: Run, phase: Phase, origin: dict | None) -> tuple[dict, di
       MissingInputError: they are those of a checkpoint that is no longer there.
     """
     if phase.first == 0 and run.config.init_from:
-        origin = origin or run.base.origin
-        params, found = _origin_params(run, _Origin(**origin) if origin else run.config)
+        origin = origin or run.origin
+        params, _, found = _origin_params(run, _Origin(**origin) if origin else run.config)
+        if origin and found.step != origin['step']:
+            raise MissingInputError(
+                f'{found.init_from} has no checkpoint {origin["step"]}, whose weights are the '
+                'reference of this run: restore it, or start a new run in another --workdir'
+            )
         return params, dataclasses.asdict(found)
     if phase.first == 0:
         paths = run.parts.shapes
         return fresh_params(run.make_model, run.parts, run.phases[0].seed, paths), None
     checkpoints = run.reader()
     if phase.first not in checkpoints.steps():
+        remedy = "objective.reference='none'" if phase.is_preference else 'objective.kl=0'
         raise MissingInputError(
             f'{checkpoints.root} has no checkpoint {phase.first}, whose weights are the reference '
-            f'of phase {phase.name}: restore it, or set the kl of its objective to 0'
+            f'of phase {phase.name}: restore it, or set {remedy}'
         )
     return _restore_params(checkpoints, run.parts, base_loader(run), phase.first)[0], None
 
@@ -174,22 +180,23 @@ def _earlier_params(run: Run) -> dict:
     If they lack the adapters that this run's model has, those come from `model.lora.path`, or are
     fresh.
     """
-    params, origin = _origin_params(run, run.config)
-    run.base.origin = dataclasses.asdict(origin)
+    params, origin, place = _origin_params(run, run.config)
+    run.base.origin, run.origin = dataclasses.asdict(origin), dataclasses.asdict(place)
     if run.base.names:
         log.info('checkpoints hold only the adapters: %s must stay as it is', origin.init_from)
     return params
 
 
-def _origin_params(run: Run, config: RunConfig | _Origin) -> tuple[dict, _Origin]:
-    """The weights that a run begins with, adapters included, and where they are from."""
+def _origin_params(run: Run, config: RunConfig | _Origin) -> tuple[dict, _Origin, _Origin]:
+    """The weights that a run begins with, adapters included, and where they are as in _params_of."""
     adapters, model = run.parts.adapters, run.config.model
-    params, origin = _params_of(config, model, lambda: run.outside)
-    if adapters <= params.keys():
-        return params, origin
-    if model.lora.path:
-        return params | load_adapters(model, run.parts.axes, run.parts.shapes), origin
-    return params | fresh_params(run.make_model, run.parts, run.config.seed, adapters), origin
+    params, *places = _params_of(config, model, lambda: run.outside)
+    if not adapters <= params.keys():
+        if model.lora.path:
+            params |= load_adapters(model, run.parts.axes, run.parts.shapes)
+        else:
+            params |= fresh_params(run.make_model, run.parts, run.config.seed, adapters)
+    return params, *places
 
 
 def _load_base(
@@ -201,7 +208,7 @@ def _load_base(
     if config.init_from != recorded:  # the user says that they have moved
         names = dict(config.init_names), list(config.init_ignore)
         origin = _Origin(config.init_from, origin.step, *names)
-    return _params_of(origin, model, lambda: open_outside(origin), is_base=True)
+    return _params_of(origin, model, lambda: open_outside(origin), is_base=True)[:2]
 
 
 def _params_of(
@@ -209,11 +216,11 @@ def _params_of(
     model: TransformerConfig,
     outside: Callable[[], Outside],
     is_base: bool = False,
-) -> tuple[dict, _Origin]:
+) -> tuple[dict, _Origin, _Origin]:
     """The weights that `init_from` names, for a model of this config, and where to find them again.
 
     Those of a run with adapters include these if `model` has adapters; otherwise they are merged
-    into the weights. What is found again are the weights without adapters.
+    into the weights. In the first place are the weights without adapters, in the second all.
 
     outside: opens what `init_from` names; not called if that is a run. is_base: the weights that
     adapters belong to, without any adapter.
@@ -224,11 +231,11 @@ def _params_of(
         params = load_outside(opened, model, split(model_maker(model)))
         log.info('loaded weights from %s', opened.path)
         place = str(directory.absolute()) if directory.exists() else config.init_from
-        return params, _Origin(place, None, dict(config.init_names), list(config.init_ignore))
+        origin = _Origin(place, None, dict(config.init_names), list(config.init_ignore))
+        return params, origin, origin
     params, step, manifest = params_of_run(directory, model, getattr(config, 'step', None), is_base)
-    base = manifest.get('base')
-    origin = _Origin(**base['origin']) if base else _Origin(str(directory.absolute()), step)
-    return params, origin
+    base, place = manifest.get('base'), _Origin(str(directory.absolute()), step)
+    return params, _Origin(**base['origin']) if base else place, place
 
 
 def params_of_run(

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from jaxfm.checkpoint.store import Store
 from jaxfm.metrics.writers import read_records
+from jaxfm.storage import open_storage
 from tests.runs import assert_same_state, finish, measured, start_ranks, stderr_of
 
 PHASES = """
@@ -34,6 +36,15 @@ PHASES = """
     config.sampling = dict(max_tokens=8, num_samples=0)
     config.metrics.log_every = 1
 """
+# One phase, of dpo.
+TUNED = (
+    PHASES
+    + """
+    del config.phases, config.evals
+    config.update(steps=4, data=pairs, objective=dict(name='dpo'), optimizer=adamw)
+"""
+)
+ADAPTED = TUNED + '    config.model.lora = dict(rank=2, alpha=4.0)'
 FIRST, LAST = 3, 9  # steps of the second phase
 
 
@@ -107,6 +118,33 @@ def test_a_run_goes_on_in_the_middle_with_the_same_bits(tiny, train, whole, tmp_
     assert measured(again) == measured(whole)
     assert_same_state(tiny.saved_state(again, LAST), tiny.saved_state(whole, LAST))
     assert ('under the reference' in stderr_of(again)) == (kept != 'there')
+
+
+def test_the_reference_stays_that_of_the_start(tiny, whole, tmp_path):
+    """Although the run that it is from, which has adapters, has gone on, and its file is gone."""
+    origin, tuned, again = (tmp_path / name for name in ('origin', 'tuned', 'again'))
+
+    def run(workdir, name, change, init_from, *more):
+        config = tiny.derive(name, change)
+        more = f'--config.init_from={init_from}', *more
+        finish(tiny.start(workdir, *more, config=config, devices=2))
+
+    run(origin, 'adapted', ADAPTED, whole)
+    store = Store(open_storage(origin / 'checkpoints'))
+    store.set_aside(newest := store.commits()[4])
+    run(tuned, 'tuned', TUNED, origin)
+    store.take_back(newest.directory, newest.epoch)
+    shutil.copytree(tuned, again)
+    (again / 'reference' / 'reference.npz').unlink()
+    run(again, 'tuned', TUNED, origin, '--resume_step=2')
+    assert 'under the reference' in stderr_of(again)
+    assert measured(again) == measured(tuned)
+    store.set_aside(store.commits()[2])
+    shutil.rmtree(again / 'reference')
+    config = tiny.derive('tuned', TUNED)
+    options = dict(config=config, devices=2)
+    finish(tiny.start(again, f'--config.init_from={origin}', '--resume_step=2', **options), 66)
+    assert f'{origin} has no checkpoint 2, whose weights are the reference' in stderr_of(again)
 
 
 def test_the_run_can_be_evaluated(tiny, config, whole):

@@ -73,6 +73,8 @@ def _check_kinds(dataset: Dataset, phase: PhaseConfig) -> None:
         told = f'{where} learns from {_listed(wanted)}, but a document of {name} is '
         told += KIND_NAMES[source.kind]
         remedy = 'set config.data.fields.chosen and .rejected to the fields of a pair'
+        if 'labelled' in wanted:
+            remedy += ', or .label to that of a label'
         if not is_preference:
             objectives = 'dpo, or another preference' if source.kind == 'pair' else 'kto'
             remedy = (

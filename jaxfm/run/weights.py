@@ -188,7 +188,7 @@ def _earlier_params(run: Run) -> dict:
 
 
 def _origin_params(run: Run, config: RunConfig | _Origin) -> tuple[dict, _Origin, _Origin]:
-    """The weights that a run begins with, adapters included, and where they are as in _params_of."""
+    """The weights that a run begins with, adapters included, and where to find them again."""
     adapters, model = run.parts.adapters, run.config.model
     params, *places = _params_of(config, model, lambda: run.outside)
     if not adapters <= params.keys():

@@ -26,10 +26,10 @@ def write(path, records):
 
 @pytest.fixture
 def open_records(tmp_path):
-    def make(records, **options):
+    def make(records, tokenizer=TOKENIZER, **options):
         options = {'sequence_length': T, 'batch_size': 4, 'heldout_fraction': 0.2} | options
         config = FilesData(path=write(tmp_path / 'a.jsonl', records), **options)
-        return open_dataset(config, TOKENIZER, tmp_path / 'cache')
+        return open_dataset(config, tokenizer, tmp_path / 'cache')
 
     return make
 
@@ -204,6 +204,16 @@ def test_the_worse_side_of_a_pair_is_never_cut(open_records):
         DataError, match="pairs are longer than a row of 16.*config.data.too_long='drop'$"
     ):
         open_records(pairs(), sequence_length=16)
+
+
+def test_sides_that_their_template_makes_equal_are_refused(open_records, tmp_path):
+    path = tmp_path / 'trims.jinja'
+    path.write_text('{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}\n{% endfor %}')
+    tokenizer = build_tokenizer(BytesConfig(chat_template=str(path)), ())
+    records = [*pairs(), {'prompt': 'x?', 'chosen': 'Yes.', 'rejected': 'Yes. '}]
+    with pytest.raises(DataError, match='a.jsonl:41: chosen and rejected are the same tokens'):
+        open_records(records, tokenizer=tokenizer)
+    assert open_records(records, tokenizer=tokenizer, max_bad_records=1)
 
 
 def test_pairs_are_not_read_on_the_fly(open_records):

@@ -75,7 +75,10 @@ def _encode_chats(document: Document, chat: Chat) -> tuple[np.ndarray, np.ndarra
         return ids, mask.astype(np.uint8)
     parts = [(ids, mask, document.is_wanted is False)]
     if document.rejected:
-        parts.append((*encode(document.rejected), True))
+        worse = encode(document.rejected)
+        if np.array_equal(worse[0], ids):  # the template drops what differs, such as white space
+            raise DataError('chosen and rejected are the same tokens')
+        parts.append((*worse, True))
     marks = []
     for number, (_, mask, is_worse) in enumerate(parts):
         mark = mask * np.uint8(COUNTS)

@@ -11,6 +11,7 @@ with the turns '\n\nHuman:' and '\n\nAssistant:').
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jaxfm.data import FieldsConfig
@@ -101,9 +102,13 @@ def _complete(record: dict, turns: list, fields: FieldsConfig) -> list[dict]:
     """The turns, normalised, after the system turn of the record if it has one."""
     if not turns:
         raise BadRecord('the chat has no turns')
+    return _system(record, fields) + [_turn(turn, fields) for turn in turns]
+
+
+def _system(record: dict, fields: FieldsConfig) -> list[dict]:
+    """The system turn of the record, if it has one of its own."""
     system = _optional_text(record, fields.system)
-    messages = [{'role': 'system', 'content': system}] if system else []
-    return messages + [_turn(turn, fields) for turn in turns]
+    return [{'role': 'system', 'content': system}] if system else []
 
 
 def _names_nothing(fields: FieldsConfig) -> bool:
@@ -132,8 +137,10 @@ def _pair(record: dict, fields: FieldsConfig) -> tuple[tuple[dict, ...], tuple[d
         ('chosen', fields.chosen or 'chosen'),
         ('rejected', fields.rejected or 'rejected'),
     ):
-        turns = _side(_require(record, key, name), prompt, key)
-        sides.append(tuple(_complete(record, turns, fields)))
+        turns = _side(_require(record, key, name), prompt, fields, key)
+        if not turns:
+            raise BadRecord('the chat has no turns')
+        sides.append((*_system(record, fields), *turns))
     chosen, rejected = sides
     if chosen == rejected:
         raise BadRecord('chosen and rejected are equal')
@@ -149,50 +156,73 @@ def _pair(record: dict, fields: FieldsConfig) -> tuple[tuple[dict, ...], tuple[d
 
 def _check_answer(turns: tuple[dict, ...], key: str) -> None:
     """Raises BadRecord unless what is compared has something that the assistant says."""
-    answers = [turn for turn in turns if turn['role'] == 'assistant']
-    says = (turn['content'].strip() or turn.get('tool_calls') for turn in answers)
-    if not turns or turns[0]['role'] != 'assistant' or not any(says):
+    if not turns or turns[0]['role'] != 'assistant' or not _says_something(turns):
         raise BadRecord(
             f'{key} does not go on with an answer of the assistant after the turns that both sides '
             'have'
         )
 
 
-def _side(value: Any, prompt: Any, key: str) -> list:
-    """The turns of one side of a pair, with those of the prompt."""
+def _says_something(turns: Sequence[dict]) -> bool:
+    answers = [turn for turn in turns if turn['role'] == 'assistant']
+    return any(turn['content'].strip() or turn.get('tool_calls') for turn in answers)
+
+
+def _side(value: Any, prompt: Any, fields: FieldsConfig, key: str) -> list[dict]:
+    """The turns of one side of a pair, with those of the prompt, normalised."""
+    given = None if prompt is None else _read_turns(prompt, fields, 'prompt')
+    if isinstance(prompt, str) and given is None:
+        given = [{'role': 'user', 'content': prompt}]
+    turns = _read_turns(value, fields, key)
+    if given is None and turns is None:
+        raise BadRecord(f'field {key} is a text without a prompt; set config.data.fields.prompt')
+    if given is None:
+        return turns
+    if turns is not None and (turns[: len(given)] == given or _repeats(turns, prompt)):
+        return turns  # a chat that repeats its prompt, as in UltraFeedback
+    if isinstance(value, str) and (turns is None or _HUMAN.match(value)):
+        # An answer may be a dialogue itself, with the same words before each turn.
+        return given + [{'role': 'assistant', 'content': value}]
+    if not turns or turns[0]['role'] == 'assistant':
+        return given + turns if turns else []
+    if isinstance(prompt, str):
+        raise BadRecord(f'the prompt is not among the turns of {key}')
+    raise BadRecord(f'{key} does not begin with the turns of the prompt')
+
+
+def _repeats(turns: list[dict], prompt: Any) -> bool:
+    """Whether one of the turns is the prompt, if that is a text."""
+    says = [turn['content'].strip() for turn in turns]
+    return isinstance(prompt, str) and prompt.strip() in says
+
+
+def _read_turns(value: Any, fields: FieldsConfig, key: str) -> list[dict] | None:
+    """The turns of a chat, normalised; None if it is a text without turns."""
     if isinstance(value, str) and _HUMAN.match(value):
         return _split_turns(value)
-    if isinstance(value, str) and value.lstrip()[:1] == '[' and not isinstance(prompt, str):
-        value = _list(value, key)
     if isinstance(value, str):
-        if prompt is None:
-            raise BadRecord(
-                f'field {key} is a text without a prompt; set config.data.fields.prompt'
-            )
-        return _prompt_turns(prompt) + [{'role': 'assistant', 'content': value}]
-    turns = _list(value, key)
-    if prompt is None:
-        return turns
-    first = turns[0] if turns and isinstance(turns[0], dict) else {}
-    if ROLES.get(first.get('role', first.get('from'))) == 'assistant':
-        return _prompt_turns(prompt) + turns
-    # A chat that repeats its prompt, as in UltraFeedback.
-    says = [turn.get('content', turn.get('value')) for turn in turns if isinstance(turn, dict)]
-    if isinstance(prompt, str) and prompt not in says:
-        raise BadRecord(f'the prompt is not among the turns of {key}')
-    if not isinstance(prompt, str) and turns[: len(prompt)] != list(prompt):
-        raise BadRecord(f'{key} does not begin with the turns of the prompt')
-    return turns
+        value = _turns_as_json(value, fields)
+        if value is None:
+            return None
+    turns = [value] if isinstance(value, dict) else _list(value, key)
+    return [_turn(turn, fields) for turn in turns]
+
+
+def _turns_as_json(text: str, fields: FieldsConfig) -> list | None:
+    """The turns that a text spells, if it is a list of turns in JSON."""
+    try:
+        value = json.loads(text) if text.lstrip()[:1] == '[' else None
+    except (ValueError, RecursionError):
+        return None
+    roles = {fields.role} if fields.role else {'role', 'from'}
+    is_chat = isinstance(value, list) and all(
+        isinstance(turn, dict) and roles & turn.keys() for turn in value
+    )
+    return value if value and is_chat else None
 
 
 _HUMAN = re.compile(r'\s*Human: ?')
-_SPEAKER = re.compile(r'\n\n(Human|Assistant): ?')
-
-
-def _prompt_turns(prompt: Any) -> list:
-    if not isinstance(prompt, str):
-        return _list(prompt, 'prompt')
-    return _split_turns(prompt) if _HUMAN.match(prompt) else [{'role': 'user', 'content': prompt}]
+_SPEAKER = re.compile(r'(?:\r?\n){2}(Human|Assistant): ?')
 
 
 def _split_turns(text: str) -> list[dict]:
@@ -229,6 +259,8 @@ def _num_last(messages: tuple[dict, ...]) -> int:
         count += 1
     if not count or messages[-count]['role'] != 'assistant':
         raise BadRecord('a chat with a label must end with an answer of the assistant')
+    if not _says_something(messages[-count:]):
+        raise BadRecord('the answer of a chat with a label is empty')
     return count
 
 

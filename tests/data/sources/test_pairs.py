@@ -54,6 +54,45 @@ def document(record, **fields):
             {},
             [HUMAN],
         ),
+        # Keys and roles of one's own; keys without a value, as in Parquet files.
+        (
+            {
+                'prompt': [{'who': 'asker', 'says': 'Which?'}],
+                'chosen': [{'who': 'asker', 'says': 'Which?'}, {'who': 'bot', 'says': 'This.'}],
+                'rejected': [{'who': 'bot', 'says': 'That.'}],
+            },
+            {'role': 'who', 'content': 'says', 'roles': {'asker': 'user'}},
+            [HUMAN],
+        ),
+        (
+            {
+                'prompt': [HUMAN],
+                'chosen': [HUMAN | {'tool_calls': None}, GOOD],
+                'rejected': [BAD | {'tool_calls': None}],
+            },
+            {},
+            [HUMAN],
+        ),
+        ({'prompt': ' Which?\n', 'chosen': [HUMAN, GOOD], 'rejected': [HUMAN, BAD]}, {}, [HUMAN]),
+        (
+            {
+                'prompt': json.dumps([HUMAN]),
+                'chosen': json.dumps([GOOD]),
+                'rejected': json.dumps([BAD]),
+            },
+            {},
+            [HUMAN],
+        ),
+        (
+            {'conversations': [HUMAN], 'chosen': GOOD, 'rejected': BAD},  # one turn, not a list
+            {'prompt': 'conversations', 'chosen': 'chosen'},
+            [HUMAN],
+        ),
+        (
+            {'prompt': HH, 'chosen': HH + 'This.', 'rejected': HH.replace('\n', '\r\n') + 'That.'},
+            {},
+            None,
+        ),
     ],
 )
 def test_pairs_of_all_layouts_become_the_same(record, fields, given):
@@ -66,6 +105,14 @@ def test_pairs_of_all_layouts_become_the_same(record, fields, given):
 def test_one_side_alone_is_a_chat():
     found = document({'chosen': HH + 'This.', 'rejected': HH + 'That.'}, messages='chosen')
     assert found.kind == 'chat' and list(found.messages) == [*BEFORE, HUMAN, GOOD]
+
+
+@pytest.mark.parametrize('prompt', ['Write a dialogue.', [HUMAN], HH])
+@pytest.mark.parametrize('answer', ['Human: Hi!\n\nAssistant: Hello.', '[1, 2]', '[Aside] No.'])
+def test_an_answer_that_looks_like_turns_is_an_answer(prompt, answer):
+    found = document({'prompt': prompt, 'chosen': answer, 'rejected': 'That.'})
+    assert found.messages[-1] == {'role': 'assistant', 'content': answer}
+    assert found.messages[:-1] == found.rejected[:-1] and found.num_given == len(found.messages) - 1
 
 
 def test_a_system_turn_belongs_to_both():
@@ -124,6 +171,12 @@ def test_labels_of_chats(record, fields, wanted):
             'chosen does not begin with the turns of the prompt',
         ),
         ({'prompt': 'Which?', 'chosen': 'This.'}, {'chosen': 'chosen'}, 'no field rejected'),
+        (
+            {'prompt': 'Which?', 'chosen': [{'role': ['user'], 'content': ''}], 'rejected': 'a'},
+            {},
+            r"unknown role \['user'\]",
+        ),
+        ({'prompt': 'Which?', 'completion': ' ', 'label': True}, {}, 'the answer .* is empty'),
         ({'chosen': 'a', 'rejected': 'b'}, {'prompt': 'q', 'chosen': 'chosen'}, 'no field q'),
         (
             {'messages': [HUMAN, GOOD], 'good': 'yes'},

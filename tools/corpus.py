@@ -6,7 +6,8 @@
 
 The config is a run's config; overrides like `--config.key=value` work too. `--phase` selects one of
 several phases. `build` resumes an interrupted build. `decode` shows rows of one training step,
-segment by segment; tokens that count in the loss are bold green, or in [[ ]] without colour.
+segment by segment; tokens that count in the loss are bold green, or in [[ ]] without colour. Of a
+chat that is compared it tells the side, and the number of the pair in its row.
 """
 
 import argparse
@@ -137,12 +138,22 @@ def row_text(row: dict[str, np.ndarray], tokenizer: Tokenizer, colour: bool) -> 
             continue
         part = tokenizer.decode(ids, skip_special_tokens=False)
         if segment < 0:
-            text.append(f'\n--- segment {-segment} ---\n', style='yellow')
+            title = f'segment {-segment}{_side(row, -segment)}'
+            text.append(f'\n--- {title} ---\n', style='yellow')
         if counts:
             text.append(part if colour else f'[[{part}]]', style='bold green')
         else:
             text.append(part)
     return text
+
+
+def _side(row: dict[str, np.ndarray], segment: int) -> str:
+    """Of a chat that is compared: the number of its pair, and which side it is."""
+    if 'sides' not in row:
+        return ''
+    where = row['segment_ids'] == segment
+    name = 'chosen' if row['sides'][where].sum() > 0 else 'rejected'
+    return f', {name} of {row["pair_ids"][where][0]}'
 
 
 def _spans(row: dict[str, np.ndarray]) -> Iterator[tuple[int, bool, list[int]]]:

@@ -63,6 +63,19 @@ def test_decode_marks_what_the_assistant_says_and_nothing_else(config, capsys):
     assert len(re.findall(r'--- segment', shown)) == sum(map(int, segments))
 
 
+def test_decode_tells_the_sides_of_pairs(config, tmp_path, capsys):
+    records = [{'prompt': f'{n}?', 'chosen': f'Yes {n}.', 'rejected': 'No.'} for n in range(40)]
+    (tmp_path / 'chats.jsonl').write_text('\n'.join(map(json.dumps, records)))
+    assert corpus.main(['decode', config, '--rows', '1', '--config.data.sequence_length=200']) == 0
+    found = re.findall(
+        r'segment (\d+), (\w+) of (\d+) ---\n.*?\[\[(\w+)', capsys.readouterr().out, re.DOTALL
+    )
+    assert len(found) > 2
+    for number, (segment, side, pair, word) in enumerate(found):
+        assert int(segment) == number + 1 and int(pair) == number // 2 + 1
+        assert (side, word) == (('chosen', 'Yes'), ('rejected', 'No'))[number % 2]
+
+
 def test_decode_shows_the_rows_of_a_step_in_the_order_of_training(config, capsys):
     def shown(*flags):
         assert corpus.main(['decode', config, *flags]) == 0

@@ -2,6 +2,8 @@
 
 import hashlib
 
+from pydantic import ValidationError
+
 from jaxfm.code import find_digest
 from jaxfm.data import SOURCES
 from jaxfm.tokenizer.build import Tokenizer
@@ -46,12 +48,23 @@ def list_differences(made: dict, wanted: dict, ignored: set[str]) -> list[str]:
     ]
     if made.get('code') != wanted.get('code'):
         differences.append('the code of the source differs')
-    there = made.get('source', {})
+    there = _with_new_keys(made.get('source', {}), wanted['source'])
     for key in sorted(there.keys() | wanted['source'].keys() - ignored):
         a, b = there.get(key), wanted['source'].get(key)
         if a != b and key not in ignored:
             differences.append(f'config.data.{key} was {a!r} and is {b!r}')
     return differences
+
+
+def _with_new_keys(made: dict, wanted: dict) -> dict:
+    """A source of a recipe, with the defaults of keys that its schema has got since."""
+    if made.get('name') != wanted['name']:
+        return made
+    try:
+        schema = SOURCES.find(wanted['name']).schema
+        return schema.model_validate(made).model_dump(mode='json')
+    except ValidationError:
+        return made
 
 
 def digest(text: str) -> str:

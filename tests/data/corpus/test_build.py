@@ -285,6 +285,19 @@ def test_a_chosen_cache_is_used_if_the_files_are_the_same_or_absent(source_confi
         open_corpus(elsewhere, BYTES, tmp_path, str(mine))
 
 
+def test_a_chosen_cache_that_is_older_than_a_key_of_its_config_is_used(tmp_path):
+    config, mine = records(tmp_path, 40), tmp_path / 'mine'
+    made = make_corpus(config, BYTES, mine)
+    index = json.loads((mine / INDEX).read_text('utf-8'))
+    assert index.pop('kind') == 'text'
+    assert index['recipe']['source']['fields'].pop('chosen') == ''
+    (mine / INDEX).write_text(json.dumps(index), 'utf-8')
+    same(open_corpus(config, BYTES, tmp_path, str(mine)), made)
+    fields = config.fields.model_copy(update={'chosen': 'best'})
+    with pytest.raises(DataError, match="config.data.fields was .*'chosen': ''.* and is .*'best'"):
+        open_corpus(config.model_copy(update={'fields': fields}), BYTES, tmp_path, str(mine))
+
+
 @pytest.mark.parametrize('what', ['files', 'config', 'tokenizer'])
 def test_a_chosen_cache_of_other_data_is_refused_and_rebuilt_only_on_request(tmp_path, bpe, what):
     config, tokenizer = records(tmp_path, 40), BYTES

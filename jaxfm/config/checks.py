@@ -211,6 +211,14 @@ def _pairs_are_cached(run, prefix):
             f'{format_path(tokenize)}=cached'
         )
         yield Problem((tokenize, paths[0]), sentence)
+    if run.objective.loss == 'kto' and getattr(run.data, 'packing', '') == 'none':
+        packing = path_to('data.packing', prefix)
+        sentence = (
+            f'{format_path(packing)} none: {names[0]} {run.objective.name} estimates a divergence '
+            'from the answers to other prompts of a row, and a row would have one prompt: set '
+            f'{format_path(packing)}=best_fit'
+        )
+        yield Problem((packing, paths[0]), sentence)
 
 
 @reads('data', 'objective')

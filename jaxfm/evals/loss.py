@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfm import sharding
+from jaxfm.data.documents import KIND_NAMES
 from jaxfm.data.loader import evaluation_batches
 from jaxfm.data.packing.rows import is_compared
 from jaxfm.errors import DataError
@@ -36,9 +37,12 @@ class HeldOutLoss(Periodic):
         self._rows = sharding.whole_rows(config.batch_size, context.mesh)
         for source, cache in context.dataset.heldout.items():
             if is_compared(cache):
+                remedy = 'which it does not measure; give it another phase'
+                if cache.kind == 'pair':
+                    remedy = f'measure them with {context.where}.name=preference'
                 raise DataError(
-                    f'{context.where}: the held-out documents of {source} are compared; measure '
-                    f'them with {context.where}.name=preference'
+                    f'{context.where}: a held-out document of {source} is '
+                    f'{KIND_NAMES[cache.kind]}: {remedy}'
                 )
             if not any(batch['loss_mask'].any() for batch in self._batches(cache)):
                 raise DataError(_no_targets(context.name, source, cache, config.max_batches))

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxfm import sharding
+from jaxfm.data.documents import KIND_NAMES
 from jaxfm.data.loader import pad_rows
 from jaxfm.data.packing.rows import BestFit
 from jaxfm.errors import DataError
@@ -32,8 +33,8 @@ class HeldOutPreference(Periodic):
         for name, cache in context.dataset.heldout.items():
             if cache.kind != 'pair':
                 raise DataError(
-                    f'{context.where}: {config.name} ranks pairs of chosen and rejected, but the '
-                    f'held-out documents of {name} are none'
+                    f'{context.where}: {config.name} ranks pairs of chosen and rejected, but a '
+                    f'held-out document of {name} is {KIND_NAMES[cache.kind]}'
                 )
             self._packings[name] = BestFit(cache, length, too_long='drop')
             if not self._packings[name].num_rows:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxfm.data.loader import PackedBatches
 from jaxfm.data.packing.rows import Packing
 from jaxfm.distributed import agree
+from jaxfm.errors import DataError
 from jaxfm.objectives import NO_REFERENCE, LoadReference, PreferenceConfig
 from jaxfm.preferences.mismatched import mismatched_rows
 from jaxfm.storage import whole
@@ -141,7 +142,9 @@ class Preferences:
         Args:
           params: the weights with which the phase begins, if it begins now.
 
-        Raises RunError if the reference cannot be loaded.
+        Raises:
+          RunError: the reference cannot be loaded.
+          DataError: no row has two documents, as loss kto needs them.
         """
         if not self._has_reference:
             return
@@ -176,25 +179,49 @@ class Preferences:
             wanted = {name: np.arange(each.num_rows) for name, each in self._packings.items()}
         lacking = {n: rows[~self._packings[n].is_scored[rows]] for n, rows in wanted.items()}
         count = sum(map(len, lacking.values()))
+        is_first = not any(packing.is_scored.any() for packing in self._packings.values())
         if count:
             if params is None:
                 params, self._origin = self._load_reference(self._origin)
-            for name, numbers in lacking.items():
+            empty = sum(
                 self._score_rows(self._packings[name], numbers, params)
+                for name, numbers in lacking.items()
+            )
+            if empty:
+                self._tell_of_lone_documents(empty, count, is_first)
             if agree.is_primary():
                 self._write()
             seconds = time.monotonic() - began
             log.info('log-probs of %d rows under the reference: %.1f s', count, seconds)
 
-    def _score_rows(self, packing: ReferencedRows, numbers: np.ndarray, params) -> None:
-        """Computes the log-probs of the rows with these numbers."""
+    def _tell_of_lone_documents(self, empty: int, count: int, is_first: bool) -> None:
+        """Says how many rows have no mismatched answers.
+
+        is_first: no others have been computed. Then it raises DataError if none has some.
+        """
+        told = f'{empty} of {count} rows hold one document, and tell nothing of the divergence'
+        length = self._batches.sequence_length
+        remedy = f'raise config.data.sequence_length, which is {length}'
+        if is_first and empty == count:
+            raise DataError(f'{told}: {remedy}')
+        log.warning('%s; %s, to have fewer of them', told, remedy)
+
+    def _score_rows(self, packing: ReferencedRows, numbers: np.ndarray, params) -> int:
+        """Computes the log-probs of the rows with these numbers.
+
+        Returns how many of them are without mismatched answers, although they should have some.
+        """
         prefixes = ['', _MISMATCHED] if self._has_divergence else ['']
         shape, size = (packing.num_rows, packing.sequence_length), self._batches.batch_size
         found = {f'{p}reference_logprobs': np.zeros(shape, np.float32) for p in prefixes}
         found |= packing.reference
         packing.reference = {}  # not part of the batches below
+        empty = 0
         for first in range(0, len(numbers), size):
             some = numbers[first : first + size]
+            if self._has_divergence:
+                segments = packing.rows(some)[f'{_MISMATCHED}segment_ids']
+                empty += int((segments.max(axis=1) == 0).sum())
             padded = np.resize(some, size)  # the last batch repeats its rows
             batch = self._put(packing.rows(padded[self._rows]))
             for prefix in prefixes:
@@ -207,6 +234,7 @@ class Preferences:
                 found[f'{prefix}reference_logprobs'][some] = scores[: len(some)]
         packing.reference = found
         packing.is_scored[numbers] = True
+        return empty
 
     @property
     def _kept_is_here(self) -> bool:

@@ -389,6 +389,7 @@ rollout.py data.task={'name':'exact_answer'}
 rollout.py data.task={'name':'exact_answer'} data.documents={'name':'problems','form':'chat'}
 rollout.py data.task.name=arithmetics
 rollout.py objective.name=next_token
+rollout.py objective.name=dpo
 rollout.py objective.name=grop
 rollout.py objective.name=dr_grpo
 rollout.py tokenizer.name=bpe
@@ -421,6 +422,12 @@ rewarded.py phases[1].data.max_tokens=63 sampling.max_length=60
 rewarded.py phases[0].objective.name=grpo
 rewarded.py phases[1].objective.name=next_token
 run.py objective.name=grpo
+run.py objective.name=dpo data.tokenize=on_the_fly
+run.py objective.name=dpo objective.desirable_weight=2
+run.py objective.name=ipo objective.margin=1
+run.py objective.name=kto objective.reference=none
+run.py objective.name=kto data.packing=none
+run.py objective.name=preference objective.smoothing=robust
 evals.py model.implementations.attention=cudnn
 evals.py model.implementations.attention=cudnn evals.heldout.every=3
 evals.py sampling.max_length=100 sampling.max_tokens=50 evals.code.max_tokens=200

@@ -13,7 +13,8 @@ from jaxfm.chat.render import Chat
 from jaxfm.data import ProblemsData
 from jaxfm.data.dataset import open_dataset
 from jaxfm.errors import DataError
-from jaxfm.evals import PreferenceEvaluatorConfig
+from jaxfm.evals import LossConfig, PreferenceEvaluatorConfig
+from jaxfm.evals.loss import HeldOutLoss
 from jaxfm.evals.preference import HeldOutPreference
 from jaxfm.ops.logprobs import Unembedding
 from jaxfm.sharding import make_mesh
@@ -116,8 +117,25 @@ def test_pairs_without_room_are_counted(params, tmp_path):
     assert values['left_out'] == pytest.approx((lengths > np.median(lengths)).mean())
 
 
+@pytest.mark.parametrize(
+    'kind, said',
+    [
+        ('pair', 'a pair of .* with config.evals.pairs.name=preference'),
+        ('labelled', 'a chat with a label: which it does not measure; give it another phase'),
+    ],
+)
+def test_the_loss_of_what_is_compared_is_not_measured(tmp_path, kind, said):
+    dataset = open_data(tmp_path)
+    (cache,) = dataset.heldout.values()
+    cache.kind = kind
+    context = types.SimpleNamespace(dataset=dataset, mesh=MESH, where='config.evals.pairs')
+    with pytest.raises(DataError, match=f'^config.evals.pairs: a held-out document .* is {said}$'):
+        HeldOutLoss(LossConfig(), context)
+
+
 def test_what_is_no_pair_is_refused(tmp_path):
-    with pytest.raises(DataError, match='config.evals.pairs: preference ranks pairs of chosen'):
+    said = 'config.evals.pairs: preference ranks pairs of .* of problems is a chat$'
+    with pytest.raises(DataError, match=said):
         evaluator(open_data(tmp_path, form='chat'))
     with pytest.raises(DataError, match='no held-out pair of problems fits a row of 16'):
         evaluator(open_data(tmp_path), sequence_length=16)

@@ -5,7 +5,7 @@ import pytest
 
 from jaxfm.data import ProblemsData
 from jaxfm.data.dataset import open_dataset
-from jaxfm.errors import ConfigError
+from jaxfm.errors import ConfigError, DataError
 from jaxfm.objectives import DPOConfig, KTOConfig
 from jaxfm.preferences.source import Preferences
 from jaxfm.tokenizer import BytesConfig
@@ -16,19 +16,32 @@ ORIGIN = {'init_from': 'a run', 'step': 7}
 
 
 @pytest.fixture(scope='module')
-def dataset(tmp_path_factory):
-    config = ProblemsData(
-        form='pairs', num_problems=160, num_heldout=4, sequence_length=512, batch_size=2
-    )
-    tokenizer = build_tokenizer(BytesConfig(), ())
-    return open_dataset(config, tokenizer, tmp_path_factory.mktemp('pairs'))
+def open_pairs(tmp_path_factory):
+    directory = tmp_path_factory.mktemp('pairs')
+
+    def build(sequence_length):
+        config = ProblemsData(
+            form='pairs',
+            num_problems=160,
+            num_heldout=4,
+            sequence_length=sequence_length,
+            batch_size=2,
+        )
+        return open_dataset(config, build_tokenizer(BytesConfig(), ()), directory)
+
+    return build
+
+
+@pytest.fixture(scope='module')
+def dataset(open_pairs):
+    return open_pairs(512)
 
 
 @pytest.fixture
 def make(dataset, tmp_path):
     """Makes sources of the same phase, and collects from where they load a reference."""
 
-    def build(batch_size=2, steps=4, objective=None, seed=0, has_skips=False):
+    def build(batch_size=2, steps=4, objective=None, seed=0, has_skips=False, dataset=dataset):
         def load(origin):
             build.loaded.append(origin)
             return FIRST if origin == ORIGIN else MOVED, origin
@@ -152,3 +165,20 @@ def test_mismatched_answers_have_a_reference_of_their_own(make):
         assert (batch['kl'] > 0).any() and (batch['kl'] != batch['reference_logprobs']).any()
         assert not any('mismatched' in name for name in batch)
     source.close()
+
+
+def test_rows_without_mismatched_answers_are_told(make, open_pairs, caplog):
+    """KTO would compare with a divergence that is 0, whatever the policy does."""
+    source = make(objective=KTOConfig(), dataset=open_pairs(150), steps=9)
+    with pytest.raises(
+        DataError, match='^18 of 18 rows hold one document.* raise config.data.sequence_'
+    ):
+        source.prepare(FIRST)
+    source = make(objective=KTOConfig(), dataset=open_pairs(200), steps=9)
+    with caplog.at_level('WARNING'):
+        source.prepare(FIRST)
+    (record,) = caplog.records
+    assert 'of 18 rows hold one document' in record.getMessage()
+    caplog.clear()
+    make(dataset=open_pairs(200)).prepare(FIRST)
+    assert not caplog.records

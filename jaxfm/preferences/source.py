@@ -149,11 +149,11 @@ class Preferences:
         if not self._has_reference:
             return
         if params is not None:
+            self._begin()
             if self._is_other:
-                params = None
+                params = None  # those of the other model are loaded
             else:
                 self._origin = self._first_origin()
-            self._begin()
             self._complete(self._num_rows, params)
         elif not self._kept_is_here and not self._read():
             self._begin()

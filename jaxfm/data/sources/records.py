@@ -68,11 +68,13 @@ def to_document(record: Any, fields: FieldsConfig, name: str) -> Document:
 
 
 def place_of_document(document: Document) -> float:
-    """A document's place by its content, so equal records are on the same side."""
+    """A document's place by its content, so equal records are on the same side.
+
+    Chats that are compared go by what is given: no prompt is both trained on and held out.
+    """
     key = document.text
     if document.messages:
-        key = [document.messages, document.tools]
-        key += [document.rejected] if document.rejected else []
+        key = [document.messages[: document.num_given or None], document.tools]
         key = json.dumps(key, sort_keys=True, ensure_ascii=False)
     try:
         return place_of(key.encode())

@@ -195,7 +195,13 @@ def test_the_error_says_what_is_wrong_with_a_pair(record, fields, said):
         document(record, **fields)
 
 
-def test_the_worse_side_decides_the_place_of_a_pair_too():
-    records = [{'prompt': 'Which?', 'chosen': 'This.', 'rejected': text} for text in ('a', 'b')]
-    first, other = map(place_of_document, map(document, records))
-    assert first != other
+def test_a_prompt_is_on_one_side_whatever_its_answers():
+    pairs = [
+        {'prompt': 'Which?', 'chosen': 'This.', 'rejected': 'a'},
+        {'prompt': 'Which?', 'chosen': 'That.', 'rejected': 'b'},
+        {'prompt': 'Which?', 'completion': 'c', 'label': True},
+        {'prompt': 'Which?', 'completion': 'd', 'label': False},
+    ]
+    other = {'prompt': 'Who?', 'chosen': 'This.', 'rejected': 'a'}
+    assert len({place_of_document(document(record)) for record in pairs}) == 1
+    assert place_of_document(document(other)) != place_of_document(document(pairs[0]))

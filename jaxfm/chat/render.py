@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxfm.chat.messages import (
+    PROBE_NAME,
     View,
     check_calls,
     check_complete,
@@ -23,7 +24,7 @@ from jaxfm.chat.messages import (
     probe_calls,
 )
 from jaxfm.chat.template import TEMPLATES
-from jaxfm.chat.traits import ANSWERS, QUESTION, probe, render_view
+from jaxfm.chat.traits import ANSWERS, QUESTION, THOUGHT, probe, render_view
 from jaxfm.errors import DataError
 
 
@@ -84,6 +85,67 @@ class Chat:
         view = self._view(messages, tools)
         text = self._prompt_text(view)
         return text.replace(view.filler, '') if view.filler else text
+
+    def turn_ids(self, role: str, content: str, tools: Sequence[Mapping] = ()) -> list[int]:
+        """Ids that follow an answer, from behind its end to where the next answer begins.
+
+        In between is a turn of the role, such as what a tool says. Raises DataError as `encode`
+        does.
+        """
+        answer = self._probe_answers(role)[-1]
+        view = self._view([QUESTION, answer, {'role': role, 'content': content}], tools)
+        [(_, between)] = self._turns(view)
+        _, ids = self._tokenizer.encode_parts([self._traits.mark, between], view.filler)
+        return ids
+
+    def check_turns(self, role: str, tools: Sequence[Mapping] = ()) -> None:
+        """Raises DataError unless `turn_ids` says what the template would say in any chat.
+
+        That is so if the template leaves a chat as it is when more follows, thoughts included, and
+        writes the same around every turn of the role.
+        """
+        if not self._find_special(self._traits.mark):
+            raise DataError(
+                'the chat template ends turns without a special token, so where an answer ends in '
+                'the middle of a chat is not clear; set config.tokenizer.chat_template to one such '
+                "as 'plain'"
+            )
+        said = {'role': role, 'content': 'said-by-this'}
+        for answer in self._probe_answers(role):
+            view = self._view([QUESTION, answer, said, answer, said], tools)
+            turns = self._turns(view)
+            if any(PROBE_NAME in between for _, between in turns):
+                raise DataError(
+                    'the chat template writes the name of the function that was called into the '
+                    'turn of its result, which is not known here; set config.tokenizer.'
+                    "chat_template to one that does not, such as 'plain'"
+                )
+            if len({between for _, between in turns}) > 1 or not all(kept for kept, _ in turns):
+                raise DataError(
+                    'the chat template writes earlier turns, or their thoughts, in another form '
+                    f'when a turn of the role {role} follows, so that what was sampled would not '
+                    'stay as it is; set config.tokenizer.chat_template to one that keeps them, '
+                    "such as 'plain'"
+                )
+
+    def _probe_answers(self, role: str) -> list[dict]:
+        """Answers that a turn of the role may follow; the last one is the plainest."""
+        if role == 'tool' and self._traits.call_form is not None:
+            return [probe_calls(1)]
+        return [THOUGHT, ANSWERS[0]]
+
+    def _turns(self, view: View) -> list[tuple[bool, str]]:
+        """Of each answer: whether it and all before it stay as they are, and what follows it."""
+        found = []
+        for i in range(1, len(view.messages), 2):
+            prompt, turn = self._prompt_text(view.first(i)), self._render(view.first(i + 1))
+            stop = self._end_of_turn(turn, len(prompt))
+            text = self._prompt_text(whole := view.first(i + 2))
+            check_complete(whole, text)
+            answer = view.messages[i]['content'] or ''
+            is_kept = turn.startswith(prompt) and text.startswith(turn[:stop])
+            found.append((is_kept and answer in turn, text[stop:]))
+        return found
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:

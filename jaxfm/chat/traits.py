@@ -19,6 +19,7 @@ from jaxfm.errors import DataError
 
 QUESTION = {'role': 'user', 'content': 'first-question'}
 ANSWERS = [{'role': 'assistant', 'content': text} for text in ('An-answer', 'Zero-answers')]
+THOUGHT = {'role': 'assistant', 'content': '<think>\na-thought\n</think>\n\nAn-answer'}
 _SECOND_QUESTION = {'role': 'user', 'content': 'second-question'}
 
 

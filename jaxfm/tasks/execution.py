@@ -43,40 +43,47 @@ class Result:
 
     passed: bool
     reason: str = ''
+    output: str = ''  # the beginning of what it printed, if that was asked for
 
 
-def run_program(source: str, seconds: float, memory_mb: int) -> Result:
+def run_program(source: str, seconds: float, memory_mb: int, max_output: int = 0) -> Result:
     """Runs a program in an empty temporary directory, and kills its process group at the end.
 
     seconds: of CPU time, rounded up, and of wall-clock time.
     memory_mb: MiB of address space.
+    max_output: bytes of its standard output to keep.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         token, program = secrets.token_hex(16), Path(directory, 'program.py')
         # A lone surrogate, which a tokenizer may give, cannot be written; it is no valid Python.
         program.write_bytes(source.encode('utf-8', 'replace'))
         limits = (math.ceil(seconds), memory_mb << 20, MAX_OUTPUT, token)
-        has_ended, status, errors = _run([str(program), *map(str, limits)], directory, seconds)
+        arguments = [str(program), *map(str, limits)]
+        has_ended, status, output, errors = _run(arguments, directory, seconds, max_output)
         if not has_ended:
-            return Result(False, 'timeout')
+            return Result(False, 'timeout', output)
         passed = Path(directory, 'passed')
         is_done = passed.is_file() and passed.read_text(encoding='utf-8') == token
-    return Result(True) if is_done and status == 0 else Result(False, _explain(status, errors))
+    if is_done and status == 0:
+        return Result(True, output=output)
+    return Result(False, _explain(status, errors), output)
 
 
-def _run(arguments: list[str], directory: str, seconds: float) -> tuple[bool, int, str]:
-    """(whether it ended in time, exit status, the end of stderr)."""
+def _run(
+    arguments: list[str], directory: str, seconds: float, max_output: int
+) -> tuple[bool, int, str, str]:
+    """(whether it ended in time, exit status, the beginning of stdout, the end of stderr)."""
     path = os.environ.get('PATH', os.defpath)
     # Libraries would start a thread per core, and are limited to one process.
     environment = {'PATH': path, 'HOME': directory, 'TMPDIR': directory, 'OMP_NUM_THREADS': '1'}
     environment |= {'OPENBLAS_NUM_THREADS': '1', 'PYTHONHASHSEED': '0'}
-    with tempfile.TemporaryFile() as stderr:
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             [sys.executable, '-I', '-c', START, *arguments],
             cwd=directory,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout if max_output else subprocess.DEVNULL,
             stderr=stderr,
             start_new_session=True,
         )
@@ -86,8 +93,10 @@ def _run(arguments: list[str], directory: str, seconds: float) -> tuple[bool, in
             # Before the process is reaped, no other group can have its id.
             os.killpg(process.pid, signal.SIGKILL)
             status = process.wait()
+        stdout.seek(0)
         stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 2000))
-        return has_ended, status, stderr.read().decode('utf-8', 'replace')
+        output, errors = stdout.read(max_output), stderr.read()
+        return has_ended, status, *(b.decode('utf-8', 'replace') for b in (output, errors))
 
 
 def _wait(pid: int, deadline: float) -> bool:

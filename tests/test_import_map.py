@@ -59,9 +59,12 @@ MAP = {
     # Samples of a task's prompts, judged as in an evaluation, packed as documents are.
     'rollout': {
         *('evals', 'sampling', 'tasks', 'objectives', 'data', 'data.packing', 'distributed'),
+        'environments',
     },
     # Rows of documents, with what a reference says of them.
     'preferences': {'objectives', 'data', 'data.packing', 'storage', 'distributed'},
+    # Turns between a model and what answers it: programs run as in tasks, one process steps.
+    'environments': {'sampling', 'tasks', 'distributed'},
     # From the rooms that it configures, it imports only the schemas.
     'config': {
         *('evals', 'rollout', 'sampling', 'objectives', 'data', 'tokenizer', 'pretrained'),
@@ -83,7 +86,7 @@ MAP = {
             'sharding',
             'storage',
         ),
-        'distributed',
+        *('distributed', 'environments'),
     },
     # Stop strings are found in text, and events tell text.
     'sampling': {'models', 'ops', 'sharding', 'tokenizer'},

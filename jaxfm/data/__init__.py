@@ -73,7 +73,10 @@ class FilesConfig(Group):
     max_bad_records: int = Field(default=0, ge=0)
 
 
-ProblemKind = Literal['addition', 'subtraction', 'reverse', 'rotate', 'last_letters']
+ProblemKind = Literal[
+    'addition', 'subtraction', 'multiplication', 'reverse', 'rotate', 'last_letters'
+]
+CALCULATED = 'addition', 'subtraction', 'multiplication'  # kinds that a calculator solves
 
 
 class ProblemsConfig(Group):
@@ -84,12 +87,23 @@ class ProblemsConfig(Group):
 
     name: Literal['problems'] = 'problems'
     # pairs: chats with the right answer, and as the worse one with a wrong digit or letter.
-    form: Literal['text', 'chat', 'pairs'] = 'text'
-    # [] is all kinds; a kind that is listed twice is trained on twice as often.
+    # calls: chats that ask a calculator, `[123*456]`, whose result is the user's next message.
+    form: Literal['text', 'chat', 'pairs', 'calls'] = 'text'
+    # [] is all kinds but multiplication, which small models do not learn; for calls, those that a
+    # calculator solves. A kind that is listed twice is trained on twice as often.
     kinds: list[ProblemKind] = []
     num_problems: int = Field(default=100_000, ge=1)  # to train on
     num_heldout: int = Field(default=240, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=2**32)  # selects problems from all possible ones
+
+    @classmethod
+    def find_conflicts(cls, parts: dict) -> list[Problem]:
+        """Kinds that no calculator solves."""
+        others = sorted(set(parts.get('kinds', ())) - set(CALCULATED))
+        if parts.get('form') != 'calls' or not others:
+            return []
+        sentence = f'form calls has no {others[0]}: a calculator solves {", ".join(CALCULATED)}'
+        return [Problem((('form',), ('kinds',)), sentence)]
 
 
 class RandomAccessConfig(Group):

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from jaxfm.environments import ENVIRONMENTS
 from jaxfm.registry import Entry, Registry, one_of
 from jaxfm.sampling import MaxTokens, SamplingOptions, Temperature
 from jaxfm.sampling.strategies import STRATEGIES
@@ -75,7 +76,10 @@ class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
     thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
     # How to come to one answer for each prompt (docs/strategies.md); None: n samples, all judged.
     strategy: one_of(STRATEGIES) | None = None
-    # For one call of the task's `evaluate`, `answer` or `stop`. Later it fails that sample.
+    # What answers between turns of max_tokens each (docs/environments.md). None: there is one turn.
+    environment: one_of(ENVIRONMENTS) | None = None
+    # For one call of the task's `evaluate`, `answer` or `stop`, or of the environment. Later it
+    # fails that sample.
     call_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)
     max_tokens: MaxTokens = 96
     temperature: Temperature = 0.0
@@ -85,6 +89,9 @@ class GenerateConfig(SamplingOptions, TaskEvaluatorConfig):
         found, strategy = super().find_conflicts(parts), parts.get('strategy')
         if strategy is None:
             return found
+        if parts.get('environment') is not None:
+            sentence = 'a strategy has no environment: set one of the two to None'
+            found.append(Problem((('environment',), ('strategy',)), sentence))
         if (n := parts.get('n', 1)) != 1:
             paths: tuple[KeyPath, ...] = ('n',), ('strategy',)
             sentence = f'n is {n}, but with a strategy it must be 1: set strategy.n instead'

@@ -6,7 +6,8 @@ import itertools
 import zlib
 from collections.abc import Iterator
 
-from jaxfm.evals import GenerateConfig
+from jaxfm.environments.episode import Episode, Player
+from jaxfm.evals import GenerateConfig, time_limit
 from jaxfm.evals.base import Context, Periodic, judged_by, text_of, warn_of_failures
 from jaxfm.evals.judge import Judge, Verdict
 from jaxfm.evals.prompts import open_task, prompt_ids
@@ -36,6 +37,12 @@ class Generate(Periodic):
         self._solver = None
         if config.strategy is not None:
             self._solver = Solver(config, context, self._task, self._judge)
+        self._player = None
+        if config.environment is not None:
+            limit = functools.partial(time_limit.call, seconds=config.call_seconds)
+            where = f'{context.where}.environment'
+            self._player = Player(config.environment, context, where, limit)
+            self._prompts = {id: self._player.offer(each) for id, each in self._prompts.items()}
         self._requests = [self._request(prompt) for prompt in self._prompts.values()]
         self._lengths = {request.id: len(request.tokens) for request in self._requests}
         checker = self._sampler if self._solver is None else self._solver
@@ -88,17 +95,17 @@ class Generate(Periodic):
         warn_of_failures(*given, samples, is_unjudged, 'samples could not be judged')
 
     def _sample(self, params, step: int, samples: Samples) -> None:
-        for sample in complete_each(
-            self._sampler,
-            self._missing(samples.kept),
-            params,
-            step,
-            stop=self._stops,
-            most=self._context.most,
-        ):
+        for sample in self._complete(params, step, self._missing(samples.kept)):
             prompt = self._prompts[sample.id]
             verdict = self._judge.judge(prompt, sample)
             samples.add(self._describe(step, prompt, sample, verdict))
+
+    def _complete(self, params, step: int, requests: Iterator[Request]) -> Iterator[Completion]:
+        given, most = (params, step), self._context.most
+        if self._player is None:
+            return complete_each(self._sampler, requests, *given, stop=self._stops, most=most)
+        longest = self._sampler.longest
+        return self._player.play_each(self._sampler, requests, self._prompts, *given, longest, most)
 
     def _stops(self, sample: Completion) -> bool:
         return self._judge.stops(self._prompts[sample.id], self._judge.marked_text(sample))
@@ -124,13 +131,14 @@ class Generate(Periodic):
             'score': verdict.score,
             'answer': verdict.answer,
             'finish_reason': sample.finish_reason or 'judged',
-            'is_truncated': sample.finish_reason in ('length', 'budget'),
+            'is_truncated': sample.finish_reason in ('length', 'turns', 'budget'),
             'is_unclosed': verdict.is_unclosed,
             'error': sample.error or verdict.error,
             'prompt_tokens': self._lengths[prompt.id],
             'num_tokens': len(sample.tokens),
             'logprob': sum(sample.logprobs),
             'tokens': sample.tokens,
+            **(sample.record() if isinstance(sample, Episode) else {}),
         }
 
     def _seed_of(self, id: str) -> int:
@@ -139,11 +147,14 @@ class Generate(Periodic):
 
     def _request(self, prompt) -> Request:
         stop_ids = self._sampler.config.stop_ids
+        options = self._config.request_options(self._context.chat().stop_ids, stop_ids)
+        if self._player is not None:
+            options['stop'] = [*options['stop'], *self._player.stop]
         return Request(
             id=prompt.id,
             tokens=prompt_ids(prompt, self._context, self._task),
             seed=self._seed_of(prompt.id),
-            **self._config.request_options(self._context.chat().stop_ids, stop_ids),
+            **options,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxfm.errors import ConfigError
 from jaxfm.evals import ThinkingConfig, time_limit
+from jaxfm.evals.summary import FAILED
 from jaxfm.sampling.request import Completion
 from jaxfm.tasks.base import Prompt
 from jaxfm.tasks.thinking import visible
@@ -81,26 +82,31 @@ class Judge:
         return bool(is_stopped)
 
     def judge(self, prompt: Prompt, sample: Completion) -> Verdict:
-        """The verdict on a sample that has ended. One that the engine failed scores 0, unjudged."""
-        if sample.finish_reason == 'error':
+        """The verdict on a sample that has ended. One that has failed scores 0, unjudged."""
+        if sample.finish_reason in FAILED:
             return Verdict(0.0, None)
-        return self._judge(prompt, self.marked_text(sample))
+        return self._judge(prompt, self._shown(sample))
 
     def reward(self, prompt: Prompt, sample: Completion) -> tuple[float, str]:
         """-> the reward of a sample that has ended, and ''; or NaN and why there is none.
 
         Thoughts that do not end get the reward of an empty text.
         """
-        if sample.finish_reason == 'error':
+        if sample.finish_reason in FAILED:
             return math.nan, sample.error
-        shown = self.visible(self.marked_text(sample))
+        shown = self._shown(sample)
         reward, error = self._try(self._task.reward, prompt, shown or '')
         if not error and not (isinstance(reward, numbers.Real) and abs(reward) <= MAX_REWARD):
             error = f'the reward is {reprlib.repr(reward)}, but must be a number from -1e6 to 1e6'
         return (math.nan, error) if error else (float(reward), '')
 
-    def _judge(self, prompt: Prompt, text: str) -> Verdict:
-        shown = self.visible(text)
+    def _shown(self, sample: Completion) -> str | None:
+        """What the task sees: what follows the thoughts; of several parts, only in the last."""
+        texts = [self.marked_text(part) for part in sample.parts]
+        shown = self.visible(''.join(texts))
+        return shown if shown is None or len(shown) < len(texts[-1]) else texts[-1]
+
+    def _judge(self, prompt: Prompt, shown: str | None) -> Verdict:
         score, error = self._try(self._task.evaluate, prompt, shown or '')
         if not error and not _is_score(score):
             error = f'the score is {score!r}, but must be a number from 0 to 1'

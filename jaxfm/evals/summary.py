@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from jaxfm.evals import statistics
 from jaxfm.evals.statistics import Clusters
 
+# Reasons for which a sample ends without anything to judge: the engine or the environment failed.
+FAILED = 'error', 'environment'
+
 Records = Mapping[str, list[dict]]  # {id of a prompt: its n records, by sample index}
 
 
@@ -24,8 +27,8 @@ def by_prompt(records: Iterable[dict], ids: Iterable[str], n: int) -> Records:
 
 
 def has_failed(record: dict) -> bool:
-    """Whether the engine failed this sample, or the strategy this problem."""
-    return record['finish_reason'] == 'error'
+    """Whether engine or environment failed this sample, or the strategy this problem."""
+    return record['finish_reason'] in FAILED
 
 
 def is_unjudged(record: dict) -> bool:
@@ -156,7 +159,8 @@ def _costs(records: Records, flops: Callable[[int], float]) -> dict[str, float]:
     total = sum(map(flops, prompts))
     for record in samples:
         before = record['prompt_tokens']
-        total += flops(before + record['num_tokens']) - flops(before)
+        after = before + record['num_tokens'] + record.get('observed_tokens', 0)
+        total += flops(after) - flops(before)
     return {
         'cost/generated_tokens': float(sum(record['num_tokens'] for record in samples)),
         'cost/prompt_tokens': float(sum(prompts)),

@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field
 
 from jaxfm.data import DATA, SOURCES, Fraction
+from jaxfm.environments import ENVIRONMENTS
 from jaxfm.evals import ThinkingConfig
 from jaxfm.registry import one_of
 from jaxfm.sampling import MAX_INT32, MAX_SAMPLES, MaxTokens
@@ -66,14 +67,17 @@ class RolloutConfig(Group):
     packing: Literal['best_fit', 'none'] = 'best_fit'
     # A prompt that leaves no room for its completion: stop the run, or leave the prompt out.
     too_long: Literal['error', 'drop'] = 'error'
-    max_tokens: MaxTokens = 128  # of a completion
+    max_tokens: MaxTokens = 128  # of a completion; with an environment, of each of its turns
     ignore_eos: bool = False  # the end tokens of tokenizer and chat template stop nothing
     temperature: Annotated[float, _neutral(1)] = 1.0
     top_k: Annotated[int, _neutral(0)] = 0
     top_p: Annotated[float, _neutral(1)] = 1.0
     min_p: Annotated[float, _neutral(0)] = 0.0
     thinking: ThinkingConfig | None = ThinkingConfig()  # None: thoughts are judged, too
-    call_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)  # for one call of the task
+    # For one call of the task, or of the environment.
+    call_seconds: float = Field(60.0, gt=0, allow_inf_nan=False)
+    # What answers between turns of a sample (docs/environments.md). None: it has one turn.
+    environment: one_of(ENVIRONMENTS) | None = None
     # zero_variance: a prompt whose samples all have the same reward teaches nothing, so others are
     # sampled in its place, up to `max_refills` times a step (DAPO, section 3.2).
     filter: Literal['none', 'zero_variance'] = 'none'
@@ -122,6 +126,16 @@ class RolloutConfig(Group):
         if most and tokens > most:
             sentence = f'overlong_tokens {tokens} is more than max_tokens {most}'
             found.append(Problem((('overlong_tokens',), ('max_tokens',)), sentence))
+        if parts.get('environment') is not None:
+            if penalty:
+                sentence = 'overlong_penalty is for samples of one turn: set environment to None'
+                found.append(Problem((('overlong_penalty',), ('environment',)), sentence))
+            if staleness := parts.get('max_staleness', 0):
+                sentence = (
+                    f'max_staleness is {staleness}, but turns of an environment are limited in '
+                    'time by a signal, which a thread that samples ahead does not get: set it to 0'
+                )
+                found.append(Problem((('max_staleness',), ('environment',)), sentence))
         if parts.get('filter') == 'zero_variance' and parts.get('samples') == 1:
             sentence = 'filter zero_variance needs at least two samples of a prompt'
             found.append(Problem((('filter',), ('samples',)), sentence))

@@ -31,10 +31,13 @@ Completions = dict[str, list[Completion]]  # {id of a request: its samples}
 
 
 class InStep:
-    """Samples when it is asked, with the weights of the step. Its methods are those of `Ahead`."""
+    """Samples when it is asked, with the weights of the step. Its methods are those of `Ahead`.
 
-    def __init__(self, sampler: Sampler):
-        self._sampler, self._lent = sampler, None
+    complete: (sampler, requests, params, version) -> the samples of the requests.
+    """
+
+    def __init__(self, sampler: Sampler, complete: Callable[..., Completions] = complete):
+        self._sampler, self._complete, self._lent = sampler, complete, None
         # So far, for sampling; and in which the loop waited for samples of the thread.
         self.seconds = {'generate': 0.0, 'idle': 0.0}
         self.is_shared = False  # with a thread, on devices whose programs must not meet
@@ -47,7 +50,7 @@ class InStep:
 
     def take(self, order: list[Request]) -> Completions:
         began = time.monotonic()
-        done = complete(self._sampler, order, *self._lent)
+        done = self._complete(self._sampler, order, *self._lent)
         self.seconds['generate'] += time.monotonic() - began
         return done
 

@@ -14,6 +14,7 @@ from jaxfm.rollout.curriculum import Curriculum
 from jaxfm.rollout.groups import Group
 from jaxfm.rollout.prompts import Prompts
 from jaxfm.sampling.request import Request
+from jaxfm.tasks.base import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,15 @@ class Asking:
     @property
     def _under_way(self) -> list[Asked]:
         return [*self._current, *self._ahead]
+
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        """{id of a request: its prompt} of what is under way."""
+        return {
+            request.id: prompt
+            for asked in self._under_way
+            for request, prompt in zip(asked.requests, asked.prompts)
+        }
 
     def _position(self) -> tuple[int, list[int]]:
         """-> the number after the last that was asked, and those before it to ask again."""

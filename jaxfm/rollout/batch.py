@@ -21,11 +21,12 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A completion to learn from, with its advantage."""
+    """A completion to learn from, with its advantage; others may have written parts of it."""
 
     prompt: list[int]  # ids
     completion: list[int]  # ids
-    logprobs: list[float]  # of the ids of the completion, when they were sampled
+    # Of the ids of the completion, when they were sampled; None for those that others wrote.
+    logprobs: list[float | None]
     advantage: float
     is_learned: bool = True  # False: it is in the batch, but counts for nothing
 
@@ -89,7 +90,8 @@ def _write(sample: Sample, segment: int, out: dict[str, np.ndarray]) -> None:
     out['segment_ids'][:] = segment
     if sample.is_learned:
         first = len(sample.prompt) - 1  # the last id of the prompt predicts the first sampled one
-        out['loss_mask'][first:] = 1
-        out['advantages'][first:] = sample.advantage
-        out['lengths'][first:] = len(sample.completion)
-        out['sampler_logprobs'][first:] = sample.logprobs
+        places = first + np.flatnonzero([logprob is not None for logprob in sample.logprobs])
+        out['loss_mask'][places] = 1
+        out['advantages'][places] = sample.advantage
+        out['lengths'][places] = len(places)
+        out['sampler_logprobs'][places] = [x for x in sample.logprobs if x is not None]

@@ -7,12 +7,15 @@ from collections import Counter
 
 import numpy as np
 
+from jaxfm.environments.episode import Episode
 from jaxfm.errors import DataError, NumericsError
 from jaxfm.evals import statistics
 from jaxfm.sampling.request import Completion, Request
 
 # Where the time of a step goes, besides the update. The engine generates while the loop does
 # something else, or waits (idle), if it works ahead; otherwise while the loop waits.
+# What ends a sample that is not complete: max_tokens, or max_turns.
+CUT = 'length', 'turns'
 PARTS = ('generate', 'judge', 'logprobs', 'idle')
 
 
@@ -68,6 +71,7 @@ def describe(group: Group, index: int, advantage: float) -> dict:
         'prompt_tokens': list(group.request.tokens),
         'tokens': sample.tokens,
         'logprobs': sample.logprobs,
+        **(sample.record() if isinstance(sample, Episode) else {}),
     }
 
 
@@ -85,6 +89,7 @@ class Statistics:
         self._rewards: list[float] = []  # the mean of each group
         self._deviations: list[float] = []
         self._lengths: list[int] = []
+        self._turns: list[int] = []  # of samples with an environment
         self._lags: Counter[int] = Counter()  # {steps behind: tokens}
 
     def add(self, step: int, sampled: list[Group], num_learned: int) -> None:
@@ -102,7 +107,9 @@ class Statistics:
                 self._deviations.append(float(np.std(good)))
             for sample in group.samples:
                 counts['samples'] += 1
-                counts['cut'] += sample.finish_reason == 'length'
+                counts['cut'] += sample.finish_reason in CUT
+                if isinstance(sample, Episode):
+                    self._turns.append(len(sample.turns))
                 self._lengths.append(len(sample.tokens))
                 for version, count in runs_of(sample.versions):
                     self._lags[step - version] += count
@@ -121,6 +128,7 @@ class Statistics:
             'rollout/length': float(lengths.mean()),
             'rollout/length_p99': float(np.quantile(lengths, 0.99)),
             'rollout/truncated': counts['cut'] / samples,
+            **({'rollout/turns': float(np.mean(self._turns))} if self._turns else {}),
             'rollout/failed': counts['failed'] / samples,
             'rollout/filtered': counts['left_out'] / counts['groups'],
             'rollout/groups': (counts['groups'] - counts['left_out']) / counts['steps'],

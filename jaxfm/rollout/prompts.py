@@ -6,6 +6,7 @@ import zlib
 
 from jaxfm.data import SOURCES
 from jaxfm.data.documents import Document
+from jaxfm.environments.episode import Player
 from jaxfm.errors import DataError
 from jaxfm.evals.base import digest_of
 from jaxfm.evals.prompts import open_task, prompt_ids
@@ -20,6 +21,9 @@ log = logging.getLogger('jaxfm')
 class Prompts:
     """A task with its prompts; number n of the endless order asks the same in every process.
 
+    Args:
+      player: of the environment, if there is one: it shows its tools, and strings end its turns.
+
     Attributes:
       task: that judges the completions.
       longest: tokens of the longest prompt.
@@ -28,11 +32,14 @@ class Prompts:
       DataError: there is no prompt, or one leaves no room for its completion.
     """
 
-    def __init__(self, config: RolloutConfig, context, seed: int):
+    def __init__(self, config: RolloutConfig, context, seed: int, player: Player | None = None):
         where = 'config.data'
         self._config, self._seed = config, seed
         self.task, found = open_task(config.task, _read_documents(config), where)
         self._prompts = list(found.values())
+        self._stop = () if player is None else player.stop
+        if player is not None:
+            self._prompts = list(map(player.offer, self._prompts))
         self._ids = [prompt_ids(prompt, context, self.task) for prompt in self._prompts]
         self._stop_ids = stop_ids_of(
             context.chat().stop_ids, context.sampler.config.stop_ids, config.ignore_eos
@@ -103,6 +110,7 @@ class Prompts:
             # A prompt that comes again in another epoch gets other samples.
             seed=zlib.crc32(f'{self._seed} {number}'.encode()),
             stop_ids=self._stop_ids,
+            stop=self._stop,
             n=self._config.samples,
         )
 

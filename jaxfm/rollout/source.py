@@ -9,6 +9,7 @@ when the loop lends the weights of step k - max_staleness, never before, so no t
 be from older ones.
 """
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -20,18 +21,23 @@ import numpy as np
 
 from jaxfm.data.packing.rows import BATCH_DTYPES
 from jaxfm.distributed import agree
+from jaxfm.environments.episode import Episode, Player
 from jaxfm.errors import ConfigError, DataError
+from jaxfm.evals import time_limit
 from jaxfm.evals.base import Context
 from jaxfm.evals.judge import Judge
 from jaxfm.evals.samples import Samples
+from jaxfm.evals.summary import FAILED
 from jaxfm.objectives import DistillationConfig, LoadReference, PolicyGradientConfig
 from jaxfm.objectives.advantages import advantages
 from jaxfm.rollout import RolloutConfig
 from jaxfm.rollout.ahead import Ahead, InStep, InTurn
 from jaxfm.rollout.asking import Asked, Asking
 from jaxfm.rollout.batch import Sample, make_batch, num_rows
-from jaxfm.rollout.groups import Group, Statistics, check_any, describe
+from jaxfm.rollout.groups import CUT, Group, Statistics, check_any, describe
 from jaxfm.rollout.prompts import Prompts
+from jaxfm.sampling.complete import complete
+from jaxfm.sampling.request import Request
 
 log = logging.getLogger('jaxfm')
 
@@ -75,7 +81,14 @@ class Rollouts:
         self._reference: dict | None = None  # its weights, once they are needed
         self._origin: dict | None = None  # where they are from
         self._seed, self._microbatches, self._where = seed, microbatches, where
-        self._prompts = Prompts(config, context, seed)
+        self._player = None
+        if config.environment is not None:
+            limit = functools.partial(time_limit.call, seconds=config.call_seconds)
+            where = 'config.data.environment'
+            self._player = Player(config.environment, context, where, limit)
+        self._prompts = Prompts(config, context, seed, self._player)
+        # Tokens of prompt and sample together.
+        self._longest = min(config.sequence_length + 1, context.sampler.longest)
         self._judge = Judge(
             self._prompts.task, config.thinking, config.call_seconds, context.tokenizer
         )
@@ -94,12 +107,14 @@ class Rollouts:
         self._engine = (
             Ahead(context.sampler, copy, context.mesh)
             if config.max_staleness
-            else InStep(context.sampler)
+            else InStep(context.sampler, complete if self._player is None else self._play)
         )
         self._asking = Asking(config, self._prompts, self._engine, seed)
 
     def _check_rows(self) -> None:
         config, longest = self._config, self._prompts.longest + self._config.max_tokens - 1
+        if self._player is not None:  # the turns may fill a row
+            longest = self._longest - 1
         length = config.sequence_length if config.packing == 'best_fit' else longest
         wanted = num_rows(longest, config.prompts * config.samples, length)
         if wanted > config.batch_size:
@@ -220,7 +235,7 @@ class Rollouts:
         # A judge may be slow on one host, so one process judges for all.
         verdicts = agree.from_primary(
             lambda: [
-                [self._judge.reward(prompt, sample) for sample in done[request.id]]
+                [self._reward(prompt, sample) for sample in done[request.id]]
                 for prompt, request in zip(asked.prompts, asked.requests)
             ]
         )
@@ -239,6 +254,18 @@ class Rollouts:
                 asked.numbers, asked.places, asked.prompts, asked.requests, verdicts
             )
         ]
+
+    def _play(
+        self, sampler, requests: list[Request], params, version: int
+    ) -> dict[str, list[Episode]]:
+        """Samples with the environment; otherwise as `complete`."""
+        given = requests, self._asking.prompts, params, version
+        return self._player.play(sampler, *given, self._longest)
+
+    def _reward(self, prompt, sample) -> tuple[float, str]:
+        """-> the reward of a sample and '', or NaN and why there is none."""
+        reward, error = self._judge.reward(prompt, sample)
+        return reward + (sample.reward if isinstance(sample, Episode) else 0.0), error
 
     def _shaped(self, group: Group) -> list[float]:
         """The rewards, less the penalty for length."""
@@ -268,14 +295,13 @@ class Rollouts:
         masks = self._config.truncated == 'mask'
         return [
             Sample(
-                prompt=list(group.request.tokens),
-                completion=sample.tokens,
-                logprobs=sample.logprobs,
-                advantage=float(advantage),
+                list(group.request.tokens),
+                *sample.trail,
+                float(advantage),
                 is_learned=not (
                     (error and self._needs_rewards)
-                    or sample.finish_reason == 'error'
-                    or (masks and sample.finish_reason == 'length')
+                    or sample.finish_reason in FAILED
+                    or (masks and sample.finish_reason in CUT)
                 ),
             )
             for group, advantages_G in zip(groups, advantages_PG)

@@ -152,7 +152,12 @@ class Sampler:
             )
 
     def add(
-        self, request: Request, *, meter: Meter | None = None, num_prompt: int | None = None
+        self,
+        request: Request,
+        *,
+        meter: Meter | None = None,
+        num_prompt: int | None = None,
+        goes_first: bool = False,
     ) -> None:
         """Queues the samples of a request.
 
@@ -160,6 +165,8 @@ class Sampler:
           meter: is told what its samples, and forks of them, cost.
           num_prompt: how many of its tokens are the prompt, if the others are a completion that it
             goes on with: penalties count over that. Default: all.
+          goes_first: ahead of those that wait. For what goes on where another request has just
+            ended: the pages of that may be needed by others later.
 
         Raises RuntimeError without weights, DataError as `check` does, and DataError if a request
         with its id and sample index is waiting or running, or it has not `num_prompt` tokens.
@@ -179,7 +186,7 @@ class Sampler:
             one = dataclasses.replace(request, tokens=tokens, n=1, sample_index=index)
             scores = request.prompt_logprobs and index == request.sample_index
             first = request.prompt_logprobs_from if scores else None
-            self._queue(one, num_prompt, score_from=first, meter=meter)
+            self._queue(one, num_prompt, score_from=first, meter=meter, goes_first=goes_first)
 
     def _queue(
         self,
@@ -189,6 +196,7 @@ class Sampler:
         score_from: int | None = None,
         output: Output | None = None,
         meter: Meter | None = None,
+        goes_first: bool = False,
     ) -> None:
         sequence = Sequence(
             request,
@@ -200,7 +208,10 @@ class Sampler:
             first_end=len(request.tokens) + request.min_tokens,
             meter=meter,
         )
-        self._scheduler.waiting.append(sequence)
+        if goes_first:
+            self._scheduler.waiting.appendleft(sequence)
+        else:
+            self._scheduler.waiting.append(sequence)
         self._samples.setdefault(request.id, {})[request.sample_index] = sequence
         self._outputs[sequence] = output or Output(request, self._tokenizer, score_from)
 

@@ -102,6 +102,16 @@ class Completion:
             self.prompt_top_logprobs = event.prompt_top_logprobs
         self.finish_reason, self.stop, self.error = event.finish_reason, event.stop, event.error
 
+    @property
+    def parts(self) -> list['Completion']:
+        """What is judged, in order; only the last one is the answer. Here it is all of it."""
+        return [self]
+
+    @property
+    def trail(self) -> tuple[list[int], list[float | None]]:
+        """All ids that follow the prompt, with their log-probs; None if others wrote an id."""
+        return self.tokens, self.logprobs
+
 
 class Meter(Protocol):
     """Is told what the engine computes for a sample, as it counts it in its own counters.

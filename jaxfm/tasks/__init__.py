@@ -32,6 +32,9 @@ class ExactAnswerConfig(Group):
     name: Literal['exact_answer'] = 'exact_answer'
     # How many chats to use, chosen by a hash and spread evenly over the groups.
     num_prompts: int = Field(default=256, ge=1)
+    # Which turn of the assistant the prompt ends before. The answer is always its last one; with
+    # an environment, the turns between are the model's own.
+    before: Literal['last', 'first'] = 'last'
 
 
 class ShotsConfig(Group):

@@ -1,7 +1,7 @@
 """Questions with one right answer, made from held-out chats by removing the answer.
 
-The prompt is a chat up to its last assistant turn. A completion scores 1 if it equals the content
-of that turn, ignoring leading and trailing white space.
+The prompt is a chat up to its last assistant turn, or to its first. A completion scores 1 if it
+equals the content of the last one, ignoring leading and trailing white space.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ REPLACEMENT = '\ufffd'
 
 @dataclasses.dataclass(frozen=True)
 class Question(Prompt):
-    """A chat whose last assistant turn has been removed; `answer` is its stripped content."""
+    """A chat without its end; `answer` is the stripped content of its last assistant turn."""
 
     answer: str = dataclasses.field(kw_only=True)
 
@@ -34,7 +34,8 @@ class ExactAnswer(Task):
 
     def __init__(self, config: ExactAnswerConfig, documents: Iterable):
         groups = {}
-        for question in filter(None, map(_question, documents)):
+        questions = (_question(document, config.before) for document in documents)
+        for question in filter(None, questions):
             # Keep duplicates of a question only once; the hash decides which one.
             asked = groups.setdefault(question.group, {})
             key = json.dumps([question.messages, question.tools])
@@ -69,12 +70,12 @@ class ExactAnswer(Task):
         return completion.strip() or None
 
 
-def _question(document) -> Question | None:
+def _question(document, before: str) -> Question | None:
     turns = [i for i, message in enumerate(document.messages) if message['role'] == 'assistant']
     answer = (document.messages[turns[-1]].get('content') or '').strip() if turns else ''
     if not answer:  # a turn with only tool calls has no content to compare
         return None
-    messages = document.messages[: turns[-1]]
+    messages = document.messages[: turns[0 if before == 'first' else -1]]
     shown = [f'{message["role"]}: {message.get("content") or ""}' for message in messages]
     return Question(
         id=document.name,

@@ -102,6 +102,10 @@ class Tokenizer:
         """Ids without special tokens. Raises DataError if the text has a lone surrogate."""
         return self._plain([text], is_start=True)[0]
 
+    def encode_after(self, text: str) -> list[int]:
+        """As `encode`, of a text that follows another one: no space is put before it."""
+        return self._plain([text], is_start=False)[0]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n], as `encode`; uses all cores."""
         return [np.array(ids, np.int32) for ids in self._plain(texts, is_start=True)]

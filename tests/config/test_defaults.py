@@ -20,6 +20,7 @@ MODULES = (
     'jaxfm.checkpoint',
     'jaxfm.config.run',
     'jaxfm.data',
+    'jaxfm.environments',
     'jaxfm.evals',
     'jaxfm.metrics',
     'jaxfm.models',

@@ -12,7 +12,7 @@ import random
 import string
 from collections.abc import Callable, Iterator
 
-from jaxfm.data import ProblemsConfig
+from jaxfm.data import CALCULATED, ProblemsConfig
 from jaxfm.data.documents import Document
 from jaxfm.data.sources import is_heldout
 
@@ -26,6 +26,7 @@ PROBLEMS_PER_SHARD = 1 << 15
 # before the answer differs, so that only chats teach where their answers begin.
 TEXT = '{task} -->{answer}\n'
 QUESTION = 'Please {task}'
+CALL = '[{expression}]'
 
 Operands = tuple[str, ...]
 
@@ -37,7 +38,8 @@ class Kind:
     num_problems: int  # how many different operands `draw` may return
     draw: Callable[[random.Random], Operands]
     solve: Callable[..., str]
-    task: str  # a format string for the operands
+    task: str  # a format string for the operands; what is to be calculated is its second word
+    is_easy: bool = True  # enough for small models to learn it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Problem:
     def question(self) -> str:
         """What the user of a chat asks."""
         return QUESTION.format(task=self.task)
+
+    @property
+    def call(self) -> str:
+        """How a calculator is asked."""
+        return CALL.format(expression=self.task.partition(' ')[2])
 
     @property
     def text(self) -> str:
@@ -92,7 +99,8 @@ class Problems:
 
     def __init__(self, config: ProblemsConfig):
         self._config = config
-        self._kinds = config.kinds or list(KINDS)
+        usual = CALCULATED if config.form == 'calls' else [k for k in KINDS if KINDS[k].is_easy]
+        self._kinds = config.kinds or list(usual)
         self._per_document = PROBLEMS_PER_TEXT if config.form == 'text' else 1
 
     def files(self) -> None:
@@ -146,6 +154,11 @@ class Problems:
             )
             for answer in (problem.answer, problem.wrong_answer)
         )
+        if self._config.form == 'calls':
+            calls = {'role': 'assistant', 'content': problem.call}
+            result = {'role': 'user', 'content': problem.answer}
+            messages = good[0], calls, result, good[1]
+            return Document(name=name, messages=messages, group=problem.kind)
         if self._config.form == 'chat':
             return Document(name=name, messages=good, group=problem.kind)
         return Document(name=name, messages=good, rejected=bad, num_given=1, group=problem.kind)
@@ -164,6 +177,10 @@ def draw(name: str, rng: random.Random, heldout: bool) -> Problem:
 
 def _numbers(rng: random.Random) -> Operands:
     return str(rng.randint(100_000, 999_999)), str(rng.randint(1, 9))
+
+
+def _factors(rng: random.Random) -> Operands:
+    return str(rng.randint(100, 999)), str(rng.randint(100, 999))
 
 
 def _word(rng: random.Random) -> Operands:
@@ -194,6 +211,13 @@ KINDS = {
         draw=_numbers,
         solve=lambda a, b: str(int(a) - int(b)),
         task='sum {0}-{1}',
+    ),
+    'multiplication': Kind(
+        num_problems=900 * 900,
+        draw=_factors,
+        solve=lambda a, b: str(int(a) * int(b)),
+        task='multiply {0}*{1}',
+        is_easy=False,
     ),
     'reverse': Kind(
         num_problems=NUM_WORDS,

@@ -10,7 +10,8 @@ from typing import get_args
 import pytest
 
 from jaxfm.chat.render import Chat
-from jaxfm.data import SOURCES, ProblemKind, ProblemsConfig
+from jaxfm.config.validation import validate
+from jaxfm.data import CALCULATED, SOURCES, ProblemKind, ProblemsConfig
 from jaxfm.data.sources import problems
 from jaxfm.data.sources.problems import KINDS, Problem, Problems
 from jaxfm.tokenizer import BytesConfig
@@ -19,10 +20,13 @@ from jaxfm.tokenizer.build import Bytes
 EXAMPLES = {
     'addition': (('999999', '7'), '1000006'),
     'subtraction': (('100000', '9'), '99991'),
+    'multiplication': (('999', '100'), '99900'),
     'reverse': (('abcde',), 'edcba'),
     'rotate': (('abcde',), 'bcdea'),
     'last_letters': (('ab cde fghi jk',), 'beik'),
 }
+
+EASY = [name for name, kind in KINDS.items() if kind.is_easy]
 
 
 def source(**options):
@@ -70,9 +74,9 @@ def test_answers_are_right(name):
     assert KINDS[name].solve(*operands) == answer
 
 
-def test_every_kind_has_a_million_problems_and_draws_from_all_of_them():
+def test_every_kind_has_very_many_problems_and_draws_from_all_of_them():
     for name, kind in KINDS.items():
-        assert kind.num_problems >= 1_000_000
+        assert kind.num_problems >= 800_000
         rng = random.Random(0)
         draws = [kind.draw(rng) for _ in range(5000)]
         # The birthday paradox: n draws from N give about n * n / 2N pairs.
@@ -148,15 +152,41 @@ def test_text_documents_hold_many_problems():
 
 def test_heldout_problems_are_distinct_and_equally_many_of_each_kind():
     heldout = read(source(form='chat', num_problems=1, num_heldout=241), is_heldout=True)
-    counts = [sum(one.group == kind for one in heldout) for kind in KINDS]
+    counts = [sum(one.group == kind for one in heldout) for kind in EASY]
     assert sum(counts) == 241 and max(counts) - min(counts) <= 1
     assert len({one.messages[0]['content'] for one in heldout}) == 241
 
 
 def test_train_problems_are_of_every_kind_equally_often():
     train = read(source(form='chat', num_problems=6000, num_heldout=1), is_heldout=False)
-    counts = [sum(one.group == kind for one in train) for kind in KINDS]
+    counts = [sum(one.group == kind for one in train) for kind in EASY]
     assert min(counts) > 1080 and max(counts) < 1320
+
+
+def test_what_small_models_do_not_learn_is_there_only_if_it_is_named():
+    assert set(KINDS) - set(EASY) == {'multiplication'}
+    documents = read(source(form='chat', kinds=['multiplication'], num_problems=5, num_heldout=5))
+    assert {document.group for document in documents} == {'multiplication'}
+
+
+def test_calls_ask_a_calculator_for_what_chats_ask_the_model():
+    same = dict(seed=3, kinds=['multiplication', 'addition'], num_problems=200, num_heldout=50)
+    chats, calls = (read(source(form=form, **same)) for form in ('chat', 'calls'))
+    for chat, call in zip(chats, calls, strict=True):
+        question, answer = chat.messages
+        asked, expression, result, repeated = call.messages
+        assert (asked, repeated) == (question, answer)
+        assert expression['role'] == 'assistant' and result['role'] == 'user'
+        assert result['content'] == answer['content']
+        assert eval(expression['content']) == [int(answer['content'])]
+
+
+def test_calls_are_of_kinds_that_a_calculator_solves():
+    assert {one.group for one in read(source(form='calls', num_problems=99))} == set(CALCULATED)
+    _, [problem] = validate(ProblemsConfig, {'form': 'calls', 'kinds': ['reverse', 'addition']})
+    assert str(problem.sentence) == (
+        'form calls has no reverse: a calculator solves addition, subtraction, multiplication'
+    )
 
 
 def test_a_kind_listed_twice_is_trained_on_twice_as_often_but_held_out_once():

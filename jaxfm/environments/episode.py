@@ -11,6 +11,7 @@ import json
 import math
 import numbers
 import reprlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from jaxfm.distributed import agree
@@ -103,6 +104,10 @@ class Player:
       context: has the tokenizer and the chat template.
       where: the group, for messages: 'config.data.environment'.
       limit: (function, arguments) -> what the function returns; raises if that takes too long.
+
+    Attributes:
+      stop: strings that end a turn.
+      seconds: that all this took so far, besides the engine's time.
     """
 
     def __init__(
@@ -116,7 +121,8 @@ class Player:
         self._environment = ENVIRONMENTS.load(config.name)(config)
         self._role = getattr(self._environment, 'role', None)
         self._tools = tuple(getattr(self._environment, 'tools', ()))
-        self.stop = tuple(getattr(self._environment, 'stop', ()))  # strings that end a turn
+        self.stop = tuple(getattr(self._environment, 'stop', ()))
+        self.seconds = 0.0
         self._checked: set[str] = set()  # tools that the template is known to show
 
     def offer(self, prompt: Prompt) -> Prompt:
@@ -230,7 +236,7 @@ class Player:
         if not seats:
             return []
         failed = []
-        for seat, error in zip(seats, agree.from_primary(lambda: list(map(self._reset, seats)))):
+        for seat, error in zip(seats, self._of_all(self._reset, seats)):
             if error:
                 self._fail(seat.episode, error)
                 seat.episode.turns.append(Completion(*_key(seat)))
@@ -261,7 +267,7 @@ class Player:
                 ended.append(seat)
         if not asking:
             return ended
-        for seat, said in zip(asking, agree.from_primary(lambda: list(map(self._ask, asking)))):
+        for seat, said in zip(asking, self._of_all(self._ask, asking)):
             request = self._go_on(seat, longest, *said)
             if request is None:
                 ended.append(seat)
@@ -291,6 +297,13 @@ class Player:
 
     def _fail(self, episode: Episode, error: str) -> None:
         episode.finish_reason, episode.error = 'environment', f'{self._config.name}: {error}'
+
+    def _of_all(self, ask: Callable[[_Seat], object], seats: list[_Seat]) -> list:
+        """What the environment of the primary process says of each, in every process."""
+        began = time.monotonic()
+        said = agree.from_primary(lambda: list(map(ask, seats)))
+        self.seconds += time.monotonic() - began
+        return said
 
     # Below: what only the primary process does.
 

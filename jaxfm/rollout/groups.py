@@ -114,6 +114,14 @@ class Statistics:
                 for version, count in runs_of(sample.versions):
                     self._lags[step - version] += count
 
+    def _of_environment(self) -> dict[str, float]:
+        if not self._turns:
+            return {}
+        return {
+            'rollout/turns': float(np.mean(self._turns)),
+            'rollout/environment_seconds': self.seconds['environment'],
+        }
+
     def values(self) -> dict[str, float]:
         counts = self._counts
         if not counts['steps']:
@@ -128,7 +136,7 @@ class Statistics:
             'rollout/length': float(lengths.mean()),
             'rollout/length_p99': float(np.quantile(lengths, 0.99)),
             'rollout/truncated': counts['cut'] / samples,
-            **({'rollout/turns': float(np.mean(self._turns))} if self._turns else {}),
+            **self._of_environment(),
             'rollout/failed': counts['failed'] / samples,
             'rollout/filtered': counts['left_out'] / counts['groups'],
             'rollout/groups': (counts['groups'] - counts['left_out']) / counts['steps'],

@@ -172,6 +172,9 @@ class Rollouts:
             batch |= self._scores(params, batch)
         self.tokens = sum(sample.length for sample in samples)
         spent = Counter(self._engine.seconds)
+        if self._player is not None:
+            spent['environment'] = self._player.seconds
+            spent['generate'] -= self._player.seconds
         self._seen.seconds += spent - self._spent
         self._spent = spent
         self._seen.add(step, sampled, len(groups))

@@ -36,8 +36,9 @@ class Writer:
     '$' in it is the end of the text, '!' is a fault. Letters are written by their other ids.
     """
 
-    def __init__(self, write, longest: int = 60):
+    def __init__(self, write, longest: int = 60, tokenizer=None):
         self.write, self.longest = write, longest
+        self.tokenizer = tokenizer or Tokenizer()
         self.config = types.SimpleNamespace(stop_ids=[], slots=4)
         self.asked, self.running, self.cancelled, self.versions = [], {}, [], []
 
@@ -52,7 +53,7 @@ class Writer:
         self.check(request)
         assert request.n == 1 and (request.id, request.sample_index) not in self.running
         self.asked.append((request, num_prompt))
-        text = self.write(Tokenizer().decode(request.tokens), request.sample_index)
+        text = self.write(self.tokenizer.decode(request.tokens), request.sample_index)
         self.running[request.id, request.sample_index] = request, text, ''
 
     def cancel(self, id, index):
@@ -66,6 +67,11 @@ class Writer:
     def has_work(self):
         return bool(self.running)
 
+    def spell(self, letter: str) -> int:
+        if isinstance(self.tokenizer, Tokenizer) and letter.islower():
+            return ord(letter) - ord('a') + 200
+        return self.tokenizer.encode(letter)[0]
+
     def step(self):
         return [self._advance(key) for key in list(self.running)]
 
@@ -76,12 +82,12 @@ class Writer:
             return Event(key[0], [], [], [], 'error', key[1], error='NaN logits')
         is_end = letter == '$'
         written += letter
-        token = EOS if is_end else ord(letter) - ord('a') + 200 if letter.islower() else ord(letter)
+        token = self.tokenizer.eos_id if is_end else self.spell(letter)
         logprob = -0.01 * (len(request.tokens) + len(written)) - key[1]
         found = [string for string in request.stop if written.endswith(string)]
         reason = stop = None
         if found or is_end:
-            reason, stop = 'stop', found[0] if found else EOS
+            reason, stop = 'stop', found[0] if found else token
         elif len(written) == request.max_tokens:
             reason = 'length'
         else:

@@ -1,16 +1,20 @@
 """Episodes on a scripted engine: what is sampled next, when they end, and what a fault costs."""
 
 import functools
+import json
 import types
 
 import pytest
 
+from jaxfm.chat.render import Chat
 from jaxfm.environments import ENVIRONMENTS
 from jaxfm.environments.episode import Player
 from jaxfm.errors import ConfigError, DataError
 from jaxfm.evals import time_limit
 from jaxfm.sampling.request import Request
 from jaxfm.tasks.base import Prompt
+from jaxfm.tokenizer import BytesConfig
+from jaxfm.tokenizer.build import Bytes
 from tests.environments.scripted import Tokenizer, Writer
 
 DOUBLING, MOODY = (f'tests.environments.scripted:{name}' for name in ('Doubling', 'Moody'))
@@ -190,6 +194,28 @@ def test_rewards_add_up_and_ids_are_appended_as_they_are():
     assert tell(second) == 'm:i[3]|e:ef|m:w'
 
 
+def test_other_processes_play_as_the_primary_one_says(monkeypatch):
+    """Their own environment is never asked, and what they hear has gone through JSON."""
+    script = {':': ['s[3]', 'h[3]', 'i[3]', 'x[3]'], ';': 'v$', 'ef': 'w$'}
+    said = []
+
+    def tell_all(compute):
+        said.append(json.dumps(compute()))
+        return json.loads(said[-1])
+
+    def listen(compute):
+        return json.loads(said.pop(0))
+
+    played = []
+    for process in (tell_all, listen):
+        monkeypatch.setattr('jaxfm.distributed.agree.from_primary', process)
+        player, engine = player_of(MOODY, seconds=0.2), Writer(next_of(script))
+        played.append(play(player, engine, texts=('p:', 'z:'), n=4))
+    assert played[0] == played[1] and not said
+    assert player._environment.states == player._environment.turns == []
+    assert len({episode.finish_reason for episode in played[0]['p:']}) == 2
+
+
 def test_who_stops_reading_leaves_nothing_in_the_engine():
     engine = Writer(next_of({':': ['a[3]', 'x$'], ';': 'abcdefg$'}))
     player, texts = player_of(), ('p:', 'q:', 'r:')
@@ -207,6 +233,30 @@ def test_an_engine_with_other_work_is_refused():
     engine.add(Request('other', [5], 4))
     with pytest.raises(RuntimeError, match='the sampler has other requests'):
         play(player_of(), engine)
+
+
+def test_turns_of_a_chat_are_what_the_template_writes():
+    """The ids are those of the whole chat, as if the template had rendered it."""
+    tokenizer = Bytes(BytesConfig(chat_template='qa'), texts=[])
+    chat = Chat(tokenizer)
+    question = {'role': 'user', 'content': 'What is 12*34?'}
+    config = ENVIRONMENTS['calculator'].schema(start='[', end=']', role='user')
+    context = types.SimpleNamespace(tokenizer=tokenizer, chat=lambda: chat)
+    player = Player(config, context, 'here', lambda function, given: function(*given))
+    prompt = player.offer(Prompt('p', 'text', messages=(question,)))
+    script = {'?\nA: ': '[12*34]$', '408\nA: ': 'It is [408+1]$', '409\nA: ': '9$'}
+    engine = Writer(next_of(script), 200, tokenizer)
+    request = Request('p', chat.prompt([question]), 20, stop_ids=chat.stop_ids, stop=player.stop)
+    [[episode]] = player.play(engine, [request], {'p': prompt}, None, 0, 200).values()
+    assert [turn.text for turn in episode.turns] == ['[12*34]', 'It is [408+1]', '9']
+    said = ['[12*34]', '408', 'It is [408+1]', '409', '9']
+    roles = ['assistant', 'user', 'assistant', 'user', 'assistant']
+    messages = [{'role': role, 'content': text} for role, text in zip(roles, said)]
+    whole, mask = chat.encode([question, *messages])
+    ids, logprobs = episode.trail
+    assert [*request.tokens, *ids] == whole.tolist()
+    assert [x is not None for x in logprobs] == mask[len(request.tokens) :].tolist()
+    assert episode.parts == episode.turns[-1:]
 
 
 def test_a_role_needs_a_chat():

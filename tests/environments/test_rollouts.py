@@ -113,6 +113,8 @@ def test_a_fault_costs_its_sample_is_counted_and_told_once(make, caplog, tmp_pat
     ]
     values = source.progress()
     assert values['rollout/failed'] == pytest.approx(4 / 6)
+    # Two steps have waited for what hangs, and the engine took no time.
+    assert values['rollout/environment_seconds'] > 0.4 > values['rollout/generate_seconds']
     assert values['rollout/turns'] == pytest.approx((2 + 1 + 1 + 1 + 1 + 1) / 6)
     _, samples = read_samples(tmp_path / 'rollout-000001.jsonl')
     assert [sample['finish_reason'] for sample in samples] == [

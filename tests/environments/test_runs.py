@@ -3,10 +3,18 @@
 import json
 import shutil
 
+import jax
 import pytest
 
+from jaxfm import sharding
+from jaxfm.config.load import read_config
+from jaxfm.config.run import RunConfig
 from jaxfm.evals.samples import read_samples
 from jaxfm.metrics.writers import read_records
+from jaxfm.rollout.replay import replay
+from jaxfm.run.run import model_maker
+from jaxfm.sampling.engine import Sampler
+from jaxfm.state import split
 from tests.runs import assert_same_state, finish, measured, start_ranks
 
 RUN = """
@@ -90,6 +98,20 @@ def test_a_run_goes_on_with_the_same_bits(tiny, config, whole, tmp_path):
     assert_same_state(tiny.saved_state(again, LAST), tiny.saved_state(whole, LAST))
 
 
+def test_episodes_are_made_again_from_what_is_recorded(tiny, whole):
+    config = read_config(whole / 'config.json', RunConfig)
+    parts = split(model_maker(config.model))
+    _, samples = read_samples(whole / 'samples' / 'rollout-000002.jsonl')
+    saved = {n.partition('/')[2]: each for n, each in tiny.saved_state(whole, 2).items()}
+    params = {path: saved[path] for path in parts.axes}
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        sampler = Sampler(parts.merge, config.model, config.sampling, mesh)
+        for sample in samples[::5]:
+            found = replay(sampler, sample, {2: params}.get)
+            assert found == (sample['tokens'], sample['logprobs'])
+
+
 def test_the_eval_mode_scores_the_same_episodes(tiny, config, whole, tmp_path):
     output = tmp_path / 'scores.jsonl'
     finish(tiny.start(whole, '--mode=eval', f'--output={output}', config=config, devices=2))
@@ -98,6 +120,7 @@ def test_the_eval_mode_scores_the_same_episodes(tiny, config, whole, tmp_path):
     assert [score] == values_of(whole, 'eval/counted/pass@1')
 
 
+@pytest.mark.slow
 def test_two_processes_play_as_one(tiny, config, whole, tmp_path):
     def start(workdir, **environment):
         return tiny.start(workdir, '--config.steps=2', config=config, **environment)

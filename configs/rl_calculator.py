@@ -7,7 +7,10 @@ The user asks `Please multiply 437*982`. Demonstrations show how to ask: the ass
 `[437*982]`, the result comes as the user's next message, and the assistant repeats it. Then it is
 rewarded for right answers to other questions, and asks by itself.
 
-Hardware: 2 CPU cores, about two minutes.
+Hardware: 2 CPU cores, about one and a half minutes. Expect a pass@1 of 0.73 (95 % interval 0.68 to
+0.79) on products that it has not seen after the demonstrations, and of 0.85 (0.80 to 0.89) after
+the rewards; with the seeds 1 and 2 of 0.93 and 0.95, and then 0.95 and 0.98. `alone` is at 0 (0 to
+0.015) with each seed, before and after (2026-12-01).
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +28,7 @@ def get_config(arg: str = '') -> ConfigDict:
         name='transformer',
         vocab_size=258,
         embed_dim=128,
-        num_layers=2,
+        num_layers=1 if smoke else 2,
         block=dict(
             num_heads=4,
             num_kv_heads=4,
@@ -68,10 +71,10 @@ def get_config(arg: str = '') -> ConfigDict:
                 name='rollout',
                 task=dict(name='exact_answer', before='first', num_prompts=8_000),
                 documents=chats,
-                prompts=16,
-                samples=8,
+                prompts=4 if smoke else 16,
+                samples=4 if smoke else 8,
                 sequence_length=72,  # one sample a row
-                batch_size=128,
+                batch_size=16 if smoke else 128,
                 max_tokens=12,
                 filter='zero_variance',
                 max_refills=1,
@@ -94,7 +97,7 @@ def get_config(arg: str = '') -> ConfigDict:
         products=dict(
             name='generate',
             phase='sft',
-            task=dict(name='exact_answer', before='first', num_prompts=32 if smoke else 256),
+            task=dict(name='exact_answer', before='first', num_prompts=16 if smoke else 256),
             max_tokens=12,
             every=0,
             at_start=False,
@@ -102,6 +105,8 @@ def get_config(arg: str = '') -> ConfigDict:
         ),
     )
     config.checkpoint = dict(every=5 if smoke else 200)
-    config.sampling = dict(slots=128, max_length=73, decode_steps=8, max_tokens=12, num_samples=0)
+    config.sampling = dict(
+        slots=16 if smoke else 128, max_length=73, decode_steps=8, max_tokens=12, num_samples=0
+    )
     config.metrics = dict(log_every=10)
     return config

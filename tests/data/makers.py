@@ -19,7 +19,7 @@ class Made(Batches):
     def _to_position(self, state):
         return state
 
-    def _identity(self):
+    def identity(self):
         return {}
 
     def delivered(self):

@@ -7,7 +7,8 @@ import pytest
 
 from jaxfm.chat.render import Chat
 from jaxfm.data import FilesData, ProblemsData
-from jaxfm.data.corpus.encode import COUNTS, WORSE, encode_documents
+from jaxfm.data.corpus.encode import encode_documents
+from jaxfm.data.corpus.token_cache import COUNTS, WORSE
 from jaxfm.data.dataset import open_dataset
 from jaxfm.data.documents import Document
 from jaxfm.data.packing.rows import COMPARED_DTYPES

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from jaxfm.chat.render import Chat
+from jaxfm.data.corpus.token_cache import BEGINS, COUNTS, WORSE
 from jaxfm.data.documents import Document
 from jaxfm.errors import DataError
 from jaxfm.tokenizer.build import Tokenizer
-
-# Bits of a mask: the token counts; it is of a chat that is not wanted, or the worse of two; it is
-# the first of a chat that is not the first one of its document.
-COUNTS, WORSE, BEGINS = 1, 2, 4
 
 # Bytes of text encoded at a time: enough for all cores, but few enough for memory, since the
 # encoder needs a hundred times as many.

@@ -6,7 +6,7 @@ One side (train, heldout) of a corpus consists of these files:
   chat is what its template makes of it;
 - `<side>.offsets.npy`: int64 [D + 1], where in the stream each document starts, then its end;
 - `<side>.bytes.npy`: int64 [D], UTF-8 bytes of each document;
-- `<side>.mask`: uint8, chats only: which tokens the assistant must produce (`encode`).
+- `<side>.mask`: uint8, chats only: which tokens the assistant must produce, in bits.
 
 The held-out side also has `heldout.documents`, its documents as JSON lines. A corpus is built in
 parts; `join` makes these files from those of all parts.
@@ -29,6 +29,9 @@ from jaxfm.storage import whole
 from jaxfm.storage.files import explain_errors
 
 SIDES = ('train', 'heldout')
+# Bits of a mask: the token counts; it is of a chat that is not wanted, or the worse of two; it is
+# the first of a chat that is not the first one of its document.
+COUNTS, WORSE, BEGINS = 1, 2, 4
 # At most this much text of the held-out documents is kept, for evaluators that need it.
 HELDOUT_TEXT_BYTES = 1 << 28
 
@@ -95,7 +98,7 @@ class Writer:
             self._file('documents').write(_to_line(document))
         if has_digest:
             self._digests.append(hashlib.sha256(document.text.encode()).digest()[:16])
-        counted = 0 if mask is None else int((mask & 1).sum())
+        counted = 0 if mask is None else int((mask & COUNTS).sum())
         self._rows.append((len(ids), document.num_bytes, counted))
 
     def __enter__(self):

@@ -24,8 +24,7 @@ from typing import Literal
 import numpy as np
 
 from jaxfm.data import BatchConfig
-from jaxfm.data.corpus.encode import BEGINS, COUNTS, WORSE
-from jaxfm.data.corpus.token_cache import TokenCache
+from jaxfm.data.corpus.token_cache import BEGINS, COUNTS, WORSE, TokenCache
 from jaxfm.data.packing import best_fit
 from jaxfm.errors import ConfigError, DataError
 
